@@ -1,0 +1,1 @@
+"""Where it runs: Ray, MLflow and the command line."""

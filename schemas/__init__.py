@@ -1,0 +1,1 @@
+"""What an experiment is: pydantic models, light enough to import in a linter."""

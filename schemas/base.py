@@ -1,0 +1,79 @@
+"""What every schema shares: strictness, the error a user sees, and locations."""
+
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong: one sentence that names it, what was found and what was expected.
+
+    The command line prints the sentence and exits with code 2. Every other exception is a fault of ours and
+    keeps its traceback.
+    """
+
+
+class Strict(BaseModel):
+    """Immutable, no silent conversion, no unknown field."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown_fields(cls, data: Any) -> Any:
+        for field in data if isinstance(data, Mapping) else ():
+            if field not in cls.model_fields:
+                raise PydanticCustomError(
+                    "unknown_field", "{problem}", {"problem": _unknown(str(field), cls.model_fields)}
+                )
+        return data
+
+
+def _unknown(field: str, allowed: Iterable[str]) -> str:
+    nearest = get_close_matches(field, allowed, n=1)
+    hint = f"did you mean '{nearest[0]}'?" if nearest else "allowed: " + ", ".join(allowed)
+    return f"unknown field '{field}'; {hint}"
+
+
+def explain(error: ValidationError) -> str:
+    """One line per problem: the field's dotted path, what is expected, what was found."""
+    return "\n".join(_explain_one(problem) for problem in error.errors(include_url=False))
+
+
+def _explain_one(problem: Any) -> str:
+    field = ".".join(str(part) for part in problem["loc"]) or "the recipe"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] in ("unknown_field", "value_error", "missing"):
+        return f"{field}: {message}"
+    return f"{field}: {message}, found {problem['input']!r}"
+
+
+T = TypeVar("T")
+# YAML and JSON only have lists; inside, a sequence is a tuple because nothing here may change.
+Many = Annotated[tuple[T, ...], Field(strict=False)]
+
+
+def anchor(location: str, info: ValidationInfo) -> str:
+    """Make a relative path absolute against the context's `root`; leave URLs alone."""
+    if not location.strip():
+        raise ValueError("found an empty path, expected a file, a folder or a URL")
+    root = (info.context or {}).get("root")
+    if root is None or "://" in location:
+        return location
+    return str(Path(root) / Path(location).expanduser())
+
+
+# A file, folder, glob, brace range or URL. Relative paths count from where the command is run.
+Location = Annotated[str, AfterValidator(anchor)]

@@ -1,0 +1,61 @@
+"""A task, and the reference set that is only distilled on."""
+
+from pathlib import PurePosixPath
+from typing import Any
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from schemas.base import Location, Many, Strict
+
+
+class Task(Strict):
+    """One task of the sequence: a folder in the layout of CLIP_benchmark. In a recipe, a bare path will do."""
+
+    path: Location = Field(
+        description="Folder with classnames.txt, zeroshot_classification_templates.txt, train/ and test/"
+    )
+    name: str = Field("", description="Default: the folder's name", pattern=r"^[A-Za-z0-9_.-]*$")
+    learning_rate: PositiveFloat | None = Field(None, description="Instead of optimisation.learning_rate in this stage")
+    steps: PositiveInt | None = Field(None, description="Instead of optimisation.steps in this stage")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_path(cls, data: Any) -> Any:
+        if isinstance(data, str):
+            data = {"path": data}
+        if isinstance(data, dict) and isinstance(data.get("path"), str) and not data.get("name"):
+            return {**data, "name": PurePosixPath(data["path"]).name}
+        return data
+
+
+class Reference(Strict):
+    """Unlabelled images and unpaired texts. In a recipe, a bare path will do for a folder that holds both."""
+
+    images: Many[Location] = Field(
+        min_length=1,
+        description="Shards (paths, globs, brace ranges, URLs) or folders of shards or of image files",
+    )
+    texts: Location | None = Field(
+        None,
+        description="Caption file, one a line; default: captions.txt or the .txt members beside the images",
+    )
+    max_texts: PositiveInt | None = Field(None, description="Use only the first so many texts")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_path(cls, data: Any) -> Any:
+        if isinstance(data, str):
+            return {"images": [data]}
+        if isinstance(data, dict) and isinstance(data.get("images"), str):
+            return {**data, "images": [data["images"]]}
+        return data
+
+
+def check_names(tasks: tuple[Task, ...]) -> None:
+    """Refuse two tasks of one name: rows, stages and metrics are told apart by it."""
+    names = [task.name for task in tasks]
+    for name in names:
+        if not name:
+            raise ValueError("tasks: found an empty name, expected a name or a path that ends in one")
+        if names.count(name) > 1:
+            raise ValueError(f"tasks: found the name {name!r} twice, expected every task to have its own")

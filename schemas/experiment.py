@@ -1,0 +1,118 @@
+"""An experiment: what is trained on what, in which order, how, and judged how."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, ValidationInfo, model_validator
+
+from schemas.base import Many, Strict, anchor
+from schemas.compute import Compute, Tracking
+from schemas.data import Reference, Task, check_names
+from schemas.method import Method
+
+LOCAL_MODEL = "local-dir:"
+
+
+def _anchor_model(name: str, info: ValidationInfo) -> str:
+    if not name.startswith(LOCAL_MODEL):
+        return name
+    return LOCAL_MODEL + anchor(name.removeprefix(LOCAL_MODEL), info)
+
+
+class Model(Strict):
+    """An open_clip model. In a recipe, a bare name will do."""
+
+    name: Annotated[str, AfterValidator(_anchor_model)] = Field(
+        min_length=1,
+        description="open_clip name, `local-dir:FOLDER`, `hf-hub:OWNER/NAME`, or `embedded` for the shipped one",
+    )
+    pretrained: str | None = Field(None, description="open_clip tag or file, for a plain open_clip name")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, data: Any) -> Any:
+        return {"name": data} if isinstance(data, str) else data
+
+    @model_validator(mode="after")
+    def _has_weights(self) -> "Model":
+        self_contained = self.name == "embedded" or self.name.startswith((LOCAL_MODEL, "hf-hub:"))
+        if self_contained and self.pretrained:
+            raise ValueError(f"'{self.name}' brings its weights, expected no pretrained beside it")
+        if not self_contained and not self.pretrained:
+            raise ValueError(
+                f"'{self.name}' alone has random weights, expected pretrained beside it (openai, laion2b_s34b_b88k, …)"
+            )
+        return self
+
+
+class Optimisation(Strict):
+    """AdamW with linear warm-up and cosine decay, afresh in every stage. Batch sizes are global."""
+
+    steps: PositiveInt = Field(1000, description="Updates a stage")
+    batch_size: PositiveInt = Field(64, description="Task images a step, over all workers")
+    reference_batch_size: PositiveInt = Field(64, description="Reference images a step, over all workers")
+    learning_rate: PositiveFloat = 1e-5
+    warmup_steps: int = Field(100, ge=0)
+    betas: Annotated[tuple[float, float], Field(strict=False)] = (0.9, 0.999)
+    weight_decay: float = Field(0.0, ge=0)
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast of the two towers")
+
+
+class Evaluation(Strict):
+    """Top-1 accuracy on each task's test split, among that task's classes."""
+
+    templates: Literal["all", "first"] = Field("all", description="Templates averaged into a class embedding")
+
+
+class Experiment(Strict):
+    """A sequence of tasks, learnt by one method."""
+
+    name: str = Field("", pattern=r"^[A-Za-z0-9_.-]*$", description="Default: the recipe's file name")
+    model: Model
+    tasks: Many[Task] = Field(min_length=1, description="The stages, in order")
+    reference: Reference | None = None
+    method: Method
+    optimisation: Optimisation = Optimisation()
+    evaluation: Evaluation = Evaluation()
+    seed: int = Field(0, ge=0)
+    compute: Compute = Compute()
+    tracking: Tracking = Tracking()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Experiment":
+        check_names(self.tasks)
+        if self.method.distill and self.reference is None:
+            raise ValueError("method.distill needs reference (images and texts to distil on), found none")
+        largest = min(self.optimisation.batch_size, self.optimisation.reference_batch_size)
+        if self.compute.workers > largest:
+            raise ValueError(
+                f"compute.workers is {self.compute.workers}, expected at most {largest}: "
+                "every worker needs an image of each global batch"
+            )
+        return self
+
+    def stage_steps(self, task: Task) -> int:
+        """Updates of the task's stage."""
+        return (task.steps or self.optimisation.steps) if self.method.task_loss else 0
+
+    def fingerprint(self, contents: Mapping[str, str]) -> str:
+        """Identify what is computed, wherever it runs and however it is called.
+
+        `contents` maps each location in the recipe (a task's path, the reference set, the model) to a digest of
+        what lies there. Settings that this method does not read do not count.
+
+        Returns 16 hexadecimal digits.
+        """
+        identity = self.model_dump(mode="json", exclude={"name", "compute", "tracking"})
+        identity["model"] = contents[self.model.name]
+        for task in identity["tasks"]:
+            task["path"] = contents[task["path"]]
+        if self.method.distill is None:
+            del identity["reference"], identity["optimisation"]["reference_batch_size"]
+        elif self.reference is not None:
+            identity["reference"] = [contents["reference"], self.reference.max_texts]
+        if self.method.task_loss is None:
+            del identity["optimisation"], identity["seed"]
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]

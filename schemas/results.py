@@ -1,0 +1,129 @@
+"""What a run reports while it goes on, and what it leaves behind."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt
+
+from schemas.base import Many, Strict
+
+Row = Many[float]  # accuracies in [0, 1], one a task, in the order of the tasks
+
+
+class Metrics(Strict):
+    """Figures of an accuracy matrix, as fractions; `None` where a single task leaves them undefined."""
+
+    transfer: float | None = Field(description="Mean over tasks i ≥ 2 of the mean accuracy before stage i")
+    avg: float = Field(description="Mean of the whole matrix")
+    last: float = Field(description="Mean of the last row")
+    forgetting: float | None = Field(description="Mean over earlier tasks of best minus final accuracy")
+
+
+class StageResult(Strict):
+    """One finished stage: what it cost and where it ended."""
+
+    stage: int = Field(ge=1)
+    task: str
+    steps: NonNegativeInt
+    images_seen: NonNegativeInt = Field(description="Task and reference images that went through the student")
+    train_seconds: float
+    images_per_second: float
+    merges: NonNegativeInt = Field(description="Models in the weight ensemble, the stage's start included")
+    losses: dict[str, float] = Field(description="Each named loss at the last step")
+
+
+class TaskName(Strict):
+    """A task as a result names it."""
+
+    name: str
+    path: str
+    digest: str = Field(description="Content hash of the task's shards, class names and templates")
+    test_images: NonNegativeInt
+
+
+class Result(Strict):
+    """`result.json`: everything a comparison reads."""
+
+    name: str
+    method: str
+    method_changes: dict[str, str | float | int | bool | None] = Field(
+        description="What differs from the method's preset, by dotted path"
+    )
+    seed: int
+    fingerprint: str
+    tasks: Many[TaskName]
+    zero_shot: Row
+    accuracy_matrix: Many[Row] = Field(description="Row: after that stage; column: accuracy on that task")
+    metrics: Metrics
+    zero_shot_metrics: Metrics = Field(description="The same figures if every row were the zero-shot row")
+    stages: Many[StageResult]
+    reference_texts: NonNegativeInt
+    workers: int
+    device: str
+    train_seconds: float
+    evaluation_seconds: float
+    versions: dict[str, str]
+
+
+class StepLosses(Strict):
+    """One training step: `step` counts from 0."""
+
+    step: NonNegativeInt
+    learning_rate: float
+    losses: dict[str, float]
+
+
+class StageStarted(Strict):
+    """Stage `stage` (from 1) begins."""
+
+    event: Literal["stage_started"] = "stage_started"
+    stage: int
+    task: str
+    steps: int
+
+
+class StepsTaken(Strict):
+    """Steps since the last such report, on all workers together."""
+
+    event: Literal["steps_taken"] = "steps_taken"
+    stage: int
+    task: str
+    steps: Many[StepLosses]
+    images_per_second: float
+
+
+class StageTrained(Strict):
+    """The stage's model is on disk."""
+
+    event: Literal["stage_trained"] = "stage_trained"
+    result: StageResult
+
+
+class TaskEvaluated(Strict):
+    """One cell of the matrix; stage 0 is the zero-shot row."""
+
+    event: Literal["task_evaluated"] = "task_evaluated"
+    stage: NonNegativeInt
+    task: str
+    accuracy: float
+    images: int
+
+
+class RowMeasured(Strict):
+    """A row of the matrix is complete and on disk; stage 0 is the zero-shot row."""
+
+    event: Literal["row_measured"] = "row_measured"
+    stage: NonNegativeInt
+    accuracy: dict[str, float]
+
+
+class Note(Strict):
+    """Something worth a line in the log."""
+
+    event: Literal["note"] = "note"
+    text: str
+
+
+Progress = Annotated[
+    StageStarted | StepsTaken | StageTrained | TaskEvaluated | RowMeasured | Note,
+    Field(discriminator="event"),
+]

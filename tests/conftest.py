@@ -1,0 +1,125 @@
+"""A tiny CLIP, tiny tasks and a tiny reference set, made here; Ray and MLflow are the real ones."""
+
+import os
+
+os.environ |= {
+    "OMP_NUM_THREADS": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "COLUMNS": "160",
+}
+
+import io
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from schemas.experiment import Experiment
+from zscl.tasks import write_shards, write_task
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "yellow": (220, 220, 30)}
+TINY_MODEL = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 16, "layers": 1, "width": 16, "patch_size": 8, "head_width": 8},
+    "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
+
+
+def png(colour: tuple[int, int, int], rng: np.random.Generator, size: int = 16) -> bytes:
+    """A noisy square of one colour."""
+    pixels = np.clip(np.array(colour) + rng.normal(0, 25, (size, size, 3)), 0, 255).astype(np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def coloured(count: int, seed: int) -> Iterator[tuple[bytes, int]]:
+    """Pairs of image and label, the colours in turn."""
+    rng = np.random.default_rng(seed)
+    for index in range(count):
+        label = index % len(COLOURS)
+        yield png(list(COLOURS.values())[label], rng), label
+
+
+def make_task(folder: Path, seed: int, train: int = 24, test: int = 10, shard_images: int = 9) -> Path:
+    """A task folder of coloured squares."""
+    write_task(
+        folder,
+        list(COLOURS),
+        [f"a {folder.name} square of {{c}}", "some {c}"],
+        {"train": coloured(train, seed), "test": coloured(test, seed + 1)},
+        suffix="png",
+        source="made by a test",
+        shard_images=shard_images,
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """`local-dir:` name of a randomly initialised CLIP of 0.8 M parameters, nearly all of them token rows."""
+    torch.manual_seed(0)
+    model = open_clip.CLIP(**TINY_MODEL)  # type: ignore[arg-type]
+    folder = tmp_path_factory.mktemp("tiny-clip")
+    config = {"model_cfg": TINY_MODEL, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.25] * 3}}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    return f"local-dir:{folder}"
+
+
+@pytest.fixture(scope="session")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Three task folders."""
+    root = tmp_path_factory.mktemp("tasks")
+    return [str(make_task(root / name, seed)) for seed, name in enumerate(["first", "second", "third"])]
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder of two shards with 14 images and captions."""
+    folder = tmp_path_factory.mktemp("reference")
+    words = list(COLOURS)
+    samples = ({"png": image, "txt": f"a thing of {words[label]}".encode()} for image, label in coloured(14, seed=9))
+    write_shards(folder, samples, shard_images=8)
+    return str(folder)
+
+
+@pytest.fixture
+def recipe(tiny_model: str, tasks: list[str], reference: str) -> Callable[..., dict[str, Any]]:
+    """Make a recipe of a few steps; keyword arguments replace its sections."""
+
+    def make(**changes: Any) -> dict[str, Any]:
+        return {
+            "name": "tiny",
+            "model": tiny_model,
+            "tasks": tasks,
+            "reference": reference,
+            "method": {"preset": "zscl", "average": {"every": 2}},
+            "optimisation": {
+                "steps": 5,
+                "warmup_steps": 2,
+                "batch_size": 6,
+                "reference_batch_size": 5,
+                "learning_rate": 0.01,
+            },
+            "compute": {"device": "cpu"},
+        } | changes
+
+    return make
+
+
+@pytest.fixture
+def experiment(recipe: Callable[..., dict[str, Any]]) -> Callable[..., Experiment]:
+    """Make an experiment of a few steps; keyword arguments replace its sections."""
+    return lambda **changes: Experiment.model_validate(recipe(**changes))

@@ -1,0 +1,123 @@
+"""A whole sequence in one plain process."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from pydantic import BaseModel
+
+from schemas.base import InputError
+from schemas.experiment import Experiment
+from schemas.results import Result, StepsTaken
+from zscl.sequence import run_sequence
+
+CPU = torch.device("cpu")
+
+
+def test_leaves_the_documented_folder(experiment: Callable[..., Experiment], tmp_path: Path) -> None:
+    result = run_sequence(experiment(), tmp_path, device=CPU)
+    assert result == Result.model_validate_json((tmp_path / "result.json").read_text())
+    assert [len(row) for row in result.accuracy_matrix] == [3, 3, 3]
+    assert [stage.merges for stage in result.stages] == [4, 4, 4]  # the start and after steps 0, 2, 4; 5 is no multiple
+    for stage, name in enumerate(["first", "second", "third"], start=1):
+        place = tmp_path / "stages" / f"{stage}-{name}"
+        assert sorted(file.name for file in place.iterdir()) == [
+            "accuracy.json", "losses.csv", "model", "training.json",
+        ]  # fmt: skip
+        assert len((place / "losses.csv").read_text().splitlines()) == 1 + 5
+    assert not [file for file in tmp_path.rglob("*.partial")]
+
+
+def test_a_stage_reproduces_its_accuracy_in_open_clip(experiment: Callable[..., Experiment], tmp_path: Path) -> None:
+    made = experiment(method="finetune")
+    result = run_sequence(made, tmp_path, device=CPU)
+    name = f"local-dir:{tmp_path}/stages/1-first/model"
+    model, _, transform = open_clip.create_model_and_transforms(name)
+    tokenizer = open_clip.get_tokenizer(name)
+    from PIL import Image
+
+    from zscl.tasks import TaskFolder
+
+    task = TaskFolder.open(made.tasks[0])
+    model.eval()
+    with torch.no_grad():
+        embeddings = []
+        for classname in task.classnames:
+            prompts = [template.replace("{c}", classname) for template in task.templates]
+            embedded = torch.nn.functional.normalize(model.encode_text(tokenizer(prompts)), dim=-1).mean(0)
+            embeddings.append(embedded / embedded.norm())
+        import io
+
+        correct = []
+        for sample in task.test.once(0, 1):
+            image = transform(Image.open(io.BytesIO(sample.image)))[None]
+            logits = model.encode_image(image) @ torch.stack(embeddings).T
+            correct.append(int(logits.argmax()) == int(sample.label or b"-1"))
+    assert sum(correct) / len(correct) == pytest.approx(result.accuracy_matrix[0][0], abs=1e-12)
+
+
+def test_same_seed_same_numbers_other_seed_other_numbers(
+    experiment: Callable[..., Experiment], tmp_path: Path
+) -> None:
+    losses = []
+    for run, seed in enumerate([3, 3, 4]):
+        run_sequence(experiment(seed=seed), tmp_path / str(run), device=CPU)
+        losses.append((tmp_path / str(run) / "stages/2-second/losses.csv").read_text())
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_goes_on_behind_the_last_finished_stage(experiment: Callable[..., Experiment], tmp_path: Path) -> None:
+    class Interrupted(Exception):
+        pass
+
+    def interrupt(progress: BaseModel) -> None:
+        if isinstance(progress, StepsTaken) and progress.stage == 2:
+            raise Interrupted
+
+    whole = run_sequence(experiment(), tmp_path / "whole", device=CPU)
+    with pytest.raises(Interrupted):
+        run_sequence(experiment(), tmp_path / "cut", report=interrupt, device=CPU)
+    first = tmp_path / "cut/stages/1-first/model/open_clip_model.safetensors"
+    written = first.stat().st_mtime_ns
+    resumed = run_sequence(experiment(), tmp_path / "cut", device=CPU)
+    assert first.stat().st_mtime_ns == written
+    assert resumed.accuracy_matrix == whole.accuracy_matrix
+    for stage in ("1-first", "2-second", "3-third"):
+        assert (tmp_path / "cut/stages" / stage / "losses.csv").read_text() == (
+            tmp_path / "whole/stages" / stage / "losses.csv"
+        ).read_text()
+
+
+def test_refuses_the_folder_of_another_experiment(experiment: Callable[..., Experiment], tmp_path: Path) -> None:
+    run_sequence(experiment(method="zero-shot"), tmp_path, device=CPU)
+    before = (tmp_path / "result.json").read_text()
+    with pytest.raises(InputError, match="another experiment"):
+        run_sequence(experiment(), tmp_path, device=CPU)
+    assert (tmp_path / "result.json").read_text() == before
+
+
+def test_zero_shot_repeats_its_row_and_trains_nothing(experiment: Callable[..., Experiment], tmp_path: Path) -> None:
+    result = run_sequence(experiment(method="zero-shot"), tmp_path, device=CPU)
+    assert result.accuracy_matrix == (result.zero_shot,) * 3
+    assert result.stages == ()
+    assert result.metrics == result.zero_shot_metrics
+
+
+def test_the_teacher_embeds_the_reference_texts_once(
+    experiment: Callable[..., Experiment], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embedded: list[int] = []
+    encode = __import__("zscl.reference", fromlist=["_encode"])._encode
+
+    def counted(teacher: torch.nn.Module, tokens: torch.Tensor, device: torch.device) -> torch.Tensor:
+        embedded.append(len(tokens))
+        return encode(teacher, tokens, device)
+
+    monkeypatch.setattr("zscl.reference._encode", counted)
+    for name, seed in (("one", 0), ("two", 1)):
+        run_sequence(experiment(seed=seed), tmp_path / name, device=CPU)
+    assert embedded == [14]
+    assert json.loads((tmp_path / "two/result.json").read_text())["reference_texts"] == 14

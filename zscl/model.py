@@ -1,0 +1,114 @@
+"""open_clip in and out: a stage's result is a folder that open_clip's `local-dir:` loads."""
+
+import json
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.push_to_hf_hub import save_config_for_hf
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from schemas.base import InputError
+from schemas.experiment import LOCAL_MODEL, Model
+from zscl.files import digest, file_digest, whole_folder
+
+EMBEDDED_MODEL = Path(__file__).parent / "embedded_model"
+WEIGHTS = "open_clip_model.safetensors"
+CONFIG = "open_clip_config.json"
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A model with everything it needs to read images and texts."""
+
+    model: nn.Module
+    tokenizer: Callable[[list[str]], torch.Tensor]
+    train_transform: Callable[[Any], torch.Tensor]
+    evaluation_transform: Callable[[Any], torch.Tensor]
+    config: dict[str, Any]
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """Write `model`, of this architecture, as an open_clip folder in float32, whole or not at all."""
+        with whole_folder(folder) as temporary:
+            weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+            save_file(weights, temporary / WEIGHTS)
+            save_config_for_hf(self.model, temporary / CONFIG, model_config=self.config)
+            if hasattr(self.tokenizer, "save_pretrained"):
+                self.tokenizer.save_pretrained(temporary)
+
+
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Read an open_clip folder's weights into a model of its architecture."""
+    model.load_state_dict(load_file(folder / WEIGHTS))
+
+
+def open_clip_name(model: Model) -> str:
+    """The name open_clip knows the model by."""
+    return f"{LOCAL_MODEL}{EMBEDDED_MODEL}" if model.name == "embedded" else model.name
+
+
+def load(model: Model, device: torch.device | str = "cpu") -> Clip:
+    """Load a model, its tokenizer and its two image transforms, with float32 weights.
+
+    Raises:
+        InputError: open_clip knows no such model, or its weights cannot be had or read.
+    """
+    name = open_clip_name(model)
+    shown = f"model: '{model.name}'" + (f" with pretrained '{model.pretrained}'" if model.pretrained else "")
+    if name.startswith(LOCAL_MODEL) and not (Path(name.removeprefix(LOCAL_MODEL)) / WEIGHTS).is_file():
+        _refuse_without_safetensors(Path(name.removeprefix(LOCAL_MODEL)), shown)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="QuickGELU mismatch")
+            network, train_transform, evaluation_transform = open_clip.create_model_and_transforms(
+                name, pretrained=model.pretrained, device=device, output_dict=True
+            )
+        tokenizer = open_clip.get_tokenizer(name)
+        config = open_clip.get_model_config(name)
+    except UserWarning as error:
+        raise InputError(f"{shown} has the wrong activation, expected '{model.name}-quickgelu' ({error})") from error
+    except Exception as error:  # open_clip raises what its sources raise: any of them means an unreadable model
+        first_line = str(error).strip().partition("\n")[0]
+        raise InputError(f"{shown} cannot be loaded, expected an open_clip model ({first_line})") from error
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
+        raise InputError(
+            f"{shown} normalises over the batch (BatchNorm), expected a model whose features do not depend on "
+            "which images share a batch or a worker (any ViT)"
+        )
+    return Clip(network, tokenizer, train_transform, evaluation_transform, config)
+
+
+def _refuse_without_safetensors(folder: Path, shown: str) -> None:
+    if not folder.is_dir():
+        raise InputError(f"{shown}: found no such folder, expected an open_clip folder")
+    if not any(folder.glob("*.safetensors")):
+        raise InputError(f"{shown}: found no .safetensors in the folder, expected {CONFIG} and {WEIGHTS}")
+
+
+def weights_digest(model: Model) -> str:
+    """Identity of a model's content: the weights' hash where they are files here, else the name."""
+    name = open_clip_name(model)
+    if not name.startswith(LOCAL_MODEL):
+        return f"{name} {model.pretrained}"
+    folder = Path(name.removeprefix(LOCAL_MODEL))
+    _refuse_without_safetensors(folder, f"model: '{model.name}'")
+    if not (folder / CONFIG).is_file():
+        raise InputError(f"model: '{model.name}': found no {CONFIG} in the folder, expected an open_clip folder")
+    config = json.dumps(json.loads((folder / CONFIG).read_text()), sort_keys=True)
+    return digest(config, *(file_digest(file) for file in sorted(folder.glob("*.safetensors"))))
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """Make a teacher: evaluation mode, no gradients."""
+    return model.eval().requires_grad_(False)
+
+
+def precision_context(precision: str, device: torch.device) -> AbstractContextManager[object]:
+    """Autocast of the towers for bf16; nothing for fp32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()

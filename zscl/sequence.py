@@ -1,0 +1,258 @@
+"""Stages in order → accuracy matrix.
+
+A run's folder is its own checkpoint. Every file in it appears whole, and what is there is not done again:
+
+    zero_shot.json                      the initial model's row
+    stages/<k>-<task>/model/            an open_clip folder: what stage k hands on (k from 1)
+    stages/<k>-<task>/losses.csv        every step's named losses
+    stages/<k>-<task>/training.json     what the stage cost; with it, the stage is trained
+    stages/<k>-<task>/accuracy.json     the row after it; with it, the stage is finished
+    result.json                         everything; with it, the run is finished
+"""
+
+import importlib.metadata
+import time
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel
+
+from schemas.base import InputError, Strict
+from schemas.experiment import Experiment
+from schemas.results import (
+    Note,
+    Result,
+    RowMeasured,
+    StageResult,
+    StageStarted,
+    StageTrained,
+    StepLosses,
+    TaskEvaluated,
+    TaskName,
+)
+from zscl import reference
+from zscl.distributed import barrier, rank, world_size
+from zscl.evaluation import accuracy
+from zscl.files import whole_folder, write_text
+from zscl.metrics import metrics
+from zscl.model import Clip, freeze, load, load_weights, weights_digest
+from zscl.objective import Teacher
+from zscl.tasks import ReferenceSet, TaskFolder
+from zscl.training import train_stage
+
+Report = Callable[[BaseModel], None]
+LIBRARIES = ("torch", "open_clip_torch", "webdataset")
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An experiment whose data is found and whose identity is known."""
+
+    experiment: Experiment
+    tasks: tuple[TaskFolder, ...]
+    reference: ReferenceSet | None
+    weights: str
+    fingerprint: str
+
+
+def open_experiment(experiment: Experiment) -> Opened:
+    """Find all that the experiment names.
+
+    Raises:
+        InputError: a task, shard, template, caption or model is missing or broken.
+    """
+    tasks = tuple(TaskFolder.open(task) for task in experiment.tasks)
+    used = experiment.reference if experiment.method.distill else None
+    opened = ReferenceSet(used) if used else None
+    weights = weights_digest(experiment.model)
+    contents = {task.path: task.digest for task in tasks} | {experiment.model.name: weights}
+    if opened:
+        contents["reference"] = opened.digest
+    return Opened(experiment, tasks, opened, weights, experiment.fingerprint(contents))
+
+
+def run_sequence(
+    experiment: Experiment,
+    folder: Path,
+    report: Report = lambda progress: None,
+    device: torch.device | None = None,
+) -> Result:
+    """Run an experiment in `folder`, or go on behind the last finished stage there.
+
+    Every worker of a `torch.distributed` group calls this alike; without a group, one process does it all. The main
+    worker writes and reports.
+
+    Args:
+        experiment: what to run.
+        folder: the run's folder, visible to all workers.
+        report: told about progress (see `schemas.results`), on the main worker.
+        device: default: CUDA if there is any.
+
+    Raises:
+        InputError: something the experiment names is missing or broken, or the folder holds another experiment.
+    """
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    run = _Run(open_experiment(experiment), folder, report if rank() == 0 else _silent, device)
+    clip = load(experiment.model, device)
+    zero_shot = run.row(0, clip, folder / "zero_shot.json")
+    if experiment.method.task_loss is None:
+        return run.finish(zero_shot, [zero_shot] * len(run.opened.tasks), [])
+
+    teacher = run.teacher(clip)
+    rows, stages = [], []
+    for stage, task in enumerate(run.opened.tasks, start=1):
+        place = folder / "stages" / f"{stage}-{task.name}"
+        if not (place / "training.json").is_file():
+            run.train(stage, clip, teacher, place)
+        load_weights(clip.model, place / "model")
+        stages.append(StageResult.model_validate_json((place / "training.json").read_text()))
+        rows.append(run.row(stage, clip, place / "accuracy.json"))
+    return run.finish(zero_shot, rows, stages)
+
+
+def _silent(progress: BaseModel) -> None:
+    """What the other workers report."""
+
+
+class AccuracyRow(Strict):
+    """`zero_shot.json`, `accuracy.json`: a row of the matrix and what it cost."""
+
+    fingerprint: str
+    accuracy: dict[str, float]
+    images: dict[str, int]
+    seconds: float
+
+
+@dataclass
+class _Run:
+    """One run under way: what its stages share."""
+
+    opened: Opened
+    folder: Path
+    report: Report
+    device: torch.device
+    evaluation_seconds: float = 0.0
+
+    def row(self, stage: int, clip: Clip, file: Path) -> AccuracyRow:
+        """Measure the model on every task, or read what was measured."""
+        if file.is_file():
+            row = AccuracyRow.model_validate_json(file.read_text())
+            if row.fingerprint != self.opened.fingerprint:
+                raise InputError(
+                    f"{self.folder}: found a run of another experiment (fingerprint {row.fingerprint}), expected "
+                    f"{self.opened.fingerprint} or an empty folder; choose another folder"
+                )
+        else:
+            row = self._measure(stage, clip, file)
+        self.evaluation_seconds += row.seconds
+        self.report(RowMeasured(stage=stage, accuracy=row.accuracy))
+        return row
+
+    def _measure(self, stage: int, clip: Clip, file: Path) -> AccuracyRow:
+        started, accuracies, images = time.perf_counter(), {}, {}
+        for task in self.opened.tasks:
+            accuracies[task.name], images[task.name] = accuracy(
+                clip, clip.model, task, self.opened.experiment, self.device
+            )
+            self.report(
+                TaskEvaluated(stage=stage, task=task.name, accuracy=accuracies[task.name], images=images[task.name])
+            )
+        row = AccuracyRow(
+            fingerprint=self.opened.fingerprint,
+            accuracy=accuracies,
+            images=images,
+            seconds=time.perf_counter() - started,
+        )
+        barrier()
+        if rank() == 0:
+            write_text(file, row.model_dump_json(indent=1) + "\n")
+        return row
+
+    def teacher(self, clip: Clip) -> Teacher | None:
+        """Freeze a copy of the initial model and embed the reference texts, for a method that distils."""
+        if self.opened.reference is None:
+            return None
+        model = freeze(deepcopy(clip.model))
+        texts = reference.text_embeddings(
+            clip,
+            model,
+            self.opened.reference.texts,
+            store=self.folder.parent / "teacher",
+            weights=self.opened.weights,
+            device=self.device,
+            note=lambda text: self.report(Note(text=text)),
+        )
+        return Teacher(model, texts, self.opened.experiment.optimisation.precision)
+
+    def train(self, stage: int, clip: Clip, teacher: Teacher | None, place: Path) -> None:
+        """Train one stage and leave its folder, whole."""
+        experiment = self.opened.experiment
+        task = experiment.tasks[stage - 1]
+        self.report(StageStarted(stage=stage, task=task.name, steps=experiment.stage_steps(task)))
+        model, result, steps = train_stage(
+            experiment,
+            stage,
+            self.opened.tasks[stage - 1],
+            clip,
+            teacher,
+            self.opened.reference,
+            self.device,
+            self.report,
+        )
+        if rank() == 0:
+            with whole_folder(place) as temporary:
+                clip.save(model, temporary / "model")
+                write_text(temporary / "losses.csv", _losses_table(steps))
+                write_text(temporary / "training.json", result.model_dump_json(indent=1) + "\n")
+            self.report(StageTrained(result=result))
+        barrier()
+
+    def finish(self, zero_shot: AccuracyRow, rows: list[AccuracyRow], stages: list[StageResult]) -> Result:
+        """Put the result together and write it."""
+        experiment, opened = self.opened.experiment, self.opened
+        matrix = tuple(tuple(row.accuracy[task.name] for task in opened.tasks) for row in rows)
+        baseline = tuple(zero_shot.accuracy[task.name] for task in opened.tasks)
+        result = Result(
+            name=experiment.name,
+            method=experiment.method.name,
+            method_changes=experiment.method.changes,
+            seed=experiment.seed,
+            fingerprint=opened.fingerprint,
+            tasks=tuple(
+                TaskName(
+                    name=task.name,
+                    path=task.path,
+                    digest=task.digest,
+                    test_images=zero_shot.images[task.name],
+                )
+                for task in opened.tasks
+            ),
+            zero_shot=baseline,
+            accuracy_matrix=matrix,
+            metrics=metrics(matrix),
+            zero_shot_metrics=metrics([baseline] * len(baseline)),
+            stages=tuple(stages),
+            reference_texts=len(opened.reference.texts) if opened.reference else 0,
+            workers=world_size(),
+            device=_device_name(self.device),
+            train_seconds=sum(stage.train_seconds for stage in stages),
+            evaluation_seconds=self.evaluation_seconds,
+            versions={library: importlib.metadata.version(library) for library in LIBRARIES},
+        )
+        barrier()
+        if rank() == 0:
+            write_text(self.folder / "result.json", result.model_dump_json(indent=1) + "\n")
+        return result
+
+
+def _losses_table(steps: list[StepLosses]) -> str:
+    names = list(steps[0].losses)
+    lines = [f"{step.step},{step.learning_rate!r}," + ",".join(map(repr, step.losses.values())) for step in steps]
+    return "\n".join([",".join(["step", "learning_rate", *names]), *lines]) + "\n"
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

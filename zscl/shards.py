@@ -1,0 +1,284 @@
+"""Tar shards: which samples lie where.
+
+A shard is a tar of samples KEY.(jpg|jpeg|png|webp) + KEY.cls or KEY.txt. Local shards are indexed by member
+offsets, so that any sample is one positional read away; remote ones are streamed through WebDataset, in order.
+Nothing here unpickles: only image, label and text members are ever read.
+"""
+
+import hashlib
+import itertools
+import os
+import random
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import fsspec
+import torch
+
+from schemas.base import InputError
+
+os.environ.setdefault("WDS_SECURE", "1")  # no `pipe:` shards, no unpickling decoders
+import webdataset
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+SHUFFLE_BUFFER = 2_000  # samples held while streaming; local shards are shuffled as a whole instead
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One encoded sample and where it was found."""
+
+    image: bytes
+    label: bytes | None
+    text: bytes | None
+    shard: str
+    key: str
+
+
+class Samples(Protocol):
+    """Samples in an endless shuffled order, or once in their own."""
+
+    def at(self, positions: Iterable[int], seed: int) -> Iterator[Sample]:
+        """Yield the samples at the given rising positions of the endless order that `seed` makes."""
+
+    def once(self, part: int, parts: int) -> Iterator[Sample]:
+        """Yield every `parts`-th sample from `part` on, each sample of the whole in exactly one part."""
+
+
+def seed_of(*names: object) -> int:
+    """Hash any names to a seed that does not depend on the process or platform."""
+    return int.from_bytes(hashlib.sha256(repr(names).encode()).digest()[:7])
+
+
+def open_samples(locations: Sequence[str]) -> "IndexedSamples | StreamedSamples":
+    """Resolve shards (paths, globs, brace ranges, URLs, folders) and index them where they are local.
+
+    Raises:
+        InputError: a location matches nothing, or a shard is missing, truncated or not a tar.
+    """
+    expanded = [shard for location in locations for shard in webdataset.shardlists.expand_urls(location)]
+    if any("://" in shard for shard in expanded):
+        return StreamedSamples(expanded)
+    return IndexedSamples([path for shard in expanded for path in _local_files(Path(shard))])
+
+
+def _local_files(path: Path) -> list[Path]:
+    if path.is_dir():
+        files = sorted(path.glob("*.tar"), key=_natural) or sorted(
+            file for file in path.rglob("*") if _suffix(file.name) in IMAGE_SUFFIXES
+        )
+        if not files:
+            raise InputError(f"{path}: found no .tar shard and no image file, expected at least one")
+        return files
+    if any(mark in path.name for mark in "*?["):
+        files = sorted(path.parent.glob(path.name), key=_natural)
+        if not files:
+            raise InputError(f"{path}: found no file of that pattern, expected at least one shard")
+        return files
+    if not path.is_file():
+        raise InputError(f"{path}: found no such file, expected a shard")
+    return [path]
+
+
+def _natural(path: Path) -> tuple[int, str]:
+    return (int(path.stem) if path.stem.isdecimal() else -1, path.name)
+
+
+def _suffix(name: str) -> str:
+    return webdataset.tariterators.base_plus_ext(name)[1].lower() if "." in name else ""
+
+
+# --------------------------------------------------------------------------------------------- local shards
+
+KINDS = ("image", "label", "text")
+ABSENT = (-1, 0, 0)
+
+
+class IndexedSamples:
+    """Local samples by position: shuffled as a whole, O(1) to any position, however many processes read.
+
+    `table[sample, kind]` is the (file, offset, size) of a member: 72 bytes a sample, so that ImageNet's index
+    stays under 100 MB.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files: list[Path] = []
+        rows = [row for file in files for row in self._index(file)]
+        if not rows:
+            raise InputError(f"{files[0].parent}: found no image in its shards, expected at least one")
+        self.table = torch.tensor(rows)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def at(self, positions: Iterable[int], seed: int) -> Iterator[Sample]:
+        """See `Samples.at`: epoch after epoch, each a permutation of its own."""
+        epoch, order = -1, torch.empty(0)
+        with _Descriptors() as descriptors:
+            for position in positions:
+                if position // len(self) != epoch:
+                    epoch = position // len(self)
+                    generator = torch.Generator().manual_seed(seed_of(seed, epoch))
+                    order = torch.randperm(len(self), generator=generator)
+                yield self._read(descriptors, int(order[position % len(self)]))
+
+    def once(self, part: int = 0, parts: int = 1) -> Iterator[Sample]:
+        """See `Samples.once`."""
+        with _Descriptors() as descriptors:
+            for index in range(part, len(self), parts):
+                yield self._read(descriptors, index)
+
+    def texts(self) -> Iterator[str]:
+        """The .txt members, in order."""
+        with _Descriptors() as descriptors:
+            for row in self.table.tolist():
+                text = self._member(descriptors, row[KINDS.index("text")])
+                if text is not None:
+                    yield text.decode("utf-8", errors="replace").strip()
+
+    def labels(self) -> Iterator[tuple[str, str, bytes | None]]:
+        """Each sample's (shard, key, label), in order."""
+        with _Descriptors() as descriptors:
+            for row in self.table.tolist():
+                shard, key = self._name(descriptors, row)
+                yield shard, key, self._member(descriptors, row[KINDS.index("label")])
+
+    def _read(self, descriptors: "_Descriptors", index: int) -> Sample:
+        row = self.table[index].tolist()
+        image, label, text = (self._member(descriptors, member) for member in row)
+        shard, key = self._name(descriptors, row)
+        return Sample(image or b"", label, text, shard, key)
+
+    def _member(self, descriptors: "_Descriptors", member: list[int]) -> bytes | None:
+        file, offset, size = member
+        return None if file < 0 else descriptors.read(self.files[file], offset, size)
+
+    def _name(self, descriptors: "_Descriptors", row: list[list[int]]) -> tuple[str, str]:
+        number, offset, _ = row[KINDS.index("image")]
+        file = self.files[number]
+        if offset == 0:
+            return str(file.parent), file.stem
+        header = descriptors.read(file, offset - tarfile.BLOCKSIZE, tarfile.BLOCKSIZE)  # a tar header: name first
+        name = header[: tarfile.LENGTH_NAME].rstrip(b"\0").decode("utf-8", errors="replace")
+        return str(file), name.rpartition(".")[0]
+
+    def _index(self, file: Path) -> list[list[tuple[int, int, int]]]:
+        if file.suffix == ".tar":
+            return self._index_tar(file)
+        caption = file.with_suffix(".txt")
+        return [[self._whole(file), ABSENT, self._whole(caption) if caption.is_file() else ABSENT]]
+
+    def _whole(self, file: Path) -> tuple[int, int, int]:
+        self.files.append(file)
+        return len(self.files) - 1, 0, file.stat().st_size
+
+    def _index_tar(self, file: Path) -> list[list[tuple[int, int, int]]]:
+        self.files.append(file)
+        number = len(self.files) - 1
+        members: dict[str, dict[str, tuple[int, int, int]]] = {}
+        for name, offset, size in _tar_members(file):
+            key, suffix = webdataset.tariterators.base_plus_ext(name)
+            members.setdefault(key, {})[suffix.lower()] = (number, offset, size)
+        rows = []
+        for found in members.values():
+            image = next((found[suffix] for suffix in IMAGE_SUFFIXES if suffix in found), None)
+            if image is not None:
+                rows.append([image, found.get("cls", ABSENT), found.get("txt", ABSENT)])
+        return rows
+
+
+def _tar_members(file: Path) -> list[tuple[str, int, int]]:
+    """Every regular member's (name, offset, size)."""
+    try:
+        with tarfile.open(file, "r:") as tar:
+            found = [
+                (info.name, info.offset_data, info.size) for info in tar if info.isreg() and "." in Path(info.name).name
+            ]
+            end = tar.offset
+    except (tarfile.TarError, EOFError) as error:
+        raise InputError(f"{file}: found a truncated or broken shard ({error}), expected a whole tar") from error
+    # A shard cut between two members reads without an error; only the end mark's absence tells.
+    if file.stat().st_size < end + tarfile.BLOCKSIZE:
+        raise InputError(f"{file}: found a shard without its end after {len(found)} members, expected a whole tar")
+    return found
+
+
+class _Descriptors:
+    """The shards read last, kept open."""
+
+    LIMIT = 64
+
+    def __init__(self) -> None:
+        self._open: dict[Path, int] = {}
+
+    def __enter__(self) -> "_Descriptors":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
+
+    def read(self, path: Path, offset: int, size: int) -> bytes:
+        if path not in self._open:
+            if len(self._open) == self.LIMIT:
+                os.close(self._open.pop(next(iter(self._open))))
+            self._open[path] = os.open(path, os.O_RDONLY)
+        return os.pread(self._open[path], size, offset)
+
+
+# -------------------------------------------------------------------------------------------- remote shards
+
+
+class StreamedSamples:
+    """Remote samples in stream order through WebDataset, shuffled by shard and in a buffer.
+
+    The order does not depend on how many processes read: each reads the whole stream and keeps its own positions,
+    so the bytes read grow with workers x loader processes.
+    """
+
+    def __init__(self, urls: Sequence[str]) -> None:
+        self.urls = list(urls)
+
+    def at(self, positions: Iterable[int], seed: int) -> Iterator[Sample]:
+        """See `Samples.at`."""
+        stream = enumerate(itertools.chain.from_iterable(self._epoch(seed, epoch) for epoch in itertools.count()))
+        for position in positions:
+            yield next(sample for index, sample in stream if index == position)
+
+    def once(self, part: int = 0, parts: int = 1) -> Iterator[Sample]:
+        """See `Samples.once`."""
+        return itertools.islice(_stream(self.urls), part, None, parts)
+
+    def texts(self) -> Iterator[str]:
+        """The .txt members, in order."""
+        for sample in _stream(self.urls):
+            if sample.text is not None:
+                yield sample.text.decode("utf-8", errors="replace").strip()
+
+    def _epoch(self, seed: int, epoch: int) -> Iterator[Sample]:
+        rng = random.Random(seed_of(seed, epoch))
+        urls = rng.sample(self.urls, len(self.urls))
+        shuffle = webdataset.filters.shuffle(SHUFFLE_BUFFER, initial=SHUFFLE_BUFFER, rng=rng)
+        empty = True
+        for sample in shuffle(_stream(urls)):
+            empty = False
+            yield sample
+        if empty:
+            raise InputError(f"{self.urls[0]}: found no image in the shards, expected at least one")
+
+
+def _stream(urls: Sequence[str]) -> Iterator[Sample]:
+    for url in urls:
+        try:
+            with fsspec.open(url, "rb") as stream:
+                source = [{"url": url, "stream": stream}]
+                groups = webdataset.tariterators.group_by_keys(webdataset.tariterators.tar_file_expander(source))
+                for group in groups:
+                    image = next((group[suffix] for suffix in IMAGE_SUFFIXES if suffix in group), None)
+                    if image is not None:
+                        yield Sample(image, group.get("cls"), group.get("txt"), url, group["__key__"])
+        except (OSError, tarfile.TarError, EOFError, ImportError) as error:
+            raise InputError(f"{url}: found no readable shard ({error}), expected a tar") from error

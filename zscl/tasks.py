@@ -1,0 +1,241 @@
+"""A task as it lies on disk: CLIP_benchmark's WebDataset layout, and one file of ours beside it.
+
+<task>/classnames.txt                         one class a line; line number = label
+<task>/zeroshot_classification_templates.txt  one template a line, `{c}` for the class name; line 0 trains
+<task>/train/nshards.txt, 0.tar, 1.tar, …     samples KEY.(jpg|jpeg|png|webp) + KEY.cls
+<task>/test/nshards.txt, 0.tar, …
+<task>/zscl.json                              optional: counts, sizes and SHA-256 of the shards
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import fsspec
+import webdataset
+
+from schemas.base import InputError
+from schemas.data import Reference, Task
+from zscl.files import digest, file_digest, whole_folder, write_text
+from zscl.shards import IndexedSamples, StreamedSamples, open_samples
+
+SPLITS = ("train", "test")
+MANIFEST = "zscl.json"
+
+
+def text_of(location: str) -> str | None:
+    """Read a small text file, local or remote; `None` where there is none."""
+    try:
+        with fsspec.open(location, "rt", encoding="utf-8") as stream:
+            return str(stream.read())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def lines_of(location: str, what: str) -> list[str]:
+    """Read a file's non-empty lines.
+
+    Raises:
+        InputError: there is no such file, or it is empty.
+    """
+    text = text_of(location)
+    if text is None:
+        raise InputError(f"{location}: found no such file, expected {what}, one a line")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise InputError(f"{location}: found an empty file, expected {what}, one a line")
+    return lines
+
+
+@dataclass(frozen=True)
+class TaskFolder:
+    """A task, opened: its words are read, its shards are found on demand."""
+
+    name: str
+    path: str
+    classnames: tuple[str, ...]
+    templates: tuple[str, ...]
+
+    @classmethod
+    def open(cls, task: Task) -> "TaskFolder":
+        """Read a task's class names and templates.
+
+        Raises:
+            InputError: the folder, a file of it or the template's `{c}` is missing.
+        """
+        if "://" not in task.path and not Path(task.path).is_dir():
+            raise InputError(f"{task.path}: found no such folder, expected a task (task '{task.name}')")
+        classnames = lines_of(f"{task.path}/classnames.txt", "class names")
+        file = f"{task.path}/zeroshot_classification_templates.txt"
+        templates = lines_of(file, "prompt templates")
+        for template in templates:
+            if "{c}" not in template:
+                raise InputError(f"{file}: found the template {template!r}, expected a {{c}} for the class name in it")
+        return cls(task.name, task.path, tuple(classnames), tuple(templates))
+
+    def prompts(self, template: str) -> list[str]:
+        """Every class name in a template, in label order."""
+        return [template.replace("{c}", name) for name in self.classnames]
+
+    @cached_property
+    def train(self) -> IndexedSamples | StreamedSamples:
+        """The training images."""
+        return open_samples(self.shards("train"))
+
+    @cached_property
+    def test(self) -> IndexedSamples | StreamedSamples:
+        """The test images."""
+        return open_samples(self.shards("test"))
+
+    def shards(self, split: str) -> list[str]:
+        """Locations of a split's shards.
+
+        Raises:
+            InputError: nshards.txt is missing, is not a number above 0, or promises a shard that is not there.
+        """
+        file = f"{self.path}/{split}/nshards.txt"
+        [count] = lines_of(file, "the number of shards")[:1]
+        if not count.isdecimal() or int(count) < 1:
+            raise InputError(f"{file}: found {count!r}, expected the number of shards, at least 1")
+        shards = [f"{self.path}/{split}/{index}.tar" for index in range(int(count))]
+        for shard in shards:
+            if "://" not in shard and not Path(shard).is_file():
+                raise InputError(f"{shard}: found no such file, expected {count} shards as {file} says")
+        return shards
+
+    def label(self, content: bytes | None, shard: str, key: str) -> int:
+        """Read a sample's label.
+
+        Raises:
+            InputError: it is missing or outside the class list.
+        """
+        text = (content or b"").decode("ascii", errors="replace").strip()
+        if not text.isdecimal() or int(text) >= len(self.classnames):
+            raise InputError(
+                f"{shard}: sample '{key}' has the label {text!r}, "
+                f"expected 0 to {len(self.classnames) - 1} ({self.path}/classnames.txt)"
+            )
+        return int(text)
+
+    def check(self) -> None:
+        """Look at every local shard and label before anything starts.
+
+        Raises:
+            InputError: a shard is missing or broken, or a label is missing or outside the class list.
+        """
+        for split in (self.train, self.test):
+            if isinstance(split, IndexedSamples):
+                for shard, key, label in split.labels():
+                    self.label(label, shard, key)
+
+    @cached_property
+    def digest(self) -> str:
+        """Identity of the task's content: by the manifest's hashes, else by the shards' names and sizes."""
+        words = ["\n".join(self.classnames), "\n".join(self.templates)]
+        manifest = text_of(f"{self.path}/{MANIFEST}")
+        if manifest is None:
+            return digest(*words, *(_size(shard) for split in SPLITS for shard in self.shards(split)))
+        return digest(*words, *self._checked_hashes(manifest))
+
+    def _checked_hashes(self, manifest: str) -> list[str]:
+        hashes = []
+        for split, shards in json.loads(manifest)["splits"].items():
+            for shard in shards:
+                file = Path(self.path, split, shard["file"])
+                if file.exists() and file.stat().st_size != shard["bytes"]:
+                    raise InputError(
+                        f"{file}: found {file.stat().st_size} bytes, expected {shard['bytes']} as {MANIFEST} beside it "
+                        f"says (delete that file if you changed the shard)"
+                    )
+                hashes.append(f"{split}/{shard['file']} {shard['sha256']}")
+        return hashes
+
+
+def _size(shard: str) -> str:
+    name = "/".join(shard.split("/")[-2:])
+    return name if "://" in shard else f"{name} {Path(shard).stat().st_size}"
+
+
+class ReferenceSet:
+    """A reference set, opened: unlabelled images and unpaired texts."""
+
+    def __init__(self, reference: Reference) -> None:
+        self.images = open_samples(reference.images)
+        self.texts = self._texts(reference)[: reference.max_texts]
+        if not self.texts:
+            raise InputError(
+                f"reference: found no texts in {', '.join(reference.images)}, expected .txt members beside the "
+                "images, a captions.txt in the folder, or reference.texts: FILE"
+            )
+
+    def _texts(self, reference: Reference) -> list[str]:
+        if reference.texts is not None:
+            return lines_of(reference.texts, "captions")
+        for location in reference.images:
+            if text_of(f"{location}/captions.txt"):
+                return lines_of(f"{location}/captions.txt", "captions")
+        return [text for text in self.images.texts() if text]
+
+    @cached_property
+    def digest(self) -> str:
+        """Identity of the set: image shards by name and size, texts by content."""
+        if isinstance(self.images, IndexedSamples):
+            images = [f"{file.name} {file.stat().st_size}" for file in self.images.files]
+        else:
+            images = self.images.urls
+        return digest(*images, "\n".join(self.texts))
+
+
+def write_task(
+    folder: Path,
+    classnames: Sequence[str],
+    templates: Sequence[str],
+    splits: Mapping[str, Iterable[tuple[bytes, int]]],
+    suffix: str,
+    source: str,
+    shard_images: int = 1_000,
+) -> None:
+    """Write a task folder, whole or not at all.
+
+    Args:
+        folder: where the task will be.
+        classnames: label order.
+        templates: with `{c}`; the first one trains.
+        splits: for `train` and `test`, encoded images and labels.
+        suffix: the images' file suffix, without the dot.
+        source: where the images come from, for the manifest.
+        shard_images: images a shard.
+    """
+    with whole_folder(folder) as temporary:
+        write_text(temporary / "classnames.txt", "\n".join(classnames) + "\n")
+        write_text(temporary / "zeroshot_classification_templates.txt", "\n".join(templates) + "\n")
+        hashes = {}
+        for split, samples in splits.items():
+            labelled = ({suffix: image, "cls": str(label).encode()} for image, label in samples)
+            shards = write_shards(temporary / split, labelled, shard_images)
+            write_text(temporary / split / "nshards.txt", f"{len(shards)}\n")
+            hashes[split] = shards
+        write_text(temporary / MANIFEST, json.dumps({"source": source, "splits": hashes}, indent=1) + "\n")
+
+
+def write_shards(folder: Path, samples: Iterable[Mapping[str, bytes]], shard_images: int) -> list[dict[str, object]]:
+    """Write samples (suffix -> content) to 0.tar, 1.tar, …; the same samples give the same bytes.
+
+    Returns each shard's file name, samples, bytes and sha256.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with webdataset.ShardWriter(f"{folder}/%d.tar", maxcount=shard_images, encoder=False, verbose=0, mtime=0) as writer:
+        total = 0
+        for total, sample in enumerate(samples, start=1):
+            writer.write({"__key__": f"{total - 1:07d}", **sample})
+    return [
+        {
+            "file": file.name,
+            "samples": min(shard_images, total - index * shard_images),
+            "bytes": file.stat().st_size,
+            "sha256": file_digest(file),
+        }
+        for index, file in enumerate(sorted(folder.glob("*.tar"), key=lambda file: int(file.stem)))
+    ]

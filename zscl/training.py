@@ -1,0 +1,240 @@
+"""One stage: the step, and the loop that reads straight down."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from schemas.experiment import Experiment
+from schemas.results import StageResult, StepLosses, StepsTaken
+from zscl import objective
+from zscl.averaging import hand_on
+from zscl.distributed import gather_with_gradient, rank, share, world_size
+from zscl.model import Clip, precision_context
+from zscl.objective import Batch, Features, Objective, Teacher
+from zscl.shards import seed_of
+from zscl.streams import Decode, Loader, TrainingImages, no_label
+from zscl.tasks import ReferenceSet, TaskFolder
+
+REPORT_EVERY_SECONDS = 1.0
+Report = Callable[[StepsTaken], None]
+
+
+class Towers(nn.Module):
+    """Both towers in one forward pass, which is what DistributedDataParallel can follow."""
+
+    def __init__(self, clip: nn.Module) -> None:
+        super().__init__()
+        self.clip = clip
+
+    def forward(self, images: torch.Tensor, prompts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Encode images [b, 3, H, W] and token ids [C, L] to normalised features [b, D] and [C, D]."""
+        encoded = self.clip(images, prompts)
+        return encoded["image_features"].float(), encoded["text_features"].float()
+
+
+@dataclass(frozen=True)
+class Student:
+    """The model in training, seen from the step: batch in, global features out."""
+
+    towers: nn.Module
+    prompts: torch.Tensor
+    scale: torch.Tensor
+    batch_size: int
+    reference_batch_size: int
+    precision: str
+
+    def __call__(self, batch: Batch) -> Features:
+        """Encode task and reference images in one pass, and the class prompts; gather over the workers."""
+        images = batch.images if batch.references is None else torch.cat([batch.images, batch.references])
+        with precision_context(self.precision, images.device):
+            encoded, prompts = self.towers(images, self.prompts)
+        own, references = encoded[: len(batch.images)], encoded[len(batch.images) :]
+        return Features(
+            images=gather_with_gradient(own, self.batch_size),
+            prompts=prompts,
+            references=None
+            if batch.references is None
+            else gather_with_gradient(references, self.reference_batch_size),
+            scale=self.scale,
+        )
+
+
+def train_step(
+    student: Student, losses_of: Objective, optimizer: Optimizer, schedule: LRScheduler, batch: Batch
+) -> dict[str, torch.Tensor]:
+    """Update the student once. Returns each named loss, detached."""
+    named = losses_of(student(batch), batch)
+    optimizer.zero_grad()
+    torch.stack(list(named.values())).sum().backward()
+    optimizer.step()
+    schedule.step()
+    return {name: loss.detach() for name, loss in named.items()}
+
+
+def learning_rate_factor(step: int, warmup_steps: int, steps: int) -> float:
+    """Linear warm-up, then half a cosine; `step` counts from 0."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / (steps - warmup_steps)))
+
+
+def train_stage(
+    experiment: Experiment,
+    stage: int,
+    folder: TaskFolder,
+    clip: Clip,
+    teacher: Teacher | None,
+    reference: ReferenceSet | None,
+    device: torch.device,
+    report: Report,
+) -> tuple[nn.Module, StageResult, list[StepLosses]]:
+    """Train `clip.model` on one task.
+
+    Args:
+        experiment: method, optimisation and seed.
+        stage: counted from 1.
+        folder: the task's data.
+        clip: the stage's start; its model is trained in place.
+        teacher: for methods that distil.
+        reference: likewise.
+        device: where the model lies.
+        report: told about steps, every second or so.
+
+    Returns the model handed on, the stage's result, and every step's losses.
+    """
+    optimisation, model, task = experiment.optimisation, clip.model, experiment.tasks[stage - 1]
+    steps = experiment.stage_steps(task)
+
+    # Everything is decided here; the loop below only trains.
+    model.train()
+    freeze_logit_scale(model)
+    losses_of = objective.build(experiment, model, teacher)
+    batches = training_batches(experiment, stage, folder, clip, reference if teacher else None, device)
+    student = Student(
+        towers=distribute(Towers(model), device),
+        prompts=clip.tokenizer(folder.prompts(folder.templates[0])).to(device),
+        scale=model.logit_scale.detach().exp(),  # type: ignore[operator]
+        batch_size=optimisation.batch_size,
+        reference_batch_size=optimisation.reference_batch_size,
+        precision=optimisation.precision,
+    )
+    optimizer = AdamW(
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        lr=task.learning_rate or optimisation.learning_rate,
+        betas=optimisation.betas,
+        weight_decay=optimisation.weight_decay,
+    )
+    schedule = LambdaLR(
+        optimizer, lambda step: learning_rate_factor(step, min(optimisation.warmup_steps, steps), steps)
+    )
+    handed_on = hand_on(experiment.method.average, model)
+    images_per_step = optimisation.batch_size + (optimisation.reference_batch_size if teacher else 0)
+    journal = Journal(stage, task.name, images_per_step, report)
+
+    for step in range(steps):
+        learning_rate = float(schedule.get_last_lr()[0])
+        named = train_step(student, losses_of, optimizer, schedule, next(batches))
+        handed_on.after_step(step)
+        journal.add(step, learning_rate, named)
+    handed_on.after_step(steps)
+
+    journal.flush()
+    result = StageResult(
+        stage=stage,
+        task=task.name,
+        steps=steps,
+        images_seen=steps * images_per_step,
+        train_seconds=journal.seconds,
+        images_per_second=steps * images_per_step / journal.seconds,
+        merges=handed_on.merges,
+        losses=journal.steps[-1].losses,
+    )
+    return handed_on.model, result, journal.steps
+
+
+def training_batches(
+    experiment: Experiment,
+    stage: int,
+    folder: TaskFolder,
+    clip: Clip,
+    reference: ReferenceSet | None,
+    device: torch.device,
+) -> Iterator[Batch]:
+    """This worker's endless batches of a stage: task images augmented, reference images as in evaluation."""
+    optimisation, loader = experiment.optimisation, Loader(device, experiment.compute.loader_processes)
+    images = TrainingImages(
+        samples=folder.train,
+        decode=Decode(clip.train_transform, folder.label),
+        seed=seed_of(experiment.seed, stage, "task"),
+        batch_size=optimisation.batch_size,
+        own=share(optimisation.batch_size),
+    ).batches(loader)
+    if reference is None:
+        return (Batch(batch, labels, None) for batch, labels in images)
+    references = TrainingImages(
+        samples=reference.images,
+        decode=Decode(clip.evaluation_transform, no_label),
+        seed=seed_of(experiment.seed, stage, "reference"),
+        batch_size=optimisation.reference_batch_size,
+        own=share(optimisation.reference_batch_size),
+    ).batches(loader)
+    return (Batch(batch, labels, others) for (batch, labels), (others, _) in zip(images, references, strict=True))
+
+
+def freeze_logit_scale(model: nn.Module) -> None:
+    """Train every parameter but the logit scale (and a sigmoid model's logit bias)."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in ("logit_scale", "logit_bias"))
+
+
+def distribute(towers: nn.Module, device: torch.device) -> nn.Module:
+    """Average gradients over the workers, where there are several."""
+    if world_size() == 1:
+        return towers
+    devices = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(towers, device_ids=devices, broadcast_buffers=False, static_graph=True)
+
+
+class Journal:
+    """Every step's losses, reported now and then: reading a loss waits for the device."""
+
+    def __init__(self, stage: int, task: str, images_per_step: int, report: Report) -> None:
+        self.stage, self.task, self.images_per_step, self.report = stage, task, images_per_step, report
+        self.steps: list[StepLosses] = []
+        self._pending: list[tuple[int, float, dict[str, torch.Tensor]]] = []
+        self._started = self._reported = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Time since the stage's first step began."""
+        return time.perf_counter() - self._started
+
+    def add(self, step: int, learning_rate: float, named: dict[str, torch.Tensor]) -> None:
+        """Keep a step; report those kept when it is time."""
+        self._pending.append((step, learning_rate, named))
+        if time.perf_counter() - self._reported >= REPORT_EVERY_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Report the steps kept."""
+        if not self._pending:
+            return
+        names = list(self._pending[0][2])
+        values = torch.stack([torch.stack([named[name] for name in names]) for _, _, named in self._pending])
+        taken = [
+            StepLosses(step=step, learning_rate=learning_rate, losses=dict(zip(names, row, strict=True)))
+            for (step, learning_rate, _), row in zip(self._pending, values.tolist(), strict=True)
+        ]
+        now = time.perf_counter()
+        speed = len(taken) * self.images_per_step / max(now - self._reported, 1e-9)
+        if rank() == 0:
+            self.report(StepsTaken(stage=self.stage, task=self.task, steps=tuple(taken), images_per_second=speed))
+        self.steps += taken
+        self._pending, self._reported = [], now
