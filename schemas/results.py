@@ -123,6 +123,13 @@ class Note(Strict):
     text: str
 
 
+class Refused(Strict):
+    """A worker found something that was given to be wrong: the run cannot go on."""
+
+    event: Literal["refused"] = "refused"
+    text: str
+
+
 Progress = Annotated[
     StageStarted | StepsTaken | StageTrained | TaskEvaluated | RowMeasured | Note,
     Field(discriminator="event"),

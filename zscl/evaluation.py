@@ -2,10 +2,7 @@
 
 import torch
 from open_clip import build_zero_shot_classifier
-from torch import nn
 
-from schemas.compute import Compute
-from schemas.experiment import Experiment
 from zscl.distributed import gather, rank, share, sum_over_workers, world_size
 from zscl.model import Clip, precision_context
 from zscl.streams import Decode, EvaluationImages, Loader
@@ -15,57 +12,56 @@ CLASSES_AT_ONCE = 32  # classes (times templates) in one pass of the text tower
 
 
 def accuracy(
-    clip: Clip, model: nn.Module, task: TaskFolder, experiment: Experiment, device: torch.device
+    clip: Clip,
+    task: TaskFolder,
+    loader: Loader,
+    *,
+    templates: str = "all",
+    precision: str = "fp32",
+    batch_size: int = 256,
 ) -> tuple[float, int]:
-    """Top-1 accuracy on a task's test images among its classes, and how many images there are.
+    """Top-1 accuracy of `clip.model` on a task's test images among its classes, and how many images there are.
 
     Each class embedding is the normalised mean of its normalised template embeddings.
 
     Args:
-        clip: tokenizer and evaluation transform.
-        model: the model to judge, of clip's architecture.
+        clip: model, tokenizer and evaluation transform.
         task: what to judge it on.
-        experiment: templates, precision and batch size.
-        device: where the model lies.
+        loader: how to read, and the model's device.
+        templates: `all` or `first`.
+        precision: `fp32` or `bf16`.
+        batch_size: images a worker encodes at once.
     """
-    was_training = model.training
-    model.eval()
-    with torch.inference_mode(), precision_context(experiment.optimisation.precision, device):
-        classifier = class_embeddings(clip, model, task, experiment.evaluation.templates, device)
-        correct, images = count_correct(clip, model, task, classifier, experiment.compute, device)
-    model.train(was_training)
+    was_training = clip.model.training
+    clip.model.eval()
+    with torch.inference_mode(), precision_context(precision, loader.device):
+        classifier = class_embeddings(clip, task, templates, loader.device)
+        correct, images = count_correct(clip, task, classifier, loader, batch_size)
+    clip.model.train(was_training)
     return correct / images, images
 
 
-def class_embeddings(
-    clip: Clip, model: nn.Module, task: TaskFolder, templates: str, device: torch.device
-) -> torch.Tensor:
+def class_embeddings(clip: Clip, task: TaskFolder, templates: str, device: torch.device) -> torch.Tensor:
     """Embed every class; the workers share the classes. Returns [C, D], normalised."""
     used = task.templates if templates == "all" else task.templates[:1]
     formats = [lambda name, template=template: template.replace("{c}", name) for template in used]
-    own = [task.classnames[index] for index in share(len(task.classnames))]
-    if not own:  # more workers than classes: embed one for its shape
-        own = [task.classnames[0]]
+    own = share(len(task.classnames))
+    # With more workers than classes, some have none to embed: they embed one, for its shape, and give no row.
+    names = [task.classnames[index] for index in own] or [task.classnames[0]]
     embedded = build_zero_shot_classifier(
-        model, clip.tokenizer, own, formats, num_classes_per_batch=CLASSES_AT_ONCE, device=device
-    ).T[: len(share(len(task.classnames)))]
+        clip.model, clip.tokenizer, names, formats, num_classes_per_batch=CLASSES_AT_ONCE, device=device
+    ).T[: len(own)]
     return gather(embedded.float().contiguous(), len(task.classnames))
 
 
 def count_correct(
-    clip: Clip,
-    model: nn.Module,
-    task: TaskFolder,
-    classifier: torch.Tensor,
-    compute: Compute,
-    device: torch.device,
+    clip: Clip, task: TaskFolder, classifier: torch.Tensor, loader: Loader, batch_size: int
 ) -> tuple[int, int]:
     """Classify every test image once over all workers. Returns (correct, images)."""
-    images = EvaluationImages(task.test, Decode(clip.evaluation_transform, task.label), rank(), world_size())
-    loader = Loader(device, compute.loader_processes)
+    images = EvaluationImages(task.test, Decode(clip.evaluation_transform, task.label_of), rank(), world_size())
     correct = seen = 0
-    for batch, labels in images.batches(compute.evaluation_batch_size, loader):
-        features = model.encode_image(batch, normalize=True).float()  # type: ignore[operator]
+    for batch, labels in images.batches(batch_size, loader):
+        features = clip.model.encode_image(batch, normalize=True).float()  # type: ignore[operator]
         correct += int((features @ classifier.T).argmax(dim=1).eq(labels).sum())
         seen += len(labels)
     correct_everywhere, seen_everywhere = sum_over_workers(correct, seen)

@@ -33,10 +33,10 @@ class Clip:
     evaluation_transform: Callable[[Any], torch.Tensor]
     config: dict[str, Any]
 
-    def save(self, model: nn.Module, folder: Path) -> None:
-        """Write `model`, of this architecture, as an open_clip folder in float32, whole or not at all."""
+    def save(self, model: nn.Module, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+        """Write `model`, of this architecture, as an open_clip folder, whole or not at all."""
         with whole_folder(folder) as temporary:
-            weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+            weights = {name: value.detach().to("cpu", dtype).contiguous() for name, value in model.state_dict().items()}
             save_file(weights, temporary / WEIGHTS)
             save_config_for_hf(self.model, temporary / CONFIG, model_config=self.config)
             if hasattr(self.tokenizer, "save_pretrained"):

@@ -40,10 +40,12 @@ from zscl.files import whole_folder, write_text
 from zscl.metrics import metrics
 from zscl.model import Clip, freeze, load, load_weights, weights_digest
 from zscl.objective import Teacher
+from zscl.streams import Loader
 from zscl.tasks import ReferenceSet, TaskFolder
 from zscl.training import train_stage
 
 Report = Callable[[BaseModel], None]
+ZERO_SHOT = "zero_shot.json"
 LIBRARIES = ("torch", "open_clip_torch", "webdataset")
 
 
@@ -96,8 +98,9 @@ def run_sequence(
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     run = _Run(open_experiment(experiment), folder, report if rank() == 0 else _silent, device)
+    refuse_other_run(folder, run.opened.fingerprint)
     clip = load(experiment.model, device)
-    zero_shot = run.row(0, clip, folder / "zero_shot.json")
+    zero_shot = run.row(0, clip, folder / ZERO_SHOT)
     if experiment.method.task_loss is None:
         return run.finish(zero_shot, [zero_shot] * len(run.opened.tasks), [])
 
@@ -126,6 +129,23 @@ class AccuracyRow(Strict):
     seconds: float
 
 
+def refuse_other_run(folder: Path, fingerprint: str) -> None:
+    """Refuse to mix two experiments in one folder.
+
+    Raises:
+        InputError: the folder holds a run of another experiment.
+    """
+    file = folder / ZERO_SHOT
+    if not file.is_file():
+        return
+    found = AccuracyRow.model_validate_json(file.read_text()).fingerprint
+    if found != fingerprint:
+        raise InputError(
+            f"{folder}: found a run of another experiment (fingerprint {found}), expected {fingerprint} or an empty "
+            "folder; choose another folder"
+        )
+
+
 @dataclass
 class _Run:
     """One run under way: what its stages share."""
@@ -138,24 +158,23 @@ class _Run:
 
     def row(self, stage: int, clip: Clip, file: Path) -> AccuracyRow:
         """Measure the model on every task, or read what was measured."""
-        if file.is_file():
-            row = AccuracyRow.model_validate_json(file.read_text())
-            if row.fingerprint != self.opened.fingerprint:
-                raise InputError(
-                    f"{self.folder}: found a run of another experiment (fingerprint {row.fingerprint}), expected "
-                    f"{self.opened.fingerprint} or an empty folder; choose another folder"
-                )
-        else:
-            row = self._measure(stage, clip, file)
+        known = file.is_file()
+        row = AccuracyRow.model_validate_json(file.read_text()) if known else self._measure(stage, clip, file)
         self.evaluation_seconds += row.seconds
         self.report(RowMeasured(stage=stage, accuracy=row.accuracy))
         return row
 
     def _measure(self, stage: int, clip: Clip, file: Path) -> AccuracyRow:
         started, accuracies, images = time.perf_counter(), {}, {}
+        experiment = self.opened.experiment
         for task in self.opened.tasks:
             accuracies[task.name], images[task.name] = accuracy(
-                clip, clip.model, task, self.opened.experiment, self.device
+                clip,
+                task,
+                Loader(self.device, experiment.compute.loader_processes),
+                templates=experiment.evaluation.templates,
+                precision=experiment.optimisation.precision,
+                batch_size=experiment.compute.evaluation_batch_size,
             )
             self.report(
                 TaskEvaluated(stage=stage, task=task.name, accuracy=accuracies[task.name], images=images[task.name])

@@ -19,10 +19,10 @@ from schemas.base import InputError
 from zscl.shards import Sample, Samples, seed_of
 
 Transform = Callable[[Any], torch.Tensor]
-ReadLabel = Callable[[bytes | None, str, str], int]
+LabelOf = Callable[[Sample], int]
 
 
-def no_label(content: bytes | None, shard: str, key: str) -> int:
+def no_label(sample: Sample) -> int:
     """Label of an unlabelled image."""
     return -1
 
@@ -59,7 +59,7 @@ class Decode:
     """Encoded sample → (image [3, H, W], label)."""
 
     transform: Transform
-    read_label: ReadLabel
+    label_of: LabelOf
 
     def __call__(self, sample: Sample) -> tuple[torch.Tensor, int]:
         """Decode one image.
@@ -67,7 +67,7 @@ class Decode:
         Raises:
             InputError: the image or the label cannot be read.
         """
-        label = self.read_label(sample.label, sample.shard, sample.key)
+        label = self.label_of(sample)
         try:
             with Image.open(io.BytesIO(sample.image)) as image:
                 return self.transform(image.convert("RGB")), label

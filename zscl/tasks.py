@@ -19,7 +19,7 @@ import webdataset
 from schemas.base import InputError
 from schemas.data import Reference, Task
 from zscl.files import digest, file_digest, whole_folder, write_text
-from zscl.shards import IndexedSamples, StreamedSamples, open_samples
+from zscl.shards import IndexedSamples, Sample, StreamedSamples, open_samples
 
 SPLITS = ("train", "test")
 MANIFEST = "zscl.json"
@@ -104,6 +104,10 @@ class TaskFolder:
             if "://" not in shard and not Path(shard).is_file():
                 raise InputError(f"{shard}: found no such file, expected {count} shards as {file} says")
         return shards
+
+    def label_of(self, sample: Sample) -> int:
+        """See `label`."""
+        return self.label(sample.label, sample.shard, sample.key)
 
     def label(self, content: bytes | None, shard: str, key: str) -> int:
         """Read a sample's label.
@@ -226,7 +230,10 @@ def write_shards(folder: Path, samples: Iterable[Mapping[str, bytes]], shard_ima
     Returns each shard's file name, samples, bytes and sha256.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with webdataset.ShardWriter(f"{folder}/%d.tar", maxcount=shard_images, encoder=False, verbose=0, mtime=0) as writer:
+    escaped = str(folder).replace("%", "%%")  # the writer takes a printf pattern
+    with webdataset.ShardWriter(
+        f"{escaped}/%d.tar", maxcount=shard_images, encoder=False, verbose=0, mtime=0
+    ) as writer:
         total = 0
         for total, sample in enumerate(samples, start=1):
             writer.write({"__key__": f"{total - 1:07d}", **sample})

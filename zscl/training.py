@@ -171,7 +171,7 @@ def training_batches(
     optimisation, loader = experiment.optimisation, Loader(device, experiment.compute.loader_processes)
     images = TrainingImages(
         samples=folder.train,
-        decode=Decode(clip.train_transform, folder.label),
+        decode=Decode(clip.train_transform, folder.label_of),
         seed=seed_of(experiment.seed, stage, "task"),
         batch_size=optimisation.batch_size,
         own=share(optimisation.batch_size),

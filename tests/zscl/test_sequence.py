@@ -28,7 +28,7 @@ def test_leaves_the_documented_folder(experiment: Callable[..., Experiment], tmp
             "accuracy.json", "losses.csv", "model", "training.json",
         ]  # fmt: skip
         assert len((place / "losses.csv").read_text().splitlines()) == 1 + 5
-    assert not [file for file in tmp_path.rglob("*.partial")]
+    assert not list(tmp_path.rglob("*.partial"))
 
 
 def test_a_stage_reproduces_its_accuracy_in_open_clip(experiment: Callable[..., Experiment], tmp_path: Path) -> None:
@@ -59,9 +59,7 @@ def test_a_stage_reproduces_its_accuracy_in_open_clip(experiment: Callable[..., 
     assert sum(correct) / len(correct) == pytest.approx(result.accuracy_matrix[0][0], abs=1e-12)
 
 
-def test_same_seed_same_numbers_other_seed_other_numbers(
-    experiment: Callable[..., Experiment], tmp_path: Path
-) -> None:
+def test_same_seed_same_numbers_other_seed_other_numbers(experiment: Callable[..., Experiment], tmp_path: Path) -> None:
     losses = []
     for run, seed in enumerate([3, 3, 4]):
         run_sequence(experiment(seed=seed), tmp_path / str(run), device=CPU)

@@ -1,0 +1,191 @@
+"""The command line: one verb each. Nothing heavy is imported before a verb is known."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from schemas.base import InputError
+
+app = typer.Typer(
+    help="Continual fine-tuning of CLIP that keeps its zero-shot ability, on Ray, recorded in MLflow.\n\n"
+    "Example: zscl run experiments/embedded.yaml --set method=finetune",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=True,
+)
+data = typer.Typer(help="Make and look at data.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(data, name="data")
+
+progress_console = Console(stderr=True)
+
+Recipe = Annotated[Path, typer.Argument(help="Recipe (YAML).")]
+Overrides = Annotated[
+    list[str], typer.Option("--set", metavar="a.b.c=value", help="Override a field of the recipe; repeatable.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+
+
+def main() -> None:
+    """Run the command line; what the user got wrong is a sentence and exit code 2, not a traceback."""
+    try:
+        app()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def emit(content: dict[str, Any], as_json: bool, lines: list[str]) -> None:
+    """End a command: what it made and where, for people or for programs."""
+    if as_json:
+        print(json.dumps(content, indent=1))
+    else:
+        print("\n".join(lines))
+
+
+@app.command()
+def run(
+    recipe: Recipe,
+    overrides: Overrides = [],  # noqa: B006 - typer reads the default and nobody writes to it
+    out: Annotated[Path | None, typer.Option(help="The run's folder. Default: runs/NAME-METHOD-FINGERPRINT.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done, stop.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run a recipe; a run that was interrupted goes on behind its last finished stage.
+
+    Example: zscl run experiments/embedded.yaml --set method=finetune --set seed=1
+    """
+    from orchestrate import places, recipes, report
+    from orchestrate import run as running
+
+    experiment = recipes.load_experiment(recipe, overrides)
+    opened = running.prepare(experiment)
+    folder = out.absolute() if out else places.default_folder(experiment, opened.fingerprint)
+    if dry_run:
+        content = {"experiment": experiment.model_dump(mode="json"), "plan": running.plan(opened, folder)}
+        emit(content, as_json, [recipes.dump(content)])
+        return
+    result = running.run(opened, folder, progress_console)
+    uri = places.without_password(places.store_uri(experiment, folder))
+    lines = [
+        "  ".join(f"{name} {report.percent(value)}" for name, value in result.metrics.model_dump().items())
+        + f"  (zero-shot transfer {report.percent(result.zero_shot_metrics.transfer)})",
+        f"run     {folder}",
+        f"models  {folder}/stages/<k>-<task>/model  (open_clip: local-dir:…)",
+        f"MLflow  mlflow ui --backend-store-uri {uri}",
+    ]
+    emit({"folder": str(folder), "tracking_uri": uri, "result": result.model_dump(mode="json")}, as_json, lines)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs.")],
+    out: Annotated[Path | None, typer.Option(help="Where to write. Default: comparison/ beside the first run.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare what runs forget: Transfer, Avg, Last, forgetting, and each task.
+
+    Example: zscl compare runs/demo/finetune runs/demo/zscl
+    """
+    from orchestrate import report
+
+    results = [report.load_result(run) for run in runs]
+    folder = out or runs[0].absolute().parent / "comparison"
+    written = report.write_comparison(results, runs, folder)
+    rows = report.comparison_rows(results, runs)
+    if not as_json:
+        Console().print(report.terminal_table(rows))
+    emit({"rows": rows, "files": written}, as_json, [f"{kind:9} {file}" for kind, file in written.items()])
+
+
+@app.command()
+def schema() -> None:
+    """Print the recipe's JSON Schema, for editors.
+
+    Example: zscl schema > recipe.schema.json
+    """
+    from schemas.experiment import Experiment
+
+    print(json.dumps(Experiment.model_json_schema(), indent=1))
+
+
+@app.command()
+def pretrain(
+    recipe: Recipe,
+    out: Annotated[Path, typer.Option(help="Folder of the model.")],
+    overrides: Overrides = [],  # noqa: B006
+    as_json: AsJson = False,
+) -> None:
+    """Train a small CLIP from nothing, contrastively, and write it as an open_clip folder.
+
+    Example: zscl pretrain experiments/pretrain-embedded.yaml --out runs/embedded-model
+    """
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from orchestrate import recipes
+    from schemas.pretraining import Pretraining
+
+    checked = recipes.parse(Pretraining, {"name": recipe.stem, **recipes.read(recipe, overrides)}, recipe)
+    import torch
+
+    from zscl.pretraining import pretrain as train
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("left"), TimeRemainingColumn())
+    with Progress(*columns, console=progress_console) as bar:
+        task = bar.add_task("pre-training", total=None)
+
+        def report(step: int, steps: int, loss: float) -> None:
+            bar.update(task, completed=step, total=steps, description=f"step {step} of {steps}, loss {loss:.3f}")
+
+        made = train(checked, out.absolute(), report, device)
+    lines = [f"zero-shot {task} {100 * value:.1f}" for task, value in made.zero_shot.items()]
+    lines.append(f"model   {made.folder}  (open_clip: local-dir:{made.folder})")
+    emit(
+        {"folder": str(made.folder), "steps": made.steps, "loss": made.loss, "zero_shot": made.zero_shot},
+        as_json,
+        lines,
+    )
+
+
+@data.command()
+def prepare(
+    suite: Annotated[str, typer.Argument(help="Which: embedded.")],
+    out: Annotated[Path, typer.Option(help="Folder of the suite.")],
+    corpus: Annotated[bool, typer.Option("--corpus", help="Also the captioned corpus for pre-training.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make a suite's tasks and reference set; what is there already is kept.
+
+    Example: zscl data prepare embedded --out runs/demo/data
+    """
+    if suite != "embedded":
+        raise InputError(f"data prepare: found the suite '{suite}', expected 'embedded'")
+    from zscl.suites import write_embedded
+
+    places = write_embedded(out.absolute(), corpus, lambda text: progress_console.print(text, highlight=False))
+    emit({"folders": [str(place) for place in places]}, as_json, [str(place) for place in places])
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder of the demo's data and runs.")] = Path("runs/demo"),
+    recipe: Annotated[Path, typer.Option(help="Recipe of the embedded suite.")] = Path("experiments/embedded.yaml"),
+    overrides: Overrides = [],  # noqa: B006
+    as_json: AsJson = False,
+) -> None:
+    """Watch a CLIP forget, and not forget: fine-tuning against ZSCL, offline, in a few minutes.
+
+    Example: zscl demo --out runs/demo
+    """
+    from orchestrate import demo as demonstration
+
+    runs = demonstration.demo(recipe, out.absolute(), overrides, progress_console)
+    progress_console.rule("comparison")
+    compare(runs, out.absolute() / "comparison", as_json)
+    if not as_json:
+        print(f"MLflow    mlflow ui --backend-store-uri sqlite:///{out.absolute()}/mlflow.db")

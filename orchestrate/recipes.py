@@ -1,0 +1,111 @@
+"""A recipe: one YAML file and a few overrides → an experiment."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from schemas.base import InputError, Strict, explain
+from schemas.experiment import Experiment
+from zscl.files import write_text
+
+SchemaT = TypeVar("SchemaT", bound=Strict)
+
+
+def load_experiment(file: Path, overrides: Sequence[str] = ()) -> Experiment:
+    """Read a recipe. It is named after its file unless it names itself.
+
+    Raises:
+        InputError: the file or an override cannot be read, or the recipe is refused.
+    """
+    return parse(Experiment, {"name": file.stem, **read(file, overrides)}, file)
+
+
+def read(file: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Read a recipe's YAML with its overrides (`a.b.c=value`), unchecked."""
+    try:
+        content = _yaml().load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{file}: found no such file, expected a recipe (YAML)") from error
+    except (OSError, UnicodeDecodeError, YAMLError) as error:
+        raise InputError(f"{file}: found no readable YAML ({_one_line(error)})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{file}: found {type(content).__name__}, expected fields such as 'model:' and 'tasks:'")
+    for override in overrides:
+        _override(content, override)
+    return content
+
+
+def parse(schema: type[SchemaT], content: dict[str, Any], file: Path) -> SchemaT:
+    """Check a recipe's content against a schema; relative paths count from the current folder."""
+    try:
+        return schema.model_validate(content, context={"root": Path.cwd()})
+    except ValidationError as error:
+        raise InputError("\n".join(f"{file}: {line}" for line in explain(error).splitlines())) from error
+
+
+def write_experiment(experiment: Experiment, file: Path) -> None:
+    """Write the resolved recipe; `load_experiment` reads it back to the same experiment."""
+    write_text(file, dump(experiment.model_dump(mode="json")))
+
+
+def dump(content: dict[str, Any]) -> str:
+    """Format as YAML."""
+    stream = io.StringIO()
+    _yaml().dump(content, stream)
+    return stream.getvalue()
+
+
+def _yaml() -> YAML:
+    yaml = YAML(typ="safe", pure=True)  # pure: YAML 1.2, where 1e-5 is a number
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    return yaml
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    path, equals, value = override.partition("=")
+    if not equals or not path:
+        raise InputError(f"--set {override}: expected a.b.c=value")
+    *parents, last = path.split(".")
+    node: Any = content
+    for depth, key in enumerate(parents):
+        node = _child(node, key, ".".join(parents[: depth + 1]))
+    try:
+        parsed = _yaml().load(value)
+    except YAMLError as error:
+        raise InputError(f"--set {override}: found no readable value ({_one_line(error)})") from error
+    if isinstance(node, list):
+        node[_position(node, last, path)] = parsed
+    else:
+        node[last] = parsed
+
+
+def _child(node: Any, key: str, path: str) -> Any:
+    """The node under a key, ready to take fields: absent becomes empty, a bare preset or path its long form."""
+    if isinstance(node, list):
+        position = _position(node, key, path)
+        node[position] = _long_form("path", node[position])
+        return node[position]
+    node[key] = _long_form({"method": "preset", "model": "name"}.get(key, "images"), node.get(key))
+    return node[key]
+
+
+def _long_form(field: str, value: Any) -> Any:
+    if value is None:
+        return {}
+    return {field: value} if isinstance(value, str) else value
+
+
+def _position(node: list[Any], key: str, path: str) -> int:
+    if not key.isdecimal() or int(key) >= len(node):
+        raise InputError(f"--set {path}: found position '{key}', expected 0 to {len(node) - 1}")
+    return int(key)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).partition("To suppress this check")[0].split())

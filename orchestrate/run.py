@@ -1,0 +1,90 @@
+"""One run from a recipe: folder, pre-flight, tracking, display, training."""
+
+from pathlib import Path
+
+from pydantic import BaseModel
+from rich.console import Console
+
+from orchestrate import recipes, report
+from orchestrate.display import Display
+from schemas.experiment import Experiment
+from schemas.results import Result
+from zscl.sequence import Opened, open_experiment, refuse_other_run
+from zscl.shards import IndexedSamples
+
+
+def plan(opened: Opened, folder: Path) -> dict[str, object]:
+    """What a run will do, in numbers."""
+    experiment = opened.experiment
+    steps = sum(map(experiment.stage_steps, experiment.tasks))
+    test = {task.name: _count(task.test) for task in opened.tasks}
+    return {
+        "fingerprint": opened.fingerprint,
+        "folder": str(folder),
+        "finished_stages": len(list(folder.glob("stages/*/accuracy.json"))),
+        "stages": [task.name for task in opened.tasks],
+        "train_images": {task.name: _count(task.train) for task in opened.tasks},
+        "test_images": test,
+        "reference_images": _count(opened.reference.images) if opened.reference else 0,
+        "reference_texts": len(opened.reference.texts) if opened.reference else 0,
+        "steps": steps,
+        "images_through_student": steps * experiment.optimisation.batch_size
+        + (steps * experiment.optimisation.reference_batch_size if opened.reference else 0),
+        "workers": experiment.compute.workers,
+    }
+
+
+def _count(samples: object) -> int | None:
+    """Images; `None` for remote shards, which are not counted beforehand."""
+    return len(samples) if isinstance(samples, IndexedSamples) else None
+
+
+def prepare(experiment: Experiment) -> Opened:
+    """Look at everything the experiment names before anything is started.
+
+    Raises:
+        InputError: something is missing or wrong.
+    """
+    opened = open_experiment(experiment)
+    for task in opened.tasks:
+        task.check()
+    return opened
+
+
+def run(opened: Opened, folder: Path, console: Console) -> Result:
+    """Run an experiment on Ray, recorded in MLflow; one that is finished in `folder` is not run again.
+
+    Raises:
+        InputError: the cluster, the tracking store or the folder is not as expected.
+    """
+    refuse_other_run(folder, opened.fingerprint)
+    if (folder / "result.json").is_file():
+        console.print(f"{folder}: finished before, nothing to do", highlight=False)
+        return report.load_result(folder)
+    # Ray and MLflow take seconds to import: only once there is something to run.
+    from orchestrate.tracking import Tracker
+    from orchestrate.train import check_resources, connect, train
+
+    experiment = opened.experiment
+    connect(experiment.compute)
+    check_resources(experiment.compute)
+    tracker = Tracker(experiment, opened.fingerprint, folder)
+    recipes.write_experiment(experiment, folder / "experiment.yaml")
+
+    def on_progress(progress: BaseModel) -> None:
+        tracker(progress)
+        display(progress)
+
+    status = "FAILED"
+    try:
+        with Display(experiment, console) as display:
+            result = train(experiment, folder, on_progress)
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        if status != "FINISHED":
+            tracker.close(status)
+    tracker.finish(result, folder)
+    return result

@@ -1,0 +1,143 @@
+"""One experiment on N Ray Train workers.
+
+One worker group runs the whole sequence. The run's folder is its own checkpoint (see `zscl.sequence`): a restarted
+worker group, or a later start of the same run, goes on behind the last finished stage. Ray's own reports carry
+metrics only, so nothing depends on when Ray commits them.
+"""
+
+import logging
+import os
+import threading
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+from pydantic import BaseModel, TypeAdapter
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.queue import Queue
+
+from schemas.base import InputError
+from schemas.compute import Compute
+from schemas.experiment import Experiment
+from schemas.results import Progress, Refused, Result
+from zscl.sequence import run_sequence
+
+CONTROLLER_RETRIES = 3  # Ray's default is to try for ever
+OnProgress = Callable[[BaseModel], None]
+_progress: TypeAdapter[Any] = TypeAdapter(Progress)
+_END = ""
+
+
+def connect(compute: Compute) -> None:
+    """Connect to the recipe's cluster, to the one of RAY_ADDRESS, or start a local one.
+
+    Raises:
+        InputError: there is no cluster at the address.
+    """
+    if ray.is_initialized():
+        return
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    starts_here = compute.address is None and "RAY_ADDRESS" not in os.environ
+    local = {"include_dashboard": False} if starts_here else {}
+    try:
+        ray.init(address=compute.address, logging_level=logging.ERROR, log_to_driver=False, **local)
+    except (ConnectionError, RuntimeError) as error:
+        raise InputError(
+            f"compute.address: found no Ray cluster at {compute.address or os.environ.get('RAY_ADDRESS')} "
+            f"({' '.join(str(error).split())[:160]}), expected HOST:PORT of a running one, or none to start one here"
+        ) from error
+
+
+def check_resources(compute: Compute) -> bool:
+    """Tell whether the workers get GPUs.
+
+    Raises:
+        InputError: the cluster cannot hold the workers.
+    """
+    cluster = ray.cluster_resources()
+    gpus = cluster.get("GPU", 0.0)
+    use_gpu = compute.device == "gpu" or (compute.device == "auto" and gpus > 0)
+    wanted = {"CPU": compute.workers * compute.cpus_per_worker}
+    if use_gpu:
+        wanted["GPU"] = compute.workers * compute.gpus_per_worker
+    for kind, amount in wanted.items():
+        if amount > cluster.get(kind, 0.0):
+            raise InputError(
+                f"compute.workers: {compute.workers} workers need {amount:g} {kind}s, found {cluster.get(kind, 0.0):g} "
+                "in the Ray cluster; expected fewer workers, less for each, or a larger cluster"
+            )
+    return use_gpu
+
+
+def train(experiment: Experiment, folder: Path, on_progress: OnProgress) -> Result:
+    """Run an experiment on the cluster that `connect` chose; `on_progress` is called in a thread of this process.
+
+    Raises:
+        InputError: a worker found something wrong with the experiment's data or model.
+        ray.train.TrainingFailedError: a worker failed more often than compute.max_failures.
+    """
+    use_gpu = check_resources(experiment.compute)
+    compute = experiment.compute
+    resources = {"CPU": compute.cpus_per_worker} | ({"GPU": compute.gpus_per_worker} if use_gpu else {})
+    queue = Queue(actor_options={"num_cpus": 0})
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config={"experiment": experiment.model_dump_json(), "folder": str(folder), "queue": queue},
+        scaling_config=ScalingConfig(num_workers=compute.workers, use_gpu=use_gpu, resources_per_worker=resources),
+        # NCCL refuses two workers on one GPU.
+        torch_config=TorchConfig(backend="nccl" if use_gpu and compute.gpus_per_worker >= 1 else "gloo"),
+        run_config=RunConfig(
+            name=f"{datetime.now():%Y%m%d-%H%M%S-%f}",
+            storage_path=str(folder / "ray"),
+            failure_config=FailureConfig(
+                max_failures=compute.max_failures, controller_failure_limit=CONTROLLER_RETRIES
+            ),
+        ),
+    )
+    refused: list[str] = []
+    listener = threading.Thread(target=_listen, args=(queue, on_progress, refused), daemon=True)
+    listener.start()
+    try:
+        returned = trainer.fit().return_value
+    except ray.train.WorkerGroupError as error:
+        if refused:
+            raise InputError(refused[0]) from error
+        raise
+    finally:
+        queue.put(_END)
+        listener.join()
+        queue.shutdown()
+    return Result.model_validate_json(returned)
+
+
+def _work(config: dict[str, Any]) -> str:
+    """What every worker runs."""
+
+    def report(progress: BaseModel) -> None:
+        config["queue"].put(progress.model_dump_json())
+
+    try:
+        result = run_sequence(
+            Experiment.model_validate_json(config["experiment"]),
+            Path(config["folder"]),
+            report=report,
+            device=ray.train.torch.get_device(),
+        )
+    except InputError as error:
+        report(Refused(text=str(error)))
+        raise
+    return result.model_dump_json()
+
+
+def _listen(queue: Queue, on_progress: OnProgress, refused: list[str]) -> None:
+    while (message := queue.get()) != _END:
+        progress = _progress.validate_json(message)
+        if isinstance(progress, Refused):
+            refused.append(progress.text)
+        else:
+            on_progress(progress)

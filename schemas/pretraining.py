@@ -1,0 +1,35 @@
+"""A small CLIP, trained from nothing on captioned images."""
+
+from typing import Annotated, Any
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+from schemas.base import Location, Many, Strict
+
+
+class Preprocess(Strict):
+    """How the model wants its images, in open_clip's words."""
+
+    mean: Annotated[tuple[float, float, float], Field(strict=False)]
+    std: Annotated[tuple[float, float, float], Field(strict=False)]
+    interpolation: str = Field("bicubic", pattern="^(bicubic|bilinear)$")
+    resize_mode: str = Field("shortest", pattern="^(shortest|longest|squash)$")
+
+
+class Pretraining(Strict):
+    """Contrastive pre-training; pairs of one caption in a batch are all positives."""
+
+    name: str = Field("", pattern=r"^[A-Za-z0-9_.-]*$", description="Default: the recipe's file name")
+    architecture: dict[str, Any] = Field(description="open_clip model_cfg: embed_dim, vision_cfg, text_cfg")
+    preprocess: Preprocess
+    corpus: Many[Location] = Field(min_length=1, description="Shards or folders of images with .txt captions")
+    judge: Many[Location] = Field((), description="Task folders whose zero-shot accuracy is measured at the end")
+    epochs: PositiveInt = 6
+    batch_size: PositiveInt = 128
+    learning_rate: PositiveFloat = 1e-3
+    warmup_share: float = Field(0.05, ge=0, lt=1, description="Share of the steps")
+    weight_decay: float = Field(0.1, ge=0, description="Of matrices; not of biases, norms and embeddings")
+    betas: Annotated[tuple[float, float], Field(strict=False)] = (0.9, 0.98)
+    gradient_norm: PositiveFloat = Field(1.0, description="Gradients are clipped to this norm")
+    shift_pixels: NonNegativeInt = Field(2, description="Images are shifted by up to so many pixels")
+    seed: int = Field(0, ge=0)
