@@ -46,6 +46,7 @@ class Loader:
             num_workers=self.processes,
             pin_memory=self.device.type == "cuda",
             prefetch_factor=4 if self.processes else None,
+            generator=torch.Generator(),  # or it would draw from everybody's
         )
         for batch in loader:
             if isinstance(batch, str):  # an input error, carried as it is out of the loader process
@@ -103,7 +104,8 @@ class TrainingImages:
         for position, sample in zip(self._positions(), self.samples.at(self._positions(), self.seed), strict=True):
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(seed_of(self.seed, position))
-                yield self.decode(sample)
+                decoded = self.decode(sample)
+            yield decoded
 
     def _positions(self) -> Iterator[int]:
         process, processes = _process()

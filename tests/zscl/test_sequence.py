@@ -68,15 +68,15 @@ def test_same_seed_same_numbers_other_seed_other_numbers(experiment: Callable[..
 
 
 def test_goes_on_behind_the_last_finished_stage(experiment: Callable[..., Experiment], tmp_path: Path) -> None:
-    class Interrupted(Exception):
+    class InterruptedRunError(Exception):
         pass
 
     def interrupt(progress: BaseModel) -> None:
         if isinstance(progress, StepsTaken) and progress.stage == 2:
-            raise Interrupted
+            raise InterruptedRunError
 
     whole = run_sequence(experiment(), tmp_path / "whole", device=CPU)
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptedRunError):
         run_sequence(experiment(), tmp_path / "cut", report=interrupt, device=CPU)
     first = tmp_path / "cut/stages/1-first/model/open_clip_model.safetensors"
     written = first.stat().st_mtime_ns

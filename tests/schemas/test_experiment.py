@@ -1,0 +1,118 @@
+"""What a recipe may say, and what it is told when it says something else."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from schemas.base import explain
+from schemas.experiment import Experiment
+from schemas.method import PRESETS, Method
+
+Recipe = Callable[..., dict[str, Any]]
+
+
+def refused(content: dict[str, Any]) -> str:
+    with pytest.raises(ValidationError) as error:
+        Experiment.model_validate(content)
+    return explain(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"methd": "zscl"}, "unknown field 'methd'; did you mean 'method'?"),
+        (
+            {"method": {"preset": "zscl", "distill": {"temprature": 1}}},
+            "method.distill: unknown field 'temprature'; did you mean 'temperature'?",
+        ),
+        ({"method": "zcl"}, "method.preset: Input should be 'zero-shot', 'finetune', 'zscl*' or 'zscl', found 'zcl'"),
+        ({"optimisation": {"steps": "10"}}, "optimisation.steps: Input should be a valid integer, found '10'"),
+        (
+            {"optimisation": {"learning_rate": 0.0}},
+            "optimisation.learning_rate: Input should be greater than 0, found 0.0",
+        ),
+        ({"tasks": []}, "tasks: Tuple should have at least 1 item after validation, not 0, found []"),
+        ({"tasks": ["a/b", "c/b"]}, "found the name 'b' twice"),
+        ({"reference": None}, "method.distill needs reference"),
+        ({"model": "ViT-B-16"}, "'ViT-B-16' alone has random weights, expected pretrained beside it"),
+        ({"model": {"name": "embedded", "pretrained": "openai"}}, "'embedded' brings its weights"),
+        ({"compute": {"workers": 7}}, "compute.workers is 7, expected at most 5"),
+        ({"method": {"distill": {}}}, "found distill without task_loss"),
+        (
+            {"method": {"preset": "zscl", "distill": {"image_weight": 0.0, "text_weight": 0.0}}},
+            "image_weight and text_weight are both 0",
+        ),
+    ],
+)
+def test_refuses_with_one_clear_sentence(recipe: Recipe, changes: dict[str, Any], sentence: str) -> None:
+    found = refused(recipe(**changes))
+    assert sentence in found
+    assert "\n" not in found
+
+
+@pytest.mark.parametrize(
+    ("preset", "parts"),
+    [
+        ("zero-shot", set()),
+        ("finetune", {"task_loss"}),
+        ("zscl*", {"task_loss", "distill", "average"}),
+        ("zscl", {"task_loss", "distill", "average", "consolidate"}),
+    ],
+)
+def test_presets_are_compositions(preset: str, parts: set[str]) -> None:
+    method = Method.model_validate(preset)
+    assert {part for part in ("task_loss", "distill", "average", "consolidate") if getattr(method, part)} == parts
+    assert set(PRESETS) == {"zero-shot", "finetune", "zscl*", "zscl"}
+
+
+def test_a_changed_preset_says_what_was_changed() -> None:
+    assert Method.model_validate("zscl").changes == {}
+    changed = Method.model_validate({"preset": "zscl", "average": {"every": 7}, "consolidate": None})
+    assert changed.name == "zscl"
+    assert changed.changes == {"average.every": 7, "consolidate": None}
+    assert Method.model_validate(changed.model_dump()) == changed
+
+
+def test_survives_json(recipe: Recipe) -> None:
+    made = Experiment.model_validate(recipe())
+    assert Experiment.model_validate_json(made.model_dump_json()) == made
+
+
+def test_relative_paths_count_from_the_root_and_urls_are_left_alone(recipe: Recipe) -> None:
+    content = recipe(tasks=["a/one", "s3://bucket/two"], model="local-dir:clip")
+    made = Experiment.model_validate(content, context={"root": "/here"})
+    assert [task.path for task in made.tasks] == ["/here/a/one", "s3://bucket/two"]
+    assert [task.name for task in made.tasks] == ["one", "two"]
+    assert made.model.name == "local-dir:/here/clip"
+
+
+class TestFingerprint:
+    """Only what is computed counts."""
+
+    def of(self, content: dict[str, Any], **digests: str) -> str:
+        made = Experiment.model_validate(content)
+        contents = {task.path: f"content of {task.name}" for task in made.tasks}
+        return made.fingerprint(contents | {made.model.name: "weights", "reference": "texts"} | digests)
+
+    @pytest.mark.parametrize(
+        "changes",
+        [{"name": "other"}, {"compute": {"workers": 2, "device": "gpu"}}, {"tracking": {"experiment": "other"}}],
+    )
+    def test_where_and_what_it_is_called_do_not_count(self, recipe: Recipe, changes: dict[str, Any]) -> None:
+        assert self.of(recipe(**changes)) == self.of(recipe())
+
+    @pytest.mark.parametrize(
+        "changes",
+        [{"seed": 1}, {"method": "zscl*"}, {"optimisation": {"steps": 6}}, {"evaluation": {"templates": "first"}}],
+    )
+    def test_what_is_computed_counts(self, recipe: Recipe, changes: dict[str, Any]) -> None:
+        assert self.of(recipe(**changes)) != self.of(recipe())
+
+    def test_order_and_content_count(self, recipe: Recipe, tasks: list[str]) -> None:
+        assert self.of(recipe(tasks=tasks[::-1])) != self.of(recipe())
+        assert self.of(recipe(), reference="other texts") != self.of(recipe())
+
+    def test_what_the_method_does_not_read_does_not_count(self, recipe: Recipe) -> None:
+        assert self.of(recipe(method="finetune"), reference="other texts") == self.of(recipe(method="finetune"))

@@ -1,0 +1,48 @@
+"""The weight ensemble, counted by hand."""
+
+import pytest
+import torch
+from torch import nn
+
+from schemas.method import Average
+from zscl.averaging import WeightEnsemble, hand_on
+
+
+def trajectory(every: int, steps: int) -> tuple[float, int]:
+    """A single weight that starts at 100 and stands at step + 1 after each step."""
+    student = nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        student.weight.fill_(100.0)
+    ensemble = WeightEnsemble(student, every)
+    for step in range(steps):
+        with torch.no_grad():
+            student.weight.fill_(step + 1.0)
+        ensemble.after_step(step)
+    ensemble.after_step(steps)
+    return float(ensemble.mean.module.weight.detach()), ensemble.merges
+
+
+def test_takes_in_the_start_and_steps_zero_to_the_last() -> None:
+    # after steps 0, 2, 4 and, once more, the last weights at T = 6
+    assert trajectory(every=2, steps=6) == (pytest.approx((100 + 1 + 3 + 5 + 6) / 5), 5)
+
+
+def test_no_merge_at_the_end_when_it_is_no_multiple() -> None:
+    assert trajectory(every=2, steps=5) == (pytest.approx((100 + 1 + 3 + 5) / 4), 4)
+
+
+def test_the_paper_averages_twelve_models() -> None:
+    assert trajectory(every=100, steps=1000)[1] == 12
+
+
+def test_the_student_itself_is_not_touched() -> None:
+    student = nn.Linear(1, 1, bias=False)
+    before = student.weight.clone()
+    WeightEnsemble(student, 1).after_step(0)
+    assert torch.equal(student.weight, before)
+
+
+def test_without_a_part_the_last_weights_are_handed_on() -> None:
+    student = nn.Linear(1, 1)
+    assert hand_on(None, student).model is student
+    assert hand_on(Average(every=1), student).model is not student

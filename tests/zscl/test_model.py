@@ -1,0 +1,100 @@
+"""Models in and out."""
+
+import json
+import shutil
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+
+from schemas.base import InputError
+from schemas.experiment import Model
+from zscl.model import load, weights_digest
+
+
+@pytest.fixture
+def folder(tiny_model: str, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_model.removeprefix("local-dir:"), tmp_path / "clip"))
+
+
+def named(folder: Path) -> Model:
+    return Model(name=f"local-dir:{folder}")
+
+
+def test_a_saved_model_is_what_open_clip_loads(folder: Path, tmp_path: Path) -> None:
+    clip = load(named(folder))
+    with torch.no_grad():
+        next(clip.model.parameters()).add_(1.0)
+    clip.save(clip.model, tmp_path / "saved")
+    found, _, transform = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}/saved")
+    assert all(
+        torch.equal(a, b) for a, b in zip(found.state_dict().values(), clip.model.state_dict().values(), strict=True)
+    )
+    assert str(transform) == str(clip.evaluation_transform)
+    assert torch.equal(
+        open_clip.get_tokenizer(f"local-dir:{tmp_path}/saved")(["a red cat"]), clip.tokenizer(["a red cat"])
+    )
+
+
+def test_the_embedded_model_is_an_open_clip_folder() -> None:
+    clip = load(Model(name="embedded"))
+    assert clip.tokenizer(["a photo"]).shape == (1, 16)
+    assert next(clip.model.parameters()).dtype == torch.float32
+
+
+def test_the_digest_follows_weights_and_configuration(folder: Path, tmp_path: Path) -> None:
+    before = weights_digest(named(folder))
+    assert weights_digest(named(Path(shutil.copytree(folder, tmp_path / "elsewhere")))) == before
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    config["preprocess_cfg"]["mean"] = [0.4] * 3
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    assert weights_digest(named(folder)) != before
+    assert weights_digest(Model(name="ViT-B-32", pretrained="openai")) != before
+
+
+@pytest.mark.parametrize(
+    ("model", "sentence"),
+    [
+        (Model(name="ViT-Z-1", pretrained="openai"), "'ViT-Z-1' with pretrained 'openai' cannot be loaded"),
+        (Model(name="ViT-B-32", pretrained="nowhere"), "'ViT-B-32' with pretrained 'nowhere' cannot be loaded"),
+        (Model(name="local-dir:/no/such/folder"), "found no such folder"),
+    ],
+)
+def test_names_a_model_that_cannot_be_had(model: Model, sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        load(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("open_clip_model.safetensors", b"not weights", "cannot be loaded"),
+        ("open_clip_config.json", b"{", "cannot be loaded"),
+        ("open_clip_config.json", b"{}", "cannot be loaded"),
+    ],
+)
+def test_names_an_unreadable_model(folder: Path, name: str, content: bytes, sentence: str) -> None:
+    (folder / name).write_bytes(content)
+    with pytest.raises(InputError, match=sentence):
+        load(named(folder))
+
+
+def test_refuses_pickled_weights(folder: Path) -> None:
+    (folder / "open_clip_model.safetensors").unlink()
+    torch.save({"weights": torch.zeros(1)}, folder / "open_clip_pytorch_model.bin")
+    with pytest.raises(InputError, match=r"found no \.safetensors"):
+        load(named(folder))
+
+
+def test_refuses_a_model_that_normalises_over_the_batch(folder: Path) -> None:
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    config["model_cfg"]["vision_cfg"] = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    from safetensors.torch import save_file
+
+    model = open_clip.CLIP(**config["model_cfg"])
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    with pytest.raises(InputError, match="BatchNorm"):
+        load(named(folder))

@@ -1,0 +1,114 @@
+"""Which samples lie where, in which order."""
+
+import shutil
+from itertools import islice
+from pathlib import Path
+
+import pytest
+from conftest import coloured
+
+from schemas.base import InputError
+from zscl.shards import IndexedSamples, StreamedSamples, open_samples, seed_of
+from zscl.tasks import write_shards
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> list[str]:
+    """Three shards of 4, 4 and 2 samples."""
+    write_shards(tmp_path, ({"png": image, "cls": str(n).encode()} for n, (image, _) in enumerate(coloured(10, 0))), 4)
+    return [str(tmp_path / f"{index}.tar") for index in range(3)]
+
+
+def labels(samples: object) -> list[int]:
+    return [int(sample.label) for sample in samples]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_once_gives_every_sample_to_exactly_one_part(shards: list[str], remote: bool) -> None:
+    samples = StreamedSamples([f"file://{shard}" for shard in shards]) if remote else open_samples(shards)
+    assert labels(samples.once(0, 1)) == list(range(10))
+    for parts in (1, 2, 3, 11):
+        found = [label for part in range(parts) for label in labels(samples.once(part, parts))]
+        assert sorted(found) == list(range(10))
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_the_endless_order_is_a_pure_function_of_seed_and_position(shards: list[str], remote: bool) -> None:
+    samples = StreamedSamples([f"file://{shard}" for shard in shards]) if remote else open_samples(shards)
+    order = labels(samples.at(range(30), seed=5))
+    assert [sorted(order[start : start + 10]) for start in (0, 10, 20)] == [list(range(10))] * 3
+    assert order[:10] != order[10:20]
+    assert labels(samples.at(range(13, 27), seed=5)) == order[13:27]
+    assert labels(samples.at([1, 2, 17], seed=5)) == [order[1], order[2], order[17]]
+    assert labels(samples.at(range(10), seed=6)) != order[:10]
+
+
+def test_locations_may_be_globs_braces_folders_and_urls(shards: list[str]) -> None:
+    folder = Path(shards[0]).parent
+    for locations in ([f"{folder}/*.tar"], [f"{folder}/{{0..2}}.tar"], [str(folder)]):
+        found = open_samples(locations)
+        assert isinstance(found, IndexedSamples)
+        assert len(found) == 10
+    assert isinstance(open_samples([f"file://{folder}/{{0..2}}.tar"]), StreamedSamples)
+
+
+def test_loose_images_are_samples_too(tmp_path: Path) -> None:
+    for index, (image, _) in enumerate(coloured(3, 0)):
+        (tmp_path / f"{index}.png").write_bytes(image)
+    (tmp_path / "1.txt").write_text("a caption\n")
+    samples = open_samples([str(tmp_path)])
+    assert [(sample.key, sample.text) for sample in samples.once(0, 1)] == [
+        ("0", None), ("1", b"a caption\n"), ("2", None),
+    ]  # fmt: skip
+    assert isinstance(samples, IndexedSamples)
+    assert list(samples.texts()) == ["a caption"]
+
+
+def test_only_images_labels_and_texts_are_read(tmp_path: Path) -> None:
+    image = next(coloured(1, 0))[0]
+    write_shards(
+        tmp_path, [{"pkl": b"cos\nsystem\n(S'touch stolen'\ntR."}, {"png": image, "pth": b"x", "cls": b"0"}], 9
+    )
+    [sample] = open_samples([str(tmp_path)]).once(0, 1)
+    assert (sample.image, sample.label, sample.text, sample.key) == (image, b"0", None, "0000001")
+
+
+@pytest.mark.parametrize("kept", [0.1, 0.3])
+def test_names_a_truncated_shard(shards: list[str], kept: float) -> None:
+    content = Path(shards[1]).read_bytes()
+    Path(shards[1]).write_bytes(content[: int(len(content) * kept)])
+    with pytest.raises(InputError, match=r"1\.tar: found a"):
+        open_samples(shards)
+
+
+def test_names_a_shard_cut_between_two_members(shards: list[str]) -> None:
+    samples = open_samples(shards[1:2])
+    assert isinstance(samples, IndexedSamples)
+    _, offset, _ = samples.table[2, 0].tolist()
+    Path(shards[1]).write_bytes(Path(shards[1]).read_bytes()[: offset - 512])
+    with pytest.raises(InputError, match="without its end after 5 members"):
+        open_samples(shards)
+
+
+@pytest.mark.parametrize(
+    ("location", "sentence"),
+    [
+        ("missing.tar", "found no such file"),
+        ("*.nothing", "found no file of that pattern"),
+        (".", "no .tar shard and no image"),
+    ],
+)
+def test_names_what_is_missing(tmp_path: Path, location: str, sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        open_samples([str(tmp_path / location)])
+
+
+def test_names_a_missing_remote_shard(shards: list[str]) -> None:
+    shutil.rmtree(Path(shards[0]).parent)
+    with pytest.raises(InputError, match=r"file://.*0\.tar: found no readable shard"):
+        list(islice(StreamedSamples([f"file://{shards[0]}"]).at(range(3), 0), 3))
+
+
+def test_seeds_do_not_depend_on_the_process() -> None:
+    assert seed_of(0, 1, "task") == 46669659644933465
+    assert seed_of(0, 1, "task") != seed_of(0, 11, "task")

@@ -1,0 +1,130 @@
+"""Task folders and reference sets: what is read, what is refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import coloured, make_task
+
+from schemas.base import InputError
+from schemas.data import Reference, Task
+from zscl.tasks import ReferenceSet, TaskFolder, write_shards, write_task
+
+
+def opened(folder: Path) -> TaskFolder:
+    return TaskFolder.open(Task.model_validate(str(folder)))
+
+
+def test_writes_the_layout_that_clip_benchmark_reads(tmp_path: Path) -> None:
+    folder = make_task(tmp_path / "colours", seed=0, train=24, test=10, shard_images=9)
+    assert sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()) == [
+        "classnames.txt", "test/0.tar", "test/1.tar", "test/nshards.txt", "train/0.tar", "train/1.tar", "train/2.tar",
+        "train/nshards.txt", "zeroshot_classification_templates.txt", "zscl.json",
+    ]  # fmt: skip
+    task = opened(folder)
+    assert task.prompts(task.templates[0])[0] == "a colours square of red"
+    assert [task.label_of(sample) for sample in task.test.once(0, 1)] == [index % 4 for index in range(10)]
+    task.check()
+
+
+def test_same_samples_same_bytes(tmp_path: Path) -> None:
+    digests = {opened(make_task(tmp_path / place / "same", seed=0)).digest for place in ("a", "b")}
+    assert len(digests) == 1
+    assert opened(make_task(tmp_path / "c" / "same", seed=1)).digest not in digests
+
+
+def test_the_digest_follows_the_prompts_and_the_shards(tmp_path: Path) -> None:
+    folder = make_task(tmp_path / "task", seed=0)
+    before = opened(folder).digest
+    (folder / "classnames.txt").write_text("red\ngreen\nblue\namber\n")
+    renamed = opened(folder).digest
+    (folder / "zscl.json").unlink()
+    by_size = opened(folder).digest
+    assert len({before, renamed, by_size}) == 3
+
+
+def break_(folder: Path, how: str) -> None:
+    match how:
+        case "no folder":
+            shutil.rmtree(folder)
+        case "no class names":
+            (folder / "classnames.txt").unlink()
+        case "no classes":
+            (folder / "classnames.txt").write_text("\n")
+        case "no place for the class name":
+            (folder / "zeroshot_classification_templates.txt").write_text("a photo\n")
+        case "zero shards":
+            (folder / "test/nshards.txt").write_text("0\n")
+        case "a missing shard":
+            (folder / "train/1.tar").unlink()
+        case "a label outside":
+            (folder / "classnames.txt").write_text("red\ngreen\nblue\n")
+        case "a changed shard":
+            (folder / "zscl.json").write_text((folder / "zscl.json").read_text().replace('"bytes": ', '"bytes": 1'))
+
+
+def look_at(folder: Path) -> str:
+    task = opened(folder)
+    task.check()
+    return task.digest
+
+
+@pytest.mark.parametrize(
+    ("how", "sentence"),
+    [
+        ("no folder", "found no such folder, expected a task"),
+        ("no class names", r"classnames\.txt: found no such file, expected class names"),
+        ("no classes", r"classnames\.txt: found an empty file"),
+        ("no place for the class name", r"found the template 'a photo', expected a \{c\}"),
+        ("zero shards", r"test/nshards\.txt: found '0', expected the number of shards, at least 1"),
+        ("a missing shard", r"train/1\.tar: found no such file, expected 3 shards"),
+        ("a label outside", r"train/0\.tar: sample '0000003' has the label '3', expected 0 to 2"),
+        ("a changed shard", r"bytes, expected 1\d+ as zscl\.json"),
+    ],
+)
+def test_names_what_is_wrong(tmp_path: Path, how: str, sentence: str) -> None:
+    folder = make_task(tmp_path / "task", seed=0)
+    break_(folder, how)
+    with pytest.raises(InputError, match=sentence):
+        look_at(folder)
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
+    def failing() -> object:
+        yield from coloured(3, 0)
+        raise RuntimeError("source broke")
+
+    with pytest.raises(RuntimeError, match="source broke"):
+        write_task(tmp_path / "task", ["a"], ["{c}"], {"train": failing()}, suffix="png", source="test")  # type: ignore[dict-item]
+    assert list(tmp_path.iterdir()) == []
+
+
+def captioned(folder: Path, captions: bool) -> str:
+    samples = [
+        {"png": image} | ({"txt": f"caption {label}".encode()} if captions else {}) for image, label in coloured(6, 0)
+    ]
+    write_shards(folder, samples, 4)
+    return str(folder)
+
+
+def test_texts_come_from_members_a_file_or_captions_txt(tmp_path: Path) -> None:
+    with_members, without = captioned(tmp_path / "with", True), captioned(tmp_path / "without", False)
+    (tmp_path / "lines.txt").write_text("one\n\ntwo\nthree\n")
+    (tmp_path / "without/captions.txt").write_text("four\n")
+    assert ReferenceSet(Reference.model_validate(with_members)).texts == [f"caption {n % 4}" for n in range(6)]
+    given = {"images": with_members, "texts": str(tmp_path / "lines.txt")}
+    assert ReferenceSet(Reference.model_validate(given)).texts == ["one", "two", "three"]
+    assert ReferenceSet(Reference.model_validate(given | {"max_texts": 2})).texts == ["one", "two"]
+    assert ReferenceSet(Reference.model_validate(without)).texts == ["four"]
+
+
+def test_refuses_a_reference_set_without_texts(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"reference: found no texts in .*expected \.txt members"):
+        ReferenceSet(Reference.model_validate(captioned(tmp_path / "without", False)))
+
+
+def test_the_manifest_counts(tmp_path: Path) -> None:
+    manifest = json.loads((make_task(tmp_path / "task", seed=0) / "zscl.json").read_text())
+    assert [shard["samples"] for shard in manifest["splits"]["train"]] == [9, 9, 6]
+    assert manifest["source"] == "made by a test"
