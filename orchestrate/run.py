@@ -9,6 +9,7 @@ from orchestrate import recipes, report
 from orchestrate.display import Display
 from schemas.experiment import Experiment
 from schemas.results import Result
+from zscl.model import load
 from zscl.sequence import Opened, open_experiment, refuse_other_run
 from zscl.shards import IndexedSamples
 
@@ -48,6 +49,7 @@ def prepare(experiment: Experiment) -> Opened:
     opened = open_experiment(experiment)
     for task in opened.tasks:
         task.check()
+    load(experiment.model)
     return opened
 
 

@@ -27,6 +27,7 @@ from schemas.experiment import Experiment
 from schemas.results import Result, RowMeasured, StageStarted, StageTrained, StepsTaken
 
 log = logging.getLogger(__name__)
+logging.getLogger("mlflow").setLevel(logging.WARNING)
 
 PARENT = "mlflow.parentRunId"
 KEY = "zscl.key"

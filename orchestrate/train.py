@@ -7,8 +7,9 @@ metrics only, so nothing depends on when Ray commits them.
 
 import logging
 import os
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -100,18 +101,13 @@ def train(experiment: Experiment, folder: Path, on_progress: OnProgress) -> Resu
         ),
     )
     refused: list[str] = []
-    listener = threading.Thread(target=_listen, args=(queue, on_progress, refused), daemon=True)
-    listener.start()
     try:
-        returned = trainer.fit().return_value
+        with _listening(queue, on_progress, refused):
+            returned = trainer.fit().return_value
     except ray.train.WorkerGroupError as error:
         if refused:
             raise InputError(refused[0]) from error
         raise
-    finally:
-        queue.put(_END)
-        listener.join()
-        queue.shutdown()
     return Result.model_validate_json(returned)
 
 
@@ -134,10 +130,23 @@ def _work(config: dict[str, Any]) -> str:
     return result.model_dump_json()
 
 
-def _listen(queue: Queue, on_progress: OnProgress, refused: list[str]) -> None:
-    while (message := queue.get()) != _END:
-        progress = _progress.validate_json(message)
-        if isinstance(progress, Refused):
-            refused.append(progress.text)
-        else:
-            on_progress(progress)
+@contextmanager
+def _listening(queue: Queue, on_progress: OnProgress, refused: list[str]) -> Iterator[None]:
+    """Hand on what the workers report, from a thread, until the block ends; refusals are collected."""
+
+    def listen() -> None:
+        while (message := queue.get()) != _END:
+            progress = _progress.validate_json(message)
+            if isinstance(progress, Refused):
+                refused.append(progress.text)
+            else:
+                on_progress(progress)
+
+    with ThreadPoolExecutor(1) as pool:
+        listening = pool.submit(listen)
+        try:
+            yield
+        finally:
+            queue.put(_END)
+            listening.result()
+            queue.shutdown()

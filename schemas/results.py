@@ -131,6 +131,6 @@ class Refused(Strict):
 
 
 Progress = Annotated[
-    StageStarted | StepsTaken | StageTrained | TaskEvaluated | RowMeasured | Note,
+    StageStarted | StepsTaken | StageTrained | TaskEvaluated | RowMeasured | Note | Refused,
     Field(discriminator="event"),
 ]

@@ -123,3 +123,38 @@ def recipe(tiny_model: str, tasks: list[str], reference: str) -> Callable[..., d
 def experiment(recipe: Callable[..., dict[str, Any]]) -> Callable[..., Experiment]:
     """Make an experiment of a few steps; keyword arguments replace its sections."""
     return lambda **changes: Experiment.model_validate(recipe(**changes))
+
+
+class Command:
+    """What a command line left behind."""
+
+    def __init__(self, code: int, out: str, error: str) -> None:
+        self.code, self.out, self.error = code, out, error
+
+
+@pytest.fixture
+def zscl(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Command]:
+    """Run the command line in this process."""
+    from orchestrate.cli import main
+
+    def run(*arguments: object) -> Command:
+        monkeypatch.setattr("sys.argv", ["zscl", *map(str, arguments)])
+        capsys.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return Command(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A local cluster of four logical CPUs for all tests."""
+    import ray
+
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=200 * 2**20)
+    yield
+    ray.shutdown()

@@ -1,0 +1,142 @@
+"""What a user gets wrong: one sentence, exit code 2, no traceback, nothing half-written."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Command, make_task
+from ruamel.yaml import YAML
+
+Zscl = Callable[..., Command]
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def refused(place: Path, zscl: Zscl, recipe: Callable[..., dict[str, Any]]) -> Callable[..., str]:
+    """Run a recipe with changes; give the sentence it was refused with."""
+
+    def run(*options: str, **changes: Any) -> str:
+        YAML(typ="safe").dump(recipe(**changes), place / "recipe.yaml")
+        found = zscl("run", "recipe.yaml", "--out", "runs/mine", *options)
+        assert found.code == 2
+        assert found.out == ""
+        assert found.error.startswith("error: ")
+        assert found.error.count("\n") == 1
+        assert "Traceback" not in found.error
+        assert not (place / "runs/mine").exists()
+        return found.error
+
+    return run
+
+
+def test_a_misspelt_key(refused: Callable[..., str]) -> None:
+    assert "recipe.yaml: the recipe: unknown field 'sed'; did you mean 'seed'?" in refused(sed=1)
+
+
+def test_a_wrong_type(refused: Callable[..., str]) -> None:
+    assert "seed: Input should be a valid integer, found 'one'" in refused("--set", "seed=one")
+
+
+def test_a_missing_recipe(place: Path, zscl: Zscl) -> None:
+    found = zscl("run", "missing.yaml")
+    assert (found.code, found.error) == (2, "error: missing.yaml: found no such file, expected a recipe (YAML)\n")
+
+
+def test_a_task_without_class_names(refused: Callable[..., str], place: Path) -> None:
+    (make_task(place / "task", seed=0) / "classnames.txt").unlink()
+    assert f"{place}/task/classnames.txt: found no such file" in refused(tasks=["task"])
+
+
+def test_zero_shards(refused: Callable[..., str], place: Path) -> None:
+    (make_task(place / "task", seed=0) / "train/nshards.txt").write_text("0")
+    assert "train/nshards.txt: found '0'" in refused(tasks=["task"])
+
+
+def test_a_label_outside_the_class_list(refused: Callable[..., str], place: Path) -> None:
+    (make_task(place / "task", seed=0) / "classnames.txt").write_text("red\n")
+    assert "0.tar: sample '0000001' has the label '1', expected 0 to 0" in refused(tasks=["task"])
+
+
+def test_an_unreadable_model(refused: Callable[..., str], place: Path, tiny_model: str) -> None:
+    shutil.copytree(tiny_model.removeprefix("local-dir:"), place / "clip")
+    (place / "clip/open_clip_model.safetensors").write_bytes(b"broken")
+    assert f"model: 'local-dir:{place}/clip' cannot be loaded" in refused(model="local-dir:clip")
+
+
+def test_an_unknown_model(refused: Callable[..., str]) -> None:
+    assert "model: 'ViT-Z' with pretrained 'openai' cannot be loaded" in refused(
+        model={"name": "ViT-Z", "pretrained": "openai"}
+    )
+
+
+def test_a_reference_set_without_texts(refused: Callable[..., str], tasks: list[str]) -> None:
+    assert "reference: found no texts" in refused(reference=f"{tasks[0]}/train")
+
+
+def test_more_workers_than_the_cluster_has(refused: Callable[..., str], ray_cluster: None) -> None:
+    assert "compute.workers: 5 workers need 5 CPUs, found 4 in the Ray cluster" in refused(
+        compute={"workers": 5, "device": "cpu"}
+    )
+
+
+def test_a_gpu_where_there_is_none(refused: Callable[..., str], ray_cluster: None) -> None:
+    assert "need 1 GPUs, found 0" in refused(compute={"device": "gpu"})
+
+
+def test_an_unreachable_tracking_server(refused: Callable[..., str], ray_cluster: None) -> None:
+    said = refused(tracking={"uri": "http://someone:secret@127.0.0.1:9"})
+    assert "tracking.uri: found no reachable MLflow store at http://someone:***@127.0.0.1:9" in said
+    assert "secret" not in said
+
+
+def test_a_broken_image_met_on_the_way(
+    place: Path, zscl: Zscl, recipe: Callable[..., dict[str, Any]], ray_cluster: None
+) -> None:
+    task = make_task(place / "task", seed=0)
+    shard = task / "test/0.tar"
+    shard.write_bytes(shard.read_bytes().replace(b"\x89PNG", b"\x00PNG"))
+    (task / "zscl.json").unlink()
+    content = recipe(tasks=["task"], compute={"device": "cpu", "workers": 2, "max_failures": 0})
+    YAML(typ="safe").dump(content, place / "recipe.yaml")
+    found = zscl("run", "recipe.yaml", "--out", "runs/mine")
+    assert found.code == 2
+    assert found.error.splitlines()[-1].startswith(f"error: {shard}: sample '000000")
+    assert "is no readable image" in found.error
+    assert "Traceback" not in found.error
+    assert sorted(file.name for file in (place / "runs/mine").iterdir()) == ["experiment.yaml", "ray"]
+
+
+def test_another_experiments_folder(refused: Callable[..., str], place: Path) -> None:
+    row = {"fingerprint": "0" * 16, "accuracy": {}, "images": {}, "seconds": 0.0}
+    import json
+
+    (place / "runs").mkdir()
+    (place / "other").mkdir()
+    (place / "other/zero_shot.json").write_text(json.dumps(row))
+    YAML(typ="safe").dump({}, place / "empty.yaml")
+    assert "found a run of another experiment (fingerprint 0000000000000000)" in refused("--out", "other")
+
+
+@pytest.mark.parametrize(
+    ("made", "sentence"),
+    [([], "found no such folder"), (["run"], "found no result.json (0 stages finished)")],
+)
+def test_comparing_what_is_no_finished_run(place: Path, zscl: Zscl, made: list[str], sentence: str) -> None:
+    for name in made:
+        (place / name).mkdir()
+    found = zscl("compare", "run")
+    assert found.code == 2
+    assert sentence in found.error
+    assert not (place / "comparison").exists()
+
+
+def test_an_unknown_suite(place: Path, zscl: Zscl) -> None:
+    found = zscl("data", "prepare", "mnist", "--out", "data")
+    assert (found.code, found.error) == (2, "error: data prepare: found the suite 'mnist', expected 'embedded'\n")

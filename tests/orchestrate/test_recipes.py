@@ -1,0 +1,124 @@
+"""Recipes: YAML, overrides, and the sentence for what is wrong."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Command
+from ruamel.yaml import YAML
+
+from orchestrate import recipes
+from schemas.base import InputError
+from schemas.experiment import Experiment
+from schemas.pretraining import Pretraining
+
+SHIPPED = sorted((Path(__file__).parents[2] / "experiments").glob("*.yaml"))
+
+
+@pytest.fixture
+def file(tmp_path: Path, recipe: Callable[..., dict[str, Any]]) -> Path:
+    file = tmp_path / "mine.yaml"
+    content = recipe()
+    del content["name"]
+    YAML(typ="safe").dump(content, file)
+    return file
+
+
+@pytest.mark.parametrize("shipped", SHIPPED, ids=lambda file: file.stem)
+def test_every_shipped_recipe_is_accepted_and_headed_by_its_command(shipped: Path) -> None:
+    content = recipes.read(shipped)
+    schema = Pretraining if "corpus" in content else Experiment
+    assert recipes.parse(schema, content, shipped)
+    head = shipped.read_text().partition("\n\n")[0]
+    assert head.startswith("# ")
+    assert f"experiments/{shipped.name}" in head
+
+
+def test_is_named_after_its_file_and_reads_1e_5_as_a_number(file: Path) -> None:
+    file.write_text(file.read_text().replace("learning_rate: 0.01", "learning_rate: 1e-5"))
+    found = recipes.load_experiment(file)
+    assert found.name == "mine"
+    assert found.optimisation.learning_rate == 1e-5
+
+
+def test_what_is_written_reads_back_to_the_same(file: Path, tmp_path: Path) -> None:
+    found = recipes.load_experiment(file)
+    recipes.write_experiment(found, tmp_path / "experiment.yaml")
+    assert recipes.load_experiment(tmp_path / "experiment.yaml") == found
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("optimisation.steps=7", lambda made: made.optimisation.steps == 7),
+        ("optimisation.learning_rate=1e-4", lambda made: made.optimisation.learning_rate == 1e-4),
+        ("method=finetune", lambda made: made.method.name == "finetune" and made.method.distill is None),
+        ("method.consolidate=null", lambda made: made.method.consolidate is None),
+        ("method.distill.temperature=3", lambda made: made.method.distill.temperature == 3),
+        ("evaluation.templates=first", lambda made: made.evaluation.templates == "first"),
+        ("tasks.1.learning_rate=0.5", lambda made: made.tasks[1].learning_rate == 0.5),
+        ("tasks=[a/x, a/y]", lambda made: [task.name for task in made.tasks] == ["x", "y"]),
+        ("reference.max_texts=3", lambda made: made.reference.max_texts == 3 and made.reference.images),
+    ],
+)
+def test_overrides_reach_every_field(file: Path, override: str, value: Callable[[Experiment], bool]) -> None:
+    assert value(recipes.load_experiment(file, [override]))
+
+
+def test_overrides_apply_in_order(file: Path) -> None:
+    found = recipes.load_experiment(file, ["method=zscl", "method.average.every=3"])
+    assert found.method.changes == {"average.every": 3}
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("model: a\nmodel: b\n", 'found duplicate key "model"'),
+        ("model: [", "found no readable YAML"),
+        ("- a\n", "found list, expected fields such as"),
+        ("model: !!python/object/apply:os.system [true]\n", "found no readable YAML"),
+    ],
+)
+def test_names_what_is_no_recipe(tmp_path: Path, content: str, sentence: str) -> None:
+    (tmp_path / "bad.yaml").write_text(content)
+    with pytest.raises(InputError, match=r"bad\.yaml") as error:
+        recipes.load_experiment(tmp_path / "bad.yaml")
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("steps", "expected a.b.c=value"),
+        ("tasks.9.steps=1", "found position '9', expected 0 to 2"),
+        ("seed=[", "found no readable value"),
+        ("optimisation.step=1", "unknown field 'step'; did you mean 'steps'?"),
+        ("seed.deep=1", "seed"),
+    ],
+)
+def test_names_a_wrong_override(file: Path, override: str, sentence: str) -> None:
+    with pytest.raises(InputError) as error:
+        recipes.load_experiment(file, [override])
+    assert sentence in str(error.value)
+
+
+def test_dry_run_starts_nothing_and_says_what_it_would_do(
+    file: Path, tmp_path: Path, zscl: Callable[..., Command], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = zscl("run", file, "--dry-run")
+    assert found.code == 0
+    plan = YAML(typ="safe").load(found.out)["plan"]
+    assert plan["stages"] == ["first", "second", "third"]
+    assert (plan["steps"], plan["images_through_student"]) == (15, 15 * (6 + 5))
+    assert (plan["reference_images"], plan["reference_texts"]) == (14, 14)
+    assert plan["fingerprint"][:8] in plan["folder"]
+    assert not (tmp_path / "runs").exists()
+
+
+def test_schema_is_json_schema(zscl: Callable[..., Command]) -> None:
+    import json
+
+    assert "tasks" in json.loads(zscl("schema").out)["properties"]

@@ -1,0 +1,168 @@
+"""Runs through the real Ray and the real MLflow, as a user makes them."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Command
+from mlflow.tracking import MlflowClient
+from ruamel.yaml import YAML
+
+from orchestrate import recipes
+from schemas.results import Result
+from zscl.sequence import run_sequence
+
+Zscl = Callable[..., Command]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the runs of this module lie."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture
+def file(place: Path, recipe: Callable[..., dict[str, Any]]) -> Path:
+    file = place / "recipe.yaml"
+    YAML(typ="safe").dump(recipe(), file)
+    return file
+
+
+@pytest.fixture
+def runs(place: Path, file: Path, zscl: Zscl, ray_cluster: None) -> dict[str, Path]:
+    """A ZSCL run on two workers and a fine-tuning run on one; made by the first test that asks."""
+    folders = {"zscl": place / "zscl", "finetune": place / "finetune"}
+    if not folders["zscl"].exists():
+        made = zscl("run", file, "--out", folders["zscl"], "--set", "compute.workers=2", "--json")
+        assert made.code == 0, made.error
+        assert json.loads(made.out)["folder"] == str(folders["zscl"])
+        made = zscl("run", file, "--out", folders["finetune"], "--set", "method=finetune")
+        assert made.code == 0, made.error
+        assert str(folders["finetune"]) in made.out
+        assert f"mlflow ui --backend-store-uri sqlite:///{place}/mlflow.db" in made.out
+    return folders
+
+
+def result_of(folder: Path) -> Result:
+    return Result.model_validate_json((folder / "result.json").read_text())
+
+
+def test_two_ray_workers_give_the_numbers_of_one_plain_process(runs: dict[str, Path], tmp_path: Path) -> None:
+    experiment = recipes.load_experiment(runs["zscl"] / "experiment.yaml")
+    alone = run_sequence(experiment, tmp_path / "alone", device=torch.device("cpu"))
+    together = result_of(runs["zscl"])
+    assert together.workers == 2
+    assert (together.fingerprint, together.accuracy_matrix) == (alone.fingerprint, alone.accuracy_matrix)
+    for ours, theirs in zip(together.stages, alone.stages, strict=True):
+        assert ours.losses == pytest.approx(theirs.losses, rel=2e-3)
+
+
+def test_a_finished_run_is_not_run_again(runs: dict[str, Path], file: Path, zscl: Zscl) -> None:
+    written = (runs["zscl"] / "result.json").stat().st_mtime_ns
+    again = zscl("run", file, "--out", runs["zscl"])
+    assert again.code == 0
+    assert "finished before, nothing to do" in again.error
+    assert (runs["zscl"] / "result.json").stat().st_mtime_ns == written
+
+
+def test_goes_on_behind_the_last_finished_stage(runs: dict[str, Path], file: Path, place: Path, zscl: Zscl) -> None:
+    cut = Path(shutil.copytree(runs["finetune"], place / "cut"))
+    (cut / "result.json").unlink()
+    shutil.rmtree(cut / "stages/3-third")
+    (cut / "stages/2-second/accuracy.json").unlink()
+    first, second = (cut / f"stages/{name}/training.json" for name in ("1-first", "2-second"))
+    before = first.stat().st_mtime_ns, second.stat().st_mtime_ns
+    assert zscl("run", file, "--out", cut, "--set", "method=finetune").code == 0
+    assert (first.stat().st_mtime_ns, second.stat().st_mtime_ns) == before
+    whole, resumed = result_of(runs["finetune"]), result_of(cut)
+    assert resumed.accuracy_matrix == whole.accuracy_matrix
+    assert resumed.stages[2].losses == whole.stages[2].losses
+
+
+class TestMlflow:
+    """What a user browses."""
+
+    @pytest.fixture
+    def client(self, runs: dict[str, Path], place: Path) -> MlflowClient:
+        return MlflowClient(f"sqlite:///{place}/mlflow.db")
+
+    def runs_of(self, client: MlflowClient, query: str) -> list[Any]:
+        experiment = client.get_experiment_by_name("zscl")
+        return list(client.search_runs([experiment.experiment_id], query, order_by=["attributes.start_time"]))
+
+    def parent(self, client: MlflowClient, folder: Path) -> Any:
+        [found] = self.runs_of(client, f"tags.`zscl.folder` = '{folder}'")
+        return found
+
+    def test_the_parent_has_each_task_against_the_stage(self, client: MlflowClient, runs: dict[str, Path]) -> None:
+        parent, result = self.parent(client, runs["zscl"]), result_of(runs["zscl"])
+        assert parent.info.status == "FINISHED"
+        for column, task in enumerate(["first", "second", "third"]):
+            history = client.get_metric_history(parent.info.run_id, f"accuracy/{task}")
+            assert [(point.step, point.value) for point in history] == [
+                (step, row[column]) for step, row in enumerate([result.zero_shot, *result.accuracy_matrix])
+            ]
+        for name, value in result.metrics.model_dump().items():
+            assert parent.data.metrics[name] == value
+        assert parent.data.metrics["zero_shot/transfer"] == result.zero_shot_metrics.transfer
+
+    def test_the_parent_says_what_it_is(self, client: MlflowClient, runs: dict[str, Path]) -> None:
+        parent, result = self.parent(client, runs["zscl"]), result_of(runs["zscl"])
+        assert parent.data.tags["zscl.fingerprint"] == result.fingerprint
+        assert parent.data.tags["zscl.method"] == "zscl"
+        assert parent.data.params["method.average.every"] == "2"
+        assert parent.data.params["tasks"] == "first, second, third"
+
+    def test_every_stage_is_a_child_with_its_curves(self, client: MlflowClient, runs: dict[str, Path]) -> None:
+        parent = self.parent(client, runs["zscl"])
+        children = self.runs_of(client, f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
+        assert [child.info.run_name for child in children] == ["1-first", "2-second", "3-third"]
+        for child in children:
+            assert child.info.status == "FINISHED"
+            for curve in (
+                "loss/classification", "loss/image_distillation", "loss/text_distillation", "loss/consolidation",
+                "learning_rate",
+            ):  # fmt: skip
+                history = client.get_metric_history(child.info.run_id, curve)
+                assert sorted(point.step for point in history) == [0, 1, 2, 3, 4]
+            assert child.data.metrics["images_per_second"] > 0
+
+    def test_the_artefacts_are_there(self, client: MlflowClient, runs: dict[str, Path], tmp_path: Path) -> None:
+        run = self.parent(client, runs["zscl"]).info.run_id
+        names = {item.path for item in client.list_artifacts(run)} | {
+            item.path for item in client.list_artifacts(run, "figures")
+        }
+        assert names >= {
+            "experiment.yaml", "result.json", "accuracy_matrix.json",
+            "figures/accuracy_matrix.png", "figures/accuracy_by_stage.png",
+        }  # fmt: skip
+        table = json.loads(Path(client.download_artifacts(run, "accuracy_matrix.json", str(tmp_path))).read_text())
+        assert table["columns"] == ["after", "first", "second", "third"]
+        assert len(table["data"]) == 4
+
+    def test_a_resumed_run_is_one_run(self, client: MlflowClient, runs: dict[str, Path], place: Path) -> None:
+        parents = self.runs_of(client, "tags.`zscl.level` = 'sequence'")
+        folders = [parent.data.tags["zscl.folder"] for parent in parents]
+        assert len(folders) == len(set(folders))
+
+
+def test_compare_prints_and_writes(runs: dict[str, Path], place: Path, zscl: Zscl) -> None:
+    found = zscl("compare", runs["finetune"], runs["zscl"], "--json")
+    assert found.code == 0
+    content = json.loads(found.out)
+    assert [row["method"] for row in content["rows"]] == ["zero-shot", "finetune", "zscl (average.every=2)"]
+    result = result_of(runs["zscl"])
+    assert content["rows"][2]["transfer"] == result.metrics.transfer
+    assert content["rows"][2]["third"] == result.accuracy_matrix[-1][2]
+    for file in content["files"].values():
+        assert Path(file).stat().st_size > 100
+    shown = zscl("compare", runs["finetune"], runs["zscl"], "--out", place / "elsewhere")
+    assert f"{100 * result.metrics.avg:.1f}" in shown.out
+    assert (
+        f"| zscl (average.every=2) | 0 | {100 * (result.metrics.transfer or 0):.1f} |"
+        in (place / "elsewhere/comparison.md").read_text()
+    )
