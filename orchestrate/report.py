@@ -63,7 +63,7 @@ def draw_matrix(result: Result) -> Figure:
     """Heat map of the accuracy matrix with the zero-shot row on top and the trained cells framed."""
     rows = [result.zero_shot, *result.accuracy_matrix]
     tasks = [task.name for task in result.tasks]
-    figure = Figure(figsize=(2.2 + 0.85 * len(tasks), 1.8 + 0.5 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(max(6.0, 2.4 + 0.8 * len(tasks)), 1.8 + 0.5 * len(rows)), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow([[100 * value for value in row] for row in rows], cmap="viridis", vmin=0, vmax=100)
     for row, values in enumerate(rows):
@@ -75,7 +75,7 @@ def draw_matrix(result: Result) -> Figure:
         axes.add_patch(_frame(stage - 1, stage))
     axes.set_xticks(range(len(tasks)), tasks, rotation=30, ha="right")
     axes.set_yticks(range(len(rows)), [ZERO_SHOT, *(f"after {task}" for task in tasks)])
-    axes.set_title(f"{label_of(result)}: accuracy on each task, %")
+    axes.set_title(f"{label_of(result)}\naccuracy on each task, %", fontsize="medium")
     figure.colorbar(image, label="top-1 accuracy, %", shrink=0.8)
     return figure
 

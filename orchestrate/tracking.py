@@ -81,8 +81,10 @@ class Tracker:
 
     def finish(self, result: Result, folder: Path) -> None:
         """Record figures, matrix, recipe and pictures, and close the parent run."""
+        zero_shot = result.zero_shot_metrics
         figures = result.metrics.model_dump() | {
-            f"zero_shot/{name}": value for name, value in result.zero_shot_metrics.model_dump().items()
+            "zero_shot/transfer": zero_shot.transfer,
+            "zero_shot/avg": zero_shot.avg,
         }
         now = _now()
         try:

@@ -7,7 +7,6 @@ from zscl import embedded
 from zscl.files import whole_folder
 from zscl.tasks import MANIFEST, write_shards, write_task
 
-TRAIN_IMAGES, TEST_IMAGES = 400, 300
 REFERENCE_PAIRS = 2_000
 CORPUS_PAIRS, CORPUS_TASK_LOOK = 30_000, 0.15
 # No two of these draw the same picture.
@@ -24,11 +23,17 @@ def write_embedded(folder: Path, corpus: bool, note: Callable[[str], None]) -> l
         place = folder / name
         if not (place / MANIFEST).is_file():
             note(f"drawing {place}")
-            splits = {
-                "train": embedded.task_samples(name, "train", TRAIN_IMAGES, TASK_SEED),
-                "test": embedded.task_samples(name, "test", TEST_IMAGES, TASK_SEED),
-            }
-            write_task(place, domain.classnames, domain.templates, splits, suffix="png", source="zscl embedded suite")
+            write_task(
+                place,
+                domain.classnames,
+                domain.templates,
+                splits={
+                    "train": embedded.task_samples(name, "train", None, TASK_SEED),
+                    "test": embedded.task_samples(name, "test", None, TASK_SEED),
+                },
+                suffix="png",
+                source="zscl embedded suite",
+            )
         places.append(place)
     sets = {"reference": (REFERENCE_PAIRS, REFERENCE_SEED, 0.0)}
     if corpus:
