@@ -124,9 +124,8 @@ def pretrain(
 
     Example: zscl pretrain experiments/pretrain-embedded.yaml --out runs/embedded-model
     """
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
     from orchestrate import recipes
+    from orchestrate.display import Bar
     from schemas.pretraining import Pretraining
 
     checked = recipes.parse(Pretraining, {"name": recipe.stem, **recipes.read(recipe, overrides)}, recipe)
@@ -135,14 +134,13 @@ def pretrain(
     from zscl.pretraining import pretrain as train
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("left"), TimeRemainingColumn())
-    with Progress(*columns, console=progress_console) as bar:
-        task = bar.add_task("pre-training", total=None)
-
-        def report(step: int, steps: int, loss: float) -> None:
-            bar.update(task, completed=step, total=steps, description=f"step {step} of {steps}, loss {loss:.3f}")
-
-        made = train(checked, out.absolute(), report, device)
+    with Bar(progress_console) as bar:
+        made = train(
+            checked,
+            out.absolute(),
+            lambda step, steps, loss: bar.update("pre-training", step, steps, f"loss {loss:.3f}"),
+            device,
+        )
     lines = [f"zero-shot {task} {100 * value:.1f}" for task, value in made.zero_shot.items()]
     lines.append(f"model   {made.folder}  (open_clip: local-dir:{made.folder})")
     emit(

@@ -1,4 +1,4 @@
-"""Progress of one run, for people: a bar with the time left on a terminal, lines in a log."""
+"""Progress for people: a bar with the time left on a terminal, lines in a log."""
 
 import time
 
@@ -7,24 +7,21 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from schemas.experiment import Experiment
-from schemas.results import Note, RowMeasured, StageStarted, StageTrained, StepsTaken, TaskEvaluated
+from schemas.results import Note, RowMeasured, StageStarted, StepsTaken, TaskEvaluated
 
 LINE_EVERY_SECONDS = 15.0
 # Evaluations interrupt the steps: the time left is judged by the speed over many minutes.
 SPEED_OVER_SECONDS = 1800.0
 
 
-class Display:
-    """Shows progress on standard error, so that standard output holds results alone."""
+class Bar:
+    """Steps done, steps in all, and the time left; on standard error, so that standard output holds results alone."""
 
-    def __init__(self, experiment: Experiment, console: Console) -> None:
-        self.console = console
-        self.stages = len(experiment.tasks)
-        self.total = sum(map(experiment.stage_steps, experiment.tasks))
-        self.stage_steps = [experiment.stage_steps(task) for task in experiment.tasks]
-        self.done = self.done_before = 0
-        self.started = self.spoken = time.monotonic()
-        self.bar = Progress(
+    def __init__(self, console: Console, total: int | None = None) -> None:
+        self.console, self.total, self.done = console, total, 0
+        self._first: int | None = None  # a resumed run does not begin at 0
+        self._started = self._spoken = time.monotonic()
+        self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
@@ -36,54 +33,66 @@ class Display:
             disable=not console.is_terminal,
             speed_estimate_period=SPEED_OVER_SECONDS,
         )
-        self.task = self.bar.add_task("starting", total=self.total or None)
+        self._task = self._bar.add_task("starting", total=total)
 
-    def __enter__(self) -> "Display":
-        self.bar.start()
+    def __enter__(self) -> "Bar":
+        self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.bar.stop()
+        self._bar.stop()
+
+    def update(self, what: str, done: int, total: int | None = None, detail: str = "") -> None:
+        """Show that `done` steps are behind us."""
+        self.done, self.total = done, total or self.total
+        self._bar.update(self._task, description=what, completed=done, total=self.total)
+        self._first = done if self._first is None else self._first
+        if time.monotonic() - self._spoken >= LINE_EVERY_SECONDS and done > self._first and self.total:
+            minutes = (time.monotonic() - self._started) * (self.total - done) / (done - self._first) / 60
+            self.log(f"{what}: step {done} of {self.total}, about {minutes:.1f} min left  {detail}".rstrip())
+
+    def log(self, line: str) -> None:
+        """A line where there is no bar to say it."""
+        self._spoken = time.monotonic()
+        if not self.console.is_terminal:
+            self.say(line)
+
+    def say(self, line: str) -> None:
+        """A line that stays."""
+        self.console.print(line, highlight=False, soft_wrap=True)
+
+
+class Display:
+    """Shows a run's progress on a bar."""
+
+    def __init__(self, experiment: Experiment, bar: Bar) -> None:
+        self.bar = bar
+        self.steps = [experiment.stage_steps(task) for task in experiment.tasks]
 
     def __call__(self, progress: BaseModel) -> None:
         """Show one piece of progress."""
         match progress:
             case Note():
-                self.console.print(progress.text, highlight=False)
+                self.bar.say(progress.text)
             case StageStarted():
-                self.done_before = sum(self.stage_steps[: progress.stage - 1])
-                self._say(f"stage {progress.stage}/{self.stages} {progress.task}: training, {progress.steps} steps")
-                self._update(f"stage {progress.stage}/{self.stages} {progress.task}", self.done_before)
+                self.bar.log(f"{self._where(progress.stage)} {progress.task}: {progress.steps} steps")
+                self.bar.update(f"{self._where(progress.stage)} {progress.task}", self._before(progress.stage))
             case StepsTaken():
-                self._steps(progress)
-            case StageTrained():
-                result = progress.result
-                self._update(f"stage {result.stage}/{self.stages} {result.task}", self.done_before + result.steps)
+                last = progress.steps[-1]
+                losses = "  ".join(f"{name} {value:.3f}" for name, value in last.losses.items())
+                self.bar.update(
+                    f"{self._where(progress.stage)} {progress.task}",
+                    self._before(progress.stage) + last.step + 1,
+                    detail=f"{progress.images_per_second:.0f} images/s  {losses}",
+                )
             case TaskEvaluated():
-                where = f"stage {progress.stage}/{self.stages}" if progress.stage else "zero-shot"
-                self._update(f"{where}: evaluating {progress.task}", self.done)
+                self.bar.update(f"{self._where(progress.stage)}: evaluating {progress.task}", self.bar.done)
             case RowMeasured():
-                where = f"after stage {progress.stage}" if progress.stage else "zero-shot"
                 cells = "  ".join(f"{task} {100 * value:.1f}" for task, value in progress.accuracy.items())
-                self.console.print(f"{where}: {cells}", highlight=False)
+                self.bar.say(f"{self._where(progress.stage)}: {cells}")
 
-    def _steps(self, taken: StepsTaken) -> None:
-        done = self.done_before + taken.steps[-1].step + 1
-        losses = "  ".join(f"{name} {value:.3f}" for name, value in taken.steps[-1].losses.items())
-        self._update(f"stage {taken.stage}/{self.stages} {taken.task}", done)
-        if time.monotonic() - self.spoken >= LINE_EVERY_SECONDS:
-            left = (time.monotonic() - self.started) * (self.total - done) / done
-            self._say(
-                f"stage {taken.stage}/{self.stages} {taken.task}: step {done} of {self.total}, "
-                f"{taken.images_per_second:.0f} images/s, about {left / 60:.1f} min left  {losses}"
-            )
+    def _where(self, stage: int) -> str:
+        return f"stage {stage}/{len(self.steps)}" if stage else "zero-shot"
 
-    def _update(self, description: str, done: int) -> None:
-        self.done = done
-        self.bar.update(self.task, description=description, completed=done)
-
-    def _say(self, line: str) -> None:
-        """A line for logs; the bar says it on a terminal."""
-        self.spoken = time.monotonic()
-        if not self.console.is_terminal:
-            self.console.print(line, highlight=False)
+    def _before(self, stage: int) -> int:
+        return sum(self.steps[: stage - 1])

@@ -6,7 +6,7 @@ from pydantic import BaseModel
 from rich.console import Console
 
 from orchestrate import recipes, report
-from orchestrate.display import Display
+from orchestrate.display import Bar, Display
 from schemas.experiment import Experiment
 from schemas.results import Result
 from zscl.model import load
@@ -73,13 +73,16 @@ def run(opened: Opened, folder: Path, console: Console) -> Result:
     tracker = Tracker(experiment, opened.fingerprint, folder)
     recipes.write_experiment(experiment, folder / "experiment.yaml")
 
+    bar = Bar(console, total=sum(map(experiment.stage_steps, experiment.tasks)) or None)
+    display = Display(experiment, bar)
+
     def on_progress(progress: BaseModel) -> None:
         tracker(progress)
         display(progress)
 
     status = "FAILED"
     try:
-        with Display(experiment, console) as display:
+        with bar:
             result = train(experiment, folder, on_progress)
         status = "FINISHED"
     except KeyboardInterrupt:

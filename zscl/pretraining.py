@@ -1,6 +1,7 @@
 """Contrastive pre-training of a small CLIP, in one process: how the embedded model was made."""
 
 import json
+import logging
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,11 +51,14 @@ def build(recipe: Pretraining, device: torch.device) -> Clip:
         (Path(folder) / CONFIG).write_text(json.dumps(config))
         name = f"local-dir:{folder}"
         try:
+            logging.disable(logging.WARNING)  # that there are no weights yet is meant
             model, train_transform, evaluation_transform = open_clip.create_model_and_transforms(
                 name, device=device, output_dict=True
             )
         except (TypeError, KeyError, ValueError) as error:
             raise InputError(f"architecture: open_clip cannot build it ({error}), expected a model_cfg") from error
+        finally:
+            logging.disable(logging.NOTSET)
         return Clip(model, open_clip.get_tokenizer(name), train_transform, evaluation_transform, recipe.architecture)
 
 

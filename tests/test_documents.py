@@ -1,0 +1,93 @@
+"""What the documents show, run."""
+
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import Command, coloured
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str, section: str) -> list[str]:
+    """The fenced blocks of a language in a section of the README."""
+    text = README.partition(f"# {section}\n")[2]
+    return re.findall(rf"```{language}\n(.*?)```", re.split(r"\n##+ ", text)[0], flags=re.S)
+
+
+def commands(section: str) -> list[list[str]]:
+    lines = "".join(blocks("bash", section)).splitlines()
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("zscl ")]
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user's folder: photos sorted by class, and a reference set of loose images with captions."""
+    monkeypatch.chdir(tmp_path)
+    for seed, (task, classes) in enumerate({"animals": ["cat", "dog"], "vehicles": ["car", "bus", "tram"]}.items()):
+        for split, count in (("train", 8), ("test", 4)):
+            for index, (image, _) in enumerate(coloured(count * len(classes), seed)):
+                folder = tmp_path / "photos" / task / split / classes[index % len(classes)]
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / f"{index}.jpg").write_bytes(image)
+    (tmp_path / "reference").mkdir()
+    for index, (image, _) in enumerate(coloured(20, 9)):
+        (tmp_path / "reference" / f"{index}.png").write_bytes(image)
+    (tmp_path / "reference/captions.txt").write_text("a red thing\na green thing\nsomething blue\n")
+    return tmp_path
+
+
+def test_own_tasks_from_folders_to_a_comparison(own: Path, zscl: Callable[..., Command], ray_cluster: None) -> None:
+    [script] = blocks("python", "Your own tasks")
+    exec(compile(script, "make_tasks.py", "exec"), {"__name__": "__main__"})
+    [recipe] = blocks("yaml", "Your own tasks")
+    (own / "own.yaml").write_text(recipe)
+    shown = commands("Your own tasks") + commands("More workers, GPUs, a cluster")
+    assert [command[0] for command in shown] == ["run", "run", "run", "compare", "run"]
+    for command in shown:
+        found = zscl(*command)
+        assert found.code == 0, (command, found.error)
+    assert {path.name for path in (own / "runs").iterdir()} >= {"own-zscl", "own-finetune", "own-two", "comparison"}
+    assert (own / "runs/own-zscl/result.json").read_text().count('"stage"') == 2
+
+
+def test_the_embedded_model_can_be_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zscl: Callable[..., Command]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
+    monkeypatch.setattr("zscl.suites.CORPUS_PAIRS", 512)  # a toy: the whole takes minutes
+    monkeypatch.setattr("zscl.suites.REFERENCE_PAIRS", 64)
+    shown = commands("The embedded model")
+    assert [command[0] for command in shown] == ["data", "pretrain"]
+    for command in shown:
+        found = zscl(*command)
+        assert found.code == 0, (command, found.error)
+    assert "zero-shot digits" in found.out
+    assert (tmp_path / "data/embedded-model/open_clip_model.safetensors").is_file()
+
+
+def test_every_make_target_shown_exists() -> None:
+    targets = set(re.findall(r"^make (\S+)", README, flags=re.M)) | set(re.findall(r"`make (\S+)`", README))
+    assert targets >= {"demo", "test", "install"}
+    for target in targets:
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.M), target
+
+
+def test_the_method_shown_is_the_preset_itself() -> None:
+    from schemas.method import Method
+
+    [shown] = blocks("yaml", "How a method is put together")
+    assert Method.model_validate(yaml.safe_load(shown)["method"]) == Method.model_validate("zscl")
+
+
+def test_every_file_of_the_tree_is_shown_and_there() -> None:
+    [tree] = re.findall(r"## The house\n\n```\n(.*?)```", README, flags=re.S)
+    for package in ("schemas", "zscl", "orchestrate"):
+        assert f"{package}/" in tree
+    for module in (ROOT / "zscl").glob("[a-z]*.py"):
+        assert module.stem in tree or module.stem in ("distributed", "files"), module.stem

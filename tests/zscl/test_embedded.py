@@ -1,0 +1,67 @@
+"""The embedded suite: what it draws, and what its model knows of it."""
+
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from schemas.data import Task
+from schemas.experiment import Model
+from zscl import embedded, suites
+from zscl.evaluation import accuracy
+from zscl.model import load
+from zscl.streams import Loader
+from zscl.tasks import TaskFolder
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("suite")
+    suites.write_embedded(folder, corpus=False, note=lambda text: None)
+    return folder
+
+
+@pytest.mark.parametrize("domain", embedded.DOMAINS)
+def test_pictures_depend_on_the_seed_alone(domain: str) -> None:
+    first, again, other = (list(embedded.task_samples(domain, "test", 12, seed)) for seed in (0, 0, 1))
+    assert first == again != other
+    assert len({image for image, _ in first}) == 12
+
+
+@pytest.mark.parametrize("domain", embedded.DOMAINS)
+def test_no_test_picture_is_trained_on(domain: str) -> None:
+    train = {image for image, _ in embedded.task_samples(domain, "train", None, 0)}
+    test = {image for image, _ in embedded.task_samples(domain, "test", None, 0)}
+    assert (len(train), len(test)) == (400, 300)
+    assert not train & test
+
+
+def test_captions_name_classes_and_no_task_picture_is_among_them() -> None:
+    pairs = list(embedded.captioned_samples(400, suites.CORPUS_SEED, suites.CORPUS_TASK_LOOK))
+    names = {name for domain in embedded.DOMAINS.values() for name in domain.classnames}
+    assert all(any(name in caption for name in names) for _, caption in pairs)
+    tasks = {image for domain in embedded.DOMAINS for image, _ in embedded.task_samples(domain, "train", 50, 0)}
+    assert not tasks & {image for image, _ in pairs}
+
+
+def test_the_corpus_prefix_does_not_depend_on_its_length() -> None:
+    assert list(islice(embedded.captioned_samples(500, 1, 0.15), 5)) == list(embedded.captioned_samples(5, 1, 0.15))
+
+
+def test_what_is_there_already_is_kept(suite: Path) -> None:
+    before = {file: file.stat().st_mtime_ns for file in suite.rglob("*.tar")}
+    suites.write_embedded(suite, corpus=False, note=lambda text: pytest.fail(text))
+    assert {file: file.stat().st_mtime_ns for file in suite.rglob("*.tar")} == before
+
+
+def test_the_shipped_model_has_real_zero_shot_ability(suite: Path) -> None:
+    clip, loader = load(Model(name="embedded")), Loader(torch.device("cpu"))
+    found = {}
+    for name in embedded.DOMAINS:
+        task = TaskFolder.open(Task.model_validate(str(suite / name)))
+        task.check()
+        found[name], images = accuracy(clip, task, loader)
+        assert images == 300
+        assert 2.5 / len(task.classnames) < found[name] < 0.95
+    assert sum(found.values()) / len(found) > 0.6
