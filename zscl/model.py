@@ -38,6 +38,7 @@ class Clip:
         with whole_folder(folder) as temporary:
             weights = {name: value.detach().to("cpu", dtype).contiguous() for name, value in model.state_dict().items()}
             save_file(weights, temporary / WEIGHTS)
+            (temporary / WEIGHTS).chmod(0o644)  # safetensors writes for its owner alone; a run's folder is shared
             save_config_for_hf(self.model, temporary / CONFIG, model_config=self.config)
             if hasattr(self.tokenizer, "save_pretrained"):
                 self.tokenizer.save_pretrained(temporary)
