@@ -32,6 +32,7 @@ logging.getLogger("mlflow").setLevel(logging.WARNING)
 PARENT = "mlflow.parentRunId"
 KEY = "zscl.key"
 ROWS = "zscl.rows"
+FAILURES = (MlflowException, SQLAlchemyError, OSError)
 METRICS_AT_ONCE = 1_000  # MLflow's limit for one call
 # The kind of experiment whose page opens with charts for training instead of those for language models.
 KIND = {"mlflow.experimentKind": "custom_model_development"}
@@ -55,7 +56,7 @@ class Tracker:
             self.client = MlflowClient(tracking_uri=self.uri)
             self.experiment_id = self._experiment(experiment.tracking.experiment)
             self.parent = self._parent(experiment, fingerprint, folder)
-        except (MlflowException, SQLAlchemyError, OSError) as error:
+        except FAILURES as error:
             shown = " ".join(str(error).split())[:200].replace(self.uri, without_password(self.uri))
             raise InputError(
                 f"tracking.uri: found no reachable MLflow store at {without_password(self.uri)}, expected a server "
@@ -70,13 +71,13 @@ class Tracker:
                 case StageStarted():
                     self._start_stage(progress)
                 case StepsTaken():
-                    self._log(self.children[progress.stage], _curves(progress))
+                    self._log(self.children.get(progress.stage), _curves(progress))
                 case StageTrained():
                     seconds = Metric("train_seconds", progress.result.train_seconds, _now(), 0)
-                    self._log(self.children[progress.result.stage], [seconds])
+                    self._log(self.children.get(progress.result.stage), [seconds])
                 case RowMeasured():
                     self._record_row(progress)
-        except (MlflowException, SQLAlchemyError) as error:
+        except FAILURES as error:
             log.warning("MLflow did not take a record (%s); the run goes on", type(error).__name__)
 
     def finish(self, result: Result, folder: Path) -> None:
@@ -97,7 +98,7 @@ class Tracker:
             self.client.log_figure(self.parent, report.draw_matrix(result), "figures/accuracy_matrix.png")
             self.client.log_figure(self.parent, report.draw_accuracies(result), "figures/accuracy_by_stage.png")
             self.client.set_terminated(self.parent, "FINISHED")
-        except (MlflowException, SQLAlchemyError, OSError) as error:
+        except FAILURES as error:
             log.warning("MLflow did not take the result (%s); it is in %s", type(error).__name__, folder)
 
     def close(self, status: str) -> None:
@@ -106,7 +107,7 @@ class Tracker:
             for run in (*self.children.values(), self.parent):
                 if self.client.get_run(run).info.status == "RUNNING":
                     self.client.set_terminated(run, status)
-        except (MlflowException, SQLAlchemyError) as error:
+        except FAILURES as error:
             log.warning("MLflow did not take the status %s (%s)", status, type(error).__name__)
 
     def _experiment(self, name: str) -> str:
@@ -168,7 +169,9 @@ class Tracker:
             self._log(child, cells)
             self.client.set_terminated(child, "FINISHED")
 
-    def _log(self, run: str, metrics: list[Metric]) -> None:
+    def _log(self, run: str | None, metrics: list[Metric]) -> None:
+        if run is None:  # a stage whose start was not recorded has no run
+            return
         for start in range(0, len(metrics), METRICS_AT_ONCE):
             self.client.log_batch(run, metrics=metrics[start : start + METRICS_AT_ONCE])
 

@@ -1,0 +1,45 @@
+"""Progress in a log: where the run stands and how long it will take."""
+
+import io
+from collections.abc import Callable
+
+import pytest
+from rich.console import Console
+
+from orchestrate.display import Bar, Display
+from schemas.experiment import Experiment
+from schemas.results import RowMeasured, StageStarted, StepLosses, StepsTaken
+
+
+def steps(stage: int, step: int) -> StepsTaken:
+    last = StepLosses(step=step, learning_rate=0.1, losses={"classification": 1.25})
+    return StepsTaken(stage=stage, task="second", steps=(last,), images_per_second=40.0)
+
+
+def test_a_log_tells_stage_step_time_left_and_losses(
+    experiment: Callable[..., Experiment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("orchestrate.display.time.monotonic", lambda: clock[0])
+    stream = io.StringIO()
+    made = experiment()
+    with Bar(Console(file=stream, width=200), total=15) as bar:
+        display = Display(made, bar)
+        display(RowMeasured(stage=1, accuracy={"first": 0.5, "second": 0.25}))
+        display(StageStarted(stage=2, task="second", steps=5))  # a resumed run: 5 steps lie behind it
+        clock[0] = 30.0
+        display(steps(2, 4))
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "stage 1/3: first 50.0  second 25.0"
+    assert lines[1] == "stage 2/3 second: 5 steps"
+    # 5 steps in 30 s, 5 left
+    assert lines[2] == "stage 2/3 second: step 10 of 15, about 0.5 min left  40 images/s  classification 1.250"
+    assert "\r" not in stream.getvalue()
+    assert "\x1b" not in stream.getvalue()
+
+
+def test_a_terminal_gets_a_bar(experiment: Callable[..., Experiment]) -> None:
+    stream = io.StringIO()
+    with Bar(Console(file=stream, width=120, force_terminal=True), total=15) as bar:
+        Display(experiment(), bar)(steps(1, 2))
+    assert "3/15" in stream.getvalue()
