@@ -1,7 +1,7 @@
 """A recipe: one YAML file and a few overrides → an experiment."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -9,10 +9,14 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from schemas.base import InputError, Strict, explain
-from schemas.experiment import Experiment
+from schemas.base import Abbreviable, InputError, Strict, explain
+from schemas.data import Reference, Task
+from schemas.experiment import Experiment, Model
+from schemas.method import Method
 from zscl.files import write_text
 
+# Sections that a recipe may abbreviate to a string; an override of one of their fields needs the long form.
+ABBREVIABLE: Mapping[str, type[Abbreviable]] = {"method": Method, "model": Model, "reference": Reference, "tasks": Task}
 SchemaT = TypeVar("SchemaT", bound=Strict)
 
 
@@ -87,18 +91,19 @@ def _override(content: dict[str, Any], override: str) -> None:
 
 def _child(node: Any, key: str, path: str) -> Any:
     """The node under a key, ready to take fields: absent becomes empty, a bare preset or path its long form."""
-    if isinstance(node, list):
-        position = _position(node, key, path)
-        node[position] = _long_form("path", node[position])
-        return node[position]
-    node[key] = _long_form({"method": "preset", "model": "name"}.get(key, "images"), node.get(key))
-    return node[key]
-
-
-def _long_form(field: str, value: Any) -> Any:
-    if value is None:
-        return {}
-    return {field: value} if isinstance(value, str) else value
+    place: Any = _position(node, key, path) if isinstance(node, list) else key
+    found = node[place] if isinstance(node, list) else node.get(place)
+    if found is None:
+        found = {}
+    elif isinstance(found, str):
+        section = ABBREVIABLE.get("tasks" if isinstance(node, list) else key)
+        if section is None:
+            raise InputError(f"--set {path}: found the value {found!r}, expected a section to set a field of")
+        found = {section.main_field: found}
+    elif not isinstance(found, dict | list):
+        raise InputError(f"--set {path}: found the value {found!r}, expected a section to set a field of")
+    node[place] = found
+    return found
 
 
 def _position(node: list[Any], key: str, path: str) -> int:

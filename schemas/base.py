@@ -3,18 +3,20 @@
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
+    GetJsonSchemaHandler,
     ValidationError,
     ValidationInfo,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError
 
 
 class InputError(ValueError):
@@ -39,6 +41,29 @@ class Strict(BaseModel):
                     "unknown_field", "{problem}", {"problem": _unknown(str(field), cls.model_fields)}
                 )
         return data
+
+
+class Abbreviable(Strict):
+    """A section that a recipe may give as a bare string: the value of its main field."""
+
+    main_field: ClassVar[str]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_string(cls, data: Any) -> Any:
+        return {cls.main_field: data} if isinstance(data, str) else data
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """Let an editor accept the bare string, with the same choices as the main field."""
+        reference = handler(core)
+        section = handler.resolve_ref_schema(reference)
+        main = section["properties"][cls.main_field]
+        bare = next((option for option in main.get("anyOf", []) if option.get("type") == "string"), {"type": "string"})
+        section |= {"anyOf": [bare, dict(section)]}
+        for field in section.keys() - {"anyOf", "description", "title"}:
+            del section[field]
+        return reference
 
 
 def _unknown(field: str, allowed: Iterable[str]) -> str:

@@ -1,15 +1,21 @@
 """A task, and the reference set that is only distilled on."""
 
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
-from schemas.base import Location, Many, Strict
+from schemas.base import Abbreviable, Location, Many
 
 
-class Task(Strict):
+def _several(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+class Task(Abbreviable):
     """One task of the sequence: a folder in the layout of CLIP_benchmark. In a recipe, a bare path will do."""
+
+    main_field: ClassVar[str] = "path"
 
     path: Location = Field(
         description="Folder with classnames.txt, zeroshot_classification_templates.txt, train/ and test/"
@@ -20,7 +26,7 @@ class Task(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _from_path(cls, data: Any) -> Any:
+    def _named_after_its_folder(cls, data: Any) -> Any:
         if isinstance(data, str):
             data = {"path": data}
         if isinstance(data, dict) and isinstance(data.get("path"), str) and not data.get("name"):
@@ -28,10 +34,12 @@ class Task(Strict):
         return data
 
 
-class Reference(Strict):
+class Reference(Abbreviable):
     """Unlabelled images and unpaired texts. In a recipe, a bare path will do for a folder that holds both."""
 
-    images: Many[Location] = Field(
+    main_field: ClassVar[str] = "images"
+
+    images: Annotated[Many[Location], BeforeValidator(_several)] = Field(
         min_length=1,
         description="Shards (paths, globs, brace ranges, URLs) or folders of shards or of image files",
     )
@@ -40,15 +48,6 @@ class Reference(Strict):
         description="Caption file, one a line; default: captions.txt or the .txt members beside the images",
     )
     max_texts: PositiveInt | None = Field(None, description="Use only the first so many texts")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_path(cls, data: Any) -> Any:
-        if isinstance(data, str):
-            return {"images": [data]}
-        if isinstance(data, dict) and isinstance(data.get("images"), str):
-            return {**data, "images": [data["images"]]}
-        return data
 
 
 def check_names(tasks: tuple[Task, ...]) -> None:

@@ -3,11 +3,11 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, ValidationInfo, model_validator
 
-from schemas.base import Many, Strict, anchor
+from schemas.base import Abbreviable, Many, Strict, anchor
 from schemas.compute import Compute, Tracking
 from schemas.data import Reference, Task, check_names
 from schemas.method import Method
@@ -21,19 +21,16 @@ def _anchor_model(name: str, info: ValidationInfo) -> str:
     return LOCAL_MODEL + anchor(name.removeprefix(LOCAL_MODEL), info)
 
 
-class Model(Strict):
+class Model(Abbreviable):
     """An open_clip model. In a recipe, a bare name will do."""
+
+    main_field: ClassVar[str] = "name"
 
     name: Annotated[str, AfterValidator(_anchor_model)] = Field(
         min_length=1,
         description="open_clip name, `local-dir:FOLDER`, `hf-hub:OWNER/NAME`, or `embedded` for the shipped one",
     )
     pretrained: str | None = Field(None, description="open_clip tag or file, for a plain open_clip name")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_name(cls, data: Any) -> Any:
-        return {"name": data} if isinstance(data, str) else data
 
     @model_validator(mode="after")
     def _has_weights(self) -> "Model":

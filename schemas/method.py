@@ -6,11 +6,11 @@ method: {name: mine, task_loss: {}, distill: {}}  # a composition of one's own
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
-from schemas.base import Strict
+from schemas.base import Abbreviable, Strict
 
 
 class TaskLoss(Strict):
@@ -54,8 +54,10 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-class Method(Strict):
-    """Which parts act in a training step, and on the weights along the way."""
+class Method(Abbreviable):
+    """Which parts act in a training step, and on the weights along the way. A bare preset will do."""
+
+    main_field: ClassVar[str] = "preset"
 
     preset: Literal["zero-shot", "finetune", "zscl*", "zscl"] | None = Field(
         None, description="Where the parts that are not given come from"

@@ -8,6 +8,7 @@ import open_clip
 import pytest
 import torch
 from pydantic import BaseModel
+from safetensors.torch import load_file
 
 from schemas.base import InputError
 from schemas.experiment import Experiment
@@ -119,3 +120,28 @@ def test_the_teacher_embeds_the_reference_texts_once(
         run_sequence(experiment(seed=seed), tmp_path / name, device=CPU)
     assert embedded == [14]
     assert json.loads((tmp_path / "two/result.json").read_text())["reference_texts"] == 14
+
+
+def test_tasks_may_be_streamed_from_urls(
+    experiment: Callable[..., Experiment], tasks: list[str], tmp_path: Path
+) -> None:
+    here = run_sequence(experiment(), tmp_path / "here", device=CPU)
+    urls = [f"file://{task}" for task in tasks]
+    there = run_sequence(experiment(tasks=urls), tmp_path / "there", device=CPU)
+    assert there.zero_shot == here.zero_shot
+    assert [task.test_images for task in there.tasks] == [10, 10, 10]
+    assert [stage.steps for stage in there.stages] == [5, 5, 5]
+
+
+def test_bf16_is_near_fp32_and_not_it(experiment: Callable[..., Experiment], tmp_path: Path) -> None:
+    found = {}
+    for precision in ("fp32", "bf16"):
+        optimisation = experiment().optimisation.model_dump() | {"precision": precision}
+        result = run_sequence(experiment(optimisation=optimisation), tmp_path / precision, device=CPU)
+        found[precision] = result.stages[0].losses
+        assert (
+            load_file(tmp_path / precision / "stages/1-first/model/open_clip_model.safetensors")["visual.proj"].dtype
+            == torch.float32
+        )
+    assert found["bf16"] != found["fp32"]
+    assert found["bf16"] == pytest.approx(found["fp32"], rel=0.15)
