@@ -98,7 +98,7 @@ def compare(
     written = report.write_comparison(results, runs, folder)
     rows = report.comparison_rows(results, runs)
     if not as_json:
-        Console().print(report.terminal_table(rows))
+        Console().print(report.terminal_tables(rows))
     emit({"rows": rows, "files": written}, as_json, [f"{kind:9} {file}" for kind, file in written.items()])
 
 

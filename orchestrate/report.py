@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from pydantic import ValidationError
+from rich.console import Group
 from rich.table import Table
 
 from schemas.base import InputError
@@ -188,15 +189,20 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f}"
 
 
-def terminal_table(rows: Sequence[Row]) -> Table:
-    """The comparison for a terminal."""
-    table = Table(title="Forgetting, in per cent: figures of the matrix, then each task after the last stage")
-    for column in rows[0]:
-        if column != "run":
-            table.add_column(column, justify="left" if column in ("method", "seed") else "right")
+def terminal_tables(rows: Sequence[Row]) -> Group:
+    """The comparison for a terminal: the figures, then each task's final accuracy with a column a run."""
+    figures = Table(title="Figures of the accuracy matrix, %")
+    for column in ("method", "seed", *FIGURES):
+        figures.add_column(column, justify="left" if column in ("method", "seed") else "right")
     for row in rows:
-        table.add_row(*(_shown(value) for column, value in row.items() if column != "run"))
-    return table
+        figures.add_row(*(_shown(row[column]) for column in ("method", "seed", *FIGURES)))
+    tasks = Table(title="Accuracy on each task after the last stage, %")
+    tasks.add_column("task")
+    for row in rows:
+        tasks.add_column(f"{row['method']} {row['seed']}".strip(), justify="right")
+    for task in [column for column in rows[0] if column not in ("method", "seed", "run", *FIGURES)]:
+        tasks.add_row(task, *(_shown(row[task]) for row in rows))
+    return Group(figures, tasks)
 
 
 def write_comparison(results: Sequence[Result], runs: Sequence[Path], folder: Path) -> dict[str, str]:
