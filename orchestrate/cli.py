@@ -66,19 +66,23 @@ def run(
     opened = running.prepare(experiment)
     folder = out.absolute() if out else places.default_folder(experiment, opened.fingerprint)
     if dry_run:
-        content = {"experiment": experiment.model_dump(mode="json"), "plan": running.plan(opened, folder)}
+        content = {"experiment": recipes.shown(experiment), "plan": running.plan(opened, folder)}
         emit(content, as_json, [recipes.dump(content)])
         return
     result = running.run(opened, folder, progress_console)
-    uri = places.without_password(places.store_uri(experiment, folder))
+    uri = places.store_uri(experiment, folder)
     lines = [
         "  ".join(f"{name} {report.percent(value)}" for name, value in result.metrics.model_dump().items())
         + f"  (zero-shot transfer {report.percent(result.zero_shot_metrics.transfer)})",
         f"run     {folder}",
         f"models  {folder}/stages/<k>-<task>/model  (open_clip: local-dir:…)",
-        f"MLflow  mlflow ui --backend-store-uri {uri}",
+        f"MLflow  {places.browse_command(uri)}",
     ]
-    emit({"folder": str(folder), "tracking_uri": uri, "result": result.model_dump(mode="json")}, as_json, lines)
+    emit(
+        {"folder": str(folder), "tracking_uri": places.without_password(uri), "result": result.model_dump(mode="json")},
+        as_json,
+        lines,
+    )
 
 
 @app.command()
@@ -93,17 +97,13 @@ def compare(
     """
     from orchestrate import report
 
-    results = [report.load_result(run) for run in runs]
     folder = out or runs[0].absolute().parent / "comparison"
-    written = report.write_comparison(results, runs, folder)
-    rows = report.comparison_rows(results, runs)
-    if not as_json:
-        Console().print(report.terminal_tables(rows))
-    emit({"rows": rows, "files": written}, as_json, [f"{kind:9} {file}" for kind, file in written.items()])
+    content, lines = report.compare(runs, folder, None if as_json else Console())
+    emit(content, as_json, lines)
 
 
 @app.command()
-def schema() -> None:
+def schema(as_json: AsJson = True) -> None:
     """Print the recipe's JSON Schema, for editors.
 
     Example: zscl schema > recipe.schema.json
@@ -181,9 +181,11 @@ def demo(
     Example: zscl demo --out runs/demo
     """
     from orchestrate import demo as demonstration
+    from orchestrate import places, report
 
-    runs = demonstration.demo(recipe, out.absolute(), overrides, progress_console)
+    runs, uri = demonstration.demo(recipe, out.absolute(), overrides, progress_console)
     progress_console.rule("comparison")
-    compare(runs, out.absolute() / "comparison", as_json)
-    if not as_json:
-        print(f"MLflow    mlflow ui --backend-store-uri sqlite:///{out.absolute()}/mlflow.db")
+    content, lines = report.compare(runs, out.absolute() / "comparison", None if as_json else Console())
+    lines.append(f"MLflow    {places.browse_command(uri)}")
+    found = {"runs": [str(run) for run in runs], "tracking_uri": places.without_password(uri), **content}
+    emit(found, as_json, lines)

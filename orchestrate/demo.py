@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from orchestrate import recipes
 from orchestrate import run as running
+from orchestrate.places import store_uri
 from schemas.experiment import Experiment
 from zscl.suites import write_embedded
 
@@ -14,17 +16,28 @@ from zscl.suites import write_embedded
 METHODS = {"finetune": "finetune", "zscl": None}
 
 
-def demo(recipe: Path, folder: Path, overrides: Sequence[str], console: Console) -> list[Path]:
-    """Draw the suite into `folder`, run the recipe there by both methods, and return the runs' folders."""
-    content = recipes.read(recipe, overrides)
+def demo(recipe: Path, folder: Path, overrides: Sequence[str], console: Console) -> tuple[list[Path], str]:
+    """Draw the suite into `folder` and run the recipe there by both methods.
+
+    Returns the runs' folders and the URI of the store they are recorded in.
+    """
     data = folder / "data"
-    content["tasks"] = [str(data / Path(task).name) for task in content["tasks"]]
+    content = recipes.read(recipe, overrides)
+    content["tasks"] = [_moved(task, data) for task in content["tasks"]]
     content["reference"] = str(data / "reference")
-    write_embedded(data, corpus=False, note=lambda text: console.print(text, highlight=False))
-    runs = []
+    experiments = {}
     for method, parts in METHODS.items():
-        console.rule(method)
-        runs.append(folder / method)
         named = {"name": recipe.stem, **content, "method": parts or content["method"]}
-        running.run(running.prepare(recipes.parse(Experiment, named, recipe)), runs[-1], console)
-    return runs
+        experiments[folder / method] = recipes.parse(Experiment, named, recipe)
+    write_embedded(data, corpus=False, note=lambda text: console.print(text, highlight=False))
+    for run, experiment in experiments.items():
+        console.rule(run.name)
+        running.run(running.prepare(experiment), run, console)
+    return list(experiments), store_uri(experiment, run)
+
+
+def _moved(task: Any, data: Path) -> Any:
+    """A task of the recipe, where the demo draws it."""
+    if isinstance(task, dict):
+        return task | {"path": str(data / Path(task["path"]).name)}
+    return str(data / Path(task).name)

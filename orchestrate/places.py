@@ -1,22 +1,37 @@
-"""Where things lie when a recipe does not say."""
+"""Where things lie when a recipe does not say, and how they are shown."""
 
+import os
+import shutil
+import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from schemas.experiment import Experiment
 
+SQLITE = "sqlite:///"
+
 
 def default_folder(experiment: Experiment, fingerprint: str) -> Path:
     """A folder a run: the same experiment finds its folder again, another one gets another."""
-    return Path.cwd() / "runs" / f"{experiment.name}-{experiment.method.name.replace('*', '-star')}-{fingerprint[:8]}"
+    method = experiment.method.name.replace("*", "-star")
+    return Path.cwd() / "runs" / f"{experiment.name}-{method}-{fingerprint[:8]}"
 
 
 def store_uri(experiment: Experiment, folder: Path) -> str:
-    """The recipe's tracking URI; by default an SQLite file beside the run's folder."""
-    return experiment.tracking.uri or f"sqlite:///{folder.parent / 'mlflow.db'}"
+    """The recipe's tracking URI, else MLFLOW_TRACKING_URI, else an SQLite file beside the run's folder."""
+    given = experiment.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    return given or f"{SQLITE}{folder.parent / 'mlflow.db'}"
 
 
 def without_password(uri: str) -> str:
     """A URI as it may be shown."""
     parts = urlsplit(uri)
     return uri.replace(f"{parts.username}:{parts.password}@", f"{parts.username}:***@") if parts.password else uri
+
+
+def browse_command(uri: str) -> str:
+    """What a user types, or opens, to see the store."""
+    if uri.startswith(("http://", "https://")):
+        return without_password(uri)
+    mlflow = "mlflow" if shutil.which("mlflow") else str(Path(sys.executable).parent / "mlflow")
+    return f"{mlflow} ui --backend-store-uri {without_password(uri)}"

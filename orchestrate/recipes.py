@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from orchestrate.places import without_password
 from schemas.base import Abbreviable, InputError, Strict, explain
 from schemas.data import Reference, Task
 from schemas.experiment import Experiment, Model
@@ -54,7 +55,15 @@ def parse(schema: type[SchemaT], content: dict[str, Any], file: Path) -> SchemaT
 
 def write_experiment(experiment: Experiment, file: Path) -> None:
     """Write the resolved recipe; `load_experiment` reads it back to the same experiment."""
-    write_text(file, dump(experiment.model_dump(mode="json")))
+    write_text(file, dump(shown(experiment)))
+
+
+def shown(experiment: Experiment) -> dict[str, Any]:
+    """Every field, as it may be written down: without the password of a tracking URI."""
+    content = experiment.model_dump(mode="json")
+    if experiment.tracking.uri:
+        content["tracking"]["uri"] = without_password(experiment.tracking.uri)
+    return content
 
 
 def dump(content: dict[str, Any]) -> str:

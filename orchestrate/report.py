@@ -5,6 +5,7 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
@@ -12,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from pydantic import ValidationError
-from rich.console import Group
+from rich.console import Console, Group
 from rich.table import Table
 
 from schemas.base import InputError
@@ -167,17 +168,20 @@ def comparison_rows(results: Sequence[Result], runs: Sequence[Path]) -> list[Row
             )
         if [task.digest for task in result.tasks] != [task.digest for task in first.tasks]:
             raise InputError(f"{run}: found other data in its tasks, expected the same as {runs[0]}")
-    return [
-        _row(ZERO_SHOT, "", "", first.zero_shot_metrics, names, first.zero_shot),
-        *(
-            _row(label_of(result), str(result.seed), str(run), result.metrics, names, result.accuracy_matrix[-1])
-            for run, result in zip(runs, results, strict=True)
-        ),
-    ]
+    rows: list[Row] = []
+    for run, result in zip(runs, results, strict=True):
+        zero_shot = _row(ZERO_SHOT, "", "", result.zero_shot_metrics, names, result.zero_shot)
+        if zero_shot not in rows:  # another initial model, or other templates: its own baseline
+            rows.append(zero_shot)
+        rows.append(
+            _row(label_of(result), str(result.seed), run.name, result.metrics, names, result.accuracy_matrix[-1])
+        )
+    return rows
 
 
 def _row(method: str, seed: str, run: str, metrics: Metrics, names: Sequence[str], final: Sequence[float]) -> Row:
-    return {"method": method, "seed": seed, **metrics.model_dump(), **dict(zip(names, final, strict=True)), "run": run}
+    tasks = dict(zip(names, final, strict=True))
+    return {"run": run, "method": method, "seed": seed, **metrics.model_dump(), **tasks}
 
 
 def _shown(value: str | float | None) -> str:
@@ -191,29 +195,45 @@ def percent(value: float | None) -> str:
 
 def terminal_tables(rows: Sequence[Row]) -> Group:
     """The comparison for a terminal: the figures, then each task's final accuracy with a column a run."""
+    words = ("run", "method", "seed")
     figures = Table(title="Figures of the accuracy matrix, %")
-    for column in ("method", "seed", *FIGURES):
-        figures.add_column(column, justify="left" if column in ("method", "seed") else "right")
+    for column in (*words, *FIGURES):
+        figures.add_column(column, justify="left" if column in words else "right")
     for row in rows:
-        figures.add_row(*(_shown(row[column]) for column in ("method", "seed", *FIGURES)))
+        figures.add_row(*(_shown(row[column]) for column in (*words, *FIGURES)))
     tasks = Table(title="Accuracy on each task after the last stage, %")
     tasks.add_column("task")
     for row in rows:
-        tasks.add_column(f"{row['method']} {row['seed']}".strip(), justify="right")
-    for task in [column for column in rows[0] if column not in ("method", "seed", "run", *FIGURES)]:
+        tasks.add_column(str(row["run"] or row["method"]), justify="right")
+    for task in [column for column in rows[0] if column not in (*words, *FIGURES)]:
         tasks.add_row(task, *(_shown(row[task]) for row in rows))
     return Group(figures, tasks)
 
 
-def write_comparison(results: Sequence[Result], runs: Sequence[Path], folder: Path) -> dict[str, str]:
-    """Write the comparison as CSV (fractions), Markdown (per cent) and pictures. Returns what was written where."""
+def compare(runs: Sequence[Path], folder: Path, console: Console | None) -> tuple[dict[str, Any], list[str]]:
+    """Compare finished runs: print the tables to a console, if any, and write the files.
+
+    Returns the content for programs, and lines that say what was written where.
+
+    Raises:
+        InputError: a folder has no finished run, or the runs cannot be compared.
+    """
+    results = [load_result(run) for run in runs]
     rows = comparison_rows(results, runs)
+    written = write_comparison(results, rows, folder)
+    if console is not None:
+        console.print(terminal_tables(rows))
+    return {"rows": rows, "files": written}, [f"{kind:9} {file}" for kind, file in written.items()]
+
+
+def write_comparison(results: Sequence[Result], rows: Sequence[Row], folder: Path) -> dict[str, str]:
+    """Write the comparison as CSV (fractions), Markdown (per cent) and pictures. Returns what was written where."""
     table = io.StringIO()
     writer = csv.DictWriter(table, rows[0].keys(), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    columns = [column for column in rows[0] if column != "run"]
-    lines = [columns, ["---"] * 2 + ["---:"] * (len(columns) - 2)]
+    columns = list(rows[0])
+    lines = [columns, ["---"] * 3 + ["---:"] * (len(columns) - 3)]
     lines += [[_shown(row[column]) for column in columns] for row in rows]
     written = {
         "csv": folder / "comparison.csv",

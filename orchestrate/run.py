@@ -1,12 +1,16 @@
 """One run from a recipe: folder, pre-flight, tracking, display, training."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from pydantic import BaseModel
 from rich.console import Console
 
 from orchestrate import recipes, report
 from orchestrate.display import Bar, Display
+from schemas.base import InputError
 from schemas.experiment import Experiment
 from schemas.results import Result
 from zscl.model import load
@@ -63,6 +67,22 @@ def run(opened: Opened, folder: Path, console: Console) -> Result:
     if (folder / "result.json").is_file():
         console.print(f"{folder}: finished before, nothing to do", highlight=False)
         return report.load_result(folder)
+    with _owned(folder):
+        return _run(opened, folder, console)
+
+
+@contextmanager
+def _owned(folder: Path) -> Iterator[None]:
+    """Keep a run's folder for this process; the lock goes with the process, however that ends."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0):
+            yield
+    except Timeout as error:
+        raise InputError(f"{folder}: found another process at work on this run, expected none") from error
+
+
+def _run(opened: Opened, folder: Path, console: Console) -> Result:
     # Ray and MLflow take seconds to import: only once there is something to run.
     from orchestrate.tracking import Tracker
     from orchestrate.train import check_resources, connect, train

@@ -7,6 +7,8 @@ number of stages trained (0 is the zero-shot row); a child has its curves agains
 import logging
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from typing import Any
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 
+from filelock import FileLock
 from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
@@ -21,7 +24,7 @@ from pydantic import BaseModel
 from sqlalchemy.exc import SQLAlchemyError
 
 from orchestrate import report
-from orchestrate.places import store_uri, without_password
+from orchestrate.places import SQLITE, store_uri, without_password
 from schemas.base import InputError
 from schemas.experiment import Experiment
 from schemas.results import Result, RowMeasured, StageStarted, StageTrained, StepsTaken
@@ -33,6 +36,7 @@ PARENT = "mlflow.parentRunId"
 KEY = "zscl.key"
 ROWS = "zscl.rows"
 FAILURES = (MlflowException, SQLAlchemyError, OSError)
+SILENCE_SECONDS = 30.0
 METRICS_AT_ONCE = 1_000  # MLflow's limit for one call
 # The kind of experiment whose page opens with charts for training instead of those for language models.
 KIND = {"mlflow.experimentKind": "custom_model_development"}
@@ -50,13 +54,13 @@ class Tracker:
         self.uri = store_uri(experiment, folder)
         self.key = f"{fingerprint} {folder}"
         self.children: dict[int, str] = {}
+        self.silent_until = 0.0
         try:
-            if self.uri.startswith("sqlite:///"):
-                Path(self.uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-            self.client = MlflowClient(tracking_uri=self.uri)
-            self.experiment_id = self._experiment(experiment.tracking.experiment)
+            with _alone(self.uri):
+                self.client = MlflowClient(tracking_uri=self.uri)
+                self.experiment_id = self._experiment(experiment.tracking.experiment)
             self.parent = self._parent(experiment, fingerprint, folder)
-        except FAILURES as error:
+        except (*FAILURES, ImportError) as error:
             shown = " ".join(str(error).split())[:200].replace(self.uri, without_password(self.uri))
             raise InputError(
                 f"tracking.uri: found no reachable MLflow store at {without_password(self.uri)}, expected a server "
@@ -65,7 +69,9 @@ class Tracker:
         self.rows = int(self.client.get_run(self.parent).data.tags.get(ROWS, 0))
 
     def __call__(self, progress: BaseModel) -> None:
-        """Record one piece of progress."""
+        """Record one piece of progress; after a failure, nothing for a while, so that no backlog grows."""
+        if time.monotonic() < self.silent_until:
+            return
         try:
             match progress:
                 case StageStarted():
@@ -78,6 +84,7 @@ class Tracker:
                 case RowMeasured():
                     self._record_row(progress)
         except FAILURES as error:
+            self.silent_until = time.monotonic() + SILENCE_SECONDS
             log.warning("MLflow did not take a record (%s); the run goes on", type(error).__name__)
 
     def finish(self, result: Result, folder: Path) -> None:
@@ -89,6 +96,9 @@ class Tracker:
         }
         now = _now()
         try:
+            for stage, accuracies in enumerate([result.zero_shot, *result.accuracy_matrix]):
+                row = dict(zip((task.name for task in result.tasks), accuracies, strict=True))
+                self._record_row(RowMeasured(stage=stage, accuracy=row))  # those that were not taken at their time
             self._log(
                 self.parent, [Metric(name, value, now, 0) for name, value in figures.items() if value is not None]
             )
@@ -115,9 +125,15 @@ class Tracker:
         if found is not None:
             return str(found.experiment_id)
         # Beside an SQLite store lie its artefacts; a server has a place of its own.
-        local = self.uri.startswith("sqlite:///")
-        place = str(Path(self.uri.removeprefix("sqlite:///")).parent / "mlflow-artifacts") if local else None
-        return str(self.client.create_experiment(name, artifact_location=place, tags=KIND))
+        local = self.uri.startswith(SQLITE)
+        place = str(Path(self.uri.removeprefix(SQLITE)).parent / "mlflow-artifacts") if local else None
+        try:
+            return str(self.client.create_experiment(name, artifact_location=place, tags=KIND))
+        except MlflowException:
+            made = self.client.get_experiment_by_name(name)  # by another run, in between
+            if made is None:
+                raise
+            return str(made.experiment_id)
 
     def _parent(self, experiment: Experiment, fingerprint: str, folder: Path) -> str:
         found = self._find(self.key)
@@ -145,8 +161,11 @@ class Tracker:
         runs = self.client.search_runs([self.experiment_id], f"tags.`{KEY}` = '{quoted}'", max_results=1)
         return str(runs[0].info.run_id) if runs else None
 
+    def _stage_key(self, stage: int) -> str:
+        return f"{self.key} stage {stage}"
+
     def _start_stage(self, started: StageStarted) -> None:
-        key = f"{self.key} stage {started.stage}"
+        key = self._stage_key(started.stage)
         interrupted = self._find(key)
         if interrupted:  # it is trained again from its start: one curve, not two
             self.client.delete_run(interrupted)
@@ -164,7 +183,8 @@ class Tracker:
         self._log(self.parent, [*cells, Metric("accuracy_mean", mean, now, row.stage)])
         self.rows = row.stage + 1
         self.client.set_tag(self.parent, ROWS, str(self.rows))
-        child = self.children.pop(row.stage, None)
+        # A stage trained before an interruption has its run, but not in this process.
+        child = self.children.pop(row.stage, None) or self._find(self._stage_key(row.stage))
         if child:
             self._log(child, cells)
             self.client.set_terminated(child, "FINISHED")
@@ -174,6 +194,20 @@ class Tracker:
             return
         for start in range(0, len(metrics), METRICS_AT_ONCE):
             self.client.log_batch(run, metrics=metrics[start : start + METRICS_AT_ONCE])
+
+
+@contextmanager
+def _alone(uri: str) -> Iterator[None]:
+    """Let one process at a time open an SQLite store: two that create it at once break it."""
+    if not uri.startswith(SQLITE):
+        yield
+        return
+    file = Path(uri.removeprefix(SQLITE))
+    if file.is_dir():
+        raise OSError(f"{file} is a folder")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(file.with_name(f".{file.name}.lock")):
+        yield
 
 
 def _curves(taken: StepsTaken) -> list[Metric]:

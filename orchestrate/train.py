@@ -25,8 +25,11 @@ from ray.util.queue import Queue
 from schemas.base import InputError
 from schemas.compute import Compute
 from schemas.experiment import Experiment
-from schemas.results import Progress, Refused, Result
+from schemas.results import Progress, Result
+from zscl.files import write_text
 from zscl.sequence import run_sequence
+
+log = logging.getLogger(__name__)
 
 CONTROLLER_RETRIES = 3  # Ray's default is to try for ever
 OnProgress = Callable[[BaseModel], None]
@@ -85,29 +88,37 @@ def train(experiment: Experiment, folder: Path, on_progress: OnProgress) -> Resu
     use_gpu = check_resources(experiment.compute)
     compute = experiment.compute
     resources = {"CPU": compute.cpus_per_worker} | ({"GPU": compute.gpus_per_worker} if use_gpu else {})
+    name = f"{datetime.now():%Y%m%d-%H%M%S-%f}"
+    refusal = folder / "ray" / name / "refused"
     queue = Queue(actor_options={"num_cpus": 0})
     trainer = TorchTrainer(
         _work,
-        train_loop_config={"experiment": experiment.model_dump_json(), "folder": str(folder), "queue": queue},
+        train_loop_config={
+            "experiment": experiment.model_dump_json(),
+            "folder": folder,
+            "queue": queue,
+            "refusal": refusal,
+        },
         scaling_config=ScalingConfig(num_workers=compute.workers, use_gpu=use_gpu, resources_per_worker=resources),
         # NCCL refuses two workers on one GPU.
         torch_config=TorchConfig(backend="nccl" if use_gpu and compute.gpus_per_worker >= 1 else "gloo"),
         run_config=RunConfig(
-            name=f"{datetime.now():%Y%m%d-%H%M%S-%f}",
+            name=name,
             storage_path=str(folder / "ray"),
             failure_config=FailureConfig(
                 max_failures=compute.max_failures, controller_failure_limit=CONTROLLER_RETRIES
             ),
         ),
     )
-    refused: list[str] = []
-    try:
-        with _listening(queue, on_progress, refused):
+    returned = ""
+    with _listening(queue, on_progress):
+        try:
             returned = trainer.fit().return_value
-    except ray.train.WorkerGroupError as error:
-        if refused:
-            raise InputError(refused[0]) from error
-        raise
+        except ray.train.WorkerGroupError:
+            if not refusal.is_file():
+                raise
+    if refusal.is_file():
+        raise InputError(refusal.read_text())
     return Result.model_validate_json(returned)
 
 
@@ -117,30 +128,34 @@ def _work(config: dict[str, Any]) -> str:
     def report(progress: BaseModel) -> None:
         config["queue"].put(progress.model_dump_json())
 
+    if config["refusal"].is_file():  # the group was restarted; what was wrong with the input still is
+        return ""
     try:
         result = run_sequence(
             Experiment.model_validate_json(config["experiment"]),
-            Path(config["folder"]),
+            config["folder"],
             report=report,
             device=ray.train.torch.get_device(),
         )
     except InputError as error:
-        report(Refused(text=str(error)))
+        write_text(config["refusal"], str(error))
         raise
     return result.model_dump_json()
 
 
 @contextmanager
-def _listening(queue: Queue, on_progress: OnProgress, refused: list[str]) -> Iterator[None]:
-    """Hand on what the workers report, from a thread, until the block ends; refusals are collected."""
+def _listening(queue: Queue, on_progress: OnProgress) -> Iterator[None]:
+    """Hand on what the workers report, from a thread, until the block ends.
+
+    Nothing that goes wrong with a display or a record may stop the training: it is logged.
+    """
 
     def listen() -> None:
         while (message := queue.get()) != _END:
-            progress = _progress.validate_json(message)
-            if isinstance(progress, Refused):
-                refused.append(progress.text)
-            else:
-                on_progress(progress)
+            try:
+                on_progress(_progress.validate_json(message))
+            except Exception:
+                log.exception("Progress could not be shown or recorded; the run goes on")
 
     with ThreadPoolExecutor(1) as pool:
         listening = pool.submit(listen)

@@ -74,7 +74,19 @@ def _unknown(field: str, allowed: Iterable[str]) -> str:
 
 def explain(error: ValidationError) -> str:
     """One line per problem: the field's dotted path, what is expected, what was found."""
-    return "\n".join(_explain_one(problem) for problem in error.errors(include_url=False))
+    problems = error.errors(include_url=False)
+    # Where the only item of a list is wrong, pydantic also finds the list too short: that is no second problem.
+    places = [problem["loc"] for problem in problems]
+    real = [
+        problem
+        for problem in problems
+        if problem["type"] != "too_short"
+        or not any(
+            place[:-1] and place[: len(problem["loc"])] == problem["loc"] and place != problem["loc"]
+            for place in places
+        )
+    ]
+    return "\n".join(map(_explain_one, real))
 
 
 def _explain_one(problem: Any) -> str:
@@ -88,6 +100,8 @@ def _explain_one(problem: Any) -> str:
 T = TypeVar("T")
 # YAML and JSON only have lists; inside, a sequence is a tuple because nothing here may change.
 Many = Annotated[tuple[T, ...], Field(strict=False)]
+
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 def anchor(location: str, info: ValidationInfo) -> str:

@@ -7,6 +7,8 @@ from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_v
 
 from schemas.base import Abbreviable, Location, Many
 
+RESERVED_NAMES = ("method", "seed", "run", "transfer", "avg", "last", "forgetting")
+
 
 def _several(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
@@ -54,6 +56,8 @@ def check_names(tasks: tuple[Task, ...]) -> None:
     """Refuse two tasks of one name: rows, stages and metrics are told apart by it."""
     names = [task.name for task in tasks]
     for name in names:
+        if name in RESERVED_NAMES:
+            raise ValueError(f"tasks: found the name {name!r}, expected another: comparisons have a column of it")
         if not name:
             raise ValueError("tasks: found an empty name, expected a name or a path that ends in one")
         if names.count(name) > 1:

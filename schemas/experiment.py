@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, ValidationInfo, model_validator
 
-from schemas.base import Abbreviable, Many, Strict, anchor
+from schemas.base import Abbreviable, Many, Share, Strict, anchor
 from schemas.compute import Compute, Tracking
 from schemas.data import Reference, Task, check_names
 from schemas.method import Method
@@ -21,6 +21,11 @@ def _anchor_model(name: str, info: ValidationInfo) -> str:
     return LOCAL_MODEL + anchor(name.removeprefix(LOCAL_MODEL), info)
 
 
+def _anchor_file(tag_or_file: str, info: ValidationInfo) -> str:
+    is_file = "/" in tag_or_file or tag_or_file.endswith((".safetensors", ".pt", ".pth", ".bin"))
+    return anchor(tag_or_file, info) if is_file else tag_or_file
+
+
 class Model(Abbreviable):
     """An open_clip model. In a recipe, a bare name will do."""
 
@@ -30,7 +35,9 @@ class Model(Abbreviable):
         min_length=1,
         description="open_clip name, `local-dir:FOLDER`, `hf-hub:OWNER/NAME`, or `embedded` for the shipped one",
     )
-    pretrained: str | None = Field(None, description="open_clip tag or file, for a plain open_clip name")
+    pretrained: Annotated[str, AfterValidator(_anchor_file)] | None = Field(
+        None, description="open_clip tag or weights file, for a plain open_clip name"
+    )
 
     @model_validator(mode="after")
     def _has_weights(self) -> "Model":
@@ -52,7 +59,7 @@ class Optimisation(Strict):
     reference_batch_size: PositiveInt = Field(64, description="Reference images a step, over all workers")
     learning_rate: PositiveFloat = 1e-5
     warmup_steps: int = Field(100, ge=0)
-    betas: Annotated[tuple[float, float], Field(strict=False)] = (0.9, 0.999)
+    betas: Annotated[tuple[Share, Share], Field(strict=False)] = (0.9, 0.999)
     weight_decay: float = Field(0.0, ge=0)
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast of the two towers")
 
@@ -82,6 +89,12 @@ class Experiment(Strict):
         check_names(self.tasks)
         if self.method.distill and self.reference is None:
             raise ValueError("method.distill needs reference (images and texts to distil on), found none")
+        for task in self.tasks:
+            if self.method.task_loss and self.optimisation.warmup_steps > self.stage_steps(task):
+                raise ValueError(
+                    f"optimisation.warmup_steps is {self.optimisation.warmup_steps}, expected at most the "
+                    f"{self.stage_steps(task)} steps of stage '{task.name}'"
+                )
         largest = min(self.optimisation.batch_size, self.optimisation.reference_batch_size)
         if self.compute.workers > largest:
             raise ValueError(
@@ -111,5 +124,6 @@ class Experiment(Strict):
         elif self.reference is not None:
             identity["reference"] = [contents["reference"], self.reference.max_texts]
         if self.method.task_loss is None:
-            del identity["optimisation"], identity["seed"]
+            identity["optimisation"] = {"precision": self.optimisation.precision}
+            del identity["seed"]
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]

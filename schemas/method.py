@@ -62,7 +62,9 @@ class Method(Abbreviable):
     preset: Literal["zero-shot", "finetune", "zscl*", "zscl"] | None = Field(
         None, description="Where the parts that are not given come from"
     )
-    name: str = Field("", description="What results and runs call it; default: the preset")
+    name: str = Field(
+        "", pattern=r"^[A-Za-z0-9_.*+-]*$", description="What results and runs call it; default: the preset"
+    )
     task_loss: TaskLoss | None = Field(None, description="None: nothing is trained (zero-shot)")
     distill: Distill | None = None
     consolidate: Consolidate | None = None

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from schemas.base import Location, Many, Strict
+from schemas.base import Location, Many, Share, Strict
 
 
 class Preprocess(Strict):
@@ -29,7 +29,7 @@ class Pretraining(Strict):
     learning_rate: PositiveFloat = 1e-3
     warmup_share: float = Field(0.05, ge=0, lt=1, description="Share of the steps")
     weight_decay: float = Field(0.1, ge=0, description="Of matrices; not of biases, norms and embeddings")
-    betas: Annotated[tuple[float, float], Field(strict=False)] = (0.9, 0.98)
+    betas: Annotated[tuple[Share, Share], Field(strict=False)] = (0.9, 0.98)
     gradient_norm: PositiveFloat = Field(1.0, description="Gradients are clipped to this norm")
     shift_pixels: NonNegativeInt = Field(2, description="Images are shifted by up to so many pixels")
     seed: int = Field(0, ge=0)

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt
+from pydantic import AllowInfNan, Field, NonNegativeInt
 
 from schemas.base import Many, Strict
 
@@ -69,7 +69,7 @@ class StepLosses(Strict):
 
     step: NonNegativeInt
     learning_rate: float
-    losses: dict[str, float]
+    losses: dict[str, Annotated[float, AllowInfNan()]]
 
 
 class StageStarted(Strict):
@@ -123,14 +123,7 @@ class Note(Strict):
     text: str
 
 
-class Refused(Strict):
-    """A worker found something that was given to be wrong: the run cannot go on."""
-
-    event: Literal["refused"] = "refused"
-    text: str
-
-
 Progress = Annotated[
-    StageStarted | StepsTaken | StageTrained | TaskEvaluated | RowMeasured | Note | Refused,
+    StageStarted | StepsTaken | StageTrained | TaskEvaluated | RowMeasured | Note,
     Field(discriminator="event"),
 ]

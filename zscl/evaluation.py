@@ -4,7 +4,7 @@ import torch
 from open_clip import build_zero_shot_classifier
 
 from zscl.distributed import gather, rank, share, sum_over_workers, world_size
-from zscl.model import Clip, precision_context
+from zscl.model import Clip, at_least_float32, precision_context
 from zscl.streams import Decode, EvaluationImages, Loader
 from zscl.tasks import TaskFolder
 
@@ -34,9 +34,10 @@ def accuracy(
     """
     was_training = clip.model.training
     clip.model.eval()
-    with torch.inference_mode(), precision_context(precision, loader.device):
-        classifier = class_embeddings(clip, task, templates, loader.device)
-        correct, images = count_correct(clip, task, classifier, loader, batch_size)
+    with torch.inference_mode():
+        with precision_context(precision, loader.device):
+            classifier = class_embeddings(clip, task, templates, loader.device)
+        correct, images = count_correct(clip, task, classifier, loader, precision, batch_size)
     clip.model.train(was_training)
     return correct / images, images
 
@@ -51,18 +52,19 @@ def class_embeddings(clip: Clip, task: TaskFolder, templates: str, device: torch
     embedded = build_zero_shot_classifier(
         clip.model, clip.tokenizer, names, formats, num_classes_per_batch=CLASSES_AT_ONCE, device=device
     ).T[: len(own)]
-    return gather(embedded.float().contiguous(), len(task.classnames))
+    return gather(at_least_float32(embedded).contiguous(), len(task.classnames))
 
 
 def count_correct(
-    clip: Clip, task: TaskFolder, classifier: torch.Tensor, loader: Loader, batch_size: int
+    clip: Clip, task: TaskFolder, classifier: torch.Tensor, loader: Loader, precision: str, batch_size: int
 ) -> tuple[int, int]:
     """Classify every test image once over all workers. Returns (correct, images)."""
     images = EvaluationImages(task.test, Decode(clip.evaluation_transform, task.label_of), rank(), world_size())
     correct = seen = 0
     for batch, labels in images.batches(batch_size, loader):
-        features = clip.model.encode_image(batch, normalize=True).float()  # type: ignore[operator]
-        correct += int((features @ classifier.T).argmax(dim=1).eq(labels).sum())
+        with precision_context(precision, loader.device):
+            features = clip.model.encode_image(batch, normalize=True)  # type: ignore[operator]
+        correct += int((at_least_float32(features) @ classifier.T).argmax(dim=1).eq(labels).sum())
         seen += len(labels)
     correct_everywhere, seen_everywhere = sum_over_workers(correct, seen)
     return int(correct_everywhere), int(seen_everywhere)

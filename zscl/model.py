@@ -96,18 +96,27 @@ def weights_digest(model: Model) -> str:
     """Identity of a model's content: the weights' hash where they are files here, else the name."""
     name = open_clip_name(model)
     if not name.startswith(LOCAL_MODEL):
-        return f"{name} {model.pretrained}"
+        weights = Path(model.pretrained or "")
+        return f"{name} {file_digest(weights) if weights.is_file() else model.pretrained}"
     folder = Path(name.removeprefix(LOCAL_MODEL))
     _refuse_without_safetensors(folder, f"model: '{model.name}'")
     if not (folder / CONFIG).is_file():
         raise InputError(f"model: '{model.name}': found no {CONFIG} in the folder, expected an open_clip folder")
-    config = json.dumps(json.loads((folder / CONFIG).read_text()), sort_keys=True)
+    try:
+        config = json.dumps(json.loads((folder / CONFIG).read_text()), sort_keys=True)
+    except ValueError as error:
+        raise InputError(f"model: '{model.name}' cannot be loaded, expected JSON in {CONFIG} ({error})") from error
     return digest(config, *(file_digest(file) for file in sorted(folder.glob("*.safetensors"))))
 
 
 def freeze(model: nn.Module) -> nn.Module:
     """Make a teacher: evaluation mode, no gradients."""
     return model.eval().requires_grad_(False)
+
+
+def at_least_float32(features: torch.Tensor) -> torch.Tensor:
+    """Bring what a tower gave under autocast to float32; leave float64 alone."""
+    return features.to(torch.promote_types(features.dtype, torch.float32))
 
 
 def precision_context(precision: str, device: torch.device) -> AbstractContextManager[object]:

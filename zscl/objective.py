@@ -13,7 +13,7 @@ from torch import nn
 from schemas.experiment import Experiment
 from zscl import losses
 from zscl.distributed import gather
-from zscl.model import precision_context
+from zscl.model import at_least_float32, precision_context
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,10 @@ class Teacher:
 
     @torch.no_grad()
     def image_features(self, images: torch.Tensor) -> torch.Tensor:
-        """Encode images. [b, 3, H, W] → [b, D], float32, normalised."""
+        """Encode images. [b, 3, H, W] → [b, D], normalised."""
         with precision_context(self.precision, images.device):
             encoded: torch.Tensor = self.model.encode_image(images, normalize=True)  # type: ignore[operator]
-        return encoded.float()
+        return at_least_float32(encoded)
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from zscl.distributed import from_main, gather, rank, share
+from zscl.distributed import from_main, gather, rank, share, sum_over_workers
 from zscl.files import digest, whole_file
-from zscl.model import Clip
+from zscl.model import Clip, at_least_float32
 
 TEXTS_AT_ONCE = 512
 
@@ -38,11 +38,11 @@ def text_embeddings(
         device: where the teacher lies.
         note: told what was found or done.
 
-    Returns [N, D], float32, normalised.
+    Returns [N, D], normalised, float32 (float64 for a float64 teacher).
     """
     tokens = clip.tokenizer(texts)
     file = store / f"texts-{digest(weights, tokens.numpy().tobytes())[:24]}.npy"
-    found = bool(from_main(torch.tensor([[file.is_file()]]), like=torch.empty(0, dtype=torch.bool)))
+    [found] = sum_over_workers(rank() == 0 and file.is_file())  # the main worker's answer, for all
     if found:
         note(f"Teacher's embeddings of {len(texts)} reference texts read from {file}")
         stored = torch.from_numpy(np.load(file)).to(device) if rank() == 0 else None
@@ -60,4 +60,4 @@ def _encode(teacher: nn.Module, tokens: torch.Tensor, device: torch.device) -> t
     own = share(len(tokens))
     chunks = tokens[own.start : own.stop].split(TEXTS_AT_ONCE)
     encoded = [teacher.encode_text(chunk.to(device), normalize=True) for chunk in chunks]  # type: ignore[operator]
-    return torch.cat(encoded).float()
+    return at_least_float32(torch.cat(encoded))

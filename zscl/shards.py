@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import os
 import random
+import re
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -68,7 +69,7 @@ def open_samples(locations: Sequence[str]) -> "IndexedSamples | StreamedSamples"
 def _local_files(path: Path) -> list[Path]:
     if path.is_dir():
         files = sorted(path.glob("*.tar"), key=_natural) or sorted(
-            file for file in path.rglob("*") if _suffix(file.name) in IMAGE_SUFFIXES
+            file for file in path.rglob("[!.]*") if file.suffix.lower().removeprefix(".") in IMAGE_SUFFIXES
         )
         if not files:
             raise InputError(f"{path}: found no .tar shard and no image file, expected at least one")
@@ -85,10 +86,6 @@ def _local_files(path: Path) -> list[Path]:
 
 def _natural(path: Path) -> tuple[int, str]:
     return (int(path.stem) if path.stem.isdecimal() else -1, path.name)
-
-
-def _suffix(name: str) -> str:
-    return webdataset.tariterators.base_plus_ext(name)[1].lower() if "." in name else ""
 
 
 # --------------------------------------------------------------------------------------------- local shards
@@ -146,6 +143,12 @@ class IndexedSamples:
                 shard, key = self._name(descriptors, row)
                 yield shard, key, self._member(descriptors, row[KINDS.index("label")])
 
+    def identity(self) -> Iterator[bytes]:
+        """What tells these samples from others without reading the images: names, places, sizes and labels."""
+        yield self.table.numpy().tobytes()
+        for shard, key, label in self.labels():
+            yield f"{Path(shard).name} {key} ".encode() + (label or b"")
+
     def _read(self, descriptors: "_Descriptors", index: int) -> Sample:
         row = self.table[index].tolist()
         image, label, text = (self._member(descriptors, member) for member in row)
@@ -195,7 +198,9 @@ def _tar_members(file: Path) -> list[tuple[str, int, int]]:
     try:
         with tarfile.open(file, "r:") as tar:
             found = [
-                (info.name, info.offset_data, info.size) for info in tar if info.isreg() and "." in Path(info.name).name
+                (info.name, info.offset_data, info.size)
+                for info in tar
+                if info.isreg() and re.fullmatch(r"[^.].*\..+", Path(info.name).name)  # no dot files
             ]
             end = tar.offset
     except (tarfile.TarError, EOFError) as error:

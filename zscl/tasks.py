@@ -21,7 +21,6 @@ from schemas.data import Reference, Task
 from zscl.files import digest, file_digest, whole_folder, write_text
 from zscl.shards import IndexedSamples, Sample, StreamedSamples, open_samples
 
-SPLITS = ("train", "test")
 MANIFEST = "zscl.json"
 
 
@@ -32,10 +31,14 @@ def text_of(location: str) -> str | None:
             return str(stream.read())
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{location}: found no UTF-8 text ({error.reason}), expected a text file in UTF-8") from error
+    except (OSError, ImportError, ValueError) as error:
+        raise InputError(f"{location}: cannot be read ({error}), expected a text file") from error
 
 
 def lines_of(location: str, what: str) -> list[str]:
-    """Read a file's non-empty lines.
+    """Read a file's lines.
 
     Raises:
         InputError: there is no such file, or it is empty.
@@ -43,7 +46,7 @@ def lines_of(location: str, what: str) -> list[str]:
     text = text_of(location)
     if text is None:
         raise InputError(f"{location}: found no such file, expected {what}, one a line")
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in text.rstrip().splitlines()]
     if not lines:
         raise InputError(f"{location}: found an empty file, expected {what}, one a line")
     return lines
@@ -68,8 +71,13 @@ class TaskFolder:
         if "://" not in task.path and not Path(task.path).is_dir():
             raise InputError(f"{task.path}: found no such folder, expected a task (task '{task.name}')")
         classnames = lines_of(f"{task.path}/classnames.txt", "class names")
+        if "" in classnames:
+            raise InputError(
+                f"{task.path}/classnames.txt: found line {classnames.index('') + 1} empty, expected a class name: the "
+                "line number is the label"
+            )
         file = f"{task.path}/zeroshot_classification_templates.txt"
-        templates = lines_of(file, "prompt templates")
+        templates = [line for line in lines_of(file, "prompt templates") if line]
         for template in templates:
             if "{c}" not in template:
                 raise InputError(f"{file}: found the template {template!r}, expected a {{c}} for the class name in it")
@@ -136,16 +144,22 @@ class TaskFolder:
 
     @cached_property
     def digest(self) -> str:
-        """Identity of the task's content: by the manifest's hashes, else by the shards' names and sizes."""
+        """Identity of the task's content: by the manifest's hashes, else by its samples' names, sizes and labels."""
         words = ["\n".join(self.classnames), "\n".join(self.templates)]
         manifest = text_of(f"{self.path}/{MANIFEST}")
         if manifest is None:
-            return digest(*words, *(_size(shard) for split in SPLITS for shard in self.shards(split)))
+            return digest(*words, *_identity(self.train), *_identity(self.test))
         return digest(*words, *self._checked_hashes(manifest))
 
     def _checked_hashes(self, manifest: str) -> list[str]:
         hashes = []
-        for split, shards in json.loads(manifest)["splits"].items():
+        try:
+            splits = json.loads(manifest)["splits"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{self.path}/{MANIFEST}: found no manifest ({error}), expected zscl's own, or no such file"
+            ) from error
+        for split, shards in splits.items():
             for shard in shards:
                 file = Path(self.path, split, shard["file"])
                 if file.exists() and file.stat().st_size != shard["bytes"]:
@@ -157,9 +171,9 @@ class TaskFolder:
         return hashes
 
 
-def _size(shard: str) -> str:
-    name = "/".join(shard.split("/")[-2:])
-    return name if "://" in shard else f"{name} {Path(shard).stat().st_size}"
+def _identity(samples: IndexedSamples | StreamedSamples) -> Iterable[bytes]:
+    """What tells samples from others; of remote ones, only where they lie is known beforehand."""
+    return samples.identity() if isinstance(samples, IndexedSamples) else [url.encode() for url in samples.urls]
 
 
 class ReferenceSet:
@@ -176,20 +190,16 @@ class ReferenceSet:
 
     def _texts(self, reference: Reference) -> list[str]:
         if reference.texts is not None:
-            return lines_of(reference.texts, "captions")
+            return [text for text in lines_of(reference.texts, "captions") if text]
         for location in reference.images:
-            if text_of(f"{location}/captions.txt"):
-                return lines_of(f"{location}/captions.txt", "captions")
+            if "://" not in location and Path(location, "captions.txt").is_file():
+                return [text for text in lines_of(f"{location}/captions.txt", "captions") if text]
         return [text for text in self.images.texts() if text]
 
     @cached_property
     def digest(self) -> str:
-        """Identity of the set: image shards by name and size, texts by content."""
-        if isinstance(self.images, IndexedSamples):
-            images = [f"{file.name} {file.stat().st_size}" for file in self.images.files]
-        else:
-            images = self.images.urls
-        return digest(*images, "\n".join(self.texts))
+        """Identity of the set: images by names and sizes, texts by content."""
+        return digest(*_identity(self.images), "\n".join(self.texts))
 
 
 def write_task(

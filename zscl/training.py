@@ -11,12 +11,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from schemas.base import InputError
 from schemas.experiment import Experiment
 from schemas.results import StageResult, StepLosses, StepsTaken
 from zscl import objective
 from zscl.averaging import hand_on
 from zscl.distributed import gather_with_gradient, rank, share, world_size
-from zscl.model import Clip, precision_context
+from zscl.model import Clip, at_least_float32, precision_context
 from zscl.objective import Batch, Features, Objective, Teacher
 from zscl.shards import seed_of
 from zscl.streams import Decode, Loader, TrainingImages, no_label
@@ -36,7 +37,7 @@ class Towers(nn.Module):
     def forward(self, images: torch.Tensor, prompts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Encode images [b, 3, H, W] and token ids [C, L] to normalised features [b, D] and [C, D]."""
         encoded = self.clip(images, prompts)
-        return encoded["image_features"].float(), encoded["text_features"].float()
+        return at_least_float32(encoded["image_features"]), at_least_float32(encoded["text_features"])
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,8 @@ def learning_rate_factor(step: int, warmup_steps: int, steps: int) -> float:
     """Linear warm-up, then half a cosine; `step` counts from 0."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
+    if step >= steps:  # asked for once behind the last step, and 0 / 0 where all of them warm up
+        return 0.0
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / (steps - warmup_steps)))
 
 
@@ -131,9 +134,7 @@ def train_stage(
         betas=optimisation.betas,
         weight_decay=optimisation.weight_decay,
     )
-    schedule = LambdaLR(
-        optimizer, lambda step: learning_rate_factor(step, min(optimisation.warmup_steps, steps), steps)
-    )
+    schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(step, optimisation.warmup_steps, steps))
     handed_on = hand_on(experiment.method.average, model)
     images_per_step = optimisation.batch_size + (optimisation.reference_batch_size if teacher else 0)
     journal = Journal(stage, task.name, images_per_step, report)
@@ -232,6 +233,13 @@ class Journal:
             StepLosses(step=step, learning_rate=learning_rate, losses=dict(zip(names, row, strict=True)))
             for (step, learning_rate, _), row in zip(self._pending, values.tolist(), strict=True)
         ]
+        for step in taken:
+            for name, value in step.losses.items():
+                if not math.isfinite(value):
+                    raise InputError(
+                        f"stage {self.stage} {self.task}: found the loss {name} {value} at step {step.step}, expected "
+                        "a finite one; the stages before it are kept; a lower optimisation.learning_rate may help"
+                    )
         now = time.perf_counter()
         speed = len(taken) * self.images_per_step / max(now - self._reported, 1e-9)
         if rank() == 0:

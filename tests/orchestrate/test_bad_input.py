@@ -1,5 +1,6 @@
 """What a user gets wrong: one sentence, exit code 2, no traceback, nothing half-written."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 from conftest import Command, make_task
+from filelock import FileLock
 from ruamel.yaml import YAML
 
 Zscl = Callable[..., Command]
@@ -70,6 +72,43 @@ def test_an_unreadable_model(refused: Callable[..., str], place: Path, tiny_mode
     assert f"model: 'local-dir:{place}/clip' cannot be loaded" in refused(model="local-dir:clip")
 
 
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe"])
+def test_an_unreadable_model_configuration(
+    refused: Callable[..., str], place: Path, tiny_model: str, content: bytes
+) -> None:
+    shutil.copytree(tiny_model.removeprefix("local-dir:"), place / "clip")
+    (place / "clip/open_clip_config.json").write_bytes(content)
+    assert "expected JSON in open_clip_config.json" in refused(model="local-dir:clip")
+
+
+def test_a_wrong_field_in_the_only_task_is_one_problem(refused: Callable[..., str]) -> None:
+    assert "tasks.0: unknown field 'pth'; did you mean 'path'?" in refused(tasks=[{"pth": "x"}])
+
+
+def test_more_warm_up_than_steps(refused: Callable[..., str]) -> None:
+    assert "optimisation.warmup_steps is 2, expected at most the 1 steps of stage 'first'" in refused(
+        "--set", "optimisation.steps=1"
+    )
+
+
+def test_two_processes_on_one_run(place: Path, zscl: Zscl, recipe: Callable[..., dict[str, Any]]) -> None:
+    YAML(typ="safe").dump(recipe(), place / "recipe.yaml")
+    (place / "runs").mkdir()
+    with FileLock(place / "runs/.mine.lock"):
+        found = zscl("run", "recipe.yaml", "--out", "runs/mine")
+    assert (found.code, found.error) == (
+        2, f"error: {place}/runs/mine: found another process at work on this run, expected none\n",
+    )  # fmt: skip
+
+
+def test_a_demo_of_a_wrong_recipe_draws_nothing(place: Path, zscl: Zscl) -> None:
+    shipped = Path(__file__).parents[2] / "experiments/embedded.yaml"
+    found = zscl("demo", "--recipe", shipped, "--out", "demo", "--set", "sed=1")
+    assert found.code == 2
+    assert "unknown field 'sed'" in found.error
+    assert not (place / "demo").exists()
+
+
 def test_an_unknown_model(refused: Callable[..., str]) -> None:
     assert "model: 'ViT-Z' with pretrained 'openai' cannot be loaded" in refused(
         model={"name": "ViT-Z", "pretrained": "openai"}
@@ -103,7 +142,7 @@ def test_a_broken_image_met_on_the_way(
     shard = task / "test/0.tar"
     shard.write_bytes(shard.read_bytes().replace(b"\x89PNG", b"\x00PNG"))
     (task / "zscl.json").unlink()
-    content = recipe(tasks=["task"], compute={"device": "cpu", "workers": 2, "max_failures": 0})
+    content = recipe(tasks=["task"], compute={"device": "cpu", "workers": 2, "max_failures": 2})
     YAML(typ="safe").dump(content, place / "recipe.yaml")
     found = zscl("run", "recipe.yaml", "--out", "runs/mine")
     assert found.code == 2
@@ -111,12 +150,12 @@ def test_a_broken_image_met_on_the_way(
     assert "is no readable image" in found.error
     assert "Traceback" not in found.error
     assert sorted(file.name for file in (place / "runs/mine").iterdir()) == ["experiment.yaml", "ray"]
+    # Two worker groups at most: the second one finds the refusal of the first and does not try again.
+    assert len(list((place / "runs/mine/ray").glob("*/refused"))) == 1
 
 
 def test_another_experiments_folder(refused: Callable[..., str], place: Path) -> None:
     row = {"fingerprint": "0" * 16, "accuracy": {}, "images": {}, "seconds": 0.0}
-    import json
-
     (place / "runs").mkdir()
     (place / "other").mkdir()
     (place / "other/zero_shot.json").write_text(json.dumps(row))

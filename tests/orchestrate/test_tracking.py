@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 from mlflow.tracking import MlflowClient
 
+from orchestrate import recipes
 from orchestrate.places import without_password
 from orchestrate.tracking import Tracker
 from schemas.base import InputError
 from schemas.experiment import Experiment
 from schemas.results import RowMeasured, StageStarted, StepLosses, StepsTaken
+from zscl.sequence import run_sequence
 
 Make = Callable[..., Experiment]
 
@@ -93,7 +95,9 @@ def test_a_store_that_breaks_later_never_stops_a_run(
     assert "MLflow did not take" in caplog.text
 
 
-@pytest.mark.parametrize("uri", ["sqlite:////proc/no/such/place.db", "http://127.0.0.1:9", "nonsense://x"])
+@pytest.mark.parametrize(
+    "uri", ["sqlite:////proc/no/such/place.db", "http://127.0.0.1:9", "nonsense://x", "postgresql://x/y"]
+)
 def test_a_store_that_cannot_be_opened_is_refused(experiment: Make, tmp_path: Path, uri: str) -> None:
     with pytest.raises(InputError, match=r"tracking\.uri: found no reachable MLflow store"):
         Tracker(experiment(tracking={"uri": uri}), "abc", tmp_path / "run")
@@ -108,3 +112,32 @@ def test_a_database_that_is_none_is_refused(experiment: Make, tmp_path: Path) ->
 def test_passwords_are_not_shown() -> None:
     assert without_password("postgresql://me:secret@host/db") == "postgresql://me:***@host/db"
     assert without_password("sqlite:////tmp/mlflow.db") == "sqlite:////tmp/mlflow.db"
+
+
+def test_a_password_is_not_written_down(experiment: Make, tmp_path: Path) -> None:
+    made = experiment(tracking={"uri": "http://me:secret@somewhere:5000"})
+    recipes.write_experiment(made, tmp_path / "experiment.yaml")
+    assert "http://me:***@somewhere:5000" in (tmp_path / "experiment.yaml").read_text()
+    assert "secret" not in (tmp_path / "experiment.yaml").read_text()
+
+
+def test_rows_that_were_not_taken_are_recorded_at_the_end(experiment: Make, tmp_path: Path) -> None:
+    made = experiment(method="finetune")
+    tracker = Tracker(made, "abc", tmp_path / "run")
+    tracker.silent_until = float("inf")  # as after a failure
+    result = run_sequence(made, tmp_path / "run", report=tracker)
+    recipes.write_experiment(made, tmp_path / "run/experiment.yaml")
+    tracker.finish(result, tmp_path / "run")
+    assert [step for step, _ in histories(tracker.client, tracker.parent, "accuracy/first")] == [0, 1, 2, 3]
+    assert tracker.client.get_run(tracker.parent).info.status == "FINISHED"
+
+
+def test_a_stage_whose_row_comes_after_an_interruption_is_closed(experiment: Make, tmp_path: Path) -> None:
+    first = Tracker(experiment(), "abc", tmp_path / "run")
+    for progress in (row(0, 0.5), StageStarted(stage=1, task="first", steps=4), steps(1, 0, 1)):
+        first(progress)
+    second = Tracker(experiment(), "abc", tmp_path / "run")
+    second(row(1, 0.6))  # trained before, measured now
+    [child] = children(second.client, second)
+    assert child.info.status == "FINISHED"
+    assert child.data.metrics["accuracy/first"] == 0.6

@@ -105,7 +105,12 @@ class TestFingerprint:
 
     @pytest.mark.parametrize(
         "changes",
-        [{"seed": 1}, {"method": "zscl*"}, {"optimisation": {"steps": 6}}, {"evaluation": {"templates": "first"}}],
+        [
+            {"seed": 1},
+            {"method": "zscl*"},
+            {"optimisation": {"steps": 6, "warmup_steps": 2}},
+            {"evaluation": {"templates": "first"}},
+        ],
     )
     def test_what_is_computed_counts(self, recipe: Recipe, changes: dict[str, Any]) -> None:
         assert self.of(recipe(**changes)) != self.of(recipe())

@@ -1,19 +1,27 @@
 """A whole sequence in one plain process."""
 
+import csv
+import io
 import json
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 
 import open_clip
 import pytest
 import torch
+from PIL import Image
 from pydantic import BaseModel
 from safetensors.torch import load_file
 
 from schemas.base import InputError
 from schemas.experiment import Experiment
 from schemas.results import Result, StepsTaken
-from zscl.sequence import run_sequence
+from zscl.model import freeze, load
+from zscl.objective import Teacher
+from zscl.sequence import open_experiment, run_sequence
+from zscl.tasks import TaskFolder
+from zscl.training import train_stage
 
 CPU = torch.device("cpu")
 
@@ -38,10 +46,6 @@ def test_a_stage_reproduces_its_accuracy_in_open_clip(experiment: Callable[..., 
     name = f"local-dir:{tmp_path}/stages/1-first/model"
     model, _, transform = open_clip.create_model_and_transforms(name)
     tokenizer = open_clip.get_tokenizer(name)
-    from PIL import Image
-
-    from zscl.tasks import TaskFolder
-
     task = TaskFolder.open(made.tasks[0])
     model.eval()
     with torch.no_grad():
@@ -50,8 +54,6 @@ def test_a_stage_reproduces_its_accuracy_in_open_clip(experiment: Callable[..., 
             prompts = [template.replace("{c}", classname) for template in task.templates]
             embedded = torch.nn.functional.normalize(model.encode_text(tokenizer(prompts)), dim=-1).mean(0)
             embeddings.append(embedded / embedded.norm())
-        import io
-
         correct = []
         for sample in task.test.once(0, 1):
             image = transform(Image.open(io.BytesIO(sample.image)))[None]
@@ -145,3 +147,36 @@ def test_bf16_is_near_fp32_and_not_it(experiment: Callable[..., Experiment], tmp
         )
     assert found["bf16"] != found["fp32"]
     assert found["bf16"] == pytest.approx(found["fp32"], rel=0.15)
+
+
+def test_a_run_is_its_stages_with_the_initial_model_as_teacher(
+    experiment: Callable[..., Experiment], tmp_path: Path
+) -> None:
+    made = experiment()
+    run_sequence(made, tmp_path, device=CPU)
+    opened, clip = open_experiment(made), load(made.model)
+    assert opened.reference is not None
+    initial = freeze(deepcopy(clip.model))
+    with torch.no_grad():
+        texts = initial.encode_text(clip.tokenizer(opened.reference.texts), normalize=True)  # type: ignore[operator]
+    for stage, task in enumerate(opened.tasks, start=1):
+        model, _, steps = train_stage(
+            made, stage, task, clip, Teacher(initial, texts, "fp32"), opened.reference, CPU, report=lambda taken: None
+        )
+        place = tmp_path / "stages" / f"{stage}-{task.name}"
+        written = load_file(place / "model/open_clip_model.safetensors")
+        for name, value in model.state_dict().items():
+            assert torch.equal(written[name], value), (stage, name)
+        with (place / "losses.csv").open() as stream:
+            rows = list(csv.DictReader(stream))
+        assert [{name: float(row[name]) for name in steps[0].losses} for row in rows] == [step.losses for step in steps]
+        clip.model.load_state_dict(model.state_dict())
+
+
+def test_a_loss_that_is_not_finite_stops_the_stage_and_keeps_those_before(
+    experiment: Callable[..., Experiment], tasks: list[str], tmp_path: Path
+) -> None:
+    broken = experiment(tasks=[tasks[0], {"path": tasks[1], "learning_rate": 1e30}])
+    with pytest.raises(InputError, match=r"stage 2 second: found the loss \w+ (nan|inf) at step \d, expected a finite"):
+        run_sequence(broken, tmp_path, device=CPU)
+    assert [place.name for place in (tmp_path / "stages").iterdir()] == ["1-first"]

@@ -1,6 +1,8 @@
 """Which samples lie where, in which order."""
 
+import io
 import shutil
+import tarfile
 from itertools import islice
 from pathlib import Path
 
@@ -56,9 +58,11 @@ def test_loose_images_are_samples_too(tmp_path: Path) -> None:
     for index, (image, _) in enumerate(coloured(3, 0)):
         (tmp_path / f"{index}.png").write_bytes(image)
     (tmp_path / "1.txt").write_text("a caption\n")
+    (tmp_path / ".DS_Store").write_bytes(b"x")
+    (tmp_path / "0.png").rename(tmp_path / "0.v2.png")
     samples = open_samples([str(tmp_path)])
     assert [(sample.key, sample.text) for sample in samples.once(0, 1)] == [
-        ("0", None), ("1", b"a caption\n"), ("2", None),
+        ("0.v2", None), ("1", b"a caption\n"), ("2", None),
     ]  # fmt: skip
     assert isinstance(samples, IndexedSamples)
     assert list(samples.texts()) == ["a caption"]
@@ -71,6 +75,16 @@ def test_only_images_labels_and_texts_are_read(tmp_path: Path) -> None:
     )
     [sample] = open_samples([str(tmp_path)]).once(0, 1)
     assert (sample.image, sample.label, sample.text, sample.key) == (image, b"0", None, "0000001")
+
+
+def test_dot_files_in_a_shard_are_passed_over(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name, content in (("._0.png", b"no image"), (".DS_Store", b"x"), ("a/0.png", b"image"), ("a/0.cls", b"0")):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    [sample] = open_samples([str(tmp_path)]).once(0, 1)
+    assert (sample.image, sample.label, sample.key) == (b"image", b"0", "a/0")
 
 
 @pytest.mark.parametrize("kept", [0.1, 0.3])

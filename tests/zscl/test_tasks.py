@@ -60,6 +60,17 @@ def break_(folder: Path, how: str) -> None:
             (folder / "train/1.tar").unlink()
         case "a label outside":
             (folder / "classnames.txt").write_text("red\ngreen\nblue\n")
+        case "a class without a name":
+            (folder / "classnames.txt").write_text("red\n\nblue\nyellow\n")
+        case "another encoding":
+            (folder / "classnames.txt").write_bytes("r\u00f6t\ngr\u00fcn\nblau\ngelb\n".encode("latin-1"))
+        case "a folder for a file":
+            (folder / "classnames.txt").unlink()
+            (folder / "classnames.txt").mkdir()
+        case "a broken manifest":
+            (folder / "zscl.json").write_text("{")
+        case "another manifest":
+            (folder / "zscl.json").write_text("[]")
         case "a changed shard":
             (folder / "zscl.json").write_text((folder / "zscl.json").read_text().replace('"bytes": ', '"bytes": 1'))
 
@@ -77,6 +88,11 @@ def look_at(folder: Path) -> str:
         ("no class names", r"classnames\.txt: found no such file, expected class names"),
         ("no classes", r"classnames\.txt: found an empty file"),
         ("no place for the class name", r"found the template 'a photo', expected a \{c\}"),
+        ("a class without a name", r"classnames\.txt: found line 2 empty, expected a class name"),
+        ("another encoding", r"classnames\.txt: found no UTF-8 text"),
+        ("a folder for a file", r"classnames\.txt: cannot be read"),
+        ("a broken manifest", r"zscl\.json: found no manifest"),
+        ("another manifest", r"zscl\.json: found no manifest"),
         ("zero shards", r"test/nshards\.txt: found '0', expected the number of shards, at least 1"),
         ("a missing shard", r"train/1\.tar: found no such file, expected 3 shards"),
         ("a label outside", r"train/0\.tar: sample '0000003' has the label '3', expected 0 to 2"),
@@ -117,6 +133,25 @@ def test_texts_come_from_members_a_file_or_captions_txt(tmp_path: Path) -> None:
     assert ReferenceSet(Reference.model_validate(given)).texts == ["one", "two", "three"]
     assert ReferenceSet(Reference.model_validate(given | {"max_texts": 2})).texts == ["one", "two"]
     assert ReferenceSet(Reference.model_validate(without)).texts == ["four"]
+
+
+def test_without_a_manifest_the_labels_count(tmp_path: Path) -> None:
+    folders = [make_task(tmp_path / place / "task", seed=0) for place in ("a", "b")]
+    image = list(coloured(24, 0))
+    turned = [(png, (label + 1) % 4) for png, label in image]
+    write_task(
+        folders[1], ["red", "green", "blue", "yellow"], ["a task square of {c}", "some {c}"],
+        {"train": turned, "test": coloured(10, 1)}, suffix="png", source="made by a test", shard_images=9,
+    )  # fmt: skip
+    for folder in folders:
+        (folder / "zscl.json").unlink()
+    assert opened(folders[0]).digest != opened(folders[1]).digest
+
+
+@pytest.mark.parametrize("path", ["nowhere://bucket/task", "s3://bucket/task"])
+def test_names_a_store_that_cannot_be_read(path: str) -> None:
+    with pytest.raises(InputError, match=r"classnames\.txt: (cannot be read|found no such file)"):
+        TaskFolder.open(Task.model_validate(path))
 
 
 def test_refuses_a_reference_set_without_texts(tmp_path: Path) -> None:

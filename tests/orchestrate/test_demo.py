@@ -1,0 +1,29 @@
+"""The demo, as a toy: two tasks, two steps."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import Command
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_demo_ends_with_the_comparison_and_the_store(
+    tmp_path: Path, zscl: Callable[..., Command], ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    toy = ("--set", "tasks=[flags, shapes]", "--set", "optimisation.steps=2", "--set", "optimisation.warmup_steps=1")
+    found = zscl("demo", "--out", tmp_path / "demo", *toy, "--set", "compute.workers=2")
+    assert found.code == 0, found.error
+    for method in ("finetune", "zscl"):
+        result = json.loads((tmp_path / "demo" / method / "result.json").read_text())
+        assert result["method"] == method
+        assert [task["name"] for task in result["tasks"]] == ["flags", "shapes"]
+        assert (tmp_path / "demo" / method / "stages/2-shapes/model/open_clip_config.json").is_file()
+    assert "finetune" in found.out
+    assert f"mlflow ui --backend-store-uri sqlite:///{tmp_path}/demo/mlflow.db" in found.out
+    again = zscl("demo", "--out", tmp_path / "demo", *toy, "--json")
+    assert again.error.count("finished before, nothing to do") == 2
+    assert [row["method"] for row in json.loads(again.out)["rows"]][:2] == ["zero-shot", "finetune"]
