@@ -11,6 +11,7 @@ A run's folder is its own checkpoint. Every file in it appears whole, and what i
 """
 
 import importlib.metadata
+import shutil
 import time
 from collections.abc import Callable
 from copy import deepcopy
@@ -99,6 +100,7 @@ def run_sequence(
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     run = _Run(open_experiment(experiment), folder, report if rank() == 0 else _silent, device)
     refuse_other_run(folder, run.opened.fingerprint)
+    run.note_what_is_there()
     clip = load(experiment.model, device)
     zero_shot = run.row(0, clip, folder / ZERO_SHOT)
     if experiment.method.task_loss is None:
@@ -155,6 +157,15 @@ class _Run:
     report: Report
     device: torch.device
     evaluation_seconds: float = 0.0
+
+    def note_what_is_there(self) -> None:
+        """Say where the run goes on, and sweep what a killed process left half-written."""
+        trained = len(list(self.folder.glob("stages/*/training.json")))
+        if trained:
+            self.report(Note(text=f"{self.folder}: trained stages found: {trained}, going on behind them"))
+        if rank() == 0:
+            for leftover in self.folder.glob("stages/.*.partial"):
+                shutil.rmtree(leftover)
 
     def row(self, stage: int, clip: Clip, file: Path) -> AccuracyRow:
         """Measure the model on every task, or read what was measured."""

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from schemas.base import InputError
 from schemas.experiment import Experiment
-from schemas.results import Result, StepsTaken
+from schemas.results import Note, Result, StepsTaken
 from zscl.model import freeze, load
 from zscl.objective import Teacher
 from zscl.sequence import open_experiment, run_sequence
@@ -83,7 +83,12 @@ def test_goes_on_behind_the_last_finished_stage(experiment: Callable[..., Experi
         run_sequence(experiment(), tmp_path / "cut", report=interrupt, device=CPU)
     first = tmp_path / "cut/stages/1-first/model/open_clip_model.safetensors"
     written = first.stat().st_mtime_ns
-    resumed = run_sequence(experiment(), tmp_path / "cut", device=CPU)
+    leftover = tmp_path / "cut/stages/.2-second.999.partial"
+    leftover.mkdir()
+    said: list[BaseModel] = []
+    resumed = run_sequence(experiment(), tmp_path / "cut", report=said.append, device=CPU)
+    assert not leftover.exists()
+    assert any(isinstance(note, Note) and "trained stages found: 1" in note.text for note in said)
     assert first.stat().st_mtime_ns == written
     assert resumed.accuracy_matrix == whole.accuracy_matrix
     for stage in ("1-first", "2-second", "3-third"):
