@@ -87,7 +87,7 @@ class Experiment(Strict):
     @model_validator(mode="after")
     def _fits_together(self) -> "Experiment":
         check_names(self.tasks)
-        if self.method.distill and self.reference is None:
+        if self.method.needs_reference and self.reference is None:
             raise ValueError("method.distill needs reference (images and texts to distil on), found none")
         for task in self.tasks:
             if self.method.task_loss and self.optimisation.warmup_steps > self.stage_steps(task):
@@ -120,8 +120,9 @@ class Experiment(Strict):
         for task in identity["tasks"]:
             task["path"] = contents[task["path"]]
         if self.method.distill is None:
-            del identity["reference"], identity["optimisation"]["reference_batch_size"]
-        elif self.reference is not None:
+            del identity["optimisation"]["reference_batch_size"]
+        identity["reference"] = None
+        if self.method.needs_reference and self.reference is not None:
             identity["reference"] = [contents["reference"], self.reference.max_texts]
         if self.method.task_loss is None:
             identity["optimisation"] = {"precision": self.optimisation.precision}

@@ -20,17 +20,32 @@ class TaskLoss(Strict):
 
 
 class Distill(Strict):
-    """Feature-space distillation from a frozen teacher on the reference set (paper, section 4.1)."""
+    """Distillation from a frozen teacher (paper, section 4.1). A weight of 0 takes its loss out."""
 
-    teacher: Literal["initial"] = Field("initial", description="The model before the first stage")
+    teacher: Literal["initial", "previous", "blended"] = Field(
+        "initial",
+        description="The model before the first stage, the one this stage starts from, or a blend of the two",
+    )
+    blend: float = Field(0.8, ge=0, le=1, description="Share of the stage's start in a blended teacher")
+    images: Literal["reference", "task"] = Field(
+        "reference", description="The reference set, or the current task's images as in evaluation"
+    )
+    texts: Literal["reference", "class_prompts", "random_tokens"] = Field(
+        "reference", description="The reference set, the current task's prompts, or random sentences"
+    )
+    random_texts: PositiveInt = Field(1000, description="How many random sentences")
+    random_length: PositiveInt = Field(10, description="Tokens in a random sentence")
     image_weight: NonNegativeFloat = Field(1.0, description="Softmax over the texts, mean over the images")
     text_weight: NonNegativeFloat = Field(1.0, description="Softmax over the images, mean over the texts")
+    similarity_weight: NonNegativeFloat = Field(0.0, description="Softmax over the images' similarities to each other")
+    feature_weight: NonNegativeFloat = Field(0.0, description="Mean squared error of the image features")
     temperature: PositiveFloat = 2.0
 
     @model_validator(mode="after")
     def _distils_something(self) -> "Distill":
-        if self.image_weight == 0 and self.text_weight == 0:
-            raise ValueError("image_weight and text_weight are both 0, expected one above 0 (or distill: null)")
+        weights = [name for name in type(self).model_fields if name.endswith("_weight")]
+        if not any(getattr(self, name) for name in weights):
+            raise ValueError(f"{', '.join(weights)} are all 0, expected one above 0 (or distill: null)")
         return self
 
 
@@ -46,12 +61,28 @@ class Average(Strict):
     every: PositiveInt = Field(100, description="Steps from one merge to the next")
 
 
+class Merge(Strict):
+    """After a stage, the weights are drawn back towards an anchor (WiSE-FT)."""
+
+    anchor: Literal["stage_start", "initial"] = "stage_start"
+    share: float = Field(0.2, gt=0, lt=1, description="Share of the anchor")
+
+
+_LWF: Mapping[str, Any] = {"teacher": "previous", "images": "task", "texts": "class_prompts"}
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "zero-shot": {},
     "finetune": {"task_loss": {}},
+    "we": {"task_loss": {}, "average": {}},
+    "wc": {"task_loss": {}, "consolidate": {}},
+    "we+wc": {"task_loss": {}, "average": {}, "consolidate": {}},
+    "wise-ft": {"task_loss": {}, "merge": {}},
+    "lwf": {"task_loss": {}, "distill": _LWF},
+    "lwf-vr": {"task_loss": {}, "distill": {**_LWF, "texts": "random_tokens"}},
     "zscl*": {"task_loss": {}, "distill": {}, "average": {}},
     "zscl": {"task_loss": {}, "distill": {}, "average": {}, "consolidate": {}},
 }
+Preset = Literal["zero-shot", "finetune", "we", "wc", "we+wc", "wise-ft", "lwf", "lwf-vr", "zscl*", "zscl"]
+PARTS = ("distill", "consolidate", "average", "merge")
 
 
 class Method(Abbreviable):
@@ -59,9 +90,7 @@ class Method(Abbreviable):
 
     main_field: ClassVar[str] = "preset"
 
-    preset: Literal["zero-shot", "finetune", "zscl*", "zscl"] | None = Field(
-        None, description="Where the parts that are not given come from"
-    )
+    preset: Preset | None = Field(None, description="Where the parts that are not given come from")
     name: str = Field(
         "", pattern=r"^[A-Za-z0-9_.*+-]*$", description="What results and runs call it; default: the preset"
     )
@@ -69,6 +98,8 @@ class Method(Abbreviable):
     distill: Distill | None = None
     consolidate: Consolidate | None = None
     average: Average | None = None
+    merge: Merge | None = None
+    train: Literal["model", "image_tower", "text_tower"] = Field("model", description="Which parameters are trained")
 
     @model_validator(mode="before")
     @classmethod
@@ -78,16 +109,33 @@ class Method(Abbreviable):
         if not isinstance(data, dict):
             return data
         preset = data.get("preset")
-        return {"name": preset or "custom", **PRESETS.get(str(preset), {}), **_without_empty_name(data)}
+        parts = {
+            part: _laid_over(settings, data.get(part, {})) for part, settings in PRESETS.get(str(preset), {}).items()
+        }
+        return {"name": preset or "custom", **_without_empty_name(data), **parts}
 
     @model_validator(mode="after")
     def _parts_need_a_task_loss(self) -> "Method":
-        others = [part for part in ("distill", "consolidate", "average") if getattr(self, part) is not None]
+        others = [part for part in PARTS if getattr(self, part) is not None]
         if self.task_loss is None and others:
             raise ValueError(
                 f"found {' and '.join(others)} without task_loss, expected a task loss to train on or no part"
             )
         return self
+
+    @model_validator(mode="after")
+    def _distils_into_a_trained_tower(self) -> "Method":
+        if self.distill and self.train == "text_tower":
+            raise ValueError(
+                "train is text_tower with distill, expected model or image_tower: distillation's gradient goes to the "
+                "image tower alone"
+            )
+        return self
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the reference set is read."""
+        return self.distill is not None and "reference" in (self.distill.images, self.distill.texts)
 
     @property
     def changes(self) -> dict[str, Any]:
@@ -96,6 +144,11 @@ class Method(Abbreviable):
             return {}
         mine, preset = self.model_dump(), Method.model_validate(self.preset).model_dump()
         return _difference(mine, preset)
+
+
+def _laid_over(preset: Mapping[str, Any], given: Any) -> Any:
+    """A part of a preset with the fields that are given instead; whatever else is given stands alone."""
+    return {**preset, **given} if isinstance(given, Mapping) else given
 
 
 def _without_empty_name(data: dict[str, Any]) -> dict[str, Any]:

@@ -1,10 +1,12 @@
-"""What a stage hands on: the last weights, or an average of the weights along the way.
+"""What a stage hands on: the last weights, or an average of the weights along the way, merged with an anchor or not.
 
-Both kinds are told after which update they stand and answer with a model.
+Both kinds of averaging are told after which update they stand and answer with a model.
 """
 
+from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
 
@@ -71,3 +73,9 @@ class WeightEnsemble:
 def hand_on(average: Average | None, student: nn.Module) -> HandOn:
     """Build what follows the student, from the method's averaging part."""
     return LastWeights(student) if average is None else WeightEnsemble(student, average.every)
+
+
+@torch.no_grad()
+def interpolate(weights: Sequence[torch.Tensor], anchor: Sequence[torch.Tensor], share: float) -> None:
+    """θ ← (1 − share) · θ + share · anchor, in place."""
+    torch._foreach_lerp_(list(weights), list(anchor), share)

@@ -39,6 +39,25 @@ def distillation(student_logits: torch.Tensor, teacher_logits: torch.Tensor, tem
     return F.cross_entropy(student_logits / temperature, target) * temperature**2
 
 
+def similarity_distillation(
+    student: torch.Tensor, teacher: torch.Tensor, scale: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """`distillation` of the images' similarities to each other, instead of those to texts.
+
+    Args:
+        student: [B', D], normalised.
+        teacher: [B', D], normalised.
+        scale: exp(logit_scale).
+        temperature: T.
+    """
+    return distillation(scale * student @ student.T, scale * teacher @ teacher.T, temperature)
+
+
+def feature_distance(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """Mean squared error over all entries of the normalised features, both [B', D]."""
+    return F.mse_loss(student, teacher)
+
+
 def squared_distance(parameters: Sequence[torch.Tensor], anchors: Sequence[torch.Tensor]) -> torch.Tensor:
     """Σ ‖θ − θ₀‖² over all parameters, without ½ (paper, eq. 6)."""
     differences = torch._foreach_sub(list(parameters), list(anchors))

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from schemas.experiment import Experiment
+from schemas.method import Distill
 from zscl import losses
 from zscl.distributed import gather
 from zscl.model import at_least_float32, precision_context
@@ -88,23 +89,31 @@ class Distillation:
 
     teacher: Teacher
     batch_size: int
-    image_weight: float
-    text_weight: float
-    temperature: float
+    settings: Distill
 
     def __call__(self, features: Features, batch: Batch) -> dict[str, torch.Tensor]:
-        """Image distillation: softmax over the N texts. Text distillation: softmax over the B' images."""
+        """Image distillation: softmax over the N texts. Text distillation: softmax over the B' images.
+
+        Two more compare the images with each other, or their features; all are named for their weights.
+        """
         assert features.references is not None
         assert batch.references is not None
         own = self.teacher.image_features(batch.references)
-        student = features.scale * features.references @ self.teacher.texts.T
-        teacher = features.scale * gather(own, self.batch_size) @ self.teacher.texts.T
-        found = {}
-        if self.image_weight:
-            found["image_distillation"] = self.image_weight * losses.distillation(student, teacher, self.temperature)
-        if self.text_weight:
-            found["text_distillation"] = self.text_weight * losses.distillation(student.T, teacher.T, self.temperature)
-        return found
+        settings, scale, temperature = self.settings, features.scale, self.settings.temperature
+        student, teacher = features.references, gather(own, self.batch_size)
+        named = {}
+        if settings.image_weight or settings.text_weight:
+            ours, theirs = scale * student @ self.teacher.texts.T, scale * teacher @ self.teacher.texts.T
+            if settings.image_weight:
+                named["image_distillation"] = settings.image_weight * losses.distillation(ours, theirs, temperature)
+            if settings.text_weight:
+                named["text_distillation"] = settings.text_weight * losses.distillation(ours.T, theirs.T, temperature)
+        if settings.similarity_weight:
+            distilled = losses.similarity_distillation(student, teacher, scale, temperature)
+            named["similarity_distillation"] = settings.similarity_weight * distilled
+        if settings.feature_weight:
+            named["feature_distance"] = settings.feature_weight * losses.feature_distance(student, teacher)
+        return named
 
 
 @dataclass(frozen=True)
@@ -142,15 +151,7 @@ def build(experiment: Experiment, student: nn.Module, teacher: Teacher | None) -
         parts.append(Classification(optimisation.batch_size, method.task_loss.label_smoothing))
     if method.distill:
         assert teacher is not None
-        parts.append(
-            Distillation(
-                teacher,
-                optimisation.reference_batch_size,
-                method.distill.image_weight,
-                method.distill.text_weight,
-                method.distill.temperature,
-            )
-        )
+        parts.append(Distillation(teacher, optimisation.reference_batch_size, method.distill))
     if method.consolidate:
         trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
         anchors = [parameter.detach().clone() for parameter in trained]

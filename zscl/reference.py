@@ -1,25 +1,68 @@
-"""The teacher's embeddings of the reference texts: computed once, stored by content."""
+"""What is distilled on: the texts, and the teacher's embeddings of them, computed once and stored by content."""
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from schemas.base import InputError
+from schemas.method import Distill
 from zscl.distributed import from_main, gather, rank, share, sum_over_workers
 from zscl.files import digest, whole_file
 from zscl.model import Clip, at_least_float32
+from zscl.shards import seed_of
+from zscl.tasks import ReferenceSet, TaskFolder
 
 TEXTS_AT_ONCE = 512
 
 
+def tokens_of(
+    distill: Distill, clip: Clip, task: TaskFolder, reference: ReferenceSet | None, seed: int
+) -> torch.Tensor:
+    """Token ids of the texts that a stage distils on. [N, L]
+
+    Raises:
+        InputError: random sentences do not fit the model's text tower or tokenizer.
+    """
+    match distill.texts:
+        case "reference":
+            assert reference is not None
+            return clip.tokenizer(reference.texts)
+        case "class_prompts":
+            return clip.tokenizer(task.prompts(task.templates[0]))
+        case "random_tokens":
+            return random_sentences(clip.tokenizer, distill.random_texts, distill.random_length, seed)
+
+
+def random_sentences(tokenizer: Any, count: int, length: int, seed: int) -> torch.Tensor:
+    """Uniform token ids between a start and an end token (LwF-VR). [count, L], drawn from the seed alone."""
+    try:
+        start, end, context = tokenizer.sot_token_id, tokenizer.eot_token_id, tokenizer.context_length
+    except AttributeError as error:
+        raise InputError(
+            f"method.distill.texts: random_tokens needs CLIP's own tokenizer, found {type(tokenizer).__name__}"
+        ) from error
+    if length + 2 > context:
+        raise InputError(
+            f"method.distill.random_length: found {length}, expected at most {context - 2}: the model reads {context} "
+            "tokens with start and end"
+        )
+    generator = torch.Generator().manual_seed(seed_of(seed, "random texts"))
+    sentences = torch.zeros(count, context, dtype=torch.long)
+    sentences[:, 0], sentences[:, length + 1] = start, end
+    # CLIP's special tokens are the vocabulary's last: every id below the start token is a plain one.
+    sentences[:, 1 : length + 1] = torch.randint(start, (count, length), generator=generator)
+    return sentences
+
+
 def text_embeddings(
-    clip: Clip,
+    tokens: torch.Tensor,
     teacher: nn.Module,
-    texts: list[str],
     store: Path,
-    weights: str,
+    weights: str | None,
     device: torch.device,
     note: Callable[[str], None],
 ) -> torch.Tensor:
@@ -30,25 +73,24 @@ def text_embeddings(
     worker reads and writes, so the store need not be visible to the others.
 
     Args:
-        clip: its tokenizer.
+        tokens: [N, L].
         teacher: the frozen model.
-        texts: N reference texts.
         store: folder of the store.
-        weights: digest of the teacher's weights.
+        weights: digest of the teacher's weights; `None` for a teacher of one stage, whose embeddings are not stored.
         device: where the teacher lies.
-        note: told what was found or done.
+        note: told when they are computed.
 
     Returns [N, D], normalised, float32 (float64 for a float64 teacher).
     """
-    tokens = clip.tokenizer(texts)
+    if weights is None:
+        return gather(_encode(teacher, tokens, device), len(tokens))
     file = store / f"texts-{digest(weights, tokens.numpy().tobytes())[:24]}.npy"
     [found] = sum_over_workers(rank() == 0 and file.is_file())  # the main worker's answer, for all
     if found:
-        note(f"Teacher's embeddings of {len(texts)} reference texts read from {file}")
         stored = torch.from_numpy(np.load(file)).to(device) if rank() == 0 else None
         return from_main(stored, like=torch.empty(0, device=device))
-    note(f"Teacher embeds {len(texts)} reference texts, once")
-    embedded = gather(_encode(teacher, tokens, device), len(texts))
+    note(f"Teacher embeds {len(tokens)} reference texts, once")
+    embedded = gather(_encode(teacher, tokens, device), len(tokens))
     if rank() == 0:
         with whole_file(file) as temporary, temporary.open("wb") as stream:
             np.save(stream, embedded.cpu().numpy())

@@ -15,11 +15,12 @@ import shutil
 import time
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from pydantic import BaseModel
+from torch import nn
 
 from schemas.base import InputError, Strict
 from schemas.experiment import Experiment
@@ -35,6 +36,7 @@ from schemas.results import (
     TaskName,
 )
 from zscl import reference
+from zscl.averaging import interpolate
 from zscl.distributed import barrier, rank, world_size
 from zscl.evaluation import accuracy
 from zscl.files import whole_folder, write_text
@@ -68,7 +70,7 @@ def open_experiment(experiment: Experiment) -> Opened:
         InputError: a task, shard, template, caption or model is missing or broken.
     """
     tasks = tuple(TaskFolder.open(task) for task in experiment.tasks)
-    used = experiment.reference if experiment.method.distill else None
+    used = experiment.reference if experiment.method.needs_reference else None
     opened = ReferenceSet(used) if used else None
     weights = weights_digest(experiment.model)
     contents = {task.path: task.digest for task in tasks} | {experiment.model.name: weights}
@@ -106,12 +108,12 @@ def run_sequence(
     if experiment.method.task_loss is None:
         return run.finish(zero_shot, [zero_shot] * len(run.opened.tasks), [])
 
-    teacher = run.teacher(clip)
+    run.keep_initial(clip)
     rows, stages = [], []
     for stage, task in enumerate(run.opened.tasks, start=1):
         place = folder / "stages" / f"{stage}-{task.name}"
         if not (place / "training.json").is_file():
-            run.train(stage, clip, teacher, place)
+            run.train(stage, clip, place)
         load_weights(clip.model, place / "model")
         stages.append(StageResult.model_validate_json((place / "training.json").read_text()))
         rows.append(run.row(stage, clip, place / "accuracy.json"))
@@ -156,6 +158,7 @@ class _Run:
     folder: Path
     report: Report
     device: torch.device
+    initial: nn.Module = field(default_factory=nn.Module)
     evaluation_seconds: float = 0.0
 
     def note_what_is_there(self) -> None:
@@ -166,6 +169,13 @@ class _Run:
         if rank() == 0:
             for leftover in self.folder.glob("stages/.*.partial"):
                 shutil.rmtree(leftover)
+
+    def keep_initial(self, clip: Clip) -> None:
+        """Keep a frozen copy of the initial model, for a method that looks back at it."""
+        method = self.opened.experiment.method
+        taught = method.distill is not None and method.distill.teacher != "previous"
+        if taught or (method.merge is not None and method.merge.anchor == "initial"):
+            self.initial = freeze(deepcopy(clip.model))
 
     def row(self, stage: int, clip: Clip, file: Path) -> AccuracyRow:
         """Measure the model on every task, or read what was measured."""
@@ -201,37 +211,51 @@ class _Run:
             write_text(file, row.model_dump_json(indent=1) + "\n")
         return row
 
-    def teacher(self, clip: Clip) -> Teacher | None:
-        """Freeze a copy of the initial model and embed the reference texts, for a method that distils."""
-        if self.opened.reference is None:
+    def teacher(self, task: TaskFolder, clip: Clip) -> Teacher | None:
+        """What the stage distils from, with its embeddings of the stage's texts; `clip` is the stage's start."""
+        experiment = self.opened.experiment
+        distill = experiment.method.distill
+        if distill is None:
             return None
-        model = freeze(deepcopy(clip.model))
+        match distill.teacher:
+            case "initial":
+                model = self.initial
+            case "previous":
+                model = freeze(deepcopy(clip.model))
+            case "blended":
+                model = freeze(deepcopy(clip.model))
+                interpolate(list(model.parameters()), list(self.initial.parameters()), 1 - distill.blend)
         texts = reference.text_embeddings(
-            clip,
+            reference.tokens_of(distill, clip, task, self.opened.reference, experiment.seed),
             model,
-            self.opened.reference.texts,
             store=self.folder.parent / "teacher",
-            weights=self.opened.weights,
+            weights=self.opened.weights if model is self.initial else None,
             device=self.device,
             note=lambda text: self.report(Note(text=text)),
         )
-        return Teacher(model, texts, self.opened.experiment.optimisation.precision)
+        return Teacher(model, texts, experiment.optimisation.precision)
 
-    def train(self, stage: int, clip: Clip, teacher: Teacher | None, place: Path) -> None:
+    def train(self, stage: int, clip: Clip, place: Path) -> None:
         """Train one stage and leave its folder, whole."""
         experiment = self.opened.experiment
-        task = experiment.tasks[stage - 1]
+        task, merge = experiment.tasks[stage - 1], experiment.method.merge
         self.report(StageStarted(stage=stage, task=task.name, steps=experiment.stage_steps(task)))
+        anchor: list[torch.Tensor] = []
+        if merge is not None:
+            kept = self.initial if merge.anchor == "initial" else clip.model
+            anchor = [parameter.detach().clone() for parameter in kept.parameters()]
         model, result, steps = train_stage(
             experiment,
             stage,
             self.opened.tasks[stage - 1],
             clip,
-            teacher,
+            self.teacher(self.opened.tasks[stage - 1], clip),
             self.opened.reference,
             self.device,
             self.report,
         )
+        if merge is not None:
+            interpolate(list(model.parameters()), anchor, merge.share)
         if rank() == 0:
             with whole_folder(place) as temporary:
                 clip.save(model, temporary / "model")

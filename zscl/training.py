@@ -106,7 +106,7 @@ def train_stage(
         folder: the task's data.
         clip: the stage's start; its model is trained in place.
         teacher: for methods that distil.
-        reference: likewise.
+        reference: for those that distil on it.
         device: where the model lies.
         report: told about steps, every second or so.
 
@@ -117,9 +117,9 @@ def train_stage(
 
     # Everything is decided here; the loop below only trains.
     model.train()
-    freeze_logit_scale(model)
+    choose_trained(model, experiment.method.train)
     losses_of = objective.build(experiment, model, teacher)
-    batches = training_batches(experiment, stage, folder, clip, reference if teacher else None, device)
+    batches = training_batches(experiment, stage, folder, clip, reference, device)
     student = Student(
         towers=distribute(Towers(model), device),
         prompts=clip.tokenizer(folder.prompts(folder.templates[0])).to(device),
@@ -168,8 +168,9 @@ def training_batches(
     reference: ReferenceSet | None,
     device: torch.device,
 ) -> Iterator[Batch]:
-    """This worker's endless batches of a stage: task images augmented, reference images as in evaluation."""
-    optimisation, loader = experiment.optimisation, Loader(device, experiment.compute.loader_processes)
+    """This worker's endless batches of a stage: task images augmented, distilled ones as in evaluation."""
+    optimisation, distill = experiment.optimisation, experiment.method.distill
+    loader = Loader(device, experiment.compute.loader_processes)
     images = TrainingImages(
         samples=folder.train,
         decode=Decode(clip.train_transform, folder.label_of),
@@ -177,10 +178,10 @@ def training_batches(
         batch_size=optimisation.batch_size,
         own=share(optimisation.batch_size),
     ).batches(loader)
-    if reference is None:
+    if distill is None:
         return (Batch(batch, labels, None) for batch, labels in images)
     references = TrainingImages(
-        samples=reference.images,
+        samples=folder.train if distill.images == "task" or reference is None else reference.images,
         decode=Decode(clip.evaluation_transform, no_label),
         seed=seed_of(experiment.seed, stage, "reference"),
         batch_size=optimisation.reference_batch_size,
@@ -189,10 +190,11 @@ def training_batches(
     return (Batch(batch, labels, others) for (batch, labels), (others, _) in zip(images, references, strict=True))
 
 
-def freeze_logit_scale(model: nn.Module) -> None:
-    """Train every parameter but the logit scale (and a sigmoid model's logit bias)."""
+def choose_trained(model: nn.Module, train: str) -> None:
+    """Train the model, its `image_tower` or its `text_tower`; never the logit scale (and a sigmoid model's bias)."""
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name not in ("logit_scale", "logit_bias"))
+        tower = "image_tower" if name.startswith("visual.") else "text_tower"
+        parameter.requires_grad_(train in ("model", tower) and name not in ("logit_scale", "logit_bias"))
 
 
 def distribute(towers: nn.Module, device: torch.device) -> nn.Module:

@@ -27,7 +27,7 @@ def refused(content: dict[str, Any]) -> str:
             {"method": {"preset": "zscl", "distill": {"temprature": 1}}},
             "method.distill: unknown field 'temprature'; did you mean 'temperature'?",
         ),
-        ({"method": "zcl"}, "method.preset: Input should be 'zero-shot', 'finetune', 'zscl*' or 'zscl', found 'zcl'"),
+        ({"method": "zcl"}, "'lwf', 'lwf-vr', 'zscl*' or 'zscl', found 'zcl'"),
         ({"optimisation": {"steps": "10"}}, "optimisation.steps: Input should be a valid integer, found '10'"),
         (
             {"optimisation": {"learning_rate": 0.0}},
@@ -40,9 +40,11 @@ def refused(content: dict[str, Any]) -> str:
         ({"model": {"name": "embedded", "pretrained": "openai"}}, "'embedded' brings its weights"),
         ({"compute": {"workers": 7}}, "compute.workers is 7, expected at most 5"),
         ({"method": {"distill": {}}}, "found distill without task_loss"),
+        ({"method": {"preset": "zero-shot", "merge": {}}}, "found merge without task_loss"),
+        ({"method": {"preset": "zscl", "train": "text_tower"}}, "train is text_tower with distill"),
         (
             {"method": {"preset": "zscl", "distill": {"image_weight": 0.0, "text_weight": 0.0}}},
-            "image_weight and text_weight are both 0",
+            "image_weight, text_weight, similarity_weight, feature_weight are all 0",
         ),
     ],
 )
@@ -52,19 +54,35 @@ def test_refuses_with_one_clear_sentence(recipe: Recipe, changes: dict[str, Any]
     assert "\n" not in found
 
 
-@pytest.mark.parametrize(
-    ("preset", "parts"),
-    [
-        ("zero-shot", set()),
-        ("finetune", {"task_loss"}),
-        ("zscl*", {"task_loss", "distill", "average"}),
-        ("zscl", {"task_loss", "distill", "average", "consolidate"}),
-    ],
-)
-def test_presets_are_compositions(preset: str, parts: set[str]) -> None:
+COMPOSITIONS = {
+    "zero-shot": set(),
+    "finetune": {"task_loss"},
+    "we": {"task_loss", "average"},
+    "wc": {"task_loss", "consolidate"},
+    "we+wc": {"task_loss", "average", "consolidate"},
+    "wise-ft": {"task_loss", "merge"},
+    "lwf": {"task_loss", "distill"},
+    "lwf-vr": {"task_loss", "distill"},
+    "zscl*": {"task_loss", "distill", "average"},
+    "zscl": {"task_loss", "distill", "average", "consolidate"},
+}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_compositions(preset: str) -> None:
     method = Method.model_validate(preset)
-    assert {part for part in ("task_loss", "distill", "average", "consolidate") if getattr(method, part)} == parts
-    assert set(PRESETS) == {"zero-shot", "finetune", "zscl*", "zscl"}
+    parts = ("task_loss", "distill", "average", "consolidate", "merge")
+    assert {part for part in parts if getattr(method, part)} == COMPOSITIONS[preset]
+    assert method.name == preset
+    assert method.changes == {}
+    assert method.needs_reference == preset.startswith("zscl")
+
+
+def test_changing_a_field_of_a_part_keeps_the_presets_others() -> None:
+    method = Method.model_validate({"preset": "lwf", "distill": {"temperature": 3.0}})
+    assert method.distill is not None
+    assert (method.distill.teacher, method.distill.images, method.distill.temperature) == ("previous", "task", 3.0)
+    assert method.changes == {"distill.temperature": 3.0}
 
 
 def test_a_changed_preset_says_what_was_changed() -> None:

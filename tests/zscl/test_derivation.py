@@ -15,9 +15,11 @@ import torch
 from PIL import Image
 from torch import nn
 
+from schemas.base import InputError
 from schemas.experiment import Experiment
 from zscl.model import freeze, load
 from zscl.objective import Batch, Teacher
+from zscl.reference import random_sentences, tokens_of
 from zscl.sequence import open_experiment
 from zscl.training import learning_rate_factor, train_stage, training_batches
 
@@ -25,6 +27,21 @@ CPU = torch.device("cpu")
 STEPS, WARMUP, EVERY, TEMPERATURE, SMOOTHING = 52, 10, 4, 2.0, 0.2
 METHODS = {
     "finetune": "finetune",
+    "we": {"preset": "we", "average": {"every": EVERY}},
+    "wc": "wc",
+    "lwf": "lwf",
+    "lwf-vr": {"preset": "lwf-vr", "distill": {"random_texts": 30, "random_length": 6}},
+    "other distances": {
+        "preset": "zscl*",
+        "average": None,
+        "distill": {
+            "teacher": "previous",
+            "image_weight": 0.0,
+            "text_weight": 0.0,
+            "similarity_weight": 0.7,
+            "feature_weight": 3.0,
+        },
+    },
     "zscl*": {"preset": "zscl*", "average": {"every": EVERY}},
     "zscl": {"preset": "zscl", "average": {"every": EVERY}},
 }
@@ -95,6 +112,13 @@ def derive(
             teacher_logits = scale * unit(teacher.visual(batch.references).detach()) @ anchor.T
             named["image_distillation"] = soft_cross_entropy(student_logits, teacher_logits)
             named["text_distillation"] = soft_cross_entropy(student_logits.T, teacher_logits.T)
+        if "other distances" in parts:
+            assert batch.references is not None
+            ours, theirs = unit(net.visual(batch.references)), unit(teacher.visual(batch.references).detach())
+            named["similarity_distillation"] = 0.7 * soft_cross_entropy(
+                scale * ours @ ours.T, scale * theirs @ theirs.T
+            )
+            named["feature_distance"] = 3.0 * (ours - theirs).pow(2).mean()
         if "consolidate" in parts:
             distances = [(trained[name] - start[name]).pow(2).sum() for name in trained]
             named["consolidation"] = torch.stack(distances).sum()
@@ -125,19 +149,23 @@ def test_two_stages_agree_with_the_derivation(experiment: Callable[..., Experime
     second = made.tasks[1].model_copy(update={"learning_rate": 5e-3})
     made = made.model_copy(update={"tasks": (made.tasks[0], second, made.tasks[2])})
     parts = {part for part in ("distill", "consolidate", "average") if getattr(made.method, part)}
+    if method == "other distances":
+        parts = {"other distances"}
+    distill = made.method.distill
     opened, clip = open_experiment(made), load(made.model)
     initial = freeze(deepcopy(clip.model))
     scale = clip.model.logit_scale.detach().clone()  # type: ignore[union-attr, operator]
-    tokens, teacher = torch.empty(0), None
-    if opened.reference is not None:
-        tokens = clip.tokenizer(opened.reference.texts)
-        with torch.no_grad():
-            teacher = Teacher(initial, initial.encode_text(tokens, normalize=True), "fp32")  # type: ignore[operator]
     for stage, learning_rate in ((1, 1e-3), (2, 5e-3)):
         task = opened.tasks[stage - 1]
+        tokens, teacher = torch.empty(0), None
+        frozen = initial if distill is None or distill.teacher == "initial" else freeze(deepcopy(clip.model))
+        if distill is not None:
+            tokens = tokens_of(distill, clip, task, opened.reference, made.seed)
+            with torch.no_grad():
+                teacher = Teacher(frozen, frozen.encode_text(tokens, normalize=True), "fp32")  # type: ignore[operator]
         derived = derive(
             clip.model,
-            initial,
+            frozen,
             parts,
             training_batches(made, stage, task, clip, opened.reference, CPU),
             clip.tokenizer(task.prompts(task.templates[0])),
@@ -161,6 +189,34 @@ def test_two_stages_agree_with_the_derivation(experiment: Callable[..., Experime
             if "in_proj_bias" not in name:
                 assert torch.allclose(found[name], weights, rtol=1e-6, atol=1e-9), (stage, name)
         clip.model.load_state_dict(model.state_dict())
+
+
+def test_lwf_distils_the_tasks_own_images_and_prompts(experiment: Callable[..., Experiment]) -> None:
+    made = experiment(method="lwf", reference=None)
+    opened, clip = open_experiment(made), load(made.model)
+    task = opened.tasks[1]
+    assert made.method.distill is not None
+    assert torch.equal(
+        tokens_of(made.method.distill, clip, task, None, 0), clip.tokenizer(task.prompts(task.templates[0]))
+    )
+    plain = [clip.evaluation_transform(Image.open(io.BytesIO(s.image))) for s in task.train.once(0, 1)]
+    batch = next(training_batches(made, 2, task, clip, None, CPU))
+    assert batch.references is not None
+    assert all(any(torch.equal(image, other) for other in plain) for image in batch.references)
+
+
+def test_random_sentences_are_plain_tokens_between_start_and_end(experiment: Callable[..., Experiment]) -> None:
+    tokenizer: Any = load(experiment().model).tokenizer
+    first, again, other = (random_sentences(tokenizer, 50, 6, seed) for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert first.shape == (50, 12)
+    assert set(first[:, 0].tolist()) == {tokenizer.sot_token_id}
+    assert set(first[:, 7].tolist()) == {tokenizer.eot_token_id}
+    assert int(first[:, 1:7].max()) < tokenizer.sot_token_id
+    assert int(first[:, 8:].abs().sum()) == 0
+    with pytest.raises(InputError, match=r"random_length: found 11, expected at most 10"):
+        random_sentences(tokenizer, 50, 11, 0)
 
 
 def test_stages_and_streams_have_orders_of_their_own(experiment: Callable[..., Experiment]) -> None:

@@ -185,3 +185,66 @@ def test_a_loss_that_is_not_finite_stops_the_stage_and_keeps_those_before(
     with pytest.raises(InputError, match=r"stage 2 second: found the loss \w+ (nan|inf) at step \d, expected a finite"):
         run_sequence(broken, tmp_path, device=CPU)
     assert [place.name for place in (tmp_path / "stages").iterdir()] == ["1-first"]
+
+
+def weights_of(folder: Path, stage: str) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = load_file(folder / "stages" / stage / "model/open_clip_model.safetensors")
+    return found
+
+
+@pytest.mark.parametrize("anchor", ["stage_start", "initial"])
+def test_wise_ft_draws_each_stage_back_towards_its_anchor(
+    experiment: Callable[..., Experiment], tasks: list[str], tmp_path: Path, anchor: str
+) -> None:
+    made = experiment(method={"preset": "wise-ft", "merge": {"anchor": anchor, "share": 0.25}}, tasks=tasks[:2])
+    run_sequence(made, tmp_path / "merged", device=CPU)
+    initial = load(made.model)
+    start = {"1-first": initial.model.state_dict(), "2-second": weights_of(tmp_path / "merged", "1-first")}
+    for stage, (place, weights) in enumerate(start.items(), start=1):
+        clip = load(made.model)
+        clip.model.load_state_dict(weights)
+        task = open_experiment(made).tasks[stage - 1]
+        model, _, _ = train_stage(made, stage, task, clip, None, None, CPU, report=lambda taken: None)
+        anchored = weights if anchor == "stage_start" else initial.model.state_dict()
+        for name, found in weights_of(tmp_path / "merged", place).items():
+            expected = 0.75 * model.state_dict()[name] + 0.25 * anchored[name]
+            assert torch.allclose(found, expected, atol=1e-6), (place, name)
+
+
+@pytest.mark.parametrize(("train", "frozen"), [("image_tower", "text"), ("text_tower", "visual")])
+def test_one_tower_may_be_trained_alone(
+    experiment: Callable[..., Experiment], tasks: list[str], tmp_path: Path, train: str, frozen: str
+) -> None:
+    made = experiment(method={"preset": "finetune", "train": train}, tasks=tasks[:1])
+    run_sequence(made, tmp_path, device=CPU)
+    before, after = load(made.model).model.state_dict(), weights_of(tmp_path, "1-first")
+    moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert moved
+    assert all(name.startswith("visual.") == (frozen == "text") for name in moved)
+
+
+@pytest.mark.parametrize(("teacher", "blend"), [("previous", 0.8), ("blended", 1.0)])
+def test_the_previous_model_teaches_the_next_stage(
+    experiment: Callable[..., Experiment], tmp_path: Path, teacher: str, blend: float
+) -> None:
+    made = experiment(method={"preset": "zscl", "average": None, "distill": {"teacher": teacher, "blend": blend}})
+    run_sequence(made, tmp_path / "previous", device=CPU)
+    same = experiment(method={"preset": "zscl", "average": None})
+    run_sequence(same, tmp_path / "initial", device=CPU)
+
+    def losses(folder: str, stage: str) -> str:
+        return (tmp_path / folder / "stages" / stage / "losses.csv").read_text()
+
+    assert losses("previous", "1-first") == losses("initial", "1-first")  # the previous model is the initial one
+    assert losses("previous", "2-second") != losses("initial", "2-second")
+
+
+def test_a_teacher_blended_with_nothing_is_the_initial_model(
+    experiment: Callable[..., Experiment], tmp_path: Path
+) -> None:
+    results = []
+    for name, distill in (("blended", {"teacher": "blended", "blend": 0.0}), ("initial", {"teacher": "initial"})):
+        made = experiment(method={"preset": "zscl", "average": None, "distill": distill})
+        results.append(run_sequence(made, tmp_path / name, device=CPU))
+    for blended, initial in zip(results[0].stages, results[1].stages, strict=True):
+        assert blended.losses == pytest.approx(initial.losses, rel=1e-5)
