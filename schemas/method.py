@@ -27,8 +27,8 @@ class Distill(Strict):
         description="The model before the first stage, the one this stage starts from, or a blend of the two",
     )
     blend: float = Field(0.8, ge=0, le=1, description="Share of the stage's start in a blended teacher")
-    images: Literal["reference", "task"] = Field(
-        "reference", description="The reference set, or the current task's images as in evaluation"
+    images: Literal["reference", "task", "exemplars"] = Field(
+        "reference", description="The reference set, the current task's images, or exemplars of the earlier tasks"
     )
     texts: Literal["reference", "class_prompts", "random_tokens"] = Field(
         "reference", description="The reference set, the current task's prompts, or random sentences"
@@ -61,6 +61,12 @@ class Average(Strict):
     every: PositiveInt = Field(100, description="Steps from one merge to the next")
 
 
+class Memory(Strict):
+    """Exemplars of earlier tasks, herded on image features (iCaRL), shared out evenly over tasks and classes."""
+
+    budget: PositiveInt = Field(10_000, description="Images in all")
+
+
 class Merge(Strict):
     """After a stage, the weights are drawn back towards an anchor (WiSE-FT)."""
 
@@ -78,11 +84,12 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "wise-ft": {"task_loss": {}, "merge": {}},
     "lwf": {"task_loss": {}, "distill": _LWF},
     "lwf-vr": {"task_loss": {}, "distill": {**_LWF, "texts": "random_tokens"}},
+    "icarl": {"task_loss": {}, "distill": {"images": "exemplars", "texts": "class_prompts"}, "memory": {}},
     "zscl*": {"task_loss": {}, "distill": {}, "average": {}},
     "zscl": {"task_loss": {}, "distill": {}, "average": {}, "consolidate": {}},
 }
-Preset = Literal["zero-shot", "finetune", "we", "wc", "we+wc", "wise-ft", "lwf", "lwf-vr", "zscl*", "zscl"]
-PARTS = ("distill", "consolidate", "average", "merge")
+Preset = Literal["zero-shot", "finetune", "we", "wc", "we+wc", "wise-ft", "lwf", "lwf-vr", "icarl", "zscl*", "zscl"]
+PARTS = ("distill", "consolidate", "average", "merge", "memory")
 
 
 class Method(Abbreviable):
@@ -99,6 +106,7 @@ class Method(Abbreviable):
     consolidate: Consolidate | None = None
     average: Average | None = None
     merge: Merge | None = None
+    memory: Memory | None = None
     train: Literal["model", "image_tower", "text_tower"] = Field("model", description="Which parameters are trained")
 
     @model_validator(mode="before")
@@ -121,6 +129,15 @@ class Method(Abbreviable):
             raise ValueError(
                 f"found {' and '.join(others)} without task_loss, expected a task loss to train on or no part"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _remembers_what_it_distils(self) -> "Method":
+        exemplars = self.distill is not None and self.distill.images == "exemplars"
+        if exemplars and self.memory is None:
+            raise ValueError("distill.images is exemplars without memory, expected a memory that keeps them")
+        if self.memory is not None and not exemplars:
+            raise ValueError("found memory, but nothing reads it: expected distill.images to be exemplars")
         return self
 
     @model_validator(mode="after")

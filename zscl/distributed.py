@@ -44,6 +44,17 @@ def gather(rows: torch.Tensor, total: int) -> torch.Tensor:
     return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
 
 
+def gather_strided(rows: torch.Tensor, total: int) -> torch.Tensor:
+    """Put `total` rows back in order of which each worker has every so-many-th. [b, …] → [total, …]"""
+    if world_size() == 1:
+        return rows
+    padded = rows.new_zeros(-(-total // world_size()), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    gathered = [torch.empty_like(padded) for _ in range(world_size())]
+    dist.all_gather(gathered, padded)
+    return torch.stack(gathered, dim=1).flatten(0, 1)[:total]
+
+
 class _GatherWithGradient(torch.autograd.Function):
     """`gather`, with the gradient that averaging over the workers makes whole.
 

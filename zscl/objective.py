@@ -15,6 +15,7 @@ from schemas.method import Distill
 from zscl import losses
 from zscl.distributed import gather
 from zscl.model import at_least_float32, precision_context
+from zscl.shards import Samples
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,13 @@ class Classification:
 
 @dataclass(frozen=True)
 class Teacher:
-    """The frozen model distilled from, with its embeddings of all reference texts. texts [N, D]."""
+    """The frozen model distilled from, what it is shown, and its embeddings of all texts distilled on.
+
+    images: where the reference images come from; texts [N, D], normalised.
+    """
 
     model: nn.Module
+    images: Samples
     texts: torch.Tensor
     precision: str
 
@@ -149,8 +154,7 @@ def build(experiment: Experiment, student: nn.Module, teacher: Teacher | None) -
     parts: list[Part] = []
     if method.task_loss:
         parts.append(Classification(optimisation.batch_size, method.task_loss.label_smoothing))
-    if method.distill:
-        assert teacher is not None
+    if method.distill and teacher is not None:  # without a teacher: nothing to distil on yet
         parts.append(Distillation(teacher, optimisation.reference_batch_size, method.distill))
     if method.consolidate:
         trained = [parameter for parameter in student.parameters() if parameter.requires_grad]

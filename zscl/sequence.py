@@ -4,6 +4,7 @@ A run's folder is its own checkpoint. Every file in it appears whole, and what i
 
     zero_shot.json                      the initial model's row
     stages/<k>-<task>/model/            an open_clip folder: what stage k hands on (k from 1)
+    stages/<k>-<task>/exemplars/        for a method with a memory: what stage k leaves in it, best first
     stages/<k>-<task>/losses.csv        every step's named losses
     stages/<k>-<task>/training.json     what the stage cost; with it, the stage is trained
     stages/<k>-<task>/accuracy.json     the row after it; with it, the stage is finished
@@ -15,7 +16,7 @@ import shutil
 import time
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -35,7 +36,7 @@ from schemas.results import (
     TaskEvaluated,
     TaskName,
 )
-from zscl import reference
+from zscl import memory, reference
 from zscl.averaging import interpolate
 from zscl.distributed import barrier, rank, world_size
 from zscl.evaluation import accuracy
@@ -43,6 +44,7 @@ from zscl.files import whole_folder, write_text
 from zscl.metrics import metrics
 from zscl.model import Clip, freeze, load, load_weights, weights_digest
 from zscl.objective import Teacher
+from zscl.shards import Samples
 from zscl.streams import Loader
 from zscl.tasks import ReferenceSet, TaskFolder
 from zscl.training import train_stage
@@ -72,6 +74,8 @@ def open_experiment(experiment: Experiment) -> Opened:
     tasks = tuple(TaskFolder.open(task) for task in experiment.tasks)
     used = experiment.reference if experiment.method.needs_reference else None
     opened = ReferenceSet(used) if used else None
+    if experiment.method.memory:
+        memory.check_budget(experiment.method.memory.budget, tasks)
     weights = weights_digest(experiment.model)
     contents = {task.path: task.digest for task in tasks} | {experiment.model.name: weights}
     if opened:
@@ -110,8 +114,8 @@ def run_sequence(
 
     run.keep_initial(clip)
     rows, stages = [], []
-    for stage, task in enumerate(run.opened.tasks, start=1):
-        place = folder / "stages" / f"{stage}-{task.name}"
+    for stage in range(1, len(run.opened.tasks) + 1):
+        place = run.place(stage)
         if not (place / "training.json").is_file():
             run.train(stage, clip, place)
         load_weights(clip.model, place / "model")
@@ -211,11 +215,12 @@ class _Run:
             write_text(file, row.model_dump_json(indent=1) + "\n")
         return row
 
-    def teacher(self, task: TaskFolder, clip: Clip) -> Teacher | None:
+    def teacher(self, stage: int, task: TaskFolder, clip: Clip) -> Teacher | None:
         """What the stage distils from, with its embeddings of the stage's texts; `clip` is the stage's start."""
         experiment = self.opened.experiment
         distill = experiment.method.distill
-        if distill is None:
+        images = self.distilled_images(stage, task)
+        if distill is None or images is None:
             return None
         match distill.teacher:
             case "initial":
@@ -233,7 +238,39 @@ class _Run:
             device=self.device,
             note=lambda text: self.report(Note(text=text)),
         )
-        return Teacher(model, texts, experiment.optimisation.precision)
+        return Teacher(model, images, texts, experiment.optimisation.precision)
+
+    def distilled_images(self, stage: int, task: TaskFolder) -> Samples | None:
+        """What the teacher is shown; `None` where there is nothing (yet)."""
+        method = self.opened.experiment.method
+        if method.distill is None:
+            return None
+        match method.distill.images:
+            case "reference":
+                assert self.opened.reference is not None
+                return self.opened.reference.images
+            case "task":
+                return task.train
+            case "exemplars":
+                assert method.memory is not None
+                earlier = [self.place(before) / "exemplars" for before in range(1, stage)]
+                return memory.recall(earlier, method.memory.budget)
+
+    def place(self, stage: int) -> Path:
+        """A stage's folder."""
+        return self.folder / "stages" / f"{stage}-{self.opened.tasks[stage - 1].name}"
+
+    def exemplars(self, stage: int, clip: Clip) -> list[tuple[int, int]]:
+        """Herd what the stage leaves in memory, as many as it may ever need; nothing without a memory."""
+        experiment, task = self.opened.experiment, self.opened.tasks[stage - 1]
+        if experiment.method.memory is None or stage == len(self.opened.tasks):
+            return []
+        loader = Loader(self.device, experiment.compute.loader_processes)
+        features, labels = memory.encode(
+            clip, task, loader, experiment.optimisation.precision, experiment.compute.evaluation_batch_size
+        )
+        count = memory.per_class(experiment.method.memory.budget, stage, len(task.classnames))
+        return memory.choose(features, labels, count)
 
     def train(self, stage: int, clip: Clip, place: Path) -> None:
         """Train one stage and leave its folder, whole."""
@@ -249,16 +286,18 @@ class _Run:
             stage,
             self.opened.tasks[stage - 1],
             clip,
-            self.teacher(self.opened.tasks[stage - 1], clip),
-            self.opened.reference,
+            self.teacher(stage, self.opened.tasks[stage - 1], clip),
             self.device,
             self.report,
         )
         if merge is not None:
             interpolate(list(model.parameters()), anchor, merge.share)
+        exemplars = self.exemplars(stage, replace(clip, model=model))
         if rank() == 0:
             with whole_folder(place) as temporary:
                 clip.save(model, temporary / "model")
+                if exemplars:
+                    memory.write(temporary / "exemplars", self.opened.tasks[stage - 1].train, exemplars)
                 write_text(temporary / "losses.csv", _losses_table(steps))
                 write_text(temporary / "training.json", result.model_dump_json(indent=1) + "\n")
             self.report(StageTrained(result=result))

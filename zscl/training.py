@@ -19,9 +19,9 @@ from zscl.averaging import hand_on
 from zscl.distributed import gather_with_gradient, rank, share, world_size
 from zscl.model import Clip, at_least_float32, precision_context
 from zscl.objective import Batch, Features, Objective, Teacher
-from zscl.shards import seed_of
+from zscl.shards import Samples, seed_of
 from zscl.streams import Decode, Loader, TrainingImages, no_label
-from zscl.tasks import ReferenceSet, TaskFolder
+from zscl.tasks import TaskFolder
 
 REPORT_EVERY_SECONDS = 1.0
 Report = Callable[[StepsTaken], None]
@@ -94,7 +94,6 @@ def train_stage(
     folder: TaskFolder,
     clip: Clip,
     teacher: Teacher | None,
-    reference: ReferenceSet | None,
     device: torch.device,
     report: Report,
 ) -> tuple[nn.Module, StageResult, list[StepLosses]]:
@@ -105,8 +104,7 @@ def train_stage(
         stage: counted from 1.
         folder: the task's data.
         clip: the stage's start; its model is trained in place.
-        teacher: for methods that distil.
-        reference: for those that distil on it.
+        teacher: for a stage that distils.
         device: where the model lies.
         report: told about steps, every second or so.
 
@@ -119,7 +117,7 @@ def train_stage(
     model.train()
     choose_trained(model, experiment.method.train)
     losses_of = objective.build(experiment, model, teacher)
-    batches = training_batches(experiment, stage, folder, clip, reference, device)
+    batches = training_batches(experiment, stage, folder, clip, teacher.images if teacher else None, device)
     student = Student(
         towers=distribute(Towers(model), device),
         prompts=clip.tokenizer(folder.prompts(folder.templates[0])).to(device),
@@ -165,12 +163,11 @@ def training_batches(
     stage: int,
     folder: TaskFolder,
     clip: Clip,
-    reference: ReferenceSet | None,
+    distilled: Samples | None,
     device: torch.device,
 ) -> Iterator[Batch]:
     """This worker's endless batches of a stage: task images augmented, distilled ones as in evaluation."""
-    optimisation, distill = experiment.optimisation, experiment.method.distill
-    loader = Loader(device, experiment.compute.loader_processes)
+    optimisation, loader = experiment.optimisation, Loader(device, experiment.compute.loader_processes)
     images = TrainingImages(
         samples=folder.train,
         decode=Decode(clip.train_transform, folder.label_of),
@@ -178,10 +175,10 @@ def training_batches(
         batch_size=optimisation.batch_size,
         own=share(optimisation.batch_size),
     ).batches(loader)
-    if distill is None:
+    if distilled is None:
         return (Batch(batch, labels, None) for batch, labels in images)
     references = TrainingImages(
-        samples=folder.train if distill.images == "task" or reference is None else reference.images,
+        samples=distilled,
         decode=Decode(clip.evaluation_transform, no_label),
         seed=seed_of(experiment.seed, stage, "reference"),
         batch_size=optimisation.reference_batch_size,

@@ -27,7 +27,7 @@ def refused(content: dict[str, Any]) -> str:
             {"method": {"preset": "zscl", "distill": {"temprature": 1}}},
             "method.distill: unknown field 'temprature'; did you mean 'temperature'?",
         ),
-        ({"method": "zcl"}, "'lwf', 'lwf-vr', 'zscl*' or 'zscl', found 'zcl'"),
+        ({"method": "zcl"}, "'lwf-vr', 'icarl', 'zscl*' or 'zscl', found 'zcl'"),
         ({"optimisation": {"steps": "10"}}, "optimisation.steps: Input should be a valid integer, found '10'"),
         (
             {"optimisation": {"learning_rate": 0.0}},
@@ -41,6 +41,8 @@ def refused(content: dict[str, Any]) -> str:
         ({"compute": {"workers": 7}}, "compute.workers is 7, expected at most 5"),
         ({"method": {"distill": {}}}, "found distill without task_loss"),
         ({"method": {"preset": "zero-shot", "merge": {}}}, "found merge without task_loss"),
+        ({"method": {"preset": "icarl", "memory": None}}, "distill.images is exemplars without memory"),
+        ({"method": {"preset": "zscl", "memory": {}}}, "found memory, but nothing reads it"),
         ({"method": {"preset": "zscl", "train": "text_tower"}}, "train is text_tower with distill"),
         (
             {"method": {"preset": "zscl", "distill": {"image_weight": 0.0, "text_weight": 0.0}}},
@@ -63,6 +65,7 @@ COMPOSITIONS = {
     "wise-ft": {"task_loss", "merge"},
     "lwf": {"task_loss", "distill"},
     "lwf-vr": {"task_loss", "distill"},
+    "icarl": {"task_loss", "distill", "memory"},
     "zscl*": {"task_loss", "distill", "average"},
     "zscl": {"task_loss", "distill", "average", "consolidate"},
 }
@@ -71,7 +74,7 @@ COMPOSITIONS = {
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_are_compositions(preset: str) -> None:
     method = Method.model_validate(preset)
-    parts = ("task_loss", "distill", "average", "consolidate", "merge")
+    parts = ("task_loss", "distill", "average", "consolidate", "merge", "memory")
     assert {part for part in parts if getattr(method, part)} == COMPOSITIONS[preset]
     assert method.name == preset
     assert method.changes == {}

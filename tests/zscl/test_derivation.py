@@ -157,24 +157,25 @@ def test_two_stages_agree_with_the_derivation(experiment: Callable[..., Experime
     scale = clip.model.logit_scale.detach().clone()  # type: ignore[union-attr, operator]
     for stage, learning_rate in ((1, 1e-3), (2, 5e-3)):
         task = opened.tasks[stage - 1]
-        tokens, teacher = torch.empty(0), None
+        tokens, teacher, images = torch.empty(0), None, None
         frozen = initial if distill is None or distill.teacher == "initial" else freeze(deepcopy(clip.model))
         if distill is not None:
             tokens = tokens_of(distill, clip, task, opened.reference, made.seed)
+            images = task.train if distill.images == "task" or opened.reference is None else opened.reference.images
             with torch.no_grad():
-                teacher = Teacher(frozen, frozen.encode_text(tokens, normalize=True), "fp32")  # type: ignore[operator]
+                texts = frozen.encode_text(tokens, normalize=True)  # type: ignore[operator]
+            assert images is not None
+            teacher = Teacher(frozen, images, texts, "fp32")
         derived = derive(
             clip.model,
             frozen,
             parts,
-            training_batches(made, stage, task, clip, opened.reference, CPU),
+            training_batches(made, stage, task, clip, images, CPU),
             clip.tokenizer(task.prompts(task.templates[0])),
             tokens,
             learning_rate,
         )
-        model, result, steps = train_stage(
-            made, stage, task, clip, teacher, opened.reference, CPU, report=lambda taken: None
-        )
+        model, result, steps = train_stage(made, stage, task, clip, teacher, CPU, report=lambda taken: None)
         assert result.merges == (STEPS // EVERY + 2 if "average" in parts else 0)
         for ours, theirs in zip(steps, derived.losses, strict=True):
             for loss, expected in theirs.items():
@@ -200,7 +201,7 @@ def test_lwf_distils_the_tasks_own_images_and_prompts(experiment: Callable[..., 
         tokens_of(made.method.distill, clip, task, None, 0), clip.tokenizer(task.prompts(task.templates[0]))
     )
     plain = [clip.evaluation_transform(Image.open(io.BytesIO(s.image))) for s in task.train.once(0, 1)]
-    batch = next(training_batches(made, 2, task, clip, None, CPU))
+    batch = next(training_batches(made, 2, task, clip, task.train, CPU))
     assert batch.references is not None
     assert all(any(torch.equal(image, other) for other in plain) for image in batch.references)
 
@@ -223,7 +224,9 @@ def test_stages_and_streams_have_orders_of_their_own(experiment: Callable[..., E
     made = experiment()
     opened, clip = open_experiment(made), load(made.model)
     task = opened.tasks[0]
-    one, two = (next(training_batches(made, stage, task, clip, opened.reference, CPU)) for stage in (1, 2))
+    assert opened.reference is not None
+    images = opened.reference.images
+    one, two = (next(training_batches(made, stage, task, clip, images, CPU)) for stage in (1, 2))
     assert not torch.equal(one.images, two.images)
     assert one.references is not None
     assert two.references is not None
@@ -235,7 +238,7 @@ def test_reference_images_are_seen_as_in_evaluation(experiment: Callable[..., Ex
     opened, clip = open_experiment(made), load(made.model)
     assert opened.reference is not None
     plain = [clip.evaluation_transform(Image.open(io.BytesIO(s.image))) for s in opened.reference.images.once(0, 1)]
-    batch = next(training_batches(made, 1, opened.tasks[0], clip, opened.reference, CPU))
+    batch = next(training_batches(made, 1, opened.tasks[0], clip, opened.reference.images, CPU))
     assert batch.references is not None
     for image in batch.references:
         assert any(torch.equal(image, other) for other in plain)

@@ -19,6 +19,7 @@ from zscl.sequence import run_sequence
 
 METHODS = {preset: {"preset": preset} for preset in PRESETS} | {
     "we+wc": {"preset": "we+wc", "average": {"every": 2}},
+    "icarl": {"preset": "icarl", "memory": {"budget": 12}},
     "lwf-vr": {"preset": "lwf-vr", "distill": {"random_texts": 17, "random_length": 5}},
     "zscl": {"preset": "zscl", "average": {"every": 2}, "distill": {"similarity_weight": 0.5, "feature_weight": 2.0}},
 }

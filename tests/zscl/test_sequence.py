@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -20,6 +21,7 @@ from schemas.results import Note, Result, StepsTaken
 from zscl.model import freeze, load
 from zscl.objective import Teacher
 from zscl.sequence import open_experiment, run_sequence
+from zscl.shards import open_samples
 from zscl.tasks import TaskFolder
 from zscl.training import train_stage
 
@@ -166,7 +168,13 @@ def test_a_run_is_its_stages_with_the_initial_model_as_teacher(
         texts = initial.encode_text(clip.tokenizer(opened.reference.texts), normalize=True)  # type: ignore[operator]
     for stage, task in enumerate(opened.tasks, start=1):
         model, _, steps = train_stage(
-            made, stage, task, clip, Teacher(initial, texts, "fp32"), opened.reference, CPU, report=lambda taken: None
+            made,
+            stage,
+            task,
+            clip,
+            Teacher(initial, opened.reference.images, texts, "fp32"),
+            CPU,
+            report=lambda taken: None,
         )
         place = tmp_path / "stages" / f"{stage}-{task.name}"
         written = load_file(place / "model/open_clip_model.safetensors")
@@ -204,7 +212,7 @@ def test_wise_ft_draws_each_stage_back_towards_its_anchor(
         clip = load(made.model)
         clip.model.load_state_dict(weights)
         task = open_experiment(made).tasks[stage - 1]
-        model, _, _ = train_stage(made, stage, task, clip, None, None, CPU, report=lambda taken: None)
+        model, _, _ = train_stage(made, stage, task, clip, None, CPU, report=lambda taken: None)
         anchored = weights if anchor == "stage_start" else initial.model.state_dict()
         for name, found in weights_of(tmp_path / "merged", place).items():
             expected = 0.75 * model.state_dict()[name] + 0.25 * anchored[name]
@@ -248,3 +256,32 @@ def test_a_teacher_blended_with_nothing_is_the_initial_model(
         results.append(run_sequence(made, tmp_path / name, device=CPU))
     for blended, initial in zip(results[0].stages, results[1].stages, strict=True):
         assert blended.losses == pytest.approx(initial.losses, rel=1e-5)
+
+
+def test_icarl_distils_on_what_the_memory_holds(experiment: Callable[..., Experiment], tmp_path: Path) -> None:
+    made = experiment(method={"preset": "icarl", "memory": {"budget": 16}})
+    result = run_sequence(made, tmp_path, device=CPU)
+    assert set(result.stages[0].losses) == {"classification"}  # nothing to remember yet
+    for stage in result.stages[1:]:
+        assert set(stage.losses) == {"classification", "image_distillation", "text_distillation"}
+    kept = {
+        place.parent.name: len(list(open_samples([str(place)]).once(0, 1)))
+        for place in tmp_path.glob("stages/*/exemplars")
+    }
+    assert kept == {"1-first": 16, "2-second": 8}  # four classes: 16 for the only task, then 8 for each of two
+
+
+def test_icarl_goes_on_with_the_same_memory(experiment: Callable[..., Experiment], tmp_path: Path) -> None:
+    made = experiment(method={"preset": "icarl", "memory": {"budget": 16}})
+    whole = run_sequence(made, tmp_path / "whole", device=CPU)
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    (tmp_path / "cut/result.json").unlink()
+    shutil.rmtree(tmp_path / "cut/stages/3-third")
+    resumed = run_sequence(made, tmp_path / "cut", device=CPU)
+    assert resumed.stages[2].losses == whole.stages[2].losses
+    assert resumed.accuracy_matrix == whole.accuracy_matrix
+
+
+def test_refuses_a_memory_too_small_for_the_classes(experiment: Callable[..., Experiment], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"method.memory.budget: found 7, expected at least 8: 2 tasks share it"):
+        run_sequence(experiment(method={"preset": "icarl", "memory": {"budget": 7}}), tmp_path, device=CPU)

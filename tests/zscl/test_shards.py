@@ -1,12 +1,14 @@
 """Which samples lie where, in which order."""
 
 import io
+import pickle
 import shutil
 import tarfile
 from itertools import islice
 from pathlib import Path
 
 import pytest
+import webdataset
 from conftest import coloured
 
 from schemas.base import InputError
@@ -121,6 +123,11 @@ def test_names_a_missing_remote_shard(shards: list[str]) -> None:
     shutil.rmtree(Path(shards[0]).parent)
     with pytest.raises(InputError, match=r"file://.*0\.tar: found no readable shard"):
         list(islice(StreamedSamples([f"file://{shards[0]}"]).at(range(3), 0), 3))
+
+
+def test_webdataset_runs_in_its_secure_mode() -> None:
+    with pytest.raises(ValueError, match="not allowed for security reasons"):
+        webdataset.autodecode.unpickle_loads(pickle.dumps("harmless"))
 
 
 def test_seeds_do_not_depend_on_the_process() -> None:

@@ -1,0 +1,131 @@
+"""Exemplars of earlier tasks (iCaRL): herded on image features, kept as the encoded images they were.
+
+A stage leaves its exemplars beside its model, best first, as many as it may ever need; how many of them count is
+decided by who reads them. So the memory shrinks without being rewritten, and is whatever the run's folder holds.
+"""
+
+import io
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from schemas.base import InputError
+from zscl.distributed import gather_strided, rank, sum_over_workers, world_size
+from zscl.model import Clip, at_least_float32, precision_context
+from zscl.shards import IndexedSamples, Samples, open_samples
+from zscl.streams import Decode, EvaluationImages, Loader
+from zscl.tasks import TaskFolder, write_shards
+
+SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+SHARD_IMAGES = 1_000
+
+
+def per_class(budget: int, tasks: int, classes: int) -> int:
+    """Exemplars of each class of a task when so many tasks share the budget."""
+    return budget // tasks // classes
+
+
+def check_budget(budget: int, tasks: Sequence[TaskFolder]) -> None:
+    """Refuse a budget that leaves a class without exemplars before the last stage.
+
+    Raises:
+        InputError: naming the task with the most classes.
+    """
+    remembered = tasks[:-1]
+    for task in remembered:
+        if per_class(budget, len(remembered), len(task.classnames)) == 0:
+            raise InputError(
+                f"method.memory.budget: found {budget}, expected at least {len(remembered) * len(task.classnames)}: "
+                f"{len(remembered)} tasks share it and {task.name} has {len(task.classnames)} classes"
+            )
+
+
+def herd(features: torch.Tensor, count: int) -> list[int]:
+    """Choose rows one after another so that the mean of those chosen stays nearest to the mean of all.
+
+    Rebuffi et al., iCaRL, CVPR 2017, algorithm 4; the first ones are the best.
+
+    Args:
+        features: [n, D], normalised, of one class.
+        count: how many to choose; all if there are fewer.
+
+    Returns indices in order of choice.
+    """
+    target = features.mean(dim=0)
+    free = torch.ones(len(features), dtype=torch.bool, device=features.device)
+    total, chosen = torch.zeros_like(target), []
+    for size in range(1, min(count, len(features)) + 1):
+        distance = ((total + features) / size - target).square().sum(dim=1)
+        best = int(distance.where(free, torch.inf).argmin())
+        chosen.append(best)
+        free[best] = False
+        total += features[best]
+    return chosen
+
+
+@torch.inference_mode()
+def encode(
+    clip: Clip, task: TaskFolder, loader: Loader, precision: str, batch_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Encode a task's training images as in evaluation. Returns features [n, D] and labels [n], in sample order."""
+    was_training = clip.model.training
+    clip.model.eval()
+    images = EvaluationImages(task.train, Decode(clip.evaluation_transform, task.label_of), rank(), world_size())
+    features, labels = [], []
+    for batch, found in images.batches(batch_size, loader):
+        with precision_context(precision, loader.device):
+            features.append(at_least_float32(clip.model.encode_image(batch, normalize=True)))  # type: ignore[operator]
+        labels.append(found)
+    clip.model.train(was_training)
+    own_features, own_labels = torch.cat(features), torch.cat(labels)
+    [total] = sum_over_workers(len(own_labels))
+    return gather_strided(own_features, int(total)), gather_strided(own_labels, int(total))
+
+
+def choose(features: torch.Tensor, labels: torch.Tensor, count: int) -> list[tuple[int, int]]:
+    """Herd every class. Returns (place, label) of the chosen, the best of each class first."""
+    ranked = []
+    for label in labels.unique().tolist():
+        places = labels.eq(label).nonzero().flatten().tolist()
+        for order, index in enumerate(herd(features[labels == label], count)):
+            ranked.append((order, label, places[index]))
+    return [(place, label) for _, label, place in sorted(ranked)]
+
+
+def write(folder: Path, samples: Samples, chosen: Sequence[tuple[int, int]]) -> None:
+    """Write the chosen (place, label) as shards, in their order, with the encoded images as they were."""
+    wanted = {place for place, _ in chosen}
+    images = {place: sample.image for place, sample in enumerate(samples.once(0, 1)) if place in wanted}
+    kept = ({_suffix(images[place]): images[place], "cls": str(label).encode()} for place, label in chosen)
+    write_shards(folder, kept, SHARD_IMAGES)
+
+
+def _suffix(encoded: bytes) -> str:
+    with Image.open(io.BytesIO(encoded)) as image:
+        return SUFFIXES.get(image.format or "", "png")
+
+
+def recall(folders: Sequence[Path], budget: int) -> IndexedSamples | None:
+    """The exemplars of the earlier stages that the budget allows; `None` before there are any.
+
+    Args:
+        folders: each earlier stage's exemplars, as `write` left them.
+        budget: images in all.
+    """
+    if not folders:
+        return None
+    samples = open_samples([str(folder) for folder in folders])
+    assert isinstance(samples, IndexedSamples)
+    by_class: dict[tuple[str, bytes | None], list[int]] = defaultdict(list)
+    for place, (shard, _, label) in enumerate(samples.labels()):
+        by_class[str(Path(shard).parent), label].append(place)
+    classes = {folder: len({label for found, label in by_class if found == folder}) for folder, _ in by_class}
+    allowed = [
+        place
+        for (folder, _), places in by_class.items()
+        for place in places[: per_class(budget, len(folders), classes[folder])]
+    ]
+    return samples.only(sorted(allowed))
