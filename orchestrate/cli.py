@@ -89,6 +89,7 @@ def run(
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs.")],
     out: Annotated[Path | None, typer.Option(help="Where to write. Default: comparison/ beside the first run.")] = None,
+    published: Annotated[str | None, typer.Option(help="Beside the paper's figures for MTIL, order I or II.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare what runs forget: Transfer, Avg, Last, forgetting, and each task.
@@ -98,7 +99,7 @@ def compare(
     from orchestrate import report
 
     folder = out or runs[0].absolute().parent / "comparison"
-    content, lines = report.compare(runs, folder, None if as_json else Console())
+    content, lines = report.compare(runs, folder, None if as_json else Console(), published)
     emit(content, as_json, lines)
 
 

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from rich.console import Console, Group
 from rich.table import Table
 
+from orchestrate.published import MTIL
 from schemas.base import InputError
 from schemas.results import Metrics, Result
 from zscl.files import whole_file, write_text
@@ -201,16 +202,38 @@ def terminal_tables(rows: Sequence[Row]) -> Group:
         figures.add_column(column, justify="left" if column in words else "right")
     for row in rows:
         figures.add_row(*(_shown(row[column]) for column in (*words, *FIGURES)))
+    names = [column for column in rows[0] if column not in (*words, *FIGURES)]
+    measured = [row for row in rows if row[names[0]] is not None]
     tasks = Table(title="Accuracy on each task after the last stage, %")
     tasks.add_column("task")
-    for row in rows:
+    for row in measured:
         tasks.add_column(str(row["run"] or row["method"]), justify="right")
-    for task in [column for column in rows[0] if column not in (*words, *FIGURES)]:
-        tasks.add_row(task, *(_shown(row[task]) for row in rows))
+    for name in names:
+        tasks.add_row(name, *(_shown(row[name]) for row in measured))
     return Group(figures, tasks)
 
 
-def compare(runs: Sequence[Path], folder: Path, console: Console | None) -> tuple[dict[str, Any], list[str]]:
+def published_rows(order: str, tasks: Sequence[str]) -> list[Row]:
+    """The paper's figures for MTIL in a task order, as rows of a comparison; it prints none for single tasks.
+
+    Raises:
+        InputError: there is no such order.
+    """
+    if order not in MTIL:
+        raise InputError(f"--published: found the order '{order}', expected {' or '.join(MTIL)}")
+    rows: list[Row] = []
+    for method, figures in MTIL[order].items():
+        shown = dict(zip(("transfer", "avg", "last"), (figure / 100 for figure in figures), strict=True))
+        rows.append(
+            {"run": f"published, MTIL order {order}", "method": method, "seed": "", **shown, "forgetting": None}
+            | dict.fromkeys(tasks)
+        )
+    return rows
+
+
+def compare(
+    runs: Sequence[Path], folder: Path, console: Console | None, published: str | None = None
+) -> tuple[dict[str, Any], list[str]]:
     """Compare finished runs: print the tables to a console, if any, and write the files.
 
     Returns the content for programs, and lines that say what was written where.
@@ -220,6 +243,8 @@ def compare(runs: Sequence[Path], folder: Path, console: Console | None) -> tupl
     """
     results = [load_result(run) for run in runs]
     rows = comparison_rows(results, runs)
+    if published:
+        rows += published_rows(published, [task.name for task in results[0].tasks])
     written = write_comparison(results, rows, folder)
     if console is not None:
         console.print(terminal_tables(rows))

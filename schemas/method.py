@@ -56,9 +56,14 @@ class Consolidate(Strict):
 
 
 class Average(Strict):
-    """Weight ensemble: the running mean of the stage's start and every so many steps (paper, section 4.2)."""
+    """Weight ensemble: an average of the stage's start and the weights every so many steps (paper, section 4.2)."""
 
     every: PositiveInt = Field(100, description="Steps from one merge to the next")
+    kind: Literal["mean", "exponential"] = Field(
+        "mean", description="Plain running mean, or exponential moving average"
+    )
+    decay: float = Field(0.9, gt=0, lt=1, description="What an exponential average keeps of itself at a merge")
+    start_share: float = Field(0.0, ge=0, lt=1, description="Share of the stage's start blended in after each merge")
 
 
 class Memory(Strict):

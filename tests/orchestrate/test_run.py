@@ -160,9 +160,10 @@ def test_compare_prints_and_writes(runs: dict[str, Path], place: Path, zscl: Zsc
     assert content["rows"][2]["third"] == result.accuracy_matrix[-1][2]
     for file in content["files"].values():
         assert Path(file).stat().st_size > 100
-    shown = zscl("compare", runs["finetune"], runs["zscl"], "--out", place / "elsewhere")
+    shown = zscl("compare", runs["finetune"], runs["zscl"], "--out", place / "elsewhere", "--published", "II")
     assert f"{100 * result.metrics.avg:.1f}" in shown.out
-    assert (
-        f"| zscl (average.every=2) | 0 | {100 * (result.metrics.transfer or 0):.1f} |"
-        in (place / "elsewhere/comparison.md").read_text()
-    )
+    written = (place / "elsewhere/comparison.md").read_text()
+    assert f"| zscl | zscl (average.every=2) | 0 | {100 * (result.metrics.transfer or 0):.1f} |" in written
+    assert "| published, MTIL order II | zscl |  | 64.2 | 74.5 | 83.4 | – | – | – | – |" in written
+    refused = zscl("compare", runs["finetune"], "--published", "III")
+    assert (refused.code, refused.error) == (2, "error: --published: found the order 'III', expected I or II\n")

@@ -8,18 +8,18 @@ from schemas.method import Average
 from zscl.averaging import WeightEnsemble, hand_on
 
 
-def trajectory(every: int, steps: int) -> tuple[float, int]:
+def trajectory(steps: int, **settings: object) -> tuple[float, int]:
     """A single weight that starts at 100 and stands at step + 1 after each step."""
     student = nn.Linear(1, 1, bias=False)
     with torch.no_grad():
         student.weight.fill_(100.0)
-    ensemble = WeightEnsemble(student, every)
+    ensemble = WeightEnsemble(student, Average.model_validate(settings))
     for step in range(steps):
         with torch.no_grad():
             student.weight.fill_(step + 1.0)
         ensemble.after_step(step)
     ensemble.after_step(steps)
-    return float(ensemble.mean.module.weight.detach()), ensemble.merges
+    return float(ensemble.average.module.weight.detach()), ensemble.merges
 
 
 def test_takes_in_the_start_and_steps_zero_to_the_last() -> None:
@@ -35,10 +35,26 @@ def test_the_paper_averages_twelve_models() -> None:
     assert trajectory(every=100, steps=1000)[1] == 12
 
 
+def test_an_exponential_average_forgets_at_its_decay() -> None:
+    expected = 100.0
+    for weight in (1, 3, 5, 6):
+        expected = 0.75 * expected + 0.25 * weight
+    found = trajectory(every=2, steps=6, kind="exponential", decay=0.75)
+    assert found == (pytest.approx(expected, rel=1e-6), 5)
+
+
+def test_the_start_may_be_blended_in_at_every_merge() -> None:
+    expected, merged = 100.0, 1
+    for weight in (1, 3, 5, 6):
+        expected = (expected * merged + weight) / (merged + 1)
+        expected, merged = 0.7 * expected + 0.3 * 100, merged + 1
+    assert trajectory(every=2, steps=6, start_share=0.3) == (pytest.approx(expected, rel=1e-6), 5)
+
+
 def test_the_student_itself_is_not_touched() -> None:
     student = nn.Linear(1, 1, bias=False)
     before = student.weight.clone()
-    WeightEnsemble(student, 1).after_step(0)
+    WeightEnsemble(student, Average(every=1)).after_step(0)
     assert torch.equal(student.weight, before)
 
 
