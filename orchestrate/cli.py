@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from schemas.base import InputError
+from schemas.base import InputError, InterruptedRunError
 
 app = typer.Typer(
     help="Continual fine-tuning of CLIP that keeps its zero-shot ability, on Ray, recorded in MLflow.\n\n"
@@ -37,6 +37,9 @@ def main() -> None:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except InterruptedRunError as interrupt:
+        print(f"interrupted: {interrupt}", file=sys.stderr)
+        sys.exit(130)
 
 
 def emit(content: dict[str, Any], as_json: bool, lines: list[str]) -> None:

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from orchestrate import recipes, report
 from orchestrate.display import Bar, Display
-from schemas.base import InputError
+from schemas.base import InputError, InterruptedRunError
 from schemas.experiment import Experiment
 from schemas.results import Result
 from zscl.model import load
@@ -19,11 +19,17 @@ from zscl.shards import IndexedSamples
 
 
 def plan(opened: Opened, folder: Path) -> dict[str, object]:
-    """What a run will do, in numbers."""
+    """What a run will do, in numbers.
+
+    Raises:
+        InputError: the folder holds another experiment's run.
+    """
     experiment = opened.experiment
     steps = sum(map(experiment.stage_steps, experiment.tasks))
     test = {task.name: _count(task.test) for task in opened.tasks}
+    refuse_other_run(folder, opened.fingerprint)
     return {
+        "warnings": experiment.warnings,
         "fingerprint": opened.fingerprint,
         "folder": str(folder),
         "finished_stages": len(list(folder.glob("stages/*/accuracy.json"))),
@@ -88,6 +94,9 @@ def _run(opened: Opened, folder: Path, console: Console) -> Result:
     from orchestrate.train import check_resources, connect, train
 
     experiment = opened.experiment
+    for warning in experiment.warnings:
+        console.print(f"warning: {warning}", highlight=False, soft_wrap=True)
+    console.print("starting Ray and opening MLflow", highlight=False)
     connect(experiment.compute)
     check_resources(experiment.compute)
     tracker = Tracker(experiment, opened.fingerprint, folder)
@@ -105,9 +114,9 @@ def _run(opened: Opened, folder: Path, console: Console) -> Result:
         with bar:
             result = train(experiment, folder, on_progress)
         status = "FINISHED"
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as interrupt:  # Ray makes an exit of an interrupt
         status = "KILLED"
-        raise
+        raise InterruptedRunError("the same command goes on behind the last finished stage") from interrupt
     finally:
         if status != "FINISHED":
             tracker.close(status)

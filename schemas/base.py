@@ -27,6 +27,10 @@ class InputError(ValueError):
     """
 
 
+class InterruptedRunError(Exception):
+    """The user stopped a run. The command line says how to go on and exits with code 130."""
+
+
 class Strict(BaseModel):
     """Immutable, no silent conversion, no unknown field."""
 

@@ -103,6 +103,17 @@ class Experiment(Strict):
             )
         return self
 
+    @property
+    def warnings(self) -> list[str]:
+        """What is allowed but hardly meant, a sentence each."""
+        every = self.method.average.every if self.method.average else 0
+        return [
+            f"method.average.every is {every}, but stage '{task.name}' has {self.stage_steps(task)} steps: what it "
+            "hands on is the mean of its start and its first step"
+            for task in self.tasks
+            if self.stage_steps(task) < every
+        ]
+
     def stage_steps(self, task: Task) -> int:
         """Updates of the task's stage."""
         return (task.steps or self.optimisation.steps) if self.method.task_loss else 0

@@ -75,7 +75,7 @@ def load(model: Model, device: torch.device | str = "cpu") -> Clip:
     except UserWarning as error:
         raise InputError(f"{shown} has the wrong activation, expected '{model.name}-quickgelu' ({error})") from error
     except Exception as error:  # open_clip raises what its sources raise: any of them means an unreadable model
-        first_line = str(error).strip().partition("\n")[0]
+        first_line = str(error).strip().partition("\n")[0][:200]
         raise InputError(f"{shown} cannot be loaded, expected an open_clip model ({first_line})") from error
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
         raise InputError(

@@ -124,7 +124,9 @@ class TaskFolder:
         Raises:
             InputError: it is missing or outside the class list.
         """
-        text = (content or b"").decode("ascii", errors="replace").strip()
+        if content is None:
+            raise InputError(f"{shard}: sample '{key}' has no .cls member, expected its label")
+        text = content.decode("ascii", errors="replace").strip()
         if not text.isdecimal() or int(text) >= len(self.classnames):
             raise InputError(
                 f"{shard}: sample '{key}' has the label {text!r}, "

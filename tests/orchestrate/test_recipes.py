@@ -120,6 +120,21 @@ def test_dry_run_starts_nothing_and_says_what_it_would_do(
     assert not (tmp_path / "runs").exists()
 
 
+def test_dry_run_warns_of_an_average_that_never_averages(file: Path, zscl: Callable[..., Command]) -> None:
+    found = json.loads(zscl("run", file, "--dry-run", "--json", "--set", "method=we").out)
+    assert len(found["plan"]["warnings"]) == 3
+    assert "method.average.every is 100, but stage 'first' has 5 steps" in found["plan"]["warnings"][0]
+
+
+def test_dry_run_refuses_the_folder_of_another_run(file: Path, tmp_path: Path, zscl: Callable[..., Command]) -> None:
+    row = {"fingerprint": "0" * 16, "accuracy": {}, "images": {}, "seconds": 0.0}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/zero_shot.json").write_text(json.dumps(row))
+    found = zscl("run", file, "--dry-run", "--out", tmp_path / "other")
+    assert found.code == 2
+    assert "found a run of another experiment" in found.error
+
+
 @pytest.mark.parametrize("shipped", SHIPPED, ids=lambda file: file.stem)
 def test_an_editor_accepts_what_the_product_accepts(shipped: Path, zscl: Callable[..., Command]) -> None:
     schema, content = json.loads(zscl("schema").out), recipes.read(shipped)

@@ -28,6 +28,14 @@ def test_writes_the_layout_that_clip_benchmark_reads(tmp_path: Path) -> None:
     task.check()
 
 
+def test_names_a_sample_without_a_label(tmp_path: Path) -> None:
+    folder = make_task(tmp_path / "task", seed=0)
+    write_shards(folder / "test", ({"png": image} for image, _ in coloured(3, 0)), 9)
+    (folder / "test/nshards.txt").write_text("1\n")
+    with pytest.raises(InputError, match=r"test/0\.tar: sample '0000000' has no \.cls member, expected its label"):
+        opened(folder).check()
+
+
 def test_same_samples_same_bytes(tmp_path: Path) -> None:
     digests = {opened(make_task(tmp_path / place / "same", seed=0)).digest for place in ("a", "b")}
     assert len(digests) == 1
