@@ -96,8 +96,7 @@ def _run(opened: Opened, folder: Path, console: Console) -> Result:
     experiment = opened.experiment
     for warning in experiment.warnings:
         console.print(f"warning: {warning}", highlight=False, soft_wrap=True)
-    console.print("starting Ray and opening MLflow", highlight=False)
-    connect(experiment.compute)
+    connect(experiment.compute, note=lambda text: console.print(text, highlight=False))
     check_resources(experiment.compute)
     tracker = Tracker(experiment, opened.fingerprint, folder)
     recipes.write_experiment(experiment, folder / "experiment.yaml")

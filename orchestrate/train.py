@@ -37,8 +37,8 @@ _progress: TypeAdapter[Any] = TypeAdapter(Progress)
 _END = ""
 
 
-def connect(compute: Compute) -> None:
-    """Connect to the recipe's cluster, to the one of RAY_ADDRESS, or start a local one.
+def connect(compute: Compute, note: Callable[[str], None]) -> None:
+    """Connect to the recipe's cluster, to the one of RAY_ADDRESS, or start a local one; `note` is told which.
 
     Raises:
         InputError: there is no cluster at the address.
@@ -48,6 +48,7 @@ def connect(compute: Compute) -> None:
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     starts_here = compute.address is None and "RAY_ADDRESS" not in os.environ
     local = {"include_dashboard": False} if starts_here else {}
+    note("starting Ray on this machine" if starts_here else "connecting to the Ray cluster")
     try:
         ray.init(address=compute.address, logging_level=logging.ERROR, log_to_driver=False, **local)
     except (ConnectionError, RuntimeError) as error:
