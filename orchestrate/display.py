@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from schemas.experiment import Experiment
-from schemas.results import Note, RowMeasured, StageStarted, StepsTaken, TaskEvaluated
+from schemas.results import ImagesEmbedded, Note, RowMeasured, StageStarted, StepsTaken, TaskEvaluated
 
 LINE_EVERY_SECONDS = 15.0
 # Evaluations interrupt the steps: the time left is judged by the speed over many minutes.
@@ -74,6 +74,8 @@ class Display:
         match progress:
             case Note():
                 self.bar.say(progress.text)
+            case ImagesEmbedded():
+                self.bar.update(f"teacher embeds images: {progress.done} of {progress.total}", self.bar.done)
             case StageStarted():
                 self.bar.log(f"{self._where(progress.stage)} {progress.task}: {progress.steps} steps")
                 self.bar.update(f"{self._where(progress.stage)} {progress.task}", self._before(progress.stage))

@@ -6,6 +6,23 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from schemas.base import Strict
 
+Saving = Literal["auto", "always", "never"]
+
+
+class Savings(Strict):
+    """Exact savings of a training step: the same numbers for less work.
+
+    auto: where the model allows it; always: a model that does not allow it is refused; never: the plain way.
+    """
+
+    context_cut: Saving = Field("auto", description="Prompts end at the longest one's end token")
+    packed_prompts: Saving = Field("auto", description="What all prompts begin with is computed once; no padding")
+    pooled_row: Saving = Field("auto", description="The last block of a tower for the pooled token alone")
+    used_embeddings: Saving = Field("auto", description="Token embeddings that no prompt uses are left alone")
+    one_pass: bool = Field(True, description="Task and distilled images go through the student together")
+    multi_tensor: bool = Field(True, description="Averages and consolidation over all parameters at once")
+    fused_optimizer: bool = Field(True, description="AdamW in one kernel")
+
 
 class Compute(Strict):
     """What one run asks of the cluster."""
@@ -20,6 +37,21 @@ class Compute(Strict):
     )
     evaluation_batch_size: PositiveInt = Field(256, description="Test images a worker encodes at once")
     max_failures: NonNegativeInt = Field(3, description="Times a failed worker group is started again")
+    teacher_features: Literal["auto", "ahead", "as_met", "never"] = Field(
+        "auto",
+        description="The initial model's features of the distilled images: all computed ahead of training, or stored "
+        "as images are met, or never stored; auto: ahead where the run meets nearly all of them anyway, else as_met",
+    )
+    savings: Savings = Savings()
+    images_at_once: PositiveInt | None = Field(
+        None,
+        description="Gradient accumulation: a worker's images pass the student in parts of so many, computed again in "
+        "the backward pass; every loss, distillation included, still sees the whole global batch",
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Forget each block's activations and compute them again in the backward pass"
+    )
+    compile: bool = Field(False, description="torch.compile of the image tower; changes numbers by round-off")
 
 
 class Tracking(Strict):

@@ -27,11 +27,15 @@ class Distill(Strict):
         description="The model before the first stage, the one this stage starts from, or a blend of the two",
     )
     blend: float = Field(0.8, ge=0, le=1, description="Share of the stage's start in a blended teacher")
-    images: Literal["reference", "task", "exemplars"] = Field(
-        "reference", description="The reference set, the current task's images, or exemplars of the earlier tasks"
+    images: Literal["reference", "task", "exemplars", "noise"] = Field(
+        "reference",
+        description="The reference set, the current task's images, exemplars of the earlier tasks, or uniform noise",
     )
     texts: Literal["reference", "class_prompts", "random_tokens"] = Field(
-        "reference", description="The reference set, the current task's prompts, or random sentences"
+        "reference", description="The reference set, prompts of class names, or random sentences"
+    )
+    prompts_of: Literal["current", "others", "all"] = Field(
+        "current", description="Whose class names: the current task's, the other tasks', or both"
     )
     random_texts: PositiveInt = Field(1000, description="How many random sentences")
     random_length: PositiveInt = Field(10, description="Tokens in a random sentence")
@@ -158,6 +162,11 @@ class Method(Abbreviable):
     def needs_reference(self) -> bool:
         """Whether the reference set is read."""
         return self.distill is not None and "reference" in (self.distill.images, self.distill.texts)
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether the weights at the stage's start are needed while it is trained."""
+        return self.consolidate is not None or (self.average is not None and self.average.start_share > 0)
 
     @property
     def changes(self) -> dict[str, Any]:

@@ -116,6 +116,14 @@ class RowMeasured(Strict):
     accuracy: dict[str, float]
 
 
+class ImagesEmbedded(Strict):
+    """The teacher's features of the distilled images, computed ahead of training."""
+
+    event: Literal["images_embedded"] = "images_embedded"
+    done: NonNegativeInt
+    total: NonNegativeInt
+
+
 class Note(Strict):
     """Something worth a line in the log."""
 
@@ -124,6 +132,6 @@ class Note(Strict):
 
 
 Progress = Annotated[
-    StageStarted | StepsTaken | StageTrained | TaskEvaluated | RowMeasured | Note,
+    StageStarted | StepsTaken | StageTrained | TaskEvaluated | RowMeasured | ImagesEmbedded | Note,
     Field(discriminator="event"),
 ]

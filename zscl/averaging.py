@@ -8,7 +8,13 @@ from typing import Protocol
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
+from torch.optim.swa_utils import (
+    AveragedModel,
+    get_ema_avg_fn,
+    get_ema_multi_avg_fn,
+    get_swa_avg_fn,
+    get_swa_multi_avg_fn,
+)
 
 from schemas.method import Average
 
@@ -49,20 +55,19 @@ class WeightEnsemble:
     more.
     """
 
-    def __init__(self, student: nn.Module, settings: Average) -> None:
-        self.student, self.settings = student, settings
-        exponential = settings.kind == "exponential"
-        merge = get_ema_multi_avg_fn(settings.decay) if exponential else get_swa_multi_avg_fn()
-        self.average = AveragedModel(student, multi_avg_fn=merge)
+    def __init__(
+        self, student: nn.Module, settings: Average, start: Sequence[torch.Tensor], multi_tensor: bool = True
+    ) -> None:
+        self.student, self.settings, self.start = student, settings, start
+        self.average = _averaged(student, settings, multi_tensor)
         self.average.update_parameters(student)
-        self.start = [parameter.detach().clone() for parameter in student.parameters()] if settings.start_share else []
 
     def after_step(self, step: int) -> None:
         """Take the student in when the step is a multiple of the interval."""
         if step % self.settings.every == 0:
             self.average.update_parameters(self.student)
-            if self.start:
-                interpolate(list(self.model.parameters()), self.start, self.settings.start_share)
+            if self.settings.start_share:
+                interpolate(trained_parameters(self.model), self.start, self.settings.start_share)
 
     @property
     def merges(self) -> int:
@@ -76,9 +81,32 @@ class WeightEnsemble:
         return module
 
 
-def hand_on(average: Average | None, student: nn.Module) -> HandOn:
-    """Build what follows the student, from the method's averaging part."""
-    return LastWeights(student) if average is None else WeightEnsemble(student, average)
+def _averaged(student: nn.Module, settings: Average, multi_tensor: bool) -> AveragedModel:
+    """A copy of the student that takes models in: all tensors at once, or one after another."""
+    exponential = settings.kind == "exponential"
+    if multi_tensor:
+        merge = get_ema_multi_avg_fn(settings.decay) if exponential else get_swa_multi_avg_fn()
+        return AveragedModel(student, multi_avg_fn=merge)
+    return AveragedModel(student, avg_fn=get_ema_avg_fn(settings.decay) if exponential else get_swa_avg_fn())
+
+
+def hand_on(
+    average: Average | None, student: nn.Module, start: Sequence[torch.Tensor] = (), multi_tensor: bool = True
+) -> HandOn:
+    """Build what follows the student, from the method's averaging part.
+
+    Args:
+        average: the part, if the method has it.
+        student: the model in training.
+        start: the trained parameters at the stage's start, for a part that blends them in.
+        multi_tensor: merge all tensors at once, or one after another.
+    """
+    return LastWeights(student) if average is None else WeightEnsemble(student, average, start, multi_tensor)
+
+
+def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that an optimizer changes, in the model's order."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """The losses of the method: pure functions of the global batch's features, all L2-normalised."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,15 +43,22 @@ def distillation(student_logits: torch.Tensor, teacher_logits: torch.Tensor, tem
 def similarity_distillation(
     student: torch.Tensor, teacher: torch.Tensor, scale: torch.Tensor, temperature: float
 ) -> torch.Tensor:
-    """`distillation` of the images' similarities to each other, instead of those to texts.
+    """`distillation` of the images' similarities to each other, instead of those to texts; not of those to themselves.
 
     Args:
-        student: [B', D], normalised.
+        student: [B', D], normalised, B' at least 2.
         teacher: [B', D], normalised.
         scale: exp(logit_scale).
         temperature: T.
     """
-    return distillation(scale * student @ student.T, scale * teacher @ teacher.T, temperature)
+    ours, theirs = (scale * _without_diagonal(features @ features.T) for features in (student, teacher))
+    return distillation(ours, theirs, temperature)
+
+
+def _without_diagonal(square: torch.Tensor) -> torch.Tensor:
+    """[n, n] → [n, n − 1]"""
+    size = len(square)
+    return square.flatten()[:-1].view(size - 1, size + 1)[:, 1:].reshape(size, size - 1)
 
 
 def feature_distance(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -58,7 +66,33 @@ def feature_distance(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tens
     return F.mse_loss(student, teacher)
 
 
-def squared_distance(parameters: Sequence[torch.Tensor], anchors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Σ ‖θ − θ₀‖² over all parameters, without ½ (paper, eq. 6)."""
-    differences = torch._foreach_sub(list(parameters), list(anchors))
-    return torch.stack([difference.square().sum() for difference in differences]).sum()
+class _SquaredDistance(torch.autograd.Function):
+    """Σ ‖θ − θ₀‖² and its gradient 2(θ − θ₀), all tensors at once; the differences are not kept in between."""
+
+    @staticmethod
+    def forward(context: Any, anchors: Sequence[torch.Tensor], *parameters: torch.Tensor) -> torch.Tensor:
+        context.parameters, context.anchors = parameters, anchors
+        norms = torch._foreach_norm(torch._foreach_sub(parameters, list(anchors)))
+        return torch.stack(norms).square().sum()
+
+    @staticmethod
+    def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        differences = torch._foreach_sub(context.parameters, list(context.anchors))
+        torch._foreach_mul_(differences, 2 * gradients[0])
+        return None, *differences
+
+
+def squared_distance(
+    parameters: Sequence[torch.Tensor], anchors: Sequence[torch.Tensor], multi_tensor: bool = True
+) -> torch.Tensor:
+    """Σ ‖θ − θ₀‖² over all parameters, without ½ (paper, eq. 6).
+
+    Args:
+        parameters: θ.
+        anchors: θ₀, of the same shapes.
+        multi_tensor: all parameters at once, or one after another.
+    """
+    if multi_tensor:
+        return _SquaredDistance.apply(anchors, *parameters)  # type: ignore[no-any-return]
+    distances = [(own - anchor).square().sum() for own, anchor in zip(parameters, anchors, strict=True)]
+    return torch.stack(distances).sum()

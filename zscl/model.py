@@ -109,6 +109,13 @@ def weights_digest(model: Model) -> str:
     return digest(config, *(file_digest(file) for file in sorted(folder.glob("*.safetensors"))))
 
 
+def image_size(model: nn.Module) -> tuple[int, int]:
+    """Height and width in pixels of what the image tower takes."""
+    visual: Any = model.visual
+    height, width = open_clip.utils.to_2tuple(visual.image_size)
+    return height, width
+
+
 def freeze(model: nn.Module) -> nn.Module:
     """Make a teacher: evaluation mode, no gradients."""
     return model.eval().requires_grad_(False)

@@ -3,18 +3,16 @@
 The training step adds the losses up and knows nothing of the method.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import nn
 
 from schemas.experiment import Experiment
 from schemas.method import Distill
 from zscl import losses
 from zscl.distributed import gather
-from zscl.model import at_least_float32, precision_context
 from zscl.shards import Samples
 
 
@@ -22,12 +20,14 @@ from zscl.shards import Samples
 class Batch:
     """This worker's share of a global batch.
 
-    images [b, 3, H, W], labels [b], references [b', 3, H, W] or `None`.
+    images [b, 3, H, W], labels [b]; references [b', 3, H, W] and, on the CPU, who they are (see
+    `shards.Sample.identity`) [b', 2], or `None`.
     """
 
     images: torch.Tensor
     labels: torch.Tensor
-    references: torch.Tensor | None
+    references: torch.Tensor | None = None
+    identities: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -66,22 +66,15 @@ class Classification:
 
 @dataclass(frozen=True)
 class Teacher:
-    """The frozen model distilled from, what it is shown, and its embeddings of all texts distilled on.
+    """What a stage distils from: the teacher, seen through its embeddings.
 
-    images: where the reference images come from; texts [N, D], normalised.
+    images: the images distilled on; texts [N, D]: the teacher's embeddings of all texts distilled on, normalised;
+    image_features: from images [b', 3, H, W] and their identities [b', 2] to the teacher's features [b', D].
     """
 
-    model: nn.Module
     images: Samples
     texts: torch.Tensor
-    precision: str
-
-    @torch.no_grad()
-    def image_features(self, images: torch.Tensor) -> torch.Tensor:
-        """Encode images. [b, 3, H, W] → [b, D], normalised."""
-        with precision_context(self.precision, images.device):
-            encoded: torch.Tensor = self.model.encode_image(images, normalize=True)  # type: ignore[operator]
-        return at_least_float32(encoded)
+    image_features: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -103,7 +96,8 @@ class Distillation:
         """
         assert features.references is not None
         assert batch.references is not None
-        own = self.teacher.image_features(batch.references)
+        assert batch.identities is not None
+        own = self.teacher.image_features(batch.references, batch.identities)
         settings, scale, temperature = self.settings, features.scale, self.settings.temperature
         student, teacher = features.references, gather(own, self.batch_size)
         named = {}
@@ -128,10 +122,12 @@ class Consolidation:
     parameters: Sequence[torch.Tensor]
     anchors: Sequence[torch.Tensor]
     weight: float
+    multi_tensor: bool = True
 
     def __call__(self, features: Features, batch: Batch) -> dict[str, torch.Tensor]:
         """See `losses.squared_distance`."""
-        return {"consolidation": self.weight * losses.squared_distance(self.parameters, self.anchors)}
+        distance = losses.squared_distance(self.parameters, self.anchors, self.multi_tensor)
+        return {"consolidation": self.weight * distance}
 
 
 @dataclass(frozen=True)
@@ -148,8 +144,17 @@ class Objective:
         return named
 
 
-def build(experiment: Experiment, student: nn.Module, teacher: Teacher | None) -> Objective:
-    """Bind the experiment's method to the student as it stands at the stage's start."""
+def build(
+    experiment: Experiment, trained: Sequence[torch.Tensor], start: Sequence[torch.Tensor], teacher: Teacher | None
+) -> Objective:
+    """Bind the experiment's method to one stage.
+
+    Args:
+        experiment: method and batch sizes.
+        trained: the student's trained parameters.
+        start: what they are at the stage's start, for a method that holds on to it.
+        teacher: for a stage that distils.
+    """
     method, optimisation = experiment.method, experiment.optimisation
     parts: list[Part] = []
     if method.task_loss:
@@ -157,7 +162,6 @@ def build(experiment: Experiment, student: nn.Module, teacher: Teacher | None) -
     if method.distill and teacher is not None:  # without a teacher: nothing to distil on yet
         parts.append(Distillation(teacher, optimisation.reference_batch_size, method.distill))
     if method.consolidate:
-        trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
-        anchors = [parameter.detach().clone() for parameter in trained]
-        parts.append(Consolidation(trained, anchors, method.consolidate.weight))
+        multi_tensor = experiment.compute.savings.multi_tensor
+        parts.append(Consolidation(trained, start, method.consolidate.weight, multi_tensor))
     return Objective(parts)

@@ -1,6 +1,7 @@
 """What is distilled on: the texts, and the teacher's embeddings of them, computed once and stored by content."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,22 @@ TEXTS_AT_ONCE = 512
 
 
 def tokens_of(
-    distill: Distill, clip: Clip, task: TaskFolder, reference: ReferenceSet | None, seed: int
+    distill: Distill,
+    clip: Clip,
+    task: TaskFolder,
+    tasks: Sequence[TaskFolder],
+    reference: ReferenceSet | None,
+    seed: int,
 ) -> torch.Tensor:
     """Token ids of the texts that a stage distils on. [N, L]
+
+    Args:
+        distill: which texts.
+        clip: the tokenizer.
+        task: of the stage.
+        tasks: all tasks of the sequence.
+        reference: for its texts.
+        seed: of random sentences.
 
     Raises:
         InputError: random sentences do not fit the model's text tower or tokenizer.
@@ -32,7 +46,9 @@ def tokens_of(
             assert reference is not None
             return clip.tokenizer(reference.texts)
         case "class_prompts":
-            return clip.tokenizer(task.prompts(task.templates[0]))
+            wanted = {"current": [task], "others": [each for each in tasks if each != task], "all": tasks}
+            prompts = [each.prompts(each.templates[0]) for each in wanted[distill.prompts_of]]
+            return clip.tokenizer(list(itertools.chain.from_iterable(prompts)))
         case "random_tokens":
             return random_sentences(clip.tokenizer, distill.random_texts, distill.random_length, seed)
 
@@ -60,7 +76,7 @@ def random_sentences(tokenizer: Any, count: int, length: int, seed: int) -> torc
 
 def text_embeddings(
     tokens: torch.Tensor,
-    teacher: nn.Module,
+    teacher: Callable[[], nn.Module],
     store: Path,
     weights: str | None,
     device: torch.device,
@@ -74,7 +90,7 @@ def text_embeddings(
 
     Args:
         tokens: [N, L].
-        teacher: the frozen model.
+        teacher: gives the frozen model, when it is needed.
         store: folder of the store.
         weights: digest of the teacher's weights; `None` for a teacher of one stage, whose embeddings are not stored.
         device: where the teacher lies.
@@ -83,14 +99,14 @@ def text_embeddings(
     Returns [N, D], normalised, float32 (float64 for a float64 teacher).
     """
     if weights is None:
-        return gather(_encode(teacher, tokens, device), len(tokens))
+        return gather(_encode(teacher(), tokens, device), len(tokens))
     file = store / f"texts-{digest(weights, tokens.numpy().tobytes())[:24]}.npy"
     [found] = sum_over_workers(rank() == 0 and file.is_file())  # the main worker's answer, for all
     if found:
         stored = torch.from_numpy(np.load(file)).to(device) if rank() == 0 else None
         return from_main(stored, like=torch.empty(0, device=device))
     note(f"Teacher embeds {len(tokens)} reference texts, once")
-    embedded = gather(_encode(teacher, tokens, device), len(tokens))
+    embedded = gather(_encode(teacher(), tokens, device), len(tokens))
     if rank() == 0:
         with whole_file(file) as temporary, temporary.open("wb") as stream:
             np.save(stream, embedded.cpu().numpy())

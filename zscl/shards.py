@@ -14,6 +14,7 @@ import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -22,6 +23,7 @@ import torch
 import webdataset
 
 from schemas.base import InputError
+from zscl.files import digest
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 SHUFFLE_BUFFER = 2_000  # samples held while streaming; local shards are shuffled as a whole instead
@@ -29,13 +31,18 @@ SHUFFLE_BUFFER = 2_000  # samples held while streaming; local shards are shuffle
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One encoded sample and where it was found."""
+    """One encoded sample and where it was found; `place`: its number in its set, -1 where a stream has none."""
 
     image: bytes
     label: bytes | None
     text: bytes | None
     shard: str
     key: str
+    place: int = -1
+
+    def identity(self) -> tuple[int, int]:
+        """Its place, and a hash of the encoded image that is never 0."""
+        return self.place, 1 + int.from_bytes(hashlib.blake2b(self.image, digest_size=7).digest())
 
 
 class Samples(Protocol):
@@ -106,14 +113,16 @@ class IndexedSamples:
         if not rows:
             raise InputError(f"{files[0].parent}: found no image in its shards, expected at least one")
         self.table = torch.tensor(rows)
+        self.places = torch.arange(len(rows))
 
     def __len__(self) -> int:
         return len(self.table)
 
     def only(self, indices: Sequence[int]) -> "IndexedSamples":
-        """The samples at these places, in this order."""
+        """The samples at these places, in this order; each keeps its place in the whole set."""
         chosen = copy(self)
-        chosen.table = self.table[list(indices)]
+        chosen.__dict__.pop("digest", None)
+        chosen.table, chosen.places = self.table[list(indices)], self.places[list(indices)]
         return chosen
 
     def at(self, positions: Iterable[int], seed: int) -> Iterator[Sample]:
@@ -148,17 +157,17 @@ class IndexedSamples:
                 shard, key = self._name(descriptors, row)
                 yield shard, key, self._member(descriptors, row[KINDS.index("label")])
 
-    def identity(self) -> Iterator[bytes]:
+    @cached_property
+    def digest(self) -> str:
         """What tells these samples from others without reading the images: names, places, sizes and labels."""
-        yield self.table.numpy().tobytes()
-        for shard, key, label in self.labels():
-            yield f"{Path(shard).name} {key} ".encode() + (label or b"")
+        names = (f"{Path(shard).name} {key} ".encode() + (label or b"") for shard, key, label in self.labels())
+        return digest(self.table.numpy().tobytes(), *names)
 
     def _read(self, descriptors: "_Descriptors", index: int) -> Sample:
         row = self.table[index].tolist()
         image, label, text = (self._member(descriptors, member) for member in row)
         shard, key = self._name(descriptors, row)
-        return Sample(image or b"", label, text, shard, key)
+        return Sample(image or b"", label, text, shard, key, place=int(self.places[index]))
 
     def _member(self, descriptors: "_Descriptors", member: list[int]) -> bytes | None:
         file, offset, size = member
@@ -257,6 +266,11 @@ class StreamedSamples:
         stream = enumerate(itertools.chain.from_iterable(self._epoch(seed, epoch) for epoch in itertools.count()))
         for position in positions:
             yield next(sample for index, sample in stream if index == position)
+
+    @property
+    def digest(self) -> str:
+        """Of remote samples, only where they lie is known beforehand."""
+        return digest(*self.urls)
 
     def once(self, part: int = 0, parts: int = 1) -> Iterator[Sample]:
         """See `Samples.once`."""

@@ -19,20 +19,17 @@ from schemas.base import InputError
 from zscl.shards import Sample, Samples, seed_of
 
 Transform = Callable[[Any], torch.Tensor]
-LabelOf = Callable[[Sample], int]
-
-
-def no_label(sample: Sample) -> int:
-    """Label of an unlabelled image."""
-    return -1
+Label = int | tuple[int, ...]
+LabelOf = Callable[[Sample], Label]
 
 
 @dataclass(frozen=True)
 class Loader:
-    """How a worker reads: in `processes` of its own beside it, or itself (0)."""
+    """How a worker reads: in `processes` of its own beside it, or itself (0); whether labels stay on the CPU."""
 
     device: torch.device
     processes: int = 0
+    labels_stay: bool = False
 
     def __call__(self, batches: "Batched") -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Read batches and bring them to the device: images [b, 3, H, W] and labels [b].
@@ -52,7 +49,8 @@ class Loader:
             if isinstance(batch, str):  # an input error, carried as it is out of the loader process
                 raise InputError(batch)
             images, labels = batch
-            yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+            images = images.to(self.device, non_blocking=True)
+            yield images, labels if self.labels_stay else labels.to(self.device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ class Decode:
     transform: Transform
     label_of: LabelOf
 
-    def __call__(self, sample: Sample) -> tuple[torch.Tensor, int]:
+    def __call__(self, sample: Sample) -> tuple[torch.Tensor, Label]:
         """Decode one image.
 
         Raises:
@@ -76,7 +74,7 @@ class Decode:
             raise InputError(f"{sample.shard}: sample '{sample.key}' is no readable image ({error})") from error
 
 
-Decoded = Iterator[tuple[torch.Tensor, int]]
+Decoded = Iterator[tuple[torch.Tensor, Label]]
 
 
 @dataclass(frozen=True)
@@ -159,6 +157,6 @@ def _process() -> tuple[int, int]:
     return (info.id, info.num_workers) if info else (0, 1)
 
 
-def _stack(samples: list[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+def _stack(samples: list[tuple[torch.Tensor, Label]]) -> tuple[torch.Tensor, torch.Tensor]:
     images, labels = zip(*samples, strict=True)
     return torch.stack(images), torch.tensor(labels)

@@ -151,7 +151,7 @@ class TaskFolder:
         words = ["\n".join(self.classnames), "\n".join(self.templates)]
         manifest = text_of(f"{self.path}/{MANIFEST}")
         if manifest is None:
-            return digest(*words, *_identity(self.train), *_identity(self.test))
+            return digest(*words, self.train.digest, self.test.digest)
         return digest(*words, *self._checked_hashes(manifest))
 
     def _checked_hashes(self, manifest: str) -> list[str]:
@@ -172,11 +172,6 @@ class TaskFolder:
                     )
                 hashes.append(f"{split}/{shard['file']} {shard['sha256']}")
         return hashes
-
-
-def _identity(samples: IndexedSamples | StreamedSamples) -> Iterable[bytes]:
-    """What tells samples from others; of remote ones, only where they lie is known beforehand."""
-    return samples.identity() if isinstance(samples, IndexedSamples) else [url.encode() for url in samples.urls]
 
 
 class ReferenceSet:
@@ -202,7 +197,7 @@ class ReferenceSet:
     @cached_property
     def digest(self) -> str:
         """Identity of the set: images by names and sizes, texts by content."""
-        return digest(*_identity(self.images), "\n".join(self.texts))
+        return digest(self.images.digest, "\n".join(self.texts))
 
 
 def write_task(

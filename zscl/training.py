@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -15,29 +15,17 @@ from schemas.base import InputError
 from schemas.experiment import Experiment
 from schemas.results import StageResult, StepLosses, StepsTaken
 from zscl import objective
-from zscl.averaging import hand_on
+from zscl.averaging import hand_on, trained_parameters
 from zscl.distributed import gather_with_gradient, rank, share, world_size
-from zscl.model import Clip, at_least_float32, precision_context
+from zscl.model import Clip, precision_context
 from zscl.objective import Batch, Features, Objective, Teacher
-from zscl.shards import Samples, seed_of
-from zscl.streams import Decode, Loader, TrainingImages, no_label
+from zscl.shards import Sample, Samples, seed_of
+from zscl.streams import Decode, Loader, TrainingImages
 from zscl.tasks import TaskFolder
+from zscl.towers import Towers
 
 REPORT_EVERY_SECONDS = 1.0
 Report = Callable[[StepsTaken], None]
-
-
-class Towers(nn.Module):
-    """Both towers in one forward pass, which is what DistributedDataParallel can follow."""
-
-    def __init__(self, clip: nn.Module) -> None:
-        super().__init__()
-        self.clip = clip
-
-    def forward(self, images: torch.Tensor, prompts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Encode images [b, 3, H, W] and token ids [C, L] to normalised features [b, D] and [C, D]."""
-        encoded = self.clip(images, prompts)
-        return at_least_float32(encoded["image_features"]), at_least_float32(encoded["text_features"])
 
 
 @dataclass(frozen=True)
@@ -45,26 +33,27 @@ class Student:
     """The model in training, seen from the step: batch in, global features out."""
 
     towers: nn.Module
-    prompts: torch.Tensor
+    prompts: int
     scale: torch.Tensor
     batch_size: int
     reference_batch_size: int
     precision: str
 
     def __call__(self, batch: Batch) -> Features:
-        """Encode task and reference images in one pass, and the class prompts; gather over the workers."""
-        images = batch.images if batch.references is None else torch.cat([batch.images, batch.references])
-        with precision_context(self.precision, images.device):
-            encoded, prompts = self.towers(images, self.prompts)
-        own, references = encoded[: len(batch.images)], encoded[len(batch.images) :]
+        """Encode this worker's images and class prompts; gather over the workers."""
+        with precision_context(self.precision, batch.images.device):
+            images, references, prompts = self.towers(batch.images, batch.references)
         return Features(
-            images=gather_with_gradient(own, self.batch_size),
-            prompts=prompts,
-            references=None
-            if batch.references is None
-            else gather_with_gradient(references, self.reference_batch_size),
+            images=gather_with_gradient(images, self.batch_size),
+            prompts=gather_with_gradient(prompts, self.prompts) if shares_prompts(self.prompts) else prompts,
+            references=None if references is None else gather_with_gradient(references, self.reference_batch_size),
             scale=self.scale,
         )
+
+
+def shares_prompts(prompts: int) -> bool:
+    """Whether the workers share the class prompts, or every one encodes all of them: too few to go round."""
+    return prompts >= world_size()
 
 
 def train_step(
@@ -116,24 +105,29 @@ def train_stage(
     # Everything is decided here; the loop below only trains.
     model.train()
     choose_trained(model, experiment.method.train)
-    losses_of = objective.build(experiment, model, teacher)
+    tokens = clip.tokenizer(folder.prompts(folder.templates[0])).to(device)
+    towers = Towers(
+        model,
+        tokens,
+        own=share(len(tokens)) if shares_prompts(len(tokens)) else range(len(tokens)),
+        compute=experiment.compute,
+        unused_embeddings_stay=optimisation.weight_decay == 0,
+    )
+    trained = trained_parameters(model)
+    start = [parameter.detach().clone() for parameter in trained] if experiment.method.looks_back else []
+    losses_of = objective.build(experiment, trained, start, teacher)
     batches = training_batches(experiment, stage, folder, clip, teacher.images if teacher else None, device)
     student = Student(
-        towers=distribute(Towers(model), device),
-        prompts=clip.tokenizer(folder.prompts(folder.templates[0])).to(device),
+        towers=distribute(towers, device),
+        prompts=len(tokens),
         scale=model.logit_scale.detach().exp(),  # type: ignore[operator]
         batch_size=optimisation.batch_size,
         reference_batch_size=optimisation.reference_batch_size,
         precision=optimisation.precision,
     )
-    optimizer = AdamW(
-        [parameter for parameter in model.parameters() if parameter.requires_grad],
-        lr=task.learning_rate or optimisation.learning_rate,
-        betas=optimisation.betas,
-        weight_decay=optimisation.weight_decay,
-    )
+    optimizer = adamw(trained, task.learning_rate or optimisation.learning_rate, experiment)
     schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(step, optimisation.warmup_steps, steps))
-    handed_on = hand_on(experiment.method.average, model)
+    handed_on = hand_on(experiment.method.average, model, start, experiment.compute.savings.multi_tensor)
     images_per_step = optimisation.batch_size + (optimisation.reference_batch_size if teacher else 0)
     journal = Journal(stage, task.name, images_per_step, report)
 
@@ -145,6 +139,8 @@ def train_stage(
     handed_on.after_step(steps)
 
     journal.flush()
+    for each in {model, handed_on.model}:
+        towers.restore(each)
     result = StageResult(
         stage=stage,
         task=task.name,
@@ -156,6 +152,19 @@ def train_stage(
         losses=journal.steps[-1].losses,
     )
     return handed_on.model, result, journal.steps
+
+
+def adamw(parameters: list[nn.Parameter], learning_rate: float, experiment: Experiment) -> AdamW:
+    """The optimizer of a stage."""
+    optimisation, savings = experiment.optimisation, experiment.compute.savings
+    return AdamW(
+        parameters,
+        lr=learning_rate,
+        betas=optimisation.betas,
+        weight_decay=optimisation.weight_decay,
+        fused=savings.fused_optimizer,
+        foreach=None if savings.fused_optimizer else False,
+    )
 
 
 def training_batches(
@@ -176,15 +185,15 @@ def training_batches(
         own=share(optimisation.batch_size),
     ).batches(loader)
     if distilled is None:
-        return (Batch(batch, labels, None) for batch, labels in images)
+        return (Batch(batch, labels) for batch, labels in images)
     references = TrainingImages(
         samples=distilled,
-        decode=Decode(clip.evaluation_transform, no_label),
+        decode=Decode(clip.evaluation_transform, Sample.identity),
         seed=seed_of(experiment.seed, stage, "reference"),
         batch_size=optimisation.reference_batch_size,
         own=share(optimisation.reference_batch_size),
-    ).batches(loader)
-    return (Batch(batch, labels, others) for (batch, labels), (others, _) in zip(images, references, strict=True))
+    ).batches(replace(loader, labels_stay=True))
+    return (Batch(*ours, *theirs) for ours, theirs in zip(images, references, strict=True))
 
 
 def choose_trained(model: nn.Module, train: str) -> None:
@@ -200,6 +209,10 @@ def distribute(towers: nn.Module, device: torch.device) -> nn.Module:
         return towers
     devices = [device] if device.type == "cuda" else None
     return DistributedDataParallel(towers, device_ids=devices, broadcast_buffers=False, static_graph=True)
+
+
+class NotFiniteError(InputError):
+    """A loss is no number any more: the stage is lost, those before it are not."""
 
 
 class Journal:
@@ -235,9 +248,9 @@ class Journal:
         for step in taken:
             for name, value in step.losses.items():
                 if not math.isfinite(value):
-                    raise InputError(
+                    raise NotFiniteError(
                         f"stage {self.stage} {self.task}: found the loss {name} {value} at step {step.step}, expected "
-                        "a finite one; the stages before it are kept; a lower optimisation.learning_rate may help"
+                        "a finite one"
                     )
         now = time.perf_counter()
         speed = len(taken) * self.images_per_step / max(now - self._reported, 1e-9)

@@ -8,12 +8,13 @@ from schemas.method import Average
 from zscl.averaging import WeightEnsemble, hand_on
 
 
-def trajectory(steps: int, **settings: object) -> tuple[float, int]:
+def trajectory(steps: int, multi_tensor: bool = True, **settings: object) -> tuple[float, int]:
     """A single weight that starts at 100 and stands at step + 1 after each step."""
     student = nn.Linear(1, 1, bias=False)
     with torch.no_grad():
         student.weight.fill_(100.0)
-    ensemble = WeightEnsemble(student, Average.model_validate(settings))
+    start = [weight.detach().clone() for weight in student.parameters()]
+    ensemble = WeightEnsemble(student, Average.model_validate(settings), start, multi_tensor)
     for step in range(steps):
         with torch.no_grad():
             student.weight.fill_(step + 1.0)
@@ -51,10 +52,16 @@ def test_the_start_may_be_blended_in_at_every_merge() -> None:
     assert trajectory(every=2, steps=6, start_share=0.3) == (pytest.approx(expected, rel=1e-6), 5)
 
 
+@pytest.mark.parametrize("settings", [{}, {"kind": "exponential", "decay": 0.75}, {"start_share": 0.3}])
+def test_one_tensor_after_another_gives_the_same(settings: dict[str, object]) -> None:
+    together, alone = (trajectory(every=2, steps=6, multi_tensor=each, **settings) for each in (True, False))
+    assert alone == (pytest.approx(together[0], rel=1e-6), together[1])
+
+
 def test_the_student_itself_is_not_touched() -> None:
     student = nn.Linear(1, 1, bias=False)
     before = student.weight.clone()
-    WeightEnsemble(student, Average(every=1)).after_step(0)
+    WeightEnsemble(student, Average(every=1), start=()).after_step(0)
     assert torch.equal(student.weight, before)
 
 

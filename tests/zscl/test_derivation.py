@@ -115,9 +115,9 @@ def derive(
         if "other distances" in parts:
             assert batch.references is not None
             ours, theirs = unit(net.visual(batch.references)), unit(teacher.visual(batch.references).detach())
-            named["similarity_distillation"] = 0.7 * soft_cross_entropy(
-                scale * ours @ ours.T, scale * theirs @ theirs.T
-            )
+            others = ~torch.eye(len(ours), dtype=torch.bool)  # an image is not compared with itself
+            similarities = [(scale * rows @ rows.T)[others].reshape(len(rows), -1) for rows in (ours, theirs)]
+            named["similarity_distillation"] = 0.7 * soft_cross_entropy(similarities[0], similarities[1])
             named["feature_distance"] = 3.0 * (ours - theirs).pow(2).mean()
         if "consolidate" in parts:
             distances = [(trained[name] - start[name]).pow(2).sum() for name in trained]
@@ -160,12 +160,12 @@ def test_two_stages_agree_with_the_derivation(experiment: Callable[..., Experime
         tokens, teacher, images = torch.empty(0), None, None
         frozen = initial if distill is None or distill.teacher == "initial" else freeze(deepcopy(clip.model))
         if distill is not None:
-            tokens = tokens_of(distill, clip, task, opened.reference, made.seed)
+            tokens = tokens_of(distill, clip, task, opened.tasks, opened.reference, made.seed)
             images = task.train if distill.images == "task" or opened.reference is None else opened.reference.images
             with torch.no_grad():
                 texts = frozen.encode_text(tokens, normalize=True)  # type: ignore[operator]
             assert images is not None
-            teacher = Teacher(frozen, images, texts, "fp32")
+            teacher = Teacher(images, texts, lambda shown, _, frozen=frozen: frozen.encode_image(shown, normalize=True))
         derived = derive(
             clip.model,
             frozen,
@@ -198,7 +198,8 @@ def test_lwf_distils_the_tasks_own_images_and_prompts(experiment: Callable[..., 
     task = opened.tasks[1]
     assert made.method.distill is not None
     assert torch.equal(
-        tokens_of(made.method.distill, clip, task, None, 0), clip.tokenizer(task.prompts(task.templates[0]))
+        tokens_of(made.method.distill, clip, task, opened.tasks, None, 0),
+        clip.tokenizer(task.prompts(task.templates[0])),
     )
     plain = [clip.evaluation_transform(Image.open(io.BytesIO(s.image))) for s in task.train.once(0, 1)]
     batch = next(training_batches(made, 2, task, clip, task.train, CPU))

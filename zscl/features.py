@@ -1,0 +1,214 @@
+"""The teacher's features of images, stored by content: computed once, shared by stages, runs and workers.
+
+A store is a folder of two memory-mapped files, filled as images are met or ahead of training:
+
+    features.npy  [N, D]  a row an image, in the order of the set
+    checks.npy    [N, 2]  of each row: a hash of the encoded image it belongs to (0: none yet), and a checksum
+
+A row counts only if both agree with what is asked for and what is read, so neither a changed image nor a row that was
+being written when a machine died is ever used. The folder's name is a hash of the teacher's weights and transform, of
+the precision, and of the set's layout.
+"""
+
+import os
+import re
+import shutil
+import tempfile
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.lib.format import open_memmap
+from torch import nn
+
+from zscl.distributed import barrier, rank, share, sum_over_workers
+from zscl.files import digest
+from zscl.model import Clip, at_least_float32, precision_context
+from zscl.shards import IndexedSamples, Sample
+from zscl.streams import Decode, EvaluationImages, Loader
+
+FEATURES, CHECKS = "features.npy", "checks.npy"
+NEARLY_ALL = 0.9  # of a set: a run that meets so much of it may as well compute all of it ahead
+Encode = Callable[[torch.Tensor], torch.Tensor]
+
+
+def encoder(teacher: Callable[[], nn.Module], precision: str) -> Encode:
+    """Encode images with a teacher that is loaded when it is first needed. [b, 3, H, W] → [b, D], normalised"""
+
+    @torch.no_grad()
+    def encode(images: torch.Tensor) -> torch.Tensor:
+        with precision_context(precision, images.device):
+            return at_least_float32(teacher().encode_image(images, normalize=True))  # type: ignore[operator]
+
+    return encode
+
+
+class FeatureStore:
+    """Features of N images by their places in the set."""
+
+    def __init__(self, folder: Path, count: int, width: int, dtype: torch.dtype) -> None:
+        """Open a store, or make an empty one (sparse: it takes up what is filled).
+
+        Args:
+            folder: of the store.
+            count: N.
+            width: D.
+            dtype: of the features.
+        """
+        self.folder = folder
+        if not folder.is_dir():
+            _make(folder, count, width, np.dtype(str(dtype).removeprefix("torch.")))
+        self._features = np.load(folder / FEATURES, mmap_mode="r")
+        self._checks = np.load(folder / CHECKS, mmap_mode="r")
+
+    def read(self, identities: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Look images up by their places and hashes. [b, 2] → features [b, D], and which of them are known [b]."""
+        places, hashes = identities.numpy().T
+        features, checks = self._features[places], self._checks[places]
+        sums = np.array([_checksum(row, image) for row, image in zip(features, hashes, strict=True)], dtype=np.uint64)
+        known = (checks[:, 0] == hashes.astype(np.uint64)) & (checks[:, 1] == sums)
+        return torch.from_numpy(features), torch.from_numpy(known)
+
+    def write(self, identities: torch.Tensor, features: torch.Tensor) -> None:
+        """Store images' features.
+
+        Raises:
+            OSError: the disk is full or gone. (A write through the memory map would end the process instead.)
+        """
+        for name, array, rows in (
+            (FEATURES, self._features, features.numpy()),
+            (CHECKS, self._checks, _checks(identities.numpy(), features.numpy())),
+        ):
+            descriptor = os.open(self.folder / name, os.O_WRONLY)
+            try:
+                for place, row in zip(identities[:, 0].tolist(), rows, strict=True):
+                    os.pwrite(descriptor, row.tobytes(), array.offset + place * array.strides[0])
+            finally:
+                os.close(descriptor)
+
+    def missing(self, places: range) -> list[int]:
+        """Which places have no features yet."""
+        return (places.start + np.flatnonzero(self._checks[places.start : places.stop, 0] == 0)).tolist()
+
+    @property
+    def megabytes(self) -> float:
+        """What the store takes up on disk."""
+        return sum(file.stat().st_blocks * 512 for file in self.folder.iterdir()) / 1e6
+
+
+def _make(folder: Path, count: int, width: int, dtype: np.dtype[np.generic]) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
+    temporary.chmod(0o755)
+    open_memmap(temporary / FEATURES, mode="w+", dtype=dtype, shape=(count, width)).flush()
+    open_memmap(temporary / CHECKS, mode="w+", dtype=np.uint64, shape=(count, 2)).flush()
+    try:
+        temporary.rename(folder)
+    except OSError:  # another run was quicker: its store is as good
+        if not folder.is_dir():
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _checks(identities: np.ndarray, features: np.ndarray) -> np.ndarray:
+    sums = [_checksum(row, image) for row, image in zip(features, identities[:, 1], strict=True)]
+    return np.stack([identities[:, 1].astype(np.uint64), np.array(sums, dtype=np.uint64)], axis=1)
+
+
+def _checksum(row: np.ndarray, image: np.integer) -> int:
+    return zlib.crc32(row.tobytes(), int(image) & 0xFFFFFFFF)
+
+
+def store_of(root: Path, clip: Clip, weights: str, precision: str, images: IndexedSamples, width: int) -> FeatureStore:
+    """Open the store of a teacher's features of a set; the main worker makes it where there is none.
+
+    Args:
+        root: where stores lie, visible to all workers.
+        clip: the teacher's transform, and the dtype of its weights.
+        weights: digest of the teacher's weights.
+        precision: that the teacher runs in.
+        images: the set.
+        width: D.
+    """
+    transform = re.sub(r" at 0x[0-9a-f]+", "", str(clip.evaluation_transform))  # a function shows its address
+    dtype = torch.promote_types(next(clip.model.parameters()).dtype, torch.float32)
+    name = digest(weights, transform, precision, str(dtype), images.digest)[:24]
+    opened = FeatureStore(root / f"images-{name}", len(images), width, dtype) if rank() == 0 else None
+    barrier()
+    return opened or FeatureStore(root / f"images-{name}", len(images), width, dtype)
+
+
+@dataclass
+class StoredFeatures:
+    """Features from a store; what it does not know is computed and stored."""
+
+    store: FeatureStore
+    encode: Encode
+    note: Callable[[str], None]
+    _full: bool = field(default=False, init=False)
+
+    def __call__(self, images: torch.Tensor, identities: torch.Tensor) -> torch.Tensor:
+        """Features of images [b, 3, H, W] with identities [b, 2] on the CPU. Returns [b, D] on the images' device."""
+        features, known = self.store.read(identities)
+        features = features.to(images.device, non_blocking=True)
+        if not bool(known.all()):
+            unknown = ~known
+            computed = self.encode(images[unknown.to(images.device)])
+            features[unknown.to(images.device)] = computed
+            self._keep(identities[unknown], computed.cpu())
+        return features
+
+    def fill(
+        self,
+        images: IndexedSamples,
+        clip: Clip,
+        loader: Loader,
+        batch_size: int,
+        progress: Callable[[int, int], None],
+    ) -> int:
+        """Compute what the store lacks; each worker takes a contiguous part of the shards.
+
+        Args:
+            images: the set.
+            clip: its transform.
+            loader: how to read.
+            batch_size: images encoded at once.
+            progress: told the images done, by all workers if they are as fast as this one, and how many there are.
+
+        Returns how many images were missing.
+        """
+        lacking = self.store.missing(share(len(images)))
+        total, done = int(sum_over_workers(len(lacking))[0]), 0
+        decode = Decode(clip.evaluation_transform, Sample.identity)
+        for batch, identities in EvaluationImages(images.only(lacking), decode, 0, 1).batches(batch_size, loader):
+            self(batch, identities)
+            done += len(batch)
+            progress(round(done * total / len(lacking)), total)
+            if self._full:
+                break
+        barrier()
+        return total
+
+    def _keep(self, identities: torch.Tensor, features: torch.Tensor) -> None:
+        if self._full:
+            return
+        try:
+            self.store.write(identities, features)
+        except OSError as error:  # a store saves work; training goes on without it
+            self._full = True
+            self.note(f"{self.store.folder}: teacher features are no longer stored ({error})")
+
+
+def share_met(count: int, draws: Sequence[int]) -> float:
+    """Share of a set that is met at least once.
+
+    Args:
+        count: images in the set.
+        draws: images drawn by each stage, in a shuffled order of its own, without replacement until all are met.
+    """
+    return 1.0 - prod(max(0.0, 1.0 - drawn / count) for drawn in draws)
