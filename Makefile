@@ -24,6 +24,8 @@ install: .venv/.installed
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: found Python %d.%d, expected 3.11 or newer; try make PYTHON=python3.11 $(MAKECMDGOALS)" % sys.version_info[:2])'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	@# Its zero-shot half needs nothing we lack; what its other half needs would double the time open_clip takes to import.
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps clip-benchmark
 	@touch $@
 
 clean:

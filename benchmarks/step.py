@@ -65,7 +65,7 @@ class Inputs:
 
 
 def texts(count: int, template: int, shortest: int, longest: int, context: int) -> torch.Tensor:
-    """Random token ids as a tokenizer gives them: a start, a template all share, `shortest` to `longest` more, an end."""
+    """Random token ids: a start, a template that all share, `shortest` to `longest` more, an end. [count, context]"""
     generator = torch.Generator().manual_seed(count)
     tokens = torch.zeros(count, context, dtype=torch.long)
     lengths = torch.randint(shortest, longest + 1, (count,), generator=generator)
@@ -78,6 +78,7 @@ def texts(count: int, template: int, shortest: int, longest: int, context: int) 
 
 
 def build(name: str) -> Any:
+    """A model with random weights."""
     torch.manual_seed(0)
     if name == "small":
         return open_clip.CLIP(**SMALL, output_dict=True)  # type: ignore[arg-type]
@@ -195,6 +196,7 @@ def clock(device: torch.device) -> float:
 
 
 def timed(step: Callable[[], None], device: torch.device) -> float:
+    """Seconds that a step takes."""
     started = clock(device)
     step()
     return clock(device) - started

@@ -102,10 +102,15 @@ def lay_out(tokens: torch.Tensor, ends: torch.Tensor, *, cut: bool, pack: bool) 
 
 
 def _project(attention: nn.MultiheadAttention, rows: torch.Tensor, parts: slice) -> list[torch.Tensor]:
-    """Queries, keys, values (parts 0, 1, 2) of the rows, each [..., heads, width of a head]."""
+    """Queries, keys, values (parts 0, 1, 2) of the rows, each [..., heads, width of a head].
+
+    Keys get no bias: it would move all scores of a query alike, which a softmax does not see. So its gradient is 0,
+    as it is in exact arithmetic, and not round-off that Adam makes whole steps of.
+    """
     width = rows.shape[-1]
     within = slice(parts.start * width, parts.stop * width)
-    projected = F.linear(rows, attention.in_proj_weight[within], attention.in_proj_bias[within])
+    seen = attention.in_proj_bias.unflatten(0, (3, width)) * rows.new_tensor([[1.0], [0.0], [1.0]])
+    projected = F.linear(rows, attention.in_proj_weight[within], seen.flatten()[within])
     return [part.unflatten(-1, (attention.num_heads, -1)) for part in projected.split(width, dim=-1)]
 
 

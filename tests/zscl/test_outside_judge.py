@@ -1,0 +1,53 @@
+"""Our evaluation against CLIP_benchmark's, on the same shards and the same stage folder."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+
+from schemas.experiment import Experiment, Model
+from zscl.evaluation import class_embeddings
+from zscl.model import load
+from zscl.sequence import run_sequence
+from zscl.streams import Decode, EvaluationImages, Loader
+from zscl.tasks import TaskFolder
+
+pytest.importorskip("clip_benchmark", reason="CLIP_benchmark is not installed; `make install` brings it")
+
+from clip_benchmark.datasets.builder import build_wds_dataset
+from clip_benchmark.metrics.zeroshot_classification import run_classification, zero_shot_classifier
+
+CPU = torch.device("cpu")
+
+
+def test_clip_benchmark_predicts_the_same_to_the_last_sample(
+    experiment: Callable[..., Experiment], tmp_path: Path
+) -> None:
+    made = experiment()
+    result = run_sequence(made, tmp_path, device=CPU)
+    name = f"local-dir:{tmp_path}/stages/2-second/model"
+    model, _, transform = open_clip.create_model_and_transforms(name)
+    model.eval()
+    clip = load(Model(name=name))
+    clip.model.eval()
+    for column, task in enumerate(map(TaskFolder.open, made.tasks)):
+        dataset = build_wds_dataset(task.name, transform, split="test", data_dir=task.path)
+        judged = zero_shot_classifier(
+            model, open_clip.get_tokenizer(name), dataset.classes, dataset.templates, "cpu", amp=False
+        )
+        logits, labels = run_classification(
+            model, judged, torch.utils.data.DataLoader(dataset, batch_size=4), "cpu", amp=False
+        )
+        predicted, true = [], []
+        with torch.inference_mode():
+            classifier = class_embeddings(clip, task, "all", CPU)
+            images = EvaluationImages(task.test, Decode(clip.evaluation_transform, task.label_of), 0, 1)
+            for batch, found in images.batches(4, Loader(CPU)):
+                predicted.append((clip.model.encode_image(batch, normalize=True) @ classifier.T).argmax(dim=1))  # type: ignore[operator]
+                true.append(found)
+        assert torch.equal(torch.cat(true), labels)
+        assert torch.equal(torch.cat(predicted), logits.argmax(dim=1))
+        correct = int(logits.argmax(dim=1).eq(labels).sum())
+        assert correct / len(labels) == pytest.approx(result.accuracy_matrix[1][column], abs=1e-12)
