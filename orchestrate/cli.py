@@ -55,6 +55,9 @@ def run(
     recipe: Recipe,
     overrides: Overrides = [],  # noqa: B006 - typer reads the default and nobody writes to it
     out: Annotated[Path | None, typer.Option(help="The run's folder. Default: runs/NAME-METHOD-FINGERPRINT.")] = None,
+    variant: Annotated[
+        str | None, typer.Option(help="Which row of a recipe that is a table of variants, or 'all'.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done, stop.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -65,26 +68,60 @@ def run(
     from orchestrate import places, recipes, report
     from orchestrate import run as running
 
+    plans, lines, contents, folders = [], [], [], []
+    for name, experiment in recipes.load_variants(recipe, overrides, variant).items():
+        opened = running.prepare(experiment)
+        folder = out.absolute() / name if out else places.default_folder(experiment, opened.fingerprint)
+        plans.append({"experiment": recipes.shown(experiment), "plan": running.plan(opened, folder)})
+        folders.append((opened, folder))
+    if dry_run:
+        shown = plans[0] if len(plans) == 1 else {"variants": plans}
+        emit(shown, as_json, [recipes.dump(shown)])
+        return
+    for opened, folder in folders:
+        result = running.run(opened, folder, progress_console)
+        uri = places.store_uri(opened.experiment, folder)
+        contents.append(
+            {
+                "folder": str(folder),
+                "tracking_uri": places.without_password(uri),
+                "result": result.model_dump(mode="json"),
+            }
+        )
+        lines += [
+            "  ".join(f"{name} {report.percent(value)}" for name, value in result.metrics.model_dump().items())
+            + f"  (zero-shot transfer {report.percent(result.zero_shot_metrics.transfer)})",
+            f"run     {folder}",
+            f"models  {folder}/stages/<k>-<task>/model  (open_clip: local-dir:…)",
+            f"MLflow  {places.browse_command(uri)}",
+        ]
+    if len(folders) > 1:
+        lines.append(f"compare zscl compare {' '.join(str(folder) for _, folder in folders)}")
+    emit(contents[0] if len(contents) == 1 else {"variants": contents}, as_json, lines)
+
+
+@app.command()
+def embed(
+    recipe: Recipe,
+    overrides: Overrides = [],  # noqa: B006
+    out: Annotated[Path | None, typer.Option(help="The folder of the run to come. Default: as of zscl run.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Let the teacher embed the reference set ahead of training, on all workers; runs beside each other share it.
+
+    Example: zscl embed experiments/embedded.yaml --set compute.workers=2
+    """
+    from orchestrate import places, recipes
+    from orchestrate import run as running
+
     experiment = recipes.load_experiment(recipe, overrides)
     opened = running.prepare(experiment)
     folder = out.absolute() if out else places.default_folder(experiment, opened.fingerprint)
-    if dry_run:
-        content = {"experiment": recipes.shown(experiment), "plan": running.plan(opened, folder)}
-        emit(content, as_json, [recipes.dump(content)])
-        return
-    result = running.run(opened, folder, progress_console)
-    uri = places.store_uri(experiment, folder)
-    lines = [
-        "  ".join(f"{name} {report.percent(value)}" for name, value in result.metrics.model_dump().items())
-        + f"  (zero-shot transfer {report.percent(result.zero_shot_metrics.transfer)})",
-        f"run     {folder}",
-        f"models  {folder}/stages/<k>-<task>/model  (open_clip: local-dir:…)",
-        f"MLflow  {places.browse_command(uri)}",
-    ]
+    done = running.embed(opened, folder, progress_console)
     emit(
-        {"folder": str(folder), "tracking_uri": places.without_password(uri), "result": result.model_dump(mode="json")},
+        done.model_dump(),
         as_json,
-        lines,
+        [f"{done.images} images, {done.texts} texts; {done.megabytes:.1f} MB of image features in {done.folder}"],
     )
 
 

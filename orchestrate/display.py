@@ -4,7 +4,15 @@ import time
 
 from pydantic import BaseModel
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from schemas.experiment import Experiment
 from schemas.results import ImagesEmbedded, Note, RowMeasured, StageStarted, StepsTaken, TaskEvaluated
@@ -25,7 +33,7 @@ class Bar:
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("steps ·"),
+            TextColumn("·"),
             TimeElapsedColumn(),
             TextColumn("· left"),
             TimeRemainingColumn(),
@@ -34,6 +42,7 @@ class Bar:
             speed_estimate_period=SPEED_OVER_SECONDS,
         )
         self._task = self._bar.add_task("starting", total=total)
+        self._aside: TaskID | None = None
 
     def __enter__(self) -> "Bar":
         self._bar.start()
@@ -50,6 +59,17 @@ class Bar:
         if time.monotonic() - self._spoken >= LINE_EVERY_SECONDS and done > self._first and self.total:
             minutes = (time.monotonic() - self._started) * (self.total - done) / (done - self._first) / 60
             self.log(f"{what}: step {done} of {self.total}, about {minutes:.1f} min left  {detail}".rstrip())
+
+    def aside(self, what: str, done: int, total: int) -> None:
+        """Show other work than the steps, on a bar of its own while it lasts."""
+        if self._aside is None:
+            self._aside = self._bar.add_task(what, total=total)
+        self._bar.update(self._aside, completed=done)
+        if done >= total:
+            self._bar.remove_task(self._aside)
+            self._aside = None
+        if time.monotonic() - self._spoken >= LINE_EVERY_SECONDS:
+            self.log(f"{what}: {done} of {total}")
 
     def log(self, line: str) -> None:
         """A line where there is no bar to say it."""
@@ -75,7 +95,7 @@ class Display:
             case Note():
                 self.bar.say(progress.text)
             case ImagesEmbedded():
-                self.bar.update(f"teacher embeds images: {progress.done} of {progress.total}", self.bar.done)
+                self.bar.aside("the teacher embeds images", progress.done, progress.total)
             case StageStarted():
                 self.bar.log(f"{self._where(progress.stage)} {progress.task}: {progress.steps} steps")
                 self.bar.update(f"{self._where(progress.stage)} {progress.task}", self._before(progress.stage))

@@ -21,13 +21,55 @@ ABBREVIABLE: Mapping[str, type[Abbreviable]] = {"method": Method, "model": Model
 SchemaT = TypeVar("SchemaT", bound=Strict)
 
 
-def load_experiment(file: Path, overrides: Sequence[str] = ()) -> Experiment:
+ALL = "all"
+
+
+def load_experiment(file: Path, overrides: Sequence[str] = (), variant: str | None = None) -> Experiment:
     """Read a recipe. It is named after its file unless it names itself.
 
     Raises:
-        InputError: the file or an override cannot be read, or the recipe is refused.
+        InputError: the file or an override cannot be read, the recipe is refused, or it has no such variant.
     """
-    return parse(Experiment, {"name": file.stem, **read(file, overrides)}, file)
+    [experiment] = load_variants(file, overrides, variant).values()
+    return experiment
+
+
+def load_variants(file: Path, overrides: Sequence[str] = (), variant: str | None = None) -> dict[str, Experiment]:
+    """Read a recipe that may be a table of variants. Returns the experiments wanted, by variant; "" where it has none.
+
+    A table names the recipe it varies (`base`) and has, under `variants`, for each of its rows the fields that differ,
+    by dotted path. Overrides come last.
+
+    Raises:
+        InputError: as of `load_experiment`.
+    """
+    table = read(file)
+    if "variants" not in table:
+        if variant is not None:
+            raise InputError(f"--variant {variant}: found no variants in {file}, expected a recipe that has some")
+        return {"": parse(Experiment, {"name": file.stem, **read(file, overrides)}, file)}
+    if table.keys() != {"base", "variants"} or not isinstance(table["variants"], dict):
+        raise InputError(f"{file}: found the fields {', '.join(table)}, expected base and variants (a row each) alone")
+    rows = {str(name): changes or {} for name, changes in table["variants"].items()}
+    if variant != ALL and variant not in rows:
+        given = f"--variant {variant}" if variant else f"{file}: found a table of variants"
+        raise InputError(f"{given}, expected --variant {', '.join(rows)} or {ALL}")
+    return {
+        name: _vary(file, file.parent / str(table["base"]), name, changes, overrides)
+        for name, changes in rows.items()
+        if variant in (name, ALL)
+    }
+
+
+def _vary(file: Path, base: Path, name: str, changes: Any, overrides: Sequence[str]) -> Experiment:
+    if not isinstance(changes, dict):
+        raise InputError(f"{file}: variants.{name}: found {changes!r}, expected fields by dotted path")
+    content = read(base)
+    for path, value in changes.items():
+        _set(content, str(path), value, f"{file}: variants.{name}: {path}")
+    for override in overrides:
+        _override(content, override)
+    return parse(Experiment, {**content, "name": f"{file.stem}-{name}"}, file)
 
 
 def read(file: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -84,18 +126,23 @@ def _override(content: dict[str, Any], override: str) -> None:
     path, equals, value = override.partition("=")
     if not equals or not path:
         raise InputError(f"--set {override}: expected a.b.c=value")
-    *parents, last = path.split(".")
-    node: Any = content
-    for depth, key in enumerate(parents):
-        node = _child(node, key, ".".join(parents[: depth + 1]))
     try:
         parsed = _yaml().load(value)
     except YAMLError as error:
         raise InputError(f"--set {override}: found no readable value ({_one_line(error)})") from error
+    _set(content, path, parsed, f"--set {path}")
+
+
+def _set(content: dict[str, Any], path: str, value: Any, shown: str) -> None:
+    """Set the field at a dotted path; `shown` is what the user gave."""
+    *parents, last = path.split(".")
+    node: Any = content
+    for depth, key in enumerate(parents):
+        node = _child(node, key, shown.removesuffix(path) + ".".join(parents[: depth + 1]))
     if isinstance(node, list):
-        node[_position(node, last, path)] = parsed
+        node[_position(node, last, shown)] = value
     else:
-        node[last] = parsed
+        node[last] = value
 
 
 def _child(node: Any, key: str, path: str) -> Any:
@@ -107,17 +154,17 @@ def _child(node: Any, key: str, path: str) -> Any:
     elif isinstance(found, str):
         section = ABBREVIABLE.get("tasks" if isinstance(node, list) else key)
         if section is None:
-            raise InputError(f"--set {path}: found the value {found!r}, expected a section to set a field of")
+            raise InputError(f"{path}: found the value {found!r}, expected a section to set a field of")
         found = {section.main_field: found}
     elif not isinstance(found, dict | list):
-        raise InputError(f"--set {path}: found the value {found!r}, expected a section to set a field of")
+        raise InputError(f"{path}: found the value {found!r}, expected a section to set a field of")
     node[place] = found
     return found
 
 
 def _position(node: list[Any], key: str, path: str) -> int:
     if not key.isdecimal() or int(key) >= len(node):
-        raise InputError(f"--set {path}: found position '{key}', expected 0 to {len(node) - 1}")
+        raise InputError(f"{path}: found position '{key}', expected 0 to {len(node) - 1}")
     return int(key)
 
 

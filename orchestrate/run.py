@@ -1,5 +1,6 @@
 """One run from a recipe: folder, pre-flight, tracking, display, training."""
 
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,10 +13,12 @@ from orchestrate import recipes, report
 from orchestrate.display import Bar, Display
 from schemas.base import InputError, InterruptedRunError
 from schemas.experiment import Experiment
-from schemas.results import Result
+from schemas.results import Embedded, Result
 from zscl.model import load
-from zscl.sequence import Opened, open_experiment, refuse_other_run
+from zscl.opened import Opened, open_experiment
+from zscl.sequence import refuse_other_run
 from zscl.shards import IndexedSamples
+from zscl.teaching import check_embeddable
 
 
 def plan(opened: Opened, folder: Path) -> dict[str, object]:
@@ -75,6 +78,26 @@ def run(opened: Opened, folder: Path, console: Console) -> Result:
         return report.load_result(folder)
     with _owned(folder):
         return _run(opened, folder, console)
+
+
+def embed(opened: Opened, folder: Path, console: Console) -> Embedded:
+    """Fill the teacher's stores beside a run's folder, on Ray.
+
+    Raises:
+        InputError: the cluster is not as expected, or the method has nothing to embed ahead.
+    """
+    from orchestrate.train import connect
+    from orchestrate.train import embed as embed_on_workers
+
+    check_embeddable(opened)
+    connect(opened.experiment.compute, note=lambda text: console.print(text, highlight=False))
+    with tempfile.TemporaryDirectory(prefix=".embedding-", dir=_made(folder.parent)) as scratch, Bar(console) as bar:
+        return embed_on_workers(opened.experiment, Path(scratch), Display(opened.experiment, bar))
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 @contextmanager

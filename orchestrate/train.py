@@ -25,9 +25,10 @@ from ray.util.queue import Queue
 from schemas.base import InputError
 from schemas.compute import Compute
 from schemas.experiment import Experiment
-from schemas.results import Progress, Result
+from schemas.results import Embedded, Progress, Result
 from zscl.files import write_text
 from zscl.sequence import run_sequence
+from zscl.teaching import embed_reference
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +87,16 @@ def train(experiment: Experiment, folder: Path, on_progress: OnProgress) -> Resu
         InputError: a worker found something wrong with the experiment's data or model.
         ray.train.TrainingFailedError: a worker failed more often than compute.max_failures.
     """
+    return Result.model_validate_json(_on_workers(run_sequence, experiment, folder, on_progress))
+
+
+def embed(experiment: Experiment, folder: Path, on_progress: OnProgress) -> Embedded:
+    """Fill the teacher's stores for an experiment; as `train` otherwise."""
+    return Embedded.model_validate_json(_on_workers(embed_reference, experiment, folder, on_progress))
+
+
+def _on_workers(work: Callable[..., BaseModel], experiment: Experiment, folder: Path, on_progress: OnProgress) -> str:
+    """Call a function of `zscl.sequence` on every worker of a group. Returns the main worker's answer, as JSON."""
     use_gpu = check_resources(experiment.compute)
     compute = experiment.compute
     resources = {"CPU": compute.cpus_per_worker} | ({"GPU": compute.gpus_per_worker} if use_gpu else {})
@@ -95,6 +106,7 @@ def train(experiment: Experiment, folder: Path, on_progress: OnProgress) -> Resu
     trainer = TorchTrainer(
         _work,
         train_loop_config={
+            "work": work,
             "experiment": experiment.model_dump_json(),
             "folder": folder,
             "queue": queue,
@@ -120,7 +132,7 @@ def train(experiment: Experiment, folder: Path, on_progress: OnProgress) -> Resu
                 raise
     if refusal.is_file():
         raise InputError(refusal.read_text())
-    return Result.model_validate_json(returned)
+    return returned
 
 
 def _work(config: dict[str, Any]) -> str:
@@ -132,7 +144,7 @@ def _work(config: dict[str, Any]) -> str:
     if config["refusal"].is_file():  # the group was restarted; what was wrong with the input still is
         return ""
     try:
-        result = run_sequence(
+        answer: BaseModel = config["work"](
             Experiment.model_validate_json(config["experiment"]),
             config["folder"],
             report=report,
@@ -141,7 +153,7 @@ def _work(config: dict[str, Any]) -> str:
     except InputError as error:
         write_text(config["refusal"], str(error))
         raise
-    return result.model_dump_json()
+    return answer.model_dump_json()
 
 
 @contextmanager

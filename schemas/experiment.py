@@ -95,6 +95,12 @@ class Experiment(Strict):
                     f"optimisation.warmup_steps is {self.optimisation.warmup_steps}, expected at most the "
                     f"{self.stage_steps(task)} steps of stage '{task.name}'"
                 )
+        self._refuse_what_cannot_be_distilled()
+        if self.compute.savings.used_embeddings == "always" and self.optimisation.weight_decay:
+            raise ValueError(
+                "compute.savings.used_embeddings is always with optimisation.weight_decay above 0, expected auto or "
+                "never: the unused embeddings decay, too"
+            )
         largest = min(self.optimisation.batch_size, self.optimisation.reference_batch_size)
         if self.compute.workers > largest:
             raise ValueError(
@@ -102,6 +108,16 @@ class Experiment(Strict):
                 "every worker needs an image of each global batch"
             )
         return self
+
+    def _refuse_what_cannot_be_distilled(self) -> None:
+        distill = self.method.distill
+        if distill and distill.prompts_of == "others" and len(self.tasks) == 1:
+            raise ValueError("method.distill.prompts_of is others, but there is only one task, expected more of them")
+        if distill and distill.similarity_weight and self.optimisation.reference_batch_size < 2:
+            raise ValueError(
+                "optimisation.reference_batch_size is 1 with method.distill.similarity_weight above 0, expected at "
+                "least 2: images are compared with each other"
+            )
 
     @property
     def warnings(self) -> list[str]:

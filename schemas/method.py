@@ -13,6 +13,13 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_
 from schemas.base import Abbreviable, Strict
 
 
+def check_read(part: Strict, field: str, is_read: bool, by: str) -> None:
+    """Refuse a setting that nothing reads: whoever gave it expects it to count."""
+    value = getattr(part, field)
+    if not is_read and value != type(part).model_fields[field].default:
+        raise ValueError(f"found {field} {value!r}, which nothing reads, expected {by} beside it")
+
+
 class TaskLoss(Strict):
     """Cross-entropy over the current task's class prompts (paper, section 3; method step 1)."""
 
@@ -46,6 +53,14 @@ class Distill(Strict):
     temperature: PositiveFloat = 2.0
 
     @model_validator(mode="after")
+    def _says_nothing_in_vain(self) -> "Distill":
+        check_read(self, "blend", self.teacher == "blended", "teacher: blended")
+        check_read(self, "prompts_of", self.texts == "class_prompts", "texts: class_prompts")
+        for field in ("random_texts", "random_length"):
+            check_read(self, field, self.texts == "random_tokens", "texts: random_tokens")
+        return self
+
+    @model_validator(mode="after")
     def _distils_something(self) -> "Distill":
         weights = [name for name in type(self).model_fields if name.endswith("_weight")]
         if not any(getattr(self, name) for name in weights):
@@ -68,6 +83,11 @@ class Average(Strict):
     )
     decay: float = Field(0.9, gt=0, lt=1, description="What an exponential average keeps of itself at a merge")
     start_share: float = Field(0.0, ge=0, lt=1, description="Share of the stage's start blended in after each merge")
+
+    @model_validator(mode="after")
+    def _says_nothing_in_vain(self) -> "Average":
+        check_read(self, "decay", self.kind == "exponential", "kind: exponential")
+        return self
 
 
 class Memory(Strict):

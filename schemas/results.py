@@ -64,6 +64,15 @@ class Result(Strict):
     versions: dict[str, str]
 
 
+class Embedded(Strict):
+    """What of the reference set is embedded by the teacher."""
+
+    folder: str = Field(description="The store of the image features")
+    images: NonNegativeInt
+    texts: NonNegativeInt
+    megabytes: float = Field(description="On disk, of the image features")
+
+
 class StepLosses(Strict):
     """One training step: `step` counts from 0."""
 

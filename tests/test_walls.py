@@ -46,7 +46,9 @@ def test_help_is_instant_and_shows_an_example() -> None:
     assert min(seconds) < 1.0
 
 
-@pytest.mark.parametrize("verb", [["run"], ["compare"], ["schema"], ["pretrain"], ["demo"], ["data", "prepare"]])
+@pytest.mark.parametrize(
+    "verb", [["run"], ["embed"], ["compare"], ["schema"], ["pretrain"], ["demo"], ["data", "prepare"]]
+)
 def test_every_verb_explains_itself(verb: list[str]) -> None:
     environment = os.environ | {"COLUMNS": "200"}
     command = [Path(sys.executable).parent / "zscl", *verb, "--help"]

@@ -15,18 +15,15 @@ import importlib.metadata
 import shutil
 import time
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from pydantic import BaseModel
-from torch import nn
 
 from schemas.base import InputError, Strict
-from schemas.experiment import Experiment
+from schemas.experiment import LOCAL_MODEL, Experiment, Model
 from schemas.results import (
-    ImagesEmbedded,
     Note,
     Result,
     RowMeasured,
@@ -37,52 +34,21 @@ from schemas.results import (
     TaskEvaluated,
     TaskName,
 )
-from zscl import features, memory, reference
+from zscl import memory
 from zscl.averaging import interpolate
 from zscl.distributed import barrier, rank, world_size
 from zscl.evaluation import accuracy
 from zscl.files import whole_folder, write_text
 from zscl.metrics import metrics
-from zscl.model import Clip, freeze, image_size, load, load_weights, weights_digest
-from zscl.noise import NoiseSamples
-from zscl.objective import Teacher
-from zscl.shards import IndexedSamples, Samples
+from zscl.model import Clip, load, load_weights
+from zscl.opened import Opened, open_experiment
 from zscl.streams import Loader
-from zscl.tasks import ReferenceSet, TaskFolder
+from zscl.teaching import Teaching, frozen, store_beside
 from zscl.training import NotFiniteError, train_stage
 
 Report = Callable[[BaseModel], None]
 ZERO_SHOT = "zero_shot.json"
 LIBRARIES = ("torch", "open_clip_torch", "webdataset")
-
-
-@dataclass(frozen=True)
-class Opened:
-    """An experiment whose data is found and whose identity is known."""
-
-    experiment: Experiment
-    tasks: tuple[TaskFolder, ...]
-    reference: ReferenceSet | None
-    weights: str
-    fingerprint: str
-
-
-def open_experiment(experiment: Experiment) -> Opened:
-    """Find all that the experiment names.
-
-    Raises:
-        InputError: a task, shard, template, caption or model is missing or broken.
-    """
-    tasks = tuple(TaskFolder.open(task) for task in experiment.tasks)
-    used = experiment.reference if experiment.method.needs_reference else None
-    opened = ReferenceSet(used) if used else None
-    if experiment.method.memory:
-        memory.check_budget(experiment.method.memory.budget, tasks)
-    weights = weights_digest(experiment.model)
-    contents = {task.path: task.digest for task in tasks} | {experiment.model.name: weights}
-    if opened:
-        contents["reference"] = opened.digest
-    return Opened(experiment, tasks, opened, weights, experiment.fingerprint(contents))
 
 
 def run_sequence(
@@ -129,23 +95,6 @@ def _silent(progress: BaseModel) -> None:
     """What the other workers report."""
 
 
-class OnDemand:
-    """A frozen model that is loaded when it is first needed, and can be forgotten."""
-
-    def __init__(self, load: Callable[[], nn.Module]) -> None:
-        self._load = load
-        self._model: nn.Module | None = None
-
-    def __call__(self) -> nn.Module:
-        """The model."""
-        self._model = self._model or self._load()
-        return self._model
-
-    def forget(self) -> None:
-        """Give its memory back; asked again, it is loaded again."""
-        self._model = None
-
-
 class AccuracyRow(Strict):
     """`zero_shot.json`, `accuracy.json`: a row of the matrix and what it cost."""
 
@@ -183,7 +132,7 @@ class _Run:
     evaluation_seconds: float = 0.0
 
     def __post_init__(self) -> None:
-        self.initial_teacher = OnDemand(self.initial)
+        self.teaching = Teaching(self.opened, store_beside(self.folder), self.device, self.report)
 
     def note_what_is_there(self) -> None:
         """Say where the run goes on, and sweep what a killed process left half-written."""
@@ -193,10 +142,6 @@ class _Run:
         if rank() == 0:
             for leftover in self.folder.glob("stages/.*.partial"):
                 shutil.rmtree(leftover)
-
-    def initial(self) -> nn.Module:
-        """Load the initial model, frozen: for a method that looks back at it."""
-        return freeze(load(self.opened.experiment.model, self.device).model)
 
     def row(self, stage: int, clip: Clip, file: Path) -> AccuracyRow:
         """Measure the model on every task, or read what was measured."""
@@ -232,98 +177,9 @@ class _Run:
             write_text(file, row.model_dump_json(indent=1) + "\n")
         return row
 
-    def teacher(self, stage: int, task: TaskFolder, clip: Clip) -> Teacher | None:
-        """What the stage distils from, with its embeddings of the stage's texts; `clip` is the stage's start."""
-        experiment = self.opened.experiment
-        distill = experiment.method.distill
-        images = self.distilled_images(stage, task, clip)
-        if distill is None or images is None:
-            return None
-        model, weights = self.initial_teacher, self.opened.weights if distill.teacher == "initial" else None
-        if distill.teacher != "initial":
-            frozen = freeze(deepcopy(clip.model))
-            if distill.teacher == "blended":
-                interpolate(list(frozen.parameters()), list(self.initial().parameters()), 1 - distill.blend)
-            model = OnDemand(lambda: frozen)
-        texts = reference.text_embeddings(
-            reference.tokens_of(distill, clip, task, self.opened.tasks, self.opened.reference, experiment.seed),
-            model,
-            store=self.store,
-            weights=weights,
-            device=self.device,
-            note=self.note,
-        )
-        return Teacher(images, texts, self.image_features(stage, clip, model, weights, images, texts.shape[1]))
-
-    def image_features(
-        self, stage: int, clip: Clip, model: "OnDemand", weights: str | None, images: Samples, width: int
-    ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-        """The teacher's features of images: from a store where it pays, filled ahead where that pays, too."""
-        experiment, compute = self.opened.experiment, self.opened.experiment.compute
-        distill, optimisation = experiment.method.distill, experiment.optimisation
-        assert distill is not None
-        encode = features.encoder(model, optimisation.precision)
-        met_again = distill.images in ("reference", "task") and isinstance(images, IndexedSamples)
-        if weights is None or not met_again or compute.teacher_features == "never":
-            return lambda images, identities: encode(images)
-        assert isinstance(images, IndexedSamples)
-        store = features.store_of(self.store, clip, weights, optimisation.precision, images, width)
-        stored = features.StoredFeatures(store, encode, self.note)
-        drawing = experiment.tasks if distill.images == "reference" else [experiment.tasks[stage - 1]]
-        draws = [experiment.stage_steps(task) * optimisation.reference_batch_size for task in drawing]
-        nearly_all = features.share_met(len(images), draws) >= features.NEARLY_ALL
-        if compute.teacher_features == "ahead" or (compute.teacher_features == "auto" and nearly_all):
-            self.embed_ahead(stored, images, clip)
-            model.forget()
-        return stored
-
-    def embed_ahead(self, stored: features.StoredFeatures, images: IndexedSamples, clip: Clip) -> None:
-        """Compute what the store lacks, with the worker group's whole strength."""
-        compute = self.opened.experiment.compute
-        computed = stored.fill(
-            images,
-            clip,
-            Loader(self.device, compute.loader_processes, labels_stay=True),
-            compute.evaluation_batch_size,
-            progress=lambda done, total: self.report(ImagesEmbedded(done=done, total=total)),
-        )
-        if computed:
-            self.note(
-                f"Teacher embedded {computed} images, once: {stored.store.megabytes:.1f} MB in {stored.store.folder}"
-            )
-
-    @property
-    def store(self) -> Path:
-        """Where the teacher's embeddings lie: beside the run's folder, so that runs share them."""
-        return self.folder.parent / "teacher"
-
-    def note(self, text: str) -> None:
-        """Say a sentence."""
-        self.report(Note(text=text))
-
-    def distilled_images(self, stage: int, task: TaskFolder, clip: Clip) -> Samples | None:
-        """What the teacher is shown; `None` where there is nothing (yet)."""
-        method = self.opened.experiment.method
-        if method.distill is None:
-            return None
-        match method.distill.images:
-            case "reference":
-                assert self.opened.reference is not None
-                return self.opened.reference.images
-            case "task":
-                return task.train
-            case "exemplars":
-                assert method.memory is not None
-                earlier = [self.place(before) / "exemplars" for before in range(1, stage)]
-                return memory.recall(earlier, method.memory.budget)
-            case "noise":
-                return NoiseSamples(image_size(clip.model))
-
-    def start(self, stage: int, clip: Clip) -> nn.Module:
-        """What a later stage started from: the model that the stage before it left."""
-        model = deepcopy(clip.model)
-        load_weights(model, self.place(stage - 1) / "model")
-        return model
+    def start(self, stage: int) -> Model:
+        """What a stage starts from: the model that the one before it left, or the initial one."""
+        return Model(name=f"{LOCAL_MODEL}{self.place(stage - 1)}/model") if stage > 1 else self.opened.experiment.model
 
     def place(self, stage: int) -> Path:
         """A stage's folder."""
@@ -352,17 +208,16 @@ class _Run:
                 stage,
                 self.opened.tasks[stage - 1],
                 clip,
-                self.teacher(stage, self.opened.tasks[stage - 1], clip),
+                self.teaching.teacher(stage, clip, [self.place(before) / "exemplars" for before in range(1, stage)]),
                 self.device,
                 self.report,
             )
         except NotFiniteError as error:
-            good = f"{self.place(stage - 1)}/model" if stage > 1 else experiment.model.name
             raise InputError(
-                f"{error}; the last good model is {good}; a lower optimisation.learning_rate may help"
+                f"{error}; the last good model is {self.start(stage).name}; a lower optimisation.learning_rate may help"
             ) from error
         if merge is not None:
-            anchor = self.initial() if merge.anchor == "initial" or stage == 1 else self.start(stage, clip)
+            anchor = frozen(experiment.model if merge.anchor == "initial" else self.start(stage), self.device)
             interpolate(list(model.parameters()), list(anchor.parameters()), merge.share)
         exemplars = self.exemplars(stage, replace(clip, model=model))
         if rank() == 0:

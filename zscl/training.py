@@ -139,6 +139,7 @@ def train_stage(
     handed_on.after_step(steps)
 
     journal.flush()
+    optimizer.zero_grad()  # gradients would stay in memory, and in every copy of the model
     for each in {model, handed_on.model}:
         towers.restore(each)
     result = StageResult(

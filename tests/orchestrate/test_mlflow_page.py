@@ -19,7 +19,8 @@ from PIL import Image
 from orchestrate import recipes
 from orchestrate.tracking import Tracker
 from schemas.experiment import Experiment
-from zscl.sequence import open_experiment, run_sequence
+from zscl.opened import open_experiment
+from zscl.sequence import run_sequence
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")

@@ -1,6 +1,7 @@
 """Recipes: YAML, overrides, and the sentence for what is wrong."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,10 @@ def file(tmp_path: Path, recipe: Callable[..., dict[str, Any]]) -> Path:
 @pytest.mark.parametrize("shipped", SHIPPED, ids=lambda file: file.stem)
 def test_every_shipped_recipe_is_accepted_and_headed_by_its_command(shipped: Path) -> None:
     content = recipes.read(shipped)
-    schema = Pretraining if "corpus" in content else Experiment
-    assert recipes.parse(schema, content, shipped)
+    if "corpus" in content:
+        assert recipes.parse(Pretraining, content, shipped)
+    else:
+        assert recipes.load_variants(shipped, variant=recipes.ALL if "variants" in content else None)
     head = shipped.read_text().partition("\n\n")[0]
     assert head.startswith("# ")
     assert f"experiments/{shipped.name}" in head
@@ -138,10 +141,66 @@ def test_dry_run_refuses_the_folder_of_another_run(file: Path, tmp_path: Path, z
 @pytest.mark.parametrize("shipped", SHIPPED, ids=lambda file: file.stem)
 def test_an_editor_accepts_what_the_product_accepts(shipped: Path, zscl: Callable[..., Command]) -> None:
     schema, content = json.loads(zscl("schema").out), recipes.read(shipped)
-    if "corpus" in content:
-        pytest.skip("a recipe of pre-training")
+    if "corpus" in content or "variants" in content:
+        pytest.skip("no recipe of a single experiment")
     jsonschema.validate(content, schema)
     jsonschema.validate(content | {"method": "zscl*", "reference": {"images": ["a", "b"]}}, schema)
     for wrong in ({"method": "zcl"}, {"sed": 1}, {"tasks": []}, {"model": {"nam": "x"}}, {"seed": "1"}):
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate(content | wrong, schema)
+
+
+@pytest.fixture
+def table(tmp_path: Path, file: Path) -> Path:
+    table = tmp_path / "table.yaml"
+    table.write_text(
+        f"base: {file.name}\nvariants:\n"
+        "  plain: {method: finetune}\n  short: {tasks.0.steps: 3, seed: 7}\n  as-it-is:\n"
+    )
+    return table
+
+
+def test_a_table_varies_its_base_row_by_row(table: Path, file: Path) -> None:
+    found = recipes.load_variants(table, ["optimisation.steps=4"], recipes.ALL)
+    assert list(found) == ["plain", "short", "as-it-is"]
+    assert [made.name for made in found.values()] == ["table-plain", "table-short", "table-as-it-is"]
+    assert found["plain"].method.name == "finetune"
+    assert (found["short"].tasks[0].steps, found["short"].seed) == (3, 7)
+    assert {made.optimisation.steps for made in found.values()} == {4}
+    assert found["as-it-is"].model_copy(update={"name": "mine"}) == recipes.load_experiment(
+        file, ["optimisation.steps=4"]
+    )
+    assert recipes.load_variants(table, variant="short").keys() == {"short"}
+
+
+@pytest.mark.parametrize(
+    ("variant", "sentence"),
+    [
+        (None, "found a table of variants, expected --variant plain, short, as-it-is or all"),
+        ("lnog", "--variant lnog, expected --variant plain, short, as-it-is or all"),
+    ],
+)
+def test_a_table_is_asked_for_by_row(table: Path, variant: str | None, sentence: str) -> None:
+    with pytest.raises(InputError, match=re.escape(sentence)):
+        recipes.load_variants(table, variant=variant)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ({"base": "mine.yaml", "variants": {"a": {"tasks.9.steps": 3}}}, "variants.a: tasks.9: found position '9'"),
+        ({"base": "mine.yaml", "variants": {"a": "finetune"}}, "variants.a: found 'finetune', expected fields"),
+        ({"base": "mine.yaml", "variants": {"a": {"metod": "we"}}}, "unknown field 'metod'; did you mean 'method'?"),
+        ({"base": "nowhere.yaml", "variants": {"a": {}}}, "nowhere.yaml: found no such file"),
+        ({"variants": {"a": {}}}, "found the fields variants, expected base and variants"),
+    ],
+)
+def test_a_wrong_table_is_refused(table: Path, content: dict[str, Any], sentence: str) -> None:
+    YAML(typ="safe").dump(content, table)
+    with pytest.raises(InputError, match=re.escape(sentence)):
+        recipes.load_variants(table, variant="a")
+
+
+def test_a_recipe_without_rows_has_no_variants(file: Path) -> None:
+    with pytest.raises(InputError, match="--variant a: found no variants"):
+        recipes.load_experiment(file, variant="a")

@@ -167,3 +167,22 @@ def test_compare_prints_and_writes(runs: dict[str, Path], place: Path, zscl: Zsc
     assert "| published, MTIL order II | zscl |  | 64.2 | 74.5 | 83.4 | – | – | – | – |" in written
     refused = zscl("compare", runs["finetune"], "--published", "III")
     assert (refused.code, refused.error) == (2, "error: --published: found the order 'III', expected I or II\n")
+
+
+def test_the_teacher_embeds_ahead_on_two_workers_for_the_run_to_come(
+    tmp_path: Path, file: Path, zscl: Zscl, ray_cluster: None
+) -> None:
+    made = zscl("embed", file, "--out", tmp_path / "run", "--set", "compute.workers=2", "--json")
+    assert made.code == 0, made.error
+    embedded = json.loads(made.out)
+    assert (embedded["images"], embedded["texts"]) == (14, 14)
+    assert [path.name for path in tmp_path.iterdir()] == ["teacher"]
+    store = Path(embedded["folder"])
+    assert store.parent == tmp_path / "teacher"
+    said: list[str] = []
+    experiment = recipes.load_experiment(file)
+    run_sequence(experiment, tmp_path / "run", report=lambda each: said.append(str(each)), device=torch.device("cpu"))
+    assert not [each for each in said if "embed" in each]  # neither images nor texts again
+    refused = zscl("embed", file, "--set", "method=lwf", "--set", "reference=null")
+    assert refused.code == 2
+    assert "'lwf' does not distil from the initial model on a reference set" in refused.error

@@ -45,6 +45,35 @@ def refused(content: dict[str, Any]) -> str:
         ({"method": {"preset": "zscl", "memory": {}}}, "found memory, but nothing reads it"),
         ({"method": {"preset": "zscl", "train": "text_tower"}}, "train is text_tower with distill"),
         (
+            {"method": {"preset": "zscl", "distill": {"blend": 0.5}}},
+            "method.distill: found blend 0.5, which nothing reads, expected teacher: blended beside it",
+        ),
+        (
+            {"method": {"preset": "zscl", "distill": {"prompts_of": "all"}}},
+            "found prompts_of 'all', which nothing reads, expected texts: class_prompts beside it",
+        ),
+        ({"method": {"preset": "zscl", "distill": {"random_texts": 5}}}, "expected texts: random_tokens beside it"),
+        ({"method": {"preset": "we", "average": {"decay": 0.5}}}, "expected kind: exponential beside it"),
+        (
+            {"tasks": ["a"], "method": {"preset": "lwf", "distill": {"prompts_of": "others"}}},
+            "method.distill.prompts_of is others, but there is only one task",
+        ),
+        (
+            {
+                "method": {"preset": "zscl", "distill": {"similarity_weight": 1.0}},
+                "optimisation": {"reference_batch_size": 1},
+            },
+            "optimisation.reference_batch_size is 1 with method.distill.similarity_weight",
+        ),
+        (
+            {
+                "optimisation": {"weight_decay": 0.1},
+                "compute": {"savings": {"used_embeddings": "always"}},
+            },
+            "compute.savings.used_embeddings is always with optimisation.weight_decay",
+        ),
+        ({"compute": {"savings": {"context_cut": "yes"}}}, "compute.savings.context_cut: Input should be 'auto'"),
+        (
             {"method": {"preset": "zscl", "distill": {"image_weight": 0.0, "text_weight": 0.0}}},
             "image_weight, text_weight, similarity_weight, feature_weight are all 0",
         ),

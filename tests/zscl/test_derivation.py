@@ -24,8 +24,9 @@ from schemas.method import PRESETS
 from zscl import memory
 from zscl.model import load
 from zscl.objective import Batch
+from zscl.opened import open_experiment
 from zscl.reference import random_sentences, tokens_of
-from zscl.sequence import open_experiment, run_sequence
+from zscl.sequence import run_sequence
 from zscl.shards import Samples
 from zscl.training import learning_rate_factor, training_batches
 
@@ -138,14 +139,13 @@ def derive(
             for name, parameter in trained.items():
                 if "in_proj_bias" in name:  # a key's bias moves all scores of a softmax alike: no gradient
                     gradients[name][len(parameter) // 3 : 2 * len(parameter) // 3] = 0
-                first[name] = 0.9 * first[name] + 0.1 * gradients[name]
-                second[name] = 0.999 * second[name] + 0.001 * gradients[name] ** 2
-                momentum = first[name] / (1 - 0.9 ** (step + 1))
-                deviation = (second[name] / (1 - 0.999 ** (step + 1))).sqrt()
-                parameter -= rate * momentum / (deviation + 1e-8)
+                first[name].mul_(0.9).add_(gradients[name], alpha=0.1)
+                second[name].mul_(0.999).addcmul_(gradients[name], gradients[name], value=0.001)
+                deviation = (second[name] / (1 - 0.999 ** (step + 1))).sqrt_().add_(1e-8)
+                parameter.addcdiv_(first[name], deviation, value=-rate / (1 - 0.9 ** (step + 1)))
         if step % EVERY == 0:
             for name, parameter in trained.items():
-                mean[name] = (merged * mean[name] + parameter.detach()) / (merged + 1)
+                mean[name].mul_(merged / (merged + 1)).add_(parameter.detach(), alpha=1 / (merged + 1))
             merged += 1
         history.append({name: value.item() for name, value in named.items()})
         slopes.append(gradients)

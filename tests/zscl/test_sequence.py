@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import shutil
 from collections.abc import Callable
 from copy import deepcopy
@@ -20,7 +21,8 @@ from schemas.experiment import Experiment
 from schemas.results import Note, Result, StepsTaken
 from zscl.model import freeze, load
 from zscl.objective import Teacher
-from zscl.sequence import open_experiment, run_sequence
+from zscl.opened import open_experiment
+from zscl.sequence import run_sequence
 from zscl.shards import open_samples
 from zscl.tasks import TaskFolder
 from zscl.training import train_stage
@@ -190,7 +192,10 @@ def test_a_loss_that_is_not_finite_stops_the_stage_and_keeps_those_before(
     experiment: Callable[..., Experiment], tasks: list[str], tmp_path: Path
 ) -> None:
     broken = experiment(tasks=[tasks[0], {"path": tasks[1], "learning_rate": 1e30}])
-    with pytest.raises(InputError, match=r"stage 2 second: found the loss \w+ (nan|inf) at step \d, expected a finite"):
+    sentence = (
+        r"stage 2 second: found the loss \w+ (nan|inf) at step \d, expected a finite one; the last good model is "
+    )
+    with pytest.raises(InputError, match=sentence + re.escape(f"{tmp_path}/stages/1-first/model")):
         run_sequence(broken, tmp_path, device=CPU)
     assert [place.name for place in (tmp_path / "stages").iterdir()] == ["1-first"]
 

@@ -1,0 +1,201 @@
+"""The store of the teacher's image features: what is in it counts only for the very image, whole."""
+
+import gc
+import io
+import resource
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from pydantic import BaseModel
+
+from schemas.experiment import Experiment
+from schemas.results import ImagesEmbedded, Note, StepsTaken
+from zscl.features import CHECKS, FEATURES, FeatureStore, StoredFeatures, share_met
+from zscl.sequence import run_sequence
+
+CPU = torch.device("cpu")
+IDENTITIES = torch.tensor([[2, 1_000], [0, 2**55 + 3]])
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> FeatureStore:
+    return FeatureStore(tmp_path / "store", count=5, width=3, dtype=torch.float32)
+
+
+def test_gives_back_what_was_stored_and_says_what_it_lacks(store: FeatureStore) -> None:
+    features = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    assert not store.read(IDENTITIES)[1].any()
+    store.write(IDENTITIES, features)
+    for opened in (store, FeatureStore(store.folder, 5, 3, torch.float32)):
+        found, known = opened.read(IDENTITIES)
+        assert torch.equal(found, features)
+        assert known.all()
+        assert opened.missing(range(5)) == [1, 3, 4]
+        assert opened.missing(range(2, 4)) == [3]
+
+
+def test_another_image_in_the_same_place_is_unknown(store: FeatureStore) -> None:
+    store.write(IDENTITIES, torch.ones(2, 3))
+    assert store.read(torch.tensor([[2, 1_001], [0, 2**55 + 3]]))[1].tolist() == [False, True]
+    store.write(torch.tensor([[2, 1_001]]), torch.zeros(1, 3))
+    found, known = store.read(torch.tensor([[2, 1_001]]))
+    assert (known.tolist(), found.tolist()) == ([True], [[0.0, 0.0, 0.0]])
+
+
+@pytest.mark.parametrize("name", [FEATURES, CHECKS])
+def test_a_row_half_written_is_unknown(store: FeatureStore, name: str) -> None:
+    store.write(IDENTITIES, torch.ones(2, 3))
+    array = np.load(store.folder / name, mmap_mode="r+")
+    array.view(np.uint8)[2, -1] ^= 1  # of the first one's row
+    array.flush()
+    assert store.read(IDENTITIES)[1].tolist() == [False, True]
+
+
+def test_two_that_make_one_store_share_it(tmp_path: Path) -> None:
+    first, second = (FeatureStore(tmp_path / "store", 5, 3, torch.float64) for _ in range(2))
+    first.write(IDENTITIES, torch.ones(2, 3, dtype=torch.float64))
+    assert second.read(IDENTITIES)[1].all()
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+
+
+def test_a_full_disk_is_said_once_and_changes_nothing(tmp_path: Path) -> None:
+    store = FeatureStore(tmp_path / "store", count=100, width=64, dtype=torch.float32)
+    said: list[str] = []
+    features = StoredFeatures(store, lambda images: images.flatten(1)[:, :64], said.append)
+    images = torch.rand(3, 3, 8, 8)
+    identities = torch.tensor([[97, 5], [98, 6], [99, 7]])
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, limit[1]))
+    try:
+        found = [features(images, identities) for _ in range(2)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert all(torch.equal(each, images.flatten(1)[:, :64]) for each in found)
+    assert len(said) == 1
+    assert "no longer stored" in said[0]
+
+
+def test_how_much_of_a_set_a_run_meets() -> None:
+    assert share_met(100, [50]) == pytest.approx(0.5)
+    assert share_met(100, [50, 50]) == pytest.approx(0.75)
+    assert share_met(100, [150, 1]) == 1.0
+    assert share_met(1_281_167, [64_000] * 11) == pytest.approx(0.43, abs=0.01)  # MTIL over ImageNet
+
+
+def losses(folder: Path) -> list[str]:
+    return [file.read_text() for file in sorted(folder.glob("stages/*/losses.csv"))]
+
+
+def run(made: Experiment, folder: Path) -> tuple[list[str], list[BaseModel]]:
+    said: list[BaseModel] = []
+    run_sequence(made, folder, report=said.append, device=CPU)
+    return losses(folder), said
+
+
+def notes(said: list[BaseModel]) -> str:
+    return "\n".join(each.text for each in said if isinstance(each, Note))
+
+
+def test_ahead_as_met_and_never_give_the_same_run(experiment: Callable[..., Experiment], tmp_path: Path) -> None:
+    found = {}
+    for way in ("never", "as_met", "ahead"):
+        made = experiment(compute={"device": "cpu", "teacher_features": way})
+        found[way], said = run(made, tmp_path / way / "run")
+        stores = list((tmp_path / way / "teacher").glob("images-*"))
+        assert len(stores) == (way != "never")
+        assert any(isinstance(each, ImagesEmbedded) for each in said) == (way == "ahead")
+        assert ("Teacher embedded 14 images, once" in notes(said)) == (way == "ahead")
+        if stores:
+            assert FeatureStore(stores[0], 14, 16, torch.float32).missing(range(14)) == []
+
+    def numbers(text: list[str]) -> list[float]:
+        return [float(cell) for part in text for line in part.splitlines()[1:] for cell in line.split(",")]
+
+    for way in ("as_met", "ahead"):  # to round-off: the teacher sees the images in other batches
+        assert numbers(found[way]) == pytest.approx(numbers(found["never"]), rel=2e-3, abs=1e-6)
+
+
+def test_by_default_a_small_set_is_embedded_ahead_and_a_large_one_as_it_is_met(
+    experiment: Callable[..., Experiment], tmp_path: Path
+) -> None:
+    few = {"steps": 1, "warmup_steps": 1, "batch_size": 2, "reference_batch_size": 2, "learning_rate": 1e-3}
+    _, said = run(experiment(), tmp_path / "small/run")
+    assert any(isinstance(each, ImagesEmbedded) for each in said)
+    _, said = run(experiment(optimisation=few), tmp_path / "large/run")
+    assert not any(isinstance(each, ImagesEmbedded) for each in said)
+    [folder] = (tmp_path / "large/teacher").glob("images-*")
+    assert 0 < len(FeatureStore(folder, 14, 16, torch.float32).missing(range(14))) < 14
+
+
+def models_alive() -> int:
+    gc.collect()
+    return sum(type(each) is open_clip.CLIP for each in gc.get_objects())
+
+
+def models_alive_while_training(made: Experiment, folder: Path) -> int:
+    """Most CLIP models there were at once while steps were taken."""
+    alive: list[int] = []
+
+    def count(progress: BaseModel) -> None:
+        if isinstance(progress, StepsTaken):
+            alive.append(models_alive())
+
+    before = models_alive()
+    run_sequence(made, folder, report=count, device=CPU)
+    return max(alive) - before
+
+
+@pytest.mark.parametrize(
+    ("method", "features", "models"),
+    [
+        ("finetune", "auto", 1),  # the student
+        ("we+wc", "auto", 2),  # and its average
+        ("zscl", "ahead", 2),  # with both stores filled, no teacher
+        ("zscl", "never", 3),
+        ("lwf", "auto", 2),
+        ("wise-ft", "auto", 1),  # the anchor is read from disk after the stage
+    ],
+)
+def test_models_in_memory_are_counted(
+    experiment: Callable[..., Experiment], tmp_path: Path, method: str, features: str, models: int
+) -> None:
+    made = experiment(method=method, compute={"device": "cpu", "teacher_features": features})
+    assert models_alive_while_training(made, tmp_path / "run") == models
+
+
+def uncompressed(colour: int) -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (16, 16), (colour, 255 - colour, 99)).save(stream, "PNG", compress_level=0)
+    return stream.getvalue()
+
+
+def test_a_changed_image_of_the_same_size_is_embedded_again(
+    experiment: Callable[..., Experiment], tmp_path: Path
+) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(6):
+        (images / f"{number}.png").write_bytes(uncompressed(40 * number))
+    (images / "captions.txt").write_text("red\ngreen\nblue\n")
+
+    def made(**changes: Any) -> Experiment:
+        return experiment(reference=str(images), **changes)
+
+    before, _ = run(made(), tmp_path / "a/first")
+    size = (images / "3.png").stat().st_size
+    (images / "3.png").write_bytes(uncompressed(7))
+    assert (images / "3.png").stat().st_size == size
+    stale, _ = run(made(), tmp_path / "a/second")
+    fresh, _ = run(made(), tmp_path / "b/run")
+    assert len(list((tmp_path / "a/teacher").glob("images-*"))) == 1  # nothing in the set's layout tells
+    assert stale != before
+    for ours, theirs in zip(stale, fresh, strict=True):
+        found, expected = ([line.split(",") for line in text.splitlines()[1:]] for text in (ours, theirs))
+        for one, other in zip(found, expected, strict=True):
+            assert [float(cell) for cell in one] == pytest.approx([float(cell) for cell in other], rel=2e-3, abs=1e-6)

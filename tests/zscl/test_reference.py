@@ -1,0 +1,55 @@
+"""What is distilled on: texts of any kind, and images of noise."""
+
+import io
+from collections.abc import Callable
+
+import pytest
+import torch
+from PIL import Image
+
+from schemas.experiment import Experiment
+from schemas.method import Distill
+from zscl.model import image_size, load
+from zscl.noise import NoiseSamples
+from zscl.opened import open_experiment
+from zscl.reference import tokens_of
+from zscl.training import training_batches
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("whose", "names"),
+    [("current", ["second"]), ("others", ["first", "third"]), ("all", ["first", "second", "third"])],
+)
+def test_class_prompts_of_any_tasks(experiment: Callable[..., Experiment], whose: str, names: list[str]) -> None:
+    made = experiment()
+    opened, clip = open_experiment(made), load(made.model)
+    distill = Distill.model_validate({"texts": "class_prompts", "prompts_of": whose})
+    found = tokens_of(distill, clip, opened.tasks[1], opened.tasks, None, seed=0)
+    prompts = [f"a {task} square of {name}" for task in names for name in ("red", "green", "blue", "yellow")]
+    assert torch.equal(found, clip.tokenizer(prompts))
+
+
+def test_noise_is_endless_uniform_and_drawn_from_seed_and_position() -> None:
+    noise = NoiseSamples((16, 24))
+    first, again, other = (list(noise.at([0, 1, 10**9], seed)) for seed in (0, 0, 1))
+    assert [sample.image for sample in first] == [sample.image for sample in again]
+    assert len({sample.image for sample in (*first, *other)}) == 6
+    with Image.open(io.BytesIO(first[2].image)) as image:
+        assert image.size == (24, 16)
+        pixels = torch.tensor(list(image.convert("RGB").tobytes()), dtype=torch.float32)
+    assert float(pixels.mean()) == pytest.approx(127.5, abs=10)
+    assert float(pixels.std()) == pytest.approx(73.9, abs=10)
+
+
+def test_a_stage_distils_on_noise(experiment: Callable[..., Experiment]) -> None:
+    made = experiment(method={"preset": "zscl", "distill": {"images": "noise"}})
+    opened, clip = open_experiment(made), load(made.model)
+    noise = NoiseSamples(image_size(clip.model))
+    batches = training_batches(made, 1, opened.tasks[0], clip, noise, CPU)
+    one, two = next(batches), next(batches)
+    assert one.references is not None
+    assert one.references.shape == (5, 3, 16, 16)
+    assert two.references is not None
+    assert not torch.equal(one.references, two.references)

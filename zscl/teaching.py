@@ -1,0 +1,210 @@
+"""What a stage distils from: which teacher, which images and texts, and what of its embeddings is stored."""
+
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel
+from torch import nn
+
+from schemas.base import InputError
+from schemas.experiment import Experiment, Model
+from schemas.results import Embedded, ImagesEmbedded, Note
+from zscl import features, memory, reference
+from zscl.averaging import interpolate
+from zscl.distributed import rank
+from zscl.model import Clip, freeze, image_size, load
+from zscl.noise import NoiseSamples
+from zscl.objective import Teacher
+from zscl.opened import Opened, open_experiment
+from zscl.shards import IndexedSamples, Samples
+from zscl.streams import Loader
+from zscl.tasks import TaskFolder
+
+Report = Callable[[BaseModel], None]
+
+
+def store_beside(run: Path) -> Path:
+    """Where the teacher's embeddings lie: beside a run's folder, so that runs share them."""
+    return run.parent / "teacher"
+
+
+class OnDemand:
+    """A frozen model that is loaded when it is first needed, and can be forgotten."""
+
+    def __init__(self, load: Callable[[], nn.Module]) -> None:
+        self._load = load
+        self._model: nn.Module | None = None
+
+    def __call__(self) -> nn.Module:
+        """The model."""
+        self._model = self._model or self._load()
+        return self._model
+
+    def forget(self) -> None:
+        """Give its memory back; asked again, it is loaded again."""
+        self._model = None
+
+
+def frozen(model: Model, device: torch.device) -> nn.Module:
+    """Load a model to look back at."""
+    return freeze(load(model, device).model)
+
+
+@dataclass
+class Teaching:
+    """Makes each stage's teacher.
+
+    opened: the experiment; store: where embeddings are kept; exemplars: the earlier stages' folders of them.
+    """
+
+    opened: Opened
+    store: Path
+    device: torch.device
+    report: Report
+    _initial: OnDemand = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._initial = OnDemand(lambda: frozen(self.opened.experiment.model, self.device))
+
+    def teacher(self, stage: int, clip: Clip, exemplars: Sequence[Path]) -> Teacher | None:
+        """What a stage distils from; `None` where the method does not, or has nothing to distil on yet.
+
+        Args:
+            stage: counted from 1.
+            clip: the stage's start.
+            exemplars: what earlier stages left in memory.
+        """
+        experiment, task = self.opened.experiment, self.opened.tasks[stage - 1]
+        distill = experiment.method.distill
+        images = self._images(task, clip, exemplars)
+        if distill is None or images is None:
+            return None
+        model, weights = self._model(clip)
+        texts = reference.text_embeddings(
+            reference.tokens_of(distill, clip, task, self.opened.tasks, self.opened.reference, experiment.seed),
+            model,
+            store=self.store,
+            weights=weights,
+            device=self.device,
+            note=self._note,
+        )
+        encode = features.encoder(model, experiment.optimisation.precision)
+        met_again = distill.images in ("reference", "task") and isinstance(images, IndexedSamples)
+        if weights is None or not met_again or experiment.compute.teacher_features == "never":
+            return Teacher(images, texts, lambda shown, identities: encode(shown))
+        assert isinstance(images, IndexedSamples)
+        precision = experiment.optimisation.precision
+        store = features.store_of(self.store, clip, weights, precision, images, texts.shape[1])
+        stored = features.StoredFeatures(store, encode, self._note)
+        if self._pays_ahead(stage, len(images)):
+            self._embed_ahead(stored, images, clip)
+            model.forget()
+        return Teacher(images, texts, stored)
+
+    def _images(self, task: TaskFolder, clip: Clip, exemplars: Sequence[Path]) -> Samples | None:
+        method = self.opened.experiment.method
+        if method.distill is None:
+            return None
+        match method.distill.images:
+            case "reference":
+                assert self.opened.reference is not None
+                return self.opened.reference.images
+            case "task":
+                return task.train
+            case "exemplars":
+                assert method.memory is not None
+                return memory.recall(exemplars, method.memory.budget)
+            case "noise":
+                return NoiseSamples(image_size(clip.model))
+
+    def _model(self, clip: Clip) -> tuple[OnDemand, str | None]:
+        """The teacher, and the digest of its weights where others can meet it again."""
+        distill = self.opened.experiment.method.distill
+        assert distill is not None
+        if distill.teacher == "initial":
+            return self._initial, self.opened.weights
+        model = freeze(deepcopy(clip.model))
+        if distill.teacher == "blended":
+            initial = frozen(self.opened.experiment.model, self.device)
+            interpolate(list(model.parameters()), list(initial.parameters()), 1 - distill.blend)
+        return OnDemand(lambda: model), None
+
+    def _pays_ahead(self, stage: int, images: int) -> bool:
+        """Whether to compute all features before training."""
+        experiment = self.opened.experiment
+        if experiment.compute.teacher_features != "auto":
+            return experiment.compute.teacher_features == "ahead"
+        return features.share_met(images, draws(experiment, stage)) >= features.NEARLY_ALL
+
+    def _embed_ahead(self, stored: features.StoredFeatures, images: IndexedSamples, clip: Clip) -> None:
+        compute = self.opened.experiment.compute
+        computed = stored.fill(
+            images,
+            clip,
+            Loader(self.device, compute.loader_processes, labels_stay=True),
+            compute.evaluation_batch_size,
+            progress=lambda done, total: self.report(ImagesEmbedded(done=done, total=total)),
+        )
+        if computed:
+            store = stored.store
+            self._note(f"Teacher embedded {computed} images, once: {store.megabytes:.1f} MB in {store.folder}")
+
+    def _note(self, text: str) -> None:
+        self.report(Note(text=text))
+
+
+def draws(experiment: Experiment, stage: int) -> list[int]:
+    """Images that each stage draws from the set that a stage distils on."""
+    distill = experiment.method.distill
+    shared = distill is not None and distill.images == "reference"
+    drawing = experiment.tasks if shared else experiment.tasks[stage - 1 : stage]
+    return [experiment.stage_steps(task) * experiment.optimisation.reference_batch_size for task in drawing]
+
+
+def check_embeddable(opened: Opened) -> IndexedSamples:
+    """See that there is something to embed ahead. Returns the reference images.
+
+    Raises:
+        InputError: the method distils on nothing that could be, or the images are remote.
+    """
+    method, used = opened.experiment.method, opened.reference
+    if method.distill is None or method.distill.teacher != "initial" or method.distill.images != "reference":
+        raise InputError(
+            f"method: '{method.name}' does not distil from the initial model on a reference set, expected a method "
+            "that does (zscl, zscl*): nothing else can be embedded ahead"
+        )
+    assert used is not None
+    if not isinstance(used.images, IndexedSamples):
+        raise InputError(
+            f"reference.images: found remote shards ({used.images.urls[0]}), expected local ones: the teacher embeds "
+            "remote images as they are met"
+        )
+    return used.images
+
+
+def embed_reference(
+    experiment: Experiment,
+    run: Path,
+    report: Report = lambda progress: None,
+    device: torch.device | None = None,
+) -> Embedded:
+    """Fill the teacher's stores that a run in this folder will read, and train nothing.
+
+    Every worker of a `torch.distributed` group calls this alike, as `run_sequence`.
+
+    Raises:
+        InputError: the method distils on nothing that could be embedded ahead, or something is missing or broken.
+    """
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    compute = experiment.compute.model_copy(update={"teacher_features": "ahead"})
+    opened = open_experiment(experiment.model_copy(update={"compute": compute}))
+    images = check_embeddable(opened)
+    teaching = Teaching(opened, store_beside(run), device, report if rank() == 0 else lambda progress: None)
+    teacher = teaching.teacher(1, load(experiment.model, device), exemplars=())
+    assert teacher is not None
+    assert isinstance(teacher.image_features, features.StoredFeatures)
+    store = teacher.image_features.store
+    return Embedded(folder=str(store.folder), images=len(images), texts=len(teacher.texts), megabytes=store.megabytes)
