@@ -18,7 +18,8 @@ from zscl.model import load
 from zscl.opened import Opened, open_experiment
 from zscl.sequence import refuse_other_run
 from zscl.shards import IndexedSamples
-from zscl.teaching import check_embeddable
+from zscl.teaching import check_embeddable, way_of_features
+from zscl.towers import left_in_full
 
 
 def plan(opened: Opened, folder: Path) -> dict[str, object]:
@@ -44,8 +45,18 @@ def plan(opened: Opened, folder: Path) -> dict[str, object]:
         "steps": steps,
         "images_through_student": steps * experiment.optimisation.batch_size
         + (steps * experiment.optimisation.reference_batch_size if opened.reference else 0),
+        "teacher_features": _teacher_features(opened),
+        "computed_in_full": left_in_full(load(experiment.model).model),
         "workers": experiment.compute.workers,
     }
+
+
+def _teacher_features(opened: Opened) -> str | None:
+    """When the teacher's features of the reference images are computed, if it embeds any."""
+    experiment, reference = opened.experiment, opened.reference
+    if reference is None or experiment.method.distill is None or experiment.method.distill.images != "reference":
+        return None
+    return way_of_features(experiment, 1, reference.images)
 
 
 def _count(samples: object) -> int | None:

@@ -54,6 +54,17 @@ def test_own_tasks_from_folders_to_a_comparison(own: Path, zscl: Callable[..., C
     assert {path.name for path in (own / "runs").iterdir()} >= {"own-zscl", "own-finetune", "own-two", "comparison"}
     assert (own / "runs/own-zscl/result.json").read_text().count('"stage"') == 2
 
+    [_, table] = blocks("yaml", "How a method is put together")
+    (own / "own-ablation.yaml").write_text(table)
+    [command] = commands("How a method is put together")
+    found = zscl(*command)
+    assert found.code == 0, found.error
+    plans = yaml.safe_load(found.out)["variants"]
+    assert [plan["experiment"]["name"] for plan in plans] == [
+        f"own-ablation-{name}" for name in yaml.safe_load(table)["variants"]
+    ]
+    assert plans[1]["experiment"]["method"]["distill"]["text_weight"] == 0.0
+
 
 def test_the_embedded_model_can_be_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zscl: Callable[..., Command]
@@ -81,7 +92,7 @@ def test_every_make_target_shown_exists() -> None:
 def test_the_method_shown_is_the_preset_itself() -> None:
     from schemas.method import Method
 
-    [shown] = blocks("yaml", "How a method is put together")
+    shown = blocks("yaml", "How a method is put together")[0]
     assert Method.model_validate(yaml.safe_load(shown)["method"]) == Method.model_validate("zscl")
 
 

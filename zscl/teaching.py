@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from pydantic import BaseModel
@@ -92,14 +93,15 @@ class Teaching:
             note=self._note,
         )
         encode = features.encoder(model, experiment.optimisation.precision)
-        met_again = distill.images in ("reference", "task") and isinstance(images, IndexedSamples)
-        if weights is None or not met_again or experiment.compute.teacher_features == "never":
+        way = way_of_features(experiment, stage, images)
+        if way == "never":
             return Teacher(images, texts, lambda shown, identities: encode(shown))
         assert isinstance(images, IndexedSamples)
+        assert weights is not None
         precision = experiment.optimisation.precision
         store = features.store_of(self.store, clip, weights, precision, images, texts.shape[1])
         stored = features.StoredFeatures(store, encode, self._note)
-        if self._pays_ahead(stage, len(images)):
+        if way == "ahead":
             self._embed_ahead(stored, images, clip)
             model.forget()
         return Teacher(images, texts, stored)
@@ -132,13 +134,6 @@ class Teaching:
             interpolate(list(model.parameters()), list(initial.parameters()), 1 - distill.blend)
         return OnDemand(lambda: model), None
 
-    def _pays_ahead(self, stage: int, images: int) -> bool:
-        """Whether to compute all features before training."""
-        experiment = self.opened.experiment
-        if experiment.compute.teacher_features != "auto":
-            return experiment.compute.teacher_features == "ahead"
-        return features.share_met(images, draws(experiment, stage)) >= features.NEARLY_ALL
-
     def _embed_ahead(self, stored: features.StoredFeatures, images: IndexedSamples, clip: Clip) -> None:
         compute = self.opened.experiment.compute
         computed = stored.fill(
@@ -156,12 +151,22 @@ class Teaching:
         self.report(Note(text=text))
 
 
-def draws(experiment: Experiment, stage: int) -> list[int]:
-    """Images that each stage draws from the set that a stage distils on."""
-    distill = experiment.method.distill
-    shared = distill is not None and distill.images == "reference"
-    drawing = experiment.tasks if shared else experiment.tasks[stage - 1 : stage]
-    return [experiment.stage_steps(task) * experiment.optimisation.reference_batch_size for task in drawing]
+def way_of_features(experiment: Experiment, stage: int, images: Samples) -> Literal["ahead", "as_met", "never"]:
+    """When the teacher's features of the images that a stage distils on are computed for the store, if ever.
+
+    Never where no other stage or run could meet them: for a teacher of this stage alone, exemplars, noise, and remote
+    images, which have no place.
+    """
+    distill, wanted = experiment.method.distill, experiment.compute.teacher_features
+    assert distill is not None
+    met_again = distill.teacher == "initial" and distill.images in ("reference", "task")
+    if wanted == "never" or not met_again or not isinstance(images, IndexedSamples):
+        return "never"
+    if wanted != "auto":
+        return wanted
+    drawing = experiment.tasks if distill.images == "reference" else experiment.tasks[stage - 1 : stage]
+    draws = [experiment.stage_steps(task) * experiment.optimisation.reference_batch_size for task in drawing]
+    return "ahead" if features.share_met(len(images), draws) >= features.NEARLY_ALL else "as_met"
 
 
 def check_embeddable(opened: Opened) -> IndexedSamples:

@@ -120,6 +120,7 @@ def test_dry_run_starts_nothing_and_says_what_it_would_do(
     assert (plan["steps"], plan["images_through_student"]) == (15, 15 * (6 + 5))
     assert (plan["reference_images"], plan["reference_texts"]) == (14, 14)
     assert plan["fingerprint"][:8] in plan["folder"]
+    assert (plan["teacher_features"], plan["computed_in_full"]) == ("ahead", [])
     assert not (tmp_path / "runs").exists()
 
 

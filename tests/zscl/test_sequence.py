@@ -195,7 +195,7 @@ def test_a_loss_that_is_not_finite_stops_the_stage_and_keeps_those_before(
     sentence = (
         r"stage 2 second: found the loss \w+ (nan|inf) at step \d, expected a finite one; the last good model is "
     )
-    with pytest.raises(InputError, match=sentence + re.escape(f"{tmp_path}/stages/1-first/model")):
+    with pytest.raises(InputError, match=sentence + re.escape(f"local-dir:{tmp_path}/stages/1-first/model")):
         run_sequence(broken, tmp_path, device=CPU)
     assert [place.name for place in (tmp_path / "stages").iterdir()] == ["1-first"]
 

@@ -1,0 +1,20 @@
+"""The benchmarks run and print what they promise; how fast they find us is for people to read."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_a_steps_cost_as_rows() -> None:
+    options = ["--batch", "2", "--classes", "3", "5", "--captions", "8", "--rounds", "1", "--device", "cpu", "--json"]
+    command = [sys.executable, str(ROOT / "benchmarks/step.py"), *options]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    rows = json.loads(found.stdout)
+    assert [(row["classes"], row["captions"]) for row in rows] == [(3, 8), (5, 8)]
+    for row in rows:
+        for figure in ("over_floor", "over_floor_teacher_online", "faster_than_authors", "share_of_peak"):
+            assert row[figure] > 0
+    assert found.stderr.count("x floor") == 2
