@@ -72,7 +72,7 @@ def prepare(experiment: Experiment) -> Opened:
     """
     opened = open_experiment(experiment)
     for task in opened.tasks:
-        task.check()
+        task.check(experiment.compute.max_broken_share)
     load(experiment.model)
     return opened
 

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from schemas.base import Strict
+from schemas.base import Location, Share, Strict
 
 Saving = Literal["auto", "always", "never"]
 
@@ -34,6 +34,15 @@ class Compute(Strict):
     gpus_per_worker: PositiveFloat = Field(1.0, description="Fractions share a GPU")
     loader_processes: NonNegativeInt = Field(
         0, description="Processes a worker that read and decode; 0: the worker itself"
+    )
+    shard_cache: Location | None = Field(
+        None, description="Local folder that remote shards are copied to, once; default: they are streamed"
+    )
+    decoded_megabytes: NonNegativeInt = Field(
+        512, description="Memory a worker keeps decoded training images in, so that small tasks are decoded once"
+    )
+    max_broken_share: Share = Field(
+        0.01, description="Share of a set's samples that may be unusable; they are skipped and named"
     )
     evaluation_batch_size: PositiveInt = Field(256, description="Test images a worker encodes at once")
     max_failures: NonNegativeInt = Field(3, description="Times a failed worker group is started again")

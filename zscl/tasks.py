@@ -20,7 +20,7 @@ import webdataset
 from schemas.base import InputError
 from schemas.data import Reference, Task
 from zscl.files import digest, file_digest, whole_folder, write_text
-from zscl.shards import IndexedSamples, Sample, StreamedSamples, open_samples
+from zscl.shards import BrokenSampleError, IndexedSamples, Sample, StreamedSamples, open_samples
 
 MANIFEST = "zscl.json"
 
@@ -61,10 +61,11 @@ class TaskFolder:
     path: str
     classnames: tuple[str, ...]
     templates: tuple[str, ...]
+    cache: str | None = None
 
     @classmethod
-    def open(cls, task: Task) -> "TaskFolder":
-        """Read a task's class names and templates.
+    def open(cls, task: Task, cache: str | None = None) -> "TaskFolder":
+        """Read a task's class names and templates; remote shards go through `cache`, if any.
 
         Raises:
             InputError: the folder, a file of it or the template's `{c}` is missing.
@@ -82,7 +83,7 @@ class TaskFolder:
         for template in templates:
             if "{c}" not in template:
                 raise InputError(f"{file}: found the template {template!r}, expected a {{c}} for the class name in it")
-        return cls(task.name, task.path, tuple(classnames), tuple(templates))
+        return cls(task.name, task.path, tuple(classnames), tuple(templates), cache)
 
     def prompts(self, template: str) -> list[str]:
         """Every class name in a template, in label order."""
@@ -91,12 +92,12 @@ class TaskFolder:
     @cached_property
     def train(self) -> IndexedSamples | StreamedSamples:
         """The training images."""
-        return open_samples(self.shards("train"))
+        return open_samples(self.shards("train"), self.cache)
 
     @cached_property
     def test(self) -> IndexedSamples | StreamedSamples:
         """The test images."""
-        return open_samples(self.shards("test"))
+        return open_samples(self.shards("test"), self.cache)
 
     def shards(self, split: str) -> list[str]:
         """Locations of a split's shards.
@@ -122,28 +123,42 @@ class TaskFolder:
         """Read a sample's label.
 
         Raises:
-            InputError: it is missing or outside the class list.
+            BrokenSampleError: it is missing or outside the class list.
         """
         if content is None:
-            raise InputError(f"{shard}: sample '{key}' has no .cls member, expected its label")
+            raise BrokenSampleError(f"{shard}: sample '{key}' has no .cls member, expected its label")
         text = content.decode("ascii", errors="replace").strip()
         if not text.isdecimal() or int(text) >= len(self.classnames):
-            raise InputError(
+            raise BrokenSampleError(
                 f"{shard}: sample '{key}' has the label {text!r}, "
                 f"expected 0 to {len(self.classnames) - 1} ({self.path}/classnames.txt)"
             )
         return int(text)
 
-    def check(self) -> None:
-        """Look at every local shard and label before anything starts.
+    def check(self, max_broken_share: float = 0.0) -> list[str]:
+        """Look at every local shard and label before anything starts. Returns a sentence a label that is unusable.
+
+        Args:
+            max_broken_share: of a split's samples, that may be.
 
         Raises:
-            InputError: a shard is missing or broken, or a label is missing or outside the class list.
+            InputError: a shard is missing or broken, or too many labels are missing or outside the class list.
         """
-        for split in (self.train, self.test):
-            if isinstance(split, IndexedSamples):
-                for shard, key, label in split.labels():
-                    self.label(label, shard, key)
+        return [sentence for split in (self.train, self.test) for sentence in self._check(split, max_broken_share)]
+
+    def _check(self, split: IndexedSamples | StreamedSamples, max_broken_share: float) -> list[str]:
+        found: list[str] = []
+        for shard, key, label in split.labels() if isinstance(split, IndexedSamples) else ():
+            try:
+                self.label(label, shard, key)
+            except BrokenSampleError as error:
+                found.append(str(error))
+        if isinstance(split, IndexedSamples) and len(found) > max_broken_share * len(split):
+            raise InputError(
+                f"{found[0]}; found {len(found)} such samples of {len(split)}, expected at most a share of "
+                f"{max_broken_share:g} (compute.max_broken_share)"
+            )
+        return found
 
     @cached_property
     def digest(self) -> str:
@@ -177,8 +192,8 @@ class TaskFolder:
 class ReferenceSet:
     """A reference set, opened: unlabelled images and unpaired texts."""
 
-    def __init__(self, reference: Reference) -> None:
-        self.images = open_samples(reference.images)
+    def __init__(self, reference: Reference, cache: str | None = None) -> None:
+        self.images = open_samples(reference.images, cache)
         self.texts = self._texts(reference)[: reference.max_texts]
         if not self.texts:
             raise InputError(

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -21,8 +21,8 @@ from zscl.noise import NoiseSamples
 from zscl.objective import Teacher
 from zscl.opened import Opened, open_experiment
 from zscl.shards import IndexedSamples, Samples
-from zscl.streams import Loader
 from zscl.tasks import TaskFolder
+from zscl.training import loader_of
 
 Report = Callable[[BaseModel], None]
 
@@ -139,7 +139,7 @@ class Teaching:
         computed = stored.fill(
             images,
             clip,
-            Loader(self.device, compute.loader_processes, labels_stay=True),
+            replace(loader_of(compute, self.device, self.report), labels_stay=True),
             compute.evaluation_batch_size,
             progress=lambda done, total: self.report(ImagesEmbedded(done=done, total=total)),
         )
