@@ -18,3 +18,10 @@ def test_a_steps_cost_as_rows() -> None:
         for figure in ("over_floor", "over_floor_teacher_online", "faster_than_authors", "share_of_peak"):
             assert row[figure] > 0
     assert found.stderr.count("x floor") == 2
+
+
+def test_streams_against_their_ceiling() -> None:
+    found = json.loads(run("streams.py", "--images 64 --size 48 --pixels 16 --rounds 1").stdout)
+    for figure in ("over_ceiling", "remote_over_ceiling", "kept_over_decoded", "memory_growth"):
+        assert found[figure] > 0
+    assert found["images_per_second"].keys() == {"ceiling", "local", "remote", "kept"}

@@ -98,7 +98,7 @@ def _remote_glob(url: str) -> list[str]:
         return [url]
     try:
         found = [str(file.full_name) for file in fsspec.open_files(url, "rb")]
-    except (OSError, ImportError, ValueError) as error:
+    except Exception as error:  # fsspec raises what its stores raise
         raise InputError(f"{url}: cannot be listed ({error}), expected shards of that pattern") from error
     if not found:
         raise InputError(f"{url}: found no file of that pattern, expected at least one shard")
@@ -119,7 +119,7 @@ def cached(url: str, cache: str) -> Path:
             if not copy_of_it.is_file() or copy_of_it.stat().st_size != filesystem.size(path):
                 with whole_file(copy_of_it) as temporary:
                     filesystem.get_file(path, str(temporary))
-    except (OSError, ImportError, ValueError) as error:
+    except Exception as error:  # fsspec raises what its stores raise: no credentials, no such bucket, ...
         raise InputError(f"{url}: found no readable shard ({error}), expected a tar") from error
     return copy_of_it
 
@@ -368,6 +368,19 @@ class StreamedSamples:
             raise InputError(f"{self.urls[0]}: found no image in the shards, expected at least one")
 
 
+def _opened(url: str) -> IO[bytes]:
+    """Open a remote file.
+
+    Raises:
+        InputError: it cannot be.
+    """
+    try:
+        opened: IO[bytes] = fsspec.open(url, "rb").open()
+    except Exception as error:  # fsspec raises what its stores raise: no credentials, no such bucket, ...
+        raise InputError(f"{url}: found no readable shard ({error}), expected a tar") from error
+    return opened
+
+
 def _latest(latest: Sequence[Sample], attempt: int) -> Sample:
     return latest[min(attempt, len(latest) - 1)]
 
@@ -375,7 +388,7 @@ def _latest(latest: Sequence[Sample], attempt: int) -> Sample:
 def _stream(urls: Sequence[str]) -> Iterator[Sample]:
     for url in urls:
         try:
-            with fsspec.open(url, "rb") as opened:
+            with _opened(url) as opened:
                 stream = _Tail(opened)
                 source = [{"url": url, "stream": stream}]
                 groups = webdataset.tariterators.group_by_keys(webdataset.tariterators.tar_file_expander(source))
@@ -386,5 +399,5 @@ def _stream(urls: Sequence[str]) -> Iterator[Sample]:
                 # A shard cut between two members reads without an error; only the end mark's absence tells.
                 if stream.tail.strip(b"\0") or not stream.tail:
                     raise EOFError("it has no end")
-        except (OSError, tarfile.TarError, EOFError, ImportError) as error:
+        except (OSError, tarfile.TarError, EOFError) as error:
             raise InputError(f"{url}: found no readable shard ({error}), expected a tar") from error

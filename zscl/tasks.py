@@ -34,7 +34,7 @@ def text_of(location: str) -> str | None:
         return None
     except UnicodeDecodeError as error:
         raise InputError(f"{location}: found no UTF-8 text ({error.reason}), expected a text file in UTF-8") from error
-    except (OSError, ImportError, ValueError) as error:
+    except Exception as error:  # fsspec raises what its stores raise: no credentials, no such bucket, ...
         raise InputError(f"{location}: cannot be read ({error}), expected a text file") from error
 
 
