@@ -46,7 +46,7 @@ def emit(content: dict[str, Any], as_json: bool, lines: list[str]) -> None:
     """End a command: what it made and where, for people or for programs."""
     if as_json:
         print(json.dumps(content, indent=1))
-    else:
+    elif lines:
         print("\n".join(lines))
 
 
@@ -208,6 +208,28 @@ def prepare(
 
     places = write_embedded(out.absolute(), corpus, lambda text: progress_console.print(text, highlight=False))
     emit({"folders": [str(place) for place in places]}, as_json, [str(place) for place in places])
+
+
+@data.command()
+def check(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="A task's folder, in CLIP_benchmark's layout.")],
+    picture: Annotated[Path | None, typer.Option(help="Write a contact sheet (PNG): a few images a class.")] = None,
+    per_class: Annotated[int, typer.Option(min=1, max=20, help="Images a class in the picture.")] = 4,
+    as_json: AsJson = False,
+) -> None:
+    """Look at every sample of a task before training on it; exit code 1 where something is wrong with the data.
+
+    Example: zscl data check runs/demo/data/digits --picture digits.png
+    """
+    from orchestrate import check as checking
+
+    finding = checking.check(folder, picture, per_class, progress_console)
+    if not as_json:
+        # Class names and keys are the user's: no markup in them is meant.
+        checking.show(finding, Console(markup=False, emoji=False, highlight=False))
+    emit(finding.model_dump(mode="json"), as_json, [f"picture {picture}"] if picture else [])
+    if finding.problems:
+        raise typer.Exit(1)
 
 
 @app.command()

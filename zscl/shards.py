@@ -251,7 +251,7 @@ class IndexedSamples:
         self.files.append(file)
         number = len(self.files) - 1
         members: dict[str, dict[str, tuple[int, int, int]]] = {}
-        for name, offset, size in _tar_members(file):
+        for name, offset, size in tar_members(file):
             key, suffix = webdataset.tariterators.base_plus_ext(name)
             members.setdefault(key, {})[suffix.lower()] = (number, offset, size)
         rows = []
@@ -264,7 +264,7 @@ class IndexedSamples:
         return rows
 
 
-def _tar_members(file: Path) -> list[tuple[str, int, int]]:
+def tar_members(file: Path) -> list[tuple[str, int, int]]:
     """Every regular member's (name, offset, size)."""
     try:
         with tarfile.open(file, "r:") as tar:

@@ -105,15 +105,24 @@ class TaskFolder:
         Raises:
             InputError: nshards.txt is missing, is not a number above 0, or promises a shard that is not there.
         """
+        shards = self.promised_shards(split)
+        for shard in shards:
+            if "://" not in shard and not Path(shard).is_file():
+                file = f"{self.path}/{split}/nshards.txt"
+                raise InputError(f"{shard}: found no such file, expected {len(shards)} shards as {file} says")
+        return shards
+
+    def promised_shards(self, split: str) -> list[str]:
+        """Locations of a split's shards as nshards.txt promises them, whether they are there or not.
+
+        Raises:
+            InputError: nshards.txt is missing, or is not a number above 0.
+        """
         file = f"{self.path}/{split}/nshards.txt"
         [count] = lines_of(file, "the number of shards")[:1]
         if not count.isdecimal() or int(count) < 1:
             raise InputError(f"{file}: found {count!r}, expected the number of shards, at least 1")
-        shards = [f"{self.path}/{split}/{index}.tar" for index in range(int(count))]
-        for shard in shards:
-            if "://" not in shard and not Path(shard).is_file():
-                raise InputError(f"{shard}: found no such file, expected {count} shards as {file} says")
-        return shards
+        return [f"{self.path}/{split}/{index}.tar" for index in range(int(count))]
 
     def label_of(self, sample: Sample) -> int:
         """See `label`."""
