@@ -99,7 +99,9 @@ class Teaching:
         assert isinstance(images, IndexedSamples)
         assert weights is not None
         precision = experiment.optimisation.precision
-        store = features.store_of(self.store, clip, weights, precision, images, texts.shape[1])
+        store = features.store_of(self.store, clip, weights, precision, images, texts.shape[1], self._note)
+        if store is None:
+            return Teacher(images, texts, lambda shown, identities: encode(shown))
         stored = features.StoredFeatures(store, encode, self._note)
         if way == "ahead":
             self._embed_ahead(stored, images, clip)
@@ -210,6 +212,7 @@ def embed_reference(
     teaching = Teaching(opened, store_beside(run), device, report if rank() == 0 else lambda progress: None)
     teacher = teaching.teacher(1, load(experiment.model, device), exemplars=())
     assert teacher is not None
-    assert isinstance(teacher.image_features, features.StoredFeatures)
+    if not isinstance(teacher.image_features, features.StoredFeatures):
+        raise InputError(f"{store_beside(run)}: cannot be written, expected a folder with room for the features")
     store = teacher.image_features.store
     return Embedded(folder=str(store.folder), images=len(images), texts=len(teacher.texts), megabytes=store.megabytes)

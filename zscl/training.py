@@ -114,6 +114,8 @@ def train_stage(
         compute=experiment.compute,
         unused_embeddings_stay=optimisation.weight_decay == 0,
     )
+    for note in towers.notes:
+        report(Note(text=note))
     trained = trained_parameters(model)
     start = [parameter.detach().clone() for parameter in trained] if experiment.method.looks_back else []
     losses_of = objective.build(experiment, trained, start, teacher)
