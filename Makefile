@@ -24,8 +24,9 @@ install: .venv/.installed
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: found Python %d.%d, expected 3.11 or newer; try make PYTHON=python3.11 $(MAKECMDGOALS)" % sys.version_info[:2])'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
-	@# Its zero-shot half needs nothing we lack; what its other half needs would double the time open_clip takes to import.
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps clip-benchmark
+	@# Outside judges, for the halves of them that need nothing we lack; what their other halves need is a hundred
+	@# megabytes, and would double the time that open_clip takes to import.
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps clip-benchmark continuum
 	@touch $@
 
 clean:

@@ -11,13 +11,19 @@ from ruamel.yaml.error import YAMLError
 
 from orchestrate.places import without_password
 from schemas.base import Abbreviable, InputError, Strict, explain
-from schemas.data import Reference, Task
+from schemas.data import ClassIncremental, Reference, Task
 from schemas.experiment import Experiment, Model
 from schemas.method import Method
 from zscl.files import write_text
 
 # Sections that a recipe may abbreviate to a string; an override of one of their fields needs the long form.
-ABBREVIABLE: Mapping[str, type[Abbreviable]] = {"method": Method, "model": Model, "reference": Reference, "tasks": Task}
+ABBREVIABLE: Mapping[str, type[Abbreviable]] = {
+    "method": Method,
+    "model": Model,
+    "reference": Reference,
+    "tasks": Task,
+    "class_incremental": ClassIncremental,
+}
 SchemaT = TypeVar("SchemaT", bound=Strict)
 
 

@@ -202,7 +202,7 @@ def terminal_tables(rows: Sequence[Row]) -> Group:
         figures.add_column(column, justify="left" if column in words else "right")
     for row in rows:
         figures.add_row(*(_shown(row[column]) for column in (*words, *FIGURES)))
-    names = [column for column in rows[0] if column not in (*words, *FIGURES)]
+    names = [column for column in rows[0] if column not in (*words, *Metrics.model_fields)]
     measured = [row for row in rows if row[names[0]] is not None]
     tasks = Table(title="Accuracy on each task after the last stage, %")
     tasks.add_column("task")
@@ -225,8 +225,9 @@ def published_rows(order: str, tasks: Sequence[str]) -> list[Row]:
     for method, figures in MTIL[order].items():
         shown = dict(zip(("transfer", "avg", "last"), (figure / 100 for figure in figures), strict=True))
         rows.append(
-            {"run": f"published, MTIL order {order}", "method": method, "seed": "", **shown, "forgetting": None}
-            | dict.fromkeys(tasks)
+            {"run": f"published, MTIL order {order}", "method": method, "seed": ""}
+            | dict.fromkeys((*Metrics.model_fields, *tasks))
+            | shown
         )
     return rows
 

@@ -77,7 +77,7 @@ def prepare(experiment: Experiment) -> Opened:
         InputError: something is missing or wrong.
     """
     opened = open_experiment(experiment)
-    for task in opened.tasks:
+    for task in {task.whole or task for task in opened.tasks}:
         task.check(experiment.compute.max_broken_share)
     left_in_full(load(experiment.model).model, experiment.compute.savings)
     return opened

@@ -3,11 +3,13 @@
 from pathlib import PurePosixPath
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from schemas.base import Abbreviable, Location, Many
 
-RESERVED_NAMES = ("method", "seed", "run", "transfer", "avg", "last", "forgetting")
+RESERVED_NAMES = (
+    "method", "seed", "run", "transfer", "avg", "last", "forgetting", "backward_transfer", "forward_transfer",
+)  # fmt: skip
 
 
 def _several(value: Any) -> Any:
@@ -25,6 +27,9 @@ class Task(Abbreviable):
     name: str = Field("", description="Default: the folder's name", pattern=r"^[A-Za-z0-9_.-]*$")
     learning_rate: PositiveFloat | None = Field(None, description="Instead of optimisation.learning_rate in this stage")
     steps: PositiveInt | None = Field(None, description="Instead of optimisation.steps in this stage")
+    classes: Many[NonNegativeInt] | None = Field(
+        None, min_length=1, description="Only these labels of the folder, in this order; default: all"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -34,6 +39,27 @@ class Task(Abbreviable):
         if isinstance(data, dict) and isinstance(data.get("path"), str) and not data.get("name"):
             return {**data, "name": PurePosixPath(data["path"]).name}
         return data
+
+
+class ClassIncremental(Abbreviable):
+    """One dataset, its classes learnt a group a stage and told apart by one head. A bare path will do."""
+
+    main_field: ClassVar[str] = "path"
+
+    path: Location = Field(description="The dataset: a task folder")
+    first: PositiveInt = Field(10, description="Classes of the first stage")
+    increment: PositiveInt = Field(10, description="Classes of each further stage")
+    order: NonNegativeInt | Location = Field(
+        0, description="Order of the classes: a seed, or a file of class names or labels, one a line"
+    )
+    epochs: PositiveInt = Field(1, description="Times a stage sees its images")
+    template: str | None = Field(None, description="The one prompt, with {c}; default: the folder's first template")
+
+    @model_validator(mode="after")
+    def _has_a_place_for_the_class(self) -> "ClassIncremental":
+        if self.template is not None and "{c}" not in self.template:
+            raise ValueError(f"found the template {self.template!r}, expected a {{c}} for the class name in it")
+        return self
 
 
 class Reference(Abbreviable):

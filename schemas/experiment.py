@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, Validati
 
 from schemas.base import Abbreviable, Many, Share, Strict, anchor
 from schemas.compute import Compute, Tracking
-from schemas.data import Reference, Task, check_names
+from schemas.data import ClassIncremental, Reference, Task, check_names
 from schemas.method import Method
 
 LOCAL_MODEL = "local-dir:"
@@ -75,7 +75,10 @@ class Experiment(Strict):
 
     name: str = Field("", pattern=r"^[A-Za-z0-9_.-]*$", description="Default: the recipe's file name")
     model: Model
-    tasks: Many[Task] = Field(min_length=1, description="The stages, in order")
+    tasks: Many[Task] = Field((), description="The stages, in order")
+    class_incremental: ClassIncremental | None = Field(
+        None, description="Instead of tasks: one dataset, a group of its classes a stage"
+    )
     reference: Reference | None = None
     method: Method
     optimisation: Optimisation = Optimisation()
@@ -86,9 +89,10 @@ class Experiment(Strict):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Experiment":
-        check_names(self.tasks)
+        self._check_stages()
         if self.method.needs_reference and self.reference is None:
-            raise ValueError("method.distill needs reference (images and texts to distil on), found none")
+            part = "distill" if self.method.distill else "task_loss.negatives"
+            raise ValueError(f"method.{part} needs reference (images and texts to distil on), found none")
         for task in self.tasks:
             if self.method.task_loss and self.optimisation.warmup_steps > self.stage_steps(task):
                 raise ValueError(
@@ -104,6 +108,18 @@ class Experiment(Strict):
                 "every worker needs an image of each global batch"
             )
         return self
+
+    def _check_stages(self) -> None:
+        check_names(self.tasks)
+        if not self.tasks and self.class_incremental is None:
+            raise ValueError("tasks: found none, expected at least one (or class_incremental)")
+        if self.class_incremental is not None:
+            for task in self.tasks:
+                if task.path != self.class_incremental.path or task.classes is None:
+                    raise ValueError(
+                        f"tasks: found '{task.name}' beside class_incremental, expected one or the other: the stages "
+                        "are cut from the dataset"
+                    )
 
     def _refuse_what_cannot_be_distilled(self) -> None:
         distill = self.method.distill
@@ -158,6 +174,10 @@ class Experiment(Strict):
         """
         identity = self.model_dump(mode="json", exclude={"name", "compute", "tracking"})
         identity["model"] = contents[self.model.name]
+        if self.class_incremental is None:
+            del identity["class_incremental"]
+        else:  # its tasks say the rest
+            identity["class_incremental"] = self.class_incremental.template
         for task in identity["tasks"]:
             task["path"] = contents[task["path"]]
         if self.method.distill is None:

@@ -8,7 +8,7 @@ method: {name: mine, task_loss: {}, distill: {}}  # a composition of one's own
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from schemas.base import Abbreviable, Strict
 
@@ -24,6 +24,8 @@ class TaskLoss(Strict):
     """Cross-entropy over the current task's class prompts (paper, section 3; method step 1)."""
 
     label_smoothing: float = Field(0.2, ge=0, lt=1)
+    earlier_names: bool = Field(False, description="The earlier tasks' class prompts join the softmax")
+    negatives: NonNegativeInt = Field(0, description="So many random reference texts join the softmax, drawn by stage")
 
 
 class Distill(Strict):
@@ -188,7 +190,8 @@ class Method(Abbreviable):
     @property
     def needs_reference(self) -> bool:
         """Whether the reference set is read."""
-        return self.distill is not None and "reference" in (self.distill.images, self.distill.texts)
+        distilled = self.distill is not None and "reference" in (self.distill.images, self.distill.texts)
+        return distilled or (self.task_loss is not None and self.task_loss.negatives > 0)
 
     @property
     def looks_back(self) -> bool:

@@ -13,9 +13,19 @@ class Metrics(Strict):
     """Figures of an accuracy matrix, as fractions; `None` where a single task leaves them undefined."""
 
     transfer: float | None = Field(description="Mean over tasks i ≥ 2 of the mean accuracy before stage i")
-    avg: float = Field(description="Mean of the whole matrix")
-    last: float = Field(description="Mean of the last row")
+    avg: float = Field(
+        description="Mean of the whole matrix; class-incremental: mean over stages of the accuracy on all classes seen"
+    )
+    last: float = Field(
+        description="Mean of the last row; class-incremental: accuracy on all classes after the last stage"
+    )
     forgetting: float | None = Field(description="Mean over earlier tasks of best minus final accuracy")
+    backward_transfer: float | None = Field(
+        None, description="Mean over earlier tasks of final accuracy minus that right after training"
+    )
+    forward_transfer: float | None = Field(
+        None, description="Mean over later tasks of accuracy right before training minus that of the initial model"
+    )
 
 
 class StageResult(Strict):

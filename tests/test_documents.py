@@ -54,6 +54,15 @@ def test_own_tasks_from_folders_to_a_comparison(own: Path, zscl: Callable[..., C
     assert {path.name for path in (own / "runs").iterdir()} >= {"own-zscl", "own-finetune", "own-two", "comparison"}
     assert (own / "runs/own-zscl/result.json").read_text().count('"stage"') == 2
 
+    [recipe] = blocks("yaml", "Class-incremental learning")
+    (own / "own-classes.yaml").write_text(recipe)
+    [command] = commands("Class-incremental learning")
+    found = zscl(*command)
+    assert found.code == 0, found.error
+    assert [path.name for path in sorted((own / "runs/own-classes/stages").iterdir())] == [
+        "1-classes-1-2", "2-classes-3-3",
+    ]  # fmt: skip
+
     [_, table] = blocks("yaml", "How a method is put together")
     (own / "own-ablation.yaml").write_text(table)
     [command] = commands("How a method is put together")

@@ -1,5 +1,7 @@
 """One model, many tasks → one row of the accuracy matrix."""
 
+from collections.abc import Sequence
+
 import torch
 from open_clip import build_zero_shot_classifier
 
@@ -11,35 +13,60 @@ from zscl.tasks import TaskFolder
 CLASSES_AT_ONCE = 32  # classes (times templates) in one pass of the text tower
 
 
-def accuracy(
+def accuracies(
     clip: Clip,
     task: TaskFolder,
+    heads: Sequence[torch.Tensor],
     loader: Loader,
     *,
-    templates: str = "all",
     precision: str = "fp32",
     batch_size: int = 256,
-) -> tuple[float, int]:
-    """Top-1 accuracy of `clip.model` on a task's test images among its classes, and how many images there are.
-
-    Each class embedding is the normalised mean of its normalised template embeddings.
+) -> tuple[list[float], int]:
+    """Top-1 accuracy of `clip.model` on a task's test images under each of some heads, and how many images there are.
 
     Args:
-        clip: model, tokenizer and evaluation transform.
+        clip: model and evaluation transform.
         task: what to judge it on.
+        heads: class embeddings [C or more, D], the task's own classes first (see `class_embeddings`).
         loader: how to read, and the model's device.
-        templates: `all` or `first`.
         precision: `fp32` or `bf16`.
         batch_size: images a worker encodes at once.
     """
     was_training = clip.model.training
     clip.model.eval()
     with torch.inference_mode():
-        with precision_context(precision, loader.device):
-            classifier = class_embeddings(clip, task, templates, loader.device)
-        correct, images = count_correct(clip, task, classifier, loader, precision, batch_size)
+        correct, images = count_correct(clip, task, heads, loader, precision, batch_size)
     clip.model.train(was_training)
-    return correct / images, images
+    return [each / images for each in correct], images
+
+
+def heads_of(
+    clip: Clip, tasks: Sequence[TaskFolder], templates: str, precision: str, device: torch.device, one_head: bool
+) -> list[list[torch.Tensor]]:
+    """For each task the heads that may judge it, its own classes first.
+
+    Its own classes alone; or, where one head tells all classes seen apart, together with those of the tasks before it
+    and of none, one, two, … of the tasks behind it.
+
+    Args:
+        clip: model and tokenizer.
+        tasks: in the order of the stages.
+        templates: `all` or `first`; each class embedding is the normalised mean of its template embeddings.
+        precision: `fp32` or `bf16`.
+        device: the model's.
+        one_head: for all classes seen.
+    """
+    was_training = clip.model.training
+    clip.model.eval()
+    with torch.inference_mode(), precision_context(precision, device):
+        own = [class_embeddings(clip, task, templates, device) for task in tasks]
+    clip.model.train(was_training)
+    if not one_head:
+        return [[embedded] for embedded in own]
+    return [
+        [torch.cat([own[task], *own[:task], *own[task + 1 : last + 1]]) for last in range(task, len(tasks))]
+        for task in range(len(tasks))
+    ]
 
 
 def class_embeddings(clip: Clip, task: TaskFolder, templates: str, device: torch.device) -> torch.Tensor:
@@ -56,15 +83,16 @@ def class_embeddings(clip: Clip, task: TaskFolder, templates: str, device: torch
 
 
 def count_correct(
-    clip: Clip, task: TaskFolder, classifier: torch.Tensor, loader: Loader, precision: str, batch_size: int
-) -> tuple[int, int]:
-    """Classify every test image once over all workers. Returns (correct, images)."""
+    clip: Clip, task: TaskFolder, heads: Sequence[torch.Tensor], loader: Loader, precision: str, batch_size: int
+) -> tuple[list[int], int]:
+    """Classify every test image once over all workers. Returns (correct under each head, images)."""
     images = EvaluationImages(task.test, Decode(clip.evaluation_transform, task.label_of), rank(), world_size())
-    correct = seen = 0
+    correct, seen = [0] * len(heads), 0
     for batch, labels in images.batches(batch_size, loader):
         with precision_context(precision, loader.device):
-            features = clip.model.encode_image(batch, normalize=True)  # type: ignore[operator]
-        correct += int((at_least_float32(features) @ classifier.T).argmax(dim=1).eq(labels).sum())
+            features = at_least_float32(clip.model.encode_image(batch, normalize=True))  # type: ignore[operator]
+        for number, head in enumerate(heads):
+            correct[number] += int((features @ head.T).argmax(dim=1).eq(labels).sum())
         seen += len(labels)
-    correct_everywhere, seen_everywhere = sum_over_workers(correct, seen)
-    return int(correct_everywhere), int(seen_everywhere)
+    *correct_everywhere, seen_everywhere = map(int, sum_over_workers(*correct, seen))
+    return correct_everywhere, seen_everywhere

@@ -30,6 +30,51 @@ def forgetting(matrix: Matrix) -> float | None:
     return fmean(lost) if lost else None
 
 
-def metrics(matrix: Matrix) -> Metrics:
-    """All figures of a square matrix."""
-    return Metrics(transfer=transfer(matrix), avg=average(matrix), last=last(matrix), forgetting=forgetting(matrix))
+def backward_transfer(matrix: Matrix) -> float | None:
+    """Mean over all tasks but the last of final accuracy minus that right after training the task.
+
+    Lopez-Paz & Ranzato, Gradient Episodic Memory, NeurIPS 2017; `None` for a single task.
+    """
+    gained = [matrix[-1][task] - matrix[task][task] for task in range(len(matrix) - 1)]
+    return fmean(gained) if gained else None
+
+
+def forward_transfer(matrix: Matrix, zero_shot: Sequence[float]) -> float | None:
+    """Mean over all tasks but the first of accuracy right before training the task minus the initial model's.
+
+    As above, with the zero-shot row for the paper's random initialisation.
+    """
+    gained = [matrix[task - 1][task] - zero_shot[task] for task in range(1, len(matrix))]
+    return fmean(gained) if gained else None
+
+
+def seen(matrix: Matrix, images: Sequence[int]) -> list[float]:
+    """After each stage, the accuracy over all test images of the tasks so far.
+
+    Args:
+        matrix: of a single head.
+        images: test images of each task.
+    """
+    return [
+        sum(row[task] * images[task] for task in range(stage)) / sum(images[:stage])
+        for stage, row in enumerate(matrix, start=1)
+    ]
+
+
+def metrics(matrix: Matrix, zero_shot: Sequence[float], images: Sequence[int] | None = None) -> Metrics:
+    """All figures of a square matrix.
+
+    Args:
+        matrix: accuracies.
+        zero_shot: the initial model's row.
+        images: test images of each task, where one head tells all classes seen apart (class-incremental learning).
+    """
+    over_seen = seen(matrix, images) if images else None
+    return Metrics(
+        transfer=transfer(matrix),
+        avg=fmean(over_seen) if over_seen else average(matrix),
+        last=over_seen[-1] if over_seen else last(matrix),
+        forgetting=forgetting(matrix),
+        backward_transfer=backward_transfer(matrix),
+        forward_transfer=forward_transfer(matrix, zero_shot),
+    )

@@ -1,16 +1,25 @@
 """An experiment whose data is found and whose identity is known."""
 
-from dataclasses import dataclass
+import itertools
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
+from pydantic import ValidationError
+
+from schemas.base import InputError, explain
+from schemas.data import ClassIncremental, Task
 from schemas.experiment import Experiment
 from zscl import memory
 from zscl.model import weights_digest
-from zscl.tasks import ReferenceSet, TaskFolder
+from zscl.shards import IndexedSamples, seed_of
+from zscl.tasks import ReferenceSet, TaskFolder, lines_of
 
 
 @dataclass(frozen=True)
 class Opened:
-    """An experiment whose data is found and whose identity is known."""
+    """An experiment whose data is found and whose identity is known; its stages are spelt out."""
 
     experiment: Experiment
     tasks: tuple[TaskFolder, ...]
@@ -20,19 +29,74 @@ class Opened:
 
 
 def open_experiment(experiment: Experiment) -> Opened:
-    """Find all that the experiment names.
+    """Find all that the experiment names, and cut the stages of class-incremental learning.
 
     Raises:
         InputError: a task, shard, template, caption or model is missing or broken.
     """
-    cache = experiment.compute.shard_cache
-    tasks = tuple(TaskFolder.open(task, cache) for task in experiment.tasks)
+    cache, scenario = experiment.compute.shard_cache, experiment.class_incremental
+    folders: dict[str, TaskFolder] = {}
+    if scenario is not None:
+        whole = TaskFolder.open(Task.model_validate(scenario.path), cache)
+        template = scenario.template or whole.templates[0]
+        folders[scenario.path] = replace(whole, templates=(template,))
+        experiment = spell_out(experiment, scenario, folders[scenario.path])
+    for task in experiment.tasks:
+        if task.path not in folders:
+            folders[task.path] = TaskFolder.open(task, cache)
+    tasks = tuple(folders[task.path].only(task.classes, task.name) for task in experiment.tasks)
     used = experiment.reference if experiment.method.needs_reference else None
     opened = ReferenceSet(used, cache) if used else None
     if experiment.method.memory:
         memory.check_budget(experiment.method.memory.budget, tasks)
     weights = weights_digest(experiment.model)
-    contents = {task.path: task.digest for task in tasks} | {experiment.model.name: weights}
+    contents = {path: folder.digest for path, folder in folders.items()} | {experiment.model.name: weights}
     if opened:
         contents["reference"] = opened.digest
     return Opened(experiment, tasks, opened, weights, experiment.fingerprint(contents))
+
+
+def spell_out(experiment: Experiment, scenario: ClassIncremental, whole: TaskFolder) -> Experiment:
+    """Cut the dataset into the stages that a class-incremental experiment means.
+
+    Raises:
+        InputError: the dataset has fewer classes than the first stage, or the class order does not fit it.
+    """
+    if experiment.tasks:  # done before
+        return experiment
+    order = class_order(scenario, whole)
+    if scenario.first > len(order):
+        raise InputError(f"class_incremental.first: found {scenario.first}, expected at most {len(order)} classes")
+    borders = [0, *range(scenario.first, len(order), scenario.increment), len(order)]
+    stages = []
+    for start, stop in itertools.pairwise(borders):
+        name, classes = f"classes-{start + 1}-{stop}", tuple(order[start:stop])
+        images = whole.only(classes, name).train
+        assert isinstance(images, IndexedSamples)
+        steps = math.ceil(scenario.epochs * len(images) / experiment.optimisation.batch_size)
+        stages.append({"path": scenario.path, "name": name, "classes": classes, "steps": steps})
+    try:
+        return Experiment.model_validate({**experiment.model_dump(), "tasks": stages})
+    except ValidationError as error:
+        raise InputError(explain(error)) from error
+
+
+def class_order(scenario: ClassIncremental, whole: TaskFolder) -> Sequence[int]:
+    """The order in which classes are learnt: drawn from a seed, or read from a file of names or labels.
+
+    Raises:
+        InputError: the file does not name every class once.
+    """
+    count = len(whole.classnames)
+    if isinstance(scenario.order, int):
+        return random.Random(seed_of(scenario.order, "class order")).sample(range(count), count)
+    lines = lines_of(scenario.order, "class names or labels")
+    labels = {name: label for label, name in enumerate(whole.classnames)}
+    labels |= {str(label): label for label in range(count)}
+    for line in lines:
+        if line not in labels:
+            raise InputError(f"{scenario.order}: found {line!r}, expected a class name or label of {whole.path}")
+    found = [labels[line] for line in lines]
+    if sorted(found) != list(range(count)):
+        raise InputError(f"{scenario.order}: found {len(set(found))} classes, expected each of the {count} once")
+    return found

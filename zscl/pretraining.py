@@ -19,7 +19,7 @@ from torchvision.transforms import Compose, RandomCrop
 from schemas.base import InputError
 from schemas.data import Task
 from schemas.pretraining import Pretraining
-from zscl.evaluation import accuracy
+from zscl.evaluation import accuracies, heads_of
 from zscl.model import CONFIG, Clip
 from zscl.shards import IndexedSamples, Sample, open_samples, seed_of
 from zscl.streams import Decode, Loader, TrainingImages
@@ -137,7 +137,10 @@ def pretrain(
 
     clip.save(model, folder, dtype=torch.float16)
     model.half().float()  # measure the weights as they were written
-    zero_shot = {task.name: accuracy(clip, task, Loader(device))[0] for task in tasks}
+    heads = heads_of(clip, tasks, "all", "fp32", device, one_head=False)
+    zero_shot = {
+        task.name: accuracies(clip, task, own, Loader(device))[0][0] for task, own in zip(tasks, heads, strict=True)
+    }
     return Pretrained(folder, steps, float(loss.detach()), zero_shot)
 
 

@@ -12,6 +12,7 @@ A run's folder is its own checkpoint. Every file in it appears whole, and what i
 """
 
 import importlib.metadata
+import random
 import shutil
 import time
 from collections.abc import Callable
@@ -37,11 +38,12 @@ from schemas.results import (
 from zscl import memory
 from zscl.averaging import interpolate
 from zscl.distributed import barrier, gather_sentences, rank, world_size
-from zscl.evaluation import accuracy
+from zscl.evaluation import accuracies, heads_of
 from zscl.files import whole_folder, write_text
 from zscl.metrics import metrics
 from zscl.model import Clip, load, load_weights
 from zscl.opened import Opened, open_experiment
+from zscl.shards import seed_of
 from zscl.streams import Loader
 from zscl.teaching import Teaching, frozen, store_beside
 from zscl.training import NotFiniteError, loader_of, train_stage
@@ -73,12 +75,13 @@ def run_sequence(
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     run = _Run(open_experiment(experiment), folder, report if rank() == 0 else _silent, device)
+    experiment = run.opened.experiment
     refuse_other_run(folder, run.opened.fingerprint)
     run.note_what_is_there()
     clip = load(experiment.model, device)
     zero_shot = run.row(0, clip, folder / ZERO_SHOT)
     if experiment.method.task_loss is None:
-        return run.finish(zero_shot, [zero_shot] * len(run.opened.tasks), [])
+        return run.finish(zero_shot, run.untrained(zero_shot), [])
 
     rows, stages = [], []
     for stage in range(1, len(run.opened.tasks) + 1):
@@ -87,7 +90,7 @@ def run_sequence(
             run.train(stage, clip, place)
         load_weights(clip.model, place / "model")
         stages.append(StageResult.model_validate_json((place / "training.json").read_text()))
-        rows.append(run.row(stage, clip, place / "accuracy.json"))
+        rows.append(run.row(stage, clip, place / "accuracy.json").accuracy)
     return run.finish(zero_shot, rows, stages)
 
 
@@ -101,6 +104,7 @@ class AccuracyRow(Strict):
     fingerprint: str
     accuracy: dict[str, float]
     images: dict[str, int]
+    under_later_heads: dict[str, list[float]] = Field(default_factory=dict)
     broken: dict[str, list[str]] = Field(default_factory=dict)
     seconds: float
 
@@ -153,38 +157,65 @@ class _Run:
         return row
 
     def _measure(self, stage: int, clip: Clip, file: Path) -> AccuracyRow:
-        started, accuracies, images, broken = time.perf_counter(), {}, {}, {}
+        started = time.perf_counter()
         experiment = self.opened.experiment
-        for task in self.opened.tasks:
-            loader = self.loader()
-            accuracies[task.name], images[task.name] = accuracy(
-                clip,
-                task,
-                loader,
-                templates=experiment.evaluation.templates,
-                precision=experiment.optimisation.precision,
-                batch_size=experiment.compute.evaluation_batch_size,
-            )
-            self.report(
-                TaskEvaluated(stage=stage, task=task.name, accuracy=accuracies[task.name], images=images[task.name])
-            )
-            if skipped := gather_sentences(loader.broken):
-                broken[task.name] = skipped
-        row = AccuracyRow(
-            fingerprint=self.opened.fingerprint,
-            accuracy=accuracies,
-            images=images,
-            broken=broken,
-            seconds=time.perf_counter() - started,
+        precision = experiment.optimisation.precision
+        heads = heads_of(
+            clip, self.opened.tasks, experiment.evaluation.templates, precision, self.device, self.one_head
         )
+        row = AccuracyRow(fingerprint=self.opened.fingerprint, accuracy={}, images={}, seconds=0.0)
+        for index, (task, judges) in enumerate(zip(self.opened.tasks, heads, strict=True)):
+            # Later heads tell more classes apart; untrained, the model meets them all.
+            used = judges if stage == 0 else [judges[max(stage - 1 - index, 0) if self.one_head else 0]]
+            loader = self.loader()
+            found, images = accuracies(
+                clip, task, used, loader, precision=precision, batch_size=experiment.compute.evaluation_batch_size
+            )
+            row.accuracy[task.name], row.images[task.name] = found[0], images
+            if len(found) > 1:
+                row.under_later_heads[task.name] = found[1:]
+            if skipped := gather_sentences(loader.broken):
+                row.broken[task.name] = skipped
+            self.report(TaskEvaluated(stage=stage, task=task.name, accuracy=found[0], images=images))
+        row = row.model_copy(update={"seconds": time.perf_counter() - started})
         barrier()
         if rank() == 0:
             write_text(file, row.model_dump_json(indent=1) + "\n")
         return row
 
+    @property
+    def one_head(self) -> bool:
+        """Whether all classes seen are told apart at once (class-incremental), or each task's own (task-aware)."""
+        return self.opened.experiment.class_incremental is not None
+
+    def untrained(self, zero_shot: AccuracyRow) -> list[dict[str, float]]:
+        """The initial model's accuracies after each stage, under the heads of that stage."""
+        names = [task.name for task in self.opened.tasks]
+        return [
+            {
+                name: [zero_shot.accuracy[name], *zero_shot.under_later_heads.get(name, ())][
+                    max(stage - index, 0) if self.one_head else 0
+                ]
+                for index, name in enumerate(names)
+            }
+            for stage in range(len(names))
+        ]
+
     def start(self, stage: int) -> Model:
         """What a stage starts from: the model that the one before it left, or the initial one."""
         return Model(name=f"{LOCAL_MODEL}{self.place(stage - 1)}/model") if stage > 1 else self.opened.experiment.model
+
+    def further_texts(self, stage: int) -> list[str]:
+        """What joins the softmax of a stage's task loss beside its own class prompts."""
+        experiment, loss = self.opened.experiment, self.opened.experiment.method.task_loss
+        assert loss is not None
+        earlier = self.opened.tasks[: stage - 1] if loss.earlier_names else ()
+        texts = [prompt for task in earlier for prompt in task.prompts(task.templates[0])]
+        if loss.negatives and self.opened.reference:
+            known = self.opened.reference.texts
+            draw = random.Random(seed_of(experiment.seed, stage, "negatives"))
+            texts += draw.sample(known, min(loss.negatives, len(known)))
+        return texts
 
     def loader(self) -> Loader:
         """How this worker reads."""
@@ -217,6 +248,7 @@ class _Run:
                 self.opened.tasks[stage - 1],
                 clip,
                 self.teaching.teacher(stage, clip, [self.place(before) / "exemplars" for before in range(1, stage)]),
+                self.further_texts(stage),
                 self.device,
                 self.report,
             )
@@ -238,10 +270,14 @@ class _Run:
             self.report(StageTrained(result=result))
         barrier()
 
-    def finish(self, zero_shot: AccuracyRow, rows: list[AccuracyRow], stages: list[StageResult]) -> Result:
+    def finish(self, zero_shot: AccuracyRow, rows: list[dict[str, float]], stages: list[StageResult]) -> Result:
         """Put the result together and write it."""
         experiment, opened = self.opened.experiment, self.opened
-        matrix = tuple(tuple(row.accuracy[task.name] for task in opened.tasks) for row in rows)
+        matrix, untrained = (
+            tuple(tuple(row[task.name] for task in opened.tasks) for row in each)
+            for each in (rows, self.untrained(zero_shot))
+        )
+        images = [zero_shot.images[task.name] for task in opened.tasks] if self.one_head else None
         baseline = tuple(zero_shot.accuracy[task.name] for task in opened.tasks)
         result = Result(
             name=experiment.name,
@@ -261,8 +297,8 @@ class _Run:
             ),
             zero_shot=baseline,
             accuracy_matrix=matrix,
-            metrics=metrics(matrix),
-            zero_shot_metrics=metrics([baseline] * len(baseline)),
+            metrics=metrics(matrix, baseline, images),
+            zero_shot_metrics=metrics(untrained, baseline, images),
             stages=tuple(stages),
             reference_texts=len(opened.reference.texts) if opened.reference else 0,
             workers=world_size(),

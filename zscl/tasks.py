@@ -9,7 +9,7 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -62,6 +62,8 @@ class TaskFolder:
     classnames: tuple[str, ...]
     templates: tuple[str, ...]
     cache: str | None = None
+    classes: tuple[int, ...] | None = None
+    whole: "TaskFolder | None" = field(default=None, compare=False)
 
     @classmethod
     def open(cls, task: Task, cache: str | None = None) -> "TaskFolder":
@@ -89,15 +91,58 @@ class TaskFolder:
         """Every class name in a template, in label order."""
         return [template.replace("{c}", name) for name in self.classnames]
 
+    def only(self, classes: tuple[int, ...] | None, name: str) -> "TaskFolder":
+        """The part of the task that is about some of its labels, renumbered in their order; `None`: all of it.
+
+        Raises:
+            InputError: a label is given twice, or is not one of the task's.
+        """
+        if classes is None:
+            return replace(self, name=name)
+        for label in classes:
+            if label >= len(self.classnames) or classes.count(label) > 1:
+                raise InputError(
+                    f"{self.path}: found the class {label} in the classes of '{name}', expected each once, of 0 to "
+                    f"{len(self.classnames) - 1}"
+                )
+        names = tuple(self.classnames[label] for label in classes)
+        return replace(self, name=name, classnames=names, classes=classes, whole=self)
+
     @cached_property
     def train(self) -> IndexedSamples | StreamedSamples:
         """The training images."""
-        return open_samples(self.shards("train"), self.cache)
+        return self._samples("train")
 
     @cached_property
     def test(self) -> IndexedSamples | StreamedSamples:
         """The test images."""
-        return open_samples(self.shards("test"), self.cache)
+        return self._samples("test")
+
+    def _samples(self, split: str) -> IndexedSamples | StreamedSamples:
+        if self.whole is None or self.classes is None:
+            return open_samples(self.shards(split), self.cache)
+        samples = self.whole.train if split == "train" else self.whole.test
+        if not isinstance(samples, IndexedSamples):
+            raise InputError(
+                f"{self.path}: found remote shards, expected local ones to take some classes from; "
+                "compute.shard_cache makes them local"
+            )
+        wanted = set(self.classes)
+        chosen = [
+            place for place, text in enumerate(self.whole.labels[split]) if text.isdecimal() and int(text) in wanted
+        ]
+        if not chosen:
+            raise InputError(f"{self.path}/{split}: found no image of the classes of '{self.name}', expected some")
+        return samples.only(chosen)
+
+    @cached_property
+    def labels(self) -> dict[str, list[str]]:
+        """What the labels of each local split say, in order."""
+        return {
+            split: [(label or b"").decode("ascii", errors="replace").strip() for _, _, label in samples.labels()]
+            for split, samples in (("train", self.train), ("test", self.test))
+            if isinstance(samples, IndexedSamples)
+        }
 
     def shards(self, split: str) -> list[str]:
         """Locations of a split's shards.
@@ -137,6 +182,8 @@ class TaskFolder:
         if content is None:
             raise BrokenSampleError(f"{shard}: sample '{key}' has no .cls member, expected its label")
         text = content.decode("ascii", errors="replace").strip()
+        if self.classes is not None and text.isdecimal() and int(text) in self.classes:
+            return self.classes.index(int(text))
         if not text.isdecimal() or int(text) >= len(self.classnames):
             raise BrokenSampleError(
                 f"{shard}: sample '{key}' has the label {text!r}, "
@@ -172,6 +219,8 @@ class TaskFolder:
     @cached_property
     def digest(self) -> str:
         """Identity of the task's content: by the manifest's hashes, else by its samples' names, sizes and labels."""
+        if self.whole is not None:
+            return digest(self.whole.digest, repr(self.classes), "\n".join(self.templates))
         words = ["\n".join(self.classnames), "\n".join(self.templates)]
         manifest = text_of(f"{self.path}/{MANIFEST}")
         if manifest is None:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -84,6 +84,7 @@ def train_stage(
     folder: TaskFolder,
     clip: Clip,
     teacher: Teacher | None,
+    further_texts: Sequence[str],
     device: torch.device,
     report: Report,
 ) -> tuple[nn.Module, StageResult, list[StepLosses]]:
@@ -95,6 +96,7 @@ def train_stage(
         folder: the task's data.
         clip: the stage's start; its model is trained in place.
         teacher: for a stage that distils.
+        further_texts: that join the softmax of the task loss beside the class prompts.
         device: where the model lies.
         report: told about steps, every second or so.
 
@@ -106,7 +108,7 @@ def train_stage(
     # Everything is decided here; the loop below only trains.
     model.train()
     choose_trained(model, experiment.method.train)
-    tokens = clip.tokenizer(folder.prompts(folder.templates[0])).to(device)
+    tokens = clip.tokenizer([*folder.prompts(folder.templates[0]), *further_texts]).to(device)
     towers = Towers(
         model,
         tokens,

@@ -147,7 +147,7 @@ def test_an_editor_accepts_what_the_product_accepts(shipped: Path, zscl: Callabl
         pytest.skip("no recipe of a single experiment")
     jsonschema.validate(content, schema)
     jsonschema.validate(content | {"method": "zscl*", "reference": {"images": ["a", "b"]}}, schema)
-    for wrong in ({"method": "zcl"}, {"sed": 1}, {"tasks": []}, {"model": {"nam": "x"}}, {"seed": "1"}):
+    for wrong in ({"method": "zcl"}, {"sed": 1}, {"tasks": {}}, {"model": {"nam": "x"}}, {"seed": "1"}):
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate(content | wrong, schema)
 

@@ -66,6 +66,14 @@ def test_world_size_changes_nothing_for_any_preset(
     for name, method in METHODS.items():
         compute = {"device": "cpu", **COMPUTE.get(name, {})}
         made[name] = experiment(method=method, optimisation=optimisation, tasks=tasks[:2], compute=compute)
+    # Stages of a single class: fewer prompts than workers.
+    made["class-incremental"] = experiment(
+        method={"preset": "zscl", "task_loss": {"earlier_names": True}},
+        optimisation={**optimisation, "warmup_steps": 1},
+        tasks=[],
+        class_incremental={"path": tasks[0], "first": 2, "increment": 1},
+        compute={"device": "cpu"},
+    )
     for name, each in made.items():
         run_sequence(each, tmp_path / "1" / name, device=torch.device("cpu"))
     for workers in (2, 3):

@@ -10,19 +10,29 @@ from orchestrate.published import MTIL
 from zscl.metrics import metrics
 
 MATRIX = [[0.9, 0.5, 0.4], [0.7, 0.8, 0.2], [0.6, 0.7, 1.0]]
+ZERO_SHOT = [0.5, 0.45, 0.3]
 PUBLISHED = Path(__file__).parents[3] / "shared/published/mtil_accuracy_matrices.csv"
 
 
 def test_by_hand() -> None:
-    found = metrics(MATRIX)
+    found = metrics(MATRIX, ZERO_SHOT)
     assert found.transfer == pytest.approx((0.5 + (0.4 + 0.2) / 2) / 2)
     assert found.avg == pytest.approx(sum(map(sum, MATRIX)) / 9)
     assert found.last == pytest.approx((0.6 + 0.7 + 1.0) / 3)
     assert found.forgetting == pytest.approx((0.3 + 0.1) / 2)
+    assert found.backward_transfer == pytest.approx(((0.6 - 0.9) + (0.7 - 0.8)) / 2)
+    assert found.forward_transfer == pytest.approx(((0.5 - 0.45) + (0.2 - 0.3)) / 2)
+
+
+def test_one_head_is_judged_on_all_images_seen() -> None:
+    found = metrics(MATRIX, ZERO_SHOT, images=[10, 30, 60])
+    assert found.avg == pytest.approx((0.9 + (0.7 * 10 + 0.8 * 30) / 40 + (0.6 * 10 + 0.7 * 30 + 1.0 * 60) / 100) / 3)
+    assert found.last == pytest.approx((0.6 * 10 + 0.7 * 30 + 1.0 * 60) / 100)
+    assert found.backward_transfer == metrics(MATRIX, ZERO_SHOT).backward_transfer
 
 
 def test_one_task_has_neither_transfer_nor_forgetting() -> None:
-    found = metrics([[0.5]])
+    found = metrics([[0.5]], [0.4])
     assert (found.transfer, found.forgetting) == (None, None)
     assert (found.avg, found.last) == (0.5, 0.5)
 
@@ -42,7 +52,7 @@ def test_recomputes_the_printed_figures_from_the_published_matrices() -> None:
             if method == "zero-shot":  # a row, not a matrix
                 continue
             matrix = matrices[NAMES.get(method, method.upper()), order]
-            found = metrics([matrix[stage] for stage in sorted(matrix)])
+            found = metrics([matrix[stage] for stage in sorted(matrix)], matrix[1])
             assert (found.transfer, found.avg, found.last) == pytest.approx(printed, abs=0.11), (method, order)
             compared += 1
     assert compared == 14

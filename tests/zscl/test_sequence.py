@@ -176,6 +176,7 @@ def test_a_run_is_its_stages_with_the_initial_model_as_teacher(
             task,
             clip,
             Teacher(opened.reference.images, texts, lambda images, _: initial.encode_image(images, normalize=True)),  # type: ignore[operator]
+            (),
             CPU,
             report=lambda taken: None,
         )
@@ -218,7 +219,7 @@ def test_wise_ft_draws_each_stage_back_towards_its_anchor(
         clip = load(made.model)
         clip.model.load_state_dict(weights)
         task = open_experiment(made).tasks[stage - 1]
-        model, _, _ = train_stage(made, stage, task, clip, None, CPU, report=lambda taken: None)
+        model, _, _ = train_stage(made, stage, task, clip, None, (), CPU, report=lambda taken: None)
         anchored = weights if anchor == "stage_start" else initial.model.state_dict()
         for name, found in weights_of(tmp_path / "merged", place).items():
             expected = 0.75 * model.state_dict()[name] + 0.25 * anchored[name]

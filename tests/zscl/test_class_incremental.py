@@ -1,0 +1,230 @@
+"""Class-incremental learning: one dataset, a group of classes a stage, one head over all classes seen."""
+
+import importlib
+import io
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+
+from schemas.base import InputError
+from schemas.data import ClassIncremental
+from schemas.experiment import Experiment
+from schemas.results import Result
+from zscl.model import load
+from zscl.opened import class_order, open_experiment
+from zscl.sequence import run_sequence
+from zscl.shards import IndexedSamples
+
+CPU = torch.device("cpu")
+Make = Callable[..., Experiment]
+OPTIMISATION = {"warmup_steps": 1, "batch_size": 5, "reference_batch_size": 4, "learning_rate": 0.005}
+
+
+@pytest.fixture
+def incremental(experiment: Make, tasks: list[str]) -> Make:
+    """A dataset of four classes, 24 training and 10 test images, learnt as two, one and one; order 2 0 3 1."""
+
+    def make(scenario: dict[str, Any] | None = None, **changes: Any) -> Experiment:
+        settings = {"path": tasks[0], "first": 2, "increment": 1, "order": 3, "template": "a bad photo of {c}"}
+        changes.setdefault("optimisation", OPTIMISATION)
+        return experiment(tasks=[], class_incremental=settings | (scenario or {}), **changes)
+
+    return make
+
+
+def test_stages_are_cut_from_the_dataset(incremental: Make) -> None:
+    opened = open_experiment(incremental())
+    assert [task.name for task in opened.tasks] == ["classes-1-2", "classes-3-3", "classes-4-4"]
+    labels = [label for task in opened.tasks for label in task.classes or ()]
+    assert sorted(labels) == [0, 1, 2, 3]
+    assert [task.steps for task in opened.experiment.tasks] == [3, 2, 2]  # one epoch of 12, 6 and 6 images, by fives
+    names = ("red", "green", "blue", "yellow")
+    for task in opened.tasks:
+        assert task.classes is not None
+        assert task.classnames == tuple(names[label] for label in task.classes)
+        assert task.templates == ("a bad photo of {c}",)
+        assert isinstance(task.train, IndexedSamples)
+        assert len(task.train) == 6 * len(task.classes)
+        for sample in task.train.once(0, 1):  # the shards are as they were; labels are counted anew
+            assert int(sample.label or b"") == task.classes[task.label_of(sample)]
+    assert opened.tasks[0].digest != opened.tasks[1].digest
+    again = open_experiment(opened.experiment)  # as the workers do
+    assert (again.experiment, again.fingerprint) == (opened.experiment, opened.fingerprint)
+
+
+def test_the_order_comes_from_a_seed_or_a_file(incremental: Make, tasks: list[str], tmp_path: Path) -> None:
+    whole = open_experiment(incremental()).tasks[0].whole
+    assert whole is not None
+
+    def order(given: int | str) -> list[int]:
+        return list(class_order(ClassIncremental(path=tasks[0], order=given), whole))
+
+    assert order(0) == order(0)
+    assert len({tuple(order(seed)) for seed in range(9)}) > 3
+    file = tmp_path / "order.txt"
+    file.write_text("blue\nred\n3\n1\n")
+    assert order(str(file)) == [2, 0, 3, 1]
+    for content, sentence in (
+        ("blue\nrde\n", "found 'rde', expected a class name"),
+        ("0\n1\n2\n2\n", "found 3 classes"),
+    ):
+        file.write_text(content)
+        with pytest.raises(InputError, match=sentence):
+            order(str(file))
+
+
+@pytest.mark.parametrize(
+    ("scenario", "sentence"),
+    [
+        ({"first": 5}, "class_incremental.first: found 5, expected at most 4 classes"),
+        ({"template": "no place"}, "found the template 'no place', expected a {c}"),
+        ({"path": "/no/such/folder"}, "/no/such/folder: found no such folder"),
+    ],
+)
+def test_a_wrong_scenario_is_refused(incremental: Make, scenario: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match="found") as refused:
+        open_experiment(incremental(scenario))
+    assert sentence in str(refused.value)
+
+
+def test_tasks_and_scenario_do_not_go_together(experiment: Make, tasks: list[str]) -> None:
+    with pytest.raises(ValueError, match="found 'second' beside class_incremental, expected one or the other"):
+        experiment(tasks=[tasks[1]], class_incremental=tasks[0])
+    with pytest.raises(ValueError, match="tasks: found none, expected at least one"):
+        experiment(tasks=[])
+
+
+def predictions(run: Path, stage: int, opened: Any) -> tuple[list[int], list[int], list[int]]:
+    """What open_clip alone predicts after a stage among all classes seen: predictions, labels, and their stages."""
+    name = f"local-dir:{run}/stages/{stage}-{opened.tasks[stage - 1].name}/model"
+    model, _, transform = open_clip.create_model_and_transforms(name)
+    model.eval()
+    seen = [label for task in opened.tasks[:stage] for label in task.classes]
+    names = [opened.tasks[0].whole.classnames[label] for label in seen]
+    found: tuple[list[int], list[int], list[int]] = ([], [], [])
+    with torch.no_grad():
+        prompts = open_clip.get_tokenizer(name)([f"a bad photo of {name}" for name in names])
+        texts = model.encode_text(prompts, normalize=True)
+        for sample in opened.tasks[0].whole.test.once(0, 1):
+            label = int(sample.label)
+            if label in seen:
+                image = transform(Image.open(io.BytesIO(sample.image)))[None]
+                guess = int((model.encode_image(image, normalize=True) @ texts.T).argmax())
+                found[0].append(seen[guess])
+                found[1].append(label)
+                found[2].append(next(k for k, task in enumerate(opened.tasks) if label in task.classes))
+    return found
+
+
+def test_figures_are_those_of_one_head_and_agree_with_continuums_logger(incremental: Make, tmp_path: Path) -> None:
+    made = incremental(method={"preset": "zscl", "average": {"every": 1}})
+    result = run_sequence(made, tmp_path / "run", device=CPU)
+    opened = open_experiment(made)
+    logged = [predictions(tmp_path / "run", stage, opened) for stage in (1, 2, 3)]
+    for row, (guesses, labels, stages) in zip(result.accuracy_matrix, logged, strict=True):
+        for task in set(stages):
+            own = [guess == label for guess, label, stage in zip(guesses, labels, stages, strict=True) if stage == task]
+            assert row[task] == pytest.approx(sum(own) / len(own), abs=1e-12)
+    assert [task.test_images for task in result.tasks] == [len(found) for found in _by_stage(logged[-1][2])]
+
+    logger = continuum_logger()
+    for stage, found in enumerate(logged):
+        if stage:
+            logger.end_task()
+        logger.add([np.array(each) for each in found], subset="test")
+    assert result.metrics.last == pytest.approx(logger.accuracy, abs=1e-12)
+    assert result.metrics.avg == pytest.approx(logger.average_incremental_accuracy, abs=1e-12)
+    assert result.accuracy_matrix[-1] == pytest.approx(logger.accuracy_per_task, abs=1e-12)
+
+
+def _by_stage(stages: list[int]) -> list[list[int]]:
+    return [[stage for stage in stages if stage == each] for each in sorted(set(stages))]
+
+
+def continuum_logger() -> Any:
+    """Its Logger, without its datasets, which need a dozen libraries more."""
+    package = find_spec("continuum")
+    if package is None or not package.submodule_search_locations:
+        pytest.skip("continuum is not installed; `make install` brings it")
+    bare = ModuleType("continuum")
+    bare.__path__ = list(package.submodule_search_locations)
+    sys.modules["continuum"] = bare
+    return importlib.import_module("continuum.metrics.logger").Logger(list_subsets=["test"])
+
+
+def test_the_initial_model_is_judged_under_the_heads_of_each_stage(incremental: Make, tmp_path: Path) -> None:
+    result = run_sequence(incremental(method="zero-shot"), tmp_path / "run", device=CPU)
+    opened = open_experiment(incremental())
+    clip = load(opened.experiment.model)
+    clip.model.eval()
+    encode: Any = clip.model
+    order = [label for task in opened.tasks for label in task.classes or ()]
+    whole = opened.tasks[0].whole
+    assert whole is not None
+    with torch.no_grad():
+        texts = encode.encode_text(
+            clip.tokenizer([f"a bad photo of {whole.classnames[label]}" for label in order]), normalize=True
+        )
+        for stage, row in enumerate(result.accuracy_matrix):
+            for index, task in enumerate(opened.tasks):
+                known = sum(len(each.classes or ()) for each in opened.tasks[: max(stage, index) + 1])
+                right = []
+                for sample in task.test.once(0, 1):
+                    image = clip.evaluation_transform(Image.open(io.BytesIO(sample.image)))[None]
+                    guess = int((encode.encode_image(image, normalize=True) @ texts[:known].T).argmax())
+                    right.append(order[guess] == int(sample.label or b""))
+                assert row[index] == pytest.approx(sum(right) / len(right), abs=1e-12), (stage, index)
+    assert result.metrics == result.zero_shot_metrics
+    assert result.metrics.forward_transfer == pytest.approx(0.0, abs=1e-12)
+
+
+def test_earlier_names_and_negatives_join_the_softmax(incremental: Make, tmp_path: Path) -> None:
+    found: dict[str, Result] = {}
+    for name, loss in {"plain": {}, "names": {"earlier_names": True}, "negatives": {"negatives": 3}}.items():
+        made = incremental(method={"preset": "finetune", "task_loss": loss})
+        found[name] = run_sequence(made, tmp_path / name, device=CPU)
+    first = {name: result.stages[0].losses["classification"] for name, result in found.items()}
+    second = {name: result.stages[1].losses["classification"] for name, result in found.items()}
+    assert first["names"] == pytest.approx(first["plain"])  # nothing came earlier
+    assert second["plain"] == pytest.approx(0.0, abs=1e-6)  # a single class: nothing to tell apart
+    assert second["names"] > 0.01
+    assert first["negatives"] != pytest.approx(first["plain"])
+    assert second["negatives"] > 0.01
+    with pytest.raises(ValueError, match="needs reference"):
+        incremental(method={"preset": "finetune", "task_loss": {"negatives": 3}}, reference=None)
+
+
+def test_a_scenario_goes_on_behind_its_last_stage(incremental: Make, tmp_path: Path) -> None:
+    whole = run_sequence(incremental(), tmp_path / "a/run", device=CPU)
+    run_sequence(incremental(), tmp_path / "b/run", device=CPU)
+    for file in ("3-classes-4-4/accuracy.json", "3-classes-4-4/training.json"):
+        (tmp_path / "b/run/stages" / file).unlink()
+    again = run_sequence(incremental(), tmp_path / "b/run", device=CPU)
+    assert again.accuracy_matrix == whole.accuracy_matrix
+    other = incremental({"order": 4})
+    with pytest.raises(InputError, match="another experiment"):
+        run_sequence(other, tmp_path / "b/run", device=CPU)
+
+
+def test_some_classes_of_a_folder_make_a_task_of_their_own(experiment: Make, tasks: list[str]) -> None:
+    made = experiment(tasks=[{"path": tasks[0], "classes": [3, 0], "name": "two"}, tasks[1]])
+    two, other = open_experiment(made).tasks
+    assert two.classnames == ("yellow", "red")
+    assert [two.label_of(sample) for sample in two.test.once(0, 1)] == [1, 0, 1, 0, 1]
+    assert len(other.classnames) == 4
+    for classes, sentence in (
+        ([4], "found the class 4"),
+        ([1, 1], "found the class 1"),
+    ):
+        wrong = experiment(tasks=[{"path": tasks[0], "classes": classes}])
+        with pytest.raises(InputError, match=sentence):
+            open_experiment(wrong)
