@@ -3,6 +3,8 @@
 import multiprocessing
 import os
 import queue
+import signal
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
@@ -121,9 +123,14 @@ def _fetch_one(task: str, out: Path) -> Prepared:
     return copies.fetch(task, out)
 
 
-def _start_worker(reports: Any) -> None:
+def _report_to(reports: Any) -> None:
     global _reports
     _reports = reports
+
+
+def _start_worker(reports: Any) -> None:
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # Ctrl-C goes to all processes: one speaks of it
+    _report_to(reports)
 
 
 def run_tasks(
@@ -155,7 +162,7 @@ def _one_after_another(
     work: Callable[..., Prepared], tasks: Sequence[str], arguments: tuple[Any, ...], bars: "_Bars"
 ) -> dict[str, Prepared | InputError]:
     outcomes: dict[str, Prepared | InputError] = {}
-    _start_worker(bars)
+    _report_to(bars)
     for task in tasks:
         try:
             outcomes[task] = work(task, *arguments)
