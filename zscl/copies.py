@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +29,7 @@ COPIES = {
 }
 
 
-def fetch(task: str, out: Path, note: Callable[[str], None] = lambda _: None) -> Prepared:
+def fetch(task: str, out: Path) -> Prepared:
     """Download a copy to the task folder `out/task`, with our class names and templates; one that is there is kept.
 
     An interrupted download is taken up again by the next call.
@@ -44,7 +43,6 @@ def fetch(task: str, out: Path, note: Callable[[str], None] = lambda _: None) ->
     if kept is not None:
         return replace(kept, notes=(difference,))
     downloaded = out / ".downloads" / repository
-    note(f"{task}: downloading clip-benchmark/{repository}")
     _download(task, repository, downloaded)
     splits = [split for split in ("train", "test") if (downloaded / split / "nshards.txt").is_file()]
     if "test" not in splits:
