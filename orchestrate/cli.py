@@ -27,6 +27,13 @@ Recipe = Annotated[Path, typer.Argument(help="Recipe (YAML).")]
 Overrides = Annotated[
     list[str], typer.Option("--set", metavar="a.b.c=value", help="Override a field of the recipe; repeatable.")
 ]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        help="The run's folder; with --variant all, the folder of theirs. Default: runs/NAME-METHOD-FINGERPRINT."
+    ),
+]
+Variant = Annotated[str | None, typer.Option(help="Which row of a recipe that is a table of variants, or 'all'.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 
 
@@ -46,7 +53,7 @@ def emit(content: dict[str, Any], as_json: bool, lines: list[str]) -> None:
     """End a command: what it made and where, for people or for programs."""
     if as_json:
         print(json.dumps(content, indent=1))
-    else:
+    elif lines:
         print("\n".join(lines))
 
 
@@ -54,10 +61,8 @@ def emit(content: dict[str, Any], as_json: bool, lines: list[str]) -> None:
 def run(
     recipe: Recipe,
     overrides: Overrides = [],  # noqa: B006 - typer reads the default and nobody writes to it
-    out: Annotated[Path | None, typer.Option(help="The run's folder. Default: runs/NAME-METHOD-FINGERPRINT.")] = None,
-    variant: Annotated[
-        str | None, typer.Option(help="Which row of a recipe that is a table of variants, or 'all'.")
-    ] = None,
+    out: Out = None,
+    variant: Variant = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done, stop.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -68,26 +73,19 @@ def run(
     from orchestrate import places, recipes, report
     from orchestrate import run as running
 
-    plans, lines, contents, folders = [], [], [], []
-    for name, experiment in recipes.load_variants(recipe, overrides, variant).items():
+    contents: list[dict[str, Any]] = []
+    lines: list[str] = []
+    experiments = recipes.load_variants(recipe, overrides, variant)
+    for name, experiment in experiments.items():
         opened = running.prepare(experiment)
-        folder = out.absolute() / name if out else places.default_folder(experiment, opened.fingerprint)
-        plans.append({"experiment": recipes.shown(experiment), "plan": running.plan(opened, folder)})
-        folders.append((opened, folder))
-    if dry_run:
-        shown = plans[0] if len(plans) == 1 else {"variants": plans}
-        emit(shown, as_json, [recipes.dump(shown)])
-        return
-    for opened, folder in folders:
+        folder = places.folder_of(experiment, opened.fingerprint, out, name if len(experiments) > 1 else "")
+        if dry_run:
+            contents.append({"experiment": recipes.shown(experiment), "plan": running.plan(opened, folder)})
+            continue
         result = running.run(opened, folder, progress_console)
-        uri = places.store_uri(opened.experiment, folder)
-        contents.append(
-            {
-                "folder": str(folder),
-                "tracking_uri": places.without_password(uri),
-                "result": result.model_dump(mode="json"),
-            }
-        )
+        uri = places.store_uri(experiment, folder)
+        shown = {"folder": str(folder), "tracking_uri": places.without_password(uri)}
+        contents.append({**shown, "result": result.model_dump(mode="json")})
         lines += [
             "  ".join(f"{name} {report.percent(value)}" for name, value in result.metrics.model_dump().items())
             + f"  (zero-shot transfer {report.percent(result.zero_shot_metrics.transfer)})",
@@ -95,16 +93,20 @@ def run(
             f"models  {folder}/stages/<k>-<task>/model  (open_clip: local-dir:…)",
             f"MLflow  {places.browse_command(uri)}",
         ]
-    if len(folders) > 1:
-        lines.append(f"compare zscl compare {' '.join(str(folder) for _, folder in folders)}")
-    emit(contents[0] if len(contents) == 1 else {"variants": contents}, as_json, lines)
+    content = contents[0] if len(contents) == 1 else {"variants": contents}
+    if dry_run:
+        lines = [recipes.dump(content)]
+    elif len(contents) > 1:
+        lines.append(f"compare zscl compare {' '.join(each['folder'] for each in contents)}")
+    emit(content, as_json, lines)
 
 
 @app.command()
 def embed(
     recipe: Recipe,
     overrides: Overrides = [],  # noqa: B006
-    out: Annotated[Path | None, typer.Option(help="The folder of the run to come. Default: as of zscl run.")] = None,
+    out: Out = None,
+    variant: Variant = None,
     as_json: AsJson = False,
 ) -> None:
     """Let the teacher embed the reference set ahead of training, on all workers; runs beside each other share it.
@@ -114,15 +116,16 @@ def embed(
     from orchestrate import places, recipes
     from orchestrate import run as running
 
-    experiment = recipes.load_experiment(recipe, overrides)
-    opened = running.prepare(experiment)
-    folder = out.absolute() if out else places.default_folder(experiment, opened.fingerprint)
-    done = running.embed(opened, folder, progress_console)
-    emit(
-        done.model_dump(),
-        as_json,
-        [f"{done.images} images, {done.texts} texts; {done.megabytes:.1f} MB of image features in {done.folder}"],
-    )
+    contents: list[dict[str, Any]] = []
+    lines: list[str] = []
+    experiments = recipes.load_variants(recipe, overrides, variant)
+    for name, experiment in experiments.items():
+        opened = running.prepare(experiment)
+        folder = places.folder_of(experiment, opened.fingerprint, out, name if len(experiments) > 1 else "")
+        done = running.embed(opened, folder, progress_console)
+        contents.append(done.model_dump())
+        lines.append(f"{done.images} images, {done.texts} texts; {done.megabytes:.1f} MB of features in {done.folder}")
+    emit(contents[0] if len(contents) == 1 else {"variants": contents}, as_json, lines)
 
 
 @app.command()
@@ -248,6 +251,28 @@ def fetch(
 
     content, lines = making.fetch(names, out.expanduser().absolute(), jobs, progress_console)
     emit(content, as_json, lines)
+
+
+@data.command()
+def check(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="A task's folder, in CLIP_benchmark's layout.")],
+    picture: Annotated[Path | None, typer.Option(help="Write a contact sheet (PNG): a few images a class.")] = None,
+    per_class: Annotated[int, typer.Option(min=1, max=20, help="Images a class in the picture.")] = 4,
+    as_json: AsJson = False,
+) -> None:
+    """Look at every sample of a task before training on it; exit code 1 where something is wrong with the data.
+
+    Example: zscl data check runs/demo/data/digits --picture digits.png
+    """
+    from orchestrate import check as checking
+
+    finding = checking.check(folder, picture, per_class, progress_console)
+    if not as_json:
+        # Class names and keys are the user's: no markup in them is meant.
+        checking.show(finding, Console(markup=False, emoji=False, highlight=False))
+    emit(finding.model_dump(mode="json"), as_json, [f"picture {picture}"] if picture else [])
+    if finding.problems:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -11,8 +11,17 @@ from schemas.experiment import Experiment
 SQLITE = "sqlite:///"
 
 
-def default_folder(experiment: Experiment, fingerprint: str) -> Path:
-    """A folder a run: the same experiment finds its folder again, another one gets another."""
+def folder_of(experiment: Experiment, fingerprint: str, out: Path | None, name: str) -> Path:
+    """A folder a run: the same experiment finds its folder again, another one gets another.
+
+    Args:
+        experiment: what is run.
+        fingerprint: of it.
+        out: where the user wants it, if anywhere.
+        name: of the run among several that the user wants there.
+    """
+    if out is not None:
+        return out.absolute() / name
     method = experiment.method.name.replace("*", "-star")
     return Path.cwd() / "runs" / f"{experiment.name}-{method}-{fingerprint[:8]}"
 

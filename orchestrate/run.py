@@ -44,19 +44,25 @@ def plan(opened: Opened, folder: Path) -> dict[str, object]:
         "reference_texts": len(opened.reference.texts) if opened.reference else 0,
         "steps": steps,
         "images_through_student": steps * experiment.optimisation.batch_size
-        + (steps * experiment.optimisation.reference_batch_size if opened.reference else 0),
+        + (steps * experiment.optimisation.reference_batch_size if experiment.method.distill else 0),
         "teacher_features": _teacher_features(opened),
-        "computed_in_full": left_in_full(load(experiment.model).model),
+        "computed_in_full": left_in_full(load(experiment.model).model, experiment.compute.savings),
         "workers": experiment.compute.workers,
     }
 
 
-def _teacher_features(opened: Opened) -> str | None:
-    """When the teacher's features of the reference images are computed, if it embeds any."""
-    experiment, reference = opened.experiment, opened.reference
-    if reference is None or experiment.method.distill is None or experiment.method.distill.images != "reference":
-        return None
-    return way_of_features(experiment, 1, reference.images)
+def _teacher_features(opened: Opened) -> dict[str, str]:
+    """When the teacher's features of the images that each stage distils on are computed for the store, if ever."""
+    experiment, distill = opened.experiment, opened.experiment.method.distill
+    if distill is None:
+        return {}
+    reference = opened.reference.images if opened.reference else None
+    images = [reference if distill.images == "reference" else task.train for task in opened.tasks]
+    return {
+        task.name: way_of_features(experiment, stage, distilled)
+        for stage, (task, distilled) in enumerate(zip(opened.tasks, images, strict=True), start=1)
+        if distilled is not None
+    }
 
 
 def _count(samples: object) -> int | None:
@@ -72,8 +78,8 @@ def prepare(experiment: Experiment) -> Opened:
     """
     opened = open_experiment(experiment)
     for task in opened.tasks:
-        task.check()
-    load(experiment.model)
+        task.check(experiment.compute.max_broken_share)
+    left_in_full(load(experiment.model).model, experiment.compute.savings)
     return opened
 
 

@@ -2,9 +2,9 @@
 
 from typing import Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from schemas.base import Strict
+from schemas.base import Location, Share, Strict
 
 Saving = Literal["auto", "always", "never"]
 
@@ -16,12 +16,20 @@ class Savings(Strict):
     """
 
     context_cut: Saving = Field("auto", description="Prompts end at the longest one's end token")
-    packed_prompts: Saving = Field("auto", description="What all prompts begin with is computed once; no padding")
+    packed_prompts: Saving = Field(
+        "auto", description="What all prompts begin with is computed once; no padding; only with context_cut"
+    )
     pooled_row: Saving = Field("auto", description="The last block of a tower for the pooled token alone")
     used_embeddings: Saving = Field("auto", description="Token embeddings that no prompt uses are left alone")
     one_pass: bool = Field(True, description="Task and distilled images go through the student together")
     multi_tensor: bool = Field(True, description="Averages and consolidation over all parameters at once")
     fused_optimizer: bool = Field(True, description="AdamW in one kernel")
+
+    @model_validator(mode="after")
+    def _packs_what_is_cut(self) -> "Savings":
+        if self.packed_prompts == "always" and self.context_cut == "never":
+            raise ValueError("packed_prompts is always with context_cut never, expected auto: packed prompts are cut")
+        return self
 
 
 class Compute(Strict):
@@ -34,6 +42,15 @@ class Compute(Strict):
     gpus_per_worker: PositiveFloat = Field(1.0, description="Fractions share a GPU")
     loader_processes: NonNegativeInt = Field(
         0, description="Processes a worker that read and decode; 0: the worker itself"
+    )
+    shard_cache: Location | None = Field(
+        None, description="Local folder that remote shards are copied to, once; default: they are streamed"
+    )
+    decoded_megabytes: NonNegativeInt = Field(
+        512, description="Memory a worker keeps decoded training images in, so that small tasks are decoded once"
+    )
+    max_broken_share: Share = Field(
+        0.01, description="Share of a set's samples that may be unusable; they are skipped and named"
     )
     evaluation_batch_size: PositiveInt = Field(256, description="Test images a worker encodes at once")
     max_failures: NonNegativeInt = Field(3, description="Times a failed worker group is started again")

@@ -96,11 +96,7 @@ class Experiment(Strict):
                     f"{self.stage_steps(task)} steps of stage '{task.name}'"
                 )
         self._refuse_what_cannot_be_distilled()
-        if self.compute.savings.used_embeddings == "always" and self.optimisation.weight_decay:
-            raise ValueError(
-                "compute.savings.used_embeddings is always with optimisation.weight_decay above 0, expected auto or "
-                "never: the unused embeddings decay, too"
-            )
+        self._refuse_savings_that_are_none()
         largest = min(self.optimisation.batch_size, self.optimisation.reference_batch_size)
         if self.compute.workers > largest:
             raise ValueError(
@@ -117,6 +113,24 @@ class Experiment(Strict):
             raise ValueError(
                 "optimisation.reference_batch_size is 1 with method.distill.similarity_weight above 0, expected at "
                 "least 2: images are compared with each other"
+            )
+
+    def _refuse_savings_that_are_none(self) -> None:
+        reason = (
+            "the unused embeddings decay, too (optimisation.weight_decay)"
+            if self.optimisation.weight_decay
+            else "the text tower is not trained"
+            if self.method.train == "image_tower"
+            else None
+        )
+        if self.compute.savings.used_embeddings == "always" and reason:
+            raise ValueError(f"compute.savings.used_embeddings is always, expected auto or never: {reason}")
+        distill = self.method.distill
+        stored = distill and distill.teacher == "initial" and distill.images in ("reference", "task")
+        if self.compute.teacher_features == "ahead" and distill and not stored:
+            raise ValueError(
+                "compute.teacher_features is ahead, expected auto: no other stage or run meets the features of a "
+                "teacher that is not the initial model, of exemplars or of noise"
             )
 
     @property

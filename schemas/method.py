@@ -54,6 +54,8 @@ class Distill(Strict):
 
     @model_validator(mode="after")
     def _says_nothing_in_vain(self) -> "Distill":
+        softened = self.image_weight or self.text_weight or self.similarity_weight
+        check_read(self, "temperature", bool(softened), "another weight than feature_weight")
         check_read(self, "blend", self.teacher == "blended", "teacher: blended")
         check_read(self, "prompts_of", self.texts == "class_prompts", "texts: class_prompts")
         for field in ("random_texts", "random_length"):
@@ -167,6 +169,11 @@ class Method(Abbreviable):
             raise ValueError("distill.images is exemplars without memory, expected a memory that keeps them")
         if self.memory is not None and not exemplars:
             raise ValueError("found memory, but nothing reads it: expected distill.images to be exemplars")
+        return self
+
+    @model_validator(mode="after")
+    def _trains_what_it_chooses(self) -> "Method":
+        check_read(self, "train", self.task_loss is not None, "task_loss")
         return self
 
     @model_validator(mode="after")

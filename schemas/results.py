@@ -29,6 +29,7 @@ class StageResult(Strict):
     images_per_second: float
     merges: NonNegativeInt = Field(description="Models in the weight ensemble, the stage's start included")
     losses: dict[str, float] = Field(description="Each named loss at the last step")
+    broken: Many[str] = Field((), description="Training samples that were skipped, a sentence each")
 
 
 class TaskName(Strict):
@@ -38,6 +39,7 @@ class TaskName(Strict):
     path: str
     digest: str = Field(description="Content hash of the task's shards, class names and templates")
     test_images: NonNegativeInt
+    broken_test_images: NonNegativeInt = Field(0, description="That were skipped; not among the test images")
 
 
 class Result(Strict):

@@ -4,6 +4,7 @@ Every worker computes the same loss on the global batch from gathered features, 
 gives the same numbers.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -44,15 +45,26 @@ def gather(rows: torch.Tensor, total: int) -> torch.Tensor:
     return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
 
 
-def gather_strided(rows: torch.Tensor, total: int) -> torch.Tensor:
-    """Put `total` rows back in order of which each worker has every so-many-th. [b, …] → [total, …]"""
+def gather_unequal(rows: torch.Tensor) -> torch.Tensor:
+    """Concatenate the workers' rows, as many as each has. [b, …] → [sum of all b, …]"""
     if world_size() == 1:
         return rows
-    padded = rows.new_zeros(-(-total // world_size()), *rows.shape[1:])
+    counts = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(world_size())]
+    dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
+    padded = rows.new_zeros(max(map(int, counts)), *rows.shape[1:])
     padded[: len(rows)] = rows
-    gathered = [torch.empty_like(padded) for _ in range(world_size())]
+    gathered = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(gathered, padded)
-    return torch.stack(gathered, dim=1).flatten(0, 1)[:total]
+    return torch.cat([part[: int(count)] for part, count in zip(gathered, counts, strict=True)])
+
+
+def gather_sentences(sentences: Iterable[str]) -> list[str]:
+    """What any worker has to say, each sentence once, in the workers' order."""
+    if world_size() == 1:
+        return list(sentences)
+    gathered: list[list[str]] = [[] for _ in range(world_size())]
+    dist.all_gather_object(gathered, list(sentences))
+    return list(dict.fromkeys(sentence for own in gathered for sentence in own))
 
 
 class _GatherWithGradient(torch.autograd.Function):

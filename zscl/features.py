@@ -90,9 +90,10 @@ class FeatureStore:
             finally:
                 os.close(descriptor)
 
-    def missing(self, places: range) -> list[int]:
+    def missing(self) -> list[int]:
         """Which places have no features yet."""
-        return (places.start + np.flatnonzero(self._checks[places.start : places.stop, 0] == 0)).tolist()
+        found: list[int] = np.flatnonzero(self._checks[:, 0] == 0).tolist()
+        return found
 
     @property
     def megabytes(self) -> float:
@@ -124,7 +125,15 @@ def _checksum(row: np.ndarray, image: np.integer) -> int:
     return zlib.crc32(row.tobytes(), int(image) & 0xFFFFFFFF)
 
 
-def store_of(root: Path, clip: Clip, weights: str, precision: str, images: IndexedSamples, width: int) -> FeatureStore:
+def store_of(
+    root: Path,
+    clip: Clip,
+    weights: str,
+    precision: str,
+    images: IndexedSamples,
+    width: int,
+    note: Callable[[str], None],
+) -> FeatureStore | None:
     """Open the store of a teacher's features of a set; the main worker makes it where there is none.
 
     Args:
@@ -134,13 +143,32 @@ def store_of(root: Path, clip: Clip, weights: str, precision: str, images: Index
         precision: that the teacher runs in.
         images: the set.
         width: D.
+        note: told why there is no store, where it can neither be opened nor made.
+
+    Returns `None` on every worker in that case: a store saves work, and a run goes on without it.
     """
     transform = re.sub(r" at 0x[0-9a-f]+", "", str(clip.evaluation_transform))  # a function shows its address
     dtype = torch.promote_types(next(clip.model.parameters()).dtype, torch.float32)
-    name = digest(weights, transform, precision, str(dtype), images.digest)[:24]
-    opened = FeatureStore(root / f"images-{name}", len(images), width, dtype) if rank() == 0 else None
-    barrier()
-    return opened or FeatureStore(root / f"images-{name}", len(images), width, dtype)
+    folder = root / f"images-{digest(weights, transform, precision, str(dtype), images.digest)[:24]}"
+    made = _open_or_remake(folder, len(images), width, dtype, note) if rank() == 0 else None
+    [usable] = sum_over_workers(made is not None)
+    if not usable:
+        return None
+    return made or FeatureStore(folder, len(images), width, dtype)
+
+
+def _open_or_remake(
+    folder: Path, count: int, width: int, dtype: torch.dtype, note: Callable[[str], None]
+) -> FeatureStore | None:
+    try:
+        return FeatureStore(folder, count, width, dtype)
+    except (OSError, ValueError, EOFError):  # damaged, or the disk is full
+        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        return FeatureStore(folder, count, width, dtype)
+    except OSError as error:
+        note(f"{folder}: teacher features are not stored ({error})")
+        return None
 
 
 @dataclass
@@ -155,7 +183,8 @@ class StoredFeatures:
     def __call__(self, images: torch.Tensor, identities: torch.Tensor) -> torch.Tensor:
         """Features of images [b, 3, H, W] with identities [b, 2] on the CPU. Returns [b, D] on the images' device."""
         features, known = self.store.read(identities)
-        features = features.to(images.device, non_blocking=True)
+        if images.device.type == "cuda":
+            features = features.pin_memory().to(images.device, non_blocking=True)
         if not bool(known.all()):
             unknown = ~known
             computed = self.encode(images[unknown.to(images.device)])
@@ -171,7 +200,7 @@ class StoredFeatures:
         batch_size: int,
         progress: Callable[[int, int], None],
     ) -> int:
-        """Compute what the store lacks; each worker takes a contiguous part of the shards.
+        """Compute what the store lacks; each worker takes a contiguous part of it, and so of the shards.
 
         Args:
             images: the set.
@@ -182,17 +211,18 @@ class StoredFeatures:
 
         Returns how many images were missing.
         """
-        lacking = self.store.missing(share(len(images)))
-        total, done = int(sum_over_workers(len(lacking))[0]), 0
+        lacking = self.store.missing()
+        barrier()  # all have looked before any writes
+        own, done = [lacking[index] for index in share(len(lacking))], 0
         decode = Decode(clip.evaluation_transform, Sample.identity)
-        for batch, identities in EvaluationImages(images.only(lacking), decode, 0, 1).batches(batch_size, loader):
+        for batch, identities in EvaluationImages(images.only(own), decode, 0, 1).batches(batch_size, loader):
             self(batch, identities)
             done += len(batch)
-            progress(round(done * total / len(lacking)), total)
+            progress(round(done * len(lacking) / len(own)), len(lacking))
             if self._full:
                 break
         barrier()
-        return total
+        return len(lacking)
 
     def _keep(self, identities: torch.Tensor, features: torch.Tensor) -> None:
         if self._full:

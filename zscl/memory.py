@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from schemas.base import InputError
-from zscl.distributed import gather_strided, rank, sum_over_workers, world_size
+from zscl.distributed import gather_unequal, rank, world_size
 from zscl.model import Clip, at_least_float32, precision_context
 from zscl.shards import IndexedSamples, Samples, open_samples
 from zscl.streams import Decode, EvaluationImages, Loader
@@ -69,29 +69,35 @@ def herd(features: torch.Tensor, count: int) -> list[int]:
 @torch.inference_mode()
 def encode(
     clip: Clip, task: TaskFolder, loader: Loader, precision: str, batch_size: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Encode a task's training images as in evaluation. Returns features [n, D] and labels [n], in sample order."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Encode a task's training images as in evaluation; what cannot be used is left out.
+
+    Returns features [n, D], labels [n] and places in the set [n], in the set's order.
+    """
     was_training = clip.model.training
     clip.model.eval()
-    images = EvaluationImages(task.train, Decode(clip.evaluation_transform, task.label_of), rank(), world_size())
-    features, labels = [], []
-    for batch, found in images.batches(batch_size, loader):
+    decode = Decode(clip.evaluation_transform, lambda sample: (task.label_of(sample), sample.place))
+    features, found = [], []
+    for batch, label_and_place in EvaluationImages(task.train, decode, rank(), world_size()).batches(
+        batch_size, loader
+    ):
         with precision_context(precision, loader.device):
             features.append(at_least_float32(clip.model.encode_image(batch, normalize=True)))  # type: ignore[operator]
-        labels.append(found)
+        found.append(label_and_place)
     clip.model.train(was_training)
-    own_features, own_labels = torch.cat(features), torch.cat(labels)
-    [total] = sum_over_workers(len(own_labels))
-    return gather_strided(own_features, int(total)), gather_strided(own_labels, int(total))
+    everyones, labels_and_places = gather_unequal(torch.cat(features)), gather_unequal(torch.cat(found))
+    labels, places = labels_and_places.unbind(dim=1)
+    order = places.argsort()
+    return everyones[order], labels[order], places[order]
 
 
-def choose(features: torch.Tensor, labels: torch.Tensor, count: int) -> list[tuple[int, int]]:
+def choose(features: torch.Tensor, labels: torch.Tensor, places: torch.Tensor, count: int) -> list[tuple[int, int]]:
     """Herd every class. Returns (place, label) of the chosen, the best of each class first."""
     ranked = []
     for label in labels.unique().tolist():
-        places = labels.eq(label).nonzero().flatten().tolist()
+        own = places[labels == label].tolist()
         for order, index in enumerate(herd(features[labels == label], count)):
-            ranked.append((order, label, places[index]))
+            ranked.append((order, label, own[index]))
     return [(place, label) for _, label, place in sorted(ranked)]
 
 

@@ -3,9 +3,10 @@
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 
-from zscl.shards import Sample, seed_of
+from zscl.shards import Draw, Sample, seed_of
 
 
 @dataclass(frozen=True)
@@ -17,14 +18,17 @@ class NoiseSamples:
 
     size: tuple[int, int]
 
-    def at(self, positions: Iterable[int], seed: int) -> Iterator[Sample]:
+    def at(self, positions: Iterable[int], seed: int) -> Iterator[Draw]:
         """See `Samples.at`."""
-        height, width = self.size
-        header = f"P6 {width} {height} 255\n".encode()  # PPM: plain pixels behind a header
         for position in positions:
-            pixels = random.Random(seed_of(seed, position)).randbytes(3 * height * width)
-            yield Sample(header + pixels, None, None, "noise", str(position))
+            yield partial(self._draw, seed, position)
 
     def once(self, part: int, parts: int) -> Iterator[Sample]:
         """See `Samples.once`; here there is no end to it."""
-        return self.at(count(part, parts), seed=0)
+        return (draw(0) for draw in self.at(count(part, parts), seed=0))
+
+    def _draw(self, seed: int, position: int, attempt: int) -> Sample:
+        height, width = self.size
+        header = f"P6 {width} {height} 255\n".encode()  # PPM: plain pixels behind a header
+        pixels = random.Random(seed_of(seed, position)).randbytes(3 * height * width)
+        return Sample(header + pixels, None, None, "noise", str(position))

@@ -25,9 +25,10 @@ def open_experiment(experiment: Experiment) -> Opened:
     Raises:
         InputError: a task, shard, template, caption or model is missing or broken.
     """
-    tasks = tuple(TaskFolder.open(task) for task in experiment.tasks)
+    cache = experiment.compute.shard_cache
+    tasks = tuple(TaskFolder.open(task, cache) for task in experiment.tasks)
     used = experiment.reference if experiment.method.needs_reference else None
-    opened = ReferenceSet(used) if used else None
+    opened = ReferenceSet(used, cache) if used else None
     if experiment.method.memory:
         memory.check_budget(experiment.method.memory.budget, tasks)
     weights = weights_digest(experiment.model)

@@ -108,8 +108,11 @@ def text_embeddings(
     note(f"Teacher embeds {len(tokens)} reference texts, once")
     embedded = gather(_encode(teacher(), tokens, device), len(tokens))
     if rank() == 0:
-        with whole_file(file) as temporary, temporary.open("wb") as stream:
-            np.save(stream, embedded.cpu().numpy())
+        try:
+            with whole_file(file) as temporary, temporary.open("wb") as stream:
+                np.save(stream, embedded.cpu().numpy())
+        except OSError as error:  # a store saves work; a run goes on without it
+            note(f"{store}: teacher embeddings of texts are not stored ({error})")
     return embedded
 
 

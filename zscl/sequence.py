@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from schemas.base import InputError, Strict
 from schemas.experiment import LOCAL_MODEL, Experiment, Model
@@ -36,7 +36,7 @@ from schemas.results import (
 )
 from zscl import memory
 from zscl.averaging import interpolate
-from zscl.distributed import barrier, rank, world_size
+from zscl.distributed import barrier, gather_sentences, rank, world_size
 from zscl.evaluation import accuracy
 from zscl.files import whole_folder, write_text
 from zscl.metrics import metrics
@@ -44,7 +44,7 @@ from zscl.model import Clip, load, load_weights
 from zscl.opened import Opened, open_experiment
 from zscl.streams import Loader
 from zscl.teaching import Teaching, frozen, store_beside
-from zscl.training import NotFiniteError, train_stage
+from zscl.training import NotFiniteError, loader_of, train_stage
 
 Report = Callable[[BaseModel], None]
 ZERO_SHOT = "zero_shot.json"
@@ -101,6 +101,7 @@ class AccuracyRow(Strict):
     fingerprint: str
     accuracy: dict[str, float]
     images: dict[str, int]
+    broken: dict[str, list[str]] = Field(default_factory=dict)
     seconds: float
 
 
@@ -152,13 +153,14 @@ class _Run:
         return row
 
     def _measure(self, stage: int, clip: Clip, file: Path) -> AccuracyRow:
-        started, accuracies, images = time.perf_counter(), {}, {}
+        started, accuracies, images, broken = time.perf_counter(), {}, {}, {}
         experiment = self.opened.experiment
         for task in self.opened.tasks:
+            loader = self.loader()
             accuracies[task.name], images[task.name] = accuracy(
                 clip,
                 task,
-                Loader(self.device, experiment.compute.loader_processes),
+                loader,
                 templates=experiment.evaluation.templates,
                 precision=experiment.optimisation.precision,
                 batch_size=experiment.compute.evaluation_batch_size,
@@ -166,10 +168,13 @@ class _Run:
             self.report(
                 TaskEvaluated(stage=stage, task=task.name, accuracy=accuracies[task.name], images=images[task.name])
             )
+            if skipped := gather_sentences(loader.broken):
+                broken[task.name] = skipped
         row = AccuracyRow(
             fingerprint=self.opened.fingerprint,
             accuracy=accuracies,
             images=images,
+            broken=broken,
             seconds=time.perf_counter() - started,
         )
         barrier()
@@ -181,6 +186,10 @@ class _Run:
         """What a stage starts from: the model that the one before it left, or the initial one."""
         return Model(name=f"{LOCAL_MODEL}{self.place(stage - 1)}/model") if stage > 1 else self.opened.experiment.model
 
+    def loader(self) -> Loader:
+        """How this worker reads."""
+        return loader_of(self.opened.experiment.compute, self.device, self.report)
+
     def place(self, stage: int) -> Path:
         """A stage's folder."""
         return self.folder / "stages" / f"{stage}-{self.opened.tasks[stage - 1].name}"
@@ -190,12 +199,11 @@ class _Run:
         experiment, task = self.opened.experiment, self.opened.tasks[stage - 1]
         if experiment.method.memory is None or stage == len(self.opened.tasks):
             return []
-        loader = Loader(self.device, experiment.compute.loader_processes)
-        features, labels = memory.encode(
-            clip, task, loader, experiment.optimisation.precision, experiment.compute.evaluation_batch_size
+        features, labels, places = memory.encode(
+            clip, task, self.loader(), experiment.optimisation.precision, experiment.compute.evaluation_batch_size
         )
         count = memory.per_class(experiment.method.memory.budget, stage, len(task.classnames))
-        return memory.choose(features, labels, count)
+        return memory.choose(features, labels, places, count)
 
     def train(self, stage: int, clip: Clip, place: Path) -> None:
         """Train one stage and leave its folder, whole."""
@@ -247,6 +255,7 @@ class _Run:
                     path=task.path,
                     digest=task.digest,
                     test_images=zero_shot.images[task.name],
+                    broken_test_images=len(zero_shot.broken.get(task.name, ())),
                 )
                 for task in opened.tasks
             ),

@@ -11,19 +11,21 @@ import os
 import random
 import re
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
 import fsspec
 import torch
 import webdataset
+from filelock import FileLock
 
 from schemas.base import InputError
-from zscl.files import digest
+from zscl.files import digest, whole_file
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 SHUFFLE_BUFFER = 2_000  # samples held while streaming; local shards are shuffled as a whole instead
@@ -45,11 +47,23 @@ class Sample:
         return self.place, 1 + int.from_bytes(hashlib.blake2b(self.image, digest_size=7).digest())
 
 
+class BrokenSampleError(InputError):
+    """A sample that cannot be used; its sentence names shard and key."""
+
+
+# A position of an endless order: the sample there, or what stands in for it at the k-th attempt to find a usable one.
+Draw = Callable[[int], Sample]
+ATTEMPTS = 8
+
+
 class Samples(Protocol):
     """Samples in an endless shuffled order, or once in their own."""
 
-    def at(self, positions: Iterable[int], seed: int) -> Iterator[Sample]:
-        """Yield the samples at the given rising positions of the endless order that `seed` makes."""
+    def at(self, positions: Iterable[int], seed: int) -> Iterator[Draw]:
+        """Yield the draws at the given rising positions of the endless order that `seed` makes.
+
+        A draw holds until the next one is asked for; what stands in depends on seed and position alone.
+        """
 
     def once(self, part: int, parts: int) -> Iterator[Sample]:
         """Yield every `parts`-th sample from `part` on, each sample of the whole in exactly one part."""
@@ -60,16 +74,54 @@ def seed_of(*names: object) -> int:
     return int.from_bytes(hashlib.sha256(repr(names).encode()).digest()[:7])
 
 
-def open_samples(locations: Sequence[str]) -> "IndexedSamples | StreamedSamples":
+def open_samples(locations: Sequence[str], cache: str | None = None) -> "IndexedSamples | StreamedSamples":
     """Resolve shards (paths, globs, brace ranges, URLs, folders) and index them where they are local.
+
+    Args:
+        locations: of shards.
+        cache: folder that remote shards are copied to, once; without one they are streamed.
 
     Raises:
         InputError: a location matches nothing, or a shard is missing, truncated or not a tar.
     """
     expanded = [shard for location in locations for shard in webdataset.shardlists.expand_urls(location)]
     if any("://" in shard for shard in expanded):
-        return StreamedSamples(expanded)
+        urls = [url for shard in expanded for url in (_remote_glob(shard) if "://" in shard else [f"file://{shard}"])]
+        if cache is None:
+            return StreamedSamples(urls)
+        return IndexedSamples([cached(url, cache) for url in urls])
     return IndexedSamples([path for shard in expanded for path in _local_files(Path(shard))])
+
+
+def _remote_glob(url: str) -> list[str]:
+    if not any(mark in url for mark in "*?["):
+        return [url]
+    try:
+        found = [str(file.full_name) for file in fsspec.open_files(url, "rb")]
+    except Exception as error:  # fsspec raises what its stores raise
+        raise InputError(f"{url}: cannot be listed ({error}), expected shards of that pattern") from error
+    if not found:
+        raise InputError(f"{url}: found no file of that pattern, expected at least one shard")
+    return sorted(found, key=lambda name: _natural(Path(name)))
+
+
+def cached(url: str, cache: str) -> Path:
+    """Copy a remote file to the cache, whole or not at all, unless it is there with the size it has; return the copy.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    copy_of_it = Path(cache) / digest(url)[:16] / url.rpartition("/")[2]
+    try:
+        filesystem, path = fsspec.core.url_to_fs(url)
+        copy_of_it.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(copy_of_it.with_suffix(".lock")):  # of the workers on a machine, one copies
+            if not copy_of_it.is_file() or copy_of_it.stat().st_size != filesystem.size(path):
+                with whole_file(copy_of_it) as temporary:
+                    filesystem.get_file(path, str(temporary))
+    except Exception as error:  # fsspec raises what its stores raise: no credentials, no such bucket, ...
+        raise InputError(f"{url}: found no readable shard ({error}), expected a tar") from error
+    return copy_of_it
 
 
 def _local_files(path: Path) -> list[Path]:
@@ -125,8 +177,8 @@ class IndexedSamples:
         chosen.table, chosen.places = self.table[list(indices)], self.places[list(indices)]
         return chosen
 
-    def at(self, positions: Iterable[int], seed: int) -> Iterator[Sample]:
-        """See `Samples.at`: epoch after epoch, each a permutation of its own."""
+    def at(self, positions: Iterable[int], seed: int) -> Iterator[Draw]:
+        """See `Samples.at`: epoch after epoch, each a permutation of its own; any other sample may stand in."""
         epoch, order = -1, torch.empty(0)
         with _Descriptors() as descriptors:
             for position in positions:
@@ -134,7 +186,10 @@ class IndexedSamples:
                     epoch = position // len(self)
                     generator = torch.Generator().manual_seed(seed_of(seed, epoch))
                     order = torch.randperm(len(self), generator=generator)
-                yield self._read(descriptors, int(order[position % len(self)]))
+                yield partial(self._draw, descriptors, int(order[position % len(self)]), (seed, position))
+
+    def _draw(self, descriptors: "_Descriptors", index: int, place: tuple[int, int], attempt: int) -> Sample:
+        return self._read(descriptors, index if attempt == 0 else seed_of(*place, attempt) % len(self))
 
     def once(self, part: int = 0, parts: int = 1) -> Iterator[Sample]:
         """See `Samples.once`."""
@@ -196,7 +251,7 @@ class IndexedSamples:
         self.files.append(file)
         number = len(self.files) - 1
         members: dict[str, dict[str, tuple[int, int, int]]] = {}
-        for name, offset, size in _tar_members(file):
+        for name, offset, size in tar_members(file):
             key, suffix = webdataset.tariterators.base_plus_ext(name)
             members.setdefault(key, {})[suffix.lower()] = (number, offset, size)
         rows = []
@@ -204,10 +259,12 @@ class IndexedSamples:
             image = next((found[suffix] for suffix in IMAGE_SUFFIXES if suffix in found), None)
             if image is not None:
                 rows.append([image, found.get("cls", ABSENT), found.get("txt", ABSENT)])
+        if not rows:
+            raise InputError(f"{file}: found no image in the shard, expected at least one")
         return rows
 
 
-def _tar_members(file: Path) -> list[tuple[str, int, int]]:
+def tar_members(file: Path) -> list[tuple[str, int, int]]:
     """Every regular member's (name, offset, size)."""
     try:
         with tarfile.open(file, "r:") as tar:
@@ -223,6 +280,18 @@ def _tar_members(file: Path) -> list[tuple[str, int, int]]:
     if file.stat().st_size < end + tarfile.BLOCKSIZE:
         raise InputError(f"{file}: found a shard without its end after {len(found)} members, expected a whole tar")
     return found
+
+
+class _Tail:
+    """A stream that remembers the last block that was read of it."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream, self.tail = stream, b""
+
+    def read(self, size: int = -1) -> bytes:
+        content = self._stream.read(size)
+        self.tail = (self.tail + content)[-tarfile.BLOCKSIZE :]
+        return content
 
 
 class _Descriptors:
@@ -261,11 +330,16 @@ class StreamedSamples:
     def __init__(self, urls: Sequence[str]) -> None:
         self.urls = list(urls)
 
-    def at(self, positions: Iterable[int], seed: int) -> Iterator[Sample]:
-        """See `Samples.at`."""
+    def at(self, positions: Iterable[int], seed: int) -> Iterator[Draw]:
+        """See `Samples.at`; a sample from just before in the stream may stand in."""
         stream = enumerate(itertools.chain.from_iterable(self._epoch(seed, epoch) for epoch in itertools.count()))
+        latest: deque[Sample] = deque(maxlen=ATTEMPTS)
         for position in positions:
-            yield next(sample for index, sample in stream if index == position)
+            for index, sample in stream:
+                latest.appendleft(sample)
+                if index == position:
+                    break
+            yield partial(_latest, latest)
 
     @property
     def digest(self) -> str:
@@ -294,15 +368,36 @@ class StreamedSamples:
             raise InputError(f"{self.urls[0]}: found no image in the shards, expected at least one")
 
 
+def _opened(url: str) -> IO[bytes]:
+    """Open a remote file.
+
+    Raises:
+        InputError: it cannot be.
+    """
+    try:
+        opened: IO[bytes] = fsspec.open(url, "rb").open()
+    except Exception as error:  # fsspec raises what its stores raise: no credentials, no such bucket, ...
+        raise InputError(f"{url}: found no readable shard ({error}), expected a tar") from error
+    return opened
+
+
+def _latest(latest: Sequence[Sample], attempt: int) -> Sample:
+    return latest[min(attempt, len(latest) - 1)]
+
+
 def _stream(urls: Sequence[str]) -> Iterator[Sample]:
     for url in urls:
         try:
-            with fsspec.open(url, "rb") as stream:
+            with _opened(url) as opened:
+                stream = _Tail(opened)
                 source = [{"url": url, "stream": stream}]
                 groups = webdataset.tariterators.group_by_keys(webdataset.tariterators.tar_file_expander(source))
                 for group in groups:
                     image = next((group[suffix] for suffix in IMAGE_SUFFIXES if suffix in group), None)
                     if image is not None:
                         yield Sample(image, group.get("cls"), group.get("txt"), url, group["__key__"])
-        except (OSError, tarfile.TarError, EOFError, ImportError) as error:
+                # A shard cut between two members reads without an error; only the end mark's absence tells.
+                if stream.tail.strip(b"\0") or not stream.tail:
+                    raise EOFError("it has no end")
+        except (OSError, tarfile.TarError, EOFError) as error:
             raise InputError(f"{url}: found no readable shard ({error}), expected a tar") from error

@@ -1,12 +1,13 @@
 """Shards → decoded, batched, deterministic streams, through WebDataset.
 
 A training stream is endless and a pure function of (seed, stage, position): a global batch holds the same images,
-equally augmented, however many workers and loader processes share it, and from whichever step it goes on.
+equally augmented, however many workers and loader processes share it, and from whichever step it goes on. A sample
+that cannot be used is skipped and named (another stands in for it while training); too many of them end the run.
 """
 
 import io
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
@@ -16,26 +17,46 @@ from PIL import Image, UnidentifiedImageError
 from torch.utils.data import get_worker_info
 
 from schemas.base import InputError
-from zscl.shards import Sample, Samples, seed_of
+from zscl.shards import ATTEMPTS, BrokenSampleError, Draw, IndexedSamples, Sample, Samples, seed_of
 
 Transform = Callable[[Any], torch.Tensor]
 Label = int | tuple[int, ...]
 LabelOf = Callable[[Sample], Label]
+Decoded = tuple[torch.Tensor, Label]
+# What a stream is made of: decoded images, and the sentences of samples that were skipped.
+Items = Iterator[Decoded | str]
+FEW = 100  # of an unknown number of samples: judge the share of broken ones by no fewer
 
 
 @dataclass(frozen=True)
 class Loader:
-    """How a worker reads: in `processes` of its own beside it, or itself (0); whether labels stay on the CPU."""
+    """How a worker reads.
+
+    Args:
+        device: where batches go.
+        processes: that read and decode beside the worker; 0: the worker itself.
+        labels_stay: on the CPU.
+        max_broken_share: of a set, above which the run stops.
+        note: told about every sample that was skipped, once.
+        broken: the sentences of those met so far.
+    """
 
     device: torch.device
     processes: int = 0
     labels_stay: bool = False
+    max_broken_share: float = 0.0
+    note: Callable[[str], None] = lambda sentence: None
+    broken: dict[str, None] = field(default_factory=dict)
 
-    def __call__(self, batches: "Batched") -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def __call__(self, batches: "Batched", total: int | None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Read batches and bring them to the device: images [b, 3, H, W] and labels [b].
 
+        Args:
+            batches: what to read.
+            total: samples in the set, if that is known.
+
         Raises:
-            InputError: an image or a label cannot be read.
+            InputError: a shard cannot be read, or too many samples cannot be used.
         """
         loader = webdataset.WebLoader(
             webdataset.DataPipeline(batches),
@@ -45,12 +66,33 @@ class Loader:
             prefetch_factor=4 if self.processes else None,
             generator=torch.Generator(),  # or it would draw from everybody's
         )
+        broken: set[str] = set()
+        drawn = 0
         for batch in loader:
             if isinstance(batch, str):  # an input error, carried as it is out of the loader process
                 raise InputError(batch)
-            images, labels = batch
-            images = images.to(self.device, non_blocking=True)
-            yield images, labels if self.labels_stay else labels.to(self.device, non_blocking=True)
+            images, labels, skipped = batch
+            drawn += len(labels) + len(skipped)
+            if skipped:
+                broken.update(skipped)
+                self._bear(skipped[0], len(broken), total or max(drawn, FEW))
+                self._name(skipped)
+            if len(labels):
+                images = images.to(self.device, non_blocking=True)
+                yield images, labels if self.labels_stay else labels.to(self.device, non_blocking=True)
+
+    def _bear(self, sentence: str, broken: int, total: int) -> None:
+        if broken > self.max_broken_share * total:
+            raise InputError(
+                f"{sentence}; found {broken} such samples of {total}, expected at most a share of "
+                f"{self.max_broken_share:g} (compute.max_broken_share)"
+            )
+
+    def _name(self, skipped: list[str]) -> None:
+        for sentence in skipped:
+            if sentence not in self.broken:
+                self.broken[sentence] = None
+                self.note(f"skipped {sentence}")
 
 
 @dataclass(frozen=True)
@@ -60,21 +102,55 @@ class Decode:
     transform: Transform
     label_of: LabelOf
 
-    def __call__(self, sample: Sample) -> tuple[torch.Tensor, Label]:
-        """Decode one image.
+    def __call__(self, sample: Sample) -> Decoded:
+        """Decode one image and transform it.
 
         Raises:
-            InputError: the image or the label cannot be read.
+            BrokenSampleError: the image or the label cannot be read.
+        """
+        image, label = self.read(sample)
+        return self.transform(image), label
+
+    def read(self, sample: Sample) -> tuple[Image.Image, Label]:
+        """Decode one image, as it is.
+
+        Raises:
+            BrokenSampleError: the image or the label cannot be read.
         """
         label = self.label_of(sample)
         try:
             with Image.open(io.BytesIO(sample.image)) as image:
-                return self.transform(image.convert("RGB")), label
-        except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
-            raise InputError(f"{sample.shard}: sample '{sample.key}' is no readable image ({error})") from error
+                return image.convert("RGB"), label
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            unknown = isinstance(error, UnidentifiedImageError)  # its own words show an address, another each time
+            reason = f"found {len(sample.image)} bytes of no known format" if unknown else error
+            raise BrokenSampleError(f"{sample.shard}: sample '{sample.key}' is no readable image ({reason})") from error
 
 
-Decoded = Iterator[tuple[torch.Tensor, Label]]
+@dataclass
+class DecodedImages:
+    """Decoded images kept in memory by their places in the set, until a budget is used up.
+
+    budget: in bytes.
+    """
+
+    budget: int
+    _kept: dict[int, tuple[Image.Image, Label]] = field(default_factory=dict)
+
+    def read(self, sample: Sample, decode: Decode) -> tuple[Image.Image, Label]:
+        """Decode a sample, or take what is kept of it.
+
+        Raises:
+            BrokenSampleError: the image or the label cannot be read.
+        """
+        if sample.place in self._kept:
+            return self._kept[sample.place]
+        image, label = decode.read(sample)
+        size = 3 * image.width * image.height
+        if sample.place >= 0 and size <= self.budget:
+            self.budget -= size
+            self._kept[sample.place] = image, label
+        return image, label
 
 
 @dataclass(frozen=True)
@@ -88,6 +164,7 @@ class TrainingImages:
         batch_size: images in a global batch.
         own: this worker's part of a global batch.
         first_step: steps already taken.
+        keep_bytes: memory for decoded images, over all loader processes.
     """
 
     samples: Samples
@@ -96,14 +173,28 @@ class TrainingImages:
     batch_size: int
     own: range
     first_step: int = 0
+    keep_bytes: int = 0
 
-    def __call__(self) -> Decoded:
+    def __call__(self) -> Items:
         """Yield what this loader process decodes: every so-many-th batch of the worker."""
-        for position, sample in zip(self._positions(), self.samples.at(self._positions(), self.seed), strict=True):
+        kept = DecodedImages(self.keep_bytes // _process()[1])
+        for position, draw in zip(self._positions(), self.samples.at(self._positions(), self.seed), strict=True):
+            yield from self._decode(position, draw, kept)
+
+    def _decode(self, position: int, draw: Draw, kept: DecodedImages) -> Items:
+        """Decode the sample at a position, or what stands in for it."""
+        for attempt in range(ATTEMPTS):
+            try:
+                image, label = kept.read(draw(attempt), self.decode)
+            except BrokenSampleError as error:
+                yield str(error)
+                continue
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(seed_of(self.seed, position))
-                decoded = self.decode(sample)
+                decoded = self.decode.transform(image), label
             yield decoded
+            return
+        raise InputError(f"{draw(0).shard}: found no usable sample in {ATTEMPTS} attempts, expected readable images")
 
     def _positions(self) -> Iterator[int]:
         process, processes = _process()
@@ -112,7 +203,7 @@ class TrainingImages:
 
     def batches(self, loader: Loader) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Images [b, 3, H, W] and labels [b]; the b of all workers add up to the global batch."""
-        return loader(Batched(self, len(self.own)))
+        return loader(Batched(self, len(self.own)), _count(self.samples))
 
 
 @dataclass(frozen=True)
@@ -124,31 +215,46 @@ class EvaluationImages:
     worker: int
     workers: int
 
-    def __call__(self) -> Decoded:
+    def __call__(self) -> Items:
         """Yield what this loader process decodes."""
         process, processes = _process()
         part = self.worker * processes + process
-        return map(self.decode, self.samples.once(part, self.workers * processes))
+        for sample in self.samples.once(part, self.workers * processes):
+            try:
+                yield self.decode(sample)
+            except BrokenSampleError as error:
+                yield str(error)
 
     def batches(self, batch_size: int, loader: Loader) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Images [b, 3, H, W] and labels [b], with b at most `batch_size`."""
-        return loader(Batched(self, batch_size))
+        return loader(Batched(self, batch_size), _count(self.samples))
 
 
 @dataclass(frozen=True)
 class Batched:
     """Decoded images, stacked; an input error ends the stream as its sentence, to cross process borders whole."""
 
-    decoded: Callable[[], Decoded]
+    items: Callable[[], Items]
     batch_size: int
 
     def __call__(self) -> Iterator[Any]:
-        """Yield (images, labels), or the sentence."""
-        stack = webdataset.filters.batched(self.batch_size, collation_fn=_stack)
+        """Yield (images, labels, sentences of what was skipped), or the sentence that ends the stream."""
+        batch: list[Decoded] = []
+        skipped: list[str] = []
         try:
-            yield from stack(self.decoded())
+            for item in self.items():
+                if isinstance(item, str):
+                    skipped.append(item)
+                else:
+                    batch.append(item)
+                if len(batch) == self.batch_size:
+                    yield *_stack(batch), skipped
+                    batch, skipped = [], []
         except InputError as error:
             yield str(error)
+            return
+        if batch or skipped:
+            yield *_stack(batch), skipped
 
 
 def _process() -> tuple[int, int]:
@@ -157,6 +263,13 @@ def _process() -> tuple[int, int]:
     return (info.id, info.num_workers) if info else (0, 1)
 
 
-def _stack(samples: list[tuple[torch.Tensor, Label]]) -> tuple[torch.Tensor, torch.Tensor]:
+def _count(samples: Samples) -> int | None:
+    """Samples in a set; `None` for a stream, whose length is not known beforehand."""
+    return len(samples) if isinstance(samples, IndexedSamples) else None
+
+
+def _stack(samples: list[Decoded]) -> tuple[torch.Tensor, torch.Tensor]:
+    if not samples:
+        return torch.empty(0), torch.empty(0)
     images, labels = zip(*samples, strict=True)
     return torch.stack(images), torch.tensor(labels)

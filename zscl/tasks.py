@@ -22,7 +22,7 @@ import webdataset
 from schemas.base import InputError
 from schemas.data import Reference, Task
 from zscl.files import digest, file_digest, whole_folder, write_text
-from zscl.shards import IMAGE_SUFFIXES, IndexedSamples, Sample, StreamedSamples, open_samples
+from zscl.shards import IMAGE_SUFFIXES, BrokenSampleError, IndexedSamples, Sample, StreamedSamples, open_samples
 
 MANIFEST = "zscl.json"
 
@@ -36,7 +36,7 @@ def text_of(location: str) -> str | None:
         return None
     except UnicodeDecodeError as error:
         raise InputError(f"{location}: found no UTF-8 text ({error.reason}), expected a text file in UTF-8") from error
-    except (OSError, ImportError, ValueError) as error:
+    except Exception as error:  # fsspec raises what its stores raise: no credentials, no such bucket, ...
         raise InputError(f"{location}: cannot be read ({error}), expected a text file") from error
 
 
@@ -63,10 +63,11 @@ class TaskFolder:
     path: str
     classnames: tuple[str, ...]
     templates: tuple[str, ...]
+    cache: str | None = None
 
     @classmethod
-    def open(cls, task: Task) -> "TaskFolder":
-        """Read a task's class names and templates.
+    def open(cls, task: Task, cache: str | None = None) -> "TaskFolder":
+        """Read a task's class names and templates; remote shards go through `cache`, if any.
 
         Raises:
             InputError: the folder, a file of it or the template's `{c}` is missing.
@@ -84,7 +85,7 @@ class TaskFolder:
         for template in templates:
             if "{c}" not in template:
                 raise InputError(f"{file}: found the template {template!r}, expected a {{c}} for the class name in it")
-        return cls(task.name, task.path, tuple(classnames), tuple(templates))
+        return cls(task.name, task.path, tuple(classnames), tuple(templates), cache)
 
     def prompts(self, template: str) -> list[str]:
         """Every class name in a template, in label order."""
@@ -93,12 +94,12 @@ class TaskFolder:
     @cached_property
     def train(self) -> IndexedSamples | StreamedSamples:
         """The training images."""
-        return open_samples(self.shards("train"))
+        return open_samples(self.shards("train"), self.cache)
 
     @cached_property
     def test(self) -> IndexedSamples | StreamedSamples:
         """The test images."""
-        return open_samples(self.shards("test"))
+        return open_samples(self.shards("test"), self.cache)
 
     def shards(self, split: str) -> list[str]:
         """Locations of a split's shards.
@@ -106,15 +107,24 @@ class TaskFolder:
         Raises:
             InputError: nshards.txt is missing, is not a number above 0, or promises a shard that is not there.
         """
+        shards = self.promised_shards(split)
+        for shard in shards:
+            if "://" not in shard and not Path(shard).is_file():
+                file = f"{self.path}/{split}/nshards.txt"
+                raise InputError(f"{shard}: found no such file, expected {len(shards)} shards as {file} says")
+        return shards
+
+    def promised_shards(self, split: str) -> list[str]:
+        """Locations of a split's shards as nshards.txt promises them, whether they are there or not.
+
+        Raises:
+            InputError: nshards.txt is missing, or is not a number above 0.
+        """
         file = f"{self.path}/{split}/nshards.txt"
         [count] = lines_of(file, "the number of shards")[:1]
         if not count.isdecimal() or int(count) < 1:
             raise InputError(f"{file}: found {count!r}, expected the number of shards, at least 1")
-        shards = [f"{self.path}/{split}/{index}.tar" for index in range(int(count))]
-        for shard in shards:
-            if "://" not in shard and not Path(shard).is_file():
-                raise InputError(f"{shard}: found no such file, expected {count} shards as {file} says")
-        return shards
+        return [f"{self.path}/{split}/{index}.tar" for index in range(int(count))]
 
     def label_of(self, sample: Sample) -> int:
         """See `label`."""
@@ -124,28 +134,42 @@ class TaskFolder:
         """Read a sample's label.
 
         Raises:
-            InputError: it is missing or outside the class list.
+            BrokenSampleError: it is missing or outside the class list.
         """
         if content is None:
-            raise InputError(f"{shard}: sample '{key}' has no .cls member, expected its label")
+            raise BrokenSampleError(f"{shard}: sample '{key}' has no .cls member, expected its label")
         text = content.decode("ascii", errors="replace").strip()
         if not text.isdecimal() or int(text) >= len(self.classnames):
-            raise InputError(
+            raise BrokenSampleError(
                 f"{shard}: sample '{key}' has the label {text!r}, "
                 f"expected 0 to {len(self.classnames) - 1} ({self.path}/classnames.txt)"
             )
         return int(text)
 
-    def check(self) -> None:
-        """Look at every local shard and label before anything starts.
+    def check(self, max_broken_share: float = 0.0) -> list[str]:
+        """Look at every local shard and label before anything starts. Returns a sentence a label that is unusable.
+
+        Args:
+            max_broken_share: of a split's samples, that may be.
 
         Raises:
-            InputError: a shard is missing or broken, or a label is missing or outside the class list.
+            InputError: a shard is missing or broken, or too many labels are missing or outside the class list.
         """
-        for split in (self.train, self.test):
-            if isinstance(split, IndexedSamples):
-                for shard, key, label in split.labels():
-                    self.label(label, shard, key)
+        return [sentence for split in (self.train, self.test) for sentence in self._check(split, max_broken_share)]
+
+    def _check(self, split: IndexedSamples | StreamedSamples, max_broken_share: float) -> list[str]:
+        found: list[str] = []
+        for shard, key, label in split.labels() if isinstance(split, IndexedSamples) else ():
+            try:
+                self.label(label, shard, key)
+            except BrokenSampleError as error:
+                found.append(str(error))
+        if isinstance(split, IndexedSamples) and len(found) > max_broken_share * len(split):
+            raise InputError(
+                f"{found[0]}; found {len(found)} such samples of {len(split)}, expected at most a share of "
+                f"{max_broken_share:g} (compute.max_broken_share)"
+            )
+        return found
 
     @cached_property
     def digest(self) -> str:
@@ -179,8 +203,8 @@ class TaskFolder:
 class ReferenceSet:
     """A reference set, opened: unlabelled images and unpaired texts."""
 
-    def __init__(self, reference: Reference) -> None:
-        self.images = open_samples(reference.images)
+    def __init__(self, reference: Reference, cache: str | None = None) -> None:
+        self.images = open_samples(reference.images, cache)
         self.texts = self._texts(reference)[: reference.max_texts]
         if not self.texts:
             raise InputError(

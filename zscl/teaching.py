@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -21,8 +21,8 @@ from zscl.noise import NoiseSamples
 from zscl.objective import Teacher
 from zscl.opened import Opened, open_experiment
 from zscl.shards import IndexedSamples, Samples
-from zscl.streams import Loader
 from zscl.tasks import TaskFolder
+from zscl.training import loader_of
 
 Report = Callable[[BaseModel], None]
 
@@ -99,7 +99,9 @@ class Teaching:
         assert isinstance(images, IndexedSamples)
         assert weights is not None
         precision = experiment.optimisation.precision
-        store = features.store_of(self.store, clip, weights, precision, images, texts.shape[1])
+        store = features.store_of(self.store, clip, weights, precision, images, texts.shape[1], self._note)
+        if store is None:
+            return Teacher(images, texts, lambda shown, identities: encode(shown))
         stored = features.StoredFeatures(store, encode, self._note)
         if way == "ahead":
             self._embed_ahead(stored, images, clip)
@@ -139,7 +141,7 @@ class Teaching:
         computed = stored.fill(
             images,
             clip,
-            Loader(self.device, compute.loader_processes, labels_stay=True),
+            replace(loader_of(compute, self.device, self.report), labels_stay=True),
             compute.evaluation_batch_size,
             progress=lambda done, total: self.report(ImagesEmbedded(done=done, total=total)),
         )
@@ -210,6 +212,7 @@ def embed_reference(
     teaching = Teaching(opened, store_beside(run), device, report if rank() == 0 else lambda progress: None)
     teacher = teaching.teacher(1, load(experiment.model, device), exemplars=())
     assert teacher is not None
-    assert isinstance(teacher.image_features, features.StoredFeatures)
+    if not isinstance(teacher.image_features, features.StoredFeatures):
+        raise InputError(f"{store_beside(run)}: cannot be written, expected a folder with room for the features")
     store = teacher.image_features.store
     return Embedded(folder=str(store.folder), images=len(images), texts=len(teacher.texts), megabytes=store.megabytes)

@@ -24,14 +24,23 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from schemas.base import InputError
-from schemas.compute import Compute, Saving, Savings
+from schemas.compute import Compute, Savings
+from zscl.distributed import sum_over_workers, world_size
 from zscl.model import at_least_float32, image_size
 
 TOLERANCE = 1e-5  # largest difference between normalised features that round-off explains
 
 
+IMAGE_SAVINGS = ("pooled_row",)
+TEXT_SAVINGS = ("context_cut", "packed_prompts", "pooled_row", "used_embeddings")
+
+
 class NotApplicableError(Exception):
     """A tower is built differently from what a saving needs; says how."""
+
+
+class OutputsDifferError(NotApplicableError):
+    """A tower's structure gives no reason, but its features do."""
 
 
 # --------------------------------------------------------------------------------------------- prompts, packed
@@ -109,8 +118,9 @@ def _project(attention: nn.MultiheadAttention, rows: torch.Tensor, parts: slice)
     """
     width = rows.shape[-1]
     within = slice(parts.start * width, parts.stop * width)
-    seen = attention.in_proj_bias.unflatten(0, (3, width)) * rows.new_tensor([[1.0], [0.0], [1.0]])
-    projected = F.linear(rows, attention.in_proj_weight[within], seen.flatten()[within])
+    bias = attention.in_proj_bias
+    seen = torch.cat([bias[:width], bias.new_zeros(width), bias[2 * width :]])
+    projected = F.linear(rows, attention.in_proj_weight[within], seen[within])
     return [part.unflatten(-1, (attention.num_heads, -1)) for part in projected.split(width, dim=-1)]
 
 
@@ -325,9 +335,11 @@ class Towers(nn.Module):
         self._used: UsedEmbeddings | None = None
         self._prompts: Prompts | None = None
         savings, checkpointed = compute.savings, compute.gradient_checkpointing
-        clip.set_grad_checkpointing(checkpointed)  # type: ignore[operator]
-        self._image_tower = _image_tower(clip, savings, checkpointed)
-        self._text_tower = _text_tower(clip, self._tokens, savings, checkpointed)
+        if checkpointed:  # some of open_clip's towers take any answer for yes
+            clip.set_grad_checkpointing(True)  # type: ignore[operator]
+        self.notes: list[str] = []
+        self._image_tower = _image_tower(clip, savings, checkpointed, self.notes)
+        self._text_tower = _text_tower(clip, tokens, savings, checkpointed, self.notes)
         self._pooled_row = savings.pooled_row != "never"
         if self._text_tower is not None:
             self._prompts = _lay_out(self._text_tower, self._tokens, savings)
@@ -380,11 +392,11 @@ class Towers(nn.Module):
 
 
 def _lay_out(tower: TextTower, tokens: torch.Tensor, savings: Savings) -> Prompts:
-    cut, pack = savings.context_cut != "never", savings.packed_prompts != "never"
-    return lay_out(tokens, tower.ends(tokens), cut=cut, pack=pack)
+    cut = savings.context_cut != "never"
+    return lay_out(tokens, tower.ends(tokens), cut=cut, pack=cut and savings.packed_prompts != "never")
 
 
-def _image_tower(clip: nn.Module, savings: Savings, checkpointed: bool) -> ImageTower | None:
+def _image_tower(clip: nn.Module, savings: Savings, checkpointed: bool, notes: list[str]) -> ImageTower | None:
     """The image tower by rows, where it may be used and gives the model's own features."""
     if savings.pooled_row == "never":
         return None
@@ -395,59 +407,70 @@ def _image_tower(clip: nn.Module, savings: Savings, checkpointed: bool) -> Image
         images = images.to(tower.visual.conv1.weight)
         _check(clip, tower, clip.encode_image, images, images)  # type: ignore[arg-type]
     except NotApplicableError as reason:
-        _refuse_if_asked({"pooled_row": savings.pooled_row}, "image", reason)
+        _do_without(IMAGE_SAVINGS, savings, "image", reason, notes)
         return None
     return tower
 
 
-def _text_tower(clip: nn.Module, tokens: torch.Tensor, savings: Savings, checkpointed: bool) -> TextTower | None:
+def _text_tower(
+    clip: nn.Module, tokens: torch.Tensor, savings: Savings, checkpointed: bool, notes: list[str]
+) -> TextTower | None:
     """The text tower by rows, where it may be used and gives the model's own features."""
-    switches = {
-        "context_cut": savings.context_cut,
-        "packed_prompts": savings.packed_prompts,
-        "pooled_row": savings.pooled_row,
-        "used_embeddings": savings.used_embeddings,
-    }
-    if set(switches.values()) == {"never"}:
+    if all(getattr(savings, name) == "never" for name in TEXT_SAVINGS):
         return None
     try:
         tower = TextTower.of(clip, checkpointed)
-        few = tokens[:3]
+        few = tokens[:3]  # the same on every worker
         _check(clip, tower, clip.encode_text, _lay_out(tower, few, savings), few)  # type: ignore[arg-type]
     except NotApplicableError as reason:
-        _refuse_if_asked(switches, "text", reason)
+        _do_without(TEXT_SAVINGS, savings, "text", reason, notes)
         return None
     return tower
+
+
+def _do_without(
+    names: Sequence[str], savings: Savings, tower: str, reason: NotApplicableError, notes: list[str]
+) -> None:
+    """Refuse where a saving was asked for; note where only the outputs told that it cannot be used."""
+    for name in names:
+        if getattr(savings, name) == "always":
+            raise InputError(
+                f"compute.savings.{name}: found always, but the model's {tower} tower does not allow it ({reason}), "
+                "expected auto or never"
+            ) from reason
+    if isinstance(reason, OutputsDifferError):
+        notes.append(f"the {tower} tower is computed in full: {reason}")
 
 
 @torch.no_grad()
 def _check(
     clip: nn.Module, ours: Callable[..., torch.Tensor], plain: Callable[..., torch.Tensor], own: object, whole: object
 ) -> None:
-    """See that a tower by rows gives what open_clip gives."""
+    """See that a tower by rows gives what open_clip gives, on every worker.
+
+    Raises:
+        OutputsDifferError: on one of them, it does not.
+    """
     was_training = clip.training
     clip.eval()
     difference = float((ours(own) - plain(whole, normalize=True)).abs().max())
     clip.train(was_training)
-    if not difference <= TOLERANCE:
-        raise NotApplicableError(f"its features would differ by {difference:.1g}")
+    [agreeing] = sum_over_workers(difference <= TOLERANCE)
+    if agreeing < world_size():
+        raise OutputsDifferError(f"its features would differ by {difference:.1g}")
 
 
-def _refuse_if_asked(switches: dict[str, Saving], tower: str, reason: NotApplicableError) -> None:
-    for name, switch in switches.items():
-        if switch == "always":
-            raise InputError(
-                f"compute.savings.{name}: found always, but the model's {tower} tower does not allow it ({reason}), "
-                "expected auto or never"
-            ) from reason
+def left_in_full(clip: nn.Module, savings: Savings) -> list[str]:
+    """Which towers a model's structure leaves to be computed in full, and why; a sentence each.
 
-
-def left_in_full(clip: nn.Module) -> list[str]:
-    """Which towers of a model are computed in full, and why; a sentence each."""
+    Raises:
+        InputError: a saving is asked for that the structure does not allow.
+    """
     found = []
-    for name, tower in (("image", ImageTower), ("text", TextTower)):
+    for name, tower, wanted in (("image", ImageTower, IMAGE_SAVINGS), ("text", TextTower, TEXT_SAVINGS)):
         try:
             tower.of(clip)
         except NotApplicableError as reason:
+            _do_without(wanted, savings, name, reason, notes=[])
             found.append(f"the {name} tower is computed in full: {reason}")
     return found

@@ -12,11 +12,12 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from schemas.base import InputError
+from schemas.compute import Compute
 from schemas.experiment import Experiment
-from schemas.results import StageResult, StepLosses, StepsTaken
+from schemas.results import Note, StageResult, StepLosses, StepsTaken
 from zscl import objective
 from zscl.averaging import hand_on, trained_parameters
-from zscl.distributed import gather_with_gradient, rank, share, world_size
+from zscl.distributed import gather_sentences, gather_with_gradient, rank, share, world_size
 from zscl.model import Clip, precision_context
 from zscl.objective import Batch, Features, Objective, Teacher
 from zscl.shards import Sample, Samples, seed_of
@@ -25,7 +26,7 @@ from zscl.tasks import TaskFolder
 from zscl.towers import Towers
 
 REPORT_EVERY_SECONDS = 1.0
-Report = Callable[[StepsTaken], None]
+Report = Callable[[StepsTaken | Note], None]
 
 
 @dataclass(frozen=True)
@@ -113,10 +114,13 @@ def train_stage(
         compute=experiment.compute,
         unused_embeddings_stay=optimisation.weight_decay == 0,
     )
+    for note in towers.notes:
+        report(Note(text=note))
     trained = trained_parameters(model)
     start = [parameter.detach().clone() for parameter in trained] if experiment.method.looks_back else []
     losses_of = objective.build(experiment, trained, start, teacher)
-    batches = training_batches(experiment, stage, folder, clip, teacher.images if teacher else None, device)
+    loader = loader_of(experiment.compute, device, report)
+    batches = training_batches(experiment, stage, folder, clip, teacher.images if teacher else None, loader)
     student = Student(
         towers=distribute(towers, device),
         prompts=len(tokens),
@@ -151,6 +155,7 @@ def train_stage(
         images_per_second=steps * images_per_step / journal.seconds,
         merges=handed_on.merges,
         losses=journal.steps[-1].losses,
+        broken=tuple(gather_sentences(loader.broken)),
     )
     return handed_on.model, result, journal.steps
 
@@ -168,22 +173,34 @@ def adamw(parameters: list[nn.Parameter], learning_rate: float, experiment: Expe
     )
 
 
+def loader_of(compute: Compute, device: torch.device, report: Callable[[Note], None]) -> Loader:
+    """How a worker reads; what it skips is reported."""
+    return Loader(
+        device,
+        compute.loader_processes,
+        max_broken_share=compute.max_broken_share,
+        note=lambda sentence: report(Note(text=sentence)),
+    )
+
+
 def training_batches(
     experiment: Experiment,
     stage: int,
     folder: TaskFolder,
     clip: Clip,
     distilled: Samples | None,
-    device: torch.device,
+    loader: Loader,
 ) -> Iterator[Batch]:
     """This worker's endless batches of a stage: task images augmented, distilled ones as in evaluation."""
-    optimisation, loader = experiment.optimisation, Loader(device, experiment.compute.loader_processes)
+    optimisation = experiment.optimisation
+    keep_bytes = experiment.compute.decoded_megabytes * 1_000_000 // (1 if distilled is None else 2)
     images = TrainingImages(
         samples=folder.train,
         decode=Decode(clip.train_transform, folder.label_of),
         seed=seed_of(experiment.seed, stage, "task"),
         batch_size=optimisation.batch_size,
         own=share(optimisation.batch_size),
+        keep_bytes=keep_bytes,
     ).batches(loader)
     if distilled is None:
         return (Batch(batch, labels) for batch, labels in images)
@@ -193,6 +210,7 @@ def training_batches(
         seed=seed_of(experiment.seed, stage, "reference"),
         batch_size=optimisation.reference_batch_size,
         own=share(optimisation.reference_batch_size),
+        keep_bytes=keep_bytes,
     ).batches(replace(loader, labels_stay=True))
     return (Batch(*ours, *theirs) for ours, theirs in zip(images, references, strict=True))
 

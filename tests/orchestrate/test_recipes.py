@@ -120,7 +120,8 @@ def test_dry_run_starts_nothing_and_says_what_it_would_do(
     assert (plan["steps"], plan["images_through_student"]) == (15, 15 * (6 + 5))
     assert (plan["reference_images"], plan["reference_texts"]) == (14, 14)
     assert plan["fingerprint"][:8] in plan["folder"]
-    assert (plan["teacher_features"], plan["computed_in_full"]) == ("ahead", [])
+    assert plan["teacher_features"] == dict.fromkeys(plan["stages"], "ahead")
+    assert plan["computed_in_full"] == []
     assert not (tmp_path / "runs").exists()
 
 
@@ -205,3 +206,25 @@ def test_a_wrong_table_is_refused(table: Path, content: dict[str, Any], sentence
 def test_a_recipe_without_rows_has_no_variants(file: Path) -> None:
     with pytest.raises(InputError, match="--variant a: found no variants"):
         recipes.load_experiment(file, variant="a")
+
+
+def test_a_dry_run_refuses_a_saving_that_the_model_does_not_allow(file: Path, zscl: Callable[..., Command]) -> None:
+    found = zscl("run", file, "--dry-run", "--set", "model=embedded", "--set", "compute.savings.pooled_row=always")
+    assert found.code == 2
+    assert "compute.savings.pooled_row: found always, but the model's image tower does not allow it" in found.error
+
+
+def test_a_dry_run_counts_what_is_distilled_without_a_reference_set(file: Path, zscl: Callable[..., Command]) -> None:
+    found = zscl("run", file, "--dry-run", "--json", "--set", "method=lwf", "--set", "reference=null")
+    plan = json.loads(found.out)["plan"]
+    assert plan["images_through_student"] == 15 * (6 + 5)
+    assert plan["teacher_features"] == dict.fromkeys(plan["stages"], "never")
+
+
+def test_a_variants_folder_is_the_one_asked_for(table: Path, tmp_path: Path, zscl: Callable[..., Command]) -> None:
+    for variant, folders in {"short": ["out"], "all": ["out/plain", "out/short", "out/as-it-is"]}.items():
+        content = json.loads(
+            zscl("run", table, "--dry-run", "--json", "--variant", variant, "--out", tmp_path / "out").out
+        )
+        plans = content.get("variants", [content])
+        assert [each["plan"]["folder"] for each in plans] == [str(tmp_path / folder) for folder in folders]

@@ -70,7 +70,26 @@ def refused(content: dict[str, Any]) -> str:
                 "optimisation": {"weight_decay": 0.1},
                 "compute": {"savings": {"used_embeddings": "always"}},
             },
-            "compute.savings.used_embeddings is always with optimisation.weight_decay",
+            "compute.savings.used_embeddings is always, expected auto or never: the unused embeddings decay, too",
+        ),
+        (
+            {"method": {"preset": "we", "train": "image_tower"}, "compute": {"savings": {"used_embeddings": "always"}}},
+            "compute.savings.used_embeddings is always, expected auto or never: the text tower is not trained",
+        ),
+        (
+            {"compute": {"savings": {"packed_prompts": "always", "context_cut": "never"}}},
+            "compute.savings: packed_prompts is always with context_cut never",
+        ),
+        ({"method": "lwf", "compute": {"teacher_features": "ahead"}}, "compute.teacher_features is ahead"),
+        ({"method": {"preset": "zero-shot", "train": "image_tower"}}, "which nothing reads, expected task_loss"),
+        (
+            {
+                "method": {
+                    "preset": "zscl",
+                    "distill": {"image_weight": 0.0, "text_weight": 0.0, "feature_weight": 1.0, "temperature": 3.0},
+                }
+            },
+            "found temperature 3.0, which nothing reads, expected another weight than feature_weight beside it",
         ),
         ({"compute": {"savings": {"context_cut": "yes"}}}, "compute.savings.context_cut: Input should be 'auto'"),
         (

@@ -28,6 +28,7 @@ from zscl.opened import open_experiment
 from zscl.reference import random_sentences, tokens_of
 from zscl.sequence import run_sequence
 from zscl.shards import Samples
+from zscl.streams import Loader
 from zscl.training import learning_rate_factor, training_batches
 
 CPU = torch.device("cpu")
@@ -192,7 +193,7 @@ def derive_stage(made: Experiment, folder: Path, stage: int) -> Derived:
     if images is None:
         parts -= {"distill"}
     prompts = clip.tokenizer(task.prompts(task.templates[0]))
-    batches = training_batches(made, stage, task, clip, images, CPU)
+    batches = training_batches(made, stage, task, clip, images, Loader(CPU))
     rate = made.tasks[stage - 1].learning_rate
     assert rate is not None
     return derive(clip.model, teacher, parts, batches, prompts, tokens, rate)
@@ -249,7 +250,7 @@ def test_lwf_distils_the_tasks_own_images_and_prompts(experiment: Callable[..., 
         clip.tokenizer(task.prompts(task.templates[0])),
     )
     plain = [clip.evaluation_transform(Image.open(io.BytesIO(s.image))) for s in task.train.once(0, 1)]
-    batch = next(training_batches(made, 2, task, clip, task.train, CPU))
+    batch = next(training_batches(made, 2, task, clip, task.train, Loader(CPU)))
     assert batch.references is not None
     assert all(any(torch.equal(image, other) for other in plain) for image in batch.references)
 
@@ -274,7 +275,7 @@ def test_stages_and_streams_have_orders_of_their_own(experiment: Callable[..., E
     task = opened.tasks[0]
     assert opened.reference is not None
     images = opened.reference.images
-    one, two = (next(training_batches(made, stage, task, clip, images, CPU)) for stage in (1, 2))
+    one, two = (next(training_batches(made, stage, task, clip, images, Loader(CPU))) for stage in (1, 2))
     assert not torch.equal(one.images, two.images)
     assert one.references is not None
     assert two.references is not None
@@ -286,7 +287,7 @@ def test_reference_images_are_seen_as_in_evaluation(experiment: Callable[..., Ex
     opened, clip = open_experiment(made), load(made.model)
     assert opened.reference is not None
     plain = [clip.evaluation_transform(Image.open(io.BytesIO(s.image))) for s in opened.reference.images.once(0, 1)]
-    batch = next(training_batches(made, 1, opened.tasks[0], clip, opened.reference.images, CPU))
+    batch = next(training_batches(made, 1, opened.tasks[0], clip, opened.reference.images, Loader(CPU)))
     assert batch.references is not None
     for image in batch.references:
         assert any(torch.equal(image, other) for other in plain)

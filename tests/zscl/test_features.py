@@ -36,8 +36,7 @@ def test_gives_back_what_was_stored_and_says_what_it_lacks(store: FeatureStore) 
         found, known = opened.read(IDENTITIES)
         assert torch.equal(found, features)
         assert known.all()
-        assert opened.missing(range(5)) == [1, 3, 4]
-        assert opened.missing(range(2, 4)) == [3]
+        assert opened.missing() == [1, 3, 4]
 
 
 def test_another_image_in_the_same_place_is_unknown(store: FeatureStore) -> None:
@@ -81,6 +80,26 @@ def test_a_full_disk_is_said_once_and_changes_nothing(tmp_path: Path) -> None:
     assert "no longer stored" in said[0]
 
 
+def test_a_store_that_cannot_be_made_is_done_without(experiment: Callable[..., Experiment], tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/teacher").write_text("in the way")
+    found, said = run(experiment(), tmp_path / "a/run")
+    assert "teacher features are not stored" in notes(said)
+    assert "teacher embeddings of texts are not stored" in notes(said)
+    never = experiment(compute={"device": "cpu", "teacher_features": "never"})
+    assert found == run(never, tmp_path / "b/run")[0]
+
+
+def test_a_damaged_store_is_made_again(experiment: Callable[..., Experiment], tmp_path: Path) -> None:
+    before, _ = run(experiment(), tmp_path / "first")
+    [folder] = (tmp_path / "teacher").glob("images-*")
+    for damage in (lambda: (folder / FEATURES).unlink(), lambda: (folder / CHECKS).write_bytes(b"")):
+        damage()
+        again, said = run(experiment(), tmp_path / f"again-{len(list(tmp_path.iterdir()))}")
+        assert "Teacher embedded 14 images, once" in notes(said)
+        assert again == before
+
+
 def test_how_much_of_a_set_a_run_meets() -> None:
     assert share_met(100, [50]) == pytest.approx(0.5)
     assert share_met(100, [50, 50]) == pytest.approx(0.75)
@@ -112,7 +131,7 @@ def test_ahead_as_met_and_never_give_the_same_run(experiment: Callable[..., Expe
         assert any(isinstance(each, ImagesEmbedded) for each in said) == (way == "ahead")
         assert ("Teacher embedded 14 images, once" in notes(said)) == (way == "ahead")
         if stores:
-            assert FeatureStore(stores[0], 14, 16, torch.float32).missing(range(14)) == []
+            assert FeatureStore(stores[0], 14, 16, torch.float32).missing() == []
 
     def numbers(text: list[str]) -> list[float]:
         return [float(cell) for part in text for line in part.splitlines()[1:] for cell in line.split(",")]
@@ -130,7 +149,7 @@ def test_by_default_a_small_set_is_embedded_ahead_and_a_large_one_as_it_is_met(
     _, said = run(experiment(optimisation=few), tmp_path / "large/run")
     assert not any(isinstance(each, ImagesEmbedded) for each in said)
     [folder] = (tmp_path / "large/teacher").glob("images-*")
-    assert 0 < len(FeatureStore(folder, 14, 16, torch.float32).missing(range(14))) < 14
+    assert 0 < len(FeatureStore(folder, 14, 16, torch.float32).missing()) < 14
 
 
 def models_alive() -> int:

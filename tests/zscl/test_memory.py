@@ -42,12 +42,12 @@ def test_the_best_of_each_class_come_first() -> None:
     torch.manual_seed(0)
     features = torch.nn.functional.normalize(torch.randn(9, 3), dim=1)
     labels = torch.tensor([0, 1, 0, 1, 0, 1, 0, 1, 1])
-    chosen = choose(features, labels, 2)
+    chosen = choose(features, labels, torch.arange(9) + 3, 2)
     assert [label for _, label in chosen] == [0, 1, 0, 1]
     for label in (0, 1):
         places = [place for place, found in chosen if found == label]
         own = [index for index in range(9) if labels[index] == label]
-        assert places == [own[index] for index in herd(features[labels == label], 2)]
+        assert places == [3 + own[index] for index in herd(features[labels == label], 2)]
 
 
 def test_what_is_written_is_recalled_and_shrinks_from_the_back(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from zscl.model import image_size, load
 from zscl.noise import NoiseSamples
 from zscl.opened import open_experiment
 from zscl.reference import tokens_of
+from zscl.streams import Loader
 from zscl.training import training_batches
 
 CPU = torch.device("cpu")
@@ -33,7 +34,7 @@ def test_class_prompts_of_any_tasks(experiment: Callable[..., Experiment], whose
 
 def test_noise_is_endless_uniform_and_drawn_from_seed_and_position() -> None:
     noise = NoiseSamples((16, 24))
-    first, again, other = (list(noise.at([0, 1, 10**9], seed)) for seed in (0, 0, 1))
+    first, again, other = ([draw(0) for draw in noise.at([0, 1, 10**9], seed)] for seed in (0, 0, 1))
     assert [sample.image for sample in first] == [sample.image for sample in again]
     assert len({sample.image for sample in (*first, *other)}) == 6
     with Image.open(io.BytesIO(first[2].image)) as image:
@@ -47,7 +48,7 @@ def test_a_stage_distils_on_noise(experiment: Callable[..., Experiment]) -> None
     made = experiment(method={"preset": "zscl", "distill": {"images": "noise"}})
     opened, clip = open_experiment(made), load(made.model)
     noise = NoiseSamples(image_size(clip.model))
-    batches = training_batches(made, 1, opened.tasks[0], clip, noise, CPU)
+    batches = training_batches(made, 1, opened.tasks[0], clip, noise, Loader(CPU))
     one, two = next(batches), next(batches)
     assert one.references is not None
     assert one.references.shape == (5, 3, 16, 16)

@@ -12,6 +12,7 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
+from conftest import make_task
 from PIL import Image
 from pydantic import BaseModel
 from safetensors.torch import load_file
@@ -290,3 +291,28 @@ def test_icarl_goes_on_with_the_same_memory(experiment: Callable[..., Experiment
 def test_refuses_a_memory_too_small_for_the_classes(experiment: Callable[..., Experiment], tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"method.memory.budget: found 7, expected at least 8: 2 tasks share it"):
         run_sequence(experiment(method={"preset": "icarl", "memory": {"budget": 7}}), tmp_path, device=CPU)
+
+
+def test_broken_samples_are_skipped_counted_and_named_in_the_result(
+    experiment: Callable[..., Experiment], tmp_path: Path
+) -> None:
+    task = make_task(tmp_path / "task", seed=0, train=30, test=20, shard_images=50)
+    (task / "zscl.json").unlink()
+    for split in ("train", "test"):
+        shard = task / split / "0.tar"
+        shard.write_bytes(shard.read_bytes().replace(b"\x89PNG", b"\x00PNG", 1))
+    said: list[str] = []
+    made = experiment(
+        tasks=[str(task)],
+        method={"preset": "icarl", "memory": {"budget": 8}},
+        compute={"device": "cpu", "max_broken_share": 0.05},
+        optimisation={"steps": 8, "warmup_steps": 1, "batch_size": 6, "learning_rate": 0.01},
+    )
+    result = run_sequence(made, tmp_path / "run", device=CPU, report=lambda each: said.append(str(each)))
+    assert [(task.test_images, task.broken_test_images) for task in result.tasks] == [(19, 1)]
+    [stage] = result.stages
+    assert len(stage.broken) == 1
+    assert f"{task}/train/0.tar: sample '0000000' is no readable image" in stage.broken[0]
+    assert any("skipped" in line and "test/0.tar: sample '0000000'" in line for line in said)
+    with pytest.raises(InputError, match=r"found 1 such samples of 20, expected at most a share of 0\.01"):
+        run_sequence(experiment(tasks=[str(task)]), tmp_path / "strict", device=CPU)

@@ -4,6 +4,7 @@ import io
 import pickle
 import shutil
 import tarfile
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import webdataset
 from conftest import coloured
 
 from schemas.base import InputError
-from zscl.shards import IndexedSamples, StreamedSamples, open_samples, seed_of
+from zscl.shards import Draw, IndexedSamples, Sample, StreamedSamples, open_samples, seed_of
 from zscl.tasks import write_shards
 
 
@@ -21,6 +22,10 @@ def shards(tmp_path: Path) -> list[str]:
     """Three shards of 4, 4 and 2 samples."""
     write_shards(tmp_path, ({"png": image, "cls": str(n).encode()} for n, (image, _) in enumerate(coloured(10, 0))), 4)
     return [str(tmp_path / f"{index}.tar") for index in range(3)]
+
+
+def first(draws: Iterator[Draw]) -> Iterator[Sample]:
+    return (draw(0) for draw in draws)
 
 
 def labels(samples: object) -> list[int]:
@@ -39,12 +44,12 @@ def test_once_gives_every_sample_to_exactly_one_part(shards: list[str], remote: 
 @pytest.mark.parametrize("remote", [False, True])
 def test_the_endless_order_is_a_pure_function_of_seed_and_position(shards: list[str], remote: bool) -> None:
     samples = StreamedSamples([f"file://{shard}" for shard in shards]) if remote else open_samples(shards)
-    order = labels(samples.at(range(30), seed=5))
+    order = labels(first(samples.at(range(30), seed=5)))
     assert [sorted(order[start : start + 10]) for start in (0, 10, 20)] == [list(range(10))] * 3
     assert order[:10] != order[10:20]
-    assert labels(samples.at(range(13, 27), seed=5)) == order[13:27]
-    assert labels(samples.at([1, 2, 17], seed=5)) == [order[1], order[2], order[17]]
-    assert labels(samples.at(range(10), seed=6)) != order[:10]
+    assert labels(first(samples.at(range(13, 27), seed=5))) == order[13:27]
+    assert labels(first(samples.at([1, 2, 17], seed=5))) == [order[1], order[2], order[17]]
+    assert labels(first(samples.at(range(10), seed=6))) != order[:10]
 
 
 def test_locations_may_be_globs_braces_folders_and_urls(shards: list[str]) -> None:
@@ -133,3 +138,45 @@ def test_webdataset_runs_in_its_secure_mode() -> None:
 def test_seeds_do_not_depend_on_the_process() -> None:
     assert seed_of(0, 1, "task") == 46669659644933465
     assert seed_of(0, 1, "task") != seed_of(0, 11, "task")
+
+
+def test_an_empty_shard_among_others_is_named(shards: list[str]) -> None:
+    with tarfile.open(shards[1], "w"):
+        pass
+    with pytest.raises(InputError, match=r"1\.tar: found no image in the shard, expected at least one"):
+        open_samples(shards)
+    Path(shards[1]).write_bytes(b"")
+    with pytest.raises(InputError, match=r"1\.tar: found a truncated or broken shard"):
+        open_samples(shards)
+
+
+def test_a_remote_shard_cut_between_two_samples_is_named(shards: list[str]) -> None:
+    with tarfile.open(shards[0]) as tar:
+        border = tar.getmembers()[4].offset
+    shard = Path(shards[0])
+    shard.write_bytes(shard.read_bytes()[:border])
+    samples = StreamedSamples([f"file://{each}" for each in shards])
+    with pytest.raises(InputError, match=r"file://.*0\.tar: found no readable shard \(it has no end\)"):
+        list(samples.once())
+
+
+def test_a_cache_makes_remote_shards_local_ones_once(shards: list[str], tmp_path: Path) -> None:
+    urls, cache = [f"file://{shard}" for shard in shards], tmp_path / "cache"
+    cached = open_samples(urls, str(cache))
+    assert isinstance(cached, IndexedSamples)
+    local = open_samples(shards)
+    assert labels(first(cached.at(range(25), seed=3))) == labels(first(local.at(range(25), seed=3)))
+    times = [file.stat().st_mtime_ns for file in sorted(cache.rglob("*.tar"))]
+    open_samples(urls, str(cache))
+    assert [file.stat().st_mtime_ns for file in sorted(cache.rglob("*.tar"))] == times
+    shutil.copy(shards[2], shards[0])  # another size
+    assert labels(open_samples(urls, str(cache)).once()) == [8, 9, 4, 5, 6, 7, 8, 9]
+    with pytest.raises(InputError, match=r"nowhere\.tar: found no readable shard"):
+        open_samples([f"file://{tmp_path}/nowhere.tar"], str(cache))
+
+
+def test_remote_globs_are_listed(shards: list[str]) -> None:
+    folder = Path(shards[0]).parent
+    assert labels(open_samples([f"file://{folder}/*.tar"]).once()) == list(range(10))
+    with pytest.raises(InputError, match="found no file of that pattern"):
+        open_samples([f"file://{folder}/*.nothing"])

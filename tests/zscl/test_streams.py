@@ -1,17 +1,20 @@
 """Streams: the same global batch however many share it, and whatever breaks is named."""
 
+import io
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 from conftest import coloured
+from PIL import Image
 from torchvision.transforms import Compose, RandomResizedCrop, ToTensor
 
 from schemas.base import InputError
 from zscl.shards import IndexedSamples, Sample, open_samples
-from zscl.streams import Decode, EvaluationImages, Loader, TrainingImages
+from zscl.streams import Decode, EvaluationImages, Label, Loader, TrainingImages
 from zscl.tasks import write_shards
 
 AUGMENT = Compose([RandomResizedCrop(8, scale=(0.3, 1.0)), ToTensor()])
@@ -76,9 +79,117 @@ def test_evaluation_sees_every_image_once(samples: IndexedSamples, workers: int,
     assert sorted(seen) == list(range(10))
 
 
+def with_broken(folder: Path, broken: dict[int, bytes], count: int = 40) -> IndexedSamples:
+    """Samples of which some are not what they should be; label: their number."""
+    images = enumerate(image for image, _ in coloured(count, 0))
+    write_shards(folder, ({"png": broken.get(n, image), "cls": str(n).encode()} for n, image in images), 16)
+    found = open_samples([str(folder)])
+    assert isinstance(found, IndexedSamples)
+    return found
+
+
+def bomb() -> bytes:
+    """A small file that says it unfolds to 225 million pixels."""
+    stream = io.BytesIO()
+    Image.new("1", (15_000, 15_000)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def bearing(share: float, processes: int = 0) -> tuple[Loader, list[str]]:
+    said: list[str] = []
+    return Loader(torch.device("cpu"), processes, max_broken_share=share, note=said.append), said
+
+
 @pytest.mark.parametrize("processes", [0, 2])
-def test_names_a_broken_image(tmp_path: Path, processes: int) -> None:
-    write_shards(tmp_path, [{"png": b"no image", "cls": b"0"}], 4)
-    images = EvaluationImages(open_samples([str(tmp_path)]), Decode(ToTensor(), label_of), 0, 1)
-    with pytest.raises(InputError, match=r"^.*0\.tar: sample '0000000' is no readable image"):
-        list(images.batches(4, Loader(torch.device("cpu"), processes)))
+def test_evaluation_skips_and_names_what_is_broken(tmp_path: Path, processes: int) -> None:
+    truncated = next(coloured(1, 5))[0][:60]
+    samples = with_broken(tmp_path, {3: b"no image", 17: truncated, 39: b""})
+    loader, said = bearing(0.1, processes)
+    images = EvaluationImages(samples, Decode(ToTensor(), label_of), 0, 1)
+    seen = [int(n) for _, found in images.batches(4, loader) for n in found]
+    assert sorted(seen) == [n for n in range(40) if n not in (3, 17, 39)]
+    assert len(said) == len(loader.broken) == 3
+    assert any(f"{tmp_path}/0.tar: sample '0000003' is no readable image" in sentence for sentence in said)
+    assert any(f"{tmp_path}/1.tar: sample '0000017' is no readable image" in sentence for sentence in said)
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_too_many_broken_samples_end_the_stream_by_name(tmp_path: Path, processes: int) -> None:
+    samples = with_broken(tmp_path, {3: b"no image", 17: b"nor this"})
+    images = EvaluationImages(samples, Decode(ToTensor(), label_of), 0, 1)
+    with pytest.raises(
+        InputError, match=r"^.*\.tar: sample '00000\d\d' is no readable image .* found 2 such samples of 40"
+    ):
+        list(images.batches(4, bearing(0.04, processes)[0]))
+    assert len([n for _, found in images.batches(4, bearing(0.05, processes)[0]) for n in found]) == 38
+
+
+def test_a_decompression_bomb_is_a_broken_sample(tmp_path: Path) -> None:
+    images = EvaluationImages(with_broken(tmp_path, {0: bomb()}), Decode(ToTensor(), label_of), 0, 1)
+    loader, said = bearing(0.1)
+    assert len([n for _, found in images.batches(4, loader) for n in found]) == 39
+    assert "decompression bomb" in said[0]
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_while_training_another_sample_stands_in_whoever_reads(tmp_path: Path, remote: bool) -> None:
+    whole = open_samples([str(with_broken(tmp_path / "whole", {}).files[0].parent)])
+    place = tmp_path / "part"
+    with_broken(place, {3: b"no image", 17: b"nor this"})
+    samples = open_samples([f"file://{place}/{{0..2}}.tar" if remote else str(place)])
+
+    def read(own: range, processes: int = 0, first_step: int = 0, count: int = 10) -> Batches:
+        images = TrainingImages(samples, Decode(AUGMENT, label_of), 3, 6, own, first_step)
+        return list(islice(images.batches(bearing(0.9, processes)[0]), count))
+
+    alone = read(range(6))
+    assert all(images.shape == (6, 3, 8, 8) for images, _ in alone)
+    labels = {int(n) for _, found in alone for n in found}
+    assert labels.isdisjoint({3, 17})
+    assert same(read(range(6), processes=2), alone)
+    assert same(read(range(6), first_step=4, count=6), alone[4:])
+    first, second = read(range(0, 2)), read(range(2, 6))
+    assert same([(torch.cat([a, c]), torch.cat([b, d])) for (a, b), (c, d) in zip(first, second, strict=True)], alone)
+    if not remote:  # the others are where they would be if nothing were broken
+        intact = TrainingImages(whole, Decode(AUGMENT, label_of), 3, 6, range(6)).batches(bearing(0.0)[0])
+        for (_, found), (_, expected) in zip(alone, intact, strict=False):
+            assert all(a == b or b in (3, 17) for a, b in zip(found.tolist(), expected.tolist(), strict=True))
+
+
+def test_a_broken_training_sample_is_said_once(tmp_path: Path) -> None:
+    loader, said = bearing(0.1)
+    images = TrainingImages(with_broken(tmp_path, {3: b"no image"}), Decode(AUGMENT, label_of), 3, 6, range(6))
+    list(islice(images.batches(loader), 40))  # six epochs
+    assert len(said) == len(loader.broken) == 1
+
+
+def test_a_set_with_nothing_usable_ends(tmp_path: Path) -> None:
+    samples = with_broken(tmp_path, dict.fromkeys(range(3), b"no image"), count=3)
+    images = TrainingImages(samples, Decode(AUGMENT, label_of), 3, 2, range(2))
+    with pytest.raises(InputError, match="found no usable sample in 8 attempts"):
+        next(images.batches(bearing(0.99)[0]))
+
+
+def test_a_single_sample_is_an_endless_stream(tmp_path: Path) -> None:
+    images = TrainingImages(with_broken(tmp_path, {}, count=1), Decode(AUGMENT, label_of), 3, 4, range(4))
+    found = list(islice(images.batches(Loader(torch.device("cpu"))), 3))
+    assert [labels.tolist() for _, labels in found] == [[0] * 4] * 3
+
+
+class CountingDecode(Decode):
+    """Counts the images it decodes."""
+
+    decoded: ClassVar[list[str]] = []
+
+    def read(self, sample: Sample) -> tuple[Image.Image, Label]:
+        self.decoded.append(sample.key)
+        return super().read(sample)
+
+
+@pytest.mark.parametrize(("keep_bytes", "decoded"), [(10**6, 10), (5 * 3 * 16 * 16, 5 + 5 * 6), (0, 60)])
+def test_images_are_decoded_once_within_the_budget(samples: IndexedSamples, keep_bytes: int, decoded: int) -> None:
+    CountingDecode.decoded.clear()
+    kept = TrainingImages(samples, CountingDecode(AUGMENT, label_of), 3, 6, range(6), keep_bytes=keep_bytes)
+    found = list(islice(kept.batches(Loader(torch.device("cpu"))), 10))  # six epochs of ten images
+    assert len(CountingDecode.decoded) == decoded
+    assert same(found, batches(samples, range(6), count=10))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from schemas.base import InputError
 from schemas.compute import Compute, Savings
@@ -104,6 +105,56 @@ def test_a_whole_stage_comes_to_the_plain_ways_numbers(
         assert torch.allclose(found, expected, rtol=1e-6, atol=1e-9), name  # as they are saved: in float32
 
 
+def forward_flops(**savings: str) -> int:
+    """Of one forward pass with only these savings."""
+    model = clip_of()
+    towers = Towers(model, TOKENS, range(2), Compute(savings=Savings(**{**PLAIN, **savings})), True)
+    with FlopCounterMode(display=False) as counter:
+        towers(IMAGES[:2], IMAGES[2:])
+    return int(counter.get_total_flops())
+
+
+def test_each_saving_leaves_work_out() -> None:
+    plain = forward_flops()
+    cut = forward_flops(context_cut="auto")
+    packed = forward_flops(context_cut="auto", packed_prompts="auto")
+    pooled = forward_flops(pooled_row="auto")
+    assert packed < cut < plain
+    assert pooled < plain
+    assert forward_flops(context_cut="auto", packed_prompts="auto", pooled_row="auto") < min(packed, pooled)
+
+
+@pytest.mark.parametrize("savings", [Savings(), Savings(**PLAIN)])
+def test_gradient_accumulation_passes_few_images_at_once_and_twice(savings: Savings) -> None:
+    model, passed = clip_of(), []
+    compute = Compute(savings=savings.model_copy(update={"one_pass": True}), images_at_once=2)
+    towers = Towers(model, TOKENS, range(2), compute, True)
+    model.visual.conv1.register_forward_pre_hook(lambda module, arguments: passed.append(len(arguments[0])))
+    images, references, prompts = towers(IMAGES[:2], IMAGES[2:])
+    assert passed == [2, 1]
+    (images.sum() + references.sum() + prompts.sum()).backward()
+    assert sorted(passed) == [1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("savings", [Savings(), Savings(**PLAIN)])
+def test_gradient_checkpointing_computes_every_block_again(savings: Savings) -> None:
+    model = clip_of()
+    towers = Towers(model, TOKENS, range(2), Compute(savings=savings, gradient_checkpointing=True), True)
+    blocks = [*model.visual.transformer.resblocks, *model.transformer.resblocks]
+    calls = [0] * len(blocks)
+
+    def count(index: int) -> None:
+        calls[index] += 1
+
+    for index, block in enumerate(blocks):
+        block.mlp.register_forward_pre_hook(lambda module, arguments, index=index: count(index))
+    images, references, prompts = towers(IMAGES[:2], IMAGES[2:])
+    before = list(calls)
+    (images.sum() + references.sum() + prompts.sum()).backward()
+    assert all(before)
+    assert calls == [2 * each for each in before]
+
+
 def test_the_common_beginning_is_laid_out_once_and_nothing_behind_an_end() -> None:
     prompts = lay_out(TOKENS, TOKENS.argmax(dim=1), cut=True, pack=True)
     assert prompts.shared == 4
@@ -146,7 +197,7 @@ OTHER_TOWERS: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("kind", [open_clip.CLIP, open_clip.CustomTextCLIP])
 def test_open_clips_own_towers_are_saved_on(kind: type) -> None:
     model = clip_of(kind=kind)
-    assert left_in_full(model) == []
+    assert left_in_full(model, Savings()) == []
     images, references, prompts = encoded(model, savings=dict.fromkeys(list(PLAIN)[:4], "always"))
     whole = clip_of(kind=kind)
     assert torch.allclose(images, whole.encode_image(IMAGES[:2], normalize=True), atol=1e-6)
@@ -159,11 +210,11 @@ def test_open_clips_own_towers_are_saved_on(kind: type) -> None:
 def test_other_towers_run_as_they_are_or_are_refused(name: str) -> None:
     make, reason = OTHER_TOWERS[name]
     model = make()
-    assert [sentence for sentence in left_in_full(model) if reason in sentence]
+    assert [sentence for sentence in left_in_full(model, Savings()) if reason in sentence]
     images, _, prompts = encoded(model)
     assert torch.allclose(images, make().encode_image(IMAGES[:2], normalize=True), atol=1e-6)
     assert torch.allclose(prompts, make().encode_text(TOKENS, normalize=True), atol=1e-6)
-    field = "pooled_row" if "image" in left_in_full(model)[0] else "context_cut"
+    field = "pooled_row" if "image" in left_in_full(model, Savings())[0] else "context_cut"
     with pytest.raises(InputError, match=rf"compute\.savings\.{field}: found always, but .* expected auto or never"):
         encoded(make(), savings={field: "always"})
 

@@ -1,0 +1,186 @@
+"""How fast training images stream, against the ceiling: the same decoder and transform over bytes in memory.
+
+    python benchmarks/streams.py
+    python benchmarks/streams.py --processes 4 --images 2000 --size 400 --json
+
+Three ratios, measured in one run and in turn, medians over rounds, and one on memory:
+
+- over_ceiling: images per second of `zscl.streams.TrainingImages` over local shards, against decoding and transforming
+  the same encoded images, read into memory before, in a plain loop (or a plain DataLoader of as many processes);
+- remote_over_ceiling: the same through the stream that remote shards take (read from a file:// URL);
+- kept_over_decoded: images per second with decoded images kept in memory, against decoding them in every epoch;
+- memory_growth: peak resident memory over a set ten times as large, against the set, decoded images not kept.
+"""
+
+import argparse
+import io
+import json
+import multiprocessing
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import numpy as np
+import torch
+from open_clip import image_transform
+from PIL import Image
+
+from zscl.shards import Sample, open_samples
+from zscl.streams import Decode, Loader, TrainingImages
+from zscl.tasks import write_shards
+
+BATCH, SEED = 64, 0
+CPU = torch.device("cpu")
+
+
+def encoded_images(count: int, size: int) -> Iterator[bytes]:
+    """Photographs, as far as a decoder is concerned: smooth noise, as JPEG."""
+    rng = np.random.default_rng(0)
+    for _ in range(count):
+        coarse = Image.fromarray(rng.integers(0, 255, (24, 24, 3), dtype=np.uint8))
+        fine = np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC), dtype=np.int16)
+        pixels = np.clip(fine + rng.normal(0, 8, fine.shape), 0, 255).astype(np.uint8)
+        stream = io.BytesIO()
+        Image.fromarray(pixels).save(stream, "JPEG", quality=90)
+        yield stream.getvalue()
+
+
+def write(folder: Path, images: list[bytes]) -> Path:
+    """Write the images as shards."""
+    write_shards(folder, ({"jpg": image, "cls": b"0"} for image in images), 250)
+    return folder
+
+
+def label_of(sample: Sample) -> int:
+    """All images have label 0."""
+    return 0
+
+
+class InMemory(torch.utils.data.Dataset[torch.Tensor]):
+    """The ceiling: encoded images in memory, the same decoder and transform, nothing else."""
+
+    def __init__(self, images: list[bytes], decode: Decode) -> None:
+        self.samples = [Sample(image, None, None, "", "") for image in images]
+        self.decode = decode
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.decode(self.samples[index])[0]
+
+
+def ceiling(images: list[bytes], decode: Decode, options: argparse.Namespace) -> Iterator[torch.Tensor]:
+    """Batches of the ceiling, endlessly."""
+    dataset = InMemory(images, decode)
+    while True:
+        loader = torch.utils.data.DataLoader(
+            dataset, BATCH, shuffle=True, drop_last=True, num_workers=options.processes,
+            prefetch_factor=4 if options.processes else None,
+        )  # fmt: skip
+        yield from loader
+
+
+def stream(location: str, decode: Decode, options: argparse.Namespace, keep_bytes: int = 0) -> Iterator[torch.Tensor]:
+    """Batches of the product."""
+    samples = open_samples([location])
+    images = TrainingImages(samples, decode, SEED, BATCH, range(BATCH), keep_bytes=keep_bytes)
+    return (batch for batch, _ in images.batches(Loader(CPU, options.processes)))
+
+
+def images_per_second(batches: Iterator[torch.Tensor], count: int) -> float:
+    """Over `count` images; of the processor's time where one process does all the work, of the wall's where more do."""
+    started = time.perf_counter()
+    taken = sum(len(batch) for batch in islice(batches, -(-count // BATCH)))
+    return taken / (time.perf_counter() - started)
+
+
+def _peak_memory(location: str, images: int, size: int, send: Any) -> None:
+    torch.set_num_threads(1)
+    decode = Decode(image_transform(size, is_train=True), label_of)
+    batches = stream(location, decode, argparse.Namespace(processes=0))
+    for _ in islice(batches, -(-images // BATCH)):
+        pass
+    send.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+
+def peak_memory(location: str, images: int, size: int) -> int:
+    """Kilobytes, of a process of its own."""
+    receive, send = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("spawn").Process(target=_peak_memory, args=(location, images, size, send))
+    process.start()
+    found: int = receive.recv()
+    process.join()
+    return found
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """All ratios."""
+    images = list(encoded_images(options.images, options.size))
+    decode = Decode(image_transform(options.pixels, is_train=True), label_of)
+    with tempfile.TemporaryDirectory() as folder:
+        place = write(Path(folder) / "set", images)
+        large = write(Path(folder) / "large", images * 10)
+        remote = f"file://{place}/{{0..{len(list(place.glob('*.tar'))) - 1}}}.tar"
+        ways: dict[str, Callable[[], Iterator[torch.Tensor]]] = {
+            "ceiling": lambda: ceiling(images, decode, options),
+            "local": lambda: stream(str(place), decode, options),
+            "remote": lambda: stream(remote, decode, options),
+            "kept": lambda: stream(str(place), decode, options, keep_bytes=2**31),
+        }
+        running = {name: way() for name, way in ways.items()}
+        for batches in running.values():
+            images_per_second(batches, options.images)  # warm: processes started, files read, images kept
+        rounds = [
+            {name: images_per_second(batches, options.images) for name, batches in running.items()}
+            for _ in range(options.rounds)
+        ]
+        memory = [peak_memory(str(each), options.images, options.pixels) for each in (place, large)]
+    speed = {name: median(each[name] for each in rounds) for name in ways}
+    return {
+        "images": options.images,
+        "size": options.size,
+        "processes": options.processes,
+        "rounds": options.rounds,
+        "over_ceiling": median(each["local"] / each["ceiling"] for each in rounds),
+        "remote_over_ceiling": median(each["remote"] / each["ceiling"] for each in rounds),
+        "kept_over_decoded": median(each["kept"] / each["local"] for each in rounds),
+        "memory_growth": memory[1] / memory[0],
+        "images_per_second": speed,
+    }
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=500)
+    parser.add_argument("--size", type=int, default=400, help="pixels of the images' sides")
+    parser.add_argument("--pixels", type=int, default=224, help="that the model takes")
+    parser.add_argument("--processes", type=int, default=0, help="loader processes; 0: the worker itself")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", action="store_true", help="figures as JSON on standard output")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    found = measure(options)
+    print(
+        f"{found['images']} images of {found['size']} px, {found['processes']} loader processes: "
+        f"{found['over_ceiling']:.2f} of the ceiling, {found['remote_over_ceiling']:.2f} from remote shards; "
+        f"{found['kept_over_decoded']:.1f} x with decoded images kept; "
+        f"{found['memory_growth']:.2f} x the memory for ten times the data "
+        f"({found['images_per_second']['local']:.0f} images/s)",
+        file=sys.stderr,
+    )
+    if options.json:
+        print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,272 @@
+"""Every kind of damage made for real, and found where it is."""
+
+import io
+import json
+import re
+import shutil
+import struct
+import tarfile
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import COLOURS, coloured, make_task, png
+from PIL import Image
+
+from schemas.base import InputError
+from schemas.inspection import Inspection
+from zscl.contacts import contact_rows
+from zscl.inspection import LISTED, Decoded, Undecodable, inspect, look_at, open_task
+from zscl.tasks import write_shards
+
+Members = dict[str, bytes]
+
+
+def checked(folder: Path) -> Inspection:
+    return inspect(open_task(str(folder)))
+
+
+def samples(count: int, seed: int) -> list[Members]:
+    return [{"png": image, "cls": str(label).encode()} for image, label in coloured(count, seed)]
+
+
+def rewrite(folder: Path, split: str, content: Sequence[Mapping[str, bytes]], shard_images: int = 9) -> None:
+    """Put other samples into a split, and say nothing of it in a manifest."""
+    (folder / "zscl.json").unlink(missing_ok=True)
+    shutil.rmtree(folder / split)
+    shards = write_shards(folder / split, content, shard_images)
+    (folder / split / "nshards.txt").write_text(f"{len(shards)}\n")
+
+
+def jpeg(size: int = 64) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(np.random.default_rng(5).integers(0, 256, (size, size, 3), dtype=np.uint8)).save(stream, "JPEG")
+    return stream.getvalue()
+
+
+def bomb(edge: int = 20_000) -> bytes:
+    """A PNG whose header promises 400 million pixels."""
+    small = png((1, 2, 3), np.random.default_rng(0))
+    header = b"IHDR" + struct.pack(">II", edge, edge) + small[24:29]
+    return small[:12] + header + struct.pack(">I", zlib.crc32(header)) + small[33:]
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> Path:
+    return make_task(tmp_path / "task", seed=0)
+
+
+def test_a_clean_task(task: Path) -> None:
+    found = checked(task)
+    assert (found.problems, found.warnings, found.manifest) == ((), (), True)
+    train, test = found.splits
+    assert (train.split, train.shards, train.samples, train.images, train.per_class) == ("train", 3, 24, 24, (6,) * 4)
+    assert (test.split, test.shards, test.images, test.per_class) == ("test", 2, 10, (3, 3, 2, 2))
+    assert (train.formats, train.modes) == ({"PNG": 24}, {"RGB": 24})
+    assert train.width is not None
+    assert train.width.model_dump() == {"min": 16, "median": 16, "max": 16}
+    assert [shard.shard for shard in found.shards] == [
+        "train/0.tar", "train/1.tar", "train/2.tar", "test/0.tar", "test/1.tar",
+    ]  # fmt: skip
+    assert Inspection.model_validate_json(found.model_dump_json()) == found
+
+
+def test_every_sample_that_cannot_be_used_is_named(task: Path) -> None:
+    content = samples(24, 0)
+    content[2]["png"] = jpeg()[:1500]
+    content[5]["png"] = b"<html>404</html>"
+    content[10]["png"] = bomb()
+    del content[11]["cls"]
+    content[13]["cls"] = b"4"
+    content[20] = {"txt": b"no picture", "cls": b"1"}
+    content[21] = {"png": b"", "cls": b"green"}
+    rewrite(task, "train", content)
+    found = checked(task)
+    assert [(sample.shard, sample.key, sample.reason) for sample in found.unreadable.first] == [
+        ("train/0.tar", "0000002", "truncated image"),
+        ("train/0.tar", "0000005", "not an image"),
+        ("train/1.tar", "0000010", "decompression bomb"),
+        ("train/1.tar", "0000011", "no label"),
+        ("train/1.tar", "0000013", "label outside the class list"),
+        ("train/2.tar", "0000020", "no image member"),
+        ("train/2.tar", "0000021", "not an image"),
+        ("train/2.tar", "0000021", "label outside the class list"),
+    ]
+    assert found.unreadable.samples == 7
+    assert found.unreadable.reasons["not an image"] == 2
+    assert found.unreadable.first[4].detail == "found '4', expected 0 to 3"
+    assert "0x" not in found.unreadable.first[1].detail  # an address in memory tells nobody anything
+    assert (found.splits[0].samples, found.splits[0].images) == (24, 17)
+    [problem] = found.problems
+    assert problem.startswith("found 7 samples that cannot be used (")
+
+
+def test_all_are_counted_and_the_first_are_listed(task: Path) -> None:
+    rewrite(task, "test", [{"png": b"nothing", "cls": b"0"} for _ in range(LISTED + 5)])
+    found = checked(task)
+    assert (found.unreadable.samples, len(found.unreadable.first)) == (LISTED + 5, LISTED)
+    assert found.within_splits.pairs == 0  # what is no image is no image twice
+    assert "test: found no sample that can be used, expected some" in found.problems
+
+
+@pytest.mark.parametrize("cut", [0.3, 0.6, 0.9, 0.99])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_a_cut_image_is_never_taken_for_a_whole_one(kind: str, cut: float) -> None:
+    stream = io.BytesIO()
+    Image.open(io.BytesIO(jpeg())).save(stream, kind)
+    whole = stream.getvalue()
+    assert isinstance(look_at(whole), Decoded)
+    assert isinstance(look_at(whole[: int(len(whole) * cut)]), Undecodable)
+
+
+def test_duplicates_between_and_within_splits(task: Path) -> None:
+    train, test = samples(24, 0), samples(10, 1)
+    train[20] = train[3] | {"cls": b"0"}  # label 3 first
+    test[4] = train[12]
+    rewrite(task, "train", train)
+    rewrite(task, "test", test)
+    found = checked(task)
+    [pair] = found.between_splits.first
+    assert (pair.first.shard, pair.first.key) == ("train/1.tar", "0000012")
+    assert (pair.again.shard, pair.again.key) == ("test/0.tar", "0000004")
+    [pair] = found.within_splits.first
+    assert (pair.first.shard, pair.first.key, pair.first.label) == ("train/0.tar", "0000003", 3)
+    assert (pair.again.shard, pair.again.key, pair.again.label) == ("train/2.tar", "0000020", 0)
+    assert (found.between_splits.of_other_label, found.within_splits.of_other_label) == (0, 1)
+    assert found.problems == ("found 1 test image among the training images too, expected none",)
+    assert found.warnings == ("found 1 image a second time within a split (1 under another label)",)
+
+
+def change_a_byte(file: Path) -> None:
+    """Same size, same members, another padding."""
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def add_a_sample(file: Path) -> None:
+    with tarfile.open(file, "a") as tar:
+        for suffix, content in samples(1, 77)[0].items():
+            info = tarfile.TarInfo(f"added.{suffix}")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def cut_in_half(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    ("change", "problems"),
+    [
+        (change_a_byte, ["found the SHA-256"]),
+        (add_a_sample, ["found 10 samples, expected 9"]),
+        (cut_in_half, ["found a (truncated or broken shard|shard without its end)", r"found \d+ bytes, expected \d+"]),
+        (Path.unlink, ["found no such file, expected a shard"]),
+    ],
+)
+def test_a_changed_shard(task: Path, change: Callable[[Path], None], problems: list[str]) -> None:
+    change(task / "train/1.tar")
+    found = checked(task)
+    [wrong] = [shard for shard in found.shards if shard.problems]
+    assert wrong.shard == "train/1.tar"
+    assert len(wrong.problems) >= len(problems)
+    for expected, problem in zip(problems, wrong.problems, strict=False):
+        assert re.match(f"train/1\\.tar: {expected}", problem)
+    assert set(wrong.problems) <= set(found.problems)
+
+
+def test_shards_and_manifest_that_do_not_know_each_other(task: Path) -> None:
+    (task / "train/nshards.txt").write_text("2\n")
+    found = checked(task)
+    assert found.problems == ("zscl.json: found train/2.tar in it, expected only shards that nshards.txt promises",)
+    assert found.warnings == ("train: found 1 shard (2.tar) that nshards.txt does not count: never read",)
+    manifest = json.loads((task / "zscl.json").read_text())
+    del manifest["splits"]["train"][1:]
+    (task / "zscl.json").write_text(json.dumps(manifest))
+    [problem] = checked(task).problems
+    assert problem == "train/1.tar: found a shard that zscl.json does not know, expected it there"
+    (task / "zscl.json").write_text("[]")
+    [problem] = checked(task).problems
+    assert problem.startswith("zscl.json: found no manifest (")
+
+
+def test_classes_without_images(task: Path) -> None:
+    rewrite(task, "test", [sample for sample in samples(10, 1) if sample["cls"] != b"2"])
+    found = checked(task)
+    assert found.splits[1].empty_classes == (2,)
+    assert found.problems == ("test: found no image of 1 class (blue), expected at least one of each",)
+    rewrite(task, "train", [sample for sample in samples(24, 0) if sample["cls"] != b"2"])
+    found = checked(task)
+    assert found.classnames.unused == (2,)
+    assert found.problems == ()
+    assert found.warnings == ("classnames.txt: found 1 class (blue) of which neither split has an image",)
+
+
+def test_class_names_and_templates(task: Path) -> None:
+    (task / "classnames.txt").write_text("red\n\nred\nyellow\n")
+    (task / "zeroshot_classification_templates.txt").write_text("a {c}\na photo\na {c}\n")
+    found = checked(task)
+    assert [repeated.model_dump() for repeated in found.classnames.repeated] == [{"name": "red", "labels": (0, 2)}]
+    assert (found.classnames.empty, found.templates.without_place) == ((1,), ("a photo",))
+    assert found.problems == (
+        "classnames.txt: found line 2 empty, expected a class name: the line number is the label",
+        "classnames.txt: found 'red' for the labels 0 and 2, expected a name for each of them",
+        "templates: found 'a photo', expected a {c} for the class name in it",
+    )
+    assert found.warnings == ("templates: found 'a {c}' more than once",)
+
+
+def test_a_task_that_lacks_files_is_looked_at_nevertheless(task: Path) -> None:
+    (task / "zeroshot_classification_templates.txt").unlink()
+    (task / "test/nshards.txt").write_text("two\n")
+    (task / "zscl.json").unlink()
+    found = checked(task)
+    assert [problem.partition(": ")[2].partition(",")[0] for problem in found.problems] == [
+        "found no such file", "found 'two'",
+    ]  # fmt: skip
+    assert found.splits[0].images == 24
+
+
+def test_images_of_several_sizes(task: Path) -> None:
+    rng = np.random.default_rng(3)
+    sizes = [16, 20, 20, 48]
+    rewrite(task, "test", [{"png": png((9, 9, 9), rng, size), "cls": str(n).encode()} for n, size in enumerate(sizes)])
+    found = checked(task)
+    assert found.splits[1].width is not None
+    assert found.splits[1].width.model_dump() == {"min": 16, "median": 20, "max": 48}
+    assert found.problems == ()
+    assert "several sizes, edges from 16 to 48 pixels" in found.warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("folder", "sentence"),
+    [
+        ("nowhere", "nowhere: found no such folder, expected a task"),
+        (".", r"classnames\.txt: found no such file"),
+        ("s3://bucket/task", "found a remote folder, expected a local one"),
+    ],
+)
+def test_what_is_no_task_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, sentence: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=sentence):
+        open_task(folder)
+
+
+def test_a_few_images_of_each_class_to_look_at(task: Path) -> None:
+    content = samples(24, 0)
+    content[0]["png"] = b"broken"  # the first red one: another stands in for it
+    rewrite(task, "train", content)
+    opened = open_task(str(task))
+    rows = contact_rows(opened, per_class=3, classes=24, edge=8)
+    assert [row.prompt for row in rows] == [f"a task square of {colour}" for colour in COLOURS]
+    for row, colour in zip(rows, COLOURS.values(), strict=True):
+        assert [image.size for image in row.images] == [(8, 8)] * 3
+        assert np.abs(np.asarray(row.images[0]).mean((0, 1)) - colour).max() < 25
+    assert [row.prompt for row in contact_rows(opened, 1, classes=2, edge=8)] == [
+        "a task square of red", "a task square of blue",
+    ]  # fmt: skip

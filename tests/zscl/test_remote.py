@@ -1,0 +1,78 @@
+"""Tasks and reference sets on S3: a real client against a server on this machine."""
+
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+import torch
+
+from schemas.experiment import Experiment
+from zscl.sequence import run_sequence
+from zscl.shards import IndexedSamples, StreamedSamples, open_samples
+
+pytest.importorskip("s3fs", reason="s3fs is not installed; `make install` brings it")
+server = pytest.importorskip("moto.server", reason="moto is not installed; `make install` brings it")
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """An S3 bucket on the loopback interface, as fsspec finds it through the usual variables."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    running = server.ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
+    running.start()
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    filesystem = fsspec.filesystem("s3", skip_instance_cache=True)
+    filesystem.makedirs("bucket", exist_ok=True)
+    yield filesystem
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    running.stop()
+
+
+def test_shards_on_s3_are_what_they_are_here(bucket: Any, tasks: list[str], tmp_path: Path) -> None:
+    bucket.put(f"{tasks[0]}/train/", "bucket/task/train/", recursive=True)
+    local = [sample.image for sample in open_samples([f"{tasks[0]}/train"]).once(0, 1)]
+    for location in ("s3://bucket/task/train/{0..2}.tar", "s3://bucket/task/train/*.tar"):
+        streamed = open_samples([location])
+        assert isinstance(streamed, StreamedSamples)
+        assert [sample.image for sample in streamed.once(0, 1)] == local
+        copied = open_samples([location], cache=str(tmp_path))
+        assert isinstance(copied, IndexedSamples)
+        assert [sample.image for sample in copied.once(0, 1)] == local
+
+
+def test_a_run_from_s3_through_the_cache_is_the_local_run(
+    bucket: Any, experiment: Callable[..., Experiment], tasks: list[str], reference: str, tmp_path: Path
+) -> None:
+    for place in tasks[:2]:
+        bucket.put(f"{place}/", f"bucket/{Path(place).name}/", recursive=True)
+    bucket.put(f"{reference}/", "bucket/reference/", recursive=True)
+    captions = [sample.text or b"" for sample in open_samples([reference]).once(0, 1)]
+    with bucket.open("bucket/captions.txt", "wb") as stream:
+        stream.write(b"\n".join(captions))
+    remote = {
+        "tasks": [f"s3://bucket/{Path(place).name}" for place in tasks[:2]],
+        "reference": {"images": ["s3://bucket/reference/{0..1}.tar"], "texts": "s3://bucket/captions.txt"},
+    }
+    cached = {"device": "cpu", "shard_cache": str(tmp_path / "cache")}
+    matrices = [
+        run_sequence(made, tmp_path / str(run) / "run", device=CPU).accuracy_matrix
+        for run, made in enumerate([experiment(tasks=tasks[:2]), experiment(**remote, compute=cached)])
+    ]
+    assert matrices[0] == matrices[1]
+    found = [(tmp_path / str(run) / "run/stages/2-second/losses.csv").read_text() for run in range(2)]
+    assert found[0] == found[1]
+    streamed = run_sequence(experiment(**remote), tmp_path / "streamed/run", device=CPU)
+    assert [task.test_images for task in streamed.tasks] == [10, 10]

@@ -1,0 +1,57 @@
+"""A few images of each class of a task, made small, to look at oneself."""
+
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from PIL import Image
+
+from zscl.inspection import Decoded, OpenedTask, look_at, silent_decoders
+from zscl.shards import IndexedSamples
+
+
+@dataclass(frozen=True)
+class ContactRow:
+    """A class and a few of its training images, made small."""
+
+    prompt: str
+    images: tuple[Image.Image, ...]
+
+
+def contact_rows(opened: OpenedTask, per_class: int, classes: int, edge: int) -> list[ContactRow]:
+    """Choose classes and training images of each, evenly; an image is made to fit into a square of `edge` pixels."""
+    task = opened.task
+    labels = [spread[0] for spread in _parts(range(len(task.classnames)), classes)]
+    places: dict[int, list[tuple[IndexedSamples, int]]] = {label: [] for label in labels}
+    for shard in opened.shards:
+        if shard.split == "train" and shard.samples:
+            for index, (_, _, content) in enumerate(shard.samples.labels()):
+                label = (content or b"").decode("ascii", errors="replace").strip()
+                if label.isdecimal() and int(label) in places:
+                    places[int(label)].append((shard.samples, index))
+    template = task.templates[0] if task.templates else "{c}"
+    with silent_decoders():
+        return [
+            ContactRow(template.replace("{c}", task.classnames[label]), tuple(_thumbnails(found, per_class, edge)))
+            for label, found in places.items()
+        ]
+
+
+def _parts(things: Sequence[int], count: int) -> list[Sequence[int]]:
+    """Cut into at most `count` parts of about the same length, none of them empty."""
+    count = min(count, len(things))
+    return [things[part * len(things) // count : (part + 1) * len(things) // count] for part in range(count)]
+
+
+def _thumbnails(places: Sequence[tuple[IndexedSamples, int]], count: int, edge: int) -> Iterator[Image.Image]:
+    """From each of as many parts as images are wanted, the first that can be read."""
+    for part in _parts(range(len(places)), count):
+        for number in part:
+            samples, index = places[number]
+            [sample] = samples.only([index]).once()
+            if isinstance(look_at(sample.image), Decoded):
+                with Image.open(io.BytesIO(sample.image)) as image:
+                    small = image.convert("RGB")
+                small.thumbnail((edge, edge))
+                yield small
+                break
