@@ -196,21 +196,61 @@ def pretrain(
 
 @data.command()
 def prepare(
-    suite: Annotated[str, typer.Argument(help="Which: embedded.")],
-    out: Annotated[Path, typer.Option(help="Folder of the suite.")],
-    corpus: Annotated[bool, typer.Option("--corpus", help="Also the captioned corpus for pre-training.")] = False,
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            help="Tasks of MTIL, 'mtil' for all eleven, 'embedded', 'folder DIR' (a folder of images a class), or "
+            "'captions FILE' (texts of a reference set)."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the tasks; with 'folder', of the one task.")],
+    root: Annotated[
+        Path | None, typer.Option(help="A local copy in torchvision's layout. Default: it is downloaded.")
+    ] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Tasks at once. Default: one a CPU core.")] = None,
+    template: Annotated[
+        list[str],
+        typer.Option(help="With 'folder': a prompt template; repeatable, the first trains. Default: a photo of a {c}."),
+    ] = [],  # noqa: B006
+    seed: Annotated[int | None, typer.Option(help="With 'folder': of the 80/20 split. Default: 42.")] = None,
+    corpus: Annotated[
+        bool, typer.Option("--corpus", help="With 'embedded': also the captioned corpus for pre-training.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Make a suite's tasks and reference set; what is there already is kept.
+    """Make tasks and reference sets; what is there already is kept.
 
-    Example: zscl data prepare embedded --out runs/demo/data
+    Example: zscl data prepare mtil --out data/mtil --root ~/torchvision
     """
-    if suite != "embedded":
-        raise InputError(f"data prepare: found the suite '{suite}', expected 'embedded'")
-    from zscl.suites import write_embedded
+    from orchestrate import data as making
 
-    places = write_embedded(out.absolute(), corpus, lambda text: progress_console.print(text, highlight=False))
-    emit({"folders": [str(place) for place in places]}, as_json, [str(place) for place in places])
+    options = {
+        "root": root and root.expanduser().absolute(),
+        "jobs": jobs,
+        "template": template or None,
+        "seed": seed,
+        "corpus": corpus or None,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    content, lines = making.prepare(names, out.expanduser().absolute(), given, progress_console)
+    emit(content, as_json, lines)
+
+
+@data.command()
+def fetch(
+    names: Annotated[list[str], typer.Argument(help="Tasks of MTIL, or 'mtil' for all eleven.")],
+    out: Annotated[Path, typer.Option(help="Folder of the tasks.")],
+    jobs: Annotated[int | None, typer.Option(min=1, help="Tasks at once. Default: one a CPU core.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Download CLIP_benchmark's copies of tasks; not all of them have the split of the published numbers.
+
+    Example: zscl data fetch Aircraft Food --out data/copies
+    """
+    from orchestrate import data as making
+
+    content, lines = making.fetch(names, out.expanduser().absolute(), jobs, progress_console)
+    emit(content, as_json, lines)
 
 
 @data.command()

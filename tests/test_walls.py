@@ -48,7 +48,15 @@ def test_help_is_instant_and_shows_an_example() -> None:
 
 @pytest.mark.parametrize(
     "verb",
-    [["run"], ["embed"], ["compare"], ["schema"], ["pretrain"], ["demo"], ["data", "prepare"], ["data", "check"]],
+    [
+        ["run"],
+        ["embed"],
+        ["compare"],
+        ["schema"],
+        ["pretrain"],
+        ["demo"],
+        *(["data", of] for of in ("prepare", "fetch", "check")),
+    ],
 )
 def test_every_verb_explains_itself(verb: list[str]) -> None:
     environment = os.environ | {"COLUMNS": "200"}

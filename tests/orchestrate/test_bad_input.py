@@ -176,6 +176,8 @@ def test_comparing_what_is_no_finished_run(place: Path, zscl: Zscl, made: list[s
     assert not (place / "comparison").exists()
 
 
-def test_an_unknown_suite(place: Path, zscl: Zscl) -> None:
+def test_unknown_data(place: Path, zscl: Zscl) -> None:
     found = zscl("data", "prepare", "mnist", "--out", "data")
-    assert (found.code, found.error) == (2, "error: data prepare: found the suite 'mnist', expected 'embedded'\n")
+    assert (found.code, found.error) == (
+        2, "error: data prepare: found the unknown name 'mnist'; did you mean 'MNIST'?\n",
+    )  # fmt: skip

@@ -1,0 +1,119 @@
+"""`zscl data`: from the command line to the last folder, and what it refuses."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import Command, coloured
+from trees import TREES
+
+Zscl = Callable[..., Command]
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_several_tasks_in_processes_of_their_own(place: Path, zscl: Zscl) -> None:
+    for task in ("DTD", "Food", "Aircraft"):
+        TREES[task](place / "root")
+    found = zscl("data", "prepare", "DTD", "Food", "--out", "mtil", "--root", "root", "--jobs", 2)
+    assert found.code == 0, found.error
+    assert f"{place}/mtil/DTD  3 train, 3 test images, split torchvision\n" in found.out
+    assert "  DTD: not the data of the published numbers" in found.out
+    assert "Food: 12 images written" in found.error
+    again = zscl("data", "prepare", "Food", "Aircraft", "DTD", "--out", "mtil", "--root", "root", "--jobs", 1, "--json")
+    tasks = json.loads(again.out)["tasks"]
+    assert [(task["name"], task["kept"]) for task in tasks] == [("Food", True), ("Aircraft", False), ("DTD", True)]
+
+
+def test_all_eleven_need_their_copies_before_anything_starts(place: Path, zscl: Zscl) -> None:
+    for task in TREES:
+        if task not in ("Food", "SUN397"):
+            TREES[task](place / "root")
+    found = zscl("data", "prepare", "mtil", "--out", "mtil", "--root", "root")
+    assert (found.code, found.error) == (
+        2, f"error: --root {place}/root: found no folder food-101, SUN397, expected what torchvision's classes unpack "
+        "there (Food, SUN397)\n",
+    )  # fmt: skip
+    found = zscl("data", "prepare", "mtil", "--out", "mtil")
+    assert found.code == 2
+    assert "StanfordCars: torchvision can no longer download it, expected a local copy" in found.error
+    assert not (place / "mtil").exists()
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_broken_copy_leaves_the_others_made(jobs: int, place: Path, zscl: Zscl) -> None:
+    for task in ("DTD", "Food", "Aircraft"):
+        TREES[task](place / "root")
+    (place / "root/food-101/meta/test.json").write_text("{")
+    next((place / "root/dtd").rglob("*_0042.jpg")).unlink()
+    arguments = ("DTD", "Food", "Aircraft", "--out", "mtil", "--root", "root", "--jobs", jobs)
+    found = zscl("data", "prepare", *arguments)
+    assert found.code == 2
+    [sentence] = [line for line in found.error.splitlines() if line.startswith("error: ")]
+    assert sentence.startswith("error: DTD: cannot read dtd/dtd/images/")
+    assert sentence.endswith("(nor was Food made)")
+    assert [task.name for task in (place / "mtil").iterdir()] == ["Aircraft"]
+
+
+def test_a_folder_of_images(place: Path, zscl: Zscl) -> None:
+    for number, (image, label) in enumerate(coloured(12, seed=0)):
+        (place / "photos" / f"class_{label}").mkdir(parents=True, exist_ok=True)
+        (place / "photos" / f"class_{label}" / f"{number}.png").write_bytes(image)
+    arguments = ["photos", "--out", "tasks/mine", "--template", "a {c}", "--template", "the {c}", "--seed", 3]
+    found = zscl("data", "prepare", "folder", *arguments)
+    assert (found.code, found.out) == (0, f"{place}/tasks/mine  9 train, 3 test images, split folder-seed3\n")
+    assert (place / "tasks/mine/zeroshot_classification_templates.txt").read_text() == "a {c}\nthe {c}\n"
+    assert (place / "tasks/mine/classnames.txt").read_text().splitlines()[0] == "class 0"
+
+
+def test_captions(place: Path, zscl: Zscl) -> None:
+    (place / "Validation.tsv").write_text("a dog\thttp://one\na cat\thttp://two\n")
+    found = zscl("data", "prepare", "captions", "Validation.tsv", "--out", "reference", "--json")
+    assert json.loads(found.out) == {"file": f"{place}/reference/captions.txt", "captions": 2}
+
+
+def test_fetch_says_how_a_copy_differs(place: Path, zscl: Zscl, monkeypatch: pytest.MonkeyPatch) -> None:
+    from zscl.tasks import write_task
+
+    def snapshot_download(repository: str, *, local_dir: str, **_: object) -> None:  # the network, made up
+        assert repository == "clip-benchmark/wds_vtab-pets"
+        splits = {split: list(coloured(4, 0)) for split in ("train", "test")}
+        write_task(
+            Path(local_dir), ["Abyssinian", "Beagle", "Pug", "Samoyed"], ["{c}"], splits, suffix="png", source=""
+        )
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    found = zscl("data", "fetch", "OxfordPet", "--out", "copies")
+    assert found.code == 0, found.error
+    assert found.out == (
+        f"{place}/copies/OxfordPet  4 train, 4 test images, split clip-benchmark-wds\n"
+        "  OxfordPet: 80 % of the training images\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["prepare", "mnist"], "data prepare: found the unknown name 'mnist'; did you mean 'MNIST'?"),
+        (["prepare", "Food", "Flower"], "data prepare: found the unknown name 'Flower'; did you mean 'Flowers'?"),
+        (["fetch", "StanfordCar"], "data fetch: found the unknown name 'StanfordCar'; did you mean 'StanfordCars'?"),
+        (["prepare", "folder"], "data prepare: found 'folder', expected 'zscl data prepare folder DIR'"),
+        (["prepare", "captions", "a", "b"], "found 'captions a b', expected 'zscl data prepare captions FILE'"),
+        (["prepare", "embedded", "Food"], "found 'embedded Food', expected 'zscl data prepare embedded'"),
+        (["prepare", "embedded", "--seed", "1"], "--seed: found it with 'embedded', expected it only with 'folder'"),
+        (["prepare", "folder", "x", "--root", "y"], "--root: found it with 'folder', expected it only with tasks"),
+        (["prepare", "folder", "x", "--template", "y"], "--template: found 'y', expected a {c} for the class name"),
+        (["prepare", "captions", "none.tsv"], "none.tsv: found no such file, expected captions"),
+    ],
+)  # fmt: skip
+def test_refuses_in_one_sentence(arguments: list[str], sentence: str, place: Path, zscl: Zscl) -> None:
+    found = zscl("data", *arguments, "--out", "out")
+    assert (found.code, found.out) == (2, "")
+    assert sentence in found.error
+    assert found.error.count("\n") == 1
+    assert not (place / "out").exists()
