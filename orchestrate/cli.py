@@ -199,11 +199,11 @@ def prepare(
     names: Annotated[
         list[str],
         typer.Argument(
-            help="Tasks of MTIL, 'mtil' for all eleven, 'embedded', 'folder DIR' (a folder of images a class), or "
-            "'captions FILE' (texts of a reference set)."
+            help="Tasks of MTIL, 'mtil' for all eleven, 'embedded', 'folder DIR' (a folder of images a class), "
+            "'tinyimagenet DIR', 'imagenet DIR', or 'captions FILE' (texts of a reference set)."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder of the tasks; with 'folder', of the one task.")],
+    out: Annotated[Path, typer.Option(help="Folder of the tasks; with a DIR, of the one task.")],
     root: Annotated[
         Path | None, typer.Option(help="A local copy in torchvision's layout. Default: it is downloaded.")
     ] = None,
@@ -213,6 +213,9 @@ def prepare(
         typer.Option(help="With 'folder': a prompt template; repeatable, the first trains. Default: a photo of a {c}."),
     ] = [],  # noqa: B006
     seed: Annotated[int | None, typer.Option(help="With 'folder': of the 80/20 split. Default: 42.")] = None,
+    classes: Annotated[
+        Path | None, typer.Option(help="With 'imagenet': file of WordNet ids, one a line. Default: all.")
+    ] = None,
     corpus: Annotated[
         bool, typer.Option("--corpus", help="With 'embedded': also the captioned corpus for pre-training.")
     ] = False,
@@ -229,6 +232,7 @@ def prepare(
         "jobs": jobs,
         "template": template or None,
         "seed": seed,
+        "classes": classes and classes.expanduser().absolute(),
         "corpus": corpus or None,
     }
     given = {name: value for name, value in options.items() if value is not None}

@@ -16,16 +16,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from schemas.base import InputError, InterruptedRunError
-from zscl import copies, sources
+from zscl import copies, imagenets, sources
 from zscl.sources import MTIL, Prepared, known
 from zscl.suites import write_embedded
 
 ALL = "mtil"
 # What a name other than a task's is followed by, and the options that something reads there.
-OTHERS = {"embedded": "", "folder": "DIR", "captions": "FILE"}
+OTHERS = {"embedded": "", "folder": "DIR", "tinyimagenet": "DIR", "imagenet": "DIR", "captions": "FILE"}
 OPTIONS: Mapping[str, set[str]] = {
     "embedded": {"corpus"},
     "folder": {"template", "seed"},
+    "tinyimagenet": set(),
+    "imagenet": {"classes"},
     "captions": set(),
     ALL: {"root", "jobs"},
 }
@@ -62,6 +64,10 @@ def prepare(
             images, templates = Path(rest[0]).expanduser(), options.get("template", [sources.DEFAULT_TEMPLATE])
             seed = options.get("seed", sources.SPLIT_SEED)
             return _described([sources.prepare_folder(images.absolute(), out, templates, seed)])
+        case "tinyimagenet":
+            return _described([imagenets.prepare_tinyimagenet(Path(rest[0]).expanduser(), out)])
+        case "imagenet":
+            return _described([imagenets.prepare_imagenet(Path(rest[0]).expanduser(), out, options.get("classes"))])
         case _:
             tasks, root = task_names("data prepare", names), options.get("root")
             sources.check_copies(tasks, out, root)

@@ -376,19 +376,31 @@ def prepare_folder(images: Path, folder: Path, templates: Sequence[str], seed: i
     for name in classnames:
         if classnames.count(name) > 1:
             raise InputError(f"{images}: found two folders for the class '{name}', expected one folder a class")
-    kept = kept_task(folder, family)
+    return write_files(folder, classnames, templates, splits, str(images), family)
+
+
+def write_files(
+    folder: Path,
+    classnames: Sequence[str],
+    templates: Sequence[str],
+    splits: Mapping[str, Sequence[File]],
+    source: str,
+    split_family: str,
+) -> Prepared:
+    """Write a task of image files, whose bytes it keeps; one made of the same files is kept as it is.
+
+    Arguments as of `zscl.tasks.write_task`.
+
+    Raises:
+        InputError: a file cannot be read, or something else lies at `folder`.
+    """
+    kept = kept_task(folder, split_family)
     if kept is not None:
         _check_same(folder, splits, classnames, templates)
         return kept
-    write_task(
-        folder,
-        classnames,
-        templates,
-        {split: _read(images.name, files, lambda: None) for split, files in splits.items()},
-        source=str(images),
-        split_family=family,
-    )
-    return Prepared(folder.name, str(folder), {split: len(files) for split, files in splits.items()}, family)
+    read = {split: _read(folder.name, files, lambda: None) for split, files in splits.items()}
+    write_task(folder, classnames, templates, read, source=source, split_family=split_family)
+    return Prepared(folder.name, str(folder), {split: len(files) for split, files in splits.items()}, split_family)
 
 
 def _folder_splits(images: Path, seed: int) -> tuple[str, list[str], dict[str, list[File]]]:
@@ -400,7 +412,7 @@ def _folder_splits(images: Path, seed: int) -> tuple[str, list[str], dict[str, l
         raise InputError(f"{images}: found {given[0]}/ alone, expected both train/ and test/, or a folder a class")
     if not given:
         classes = _folders(images)
-        files = _class_files(images, images, classes)
+        files = class_files(images, images, classes)
         places = random_split(len(files), seed)
         split_files = {split: [files[index] for index in indices] for split, indices in places.items()}
         return f"folder-seed{seed}", classes, split_files
@@ -409,7 +421,7 @@ def _folder_splits(images: Path, seed: int) -> tuple[str, list[str], dict[str, l
         [odd, *_] = sorted(set(classes) ^ set(tested))
         here, there = ("train", "test") if odd in classes else ("test", "train")
         raise InputError(f"{images}: found the class '{odd}' in {here}/ and not in {there}/, expected it in both")
-    return "folder", classes, {split: _class_files(images, images / split, classes) for split in given}
+    return "folder", classes, {split: class_files(images, images / split, classes) for split in given}
 
 
 def _folders(folder: Path) -> list[str]:
@@ -418,10 +430,21 @@ def _folders(folder: Path) -> list[str]:
     return sorted(place.name for place in folder.iterdir() if place.is_dir() and not place.name.startswith("."))
 
 
-def _class_files(images: Path, folder: Path, classes: Sequence[str]) -> list[File]:
+def class_files(images: Path, folder: Path, classes: Sequence[str], within: str = "") -> list[File]:
+    """The image files of a tree with a folder a class, named from `images` on.
+
+    Args:
+        images: the source's root.
+        folder: that holds the classes.
+        classes: names of their folders, in label order.
+        within: where in a class's folder its images are.
+
+    Raises:
+        InputError: a class has no image, or a file is none that shards hold.
+    """
     files = []
     for label, name in enumerate(classes):
-        found = sorted(file for file in (folder / name).rglob("[!.]*") if file.is_file())
+        found = sorted(file for file in (folder / name / within).rglob("[!.]*") if file.is_file())
         if not found:
             raise InputError(f"{folder / name}: found no image, expected at least one a class")
         for file in found:

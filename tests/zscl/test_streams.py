@@ -56,10 +56,11 @@ def test_loader_processes_change_nothing(samples: IndexedSamples, processes: int
     assert same(batches(samples, range(6), processes), batches(samples, range(6)))
 
 
-@pytest.mark.parametrize("processes", [0, 3])
-def test_goes_on_from_any_step(samples: IndexedSamples, processes: int) -> None:
+@pytest.mark.parametrize("processes", [0, 1, 4])
+@pytest.mark.parametrize("first_step", [1, 2, 5])
+def test_goes_on_from_any_step(samples: IndexedSamples, processes: int, first_step: int) -> None:
     whole = batches(samples, range(6), count=6)
-    assert same(batches(samples, range(6), processes, first_step=2, count=4), whole[2:])
+    assert same(batches(samples, range(6), processes, first_step, count=6 - first_step), whole[first_step:])
 
 
 def test_the_callers_random_state_is_left_alone(samples: IndexedSamples) -> None:

@@ -1,0 +1,104 @@
+"""TinyImageNet and ImageNet from trees in their own layouts."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from open_clip import IMAGENET_CLASSNAMES
+from PIL import Image
+
+from schemas.base import InputError
+from schemas.data import Task
+from zscl.imagenets import prepare_imagenet, prepare_tinyimagenet
+from zscl.tasks import TaskFolder
+
+
+def jpeg(number: int) -> bytes:
+    stream = io.BytesIO()
+    pixels = np.random.default_rng(number).integers(0, 255, (8, 8, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(stream, "JPEG")
+    return stream.getvalue()
+
+
+def put(file: Path, content: bytes | str) -> bytes:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return file.read_bytes()
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    root = tmp_path / "tiny-imagenet-200"
+    put(root / "wnids.txt", "n02\nn01\n")
+    put(root / "words.txt", "n00\tthing\nn01\tgoldfish, Carassius auratus\nn02\tEgyptian cat\n")
+    for number, wnid in enumerate(["n01", "n01", "n02"]):
+        put(root / "train" / wnid / "images" / f"{wnid}_{number}.JPEG", jpeg(number))
+        put(root / "train" / wnid / f"{wnid}_boxes.txt", "no image")
+    lines = [f"val_{number}.JPEG\t{wnid}\t0\t0\t7\t7" for number, wnid in enumerate(["n02", "n01"])]
+    put(root / "val/val_annotations.txt", "\n".join(lines) + "\n")
+    for number in range(2):
+        put(root / f"val/images/val_{number}.JPEG", jpeg(10 + number))
+    return root
+
+
+def opened(folder: Path) -> TaskFolder:
+    return TaskFolder.open(Task.model_validate(str(folder)))
+
+
+def test_tinyimagenet_keeps_bytes_names_and_labels(tiny: Path, tmp_path: Path) -> None:
+    made = prepare_tinyimagenet(tiny, tmp_path / "task")
+    assert (made.images, made.split_family) == ({"train": 3, "test": 2}, "official-val")
+    task = opened(tmp_path / "task")
+    assert task.classnames == ("goldfish", "Egyptian cat")
+    assert task.templates == ("a bad photo of a {c}.",)
+    assert [(sample.image, task.label_of(sample)) for sample in task.train.once(0, 1)] == [
+        (jpeg(0), 0), (jpeg(1), 0), (jpeg(2), 1),
+    ]  # fmt: skip
+    assert [(sample.image, task.label_of(sample)) for sample in task.test.once(0, 1)] == [(jpeg(10), 1), (jpeg(11), 0)]
+    assert prepare_tinyimagenet(tiny, tmp_path / "task").kept
+
+
+def test_tinyimagenet_that_does_not_fit_together_is_refused(tiny: Path, tmp_path: Path) -> None:
+    put(tiny / "val/val_annotations.txt", "val_0.JPEG\tn09\n")
+    with pytest.raises(InputError, match=r"val_annotations\.txt: found 'val_0\.JPEG\\tn09', expected an image"):
+        prepare_tinyimagenet(tiny, tmp_path / "task")
+    (tiny / "wnids.txt").unlink()
+    with pytest.raises(InputError, match=r"wnids\.txt: found no such file"):
+        prepare_tinyimagenet(tiny, tmp_path / "task")
+    assert not (tmp_path / "task").exists()
+
+
+def imagenet(root: Path, classes: int) -> Path:
+    for number in range(classes):
+        for place in ("train", "val"):
+            put(root / place / f"n{number:08d}" / f"{place}.JPEG", jpeg(number % 7))
+    return root
+
+
+def test_a_part_of_imagenet_in_the_order_of_its_file(tmp_path: Path) -> None:
+    root = imagenet(tmp_path / "imagenet", 1000)
+    put(tmp_path / "classes.txt", "n00000007\nn00000001 a tench by another name\n")
+    made = prepare_imagenet(root, tmp_path / "task", tmp_path / "classes.txt")
+    assert made.images == {"train": 2, "test": 2}
+    task = opened(tmp_path / "task")
+    assert task.classnames == (IMAGENET_CLASSNAMES[7], "a tench by another name")
+    assert task.templates == ("a good photo of a {c}.",)
+
+
+@pytest.mark.parametrize(
+    ("classes", "sentence"),
+    [
+        ("n00000001\n", "found 'n00000001' without a name"),
+        ("n00000001 one\nn00000001 two\n", "found a WordNet id twice"),
+        ("n00000009 nine\n", "train/n00000009: found no image"),
+        (None, "found no thousand folders"),
+    ],
+)
+def test_a_part_that_cannot_be_had_is_refused(tmp_path: Path, classes: str | None, sentence: str) -> None:
+    root = imagenet(tmp_path / "imagenet", 3)
+    if classes:
+        put(tmp_path / "classes.txt", classes)
+    with pytest.raises(InputError, match=sentence):
+        prepare_imagenet(root, tmp_path / "task", tmp_path / "classes.txt" if classes else None)
+    assert not (tmp_path / "task").exists()
