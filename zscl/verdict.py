@@ -8,12 +8,9 @@ NAMED = 5  # in a sentence
 
 
 def class_problems(classnames: ClassNames, splits: Sequence[SplitFinding]) -> Iterator[str]:
-    """Classes that have no name, no name of their own, or no image in a split that should have some."""
+    """Classes that have no name, or no image in a split that should have some."""
     for label in classnames.empty:
         yield f"classnames.txt: found line {label + 1} empty, expected a class name: the line number is the label"
-    for repeated in classnames.repeated:
-        labels = " and ".join(map(str, repeated.labels))
-        yield f"classnames.txt: found {repeated.name!r} for the labels {labels}, expected a name for each of them"
     for split in splits:
         # A label that neither split uses is a warning; an empty split has its own sentence.
         missing = [label for label in split.empty_classes if label not in classnames.unused]
@@ -43,7 +40,10 @@ def sample_problems(unreadable: Unreadable, between: Duplicates) -> Iterator[str
 def warnings_of(
     classnames: ClassNames, templates: Templates, within: Duplicates, splits: Sequence[SplitFinding]
 ) -> Iterator[str]:
-    """What may be meant."""
+    """What may be meant: CLIP's own names of ImageNet have two that stand for two classes each."""
+    for repeated in classnames.repeated:
+        labels = " and ".join(map(str, repeated.labels))
+        yield f"classnames.txt: found {repeated.name!r} for the labels {labels}: no prompt tells them apart"
     if classnames.unused and any(split.images for split in splits):
         classes = named([classnames.names[label] for label in classnames.unused], "class", "classes")
         yield f"classnames.txt: found {classes} of which neither split has an image"
