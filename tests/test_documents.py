@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import Command, coloured
+from trees import TREES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -42,12 +43,10 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_own_tasks_from_folders_to_a_comparison(own: Path, zscl: Callable[..., Command], ray_cluster: None) -> None:
-    [script] = blocks("python", "Your own tasks")
-    exec(compile(script, "make_tasks.py", "exec"), {"__name__": "__main__"})
     [recipe] = blocks("yaml", "Your own tasks")
     (own / "own.yaml").write_text(recipe)
     shown = commands("Your own tasks") + commands("More workers, GPUs, a cluster")
-    assert [command[0] for command in shown] == ["run", "run", "run", "compare", "run"]
+    assert [command[0] for command in shown] == ["data", "data", "run", "run", "run", "compare", "run"]
     for command in shown:
         found = zscl(*command)
         assert found.code == 0, (command, found.error)
@@ -89,6 +88,25 @@ def test_the_embedded_model_can_be_made_again(
         assert found.code == 0, (command, found.error)
     assert "zero-shot digits" in found.out
     assert (tmp_path / "data/embedded-model/open_clip_model.safetensors").is_file()
+
+
+def test_the_tasks_of_the_paper_in_the_commands_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zscl: Callable[..., Command], unchecked: None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for tree in TREES.values():
+        tree(tmp_path / "torchvision")
+    (tmp_path / "Validation_GCC.tsv").write_text("a dog on a beach\tsomewhere\n")
+    cars, all_of_them, captions = commands("The tasks of the paper")
+    # Downloads cannot be had here: the ten come from a copy, too.
+    for command in (cars, [*all_of_them, "--root", "~/torchvision", "--jobs", "1"], captions):
+        found = zscl(*command)
+        assert found.code == 0, (command, found.error)
+    assert {path.name for path in (tmp_path / "data/mtil").iterdir()} == set(TREES)
+    recipe = yaml.safe_load((ROOT / "experiments/mtil-order-1.yaml").read_text())
+    for task in recipe["tasks"]:
+        assert (tmp_path / (task if isinstance(task, str) else task["path"]) / "zscl.json").is_file()
 
 
 def test_every_make_target_shown_exists() -> None:

@@ -48,13 +48,6 @@ def opened(folder: Path) -> TaskFolder:
     return TaskFolder.open(Task.model_validate(str(folder)))
 
 
-@pytest.fixture
-def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two of torchvision's classes know the MD5 of the real archives' content; ours is another."""
-    for module in (torchvision.datasets.cifar, torchvision.datasets.flowers102):
-        monkeypatch.setattr(module, "check_integrity", lambda path, md5=None: Path(path).is_file())
-
-
 def splits_of(expected: Expected) -> Expected:
     if "all" not in expected:
         return expected
