@@ -109,6 +109,8 @@ def write_experiment(experiment: Experiment, file: Path) -> None:
 def shown(experiment: Experiment) -> dict[str, Any]:
     """Every field, as it may be written down: without the password of a tracking URI."""
     content = experiment.model_dump(mode="json")
+    if experiment.class_incremental is not None:
+        del content["tasks"]  # they follow from it
     if experiment.tracking.uri:
         content["tracking"]["uri"] = without_password(experiment.tracking.uri)
     return content

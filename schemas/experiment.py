@@ -187,5 +187,7 @@ class Experiment(Strict):
             identity["reference"] = [contents["reference"], self.reference.max_texts]
         if self.method.task_loss is None:
             identity["optimisation"] = {"precision": self.optimisation.precision}
+            for task in identity["tasks"]:
+                del task["steps"], task["learning_rate"]
             del identity["seed"]
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]

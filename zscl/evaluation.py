@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from open_clip import build_zero_shot_classifier
 
+from schemas.base import InputError
 from zscl.distributed import gather, rank, share, sum_over_workers, world_size
 from zscl.model import Clip, at_least_float32, precision_context
 from zscl.streams import Decode, EvaluationImages, Loader
@@ -31,42 +32,43 @@ def accuracies(
         loader: how to read, and the model's device.
         precision: `fp32` or `bf16`.
         batch_size: images a worker encodes at once.
+
+    Raises:
+        InputError: there is no usable image.
     """
     was_training = clip.model.training
     clip.model.eval()
     with torch.inference_mode():
         correct, images = count_correct(clip, task, heads, loader, precision, batch_size)
     clip.model.train(was_training)
+    if images == 0:
+        raise InputError(f"{task.path}/test: found no image that can be used, expected some to judge '{task.name}' by")
     return [each / images for each in correct], images
 
 
-def heads_of(
-    clip: Clip, tasks: Sequence[TaskFolder], templates: str, precision: str, device: torch.device, one_head: bool
-) -> list[list[torch.Tensor]]:
-    """For each task the heads that may judge it, its own classes first.
-
-    Its own classes alone; or, where one head tells all classes seen apart, together with those of the tasks before it
-    and of none, one, two, … of the tasks behind it.
+def embed_classes(
+    clip: Clip, tasks: Sequence[TaskFolder], templates: str, precision: str, device: torch.device
+) -> list[torch.Tensor]:
+    """Each task's class embeddings [C, D].
 
     Args:
         clip: model and tokenizer.
-        tasks: in the order of the stages.
-        templates: `all` or `first`; each class embedding is the normalised mean of its template embeddings.
+        tasks: whose classes.
+        templates: `all` or `first`; a class embedding is the normalised mean of its template embeddings.
         precision: `fp32` or `bf16`.
         device: the model's.
-        one_head: for all classes seen.
     """
     was_training = clip.model.training
     clip.model.eval()
     with torch.inference_mode(), precision_context(precision, device):
-        own = [class_embeddings(clip, task, templates, device) for task in tasks]
+        embedded = [class_embeddings(clip, task, templates, device) for task in tasks]
     clip.model.train(was_training)
-    if not one_head:
-        return [[embedded] for embedded in own]
-    return [
-        [torch.cat([own[task], *own[:task], *own[task + 1 : last + 1]]) for last in range(task, len(tasks))]
-        for task in range(len(tasks))
-    ]
+    return embedded
+
+
+def head(embedded: Sequence[torch.Tensor], task: int, last: int) -> torch.Tensor:
+    """What tells the classes of the tasks up to `last` apart, those of `task`, one of them, first. [C or more, D]"""
+    return torch.cat([embedded[task], *embedded[:task], *embedded[task + 1 : last + 1]])
 
 
 def class_embeddings(clip: Clip, task: TaskFolder, templates: str, device: torch.device) -> torch.Tensor:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from schemas.base import InputError
 from zscl.distributed import gather_unequal, rank, world_size
-from zscl.model import Clip, at_least_float32, precision_context
+from zscl.model import Clip, at_least_float32, image_size, precision_context
 from zscl.shards import IndexedSamples, Samples, open_samples
 from zscl.streams import Decode, EvaluationImages, Loader
 from zscl.tasks import TaskFolder, write_shards
@@ -77,7 +77,10 @@ def encode(
     was_training = clip.model.training
     clip.model.eval()
     decode = Decode(clip.evaluation_transform, lambda sample: (task.label_of(sample), sample.place))
-    features, found = [], []
+    # A worker may have no image at all: it encodes one, for its shape, and gives no row.
+    blank = torch.zeros(1, 3, *image_size(clip.model), device=loader.device)
+    features = [at_least_float32(clip.model.encode_image(blank, normalize=True))[:0]]  # type: ignore[operator]
+    found = [torch.empty(0, 2, dtype=torch.long, device=loader.device)]
     for batch, label_and_place in EvaluationImages(task.train, decode, rank(), world_size()).batches(
         batch_size, loader
     ):
@@ -104,7 +107,7 @@ def choose(features: torch.Tensor, labels: torch.Tensor, places: torch.Tensor, c
 def write(folder: Path, samples: Samples, chosen: Sequence[tuple[int, int]]) -> None:
     """Write the chosen (place, label) as shards, in their order, with the encoded images as they were."""
     wanted = {place for place, _ in chosen}
-    images = {place: sample.image for place, sample in enumerate(samples.once(0, 1)) if place in wanted}
+    images = {sample.place: sample.image for sample in samples.once(0, 1) if sample.place in wanted}
     kept = ({_suffix(images[place]): images[place], "cls": str(label).encode()} for place, label in chosen)
     write_shards(folder, kept, SHARD_IMAGES)
 

@@ -37,7 +37,7 @@ def open_experiment(experiment: Experiment) -> Opened:
     cache, scenario = experiment.compute.shard_cache, experiment.class_incremental
     folders: dict[str, TaskFolder] = {}
     if scenario is not None:
-        whole = TaskFolder.open(Task.model_validate(scenario.path), cache)
+        whole = TaskFolder.open(Task(path=scenario.path, name="classes"), cache)
         template = scenario.template or whole.templates[0]
         folders[scenario.path] = replace(whole, templates=(template,))
         experiment = spell_out(experiment, scenario, folders[scenario.path])
@@ -49,6 +49,12 @@ def open_experiment(experiment: Experiment) -> Opened:
     opened = ReferenceSet(used, cache) if used else None
     if experiment.method.memory:
         memory.check_budget(experiment.method.memory.budget, tasks)
+        for remembered in tasks[:-1]:
+            if not isinstance(remembered.train, IndexedSamples):
+                raise InputError(
+                    f"{remembered.path}: found remote shards, expected local ones to keep exemplars of "
+                    "(method.memory); compute.shard_cache makes them local"
+                )
     weights = weights_digest(experiment.model)
     contents = {path: folder.digest for path, folder in folders.items()} | {experiment.model.name: weights}
     if opened:
@@ -60,10 +66,9 @@ def spell_out(experiment: Experiment, scenario: ClassIncremental, whole: TaskFol
     """Cut the dataset into the stages that a class-incremental experiment means.
 
     Raises:
-        InputError: the dataset has fewer classes than the first stage, or the class order does not fit it.
+        InputError: the dataset has fewer classes than the first stage, the class order does not fit it, or other
+            stages are given.
     """
-    if experiment.tasks:  # done before
-        return experiment
     order = class_order(scenario, whole)
     if scenario.first > len(order):
         raise InputError(f"class_incremental.first: found {scenario.first}, expected at most {len(order)} classes")
@@ -76,9 +81,14 @@ def spell_out(experiment: Experiment, scenario: ClassIncremental, whole: TaskFol
         steps = math.ceil(scenario.epochs * len(images) / experiment.optimisation.batch_size)
         stages.append({"path": scenario.path, "name": name, "classes": classes, "steps": steps})
     try:
-        return Experiment.model_validate({**experiment.model_dump(), "tasks": stages})
+        spelt_out = Experiment.model_validate({**experiment.model_dump(), "tasks": stages})
     except ValidationError as error:
         raise InputError(explain(error)) from error
+    if experiment.tasks not in ((), spelt_out.tasks):  # spelt out before, as the workers get it
+        raise InputError(
+            "tasks: found other stages than class_incremental cuts from its dataset, expected none: leave them out"
+        )
+    return spelt_out
 
 
 def class_order(scenario: ClassIncremental, whole: TaskFolder) -> Sequence[int]:

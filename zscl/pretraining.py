@@ -19,7 +19,7 @@ from torchvision.transforms import Compose, RandomCrop
 from schemas.base import InputError
 from schemas.data import Task
 from schemas.pretraining import Pretraining
-from zscl.evaluation import accuracies, heads_of
+from zscl.evaluation import accuracies, embed_classes
 from zscl.model import CONFIG, Clip
 from zscl.shards import IndexedSamples, Sample, open_samples, seed_of
 from zscl.streams import Decode, Loader, TrainingImages
@@ -137,9 +137,9 @@ def pretrain(
 
     clip.save(model, folder, dtype=torch.float16)
     model.half().float()  # measure the weights as they were written
-    heads = heads_of(clip, tasks, "all", "fp32", device, one_head=False)
     zero_shot = {
-        task.name: accuracies(clip, task, own, Loader(device))[0][0] for task, own in zip(tasks, heads, strict=True)
+        task.name: accuracies(clip, task, [own], Loader(device))[0][0]
+        for task, own in zip(tasks, embed_classes(clip, tasks, "all", "fp32", device), strict=True)
     }
     return Pretrained(folder, steps, float(loss.detach()), zero_shot)
 

@@ -38,7 +38,7 @@ from schemas.results import (
 from zscl import memory
 from zscl.averaging import interpolate
 from zscl.distributed import barrier, gather_sentences, rank, world_size
-from zscl.evaluation import accuracies, heads_of
+from zscl.evaluation import accuracies, embed_classes, head
 from zscl.files import whole_folder, write_text
 from zscl.metrics import metrics
 from zscl.model import Clip, load, load_weights
@@ -160,16 +160,16 @@ class _Run:
         started = time.perf_counter()
         experiment = self.opened.experiment
         precision = experiment.optimisation.precision
-        heads = heads_of(
-            clip, self.opened.tasks, experiment.evaluation.templates, precision, self.device, self.one_head
-        )
+        embedded = embed_classes(clip, self.opened.tasks, experiment.evaluation.templates, precision, self.device)
         row = AccuracyRow(fingerprint=self.opened.fingerprint, accuracy={}, images={}, seconds=0.0)
-        for index, (task, judges) in enumerate(zip(self.opened.tasks, heads, strict=True)):
-            # Later heads tell more classes apart; untrained, the model meets them all.
-            used = judges if stage == 0 else [judges[max(stage - 1 - index, 0) if self.one_head else 0]]
+        for index, task in enumerate(self.opened.tasks):
+            heads = [embedded[index]]
+            if self.one_head:  # of all classes seen; untrained, the model is judged under those of every stage
+                last = range(index, len(embedded)) if stage == 0 else [max(stage - 1, index)]
+                heads = [head(embedded, index, until) for until in last]
             loader = self.loader()
             found, images = accuracies(
-                clip, task, used, loader, precision=precision, batch_size=experiment.compute.evaluation_batch_size
+                clip, task, heads, loader, precision=precision, batch_size=experiment.compute.evaluation_batch_size
             )
             row.accuracy[task.name], row.images[task.name] = found[0], images
             if len(found) > 1:

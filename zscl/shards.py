@@ -17,7 +17,7 @@ from copy import copy
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO, Any, Protocol
 
 import fsspec
 import torch
@@ -156,7 +156,8 @@ class IndexedSamples:
     """Local samples by position: shuffled as a whole, O(1) to any position, however many processes read.
 
     `table[sample, kind]` is the (file, offset, size) of a member: 72 bytes a sample, so that ImageNet's index
-    stays under 100 MB.
+    stays under 100 MB. `places[sample]` is its number in the set that it is told apart in, and `total` the size of the
+    set that this one is all or a part of.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
@@ -165,7 +166,7 @@ class IndexedSamples:
         if not rows:
             raise InputError(f"{files[0].parent}: found no image in its shards, expected at least one")
         self.table = torch.tensor(rows)
-        self.places = torch.arange(len(rows))
+        self.places, self.total = torch.arange(len(rows)), len(rows)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -175,6 +176,12 @@ class IndexedSamples:
         chosen = copy(self)
         chosen.__dict__.pop("digest", None)
         chosen.table, chosen.places = self.table[list(indices)], self.places[list(indices)]
+        return chosen
+
+    def counted_anew(self) -> "IndexedSamples":
+        """The same samples as a set of their own, in which their places are counted from 0."""
+        chosen = copy(self)
+        chosen.places = torch.arange(len(self))
         return chosen
 
     def at(self, positions: Iterable[int], seed: int) -> Iterator[Draw]:
@@ -331,15 +338,18 @@ class StreamedSamples:
         self.urls = list(urls)
 
     def at(self, positions: Iterable[int], seed: int) -> Iterator[Draw]:
-        """See `Samples.at`; a sample from just before in the stream may stand in."""
-        stream = enumerate(itertools.chain.from_iterable(self._epoch(seed, epoch) for epoch in itertools.count()))
+        """See `Samples.at`; a sample from just before in the stream may stand in, at its start one from just behind."""
+        stream = itertools.chain.from_iterable(self._epoch(seed, epoch) for epoch in itertools.count())
+        first = list(itertools.islice(stream, ATTEMPTS))
         latest: deque[Sample] = deque(maxlen=ATTEMPTS)
+        numbered = enumerate(itertools.chain(first, stream))
         for position in positions:
-            for index, sample in stream:
+            for index, sample in numbered:
                 latest.appendleft(sample)
                 if index == position:
                     break
-            yield partial(_latest, latest)
+            near = latest if position >= ATTEMPTS else [first[position], *first[:position], *first[position + 1 :]]
+            yield partial(_near, near)
 
     @property
     def digest(self) -> str:
@@ -381,23 +391,28 @@ def _opened(url: str) -> IO[bytes]:
     return opened
 
 
-def _latest(latest: Sequence[Sample], attempt: int) -> Sample:
-    return latest[min(attempt, len(latest) - 1)]
+def _near(samples: Sequence[Sample], attempt: int) -> Sample:
+    return samples[min(attempt, len(samples) - 1)]
 
 
 def _stream(urls: Sequence[str]) -> Iterator[Sample]:
     for url in urls:
-        try:
-            with _opened(url) as opened:
-                stream = _Tail(opened)
-                source = [{"url": url, "stream": stream}]
-                groups = webdataset.tariterators.group_by_keys(webdataset.tariterators.tar_file_expander(source))
-                for group in groups:
-                    image = next((group[suffix] for suffix in IMAGE_SUFFIXES if suffix in group), None)
-                    if image is not None:
-                        yield Sample(image, group.get("cls"), group.get("txt"), url, group["__key__"])
-                # A shard cut between two members reads without an error; only the end mark's absence tells.
-                if stream.tail.strip(b"\0") or not stream.tail:
-                    raise EOFError("it has no end")
-        except (OSError, tarfile.TarError, EOFError) as error:
-            raise InputError(f"{url}: found no readable shard ({error}), expected a tar") from error
+        with _opened(url) as opened:
+            stream = _Tail(opened)
+            source = [{"url": url, "stream": stream}]
+            groups = webdataset.tariterators.group_by_keys(webdataset.tariterators.tar_file_expander(source))
+            while (group := _next_group(groups, url)) is not None:
+                image = next((group[suffix] for suffix in IMAGE_SUFFIXES if suffix in group), None)
+                if image is not None:
+                    yield Sample(image, group.get("cls"), group.get("txt"), url, group["__key__"])
+            # A shard cut between two members reads without an error; only the end mark's absence tells.
+            if stream.tail.strip(b"\0") or not stream.tail:
+                raise InputError(f"{url}: found no readable shard (it has no end), expected a tar")
+
+
+def _next_group(groups: Iterator[dict[str, Any]], url: str) -> dict[str, Any] | None:
+    try:
+        return next(groups, None)
+    except Exception as error:  # of the tar, or of the store: it may break off in the middle
+        reason = error.args[0] if error.args else type(error).__name__
+        raise InputError(f"{url}: found no readable shard ({reason}), expected a tar") from error

@@ -25,7 +25,7 @@ LabelOf = Callable[[Sample], Label]
 Decoded = tuple[torch.Tensor, Label]
 # What a stream is made of: decoded images, and the sentences of samples that were skipped.
 Items = Iterator[Decoded | str]
-FEW = 100  # of an unknown number of samples: judge the share of broken ones by no fewer
+FEW = 10_000  # of an unknown number of samples: judge the share of broken ones by no fewer
 
 
 @dataclass(frozen=True)
@@ -264,8 +264,8 @@ def _process() -> tuple[int, int]:
 
 
 def _count(samples: Samples) -> int | None:
-    """Samples in a set; `None` for a stream, whose length is not known beforehand."""
-    return len(samples) if isinstance(samples, IndexedSamples) else None
+    """Samples in the whole set; `None` for a stream, whose length is not known beforehand."""
+    return samples.total if isinstance(samples, IndexedSamples) else None
 
 
 def _stack(samples: list[Decoded]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -135,7 +135,7 @@ class TaskFolder:
         ]
         if not chosen:
             raise InputError(f"{self.path}/{split}: found no image of the classes of '{self.name}', expected some")
-        return samples.only(chosen)
+        return samples.only(chosen).counted_anew()
 
     @cached_property
     def labels(self) -> dict[str, list[str]]:

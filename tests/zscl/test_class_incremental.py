@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from orchestrate import recipes
 from schemas.base import InputError
 from schemas.data import ClassIncremental
 from schemas.experiment import Experiment
@@ -22,7 +23,7 @@ from schemas.results import Result
 from zscl.model import load
 from zscl.opened import class_order, open_experiment
 from zscl.sequence import run_sequence
-from zscl.shards import IndexedSamples
+from zscl.shards import IndexedSamples, open_samples
 
 CPU = torch.device("cpu")
 Make = Callable[..., Experiment]
@@ -228,3 +229,45 @@ def test_some_classes_of_a_folder_make_a_task_of_their_own(experiment: Make, tas
         wrong = experiment(tasks=[{"path": tasks[0], "classes": classes}])
         with pytest.raises(InputError, match=sentence):
             open_experiment(wrong)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"preset": "icarl", "memory": {"budget": 8}},
+        {"preset": "zscl", "distill": {"images": "task"}, "average": {"every": 1}},
+    ],
+)
+def test_a_group_of_classes_is_a_set_of_its_own(incremental: Make, tmp_path: Path, method: dict[str, Any]) -> None:
+    made = incremental(method=method)
+    run_sequence(made, tmp_path / "run", device=CPU)
+    opened = open_experiment(made)
+    whole = opened.tasks[0].whole
+    assert whole is not None
+    images = {sample.image: int(sample.label or b"") for sample in whole.train.once(0, 1)}
+    kept = 0
+    for stage, task in enumerate(opened.tasks[:-1], start=1):
+        exemplars = tmp_path / "run/stages" / f"{stage}-{task.name}" / "exemplars"
+        for sample in open_samples([str(exemplars)]).once(0, 1) if exemplars.is_dir() else ():
+            assert task.classes is not None
+            assert images[sample.image] == task.classes[int(sample.label or b"")]  # the image of its label
+            kept += 1
+    assert (kept > 0) == (method["preset"] == "icarl")
+
+
+def test_a_written_recipe_still_follows_its_scenario(incremental: Make, tmp_path: Path) -> None:
+    written = tmp_path / "experiment.yaml"
+    recipes.write_experiment(open_experiment(incremental()).experiment, written)
+    again = open_experiment(recipes.load_experiment(written))
+    assert again.fingerprint == open_experiment(incremental()).fingerprint
+    changed = open_experiment(recipes.load_experiment(written, ["class_incremental.first=1"]))
+    assert [len(task.classes or ()) for task in changed.tasks] == [1, 1, 1, 1]
+    other = open_experiment(incremental({"first": 1})).experiment
+    mixed = other.model_copy(update={"class_incremental": incremental().class_incremental})
+    with pytest.raises(InputError, match="found other stages than class_incremental cuts"):
+        open_experiment(mixed)
+
+
+def test_what_is_not_trained_has_no_steps_in_its_identity(incremental: Make) -> None:
+    few, many = (incremental(method="zero-shot", optimisation={"batch_size": size}) for size in (4, 8))
+    assert open_experiment(few).fingerprint == open_experiment(many).fingerprint

@@ -9,7 +9,7 @@ import torch
 from schemas.data import Task
 from schemas.experiment import Model
 from zscl import embedded, suites
-from zscl.evaluation import accuracies, heads_of
+from zscl.evaluation import accuracies, embed_classes
 from zscl.model import load
 from zscl.streams import Loader
 from zscl.tasks import TaskFolder
@@ -61,7 +61,7 @@ def test_the_shipped_model_has_real_zero_shot_ability(suite: Path) -> None:
     for name in embedded.DOMAINS:
         task = TaskFolder.open(Task.model_validate(str(suite / name)))
         task.check()
-        [heads] = heads_of(clip, [task], "all", "fp32", torch.device("cpu"), one_head=False)
+        heads = embed_classes(clip, [task], "all", "fp32", torch.device("cpu"))
         [found[name]], images = accuracies(clip, task, heads, loader)
         assert images == 300
         assert 2.5 / len(task.classnames) < found[name] < 0.95

@@ -80,6 +80,22 @@ def test_a_full_disk_is_said_once_and_changes_nothing(tmp_path: Path) -> None:
     assert "no longer stored" in said[0]
 
 
+def test_a_broken_reference_image_is_borne_in_every_stage_and_run(
+    experiment: Callable[..., Experiment], tmp_path: Path
+) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(30):
+        (images / f"{number}.png").write_bytes(uncompressed(8 * number) if number else b"no image")
+    (images / "captions.txt").write_text("red\ngreen\nblue\n")
+    compute = {"device": "cpu", "teacher_features": "ahead", "max_broken_share": 0.05}
+    for folder in ("first", "again"):
+        _, said = run(experiment(reference=str(images), compute=compute), tmp_path / folder)
+        assert "images/0.png: sample" in notes(said) or "sample '0' is no readable image" in notes(said)
+    [store] = (tmp_path / "teacher").glob("images-*")
+    assert FeatureStore(store, 30, 16, torch.float32).missing() == [0]
+
+
 def test_a_store_that_cannot_be_made_is_done_without(experiment: Callable[..., Experiment], tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a/teacher").write_text("in the way")

@@ -157,6 +157,18 @@ def test_while_training_another_sample_stands_in_whoever_reads(tmp_path: Path, r
             assert all(a == b or b in (3, 17) for a, b in zip(found.tolist(), expected.tolist(), strict=True))
 
 
+def test_a_stream_whose_first_sample_is_broken_has_stand_ins(tmp_path: Path) -> None:
+    with_broken(tmp_path, {})
+    urls = [f"file://{tmp_path}/{{0..2}}.tar"]
+    first = next(open_samples(urls).at([0], 3))(0)
+    with_broken(tmp_path, {int(first.label or b""): b"no image"})
+    images = TrainingImages(open_samples(urls), Decode(AUGMENT, label_of), 3, 6, range(6))
+    loader, said = bearing(0.05)
+    found = list(islice(images.batches(loader), 20))
+    assert len(said) == 1
+    assert all(len(labels) == 6 for _, labels in found)
+
+
 def test_a_broken_training_sample_is_said_once(tmp_path: Path) -> None:
     loader, said = bearing(0.1)
     images = TrainingImages(with_broken(tmp_path, {3: b"no image"}), Decode(AUGMENT, label_of), 3, 6, range(6))
