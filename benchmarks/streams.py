@@ -143,7 +143,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             {name: images_per_second(batches, options.images) for name, batches in running.items()}
             for _ in range(options.rounds)
         ]
-        memory = [peak_memory(str(each), options.images, options.pixels) for each in (place, large)]
+        if options.memory:
+            memory = [peak_memory(str(each), options.images, options.pixels) for each in (place, large)]
     speed = {name: median(each[name] for each in rounds) for name in ways}
     return {
         "images": options.images,
@@ -153,7 +154,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "over_ceiling": median(each["local"] / each["ceiling"] for each in rounds),
         "remote_over_ceiling": median(each["remote"] / each["ceiling"] for each in rounds),
         "kept_over_decoded": median(each["kept"] / each["local"] for each in rounds),
-        "memory_growth": memory[1] / memory[0],
+        "memory_growth": memory[1] / memory[0] if options.memory else None,
         "images_per_second": speed,
     }
 
@@ -166,15 +167,16 @@ def main() -> None:
     parser.add_argument("--pixels", type=int, default=224, help="that the model takes")
     parser.add_argument("--processes", type=int, default=0, help="loader processes; 0: the worker itself")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure memory, too")
     parser.add_argument("--json", action="store_true", help="figures as JSON on standard output")
     options = parser.parse_args()
     torch.set_num_threads(1)
     found = measure(options)
+    growth = f"; {found['memory_growth']:.2f} x the memory for ten times the data" if options.memory else ""
     print(
         f"{found['images']} images of {found['size']} px, {found['processes']} loader processes: "
         f"{found['over_ceiling']:.2f} of the ceiling, {found['remote_over_ceiling']:.2f} from remote shards; "
-        f"{found['kept_over_decoded']:.1f} x with decoded images kept; "
-        f"{found['memory_growth']:.2f} x the memory for ten times the data "
+        f"{found['kept_over_decoded']:.1f} x with decoded images kept{growth} "
         f"({found['images_per_second']['local']:.0f} images/s)",
         file=sys.stderr,
     )
