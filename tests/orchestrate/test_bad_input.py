@@ -142,7 +142,7 @@ def test_a_broken_image_met_on_the_way(
     shard = task / "test/0.tar"
     shard.write_bytes(shard.read_bytes().replace(b"\x89PNG", b"\x00PNG"))
     (task / "zscl.json").unlink()
-    content = recipe(tasks=["task"], compute={"device": "cpu", "workers": 2, "max_failures": 2})
+    content = recipe(tasks=["task"], compute={"device": "cpu", "max_failures": 2})
     YAML(typ="safe").dump(content, place / "recipe.yaml")
     found = zscl("run", "recipe.yaml", "--out", "runs/mine")
     assert found.code == 2
