@@ -75,15 +75,12 @@ def run(
 
     contents: list[dict[str, Any]] = []
     lines: list[str] = []
-    experiments = recipes.load_variants(recipe, overrides, variant)
-    for name, experiment in experiments.items():
-        opened = running.prepare(experiment)
-        folder = places.folder_of(experiment, opened.fingerprint, out, name if len(experiments) > 1 else "")
+    for opened, folder in running.prepare_variants(recipe, overrides, variant, out):
         if dry_run:
-            contents.append({"experiment": recipes.shown(experiment), "plan": running.plan(opened, folder)})
+            contents.append({"experiment": recipes.shown(opened.experiment), "plan": running.plan(opened, folder)})
             continue
         result = running.run(opened, folder, progress_console)
-        uri = places.store_uri(experiment, folder)
+        uri = places.store_uri(opened.experiment, folder)
         shown = {"folder": str(folder), "tracking_uri": places.without_password(uri)}
         contents.append({**shown, "result": result.model_dump(mode="json")})
         lines += [
@@ -113,15 +110,11 @@ def embed(
 
     Example: zscl embed experiments/embedded.yaml --set compute.workers=2
     """
-    from orchestrate import places, recipes
     from orchestrate import run as running
 
     contents: list[dict[str, Any]] = []
     lines: list[str] = []
-    experiments = recipes.load_variants(recipe, overrides, variant)
-    for name, experiment in experiments.items():
-        opened = running.prepare(experiment)
-        folder = places.folder_of(experiment, opened.fingerprint, out, name if len(experiments) > 1 else "")
+    for opened, folder in running.prepare_variants(recipe, overrides, variant, out):
         done = running.embed(opened, folder, progress_console)
         contents.append(done.model_dump())
         lines.append(f"{done.images} images, {done.texts} texts; {done.megabytes:.1f} MB of features in {done.folder}")

@@ -1,7 +1,7 @@
 """One run from a recipe: folder, pre-flight, tracking, display, training."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel
 from rich.console import Console
 
-from orchestrate import recipes, report
+from orchestrate import places, recipes, report
 from orchestrate.display import Bar, Display
 from schemas.base import InputError, InterruptedRunError
 from schemas.experiment import Experiment
@@ -81,6 +81,26 @@ def prepare(experiment: Experiment) -> Opened:
         task.check(experiment.compute.max_broken_share)
     left_in_full(load(experiment.model).model, experiment.compute.savings)
     return opened
+
+
+def prepare_variants(
+    recipe: Path, overrides: Sequence[str], variant: str | None, out: Path | None
+) -> Iterator[tuple[Opened, Path]]:
+    """Prepare what a recipe means, one experiment after another, each with its folder.
+
+    Args:
+        recipe: a recipe, or a table of variants.
+        overrides: `a.b.c=value`.
+        variant: which row of a table, or all of them.
+        out: the run's folder, or that of all of them; default: see `places.folder_of`.
+
+    Raises:
+        InputError: a recipe is refused, or something that one names is missing or wrong.
+    """
+    experiments = recipes.load_variants(recipe, overrides, variant)
+    for name, experiment in experiments.items():
+        opened = prepare(experiment)
+        yield opened, places.folder_of(experiment, opened.fingerprint, out, name if len(experiments) > 1 else "")
 
 
 def run(opened: Opened, folder: Path, console: Console) -> Result:
