@@ -1,6 +1,6 @@
 """What a training step costs: this project's, against the floor and against one written the authors' way.
 
-    python benchmarks/step.py                                      # two CPU minutes a row, three rows
+    python benchmarks/step.py                                      # about three CPU minutes a row, three rows
     python benchmarks/step.py --model ViT-B-16 --device cuda --precision bf16 --classes 10 100 397 --captions 13000
 
 Three steps on the same images, prompts and captions, taken in turn, each for as many rounds as asked; every ratio is
