@@ -39,6 +39,7 @@ class StageResult(Strict):
     images_per_second: float
     merges: NonNegativeInt = Field(description="Models in the weight ensemble, the stage's start included")
     losses: dict[str, float] = Field(description="Each named loss at the last step")
+    warnings: Many[str] = Field((), description="What looks like a failed stage, a sentence each")
     broken: Many[str] = Field((), description="Training samples that were skipped, a sentence each")
 
 
@@ -71,6 +72,7 @@ class Result(Strict):
     reference_texts: NonNegativeInt
     workers: int
     device: str
+    warnings: Many[str] = Field((), description="What looks like a failed stage, a sentence each")
     train_seconds: float
     evaluation_seconds: float
     versions: dict[str, str]
@@ -91,6 +93,9 @@ class StepLosses(Strict):
     step: NonNegativeInt
     learning_rate: float
     losses: dict[str, Annotated[float, AllowInfNan()]]
+    gradient_norm: Annotated[float, AllowInfNan()] = Field(
+        description="Over all trained parameters, before any clipping"
+    )
 
 
 class StageStarted(Strict):
@@ -145,6 +150,21 @@ class ImagesEmbedded(Strict):
     total: NonNegativeInt
 
 
+class RunStarted(Strict):
+    """A run begins, or goes on."""
+
+    event: Literal["run_started"] = "run_started"
+    fingerprint: str
+
+
+class CheckpointWritten(Strict):
+    """The stage can go on from behind so many steps."""
+
+    event: Literal["checkpoint_written"] = "checkpoint_written"
+    stage: int
+    steps: NonNegativeInt
+
+
 class Note(Strict):
     """Something worth a line in the log."""
 
@@ -153,6 +173,29 @@ class Note(Strict):
 
 
 Progress = Annotated[
-    StageStarted | StepsTaken | StageTrained | TaskEvaluated | RowMeasured | ImagesEmbedded | Note,
+    RunStarted
+    | StageStarted
+    | StepsTaken
+    | CheckpointWritten
+    | StageTrained
+    | TaskEvaluated
+    | RowMeasured
+    | ImagesEmbedded
+    | Note,
     Field(discriminator="event"),
 ]
+
+
+class JournalEntry(Strict):
+    """A line of `journal.jsonl`."""
+
+    time: int = Field(description="Unix time, in milliseconds")
+    progress: Progress
+
+
+class RunState(Strict):
+    """`state.json`: how the last attempt at a run stands."""
+
+    status: Literal["RUNNING", "FINISHED", "FAILED", "KILLED"] = Field(description="As MLflow names it")
+    reason: str = Field("", description="Of a failure, a sentence")
+    time: int = Field(description="Since when, Unix time in milliseconds")
