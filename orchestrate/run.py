@@ -2,16 +2,15 @@
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from filelock import FileLock, Timeout
-from pydantic import BaseModel
 from rich.console import Console
 
 from orchestrate import places, recipes, report
 from orchestrate.display import Bar, Display
-from schemas.base import InputError, InterruptedRunError
+from orchestrate.state import owned, write_state
+from schemas.base import InterruptedRunError
 from schemas.experiment import Experiment
 from schemas.results import Embedded, Result
 from zscl.model import load
@@ -20,6 +19,9 @@ from zscl.sequence import refuse_other_run
 from zscl.shards import IndexedSamples
 from zscl.teaching import check_embeddable, way_of_features
 from zscl.towers import left_in_full
+
+if TYPE_CHECKING:
+    from orchestrate.shipping import Shipper
 
 
 def plan(opened: Opened, folder: Path) -> dict[str, object]:
@@ -103,8 +105,10 @@ def prepare_variants(
         yield opened, places.folder_of(experiment, opened.fingerprint, out, name if len(experiments) > 1 else "")
 
 
-def run(opened: Opened, folder: Path, console: Console) -> Result:
+def run(opened: Opened, folder: Path, console: Console, offline: bool = False) -> Result:
     """Run an experiment on Ray, recorded in MLflow; one that is finished in `folder` is not run again.
+
+    Offline, its journal is all that records it, and `orchestrate.shipping.sync` sends that later.
 
     Raises:
         InputError: the cluster, the tracking store or the folder is not as expected.
@@ -113,8 +117,8 @@ def run(opened: Opened, folder: Path, console: Console) -> Result:
     if (folder / "result.json").is_file():
         console.print(f"{folder}: finished before, nothing to do", highlight=False)
         return report.load_result(folder)
-    with _owned(folder):
-        return _run(opened, folder, console)
+    with owned(folder):
+        return _run(opened, folder, console, offline)
 
 
 def embed(opened: Opened, folder: Path, console: Console) -> Embedded:
@@ -137,20 +141,8 @@ def _made(folder: Path) -> Path:
     return folder
 
 
-@contextmanager
-def _owned(folder: Path) -> Iterator[None]:
-    """Keep a run's folder for this process; the lock goes with the process, however that ends."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0):
-            yield
-    except Timeout as error:
-        raise InputError(f"{folder}: found another process at work on this run, expected none") from error
-
-
-def _run(opened: Opened, folder: Path, console: Console) -> Result:
+def _run(opened: Opened, folder: Path, console: Console, offline: bool) -> Result:
     # Ray and MLflow take seconds to import: only once there is something to run.
-    from orchestrate.tracking import Tracker
     from orchestrate.train import check_resources, connect, train
 
     experiment = opened.experiment
@@ -158,26 +150,32 @@ def _run(opened: Opened, folder: Path, console: Console) -> Result:
         console.print(f"warning: {warning}", highlight=False, soft_wrap=True)
     connect(experiment.compute, note=lambda text: console.print(text, highlight=False))
     check_resources(experiment.compute)
-    tracker = Tracker(experiment, opened.fingerprint, folder)
+    shipper = None if offline else _shipper(opened, folder, console)
     recipes.write_experiment(experiment, folder / "experiment.yaml")
 
     bar = Bar(console, total=sum(map(experiment.stage_steps, experiment.tasks)) or None)
     display = Display(experiment, bar)
-
-    def on_progress(progress: BaseModel) -> None:
-        tracker(progress)
-        display(progress)
-
-    status = "FAILED"
+    write_state(folder, "RUNNING")
     try:
         with bar:
-            result = train(experiment, folder, on_progress)
-        status = "FINISHED"
+            result = train(experiment, folder, display)
+        write_state(folder, "FINISHED")
     except (KeyboardInterrupt, SystemExit) as interrupt:  # Ray makes an exit of an interrupt
-        status = "KILLED"
+        write_state(folder, "KILLED", "interrupted")
         raise InterruptedRunError("the same command goes on behind the last finished stage") from interrupt
+    except BaseException as error:
+        write_state(folder, "FAILED", " ".join(f"{type(error).__name__}: {error}".split())[:500])
+        raise
     finally:
-        if status != "FINISHED":
-            tracker.close(status)
-    tracker.finish(result, folder)
+        if shipper:
+            shipper.end()
     return result
+
+
+def _shipper(opened: Opened, folder: Path, console: Console) -> "Shipper":
+    from orchestrate.shipping import Shipper
+
+    def note(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True)
+
+    return Shipper(opened.experiment, opened.fingerprint, folder, note)
