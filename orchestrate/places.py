@@ -49,10 +49,8 @@ def unmasked(uri: str, file: Path) -> str:
     parts = urlsplit(uri)
     if parts.password != MASK:
         return uri
-    if (
-        parts.scheme.startswith("http")
-        and {"MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"} <= os.environ.keys()
-    ):
+    given = {"MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"} <= os.environ.keys()
+    if given and parts.scheme in ("http", "https"):
         return uri.replace(f"{parts.username}:{MASK}@", "")
     raise InputError(
         f"{file}: found tracking.uri {uri} without its password, expected --uri, or MLFLOW_TRACKING_USERNAME and "

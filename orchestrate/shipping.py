@@ -8,6 +8,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from orchestrate.places import store_uri, unmasked, without_password
@@ -85,7 +86,7 @@ class Shipper:
         """
         self.folder, self._note = folder, note
         uri = store_uri(experiment, folder)
-        self._begin = lambda: Shipment(experiment, fingerprint, folder, uri)
+        self._begin = partial(Shipment, experiment, fingerprint, folder, uri)
         try:
             shipment = self._begin()
             shipment.record.resume()

@@ -121,10 +121,9 @@ class Record:
         }
         metrics = [Metric(name, value, measured, 0) for name, value in figures.items() if value is not None]
         if not result.stages:  # nothing was trained, nor measured again; the rows are there for comparisons
-            for stage, row in enumerate(result.accuracy_matrix, start=1):
-                metrics += _row(
-                    {task.name: cell for task, cell in zip(result.tasks, row, strict=True)}, measured, stage
-                )
+            names = [task.name for task in result.tasks]
+            for stage, cells in enumerate(result.accuracy_matrix, start=1):
+                metrics += _row(dict(zip(names, cells, strict=True)), measured, stage)
         self._log(self.parent, metrics)
         columns = report.matrix_columns(result)
         rows = [list(row) for row in zip(*columns.values(), strict=True)]
