@@ -85,11 +85,8 @@ def test_garbage_hides_no_other_line(file: Path) -> None:
 
 
 def test_what_a_resumed_run_says_again_is_left_out(file: Path) -> None:
-    trained = StageTrained(
-        result=StageResult(
-            stage=1, task="first", steps=4, images_seen=44, train_seconds=1.5, images_per_second=10.0, merges=1, losses={}
-        )
-    )  # fmt: skip
+    costs = {"steps": 4, "images_seen": 44, "train_seconds": 1.5, "images_per_second": 10.0, "merges": 1}
+    trained = StageTrained(result=StageResult.model_validate({"stage": 1, "task": "first", "losses": {}, **costs}))
     start, row, stage = RunStarted(fingerprint="abc"), RowMeasured(stage=0, accuracy={"first": 0.5}), steps(2, 3)
     begun = StageStarted(stage=1, task="first", steps=4)
     write(file, start, row, begun, steps(0, 1), stage)
