@@ -15,7 +15,7 @@ from schemas.experiment import Experiment
 from schemas.results import Embedded, Result
 from zscl.model import load
 from zscl.opened import Opened, open_experiment
-from zscl.sequence import refuse_other_run
+from zscl.rows import refuse_other_run
 from zscl.shards import IndexedSamples
 from zscl.teaching import check_embeddable, way_of_features
 from zscl.towers import left_in_full

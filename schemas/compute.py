@@ -46,7 +46,7 @@ class Compute(Strict):
     workers: PositiveInt = Field(1, description="Ray Train workers; the batch sizes are global, whatever this is")
     min_workers: PositiveInt | None = Field(
         None,
-        description="Elastic: start with as few and go on with as few when the cluster loses some; default: all of them",
+        description="Elastic: start with as few, and go on with as few where the cluster loses some; default: all",
     )
     device: Literal["auto", "cpu", "gpu"] = Field("auto", description="auto: GPUs if the cluster has any")
     cpus_per_worker: PositiveFloat = 1.0

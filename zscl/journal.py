@@ -9,23 +9,36 @@ from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 
-from schemas.results import JournalEntry, Progress, RowMeasured, StageStarted, StageTrained, StepsTaken
+from schemas.results import (
+    ImagesEmbedded,
+    JournalEntry,
+    RowMeasured,
+    StageStarted,
+    StageTrained,
+    StepsTaken,
+    TaskEvaluated,
+)
 from zscl.files import patiently
 
 JOURNAL = "journal.jsonl"
 
 
 class Journal:
-    """Writes lines at a file's end; what storage does not take now is written with the next line."""
+    """Writes lines at a file's end; what storage does not take now is written with the next line.
+
+    What is only of the moment (a cell, before its row) is left out.
+    """
 
     def __init__(self, file: Path) -> None:
         self.file = file
         # What a killed process left of a line ends here, and is no line.
         self._waiting = "\n" if file.is_file() and file.stat().st_size else ""
 
-    def __call__(self, progress: Progress) -> None:
+    def __call__(self, progress: BaseModel) -> None:
         """Write down what happened."""
-        entry = JournalEntry(time=time.time_ns() // 1_000_000, progress=progress)
+        if isinstance(progress, TaskEvaluated | ImagesEmbedded):
+            return
+        entry = JournalEntry.model_validate({"time": time.time_ns() // 1_000_000, "progress": progress})
         self._waiting += entry.model_dump_json() + "\n"
         try:
             self._write()
@@ -91,7 +104,7 @@ class JournalReader:
                 self._steps[progress.stage] = steps[-1].step + 1
                 return entry.model_copy(update={"progress": progress.model_copy(update={"steps": steps})})
             case StageStarted() | RowMeasured():
-                said = (progress.event, progress.stage)
+                said: tuple[str, int] = (progress.event, progress.stage)
             case StageTrained():
                 said = (progress.event, progress.result.stage)
             case _:
