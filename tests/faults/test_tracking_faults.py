@@ -151,7 +151,7 @@ def test_a_server_that_is_killed_and_started_again_gets_everything_once(
         training.complete()
         training.begin()
         training.go_on(10)
-        server.start()  # and training goes on meanwhile, in the journal's eyes: nothing happens
+        server.start()
         training.go_on(6)
     training.complete()
     write_state(tmp_path / "run", "KILLED", "enough")
