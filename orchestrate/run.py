@@ -2,15 +2,16 @@
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from pydantic import BaseModel
 from rich.console import Console
 
 from orchestrate import places, recipes, report
 from orchestrate.display import Bar, Display
+from orchestrate.interruption import signals_taken
+from orchestrate.ownership import owned
 from schemas.base import InputError, InterruptedRunError
 from schemas.experiment import Experiment
 from schemas.results import Embedded, Result
@@ -20,6 +21,8 @@ from zscl.rows import refuse_other_run
 from zscl.shards import IndexedSamples
 from zscl.teaching import check_embeddable, way_of_features
 from zscl.towers import left_in_full
+
+EXPERIMENT = "experiment.yaml"
 
 
 def plan(opened: Opened, folder: Path) -> dict[str, object]:
@@ -108,13 +111,33 @@ def run(opened: Opened, folder: Path, console: Console) -> Result:
 
     Raises:
         InputError: the cluster, the tracking store or the folder is not as expected.
+        InterruptedRunError: a signal ended it; it can go on.
     """
     refuse_other_run(folder, opened.fingerprint)
     if (folder / "result.json").is_file():
         console.print(f"{folder}: finished before, nothing to do", highlight=False)
         return report.load_result(folder)
-    with _owned(folder):
+    with owned(folder, note=partial(console.print, highlight=False, soft_wrap=True)):
         return _run(opened, folder, console)
+
+
+def resumable(folder: Path, overrides: Sequence[str]) -> Experiment:
+    """Read the experiment that a run's folder holds.
+
+    Args:
+        folder: of a run that was started before.
+        overrides: `a.b.c=value`, of compute and tracking alone.
+
+    Raises:
+        InputError: there is no run, or an override would make it another one.
+    """
+    file = folder / EXPERIMENT
+    if not file.is_file():
+        raise InputError(f"{folder}: found no {EXPERIMENT}, expected the folder of a run that was started before")
+    for override in overrides:
+        if not override.startswith(("compute.", "tracking.")):
+            raise InputError(f"--set {override}: expected a field of compute or tracking; all else is what the run is")
+    return recipes.load_experiment(file, overrides)
 
 
 def embed(opened: Opened, folder: Path, console: Console) -> Embedded:
@@ -122,30 +145,21 @@ def embed(opened: Opened, folder: Path, console: Console) -> Embedded:
 
     Raises:
         InputError: the cluster is not as expected, or the method has nothing to embed ahead.
+        InterruptedRunError: a signal ended it; what is computed is stored.
     """
     from orchestrate.train import connect
     from orchestrate.train import embed as embed_on_workers
 
     check_embeddable(opened)
     connect(opened.experiment.compute, note=lambda text: console.print(text, highlight=False))
-    with tempfile.TemporaryDirectory(prefix=".embedding-", dir=_made(folder.parent)) as scratch, Bar(console) as bar:
-        return embed_on_workers(opened.experiment, Path(scratch), Display(opened.experiment, bar))
+    scratch = tempfile.TemporaryDirectory(prefix=".embedding-", dir=_made(folder.parent))
+    with scratch, Bar(console) as bar, signals_taken() as interruption:
+        return embed_on_workers(opened.experiment, Path(scratch.name), Display(opened.experiment, bar), interruption)
 
 
 def _made(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-@contextmanager
-def _owned(folder: Path) -> Iterator[None]:
-    """Keep a run's folder for this process; the lock goes with the process, however that ends."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0):
-            yield
-    except Timeout as error:
-        raise InputError(f"{folder}: found another process at work on this run, expected none") from error
 
 
 def _run(opened: Opened, folder: Path, console: Console) -> Result:
@@ -159,7 +173,7 @@ def _run(opened: Opened, folder: Path, console: Console) -> Result:
     connect(experiment.compute, note=lambda text: console.print(text, highlight=False))
     check_resources(experiment.compute)
     tracker = Tracker(experiment, opened.fingerprint, folder)
-    recipes.write_experiment(experiment, folder / "experiment.yaml")
+    recipes.write_experiment(experiment, folder / EXPERIMENT)
 
     bar = Bar(console, total=sum(map(experiment.stage_steps, experiment.tasks)) or None)
     display = Display(experiment, bar)
@@ -170,12 +184,12 @@ def _run(opened: Opened, folder: Path, console: Console) -> Result:
 
     status = "FAILED"
     try:
-        with bar:
-            result = train(experiment, folder, on_progress)
+        with bar, signals_taken() as interruption:
+            result = train(experiment, folder, on_progress, interruption)
         status = "FINISHED"
-    except (KeyboardInterrupt, SystemExit) as interrupt:  # Ray makes an exit of an interrupt
+    except InterruptedRunError:
         status = "KILLED"
-        raise InterruptedRunError("the same command goes on behind the last finished stage") from interrupt
+        raise
     finally:
         if status != "FINISHED":
             tracker.close(status)
