@@ -10,11 +10,11 @@ demo: install
 test: lint
 	$(BIN)/python -m pytest -m "not slow and not faults"
 
+faults: install
+	$(BIN)/python -m pytest -m "faults or fault"
+
 test-slow: install
 	$(BIN)/python -m pytest -m slow
-
-faults: install
-	$(BIN)/python -m pytest -m faults
 
 lint: install
 	$(BIN)/ruff check .

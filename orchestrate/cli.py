@@ -4,12 +4,16 @@ import json
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from schemas.base import InputError, InterruptedRunError
+
+if TYPE_CHECKING:
+    from schemas.experiment import Experiment
+    from schemas.results import Result
 
 app = typer.Typer(
     help="Continual fine-tuning of CLIP that keeps its zero-shot ability, on Ray, recorded in MLflow.\n\n"
@@ -48,7 +52,7 @@ def main() -> None:
         sys.exit(2)
     except InterruptedRunError as interrupt:
         print(f"interrupted: {interrupt}", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(interrupt.exit_code)
 
 
 def emit(content: dict[str, Any], as_json: bool, lines: list[str]) -> None:
@@ -69,11 +73,11 @@ def run(
     offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run a recipe; a run that was interrupted goes on behind its last finished stage.
+    """Run a recipe; one that was interrupted goes on from its last checkpoint.
 
     Example: zscl run experiments/embedded.yaml --set method=finetune --set seed=1
     """
-    from orchestrate import places, recipes, report
+    from orchestrate import recipes
     from orchestrate import run as running
 
     contents: list[dict[str, Any]] = []
@@ -82,23 +86,56 @@ def run(
         if dry_run:
             contents.append({"experiment": recipes.shown(opened.experiment), "plan": running.plan(opened, folder)})
             continue
-        result = running.run(opened, folder, progress_console, offline)
-        uri = None if offline else places.store_uri(opened.experiment, folder)
-        shown = {"folder": str(folder), "tracking_uri": uri and places.without_password(uri)}
-        contents.append({**shown, "result": result.model_dump(mode="json")})
-        lines += [
-            "  ".join(f"{name} {report.percent(value)}" for name, value in result.metrics.model_dump().items())
-            + f"  (zero-shot transfer {report.percent(result.zero_shot_metrics.transfer)})",
-            f"run     {folder}",
-            f"models  {folder}/stages/<k>-<task>/model  (open_clip: local-dir:…)",
-            f"MLflow  {places.browse_command(uri)}" if uri else f"MLflow  zscl sync {folder}",
-        ]
+        content, said = _ended(
+            opened.experiment, folder, running.run(opened, folder, progress_console, offline), offline
+        )
+        contents.append(content)
+        lines += said
     content = contents[0] if len(contents) == 1 else {"variants": contents}
     if dry_run:
         lines = [recipes.dump(content)]
     elif len(contents) > 1:
         lines.append(f"compare zscl compare {' '.join(each['folder'] for each in contents)}")
     emit(content, as_json, lines)
+
+
+@app.command()
+def resume(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.")],
+    overrides: Annotated[
+        list[str],
+        typer.Option("--set", metavar="a.b.c=value", help="Change a field of compute or tracking; repeatable."),
+    ] = [],  # noqa: B006
+    offline: Offline = False,
+    as_json: AsJson = False,
+) -> None:
+    """Go on with a run that was interrupted, from its last checkpoint, to the same numbers.
+
+    Example: zscl resume runs/embedded-zscl-1a2b3c4d --set compute.workers=1
+    """
+    from orchestrate import run as running
+
+    folder = folder.absolute()
+    opened = running.prepare(running.resumable(folder, overrides))
+    content, lines = _ended(opened.experiment, folder, running.run(opened, folder, progress_console, offline), offline)
+    emit(content, as_json, lines)
+
+
+def _ended(experiment: "Experiment", folder: Path, result: "Result", offline: bool) -> tuple[dict[str, Any], list[str]]:
+    """What a finished run has made and where, for programs and for people."""
+    from orchestrate import places, report
+
+    uri = None if offline else places.store_uri(experiment, folder)
+    shown = {"folder": str(folder), "tracking_uri": uri and places.without_password(uri)}
+    figures = "  ".join(f"{name} {report.percent(value)}" for name, value in result.metrics.model_dump().items())
+    lines = [
+        *(f"warning: {sentence}" for sentence in result.warnings),
+        f"{figures}  (zero-shot transfer {report.percent(result.zero_shot_metrics.transfer)})",
+        f"run     {folder}",
+        f"models  {folder}/stages/<k>-<task>/model  (open_clip: local-dir:…)",
+        f"MLflow  {places.browse_command(uri) if uri else f'zscl sync {folder}'}",
+    ]
+    return {**shown, "result": result.model_dump(mode="json")}, lines
 
 
 @app.command()

@@ -40,8 +40,8 @@ def without_password(uri: str) -> str:
     return uri.replace(f"{parts.username}:{parts.password}@", f"{parts.username}:{MASK}@") if parts.password else uri
 
 
-def unmasked(uri: str, file: Path) -> str:
-    """The URI of a recipe that was written without the password.
+def unmasked(uri: str) -> str:
+    """The URI of a recipe that was written down, without the password.
 
     Raises:
         InputError: the password is needed, and not in the environment either.
@@ -53,8 +53,8 @@ def unmasked(uri: str, file: Path) -> str:
     if given and parts.scheme in ("http", "https"):
         return uri.replace(f"{parts.username}:{MASK}@", "")
     raise InputError(
-        f"{file}: found tracking.uri {uri} without its password, expected --uri, or MLFLOW_TRACKING_USERNAME and "
-        "MLFLOW_TRACKING_PASSWORD for a server"
+        f"tracking.uri: found {uri} without its password, expected the whole URI (--set tracking.uri=…; `zscl sync "
+        "--uri …`), or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD for a server"
     )
 
 

@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,8 +10,10 @@ from rich.console import Console
 
 from orchestrate import places, recipes, report
 from orchestrate.display import Bar, Display
-from orchestrate.state import owned, write_state
-from schemas.base import InterruptedRunError
+from orchestrate.interruption import signals_taken
+from orchestrate.ownership import owned
+from orchestrate.state import write_state
+from schemas.base import InputError, InterruptedRunError
 from schemas.experiment import Experiment
 from schemas.results import Embedded, Result
 from zscl.model import load
@@ -22,6 +25,8 @@ from zscl.towers import left_in_full
 
 if TYPE_CHECKING:
     from orchestrate.shipping import Shipper
+
+EXPERIMENT = "experiment.yaml"
 
 
 def plan(opened: Opened, folder: Path) -> dict[str, object]:
@@ -112,13 +117,33 @@ def run(opened: Opened, folder: Path, console: Console, offline: bool = False) -
 
     Raises:
         InputError: the cluster, the tracking store or the folder is not as expected.
+        InterruptedRunError: a signal ended it; it can go on.
     """
     refuse_other_run(folder, opened.fingerprint)
     if (folder / "result.json").is_file():
         console.print(f"{folder}: finished before, nothing to do", highlight=False)
         return report.load_result(folder)
-    with owned(folder):
+    with owned(folder, note=partial(console.print, highlight=False, soft_wrap=True)):
         return _run(opened, folder, console, offline)
+
+
+def resumable(folder: Path, overrides: Sequence[str]) -> Experiment:
+    """Read the experiment that a run's folder holds.
+
+    Args:
+        folder: of a run that was started before.
+        overrides: `a.b.c=value`, of compute and tracking alone.
+
+    Raises:
+        InputError: there is no run, or an override would make it another one.
+    """
+    file = folder / EXPERIMENT
+    if not file.is_file():
+        raise InputError(f"{folder}: found no {EXPERIMENT}, expected the folder of a run that was started before")
+    for override in overrides:
+        if not override.startswith(("compute.", "tracking.")):
+            raise InputError(f"--set {override}: expected a field of compute or tracking; all else is what the run is")
+    return recipes.load_experiment(file, overrides)
 
 
 def embed(opened: Opened, folder: Path, console: Console) -> Embedded:
@@ -126,14 +151,16 @@ def embed(opened: Opened, folder: Path, console: Console) -> Embedded:
 
     Raises:
         InputError: the cluster is not as expected, or the method has nothing to embed ahead.
+        InterruptedRunError: a signal ended it; what is computed is stored.
     """
     from orchestrate.train import connect
     from orchestrate.train import embed as embed_on_workers
 
     check_embeddable(opened)
     connect(opened.experiment.compute, note=lambda text: console.print(text, highlight=False))
-    with tempfile.TemporaryDirectory(prefix=".embedding-", dir=_made(folder.parent)) as scratch, Bar(console) as bar:
-        return embed_on_workers(opened.experiment, Path(scratch), Display(opened.experiment, bar))
+    scratch = tempfile.TemporaryDirectory(prefix=".embedding-", dir=_made(folder.parent))
+    with scratch, Bar(console) as bar, signals_taken() as interruption:
+        return embed_on_workers(opened.experiment, Path(scratch.name), Display(opened.experiment, bar), interruption)
 
 
 def _made(folder: Path) -> Path:
@@ -151,20 +178,20 @@ def _run(opened: Opened, folder: Path, console: Console, offline: bool) -> Resul
     connect(experiment.compute, note=lambda text: console.print(text, highlight=False))
     check_resources(experiment.compute)
     shipper = None if offline else _shipper(opened, folder, console)
-    recipes.write_experiment(experiment, folder / "experiment.yaml")
+    recipes.write_experiment(experiment, folder / EXPERIMENT)
 
     bar = Bar(console, total=sum(map(experiment.stage_steps, experiment.tasks)) or None)
     display = Display(experiment, bar)
     write_state(folder, "RUNNING")
     try:
-        with bar:
-            result = train(experiment, folder, display)
+        with bar, signals_taken() as interruption:
+            result = train(experiment, folder, display, interruption)
         write_state(folder, "FINISHED")
-    except (KeyboardInterrupt, SystemExit) as interrupt:  # Ray makes an exit of an interrupt
-        write_state(folder, "KILLED", "interrupted")
-        raise InterruptedRunError("the same command goes on behind the last finished stage") from interrupt
     except BaseException as error:
-        write_state(folder, "FAILED", " ".join(f"{type(error).__name__}: {error}".split())[:500])
+        killed = isinstance(error, InterruptedRunError | KeyboardInterrupt | SystemExit)
+        told = isinstance(error, InterruptedRunError | InputError)  # in a sentence
+        reason = str(error) if told else " ".join(f"{type(error).__name__}: {error}".split())
+        write_state(folder, "KILLED" if killed else "FAILED", reason)
         raise
     finally:
         if shipper:
@@ -175,7 +202,5 @@ def _run(opened: Opened, folder: Path, console: Console, offline: bool) -> Resul
 def _shipper(opened: Opened, folder: Path, console: Console) -> "Shipper":
     from orchestrate.shipping import Shipper
 
-    def note(text: str) -> None:
-        console.print(text, highlight=False, soft_wrap=True)
-
+    note = partial(console.print, highlight=False, soft_wrap=True)
     return Shipper(opened.experiment, opened.fingerprint, folder, note)

@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+from orchestrate.ownership import owned
 from orchestrate.places import store_uri, unmasked, without_password
 from orchestrate.recipes import load_experiment
 from orchestrate.report import load_result
-from orchestrate.state import owned, read_state
+from orchestrate.state import read_state
 from orchestrate.tracking import FAILURES, Record, unreachable
 from schemas.base import InputError
 from schemas.experiment import Experiment
@@ -85,7 +86,7 @@ class Shipper:
             InputError: the store cannot be reached.
         """
         self.folder, self._note = folder, note
-        uri = store_uri(experiment, folder)
+        uri = unmasked(store_uri(experiment, folder))
         self._begin = partial(Shipment, experiment, fingerprint, folder, uri)
         try:
             shipment = self._begin()
@@ -157,9 +158,8 @@ def sync(folder: Path, uri: str | None, on_sent: Callable[[int, int], None]) -> 
         raise InputError(f"{folder}: found no such folder, expected a run's folder")
     with owned(folder):
         fingerprint = _fingerprint(folder)
-        recipe = folder / "experiment.yaml"
-        experiment = load_experiment(recipe)
-        uri = uri or unmasked(store_uri(experiment, folder), recipe)
+        experiment = load_experiment(folder / "experiment.yaml")
+        uri = uri or unmasked(store_uri(experiment, folder))
         try:
             shipment = Shipment(experiment, fingerprint, folder, uri)
             sent = 0

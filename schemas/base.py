@@ -28,7 +28,11 @@ class InputError(ValueError):
 
 
 class InterruptedRunError(Exception):
-    """The user stopped a run. The command line says how to go on and exits with code 130."""
+    """A run was stopped from outside. The command line says how to go on and exits with 128 + the signal's number."""
+
+    def __init__(self, how_to_go_on: str, exit_code: int) -> None:
+        super().__init__(how_to_go_on)
+        self.exit_code = exit_code
 
 
 class Strict(BaseModel):
