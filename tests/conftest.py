@@ -177,3 +177,29 @@ def ray_cluster() -> Iterator[None]:
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=200 * 2**20)
     yield
     ray.shutdown()
+
+
+FAULTS: list[tuple[str, str, str, float]] = []
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """Keep what became of each fault, for the table."""
+    report: pytest.TestReport = yield  # type: ignore[misc, assignment]
+    fault = item.get_closest_marker("fault")
+    if fault is not None and (report.when == "call" or report.outcome != "passed"):
+        what, outcome = (
+            text.format(**item.callspec.params) if hasattr(item, "callspec") else text for text in fault.args
+        )
+        FAULTS.append((what, outcome, report.outcome, call.duration))
+    return report  # type: ignore[return-value]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What was survived, as a table that reads as Markdown."""
+    if FAULTS:
+        rows = [("Fault", "What happens", "", "s"), ("---", "---", "---", "---:")]
+        rows += [(what, outcome, found, f"{seconds:.0f}") for what, outcome, found, seconds in FAULTS]
+        terminalreporter.section("faults")
+        for row in rows:
+            terminalreporter.write_line("| " + " | ".join(row) + " |")

@@ -97,8 +97,10 @@ def test_two_processes_on_one_run(place: Path, zscl: Zscl, recipe: Callable[...,
     with FileLock(place / "runs/.mine.lock"):
         found = zscl("run", "recipe.yaml", "--out", "runs/mine")
     assert (found.code, found.error) == (
-        2, f"error: {place}/runs/mine: found another process at work on this run, expected none\n",
-    )  # fmt: skip
+        2,
+        f"error: {place}/runs/mine: found another process at work on this run (unknown), expected none; end it, or "
+        "choose another folder\n",
+    )
 
 
 def test_a_demo_of_a_wrong_recipe_draws_nothing(place: Path, zscl: Zscl) -> None:

@@ -12,6 +12,7 @@ import open_clip
 import pytest
 import torch
 from conftest import TINY_MODEL
+from disturbing import same
 from pydantic import BaseModel
 from safetensors.torch import save_file
 
@@ -43,18 +44,6 @@ def interrupted(made: Experiment, folder: Path, moments: tuple[int, ...] = MOMEN
             run_sequence(made, folder, said.append, CPU, after(moment))
     run_sequence(made, folder, said.append, CPU)
     return sum(isinstance(each, Note) and "goes on behind step" in each.text for each in said)
-
-
-def same(first: Path, second: Path) -> None:
-    """See that two runs left the same numbers: result, curves and weights, bit for bit."""
-    results = [json.loads((folder / "result.json").read_text()) for folder in (first, second)]
-    for result in results:
-        for timed in (result, *result["stages"]):
-            for name in [name for name in timed if "seconds" in name or name in ("images_per_second", "workers")]:
-                del timed[name]
-    assert results[0] == results[1]
-    for file in [*first.glob("stages/*/losses.csv"), *first.glob("stages/*/model/*.safetensors")]:
-        assert file.read_bytes() == (second / file.relative_to(first)).read_bytes(), file
 
 
 METHODS: dict[str, Any] = {
