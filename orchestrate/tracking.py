@@ -20,6 +20,8 @@ from typing import Any
 # the answer to it was lost, would make a second run. A silent server is noticed in seconds, not in two minutes.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+# Standard output holds results alone.
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 
 from filelock import FileLock
 from mlflow.entities import Metric, Param, Run, RunTag

@@ -143,7 +143,7 @@ Begin = Callable[[str], tuple[Training, Shipper, list[str]]]
     "the MLflow server is killed, twice, and started again", "training at full speed; everything arrives in order, once"
 )
 def test_a_server_that_is_killed_and_started_again_gets_everything_once(
-    server: Server, begin: Begin, tmp_path: Path
+    server: Server, begin: Begin, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     training, shipper, said = begin(server.uri)
     training.begin()
@@ -160,9 +160,10 @@ def test_a_server_that_is_killed_and_started_again_gets_everything_once(
     write_state(tmp_path / "run", "KILLED", "enough")
     assert shipper.end(60), said
     assert training.latest < 0.5
-    assert [text.partition(" (")[0][:27] for text in said] == 2 * [
-        "MLflow does not take record", "MLflow takes records again;",
-    ]  # fmt: skip
+    assert len(said) >= 4  # more where a server that has just started answers slowly
+    assert all("does not take records" in text for text in said[::2])
+    assert all("takes records again" in text for text in said[1::2])
+    assert capsys.readouterr().out == ""
     training.check(server.uri)
 
 
