@@ -160,7 +160,7 @@ def test_a_server_that_is_killed_and_started_again_gets_everything_once(
     write_state(tmp_path / "run", "KILLED", "enough")
     assert shipper.end(60), said
     assert training.latest < 0.5
-    assert len(said) >= 4  # more where a server that has just started answers slowly
+    assert len(said) >= 2  # two outages, or one where the second comes before a pause is over
     assert all("does not take records" in text for text in said[::2])
     assert all("takes records again" in text for text in said[1::2])
     assert capsys.readouterr().out == ""
