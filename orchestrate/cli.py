@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,6 +39,7 @@ Out = Annotated[
     ),
 ]
 Variant = Annotated[str | None, typer.Option(help="Which row of a recipe that is a table of variants, or 'all'.")]
+Offline = Annotated[bool, typer.Option("--offline", help="Without MLflow: `zscl sync` sends everything later.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 
 
@@ -68,6 +70,7 @@ def run(
     out: Out = None,
     variant: Variant = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done, stop.")] = False,
+    offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:
     """Run a recipe; one that was interrupted goes on from its last checkpoint.
@@ -83,7 +86,9 @@ def run(
         if dry_run:
             contents.append({"experiment": recipes.shown(opened.experiment), "plan": running.plan(opened, folder)})
             continue
-        content, said = _ended(opened.experiment, folder, running.run(opened, folder, progress_console))
+        content, said = _ended(
+            opened.experiment, folder, running.run(opened, folder, progress_console, offline), offline
+        )
         contents.append(content)
         lines += said
     content = contents[0] if len(contents) == 1 else {"variants": contents}
@@ -101,6 +106,7 @@ def resume(
         list[str],
         typer.Option("--set", metavar="a.b.c=value", help="Change a field of compute or tracking; repeatable."),
     ] = [],  # noqa: B006
+    offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:
     """Go on with a run that was interrupted, from its last checkpoint, to the same numbers.
@@ -111,23 +117,23 @@ def resume(
 
     folder = folder.absolute()
     opened = running.prepare(running.resumable(folder, overrides))
-    content, lines = _ended(opened.experiment, folder, running.run(opened, folder, progress_console))
+    content, lines = _ended(opened.experiment, folder, running.run(opened, folder, progress_console, offline), offline)
     emit(content, as_json, lines)
 
 
-def _ended(experiment: "Experiment", folder: Path, result: "Result") -> tuple[dict[str, Any], list[str]]:
+def _ended(experiment: "Experiment", folder: Path, result: "Result", offline: bool) -> tuple[dict[str, Any], list[str]]:
     """What a finished run has made and where, for programs and for people."""
     from orchestrate import places, report
 
-    uri = places.store_uri(experiment, folder)
-    shown = {"folder": str(folder), "tracking_uri": places.without_password(uri)}
+    uri = None if offline else places.store_uri(experiment, folder)
+    shown = {"folder": str(folder), "tracking_uri": uri and places.without_password(uri)}
     figures = "  ".join(f"{name} {report.percent(value)}" for name, value in result.metrics.model_dump().items())
     lines = [
         *(f"warning: {sentence}" for sentence in result.warnings),
         f"{figures}  (zero-shot transfer {report.percent(result.zero_shot_metrics.transfer)})",
         f"run     {folder}",
         f"models  {folder}/stages/<k>-<task>/model  (open_clip: local-dir:…)",
-        f"MLflow  {places.browse_command(uri)}",
+        f"MLflow  {places.browse_command(uri) if uri else f'zscl sync {folder}'}",
     ]
     return {**shown, "result": result.model_dump(mode="json")}, lines
 
@@ -153,6 +159,29 @@ def embed(
         contents.append(done.model_dump())
         lines.append(f"{done.images} images, {done.texts} texts; {done.megabytes:.1f} MB of features in {done.folder}")
     emit(contents[0] if len(contents) == 1 else {"variants": contents}, as_json, lines)
+
+
+@app.command()
+def sync(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs on which nobody works.")],
+    uri: Annotated[str | None, typer.Option(help="MLflow tracking URI. Default: that of the run's recipe.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Send to MLflow what it does not have yet of runs: what was run offline, or while it was away.
+
+    Example: zscl sync runs/demo/finetune runs/demo/zscl
+    """
+    from orchestrate import shipping
+    from orchestrate.display import Bar
+
+    contents: list[dict[str, Any]] = []
+    lines: list[str] = []
+    for run in runs:
+        with Bar(progress_console) as bar:
+            synced = shipping.sync(run, uri, partial(bar.update, f"sending {run.name}"))
+        contents.append(synced.model_dump())
+        lines.append(f"{run}: {synced.entries} entries sent to {synced.tracking_uri}, {synced.status}")
+    emit(contents[0] if len(contents) == 1 else {"runs": contents}, as_json, lines)
 
 
 @app.command()
@@ -311,6 +340,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder of the demo's data and runs.")] = Path("runs/demo"),
     recipe: Annotated[Path, typer.Option(help="Recipe of the embedded suite.")] = Path("experiments/embedded.yaml"),
     overrides: Overrides = [],  # noqa: B006
+    offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:
     """Watch a CLIP forget, and not forget: fine-tuning against ZSCL, offline, in a few minutes.
@@ -320,9 +350,11 @@ def demo(
     from orchestrate import demo as demonstration
     from orchestrate import places, report
 
-    runs, uri = demonstration.demo(recipe, out.absolute(), overrides, progress_console)
+    runs, uri = demonstration.demo(recipe, out.absolute(), overrides, progress_console, offline)
     progress_console.rule("comparison")
     content, lines = report.compare(runs, out.absolute() / "comparison", None if as_json else Console())
-    lines.append(f"MLflow    {places.browse_command(uri)}")
-    found = {"runs": [str(run) for run in runs], "tracking_uri": places.without_password(uri), **content}
+    browse = f"zscl sync {' '.join(map(str, runs))}" if offline else places.browse_command(uri)
+    lines.append(f"MLflow    {browse}")
+    shown = None if offline else places.without_password(uri)
+    found = {"runs": [str(run) for run in runs], "tracking_uri": shown, **content}
     emit(found, as_json, lines)

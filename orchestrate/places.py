@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from schemas.base import InputError
 from schemas.experiment import Experiment
 
 SQLITE = "sqlite:///"
+MASK = "***"
 
 
 def folder_of(experiment: Experiment, fingerprint: str, out: Path | None, name: str) -> Path:
@@ -35,7 +37,25 @@ def store_uri(experiment: Experiment, folder: Path) -> str:
 def without_password(uri: str) -> str:
     """A URI as it may be shown."""
     parts = urlsplit(uri)
-    return uri.replace(f"{parts.username}:{parts.password}@", f"{parts.username}:***@") if parts.password else uri
+    return uri.replace(f"{parts.username}:{parts.password}@", f"{parts.username}:{MASK}@") if parts.password else uri
+
+
+def unmasked(uri: str) -> str:
+    """The URI of a recipe that was written down, without the password.
+
+    Raises:
+        InputError: the password is needed, and not in the environment either.
+    """
+    parts = urlsplit(uri)
+    if parts.password != MASK:
+        return uri
+    given = {"MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"} <= os.environ.keys()
+    if given and parts.scheme in ("http", "https"):
+        return uri.replace(f"{parts.username}:{MASK}@", "")
+    raise InputError(
+        f"tracking.uri: found {uri} without its password, expected the whole URI (--set tracking.uri=…; `zscl sync "
+        "--uri …`), or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD for a server"
+    )
 
 
 def browse_command(uri: str) -> str:

@@ -4,14 +4,15 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from pydantic import BaseModel
 from rich.console import Console
 
 from orchestrate import places, recipes, report
 from orchestrate.display import Bar, Display
 from orchestrate.interruption import signals_taken
 from orchestrate.ownership import owned
+from orchestrate.state import write_state
 from schemas.base import InputError, InterruptedRunError
 from schemas.experiment import Experiment
 from schemas.results import Embedded, Result
@@ -21,6 +22,9 @@ from zscl.rows import refuse_other_run
 from zscl.shards import IndexedSamples
 from zscl.teaching import check_embeddable, way_of_features
 from zscl.towers import left_in_full
+
+if TYPE_CHECKING:
+    from orchestrate.shipping import Shipper
 
 EXPERIMENT = "experiment.yaml"
 
@@ -106,8 +110,10 @@ def prepare_variants(
         yield opened, places.folder_of(experiment, opened.fingerprint, out, name if len(experiments) > 1 else "")
 
 
-def run(opened: Opened, folder: Path, console: Console) -> Result:
+def run(opened: Opened, folder: Path, console: Console, offline: bool = False) -> Result:
     """Run an experiment on Ray, recorded in MLflow; one that is finished in `folder` is not run again.
+
+    Offline, its journal is all that records it, and `orchestrate.shipping.sync` sends that later.
 
     Raises:
         InputError: the cluster, the tracking store or the folder is not as expected.
@@ -118,7 +124,7 @@ def run(opened: Opened, folder: Path, console: Console) -> Result:
         console.print(f"{folder}: finished before, nothing to do", highlight=False)
         return report.load_result(folder)
     with owned(folder, note=partial(console.print, highlight=False, soft_wrap=True)):
-        return _run(opened, folder, console)
+        return _run(opened, folder, console, offline)
 
 
 def resumable(folder: Path, overrides: Sequence[str]) -> Experiment:
@@ -162,9 +168,8 @@ def _made(folder: Path) -> Path:
     return folder
 
 
-def _run(opened: Opened, folder: Path, console: Console) -> Result:
+def _run(opened: Opened, folder: Path, console: Console, offline: bool) -> Result:
     # Ray and MLflow take seconds to import: only once there is something to run.
-    from orchestrate.tracking import Tracker
     from orchestrate.train import check_resources, connect, train
 
     experiment = opened.experiment
@@ -172,26 +177,30 @@ def _run(opened: Opened, folder: Path, console: Console) -> Result:
         console.print(f"warning: {warning}", highlight=False, soft_wrap=True)
     connect(experiment.compute, note=lambda text: console.print(text, highlight=False))
     check_resources(experiment.compute)
-    tracker = Tracker(experiment, opened.fingerprint, folder)
+    shipper = None if offline else _shipper(opened, folder, console)
     recipes.write_experiment(experiment, folder / EXPERIMENT)
 
     bar = Bar(console, total=sum(map(experiment.stage_steps, experiment.tasks)) or None)
     display = Display(experiment, bar)
-
-    def on_progress(progress: BaseModel) -> None:
-        tracker(progress)
-        display(progress)
-
-    status = "FAILED"
+    write_state(folder, "RUNNING")
     try:
         with bar, signals_taken() as interruption:
-            result = train(experiment, folder, on_progress, interruption)
-        status = "FINISHED"
-    except InterruptedRunError:
-        status = "KILLED"
+            result = train(experiment, folder, display, interruption)
+        write_state(folder, "FINISHED")
+    except BaseException as error:
+        killed = isinstance(error, InterruptedRunError | KeyboardInterrupt | SystemExit)
+        told = isinstance(error, InterruptedRunError | InputError)  # in a sentence
+        reason = str(error) if told else " ".join(f"{type(error).__name__}: {error}".split())
+        write_state(folder, "KILLED" if killed else "FAILED", reason)
         raise
     finally:
-        if status != "FINISHED":
-            tracker.close(status)
-    tracker.finish(result, folder)
+        if shipper:
+            shipper.end()
     return result
+
+
+def _shipper(opened: Opened, folder: Path, console: Console) -> "Shipper":
+    from orchestrate.shipping import Shipper
+
+    note = partial(console.print, highlight=False, soft_wrap=True)
+    return Shipper(opened.experiment, opened.fingerprint, folder, note)

@@ -36,9 +36,11 @@ class InterruptedRunError(Exception):
 
 
 class Strict(BaseModel):
-    """Immutable, no silent conversion, no unknown field."""
+    """Immutable, no silent conversion, no unknown field. Where a field may be NaN, JSON has it as such."""
 
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(
+        strict=True, frozen=True, extra="forbid", allow_inf_nan=False, ser_json_inf_nan="constants"
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -87,6 +87,15 @@ class Embedded(Strict):
     megabytes: float = Field(description="On disk, of the image features")
 
 
+class Synced(Strict):
+    """What a store got of a run, afterwards."""
+
+    folder: str
+    tracking_uri: str = Field(description="Without a password")
+    entries: NonNegativeInt = Field(description="Of the journal, that were missing")
+    status: str
+
+
 class StepLosses(Strict):
     """One training step: `step` counts from 0."""
 

@@ -160,6 +160,16 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database to copy: making one takes seconds."""
+    from mlflow.tracking import MlflowClient
+
+    file = tmp_path_factory.mktemp("store") / "mlflow.db"
+    MlflowClient(f"sqlite:///{file}").search_experiments()
+    return file
+
+
+@pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """A local cluster of four logical CPUs for all tests."""
     import ray

@@ -47,8 +47,8 @@ def test_own_tasks_from_folders_to_a_comparison(own: Path, zscl: Callable[..., C
     (own / "own.yaml").write_text(recipe)
     # That two workers give the numbers of one is shown elsewhere: here the command is only checked.
     [two_workers] = commands("More workers, GPUs, a cluster")
-    shown = [*commands("Your own tasks"), [*two_workers, "--dry-run"]]
-    assert [command[0] for command in shown] == ["data", "data", "run", "run", "run", "compare", "run"]
+    shown = [*commands("Your own tasks"), *commands("What a run leaves"), [*two_workers, "--dry-run"]]
+    assert [command[0] for command in shown] == ["data", "data", "run", "run", "run", "compare", "sync", "run"]
     for command in shown:
         found = zscl(*command)
         assert found.code == 0, (command, found.error)

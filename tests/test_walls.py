@@ -51,6 +51,8 @@ def test_help_is_instant_and_shows_an_example() -> None:
     [
         ["run"],
         ["embed"],
+        ["resume"],
+        ["sync"],
         ["compare"],
         ["schema"],
         ["pretrain"],

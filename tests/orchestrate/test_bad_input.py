@@ -151,7 +151,9 @@ def test_a_broken_image_met_on_the_way(
     assert found.error.splitlines()[-1].startswith(f"error: {shard}: sample '000000")
     assert "is no readable image" in found.error
     assert "Traceback" not in found.error
-    assert sorted(file.name for file in (place / "runs/mine").iterdir()) == ["experiment.yaml", "ray"]
+    assert sorted(file.name for file in (place / "runs/mine").iterdir()) == [
+        "experiment.yaml", "journal.jsonl", "ray", "state.json",
+    ]  # fmt: skip
     # Two worker groups at most: the second one finds the refusal of the first and does not try again.
     assert len(list((place / "runs/mine/ray").glob("*/refused"))) == 1
 
