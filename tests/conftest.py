@@ -24,6 +24,7 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
+from pydantic import BaseModel
 from safetensors.torch import save_file
 
 from schemas.experiment import Experiment
@@ -158,6 +159,18 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for module in (torchvision.datasets.cifar, torchvision.datasets.flowers102):
         monkeypatch.setattr(module, "check_integrity", lambda path, md5=None: Path(path).is_file())
+
+
+@pytest.fixture
+def without_ray(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """From a call on, runs of this test take a plain process: where Ray's part, 15 seconds a run, is shown already."""
+    from orchestrate import train
+
+    def in_this_process(work: str, made: Experiment, folder: Path, on_progress: Callable[[BaseModel], None]) -> str:
+        found = train.WORK[work](made, folder, report=on_progress, device=torch.device("cpu"))
+        return found.model_dump_json()
+
+    return lambda: monkeypatch.setattr(train, "_on_workers", in_this_process)
 
 
 @pytest.fixture(scope="session")
