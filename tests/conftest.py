@@ -166,7 +166,9 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """From a call on, runs of this test take a plain process: where Ray's part, 15 seconds a run, is shown already."""
     from orchestrate import train
 
-    def in_this_process(work: str, made: Experiment, folder: Path, on_progress: Callable[[BaseModel], None]) -> str:
+    def in_this_process(
+        work: str, made: Experiment, folder: Path, on_progress: Callable[[BaseModel], None], *_: object
+    ) -> str:
         found = train.WORK[work](made, folder, report=on_progress, device=torch.device("cpu"))
         return found.model_dump_json()
 
