@@ -2,6 +2,7 @@
 
 import json
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +10,7 @@ import typer
 from rich.console import Console
 
 from schemas.base import InputError, InterruptedRunError
+from schemas.secrets import mask
 
 app = typer.Typer(
     help="Continual fine-tuning of CLIP that keeps its zero-shot ability, on Ray, recorded in MLflow.\n\n"
@@ -47,6 +49,9 @@ def main() -> None:
     except InterruptedRunError as interrupt:
         print(f"interrupted: {interrupt}", file=sys.stderr)
         sys.exit(130)
+    except Exception:  # a fault of ours: its traceback may be sent to us, so no secret may be in it
+        print(mask(traceback.format_exc()), end="", file=sys.stderr)
+        sys.exit(1)
 
 
 def emit(content: dict[str, Any], as_json: bool, lines: list[str]) -> None:
@@ -81,7 +86,7 @@ def run(
             continue
         result = running.run(opened, folder, progress_console)
         uri = places.store_uri(opened.experiment, folder)
-        shown = {"folder": str(folder), "tracking_uri": places.without_password(uri)}
+        shown = {"folder": str(folder), "tracking_uri": mask(uri)}
         contents.append({**shown, "result": result.model_dump(mode="json")})
         lines += [
             "  ".join(f"{name} {report.percent(value)}" for name, value in result.metrics.model_dump().items())
@@ -290,5 +295,5 @@ def demo(
     progress_console.rule("comparison")
     content, lines = report.compare(runs, out.absolute() / "comparison", None if as_json else Console())
     lines.append(f"MLflow    {places.browse_command(uri)}")
-    found = {"runs": [str(run) for run in runs], "tracking_uri": places.without_password(uri), **content}
+    found = {"runs": [str(run) for run in runs], "tracking_uri": mask(uri), **content}
     emit(found, as_json, lines)

@@ -4,9 +4,9 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from schemas.experiment import Experiment
+from schemas.secrets import mask
 
 SQLITE = "sqlite:///"
 
@@ -32,15 +32,9 @@ def store_uri(experiment: Experiment, folder: Path) -> str:
     return given or f"{SQLITE}{folder.parent / 'mlflow.db'}"
 
 
-def without_password(uri: str) -> str:
-    """A URI as it may be shown."""
-    parts = urlsplit(uri)
-    return uri.replace(f"{parts.username}:{parts.password}@", f"{parts.username}:***@") if parts.password else uri
-
-
 def browse_command(uri: str) -> str:
     """What a user types, or opens, to see the store."""
     if uri.startswith(("http://", "https://")):
-        return without_password(uri)
+        return mask(uri)
     mlflow = "mlflow" if shutil.which("mlflow") else str(Path(sys.executable).parent / "mlflow")
-    return f"{mlflow} ui --backend-store-uri {without_password(uri)}"
+    return f"{mlflow} ui --backend-store-uri {mask(uri)}"

@@ -24,10 +24,11 @@ from pydantic import BaseModel
 from sqlalchemy.exc import SQLAlchemyError
 
 from orchestrate import report
-from orchestrate.places import SQLITE, store_uri, without_password
+from orchestrate.places import SQLITE, store_uri
 from schemas.base import InputError
 from schemas.experiment import Experiment
 from schemas.results import Result, RowMeasured, StageStarted, StageTrained, StepsTaken
+from schemas.secrets import mask
 
 log = logging.getLogger(__name__)
 logging.getLogger("mlflow").setLevel(logging.WARNING)
@@ -52,7 +53,7 @@ class Tracker:
             InputError: the store cannot be reached.
         """
         self.uri = store_uri(experiment, folder)
-        self.key = f"{fingerprint} {folder}"
+        self.key = mask(f"{fingerprint} {folder}")
         self.children: dict[int, str] = {}
         self.silent_until = 0.0
         try:
@@ -61,9 +62,9 @@ class Tracker:
                 self.experiment_id = self._experiment(experiment.tracking.experiment)
             self.parent = self._parent(experiment, fingerprint, folder)
         except (*FAILURES, ImportError) as error:
-            shown = " ".join(str(error).split())[:200].replace(self.uri, without_password(self.uri))
+            shown = mask(" ".join(str(error).split()), self.uri)[:200]
             raise InputError(
-                f"tracking.uri: found no reachable MLflow store at {without_password(self.uri)}, expected a server "
+                f"tracking.uri: found no reachable MLflow store at {mask(self.uri)}, expected a server "
                 f"that answers or sqlite:///FILE ({shown})"
             ) from error
         self.rows = int(self.client.get_run(self.parent).data.tags.get(ROWS, 0))
@@ -147,11 +148,11 @@ class Tracker:
             "zscl.seed": str(experiment.seed),
             "zscl.fingerprint": fingerprint,
             "zscl.order": ", ".join(task.name for task in experiment.tasks),
-            "zscl.folder": str(folder),
+            "zscl.folder": mask(str(folder)),
         }
         run = self.client.create_run(self.experiment_id, run_name=folder.name, tags=tags).info.run_id
         what = experiment.model_dump(mode="json", exclude={"compute", "tracking", "tasks"})
-        params = [Param(name, str(value)[:6000]) for name, value in _flat(what)]
+        params = [Param(name, mask(str(value))[:6000]) for name, value in _flat(what)]
         params.append(Param("tasks", tags["zscl.order"][:6000]))
         self.client.log_batch(run, params=params)
         return str(run)

@@ -8,7 +8,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from orchestrate import recipes
-from orchestrate.places import without_password
+from schemas.secrets import mask
 from orchestrate.tracking import Tracker
 from schemas.base import InputError
 from schemas.experiment import Experiment
@@ -110,8 +110,8 @@ def test_a_database_that_is_none_is_refused(experiment: Make, tmp_path: Path) ->
 
 
 def test_passwords_are_not_shown() -> None:
-    assert without_password("postgresql://me:secret@host/db") == "postgresql://me:***@host/db"
-    assert without_password("sqlite:////tmp/mlflow.db") == "sqlite:////tmp/mlflow.db"
+    assert mask("postgresql://me:secret@host/db") == "postgresql://me:***@host/db"
+    assert mask("sqlite:////tmp/mlflow.db") == "sqlite:////tmp/mlflow.db"
 
 
 def test_a_password_is_not_written_down(experiment: Make, tmp_path: Path) -> None:
