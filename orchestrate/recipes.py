@@ -59,7 +59,9 @@ def load_variants(file: Path, overrides: Sequence[str] = (), variant: str | None
             raise InputError(f"--variant {variant}: found no variants in {file}, expected a recipe that has some")
         return {"": parse(Experiment, {"name": file.stem, **read(file, overrides)}, file)}
     if table.keys() != {"base", "variants"} or not isinstance(table["variants"], dict):
-        raise InputError(f"{file}: found the fields {', '.join(map(str, table))}, expected base and variants (a row each) alone")
+        raise InputError(
+            f"{file}: found the fields {', '.join(map(str, table))}, expected base and variants (a row each) alone"
+        )
     rows = {str(name): changes or {} for name, changes in table["variants"].items()}
     if not rows:
         raise InputError(f"{file}: variants: found none, expected a row each")

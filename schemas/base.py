@@ -35,7 +35,9 @@ class InputError(ValueError):
     """
 
     def __init__(self, sentence: str) -> None:
-        plain = "".join(sign if sign.isprintable() or sign == "\n" else "\N{REPLACEMENT CHARACTER}" for sign in sentence)
+        plain = "".join(
+            sign if sign.isprintable() or sign == "\n" else "\N{REPLACEMENT CHARACTER}" for sign in sentence
+        )
         super().__init__(mask(plain))
 
 

@@ -8,11 +8,11 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from orchestrate import recipes
-from schemas.secrets import mask
 from orchestrate.tracking import Tracker
 from schemas.base import InputError
 from schemas.experiment import Experiment
 from schemas.results import RowMeasured, StageStarted, StepLosses, StepsTaken
+from schemas.secrets import mask
 from zscl.sequence import run_sequence
 
 Make = Callable[..., Experiment]
