@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ray._private import ray_constants
-from ray._raylet import Config
+from ray._raylet import Config  # type: ignore[attr-defined]  # a part of Ray's in C
 
 MODE = "RAY_AUTH_MODE"
 OWNER_ALONE = 0o600

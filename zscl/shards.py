@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 import fsspec
 import torch
 import webdataset
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import braceexpand
 from filelock import FileLock
 
 from schemas.base import InputError
@@ -101,11 +101,11 @@ def open_samples(locations: Sequence[str], cache: str | None = None) -> "Indexed
 
 def _expanded(location: str) -> list[str]:
     """What a location's brace ranges mean; `::` parts several."""
+    if _most_shards(location) > MOST_SHARDS:
+        raise InputError(f"{location}: found a range of more than {MOST_SHARDS} shards, expected fewer")
     try:
-        if _most_shards(location) > MOST_SHARDS:
-            raise InputError(f"{location}: found a range of more than {MOST_SHARDS} shards, expected fewer")
         return [shard for part in location.split("::") for shard in braceexpand(part)]
-    except (UnbalancedBracesError, IndexError, RecursionError) as error:
+    except (ValueError, IndexError, RecursionError) as error:  # braces that do not close
         raise InputError(f"{location}: found no readable brace range, expected one as in {{0..9}}.tar") from error
 
 
@@ -122,7 +122,8 @@ def _most_shards(location: str) -> int:
     for first, last in re.findall(r"\{(-?[0-9]+)\.\.(-?[0-9]+)", location):
         digits = max(len(first), len(last))
         most *= 1 + abs(int(last) - int(first)) if digits < 20 else MOST_SHARDS + 1
-    return most * 52 ** len(re.findall(r"\{[a-zA-Z]\.\.[a-zA-Z]", location))
+    letters: int = 52 ** len(re.findall(r"\{[a-zA-Z]\.\.[a-zA-Z]", location))
+    return most * letters
 
 
 def _remote_glob(url: str) -> list[str]:
@@ -145,9 +146,8 @@ def cached(url: str, cache: str) -> Path:
         InputError: it cannot be read.
     """
     # A presigned URL is signed anew each day, and its secrets are no part of a file's name.
-    copy_of_it = (
-        Path(cache) / digest(mask_urls(url))[:16] / f"{PurePosixPath(urlsplit(url).path).stem[:100] or 'shard'}.tar"
-    )
+    name = PurePosixPath(urlsplit(url).path).stem[:100] or "shard"
+    copy_of_it = Path(cache) / digest(mask_urls(url))[:16] / f"{name}.tar"
     try:
         filesystem, path = fsspec.core.url_to_fs(url)
         copy_of_it.parent.mkdir(parents=True, exist_ok=True)
@@ -163,6 +163,8 @@ def cached(url: str, cache: str) -> Path:
 def _local_files(path: Path) -> list[Path]:
     try:
         return _found_files(path)
+    except InputError:
+        raise
     except (OSError, ValueError) as error:  # a name that no file can have, a pattern that is none, no permission
         raise InputError(f"{path}: cannot be read ({error}), expected a shard or a folder of them") from error
 
@@ -494,7 +496,7 @@ def _members(stream: _Tail, url: str) -> Iterator[dict[str, Any]]:
                 member = tar.extractfile(info)
                 assert member is not None
                 yield {"fname": info.name, "data": member.read(), "__url__": url}
-            tar.members = []  # type: ignore[assignment]  # or it remembers every header of the shard
+            tar.members = []  # or it remembers every header of the shard
 
 
 def _next_group(groups: Iterator[dict[str, Any]], url: str) -> dict[str, Any] | None:

@@ -250,10 +250,9 @@ class TaskFolder:
         hashes = []
         try:
             splits = json.loads(manifest)["splits"]
-            listed = [
-                (split, each["file"], each["bytes"], each["sha256"]) for split in splits for each in splits[split]
-            ]
-            for split, name, size, sha256 in listed:
+            listed = [(split, shard) for split, shards in splits.items() for shard in shards]
+            for split, shard in listed:
+                name, size, sha256 = shard["file"], shard["bytes"], shard["sha256"]
                 file = Path(self.path, split, name)
                 if file.exists() and file.stat().st_size != size:
                     raise InputError(

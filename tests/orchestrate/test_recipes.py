@@ -81,7 +81,7 @@ def test_overrides_apply_in_order(file: Path) -> None:
     [
         ("model: a\nmodel: b\n", 'found duplicate key "model"'),
         ("model: [", "found no readable YAML"),
-        ("- a\n", "found list, expected fields such as"),
+        ("- a\n", "found a list, expected fields such as"),
         ("model: !!python/object/apply:os.system [true]\n", "found no readable YAML"),
     ],
 )
