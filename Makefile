@@ -2,16 +2,19 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow install lint clean
+.PHONY: demo test test-slow faults install lint clean
 
 demo: install
 	$(BIN)/zscl demo --out runs/demo
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not faults"
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
+
+faults: install
+	$(BIN)/python -m pytest -m faults
 
 lint: install
 	$(BIN)/ruff check .

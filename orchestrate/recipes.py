@@ -57,7 +57,9 @@ def load_variants(file: Path, overrides: Sequence[str] = (), variant: str | None
     if "variants" not in table:
         if variant is not None:
             raise InputError(f"--variant {variant}: found no variants in {file}, expected a recipe that has some")
-        return {"": parse(Experiment, {"name": file.stem, **read(file, overrides)}, file)}
+        for override in overrides:
+            _override(table, override)
+        return {"": parse(Experiment, {"name": file.stem, **table}, file)}
     if table.keys() != {"base", "variants"} or not isinstance(table["variants"], dict):
         raise InputError(
             f"{file}: found the fields {', '.join(map(str, table))}, expected base and variants (a row each) alone"
@@ -78,7 +80,10 @@ def load_variants(file: Path, overrides: Sequence[str] = (), variant: str | None
 def _vary(file: Path, base: Path, name: str, changes: Any, overrides: Sequence[str]) -> Experiment:
     if not isinstance(changes, dict):
         raise InputError(f"{file}: variants.{name}: found {changes!r}, expected fields by dotted path")
-    content = read(base)
+    try:
+        content = read(base)
+    except InputError as error:
+        raise InputError(f"{file}: base: {error}") from error
     for path, value in changes.items():
         _set(content, str(path), value, f"{file}: variants.{name}: {path}")
     for override in overrides:
@@ -203,8 +208,10 @@ def _parsed(text: str, refusal: str) -> Any:
     if _DEEP.search(text):  # the parser would take seconds to find out
         raise InputError(f"{refusal} (it is nested too deep), expected a recipe's few levels")
     try:
-        _count(_yaml().compose(text), {}, refusal)
-        return _yaml().load(text)
+        yaml = _yaml()
+        node = yaml.compose(text)
+        _count(node, {}, refusal)
+        return None if node is None else yaml.constructor.construct_document(node)
     except InputError:
         raise
     except RecursionError as error:
