@@ -23,6 +23,7 @@ from pydantic_core import CoreSchema, PydanticCustomError
 from schemas.secrets import mask
 
 MOST_PROBLEMS = 20  # named in one answer
+LONGEST_LINE = 2_000  # characters of a sentence
 LONGEST_PATH, LONGEST_NAME = 4_000, 255  # of what a file system takes, in bytes
 
 
@@ -38,7 +39,12 @@ class InputError(ValueError):
         plain = "".join(
             sign if sign.isprintable() or sign == "\n" else "\N{REPLACEMENT CHARACTER}" for sign in sentence
         )
-        super().__init__(mask(plain))
+        super().__init__("\n".join(map(_readable, mask(plain).split("\n"))))
+
+
+def _readable(line: str) -> str:
+    """A line that somebody can read: the middle is left out of one that goes on for pages."""
+    return line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE * 2 // 3]} … {line[-LONGEST_LINE // 3 :]}"
 
 
 class InterruptedRunError(Exception):
