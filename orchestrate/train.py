@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -23,10 +23,12 @@ import ray.exceptions
 import ray.train
 import ray.train.torch
 from pydantic import BaseModel, TypeAdapter
+from ray.exceptions import AuthenticationError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from orchestrate.access import loopback_alone, use_token
 from orchestrate.interruption import Interruption
 from orchestrate.line import Line
 from schemas.base import InputError
@@ -60,11 +62,14 @@ def connect(compute: Compute, note: Callable[[str], None]) -> None:
         return
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     starts_here = compute.address is None and "RAY_ADDRESS" not in os.environ
-    local = {"include_dashboard": False} if starts_here else {}
+    local = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"} if starts_here else {}
     note("starting Ray on this machine" if starts_here else "connecting to the Ray cluster")
+    use_token(starts_here)
+    address = "local" if starts_here else compute.address  # never what somebody else may have started beside us
     try:
-        ray.init(address=compute.address, logging_level=logging.ERROR, log_to_driver=False, **local)
-    except (ConnectionError, RuntimeError) as error:
+        with loopback_alone() if starts_here else nullcontext():
+            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **local)
+    except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
         raise InputError(
             f"compute.address: found no Ray cluster at {compute.address or os.environ.get('RAY_ADDRESS')} "
             f"({' '.join(str(error).split())[:160]}), expected HOST:PORT of a running one, or none to start one here"
