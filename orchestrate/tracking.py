@@ -180,7 +180,7 @@ class Record:
 
     def _make(self, experiment: Experiment, fingerprint: str, folder: Path) -> Run:
         tags = {
-            KEY: f"{fingerprint} {folder}",
+            KEY: mask(f"{fingerprint} {folder}"),
             "zscl.level": "sequence",
             "zscl.method": experiment.method.name,
             "zscl.seed": str(experiment.seed),
