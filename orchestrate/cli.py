@@ -2,6 +2,7 @@
 
 import json
 import sys
+import traceback
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +11,7 @@ import typer
 from rich.console import Console
 
 from schemas.base import InputError, InterruptedRunError
+from schemas.secrets import mask
 
 if TYPE_CHECKING:
     from schemas.experiment import Experiment
@@ -53,6 +55,9 @@ def main() -> None:
     except InterruptedRunError as interrupt:
         print(f"interrupted: {interrupt}", file=sys.stderr)
         sys.exit(interrupt.exit_code)
+    except Exception:  # a fault of ours: its traceback may be sent to us, so no secret may be in it
+        print(mask(traceback.format_exc()), end="", file=sys.stderr)
+        sys.exit(1)
 
 
 def emit(content: dict[str, Any], as_json: bool, lines: list[str]) -> None:
@@ -126,7 +131,7 @@ def _ended(experiment: "Experiment", folder: Path, result: "Result", offline: bo
     from orchestrate import places, report
 
     uri = None if offline else places.store_uri(experiment, folder)
-    shown = {"folder": str(folder), "tracking_uri": uri and places.without_password(uri)}
+    shown = {"folder": str(folder), "tracking_uri": uri and mask(uri)}
     figures = "  ".join(f"{name} {report.percent(value)}" for name, value in result.metrics.model_dump().items())
     lines = [
         *(f"warning: {sentence}" for sentence in result.warnings),
@@ -355,6 +360,6 @@ def demo(
     content, lines = report.compare(runs, out.absolute() / "comparison", None if as_json else Console())
     browse = f"zscl sync {' '.join(map(str, runs))}" if offline else places.browse_command(uri)
     lines.append(f"MLflow    {browse}")
-    shown = None if offline else places.without_password(uri)
+    shown = None if offline else mask(uri)
     found = {"runs": [str(run) for run in runs], "tracking_uri": shown, **content}
     emit(found, as_json, lines)

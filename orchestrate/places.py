@@ -8,9 +8,9 @@ from urllib.parse import urlsplit
 
 from schemas.base import InputError
 from schemas.experiment import Experiment
+from schemas.secrets import MASK, mask
 
 SQLITE = "sqlite:///"
-MASK = "***"
 
 
 def folder_of(experiment: Experiment, fingerprint: str, out: Path | None, name: str) -> Path:
@@ -34,12 +34,6 @@ def store_uri(experiment: Experiment, folder: Path) -> str:
     return given or f"{SQLITE}{folder.parent / 'mlflow.db'}"
 
 
-def without_password(uri: str) -> str:
-    """A URI as it may be shown."""
-    parts = urlsplit(uri)
-    return uri.replace(f"{parts.username}:{parts.password}@", f"{parts.username}:{MASK}@") if parts.password else uri
-
-
 def unmasked(uri: str) -> str:
     """The URI of a recipe that was written down, without the password.
 
@@ -61,6 +55,6 @@ def unmasked(uri: str) -> str:
 def browse_command(uri: str) -> str:
     """What a user types, or opens, to see the store."""
     if uri.startswith(("http://", "https://")):
-        return without_password(uri)
+        return mask(uri)
     mlflow = "mlflow" if shutil.which("mlflow") else str(Path(sys.executable).parent / "mlflow")
-    return f"{mlflow} ui --backend-store-uri {without_password(uri)}"
+    return f"{mlflow} ui --backend-store-uri {mask(uri)}"

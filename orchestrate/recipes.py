@@ -1,19 +1,22 @@
 """A recipe: one YAML file and a few overrides → an experiment."""
 
 import io
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
+from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+from ruamel.yaml.reader import ReaderError
 
-from orchestrate.places import without_password
 from schemas.base import Abbreviable, InputError, Strict, explain
 from schemas.data import ClassIncremental, Reference, Task
 from schemas.experiment import Experiment, Model
 from schemas.method import Method
+from schemas.secrets import masked
 from zscl.files import write_text
 
 # Sections that a recipe may abbreviate to a string; an override of one of their fields needs the long form.
@@ -26,8 +29,9 @@ ABBREVIABLE: Mapping[str, type[Abbreviable]] = {
 }
 SchemaT = TypeVar("SchemaT", bound=Strict)
 
-
 ALL = "all"
+# A recipe is written by hand: what is larger is none, or means to keep us busy.
+MOST_BYTES, MOST_VALUES = 1_000_000, 100_000
 
 
 def load_experiment(file: Path, overrides: Sequence[str] = (), variant: str | None = None) -> Experiment:
@@ -53,10 +57,16 @@ def load_variants(file: Path, overrides: Sequence[str] = (), variant: str | None
     if "variants" not in table:
         if variant is not None:
             raise InputError(f"--variant {variant}: found no variants in {file}, expected a recipe that has some")
-        return {"": parse(Experiment, {"name": file.stem, **read(file, overrides)}, file)}
+        for override in overrides:
+            _override(table, override)
+        return {"": parse(Experiment, {"name": file.stem, **table}, file)}
     if table.keys() != {"base", "variants"} or not isinstance(table["variants"], dict):
-        raise InputError(f"{file}: found the fields {', '.join(table)}, expected base and variants (a row each) alone")
+        raise InputError(
+            f"{file}: found the fields {', '.join(map(str, table))}, expected base and variants (a row each) alone"
+        )
     rows = {str(name): changes or {} for name, changes in table["variants"].items()}
+    if not rows:
+        raise InputError(f"{file}: variants: found none, expected a row each")
     if variant != ALL and variant not in rows:
         given = f"--variant {variant}" if variant else f"{file}: found a table of variants"
         raise InputError(f"{given}, expected --variant {', '.join(rows)} or {ALL}")
@@ -70,7 +80,10 @@ def load_variants(file: Path, overrides: Sequence[str] = (), variant: str | None
 def _vary(file: Path, base: Path, name: str, changes: Any, overrides: Sequence[str]) -> Experiment:
     if not isinstance(changes, dict):
         raise InputError(f"{file}: variants.{name}: found {changes!r}, expected fields by dotted path")
-    content = read(base)
+    try:
+        content = read(base)
+    except InputError as error:
+        raise InputError(f"{file}: base: {error}") from error
     for path, value in changes.items():
         _set(content, str(path), value, f"{file}: variants.{name}: {path}")
     for override in overrides:
@@ -81,13 +94,25 @@ def _vary(file: Path, base: Path, name: str, changes: Any, overrides: Sequence[s
 def read(file: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Read a recipe's YAML with its overrides (`a.b.c=value`), unchecked."""
     try:
-        content = _yaml().load(file.read_text(encoding="utf-8"))
+        with file.open("rb") as stream:
+            encoded = stream.read(MOST_BYTES + 1)
     except FileNotFoundError as error:
         raise InputError(f"{file}: found no such file, expected a recipe (YAML)") from error
-    except (OSError, UnicodeDecodeError, YAMLError) as error:
-        raise InputError(f"{file}: found no readable YAML ({_one_line(error)})") from error
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise InputError(f"{file}: cannot be read ({error}), expected a recipe (YAML)") from error
+    if len(encoded) > MOST_BYTES:
+        raise InputError(f"{file}: found more than {MOST_BYTES} bytes, expected a recipe (YAML)")
+    try:
+        text = encoded.decode()
+    except UnicodeDecodeError as error:
+        line = encoded.count(b"\n", 0, error.start) + 1
+        raise InputError(
+            f"{file}: found no readable YAML (line {line} has a byte that is no UTF-8), expected UTF-8"
+        ) from error
+    content = _parsed(text, f"{file}: found no readable YAML")
     if not isinstance(content, dict):
-        raise InputError(f"{file}: found {type(content).__name__}, expected fields such as 'model:' and 'tasks:'")
+        found = "nothing" if content is None else f"a {type(content).__name__}"
+        raise InputError(f"{file}: found {found}, expected fields such as 'model:' and 'tasks:'")
     for override in overrides:
         _override(content, override)
     return content
@@ -107,13 +132,11 @@ def write_experiment(experiment: Experiment, file: Path) -> None:
 
 
 def shown(experiment: Experiment) -> dict[str, Any]:
-    """Every field, as it may be written down: without the password of a tracking URI."""
+    """Every field, as it may be written down: without the secrets that its URLs hold."""
     content = experiment.model_dump(mode="json")
     if experiment.class_incremental is not None:
         del content["tasks"]  # they follow from it
-    if experiment.tracking.uri:
-        content["tracking"]["uri"] = without_password(experiment.tracking.uri)
-    return content
+    return masked(content)
 
 
 def dump(content: dict[str, Any]) -> str:
@@ -134,11 +157,7 @@ def _override(content: dict[str, Any], override: str) -> None:
     path, equals, value = override.partition("=")
     if not equals or not path:
         raise InputError(f"--set {override}: expected a.b.c=value")
-    try:
-        parsed = _yaml().load(value)
-    except YAMLError as error:
-        raise InputError(f"--set {override}: found no readable value ({_one_line(error)})") from error
-    _set(content, path, parsed, f"--set {path}")
+    _set(content, path, _parsed(value, f"--set {override}: found no readable value"), f"--set {path}")
 
 
 def _set(content: dict[str, Any], path: str, value: Any, shown: str) -> None:
@@ -171,10 +190,77 @@ def _child(node: Any, key: str, path: str) -> Any:
 
 
 def _position(node: list[Any], key: str, path: str) -> int:
-    if not key.isdecimal() or int(key) >= len(node):
-        raise InputError(f"{path}: found position '{key}', expected 0 to {len(node) - 1}")
+    if key not in map(str, range(len(node))):
+        expected = f"0 to {len(node) - 1}" if node else "a list with something in it"
+        raise InputError(f"{path}: found position '{key[:40]}', expected {expected}")
     return int(key)
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).partition("To suppress this check")[0].split())
+_DEEP = re.compile(r"(?:[\[{]\s*){50}")
+
+
+def _parsed(text: str, refusal: str) -> Any:
+    """The plain values that a YAML text means; nothing in it makes an object of ours or takes longer than its size.
+
+    Raises:
+        InputError: it cannot be read; `refusal` is how the sentence begins.
+    """
+    if _DEEP.search(text):  # the parser would take seconds to find out
+        raise InputError(f"{refusal} (it is nested too deep), expected a recipe's few levels")
+    try:
+        yaml = _yaml()
+        node = yaml.compose(text)
+        _count(node, {}, refusal)
+        return None if node is None else yaml.constructor.construct_document(node)
+    except InputError:
+        raise
+    except RecursionError as error:
+        raise InputError(f"{refusal} (it is nested too deep), expected a recipe's few levels") from error
+    except MarkedYAMLError as error:
+        raise InputError(f"{refusal} ({_where_and_what(error)})") from error
+    except ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise InputError(f"{refusal} (line {line} has a character that YAML does not allow)") from error
+    except Exception as error:  # a value that its type does not have: the 32nd of a month, a number of 10,000 digits
+        raise InputError(f"{refusal} ({_one_line(error)})") from error
+
+
+def _count(node: Node | None, known: dict[int, int], refusal: str) -> int:
+    """How many values a node means with its aliases written out, which multiply."""
+    if node is None:
+        return 0
+    line = f"line {node.start_mark.line + 1}"
+    if id(node) in known:
+        if known[id(node)] < 0:
+            raise InputError(f"{refusal} (what is at {line} is part of itself)")
+        return known[id(node)]
+    known[id(node)] = -1
+    if isinstance(node, ScalarNode):
+        _refuse_broken_characters(node.value, f"{refusal} ({line} has half a character)")
+    pairs = node.value if isinstance(node, MappingNode) else ()
+    items = node.value if isinstance(node, SequenceNode) else (part for pair in pairs for part in pair)
+    values = 1 + sum(_count(item, known, refusal) for item in items)
+    if values > MOST_VALUES:
+        raise InputError(f"{refusal} ({line} means more than {MOST_VALUES} values), expected a recipe's")
+    known[id(node)] = values
+    return values
+
+
+def _refuse_broken_characters(text: str, refusal: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # "\ud800": one half of a pair
+        raise InputError(refusal) from error
+
+
+def _where_and_what(error: MarkedYAMLError) -> str:
+    """Where something is wrong, and what: not where the parser noticed it, lines below, if it began before."""
+    context, problem = str(error.context or ""), str(error.problem or error.context)
+    began = context.startswith("while scanning") or "flow" in context
+    mark = (error.context_mark if began else None) or error.problem_mark or error.context_mark
+    where = f"line {mark.line + 1}: " if mark else ""
+    return where + _one_line(f"{problem} {context}" if began else problem)
+
+
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split())[:200]

@@ -16,6 +16,7 @@ from orchestrate.state import write_state
 from schemas.base import InputError, InterruptedRunError
 from schemas.experiment import Experiment
 from schemas.results import Embedded, Result
+from schemas.secrets import mask
 from zscl.model import load
 from zscl.opened import Opened, open_experiment
 from zscl.rows import refuse_other_run
@@ -191,7 +192,7 @@ def _run(opened: Opened, folder: Path, console: Console, offline: bool) -> Resul
         killed = isinstance(error, InterruptedRunError | KeyboardInterrupt | SystemExit)
         told = isinstance(error, InterruptedRunError | InputError)  # in a sentence
         reason = str(error) if told else " ".join(f"{type(error).__name__}: {error}".split())
-        write_state(folder, "KILLED" if killed else "FAILED", reason)
+        write_state(folder, "KILLED" if killed else "FAILED", mask(reason))
         raise
     finally:
         if shipper:

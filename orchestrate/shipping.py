@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from orchestrate.ownership import owned
-from orchestrate.places import store_uri, unmasked, without_password
+from orchestrate.places import store_uri, unmasked
 from orchestrate.recipes import load_experiment
 from orchestrate.report import load_result
 from orchestrate.state import read_state
@@ -20,6 +20,7 @@ from orchestrate.tracking import FAILURES, Record, unreachable
 from schemas.base import InputError
 from schemas.experiment import Experiment
 from schemas.results import JournalEntry, RunStarted, RunState, Synced
+from schemas.secrets import mask
 from zscl.journal import JOURNAL, JournalReader
 
 log = logging.getLogger(__name__)
@@ -169,7 +170,7 @@ def sync(folder: Path, uri: str | None, on_sent: Callable[[int, int], None]) -> 
             status = "FINISHED" if known else shipment.settle()
         except FAILURES as error:
             raise unreachable(uri, error) from error
-    return Synced(folder=str(folder), tracking_uri=without_password(uri), entries=sent, status=status)
+    return Synced(folder=str(folder), tracking_uri=mask(uri), entries=sent, status=status)
 
 
 def _fingerprint(folder: Path) -> str:

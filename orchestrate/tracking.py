@@ -30,10 +30,11 @@ from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError
 
 from orchestrate import report
-from orchestrate.places import SQLITE, without_password
+from orchestrate.places import SQLITE
 from schemas.base import InputError
 from schemas.experiment import Experiment
 from schemas.results import JournalEntry, Result, RowMeasured, RunState, StageStarted, StageTrained, StepsTaken
+from schemas.secrets import mask
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)
 # It prints the traceback of every attempt at a locked database.
@@ -54,9 +55,9 @@ KIND = {"mlflow.experimentKind": "custom_model_development"}
 
 def unreachable(uri: str, error: Exception) -> InputError:
     """What to say of a store that cannot be opened."""
-    shown = " ".join(str(error).split())[:200].replace(uri, without_password(uri))
+    shown = mask(" ".join(str(error).split()), uri)[:200]
     return InputError(
-        f"tracking.uri: found no reachable MLflow store at {without_password(uri)}, expected a server "
+        f"tracking.uri: found no reachable MLflow store at {mask(uri)}, expected a server "
         f"that answers or sqlite:///FILE ({shown})"
     )
 
@@ -79,14 +80,14 @@ class Record:
         with _alone(uri):
             self.client = MlflowClient(tracking_uri=uri)
             self.experiment_id = self._experiment(experiment.tracking.experiment)
-        found = self._find(f"{fingerprint} {folder}") or self._make(experiment, fingerprint, folder)
+        found = self._find(mask(f"{fingerprint} {folder}")) or self._make(experiment, fingerprint, folder)
         self.parent = str(found.info.run_id)
         self.status = str(found.info.status)
         self.taken = _position(found)[0]
         self._children: dict[int, str] = {}
         if not found.data.params:
             what = experiment.model_dump(mode="json", exclude={"compute", "tracking", "tasks"})
-            params = [Param(name, str(value)[:LONGEST_VALUE]) for name, value in _flat(what)]
+            params = [Param(name, mask(str(value))[:LONGEST_VALUE]) for name, value in _flat(what)]
             self.client.log_batch(self.parent, params=params)
 
     def resume(self) -> None:
@@ -179,12 +180,12 @@ class Record:
 
     def _make(self, experiment: Experiment, fingerprint: str, folder: Path) -> Run:
         tags = {
-            KEY: f"{fingerprint} {folder}",
+            KEY: mask(f"{fingerprint} {folder}"),
             "zscl.level": "sequence",
             "zscl.method": experiment.method.name,
             "zscl.seed": str(experiment.seed),
             "zscl.fingerprint": fingerprint,
-            "zscl.folder": str(folder),
+            "zscl.folder": mask(str(folder)),
         }
         return self.client.create_run(self.experiment_id, start_time=self.begun, run_name=folder.name, tags=tags)
 

@@ -5,7 +5,6 @@ worker group, or a later start of the same run, goes on from what is there. Ray 
 depends on when it commits them, and its controller may die as well as a worker.
 """
 
-import asyncio
 import logging
 import math
 import os
@@ -13,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -24,11 +23,14 @@ import ray.exceptions
 import ray.train
 import ray.train.torch
 from pydantic import BaseModel, TypeAdapter
+from ray.exceptions import AuthenticationError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from orchestrate.access import loopback_alone, use_token
 from orchestrate.interruption import Interruption
+from orchestrate.line import Line
 from schemas.base import InputError
 from schemas.compute import Compute
 from schemas.experiment import Experiment
@@ -45,6 +47,9 @@ WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S
 OnProgress = Callable[[BaseModel], None]
 _progress: TypeAdapter[Any] = TypeAdapter(Progress)
 _END, _STOPPED = "end", "stopped"
+# By name: Ray's controller unpickles what its workers get, and for a function of ours it would import all of open_clip
+# before it starts them.
+WORK: dict[str, Callable[..., BaseModel]] = {"run": run_sequence, "embed": embed_reference}
 
 
 def connect(compute: Compute, note: Callable[[str], None]) -> None:
@@ -57,11 +62,14 @@ def connect(compute: Compute, note: Callable[[str], None]) -> None:
         return
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     starts_here = compute.address is None and "RAY_ADDRESS" not in os.environ
-    local = {"include_dashboard": False} if starts_here else {}
+    local = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"} if starts_here else {}
     note("starting Ray on this machine" if starts_here else "connecting to the Ray cluster")
+    use_token(starts_here)
+    address = "local" if starts_here else compute.address  # never what somebody else may have started beside us
     try:
-        ray.init(address=compute.address, logging_level=logging.ERROR, log_to_driver=False, **local)
-    except (ConnectionError, RuntimeError) as error:
+        with loopback_alone() if starts_here else nullcontext():
+            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **local)
+    except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
         raise InputError(
             f"compute.address: found no Ray cluster at {compute.address or os.environ.get('RAY_ADDRESS')} "
             f"({' '.join(str(error).split())[:160]}), expected HOST:PORT of a running one, or none to start one here"
@@ -100,44 +108,24 @@ def train(experiment: Experiment, folder: Path, on_progress: OnProgress, interru
         InterruptedRunError: a signal asked for the end; the folder holds what it takes to go on.
         ray.train.TrainingFailedError: workers failed, compute.max_failures times without having come further.
     """
-    return Result.model_validate_json(_on_workers(run_sequence, experiment, folder, on_progress, interruption))
+    return Result.model_validate_json(_on_workers("run", experiment, folder, on_progress, interruption))
 
 
 def embed(experiment: Experiment, folder: Path, on_progress: OnProgress, interruption: Interruption) -> Embedded:
     """Fill the teacher's stores for an experiment; as `train` otherwise."""
-    return Embedded.model_validate_json(_on_workers(embed_reference, experiment, folder, on_progress, interruption))
-
-
-class _Line:
-    """Between the workers and the process that watches: progress one way, the wish to stop the other."""
-
-    def __init__(self) -> None:
-        self._messages: asyncio.Queue[str] = asyncio.Queue()
-        self._stop = False
-
-    async def put(self, message: str) -> None:
-        await self._messages.put(message)
-
-    async def get(self) -> str:
-        return await self._messages.get()
-
-    async def ask_to_stop(self) -> None:
-        self._stop = True
-
-    async def asked_to_stop(self) -> bool:
-        return self._stop
+    return Embedded.model_validate_json(_on_workers("embed", experiment, folder, on_progress, interruption))
 
 
 def _on_workers(
-    work: Callable[..., BaseModel],
+    work: str,
     experiment: Experiment,
     folder: Path,
     on_progress: OnProgress,
     interruption: Interruption,
 ) -> str:
-    """Call a function of `zscl` on every worker of a group. Returns the main worker's answer, as JSON."""
+    """Call one of `WORK` on every worker of a group. Returns the main worker's answer, as JSON."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    line = ray.remote(_Line).options(num_cpus=0, scheduling_strategy=here).remote()
+    line = ray.remote(Line).options(num_cpus=0, scheduling_strategy=here).remote()
     stopped = threading.Event()
     with _listening(line, on_progress, stopped):
         # In a thread of its own, for in the main one Ray would take the signals.
@@ -175,7 +163,7 @@ def _wait(
     return answer.result()
 
 
-def _fit(work: Callable[..., BaseModel], experiment: Experiment, folder: Path, line: Any) -> str:
+def _fit(work: str, experiment: Experiment, folder: Path, line: Any) -> str:
     """Fit until there is an answer, anew as long as what failed had come further."""
     while True:
         name = f"{datetime.now():%Y%m%d-%H%M%S-%f}"
@@ -201,9 +189,7 @@ def _reached(folder: Path) -> list[tuple[Path, int]]:
     return sorted((file, file.stat().st_mtime_ns) for file in found if file.is_file())
 
 
-def _trainer(
-    work: Callable[..., BaseModel], experiment: Experiment, folder: Path, line: Any, name: str, refusal: Path
-) -> TorchTrainer:
+def _trainer(work: str, experiment: Experiment, folder: Path, line: Any, name: str, refusal: Path) -> TorchTrainer:
     compute = experiment.compute
     use_gpu = check_resources(compute)
     resources = {"CPU": compute.cpus_per_worker} | ({"GPU": compute.gpus_per_worker} if use_gpu else {})
@@ -249,7 +235,7 @@ def _work(config: dict[str, Any]) -> str:
     if config["refusal"].is_file():  # the group was restarted; what was wrong with the input still is
         return ""
     try:
-        answer: BaseModel = config["work"](
+        answer = WORK[config["work"]](
             Experiment.model_validate_json(config["experiment"]),
             config["folder"],
             report=report,

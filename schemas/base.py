@@ -1,5 +1,7 @@
 """What every schema shares: strictness, the error a user sees, and locations."""
 
+import re
+import reprlib
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -18,13 +20,31 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError
 
+from schemas.secrets import mask
+
+MOST_PROBLEMS = 20  # named in one answer
+LONGEST_LINE = 2_000  # characters of a sentence
+LONGEST_PATH, LONGEST_NAME = 4_000, 255  # of what a file system takes, in bytes
+
 
 class InputError(ValueError):
     """Something the user gave is wrong: one sentence that names it, what was found and what was expected.
 
     The command line prints the sentence and exits with code 2. Every other exception is a fault of ours and
-    keeps its traceback.
+    keeps its traceback. Whatever it names, secrets are masked and nothing that steers a terminal is left in it: it
+    may be shown, written down and recorded as it is.
     """
+
+    def __init__(self, sentence: str) -> None:
+        plain = "".join(
+            sign if sign.isprintable() or sign == "\n" else "\N{REPLACEMENT CHARACTER}" for sign in sentence
+        )
+        super().__init__("\n".join(map(_readable, mask(plain).split("\n"))))
+
+
+def _readable(line: str) -> str:
+    """A line that somebody can read: the middle is left out of one that goes on for pages."""
+    return line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE * 2 // 3]} … {line[-LONGEST_LINE // 3 :]}"
 
 
 class InterruptedRunError(Exception):
@@ -79,7 +99,7 @@ class Abbreviable(Strict):
 def _unknown(field: str, allowed: Iterable[str]) -> str:
     nearest = get_close_matches(field, allowed, n=1)
     hint = f"did you mean '{nearest[0]}'?" if nearest else "allowed: " + ", ".join(allowed)
-    return f"unknown field '{field}'; {hint}"
+    return f"unknown field {_short(field)}; {hint}"
 
 
 def explain(error: ValidationError) -> str:
@@ -96,15 +116,31 @@ def explain(error: ValidationError) -> str:
             for place in places
         )
     ]
-    return "\n".join(map(_explain_one, real))
+    more = [f"and {len(real) - MOST_PROBLEMS} more problems"] if len(real) > MOST_PROBLEMS else []
+    return "\n".join([*map(_explain_one, real[:MOST_PROBLEMS]), *more])
 
 
 def _explain_one(problem: Any) -> str:
-    field = ".".join(str(part) for part in problem["loc"]) or "the recipe"
+    field = ".".join(str(part)[:LONGEST_NAME] for part in problem["loc"]) or "the recipe"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] in ("unknown_field", "value_error", "missing"):
         return f"{field}: {message}"
-    return f"{field}: {message}, found {problem['input']!r}"
+    found = problem["input"]
+    if problem["type"] in ("int_type", "float_type") and isinstance(found, str) and _NUMBER.fullmatch(found):
+        return f"{field}: found {_short(found)} in quotes, which make it a text, expected a number without them"
+    return f"{field}: {message}, found {_short(found)}"
+
+
+_NUMBER = re.compile(r"\s*[+-]?[0-9][0-9_]*(\.[0-9]*)?([eE][+-]?[0-9]+)?\s*")
+_shortener = reprlib.Repr()
+_shortener.maxstring = _shortener.maxother = _shortener.maxlong = 120
+_shortener.maxlist = _shortener.maxtuple = _shortener.maxdict = 6
+_shortener.maxlevel = 3
+
+
+def _short(found: object) -> str:
+    """What was found, as a sentence can hold it."""
+    return _shortener.repr(found)
 
 
 T = TypeVar("T")
@@ -118,10 +154,19 @@ def anchor(location: str, info: ValidationInfo) -> str:
     """Make a relative path absolute against the context's `root`; leave URLs alone."""
     if not location.strip():
         raise ValueError("found an empty path, expected a file, a folder or a URL")
-    root = (info.context or {}).get("root")
-    if root is None or "://" in location:
+    if not location.isprintable():
+        raise ValueError(f"found {_short(location)}, expected a path or a URL of printable characters")
+    if "://" in location:
         return location
-    return str(Path(root) / Path(location).expanduser())
+    if len(location.encode()) > LONGEST_PATH or any(len(part.encode()) > LONGEST_NAME for part in Path(location).parts):
+        raise ValueError(f"found {_short(location)}, expected a path that a file system can hold")
+    root = (info.context or {}).get("root")
+    if root is None:
+        return location
+    try:
+        return str(Path(root) / Path(location).expanduser())
+    except RuntimeError as error:  # ~someone
+        raise ValueError(f"found {_short(location)}, expected the home of a user that there is ({error})") from error
 
 
 # A file, folder, glob, brace range or URL. Relative paths count from where the command is run.

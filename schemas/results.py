@@ -2,10 +2,13 @@
 
 from typing import Annotated, Literal
 
-from pydantic import AllowInfNan, Field, NonNegativeInt
+from pydantic import AfterValidator, AllowInfNan, Field, NonNegativeInt
 
 from schemas.base import Many, Strict
+from schemas.secrets import mask
 
+# A text that others read: a presigned URL may be in it, whose signature is a password.
+Shown = Annotated[str, AfterValidator(mask)]
 Row = Many[float]  # accuracies in [0, 1], one a task, in the order of the tasks
 
 
@@ -40,14 +43,14 @@ class StageResult(Strict):
     merges: NonNegativeInt = Field(description="Models in the weight ensemble, the stage's start included")
     losses: dict[str, float] = Field(description="Each named loss at the last step")
     warnings: Many[str] = Field((), description="What looks like a failed stage, a sentence each")
-    broken: Many[str] = Field((), description="Training samples that were skipped, a sentence each")
+    broken: Many[Shown] = Field((), description="Training samples that were skipped, a sentence each")
 
 
 class TaskName(Strict):
     """A task as a result names it."""
 
     name: str
-    path: str
+    path: Shown
     digest: str = Field(description="Content hash of the task's shards, class names and templates")
     test_images: NonNegativeInt
     broken_test_images: NonNegativeInt = Field(0, description="That were skipped; not among the test images")
@@ -178,7 +181,7 @@ class Note(Strict):
     """Something worth a line in the log."""
 
     event: Literal["note"] = "note"
-    text: str
+    text: Shown
 
 
 Progress = Annotated[

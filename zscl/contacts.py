@@ -1,6 +1,5 @@
 """A few images of each class of a task, made small, to look at oneself."""
 
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -8,6 +7,8 @@ from PIL import Image
 
 from zscl.inspection import Decoded, OpenedTask, look_at, silent_decoders
 from zscl.shards import IndexedSamples
+from zscl.streams import decode_image
+from zscl.tasks import number_of
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,9 @@ def contact_rows(opened: OpenedTask, per_class: int, classes: int, edge: int) ->
         if shard.split == "train" and shard.samples:
             for index, (_, _, content) in enumerate(shard.samples.labels()):
                 label = (content or b"").decode("ascii", errors="replace").strip()
-                if label.isdecimal() and int(label) in places:
-                    places[int(label)].append((shard.samples, index))
+                number = number_of(label)
+                if number in places:
+                    places[number].append((shard.samples, index))
     template = task.templates[0] if task.templates else "{c}"
     with silent_decoders():
         return [
@@ -50,8 +52,7 @@ def _thumbnails(places: Sequence[tuple[IndexedSamples, int]], count: int, edge: 
             samples, index = places[number]
             [sample] = samples.only([index]).once()
             if isinstance(look_at(sample.image), Decoded):
-                with Image.open(io.BytesIO(sample.image)) as image:
-                    small = image.convert("RGB")
+                small = decode_image(sample.image)
                 small.thumbnail((edge, edge))
                 yield small
                 break

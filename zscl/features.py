@@ -62,8 +62,10 @@ class FeatureStore:
         self.folder = folder
         if not folder.is_dir():
             _make(folder, count, width, np.dtype(str(dtype).removeprefix("torch.")))
-        self._features = np.load(folder / FEATURES, mmap_mode="r")
-        self._checks = np.load(folder / CHECKS, mmap_mode="r")
+        self._features = np.load(folder / FEATURES, mmap_mode="r", allow_pickle=False)
+        self._checks = np.load(folder / CHECKS, mmap_mode="r", allow_pickle=False)
+        if self._features.shape != (count, width) or self._checks.shape != (count, 2):
+            raise ValueError(f"{folder}: found features of other images, expected those of {count}")
 
     def read(self, identities: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Look images up by their places and hashes. [b, 2] → features [b, D], and which of them are known [b]."""
@@ -162,7 +164,7 @@ def _open_or_remake(
 ) -> FeatureStore | None:
     try:
         return FeatureStore(folder, count, width, dtype)
-    except (OSError, ValueError, EOFError):  # damaged, or the disk is full
+    except Exception:  # damaged (what numpy raises then is no closed list), or the disk is full
         shutil.rmtree(folder, ignore_errors=True)
     try:
         return FeatureStore(folder, count, width, dtype)

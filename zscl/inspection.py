@@ -43,6 +43,7 @@ from schemas.inspection import (
 from zscl import verdict
 from zscl.files import file_digest
 from zscl.shards import IMAGE_SUFFIXES, IndexedSamples, Sample, tar_members
+from zscl.streams import FORMATS, decode_image
 from zscl.tasks import MANIFEST, TaskFolder, lines_of, text_of
 
 Progress = Callable[[str, int, int], None]  # what, done, total
@@ -217,9 +218,9 @@ class Undecodable:
 def look_at(encoded: bytes) -> Decoded | Undecodable:
     """Decode an image to its last pixel, as training does, and keep only figures of it."""
     try:
-        with Image.open(io.BytesIO(encoded)) as image:
+        with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
             width, height, name, mode = *image.size, image.format or "unknown", image.mode
-            image.convert("RGB")
+        decode_image(encoded)
     except Exception as error:  # what a decoder raises on foreign bytes is no closed list, and is the finding itself
         return Undecodable(_reason(error), _detail(error))
     return Decoded(width, height, name, mode, hashlib.blake2b(encoded, digest_size=16).digest())

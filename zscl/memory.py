@@ -16,7 +16,7 @@ from schemas.base import InputError
 from zscl.distributed import gather_unequal, rank, world_size
 from zscl.model import Clip, at_least_float32, image_size, precision_context
 from zscl.shards import IndexedSamples, Samples, open_samples
-from zscl.streams import Decode, EvaluationImages, Loader
+from zscl.streams import FORMATS, Decode, EvaluationImages, Loader
 from zscl.tasks import TaskFolder, write_shards
 
 SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
@@ -113,7 +113,7 @@ def write(folder: Path, samples: Samples, chosen: Sequence[tuple[int, int]]) -> 
 
 
 def _suffix(encoded: bytes) -> str:
-    with Image.open(io.BytesIO(encoded)) as image:
+    with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
         return SUFFIXES.get(image.format or "", "png")
 
 

@@ -1,9 +1,10 @@
 """open_clip in and out: a stage's result is a folder that open_clip's `local-dir:` loads."""
 
 import json
+import os
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from zscl.files import digest, file_digest, whole_folder
 EMBEDDED_MODEL = Path(__file__).parent / "embedded_model"
 WEIGHTS = "open_clip_model.safetensors"
 CONFIG = "open_clip_config.json"
+WEIGHTS_ONLY, NOT_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,16 @@ class Clip:
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
-    """Read an open_clip folder's weights into a model of its architecture."""
-    model.load_state_dict(load_file(folder / WEIGHTS))
+    """Read an open_clip folder's weights into a model of its architecture.
+
+    Raises:
+        InputError: they are damaged, or another architecture's.
+    """
+    try:
+        model.load_state_dict(load_file(folder / WEIGHTS))
+    except Exception as error:  # safetensors and torch raise what they meet
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{folder / WEIGHTS}: found no readable weights ({reason}), expected a model's") from error
 
 
 def open_clip_name(model: Model) -> str:
@@ -55,7 +65,7 @@ def open_clip_name(model: Model) -> str:
 
 
 def load(model: Model, device: torch.device | str = "cpu") -> Clip:
-    """Load a model, its tokenizer and its two image transforms, with float32 weights.
+    """Load a model, its tokenizer and its two image transforms, with float32 weights; nothing in its files is run.
 
     Raises:
         InputError: open_clip knows no such model, or its weights cannot be had or read.
@@ -65,17 +75,18 @@ def load(model: Model, device: torch.device | str = "cpu") -> Clip:
     if name.startswith(LOCAL_MODEL) and not (Path(name.removeprefix(LOCAL_MODEL)) / WEIGHTS).is_file():
         _refuse_without_safetensors(Path(name.removeprefix(LOCAL_MODEL)), shown)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _weights_alone():
             warnings.filterwarnings("error", message="QuickGELU mismatch")
             network, train_transform, evaluation_transform = open_clip.create_model_and_transforms(
-                name, pretrained=model.pretrained, device=device, output_dict=True
+                name, pretrained=model.pretrained, device=device, output_dict=True, require_pretrained=True
             )
-        tokenizer = open_clip.get_tokenizer(name)
         config = open_clip.get_model_config(name)
+        _refuse_code(config)
+        tokenizer = open_clip.get_tokenizer(name)
     except UserWarning as error:
         raise InputError(f"{shown} has the wrong activation, expected '{model.name}-quickgelu' ({error})") from error
     except Exception as error:  # open_clip raises what its sources raise: any of them means an unreadable model
-        first_line = str(error).strip().partition("\n")[0][:200]
+        first_line = str(error).strip().partition("\n")[0][:200] or type(error).__name__
         raise InputError(f"{shown} cannot be loaded, expected an open_clip model ({first_line})") from error
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
         raise InputError(
@@ -90,10 +101,41 @@ def _refuse_without_safetensors(folder: Path, shown: str) -> None:
         raise InputError(f"{shown}: found no such folder, expected an open_clip folder")
     if not any(folder.glob("*.safetensors")):
         raise InputError(f"{shown}: found no .safetensors in the folder, expected {CONFIG} and {WEIGHTS}")
+    pickled = sorted(file.name for pattern in ("*.bin", "*.pth") for file in folder.glob(pattern))
+    if pickled and not (folder / WEIGHTS).is_file():  # open_clip may choose them instead
+        raise InputError(f"{shown}: found {pickled[0]} beside weights of another name, expected them as {WEIGHTS}")
+
+
+@contextmanager
+def _weights_alone() -> Iterator[None]:
+    """Let torch.load read nothing but tensors meanwhile, whoever calls it how, and whatever the user's variables say.
+
+    open_clip asks for that itself, but asks again without it where its first call fails in one way.
+    """
+    before = {name: os.environ.pop(name, None) for name in (WEIGHTS_ONLY, NOT_WEIGHTS_ONLY)}
+    os.environ[WEIGHTS_ONLY] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[WEIGHTS_ONLY]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
+
+
+def _refuse_code(config: Any) -> None:
+    """Refuse a model whose tokenizer would be run from the model's own files."""
+    if "trust_remote_code" in config.get("text_cfg", {}).get("tokenizer_kwargs", {}):
+        raise ValueError("its configuration asks to run code that comes with it: trust_remote_code")
 
 
 def weights_digest(model: Model) -> str:
     """Identity of a model's content: the weights' hash where they are files here, else the name."""
+    try:
+        return _content_digest(model)
+    except OSError as error:  # a name that no file can have, no permission
+        raise InputError(f"model: '{model.name}' cannot be loaded, expected readable files ({error})") from error
+
+
+def _content_digest(model: Model) -> str:
     name = open_clip_name(model)
     if not name.startswith(LOCAL_MODEL):
         weights = Path(model.pretrained or "")
@@ -104,7 +146,7 @@ def weights_digest(model: Model) -> str:
         raise InputError(f"model: '{model.name}': found no {CONFIG} in the folder, expected an open_clip folder")
     try:
         config = json.dumps(json.loads((folder / CONFIG).read_text()), sort_keys=True)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"model: '{model.name}' cannot be loaded, expected JSON in {CONFIG} ({error})") from error
     return digest(config, *(file_digest(file) for file in sorted(folder.glob("*.safetensors"))))
 

@@ -101,10 +101,10 @@ def text_embeddings(
     if weights is None:
         return gather(_encode(teacher(), tokens, device), len(tokens))
     file = store / f"texts-{digest(weights, tokens.numpy().tobytes())[:24]}.npy"
-    [found] = sum_over_workers(rank() == 0 and file.is_file())  # the main worker's answer, for all
+    stored = _stored(file, len(tokens), note) if rank() == 0 else None
+    [found] = sum_over_workers(stored is not None)  # the main worker's answer, for all
     if found:
-        stored = torch.from_numpy(np.load(file)).to(device) if rank() == 0 else None
-        return from_main(stored, like=torch.empty(0, device=device))
+        return from_main(stored.to(device) if stored is not None else None, like=torch.empty(0, device=device))
     note(f"Teacher embeds {len(tokens)} reference texts, once")
     embedded = gather(_encode(teacher(), tokens, device), len(tokens))
     if rank() == 0:
@@ -114,6 +114,20 @@ def text_embeddings(
         except OSError as error:  # a store saves work; a run goes on without it
             note(f"{store}: teacher embeddings of texts are not stored ({error})")
     return embedded
+
+
+def _stored(file: Path, count: int, note: Callable[[str], None]) -> torch.Tensor | None:
+    """What a file of the store holds; `None` where it is none, or is damaged."""
+    if not file.is_file():
+        return None
+    try:
+        array = np.load(file, allow_pickle=False)
+        if not isinstance(array, np.ndarray) or array.dtype.kind != "f" or array.ndim != 2 or len(array) != count:
+            raise ValueError("other numbers than embeddings")
+        return torch.from_numpy(array)
+    except Exception as error:  # what numpy raises on foreign bytes is no closed list
+        note(f"{file}: found no embeddings of {count} texts ({str(error)[:100]}); they are computed again")
+        return None
 
 
 @torch.no_grad()  # not inference_mode: the losses save these embeddings for their backward pass

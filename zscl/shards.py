@@ -16,18 +16,24 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property, partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any, Protocol
+from urllib.parse import urlsplit
 
 import fsspec
 import torch
 import webdataset
+from braceexpand import braceexpand
 from filelock import FileLock
 
 from schemas.base import InputError
+from schemas.secrets import mask_urls
 from zscl.files import digest, whole_file
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+READ_SUFFIXES = (*IMAGE_SUFFIXES, "cls", "txt")  # no other member is ever read
+LARGEST_MEMBER = 2**28  # bytes: what claims to be larger is no image, label or text
+MOST_SHARDS = 1_000_000
 SHUFFLE_BUFFER = 2_000  # samples held while streaming; local shards are shuffled as a whole instead
 
 
@@ -84,7 +90,7 @@ def open_samples(locations: Sequence[str], cache: str | None = None) -> "Indexed
     Raises:
         InputError: a location matches nothing, or a shard is missing, truncated or not a tar.
     """
-    expanded = [shard for location in locations for shard in webdataset.shardlists.expand_urls(location)]
+    expanded = [shard for location in locations for shard in _expanded(location)]
     if any("://" in shard for shard in expanded):
         urls = [url for shard in expanded for url in (_remote_glob(shard) if "://" in shard else [f"file://{shard}"])]
         if cache is None:
@@ -93,8 +99,36 @@ def open_samples(locations: Sequence[str], cache: str | None = None) -> "Indexed
     return IndexedSamples([path for shard in expanded for path in _local_files(Path(shard))])
 
 
+def _expanded(location: str) -> list[str]:
+    """What a location's brace ranges mean; `::` parts several."""
+    if _most_shards(location) > MOST_SHARDS:
+        raise InputError(f"{location}: found a range of more than {MOST_SHARDS} shards, expected fewer")
+    try:
+        return [shard for part in location.split("::") for shard in braceexpand(part)]
+    except (ValueError, IndexError, RecursionError) as error:  # braces that do not close
+        raise InputError(f"{location}: found no readable brace range, expected one as in {{0..9}}.tar") from error
+
+
+def _most_shards(location: str) -> int:
+    """An upper bound of how many shards a location's braces mean: to find out exactly may take for ever."""
+    most, commas = 1, []
+    for sign in location:
+        if sign == "{":
+            commas.append(0)
+        elif sign == "," and commas:
+            commas[-1] += 1
+        elif sign == "}" and commas:
+            most *= 1 + commas.pop()
+    for first, last in re.findall(r"\{(-?[0-9]+)\.\.(-?[0-9]+)", location):
+        digits = max(len(first), len(last))
+        most *= 1 + abs(int(last) - int(first)) if digits < 20 else MOST_SHARDS + 1
+    letters: int = 52 ** len(re.findall(r"\{[a-zA-Z]\.\.[a-zA-Z]", location))
+    return most * letters
+
+
 def _remote_glob(url: str) -> list[str]:
-    if not any(mark in url for mark in "*?["):
+    web = url.startswith(("http://", "https://"))  # where a question mark begins the query
+    if not any(mark in (url.partition("?")[0] if web else url) for mark in "*?["):
         return [url]
     try:
         found = [str(file.full_name) for file in fsspec.open_files(url, "rb")]
@@ -111,7 +145,9 @@ def cached(url: str, cache: str) -> Path:
     Raises:
         InputError: it cannot be read.
     """
-    copy_of_it = Path(cache) / digest(url)[:16] / url.rpartition("/")[2]
+    # A presigned URL is signed anew each day, and its secrets are no part of a file's name.
+    name = PurePosixPath(urlsplit(url).path).stem[:100] or "shard"
+    copy_of_it = Path(cache) / digest(mask_urls(url))[:16] / f"{name}.tar"
     try:
         filesystem, path = fsspec.core.url_to_fs(url)
         copy_of_it.parent.mkdir(parents=True, exist_ok=True)
@@ -125,9 +161,20 @@ def cached(url: str, cache: str) -> Path:
 
 
 def _local_files(path: Path) -> list[Path]:
+    try:
+        return _found_files(path)
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:  # a name that no file can have, a pattern that is none, no permission
+        raise InputError(f"{path}: cannot be read ({error}), expected a shard or a folder of them") from error
+
+
+def _found_files(path: Path) -> list[Path]:
     if path.is_dir():
         files = sorted(path.glob("*.tar"), key=_natural) or sorted(
-            file for file in path.rglob("[!.]*") if file.suffix.lower().removeprefix(".") in IMAGE_SUFFIXES
+            file
+            for file in path.rglob("[!.]*")
+            if file.suffix.lower().removeprefix(".") in IMAGE_SUFFIXES and file.is_file()
         )
         if not files:
             raise InputError(f"{path}: found no .tar shard and no image file, expected at least one")
@@ -143,7 +190,7 @@ def _local_files(path: Path) -> list[Path]:
 
 
 def _natural(path: Path) -> tuple[int, str]:
-    return (int(path.stem) if path.stem.isdecimal() else -1, path.name)
+    return (int(path.stem) if path.stem.isdecimal() and len(path.stem) < 20 else -1, path.name)
 
 
 # --------------------------------------------------------------------------------------------- local shards
@@ -260,7 +307,10 @@ class IndexedSamples:
         members: dict[str, dict[str, tuple[int, int, int]]] = {}
         for name, offset, size in tar_members(file):
             key, suffix = webdataset.tariterators.base_plus_ext(name)
-            members.setdefault(key, {})[suffix.lower()] = (number, offset, size)
+            found = members.setdefault(key, {})
+            if suffix.lower() in found and suffix.lower() in READ_SUFFIXES:
+                raise InputError(f"{file}: found the member '{name}' twice, expected every member once")
+            found[suffix.lower()] = (number, offset, size)
         rows = []
         for found in members.values():
             image = next((found[suffix] for suffix in IMAGE_SUFFIXES if suffix in found), None)
@@ -272,21 +322,50 @@ class IndexedSamples:
 
 
 def tar_members(file: Path) -> list[tuple[str, int, int]]:
-    """Every regular member's (name, offset, size)."""
+    """Every regular member's (name, offset, size).
+
+    Raises:
+        InputError: the shard is broken, or a member that would be read is not what it says.
+    """
     try:
         with tarfile.open(file, "r:") as tar:
-            found = [
-                (info.name, info.offset_data, info.size)
-                for info in tar
-                if info.isreg() and re.fullmatch(r"[^.].*\..+", Path(info.name).name)  # no dot files
-            ]
+            found = [(info.name, info.offset_data, info.size) for info in _regular(tar, str(file))]
             end = tar.offset
-    except (tarfile.TarError, EOFError) as error:
-        raise InputError(f"{file}: found a truncated or broken shard ({error}), expected a whole tar") from error
+    except InputError:
+        raise
+    except Exception as error:  # what tarfile raises on foreign bytes is no closed list
+        raise InputError(
+            f"{file}: found a truncated or broken shard ({_reason(error)}), expected a whole tar"
+        ) from error
     # A shard cut between two members reads without an error; only the end mark's absence tells.
     if file.stat().st_size < end + tarfile.BLOCKSIZE:
         raise InputError(f"{file}: found a shard without its end after {len(found)} members, expected a whole tar")
     return found
+
+
+def _regular(tar: tarfile.TarFile, shard: str) -> Iterator[tarfile.TarInfo]:
+    """The members that are files with a suffix, one after another; those that would be read are looked at first."""
+    behind = -1
+    for info in tar:
+        if info.offset <= behind or info.size < 0:  # or a crafted size leads back to where we were, for ever
+            raise InputError(f"{shard}: found the size {info.size} of a member, expected a whole tar")
+        behind = info.offset
+        name = info.name.rpartition("/")[2]
+        _, suffix = webdataset.tariterators.base_plus_ext(info.name)
+        if not info.isreg() or not suffix or name.startswith("."):
+            continue
+        if suffix.lower() in READ_SUFFIXES and (info.issparse() or info.size > LARGEST_MEMBER):
+            what = "is sparse" if info.issparse() else f"has {info.size} bytes"
+            raise InputError(
+                f"{shard}: found the member '{info.name}', which {what}, expected files of at most "
+                f"{LARGEST_MEMBER} bytes"
+            )
+        yield info
+
+
+def _reason(error: Exception) -> str:
+    said = error.args[0] if error.args and isinstance(error.args[0], str) else error  # WebDataset appends to it
+    return " ".join(str(said).split())[:200] or type(error).__name__
 
 
 class _Tail:
@@ -354,7 +433,7 @@ class StreamedSamples:
     @property
     def digest(self) -> str:
         """Of remote samples, only where they lie is known beforehand."""
-        return digest(*self.urls)
+        return digest(*map(mask_urls, self.urls))
 
     def once(self, part: int = 0, parts: int = 1) -> Iterator[Sample]:
         """See `Samples.once`."""
@@ -399,8 +478,7 @@ def _stream(urls: Sequence[str]) -> Iterator[Sample]:
     for url in urls:
         with _opened(url) as opened:
             stream = _Tail(opened)
-            source = [{"url": url, "stream": stream}]
-            groups = webdataset.tariterators.group_by_keys(webdataset.tariterators.tar_file_expander(source))
+            groups = webdataset.tariterators.group_by_keys(_members(stream, url))
             while (group := _next_group(groups, url)) is not None:
                 image = next((group[suffix] for suffix in IMAGE_SUFFIXES if suffix in group), None)
                 if image is not None:
@@ -410,9 +488,21 @@ def _stream(urls: Sequence[str]) -> Iterator[Sample]:
                 raise InputError(f"{url}: found no readable shard (it has no end), expected a tar")
 
 
+def _members(stream: _Tail, url: str) -> Iterator[dict[str, Any]]:
+    """The members that samples are made of, as WebDataset groups them; no other member is read."""
+    with tarfile.open(fileobj=stream, mode="r|") as tar:  # type: ignore[call-overload]  # it only reads
+        for info in _regular(tar, url):
+            if webdataset.tariterators.base_plus_ext(info.name)[1].lower() in READ_SUFFIXES:
+                member = tar.extractfile(info)
+                assert member is not None
+                yield {"fname": info.name, "data": member.read(), "__url__": url}
+            tar.members = []  # or it remembers every header of the shard
+
+
 def _next_group(groups: Iterator[dict[str, Any]], url: str) -> dict[str, Any] | None:
     try:
         return next(groups, None)
+    except InputError:
+        raise
     except Exception as error:  # of the tar, or of the store: it may break off in the middle
-        reason = error.args[0] if error.args else type(error).__name__
-        raise InputError(f"{url}: found no readable shard ({reason}), expected a tar") from error
+        raise InputError(f"{url}: found no readable shard ({_reason(error)}), expected a tar") from error

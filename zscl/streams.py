@@ -25,6 +25,9 @@ LabelOf = Callable[[Sample], Label]
 Decoded = tuple[torch.Tensor, Label]
 # What a stream is made of: decoded images, and the sentences of samples that were skipped.
 Items = Iterator[Decoded | str]
+# Whatever a file is called: other formats of PIL start other programs, or are read by code that few look at.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM")
+LONGEST_SIDES = 100  # the longer side by the shorter: a strip of one pixel would be enlarged beyond all memory
 FEW = 10_000  # of an unknown number of samples: judge the share of broken ones by no fewer
 
 
@@ -119,12 +122,29 @@ class Decode:
         """
         label = self.label_of(sample)
         try:
-            with Image.open(io.BytesIO(sample.image)) as image:
-                return image.convert("RGB"), label
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            return decode_image(sample.image), label
+        except Exception as error:  # what a decoder raises on foreign bytes is no closed list
             unknown = isinstance(error, UnidentifiedImageError)  # its own words show an address, another each time
-            reason = f"found {len(sample.image)} bytes of no known format" if unknown else error
-            raise BrokenSampleError(f"{sample.shard}: sample '{sample.key}' is no readable image ({reason})") from error
+            reason = f"found {len(sample.image)} bytes of no known format" if unknown else str(error)[:200]
+            raise BrokenSampleError(
+                f"{sample.shard}: sample '{sample.key}' is no readable image ({reason or type(error).__name__})"
+            ) from error
+
+
+def decode_image(encoded: bytes) -> Image.Image:
+    """Decode an image to its last pixel; RGB.
+
+    Raises:
+        UnidentifiedImageError: it is in none of `FORMATS`.
+        ValueError: its sides are too unlike.
+        Exception: what the decoder raises.
+    """
+    with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+        if max(image.size) > LONGEST_SIDES * min(image.size):
+            raise ValueError(
+                f"found {image.width} x {image.height} pixels, expected no side over {LONGEST_SIDES} times the other"
+            )
+        return image.convert("RGB")
 
 
 @dataclass

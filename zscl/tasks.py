@@ -22,7 +22,15 @@ import webdataset
 from schemas.base import InputError
 from schemas.data import Reference, Task
 from zscl.files import digest, file_digest, whole_folder, write_text
-from zscl.shards import IMAGE_SUFFIXES, BrokenSampleError, IndexedSamples, Sample, StreamedSamples, open_samples
+from zscl.shards import (
+    IMAGE_SUFFIXES,
+    MOST_SHARDS,
+    BrokenSampleError,
+    IndexedSamples,
+    Sample,
+    StreamedSamples,
+    open_samples,
+)
 
 MANIFEST = "zscl.json"
 
@@ -30,10 +38,14 @@ MANIFEST = "zscl.json"
 def text_of(location: str) -> str | None:
     """Read a small text file, local or remote; `None` where there is none."""
     try:
+        if "://" not in location and Path(location).exists() and not Path(location).is_file():
+            raise InputError(f"{location}: found no file but a folder or device, expected a text file")
         with fsspec.open(location, "rt", encoding="utf-8") as stream:
             return str(stream.read())
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except InputError:
+        raise
     except UnicodeDecodeError as error:
         raise InputError(f"{location}: found no UTF-8 text ({error.reason}), expected a text file in UTF-8") from error
     except Exception as error:  # fsspec raises what its stores raise: no credentials, no such bucket, ...
@@ -53,6 +65,11 @@ def lines_of(location: str, what: str) -> list[str]:
     if not lines:
         raise InputError(f"{location}: found an empty file, expected {what}, one a line")
     return lines
+
+
+def number_of(text: str) -> int | None:
+    """The number that a text writes in digits, if it is one that may count something."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 20 else None
 
 
 @dataclass(frozen=True)
@@ -130,9 +147,7 @@ class TaskFolder:
                 "compute.shard_cache makes them local"
             )
         wanted = set(self.classes)
-        chosen = [
-            place for place, text in enumerate(self.whole.labels[split]) if text.isdecimal() and int(text) in wanted
-        ]
+        chosen = [place for place, text in enumerate(self.whole.labels[split]) if number_of(text) in wanted]
         if not chosen:
             raise InputError(f"{self.path}/{split}: found no image of the classes of '{self.name}', expected some")
         return samples.only(chosen).counted_anew()
@@ -167,9 +182,10 @@ class TaskFolder:
         """
         file = f"{self.path}/{split}/nshards.txt"
         [count] = lines_of(file, "the number of shards")[:1]
-        if not count.isdecimal() or int(count) < 1:
-            raise InputError(f"{file}: found {count!r}, expected the number of shards, at least 1")
-        return [f"{self.path}/{split}/{index}.tar" for index in range(int(count))]
+        shards = number_of(count)
+        if shards is None or not 1 <= shards <= MOST_SHARDS:
+            raise InputError(f"{file}: found {count[:40]!r}, expected the number of shards, at least 1")
+        return [f"{self.path}/{split}/{index}.tar" for index in range(shards)]
 
     def label_of(self, sample: Sample) -> int:
         """See `label`."""
@@ -184,14 +200,15 @@ class TaskFolder:
         if content is None:
             raise BrokenSampleError(f"{shard}: sample '{key}' has no .cls member, expected its label")
         text = content.decode("ascii", errors="replace").strip()
-        if self.classes is not None and text.isdecimal() and int(text) in self.classes:
-            return self.classes.index(int(text))
-        if not text.isdecimal() or int(text) >= len(self.classnames):
+        number = number_of(text)
+        if number is not None and self.classes is not None and number in self.classes:
+            return self.classes.index(number)
+        if number is None or number >= len(self.classnames):
             raise BrokenSampleError(
-                f"{shard}: sample '{key}' has the label {text!r}, "
+                f"{shard}: sample '{key}' has the label {text[:40]!r}, "
                 f"expected 0 to {len(self.classnames) - 1} ({self.path}/classnames.txt)"
             )
-        return int(text)
+        return number
 
     def check(self, max_broken_share: float = 0.0) -> list[str]:
         """Look at every local shard and label before anything starts. Returns a sentence a label that is unusable.
@@ -233,19 +250,22 @@ class TaskFolder:
         hashes = []
         try:
             splits = json.loads(manifest)["splits"]
-        except (ValueError, KeyError, TypeError) as error:
+            listed = [(split, shard) for split, shards in splits.items() for shard in shards]
+            for split, shard in listed:
+                name, size, sha256 = shard["file"], shard["bytes"], shard["sha256"]
+                file = Path(self.path, split, name)
+                if file.exists() and file.stat().st_size != size:
+                    raise InputError(
+                        f"{file}: found {file.stat().st_size} bytes, expected {size} as {MANIFEST} beside it says "
+                        "(delete that file if you changed the shard)"
+                    )
+                hashes.append(f"{split}/{name} {sha256}")
+        except InputError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
             raise InputError(
                 f"{self.path}/{MANIFEST}: found no manifest ({error}), expected zscl's own, or no such file"
             ) from error
-        for split, shards in splits.items():
-            for shard in shards:
-                file = Path(self.path, split, shard["file"])
-                if file.exists() and file.stat().st_size != shard["bytes"]:
-                    raise InputError(
-                        f"{file}: found {file.stat().st_size} bytes, expected {shard['bytes']} as {MANIFEST} beside it "
-                        f"says (delete that file if you changed the shard)"
-                    )
-                hashes.append(f"{split}/{shard['file']} {shard['sha256']}")
         return hashes
 
 

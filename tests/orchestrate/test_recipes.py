@@ -81,7 +81,7 @@ def test_overrides_apply_in_order(file: Path) -> None:
     [
         ("model: a\nmodel: b\n", 'found duplicate key "model"'),
         ("model: [", "found no readable YAML"),
-        ("- a\n", "found list, expected fields such as"),
+        ("- a\n", "found a list, expected fields such as"),
         ("model: !!python/object/apply:os.system [true]\n", "found no readable YAML"),
     ],
 )
@@ -228,3 +228,93 @@ def test_a_variants_folder_is_the_one_asked_for(table: Path, tmp_path: Path, zsc
         )
         plans = content.get("variants", [content])
         assert [each["plan"]["folder"] for each in plans] == [str(tmp_path / folder) for folder in folders]
+
+
+@pytest.mark.parametrize(
+    "tag",
+    ["!!python/object/apply:os.system [touch was-run]", "!!python/object/new:os.system [touch was-run]",
+     "!!python/name:os.system ''", "!!python/module:os ''"],
+)  # fmt: skip
+@pytest.mark.parametrize("by_option", [False, True])
+def test_a_recipe_makes_no_python_object(
+    recipe: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tag: str, by_option: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "recipe.yaml"
+    text = recipes.dump(recipe())
+    file.write_text(text if by_option else f"{text}seed: {tag}\n")
+    with pytest.raises(
+        InputError, match=r"line \d+: could not determine a constructor for the tag 'tag:yaml.org,2002:py"
+    ):
+        recipes.load_experiment(file, [f"seed={tag}"] if by_option else [])
+    assert not (tmp_path / "was-run").exists()
+
+
+def bomb(begin: str, line: str) -> str:
+    """Ten levels, each of ten times the one before it."""
+    lines = [begin] + [line.format(of=level, ten=", ".join([f"*a{level - 1}"] * 10)) for level in range(1, 11)]
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (bomb("a0: &a0 [x, x, x]", "a{of}: &a{of} [{ten}]"), "means more than 100000 values"),
+        (bomb("a0: &a0 {{x: 1}}", "a{of}: &a{of} {{<<: [{ten}]}}"), "means more than 100000 values"),
+        ("a: &a [*a]", r"line 1\) is part of itself|what is at line 1 is part of itself"),
+        ("[" * 500_000, "nested too deep"),
+        ("- " * 100_000, "nested too deep"),
+        ("{a: " * 10_000, "nested too deep"),
+        ("x: " + "9" * 10_000, "found no readable YAML"),
+        ("x" * 2_000_000, "found more than 1000000 bytes"),
+    ],
+)
+@pytest.mark.timeout(60)
+def test_a_bomb_is_refused_at_once(tmp_path: Path, text: str, sentence: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(InputError, match=sentence) as refused:
+        recipes.load_experiment(tmp_path / "recipe.yaml")
+    assert len(str(refused.value)) < 1_000
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (
+            b"model: embedded\ntasks [a]\nmethod: zscl\n",
+            "line 2: could not find expected ':' while scanning a simple key",
+        ),
+        (b"seed: 0\ntasks: [a,\n  b\nmethod: zscl\n", "line 2: expected ',' or ']'"),
+        (
+            b"seed: 0\nmodel: 'embedded\nmethod: zscl\n",
+            "line 2: found unexpected end of stream while scanning a quoted",
+        ),
+        (b"seed: 0\nmodel: a: b\n", "line 2: mapping values are not allowed here"),
+        (b"seed: 0\nmodel: embedded\nseed: 1\n", 'line 3: found duplicate key "seed"'),
+        (b"seed: 0\n# \xff\n", "line 2 has a byte that is no UTF-8"),
+        (b"seed: 0\nmodel: \x07\n", "line 2 has a character that YAML does not allow"),
+        (b'seed: 0\nmodel: "\\ud800"\n', "line 2 has half a character"),
+        (b"", "found nothing, expected fields such as"),
+        (b"base: nowhere.yaml\nvariants: {a: {seed: 1}}\n", r"recipe\.yaml: base: .*nowhere\.yaml: found no such file"),
+    ],
+)
+def test_says_where_a_recipe_is_wrong(tmp_path: Path, text: bytes, sentence: str) -> None:
+    (tmp_path / "recipe.yaml").write_bytes(text)
+    with pytest.raises(InputError, match=rf"recipe\.yaml: .*{sentence}|{sentence}") as refused:
+        recipes.load_variants(tmp_path / "recipe.yaml", (), "all" if b"variants" in text else None)
+    assert "\n" not in str(refused.value)
+    assert "To suppress" not in str(refused.value)
+
+
+def test_quotes_around_a_number_are_said_to_be_the_matter(
+    recipe: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    (tmp_path / "recipe.yaml").write_text(
+        recipes.dump(recipe(optimisation={"batch_size": "16", "learning_rate": "1e-5"}))
+    )
+    with pytest.raises(InputError) as refused:
+        recipes.load_experiment(tmp_path / "recipe.yaml")
+    assert "optimisation.batch_size: found '16' in quotes, which make it a text, expected a number" in str(
+        refused.value
+    )
+    assert "optimisation.learning_rate: found '1e-5' in quotes" in str(refused.value)

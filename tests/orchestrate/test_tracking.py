@@ -15,7 +15,7 @@ from mlflow.tracking import MlflowClient
 
 from orchestrate import recipes, shipping
 from orchestrate.ownership import owned
-from orchestrate.places import unmasked, without_password
+from orchestrate.places import unmasked
 from orchestrate.shipping import Shipper
 from orchestrate.state import write_state
 from orchestrate.tracking import KEY, PARENT, REASON, TAKEN
@@ -35,6 +35,7 @@ from schemas.results import (
     StepsTaken,
     TaskName,
 )
+from schemas.secrets import mask
 from zscl.journal import JOURNAL, Journal
 
 Make = Callable[..., Experiment]
@@ -380,8 +381,8 @@ def test_what_cannot_be_synced_is_refused_in_a_sentence(
 
 
 def test_passwords_are_not_shown() -> None:
-    assert without_password("postgresql://me:secret@host/db") == "postgresql://me:***@host/db"
-    assert without_password("sqlite:////tmp/mlflow.db") == "sqlite:////tmp/mlflow.db"
+    assert mask("postgresql://me:secret@host/db") == "postgresql://me:***@host/db"
+    assert mask("sqlite:////tmp/mlflow.db") == "sqlite:////tmp/mlflow.db"
 
 
 def test_a_password_is_not_written_down(experiment: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ def refused(content: dict[str, Any]) -> str:
             "method.distill: unknown field 'temprature'; did you mean 'temperature'?",
         ),
         ({"method": "zcl"}, "'lwf-vr', 'icarl', 'zscl*' or 'zscl', found 'zcl'"),
-        ({"optimisation": {"steps": "10"}}, "optimisation.steps: Input should be a valid integer, found '10'"),
+        ({"optimisation": {"steps": "10"}}, "optimisation.steps: found '10' in quotes"),
         (
             {"optimisation": {"learning_rate": 0.0}},
             "optimisation.learning_rate: Input should be greater than 0, found 0.0",

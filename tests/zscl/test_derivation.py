@@ -32,7 +32,7 @@ from zscl.streams import Loader
 from zscl.training import learning_rate_factor, training_batches
 
 CPU = torch.device("cpu")
-STEPS, WARMUP, EVERY, TEMPERATURE, SMOOTHING, MERGED, BUDGET = 28, 10, 4, 2.0, 0.2, 0.2, 12
+STEPS, WARMUP, EVERY, TEMPERATURE, SMOOTHING, MERGED, BUDGET = 16, 6, 4, 2.0, 0.2, 0.2, 12
 # Learning rates of the two stages. Adam makes whole steps of gradients that are round-off, so float32 takes small ones.
 RATES = {torch.float64: (1e-3, 5e-3), torch.float32: (1e-4, 5e-4)}
 METHODS: dict[str, dict[str, Any]] = {preset: {"preset": preset} for preset in PRESETS if preset != "zero-shot"}

@@ -98,7 +98,7 @@ def look_at(folder: Path) -> str:
         ("no place for the class name", r"found the template 'a photo', expected a \{c\}"),
         ("a class without a name", r"classnames\.txt: found line 2 empty, expected a class name"),
         ("another encoding", r"classnames\.txt: found no UTF-8 text"),
-        ("a folder for a file", r"classnames\.txt: cannot be read"),
+        ("a folder for a file", r"classnames\.txt: found no file but a folder"),
         ("a broken manifest", r"zscl\.json: found no manifest"),
         ("another manifest", r"zscl\.json: found no manifest"),
         ("zero shards", r"test/nshards\.txt: found '0', expected the number of shards, at least 1"),

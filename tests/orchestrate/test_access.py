@@ -1,0 +1,122 @@
+"""The Ray that we start: nobody gets in without the token, and nobody from another machine is heard."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from orchestrate import access
+
+# As `zscl run` does it, in a process of its own: Ray's mode is one of a process, and the tests switch it off.
+STARTED = """
+import json, os
+from pathlib import Path
+from orchestrate.train import connect
+from schemas.compute import Compute
+os.umask(0o022)  # the usual one, with which others may read what is written
+connect(Compute(), note=print)
+
+import ray, psutil  # Ray brings it
+from ray._raylet import AuthenticationMode, get_authentication_mode
+
+ray.get(ray.remote(lambda: 1).remote())
+own = psutil.Process()
+listening = {
+    (process.name(), port.laddr.ip.removeprefix("::ffff:"))
+    for process in (own, *own.children(recursive=True))
+    for port in process.net_connections("inet")
+    if port.status == psutil.CONN_LISTEN
+}
+stranger = '''
+from ray._raylet import GcsClient
+try:
+    print("let in", GcsClient(address="%s").internal_kv_keys(b"", None, timeout=20))
+except Exception as error:
+    print(error)
+''' % ray.get_runtime_context().gcs_address
+import subprocess, sys
+environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
+answer = subprocess.run([sys.executable, "-c", stranger], capture_output=True, text=True, env=environment, timeout=100)
+print(json.dumps({
+    "token": get_authentication_mode() == AuthenticationMode.TOKEN,
+    "listening": sorted(listening),
+    "dashboard": ray._private.worker._global_node.webui_url or "",
+    "mode": oct((Path.home() / ".ray/auth_token").stat().st_mode & 0o777),
+    "stranger": answer.stdout.strip(),
+}))
+ray.shutdown()
+"""
+
+
+def test_a_cluster_that_we_start_is_closed(tmp_path: Path) -> None:
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("RAY_AUTH", "RAY_ADDRESS"))
+    }
+    ended = subprocess.run(
+        [sys.executable, "-c", STARTED],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment | {"HOME": str(tmp_path)},
+        cwd=Path(__file__).parents[2],
+        timeout=250,
+    )
+    assert ended.returncode == 0, ended.stderr[-2_000:]
+    found = json.loads(ended.stdout.splitlines()[-1])
+    assert found["token"] is True
+    assert found["mode"] == "0o600"
+    assert found["dashboard"] == ""
+    assert "InvalidAuthToken" in found["stranger"]
+    # All that listens before training; a worker group also has torch's rendezvous (see docs/security.md).
+    assert {address for _, address in found["listening"]} == {"127.0.0.1"}
+    assert {name for name, _ in found["listening"]} >= {"gcs_server", "raylet"}
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home without a token; nothing of Ray itself is touched."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(access, "Config", NoConfig)
+    return tmp_path
+
+
+def test_a_token_is_made_for_its_owner_alone_and_once(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    access.use_token(starts_here=True)
+    token = (home / ".ray/auth_token").read_text()
+    assert len(token) == 64
+    assert (home / ".ray/auth_token").stat().st_mode & 0o777 == 0o600
+    assert os.environ["RAY_AUTH_MODE"] == "token"
+    (home / ".ray/auth_token").chmod(0o644)  # as Ray itself leaves it
+    access.use_token(starts_here=False)
+    assert (home / ".ray/auth_token").stat().st_mode & 0o777 == 0o600
+    assert (home / ".ray/auth_token").read_text() == token
+
+
+def test_a_cluster_to_join_gets_a_token_only_where_there_is_one(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    access.use_token(starts_here=False)
+    assert "RAY_AUTH_MODE" not in os.environ
+    assert not (home / ".ray").exists()
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
+    access.use_token(starts_here=False)
+    assert os.environ["RAY_AUTH_MODE"] == "token"
+
+
+def test_who_switches_authentication_off_is_obeyed(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    access.use_token(starts_here=True)
+    assert os.environ["RAY_AUTH_MODE"] == "disabled"
+    assert not (home / ".ray").exists()
+
+
+class NoConfig:
+    """Ray's, which other tests of this process need as it is."""
+
+    @staticmethod
+    def initialize(config: str) -> None:
+        """Do nothing."""

@@ -1,0 +1,277 @@
+"""Pickles offered wherever a file is read: none of them is ever run."""
+
+import io
+import json
+import pickle
+import tarfile
+import zipfile
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import open_clip
+import pytest
+import torch
+from conftest import TINY_MODEL, coloured, make_task
+from PIL import Image
+
+from schemas.base import InputError
+from schemas.data import Task
+from schemas.experiment import Experiment, Model
+from zscl.features import FeatureStore, store_of
+from zscl.model import load, weights_digest
+from zscl.opened import open_experiment
+from zscl.reference import text_embeddings
+from zscl.sequence import run_sequence
+from zscl.shards import IndexedSamples, StreamedSamples, open_samples
+from zscl.streams import Decode, EvaluationImages, TrainingImages
+from zscl.tasks import TaskFolder
+
+CPU = torch.device("cpu")
+WEIGHTS = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "model.safetensors",
+    "pytorch_model.bin",
+    "x.pth",
+)
+
+
+class Evil:
+    """Unpickled, it leaves a mark."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return Path.touch, (self.mark,)
+
+
+@pytest.fixture
+def evil(tmp_path: Path) -> Any:
+    """Something that must not be unpickled, and was not when the test is over."""
+    mark = tmp_path / "was-run"
+    pickle.loads(pickle.dumps(Evil(mark)))
+    assert mark.exists()  # it would be seen
+    mark.unlink()
+    yield Evil(mark)
+    assert not mark.exists()
+
+
+def pickled(evil: Evil, way: str) -> bytes:
+    """A file that runs code where it is unpickled, as different libraries write them."""
+    stream = io.BytesIO()
+    match way:
+        case "pickle":
+            pickle.dump(evil, stream)
+        case "old pickle":
+            pickle.dump(evil, stream, protocol=0)
+        case "torch":
+            torch.save({"state_dict": {"weight": evil}}, stream)
+        case "old torch":
+            torch.save({"state_dict": {"weight": evil}}, stream, _use_new_zipfile_serialization=False)
+        case "npy":
+            np.save(stream, np.array([evil], dtype=object), allow_pickle=True)
+        case "npz":
+            np.savez(stream, **{"params/img/embedding/kernel": np.array([evil], dtype=object)})
+        case "archive":  # a torch file whose very first record is the pickle
+            with zipfile.ZipFile(stream, "w") as archive:
+                archive.writestr("archive/data.pkl", pickle.dumps(evil))
+                archive.writestr("archive/version", "3")
+    return stream.getvalue()
+
+
+WAYS = ("pickle", "old pickle", "torch", "old torch", "npy", "npz", "archive")
+
+
+@pytest.mark.parametrize("unsafe", [False, True])
+@pytest.mark.parametrize("suffix", ["pt", "pth", "bin", "npy", "npz", "safetensors"])
+def test_a_pickle_for_pretrained_weights_is_refused(
+    evil: Evil, tmp_path: Path, suffix: str, unsafe: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if unsafe:  # what users set whose other programs need it
+        monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    (tmp_path / "tiny-of-this-test.json").write_text(json.dumps(TINY_MODEL))
+    open_clip.add_model_config(tmp_path / "tiny-of-this-test.json")
+    file = tmp_path / f"weights.{suffix}"
+    for way in WAYS:
+        file.write_bytes(pickled(evil, way))
+        with pytest.raises(InputError, match=f"with pretrained '{file}' cannot be loaded, expected an open_clip model"):
+            load(Model(name="tiny-of-this-test", pretrained=str(file)))
+
+
+def test_a_torch_file_that_is_asked_for_again_stays_one_of_weights(
+    evil: Evil, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    (tmp_path / "tiny-of-this-test.json").write_text(json.dumps(TINY_MODEL))
+    open_clip.add_model_config(tmp_path / "tiny-of-this-test.json")
+    (tmp_path / "weights.pt").write_bytes(pickled(evil, "torch"))
+    original = torch.load
+
+    def failing_once(*given: Any, **options: Any) -> Any:
+        if options.pop("weights_only", None) is not None:
+            raise TypeError("no such option")  # where open_clip tries again without it
+        return original(*given, **options)
+
+    monkeypatch.setattr(torch, "load", failing_once)
+    with pytest.raises(InputError, match="cannot be loaded"):
+        load(Model(name="tiny-of-this-test", pretrained=str(tmp_path / "weights.pt")))
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_pickle_in_an_open_clip_folder_is_refused(
+    evil: Evil, tmp_path: Path, tiny_model: str, name: str, beside: bool
+) -> None:
+    whole = Path(tiny_model.removeprefix("local-dir:"))
+    folder = tmp_path / "clip"
+    folder.mkdir()
+    (folder / "open_clip_config.json").write_bytes((whole / "open_clip_config.json").read_bytes())
+    if beside and not name.endswith("safetensors"):  # good weights, but not of the name that is looked for first
+        (folder / "weights.safetensors").write_bytes((whole / "open_clip_model.safetensors").read_bytes())
+    for way in WAYS:
+        (folder / name).write_bytes(pickled(evil, way))
+        with pytest.raises(InputError, match=rf"model: 'local-dir:{folder}'.* expected"):
+            load(Model(name=f"local-dir:{folder}"))
+
+
+def test_pickles_beside_the_weights_are_passed_over(evil: Evil, tmp_path: Path, tiny_model: str) -> None:
+    folder = tmp_path / "clip"
+    folder.mkdir()
+    for file in Path(tiny_model.removeprefix("local-dir:")).iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    for name in WEIGHTS[1:]:
+        if not name.endswith("safetensors"):
+            (folder / name).write_bytes(pickled(evil, "torch"))
+    model = Model(name=f"local-dir:{folder}")
+    assert len(weights_digest(model)) == 64
+    assert load(model).config["embed_dim"] == 16
+
+
+def test_a_tokenizer_that_brings_code_is_refused(tmp_path: Path, tiny_model: str) -> None:
+    folder = tmp_path / "clip"
+    folder.mkdir()
+    for file in Path(tiny_model.removeprefix("local-dir:")).iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    config["model_cfg"]["text_cfg"]["tokenizer_kwargs"] = {"trust_remote_code": True}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="asks to run code that comes with it: trust_remote_code"):
+        load(Model(name=f"local-dir:{folder}"))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_pickle_in_the_store_of_text_embeddings_is_computed_again(evil: Evil, tmp_path: Path, way: str) -> None:
+    class Teacher(torch.nn.Module):
+        def encode_text(self, tokens: torch.Tensor, normalize: bool) -> torch.Tensor:
+            return torch.ones(len(tokens), 4)
+
+    notes: list[str] = []
+    tokens = torch.arange(6).view(3, 2)
+
+    def embedded() -> torch.Tensor:
+        return text_embeddings(tokens, Teacher, tmp_path / "teacher", "weights", CPU, notes.append)
+
+    first = embedded()
+    [file] = (tmp_path / "teacher").iterdir()
+    file.write_bytes(pickled(evil, way))
+    assert torch.equal(embedded(), first)
+    assert f"{file}: found no embeddings of 3 texts" in notes[1]
+    notes.clear()
+    assert torch.equal(embedded(), first)
+    assert notes == []
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["features.npy", "checks.npy"])
+def test_a_pickle_in_the_store_of_image_features_is_made_again(
+    evil: Evil, tmp_path: Path, tiny_model: str, tasks: list[str], way: str, name: str
+) -> None:
+    clip, images = load(Model(name=tiny_model)), open_samples([f"{tasks[0]}/train"])
+    assert isinstance(images, IndexedSamples)
+
+    def store() -> FeatureStore | None:
+        return store_of(tmp_path / "teacher", clip, "weights", "fp32", images, 16, lambda note: None)
+
+    first = store()
+    assert first is not None
+    first.write(torch.tensor([[0, 1]]), torch.ones(1, 16))
+    (first.folder / name).write_bytes(pickled(evil, way))
+    again = store()
+    assert again is not None
+    assert again.missing() == list(range(len(images)))
+
+
+@pytest.fixture
+def poisoned(evil: Evil, tmp_path: Path) -> Path:
+    """A task of six samples in whose shards pickles lie: in the place of an image, a label, a text; and beside them."""
+    folder = make_task(tmp_path / "task", seed=0, train=6, test=6, shard_images=6)
+    (folder / "zscl.json").unlink()
+    images = [image for image, _ in coloured(6, 0)]
+    evils = [pickled(evil, way) for way in WAYS]
+    samples: list[dict[str, bytes]] = [
+        {"png": images[0], "cls": b"0", "txt": b"one"},
+        {"png": evils[0], "cls": b"1", "txt": b"two"},
+        {"jpg": evils[2], "cls": b"1", "txt": b"three"},
+        {"png": images[3], "cls": evils[1], "txt": b"four"},
+        {"png": images[4], "cls": b"0", "txt": evils[1]},
+        {"png": images[5], "cls": b"1", **dict.fromkeys(("pkl", "pickle", "pyd", "pth", "pt", "npy", "npz"), evils[0])},
+    ]  # fmt: skip
+    for split in ("train", "test"):
+        with tarfile.open(folder / split / "0.tar", "w") as tar:
+            for number, sample in enumerate(samples):
+                for suffix, content in sample.items():
+                    info = tarfile.TarInfo(f"{number}.{suffix}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    return folder
+
+
+@pytest.mark.parametrize("where", ["local", "file", "memory", "cached"])
+def test_pickles_in_shards_are_broken_samples_or_passed_over(poisoned: Path, tmp_path: Path, where: str) -> None:
+    shard = poisoned / "train/0.tar"
+    task = TaskFolder.open(Task.model_validate(str(poisoned)))
+    if where == "memory":
+        with fsspec.open("memory://poisoned/0.tar", "wb") as stream:
+            stream.write(shard.read_bytes())
+    location = {"local": str(shard), "memory": "memory://poisoned/0.tar"}.get(where, f"file://{shard}")
+    samples = open_samples([location], str(tmp_path / "cache") if where == "cached" else None)
+    assert isinstance(samples, StreamedSamples if where in ("file", "memory") else IndexedSamples)
+    decode = Decode(lambda image: torch.tensor(image.size), task.label_of)
+    found = list(EvaluationImages(samples, decode, 0, 1)())
+    assert [item[1] for item in found if not isinstance(item, str)] == [0, 0, 1]
+    sentences = [item for item in found if isinstance(item, str)]
+    assert ["'1'" in sentences[0], "'2'" in sentences[1], "'3'" in sentences[2]] == [True] * 3
+    assert ["no readable image" in each for each in sentences] == [True, True, False]
+    assert "has the label" in sentences[2]
+    assert all(len(sentence) < 500 and "0.tar: sample" in sentence for sentence in sentences)
+    assert len(list(islice(TrainingImages(samples, decode, 0, 2, range(2))(), 30))) == 30
+    assert "one" in list(samples.texts())
+
+
+def test_a_run_on_poisoned_shards_ends_in_a_sentence_or_goes_on_without_them(
+    poisoned: Path, experiment: Callable[..., Experiment], tmp_path: Path
+) -> None:
+    made = {"tasks": [str(poisoned)], "method": "finetune"}
+    with pytest.raises(InputError, match=r"0\.tar: sample '1' is no readable image"):
+        run_sequence(experiment(**made), tmp_path / "runs/strict", device=CPU)
+    patient = experiment(**made, compute={"device": "cpu", "max_broken_share": 0.9})
+    result = run_sequence(patient, tmp_path / "runs/patient", device=CPU)
+    assert [task.test_images for task in result.tasks] == [3]
+    assert open_experiment(patient).fingerprint == result.fingerprint
+
+
+def test_images_that_start_programs_or_fill_memory_are_broken_samples(tmp_path: Path) -> None:
+    decode = Decode(lambda image: torch.zeros(1), lambda sample: 0)
+    strip = io.BytesIO()
+    Image.new("RGB", (20_000, 1)).save(strip, "PNG")
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(x) (w) file\n"  # PIL would hand it to Ghostscript
+    for name, content in (("strip.png", strip.getvalue()), ("script.png", postscript)):
+        (tmp_path / name).write_bytes(content)
+    sentences = [str(item) for item in EvaluationImages(open_samples([str(tmp_path)]), decode, 0, 1)()]
+    assert f"found {len(postscript)} bytes of no known format" in sentences[0]
+    assert "found 20000 x 1 pixels, expected no side over 100 times the other" in sentences[1]
