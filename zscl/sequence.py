@@ -100,6 +100,7 @@ def run_sequence(
             run.train(stage, clip)
         load_weights(clip.model, place / "model")
         stages.append(StageResult.model_validate_json((place / "training.json").read_text()))
+        run.report(StageTrained(result=stages[-1]))
         rows.append(run.rows(stage, clip, place / "accuracy.json").accuracy)
     return run.finish(zero_shot, rows, stages)
 
@@ -199,7 +200,6 @@ class _Run:
         if rank() == 0:
             self.journal.flush()  # what the folder holds is to be found in the journal
             patiently(lambda: self._leave(stage, clip, model, exemplars, result, steps))
-            self.report(StageTrained(result=result))
             (self.folder / CHECKPOINT).unlink(missing_ok=True)
         barrier()
 
