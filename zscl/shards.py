@@ -34,6 +34,7 @@ IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 READ_SUFFIXES = (*IMAGE_SUFFIXES, "cls", "txt")  # no other member is ever read
 LARGEST_MEMBER = 2**28  # bytes: what claims to be larger is no image, label or text
 MOST_SHARDS = 1_000_000
+MOST_READS_IN_VAIN = 100
 SHUFFLE_BUFFER = 2_000  # samples held while streaming; local shards are shuffled as a whole instead
 
 
@@ -369,13 +370,16 @@ def _reason(error: Exception) -> str:
 
 
 class _Tail:
-    """A stream that remembers the last block that was read of it."""
+    """A stream that remembers the last block that was read of it, and is not read for ever behind its end."""
 
     def __init__(self, stream: IO[bytes]) -> None:
-        self._stream, self.tail = stream, b""
+        self._stream, self.tail, self._in_vain = stream, b"", 0
 
     def read(self, size: int = -1) -> bytes:
         content = self._stream.read(size)
+        self._in_vain += not content
+        if self._in_vain > MOST_READS_IN_VAIN:  # to pass over a member, tarfile reads all that its size claims
+            raise EOFError("it ends within a member")
         self.tail = (self.tail + content)[-tarfile.BLOCKSIZE :]
         return content
 

@@ -35,7 +35,7 @@ from zscl.shards import IndexedSamples, Samples, StreamedSamples
 from zscl.streams import Decode, EvaluationImages, TrainingImages
 from zscl.tasks import TaskFolder
 
-RECIPES, SHARDS = 2_400, 240
+RECIPES, SHARDS = 4_000, 600
 AT_ONCE = {"recipes": 200, "shards": 40}  # cases in one test; the first of each runs with the other tests
 SECONDS = 20.0  # for one case, on a busy machine
 SHOWN = 10

@@ -180,3 +180,44 @@ def test_remote_globs_are_listed(shards: list[str]) -> None:
     assert labels(open_samples([f"file://{folder}/*.tar"]).once()) == list(range(10))
     with pytest.raises(InputError, match="found no file of that pattern"):
         open_samples([f"file://{folder}/*.nothing"])
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("suffix", ["png", "json"])
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_member_larger_than_anything_is_refused_at_once(tmp_path: Path, suffix: str, remote: bool) -> None:
+    info = tarfile.TarInfo(f"0.{suffix}")
+    info.size = 2**60
+    (tmp_path / "0.tar").write_bytes(info.tobuf(tarfile.GNU_FORMAT) + b"\0" * 10_240)
+    with pytest.raises(InputError, match=r"0\.tar: found "):
+        list(open_samples([f"file://{tmp_path}/0.tar" if remote else f"{tmp_path}/0.tar"]).once(0, 1))
+
+
+def test_a_member_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for content in (b"one", b"other"):
+            info = tarfile.TarInfo("0.png")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    with pytest.raises(InputError, match=r"0\.tar: found the member '0\.png' twice"):
+        open_samples([f"{tmp_path}/0.tar"])
+    with pytest.raises(InputError, match=r"0\.png: duplicate file name"):
+        list(open_samples([f"file://{tmp_path}/0.tar"]).once(0, 1))
+
+
+@pytest.mark.parametrize("location", ["{0..999999999999}.tar", "{{0..9999}{0..9999}x}.tar", "{a,b", "{" * 1_000])
+@pytest.mark.timeout(30)
+def test_a_range_that_is_none_or_too_long_is_refused_at_once(location: str) -> None:
+    with pytest.raises(InputError, match=r"found (no readable brace|a) range"):
+        open_samples([location])
+
+
+def test_a_presigned_url_is_no_pattern_and_names_no_file(tmp_path: Path) -> None:
+    url = "http://127.0.0.1:9/0.tar?X-Amz-Signature=5ignature"
+    samples = open_samples([url])
+    assert isinstance(samples, StreamedSamples)
+    assert samples.urls == [url]
+    assert samples.digest == StreamedSamples([url.replace("5ignature", "another")]).digest
+    with pytest.raises(InputError, match=r"0\.tar\?X-Amz-Signature=\*\*\*: found no readable shard"):
+        open_samples([url], str(tmp_path))
+    assert not any("ignature" in str(path) for path in tmp_path.rglob("*"))
