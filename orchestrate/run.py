@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from orchestrate.shipping import Shipper
 
 EXPERIMENT = "experiment.yaml"
+HASTE_SECONDS = 2.0  # for MLflow to take the rest, after a signal
 
 
 def plan(opened: Opened, folder: Path) -> dict[str, object]:
@@ -184,6 +185,7 @@ def _run(opened: Opened, folder: Path, console: Console, offline: bool) -> Resul
     bar = Bar(console, total=sum(map(experiment.stage_steps, experiment.tasks)) or None)
     display = Display(experiment, bar)
     write_state(folder, "RUNNING")
+    killed = False
     try:
         with bar, signals_taken() as interruption:
             result = train(experiment, folder, display, interruption)
@@ -195,7 +197,9 @@ def _run(opened: Opened, folder: Path, console: Console, offline: bool) -> Resul
         write_state(folder, "KILLED" if killed else "FAILED", mask(reason))
         raise
     finally:
-        if shipper:
+        if shipper and killed:
+            shipper.end(HASTE_SECONDS)
+        elif shipper:
             shipper.end()
     return result
 

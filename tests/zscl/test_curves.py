@@ -1,0 +1,120 @@
+"""Losses and gradients that are poison: seen at their step, named, never averaged in."""
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import BaseModel
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from schemas.base import InputError
+from schemas.experiment import Experiment
+from schemas.results import Note, StepsTaken
+from zscl.checkpoint import CHECKPOINT
+from zscl.curves import EXPLODED, EXPLOSIONS_NAMED, TYPICAL_STEPS, Curves, NotFiniteError
+from zscl.sequence import run_sequence
+
+Make = Callable[..., Experiment]
+CPU = torch.device("cpu")
+OPTIMISATION = {"steps": 5, "warmup_steps": 2, "batch_size": 6, "reference_batch_size": 5}
+
+
+def norms(run: Path) -> list[float]:
+    with (run / "stages/1-first/losses.csv").open() as stream:
+        return [float(row["gradient_norm"]) for row in csv.DictReader(stream)]
+
+
+def test_a_run_that_diverges_ends_with_the_step_and_the_last_good_model(experiment: Make, tmp_path: Path) -> None:
+    """Real numbers that run away: the first step already throws the weights far out of float32's range."""
+    made = experiment(
+        method="finetune",
+        optimisation={**OPTIMISATION, "learning_rate": 1e38},
+        compute={"device": "cpu", "checkpoint": {"every_steps": 1}},
+    )
+    with pytest.raises(InputError) as refused:
+        run_sequence(made, tmp_path, device=CPU)
+    sentence = str(refused.value)
+    assert sentence.startswith("stage 1 first: found the loss classification nan at step 1, expected a finite one")
+    assert f"the last good model is {made.model.name}" in sentence
+    assert "a lower optimisation.learning_rate or optimisation.max_gradient_norm may help" in sentence
+    assert not list(tmp_path.glob("stages/*/model"))
+    if (tmp_path / CHECKPOINT).exists():  # of the step before
+        kept = torch.load(tmp_path / CHECKPOINT, weights_only=True)
+        assert all(bool(tensor.isfinite().all()) for tensor in kept["model"].values() if tensor.is_floating_point())
+
+
+def test_gradients_are_clipped_to_the_norm_that_is_asked_for(experiment: Make, tmp_path: Path) -> None:
+    plain = experiment(method="finetune", optimisation={**OPTIMISATION, "learning_rate": 0.01})
+    run_sequence(plain, tmp_path / "plain", device=CPU)
+    unclipped = norms(tmp_path / "plain")
+    seen: list[list[float]] = []
+    for limit in (min(unclipped) / 2, 1e9):
+        optimisation = {**OPTIMISATION, "learning_rate": 0.01, "max_gradient_norm": limit}
+        given: list[float] = []
+
+        def watch(optimizer: torch.optim.Optimizer, *_: Any, given: list[float] = given) -> None:
+            gradients = [each.grad for group in optimizer.param_groups for each in group["params"]]
+            given.append(float(torch.nn.utils.get_total_norm([each for each in gradients if each is not None])))
+
+        handle = register_optimizer_step_pre_hook(watch)
+        run_sequence(experiment(method="finetune", optimisation=optimisation), tmp_path / str(limit), device=CPU)
+        handle.remove()
+        seen.append(given)
+    assert seen[0] == pytest.approx([min(unclipped) / 2] * 15, rel=1e-4)
+    assert norms(tmp_path / str(min(unclipped) / 2))[0] == unclipped[0]  # what is told is the norm before
+    assert norms(tmp_path / "1000000000.0") == unclipped
+    assert seen[1][:5] == unclipped
+
+
+def test_a_limit_that_is_not_reached_is_part_of_the_identity_all_the_same(experiment: Make) -> None:
+    contents = {
+        name: name for name in ("reference", experiment().model.name, *(task.path for task in experiment().tasks))
+    }
+    limited = {**OPTIMISATION, "max_gradient_norm": 1.0}
+    fingerprints = {
+        experiment(optimisation=optimisation).fingerprint(contents) for optimisation in (OPTIMISATION, limited)
+    }
+    assert len(fingerprints) == 2
+
+
+def curves(*values: float) -> tuple[Curves, list[BaseModel]]:
+    """Curves that were given steps of these gradient norms."""
+    said: list[BaseModel] = []
+    made = Curves(2, "birds", images_per_step=1, report=said.append)
+    for step, norm in enumerate(values):
+        made.add(step, 0.1, {"classification": torch.tensor(1.0)}, torch.tensor(norm))
+    return made, said
+
+
+def test_an_explosion_is_named_once_it_stands_out() -> None:
+    usual = [1.0, 3.0] * (TYPICAL_STEPS // 2)
+    made, said = curves(*usual, 2.0 * EXPLODED, 3.1 * EXPLODED, *usual)
+    made.flush()
+    [sentence] = made.explosions
+    assert sentence == (
+        f"stage 2 birds: the gradients exploded at step {TYPICAL_STEPS + 1} (norm 310, over 100 times the steps before "
+        "it); optimisation.max_gradient_norm would clip them"
+    )
+    assert [each.text for each in said if isinstance(each, Note)] == [f"warning: {sentence}"]
+    steps = [step for each in said if isinstance(each, StepsTaken) for step in each.steps]
+    assert len(steps) == 2 * TYPICAL_STEPS + 2
+
+
+def test_the_first_steps_are_no_explosion_and_not_all_are_named() -> None:
+    made, _ = curves(1000.0, 1.0, 1.0)
+    made.flush()
+    assert made.explosions == []
+    made, _ = curves(*[1.0] * TYPICAL_STEPS, *[1e6] * (EXPLOSIONS_NAMED + 2))
+    made.flush()
+    assert len(made.explosions) == EXPLOSIONS_NAMED
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_gradients_that_are_no_numbers_end_the_stage(value: float) -> None:
+    made, said = curves(1.0, value, 1.0)
+    with pytest.raises(NotFiniteError, match=r"stage 2 birds: found the gradients' norm (nan|inf) at step 1"):
+        made.flush()
+    assert said == []

@@ -1,0 +1,72 @@
+"""Rows of the matrix: cells that are known are not measured again, and a failed stage is said to be one."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import BaseModel
+
+from schemas.base import InputError
+from schemas.experiment import Experiment
+from schemas.results import Note, TaskEvaluated
+from zscl.checkpoint import StoppedError
+from zscl.metrics import at_chance
+from zscl.rows import refuse_other_run
+from zscl.sequence import run_sequence
+
+Make = Callable[..., Experiment]
+CPU = torch.device("cpu")
+
+
+def test_cells_that_are_known_are_not_measured_again(experiment: Make, tmp_path: Path) -> None:
+    made, said = experiment(method="zero-shot", reference=None), list[BaseModel]()
+    asked = iter([False, False, True])
+    with pytest.raises(StoppedError, match="while the row of stage 0 is measured"):
+        run_sequence(made, tmp_path, said.append, CPU, lambda: next(asked))
+    assert [each.task for each in said if isinstance(each, TaskEvaluated)] == ["first", "second"]
+    assert (tmp_path / "zero_shot.part.json").is_file()
+    said.clear()
+    result = run_sequence(made, tmp_path, said.append, CPU)
+    assert [each.task for each in said if isinstance(each, TaskEvaluated)] == ["third"]
+    assert result.zero_shot == run_sequence(made, tmp_path.with_name("whole"), device=CPU).zero_shot
+    assert not (tmp_path / "zero_shot.part.json").exists()
+
+
+def test_cells_of_another_experiment_are_refused(experiment: Make, tmp_path: Path) -> None:
+    made, asked = experiment(method="zero-shot", reference=None), iter([False, True])
+    with pytest.raises(StoppedError):
+        run_sequence(made, tmp_path, device=CPU, asked_to_stop=lambda: next(asked))
+    with pytest.raises(InputError, match="found a run of another experiment"):
+        refuse_other_run(tmp_path, "another")
+
+
+def test_a_stage_at_chance_is_said_to_have_failed(experiment: Make, tmp_path: Path) -> None:
+    """One step at next to no learning rate: the random model stays where guessing among four colours is."""
+    optimisation = {"steps": 1, "warmup_steps": 0, "batch_size": 4, "learning_rate": 1e-12}
+    said: list[BaseModel] = []
+    result = run_sequence(experiment(method="finetune", optimisation=optimisation), tmp_path, said.append, CPU)
+    guessed = [task for task, row in zip(("first", "second", "third"), result.accuracy_matrix, strict=True)
+               if row[("first", "second", "third").index(task)] <= 0.5]  # fmt: skip
+    assert guessed
+    assert [sentence.split(":")[0] for sentence in result.warnings] == [
+        f"stage {('first', 'second', 'third').index(task) + 1} {task}" for task in guessed
+    ]
+    assert "what guessing among 4 classes gives: this stage has failed" in result.warnings[0]
+    assert f"warning: {result.warnings[0]}" in [each.text for each in said if isinstance(each, Note)]
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "classes", "images", "expected"),
+    [
+        (0.25, 4, 100, True),
+        (0.33, 4, 100, True),  # 25 images, and two standard deviations are 8.7
+        (0.34, 4, 100, False),
+        (0.26, 4, 10_000, False),
+        (0.02, 100, 50, True),
+        (0.9, 2, 1, True),  # one image tells nothing
+        (1.0, 1, 10, False),  # nothing to tell apart
+    ],
+)
+def test_chance(accuracy: float, classes: int, images: int, expected: bool) -> None:
+    assert at_chance(accuracy, classes, images) is expected
