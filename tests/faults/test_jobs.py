@@ -1,0 +1,87 @@
+"""`ray job stop`, on a cluster with a dashboard and a token, and the same job submitted again."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from disturbing import recipe_for_faults, same, trained, until
+
+from orchestrate import recipes
+from schemas.results import RunState
+from zscl.sequence import run_sequence
+
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
+Ray = Callable[..., str]
+SCRIPTS = Path(sys.executable).parent
+
+
+@pytest.fixture
+def ray(tmp_path: Path) -> Iterator[Ray]:
+    """A cluster of its own on the loopback interface, with a token; called, it runs `ray` there."""
+    with socket.socket() as one, socket.socket() as other:
+        for each in (one, other):
+            each.bind(("127.0.0.1", 0))
+        port, dashboard = one.getsockname()[1], other.getsockname()[1]
+    token = tmp_path / "token"
+    token.write_text("0123456789abcdef" * 4)
+    token.chmod(0o600)
+    given = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_ADDRESS": f"http://127.0.0.1:{dashboard}",
+    }
+    environment = os.environ | given
+    start = [
+        SCRIPTS / "ray", "start", "--head", "--block", f"--port={port}", "--node-ip-address=127.0.0.1", "--num-cpus=2",
+        "--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
+    ]  # fmt: skip
+    head = subprocess.Popen(start, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def run(*arguments: str) -> str:
+        made = subprocess.run(
+            [SCRIPTS / "ray", *arguments], env=environment, capture_output=True, text=True, check=False
+        )
+        return made.stdout + made.stderr
+
+    try:
+        until(lambda: "No jobs" in run("job", "list") or "[]" in run("job", "list"), "the cluster is up")
+        yield run
+    finally:
+        family = [*psutil.Process(head.pid).children(recursive=True), psutil.Process(head.pid)]
+        for process in family:
+            if process.is_running():
+                process.kill()
+        head.wait()
+
+
+@pytest.mark.fault(
+    "`ray job stop` (token authentication on)", "A checkpoint, marked KILLED; submitted again: same numbers"
+)
+def test_a_job_is_stopped(ray: Ray, tmp_path: Path, tiny_model: str) -> None:
+    recipe, run = recipe_for_faults(tmp_path, tiny_model), tmp_path / "run"
+    environment = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "30"}}
+    submit = [
+        "job", "submit", "--no-wait", "--runtime-env-json", json.dumps(environment), "--",
+        str(SCRIPTS / "zscl"), "run", str(recipe), "--out", str(run),
+    ]  # fmt: skip
+    said = ray(*submit[:2], "--submission-id=first", *submit[2:])
+    assert "submitted successfully" in said, said
+    until(trained(run, 30), "it trains")
+    ray("job", "stop", "first")
+    until(lambda: (run / "state.json").read_text().find("KILLED") > 0, "the run is marked")
+    assert (run / "checkpoint.pt").is_file()
+    until(lambda: "STOPPED" in ray("job", "status", "first"), "the job is stopped")
+
+    ray(*submit[:2], "--submission-id=second", *submit[2:])
+    until(lambda: "SUCCEEDED" in ray("job", "status", "second"), "it goes on to its end")
+    assert RunState.model_validate_json((run / "state.json").read_text()).status == "FINISHED"
+    assert "stage 1 goes on behind step" in ray("job", "logs", "second")
+    run_sequence(recipes.load_experiment(recipe), tmp_path / "whole", device=torch.device("cpu"))
+    same(tmp_path / "whole", run)
