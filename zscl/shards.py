@@ -28,7 +28,7 @@ from filelock import FileLock
 
 from schemas.base import InputError
 from schemas.secrets import mask_urls
-from zscl.files import digest, whole_file
+from zscl.files import digest, patiently, whole_file
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 READ_SUFFIXES = (*IMAGE_SUFFIXES, "cls", "txt")  # no other member is ever read
@@ -400,11 +400,23 @@ class _Descriptors:
             os.close(descriptor)
 
     def read(self, path: Path, offset: int, size: int) -> bytes:
+        try:
+            return patiently(lambda: self._read(path, offset, size))
+        except OSError as error:
+            raise InputError(
+                f"{path}: found no way to read it any more ({error.strerror}), expected a shard"
+            ) from error
+
+    def _read(self, path: Path, offset: int, size: int) -> bytes:
         if path not in self._open:
             if len(self._open) == self.LIMIT:
                 os.close(self._open.pop(next(iter(self._open))))
             self._open[path] = os.open(path, os.O_RDONLY)
-        return os.pread(self._open[path], size, offset)
+        try:
+            return os.pread(self._open[path], size, offset)
+        except OSError:  # storage that comes back may not know the descriptor
+            os.close(self._open.pop(path))
+            raise
 
 
 # -------------------------------------------------------------------------------------------- remote shards

@@ -4,15 +4,18 @@ import io
 import pickle
 import shutil
 import tarfile
+import threading
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import pytest
 import webdataset
-from conftest import coloured
+from conftest import coloured, make_task
 
 from schemas.base import InputError
+from zscl.files import patiently
 from zscl.shards import Draw, IndexedSamples, Sample, StreamedSamples, open_samples, seed_of
 from zscl.tasks import write_shards
 
@@ -221,3 +224,20 @@ def test_a_presigned_url_is_no_pattern_and_names_no_file(tmp_path: Path) -> None
     with pytest.raises(InputError, match=r"0\.tar\?X-Amz-Signature=\*\*\*: found no readable shard"):
         open_samples([url], str(tmp_path))
     assert not any("ignature" in str(path) for path in tmp_path.rglob("*"))
+
+
+def test_shards_that_are_away_for_a_moment_are_waited_for(tmp_path: Path) -> None:
+    samples = open_samples([str(make_task(tmp_path / "task", seed=0) / "train")])
+    (tmp_path / "task").rename(tmp_path / "away")
+    back = threading.Timer(0.5, (tmp_path / "away").rename, [tmp_path / "task"])
+    back.start()
+    assert len(list(samples.once(0, 1))) == 24
+    back.join()
+
+
+def test_shards_that_are_gone_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = open_samples([str(make_task(tmp_path / "task", seed=0) / "train")])
+    shutil.rmtree(tmp_path / "task")
+    monkeypatch.setattr("zscl.shards.patiently", partial(patiently, seconds=0.2))
+    with pytest.raises(InputError, match=r"train/0\.tar: found no way to read it any more \(No such file"):
+        list(samples.once(0, 1))
