@@ -239,5 +239,5 @@ def test_shards_that_are_gone_are_named(tmp_path: Path, monkeypatch: pytest.Monk
     samples = open_samples([str(make_task(tmp_path / "task", seed=0) / "train")])
     shutil.rmtree(tmp_path / "task")
     monkeypatch.setattr("zscl.shards.patiently", partial(patiently, seconds=0.2))
-    with pytest.raises(InputError, match=r"train/0\.tar: found no way to read it any more \(No such file"):
+    with pytest.raises(InputError, match=r"train/0\.tar: cannot be read any more \(No such file"):
         list(samples.once(0, 1))
