@@ -105,7 +105,7 @@ class Checkpoints:
             StoppedError: the run was asked to stop.
         """
         self._collect()
-        stop, keep, self.next_look = agree(*self._decide(done))
+        stop, keep, self.next_look = agree(*(self._decide(done) if rank() == 0 else (0, 0, 0)))
         if not (stop or keep):
             return
         now = state()

@@ -92,7 +92,7 @@ class Rows:
         unmeasured = [index for index, task in enumerate(self.opened.tasks) if task.name not in row.accuracy]
         embedded = self._embed_classes(clip, unmeasured)
         for index in unmeasured:
-            if agree(self.asked_to_stop()) == [1]:
+            if agree(rank() == 0 and self.asked_to_stop()) == [1]:
                 raise StoppedError(f"stopped while the row of stage {stage} is measured")
             heads = [embedded[index]]
             if self.one_head:  # of all classes seen; untrained, the model is judged under those of every stage
