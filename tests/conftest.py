@@ -195,27 +195,30 @@ def ray_cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-FAULTS: list[tuple[str, str, str, float]] = []
+# What became of each fault, and the seconds that took.
+FAULTS: dict[tuple[str, str], list[tuple[str, float]]] = {}
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
-    """Keep what became of each fault, for the table."""
+    """Keep what became of a fault, for the table."""
     report: pytest.TestReport = yield  # type: ignore[misc, assignment]
     fault = item.get_closest_marker("fault")
     if fault is not None and (report.when == "call" or report.outcome != "passed"):
-        what, outcome = (
-            text.format(**item.callspec.params) if hasattr(item, "callspec") else text for text in fault.args
-        )
-        FAULTS.append((what, outcome, report.outcome, call.duration))
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        what, outcome = (text.format(**parameters) for text in fault.args)
+        FAULTS.setdefault((what, outcome), []).append((report.outcome, call.duration))
     return report  # type: ignore[return-value]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """What was survived, as a table that reads as Markdown."""
-    if FAULTS:
-        rows = [("Fault", "What happens", "", "s"), ("---", "---", "---", "---:")]
-        rows += [(what, outcome, found, f"{seconds:.0f}") for what, outcome, found, seconds in FAULTS]
-        terminalreporter.section("faults")
-        for row in rows:
-            terminalreporter.write_line("| " + " | ".join(row) + " |")
+    if not FAULTS:
+        return
+    terminalreporter.section("faults")
+    rows = [("Fault", "What happens", "", "s"), ("---", "---", "---", "---:")]
+    for (what, outcome), found in FAULTS.items():
+        outcomes = ", ".join(dict.fromkeys(each for each, _ in found))
+        rows.append((what, outcome, outcomes, f"{sum(seconds for _, seconds in found):.0f}"))
+    for row in rows:
+        terminalreporter.write_line("| " + " | ".join(row) + " |")

@@ -223,6 +223,7 @@ def good(recipe: Callable[..., dict[str, Any]], tasks: list[str], tmp_path: Path
     ]
 
 
+@pytest.mark.fault("Malformed recipes, 2 000 and more", "Each is read, or refused in a sentence")
 @pytest.mark.parametrize("numbers", parts("recipes", RECIPES))
 def test_a_malformed_recipe_is_read_or_refused(
     numbers: range, good: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -485,6 +486,7 @@ def read_all(samples: Samples, task: TaskFolder) -> None:
     assert samples.digest
 
 
+@pytest.mark.fault("Malformed shards, 200 and more", "Each is read, or refused in a sentence")
 @pytest.mark.parametrize("numbers", parts("shards", SHARDS))
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_malformed_shard_is_read_or_refused(numbers: range, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,7 +140,7 @@ Begin = Callable[[str], tuple[Training, Shipper, list[str]]]
 
 
 @pytest.mark.fault(
-    "the MLflow server is killed, twice, and started again", "training at full speed; everything arrives in order, once"
+    "The MLflow server is killed, twice, and started again", "Training at full speed; everything arrives in order, once"
 )
 def test_a_server_that_is_killed_and_started_again_gets_everything_once(
     server: Server, begin: Begin, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -167,7 +167,7 @@ def test_a_server_that_is_killed_and_started_again_gets_everything_once(
     training.check(server.uri)
 
 
-@pytest.mark.fault("the MLflow server is gone for good", "the run ends as it would; `zscl sync` sends everything later")
+@pytest.mark.fault("The MLflow server is gone for good", "The run ends as it would; `zscl sync` sends everything later")
 def test_a_server_that_never_comes_back_holds_nobody_up(server: Server, begin: Begin, tmp_path: Path) -> None:
     training, shipper, said = begin(server.uri)
     training.begin()
@@ -226,7 +226,7 @@ def lossy(server: Server) -> Iterator[Any]:
     proxy.server_close()
 
 
-@pytest.mark.fault("every third answer of the MLflow server is lost", "everything is recorded in order, once")
+@pytest.mark.fault("Every third answer of the MLflow server is lost", "Everything is recorded in order, once")
 def test_answers_that_are_lost_make_nothing_twice(
     server: Server, lossy: Any, begin: Begin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -246,7 +246,7 @@ def test_answers_that_are_lost_make_nothing_twice(
 
 
 @pytest.mark.fault(
-    "the MLflow database is locked for half a minute", "training at full speed; everything arrives in order, once"
+    "The MLflow database is locked for half a minute", "Training at full speed; everything arrives in order, once"
 )
 def test_a_database_that_is_locked_for_longer_than_mlflow_waits(
     tmp_path: Path, empty_store: Path, begin: Begin

@@ -18,6 +18,7 @@ def keep(run: Path, then: str) -> "subprocess.Popen[str]":
     return subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
+@pytest.mark.fault("Two processes on one run", "The second is told who the first is")
 def test_the_second_is_told_who_the_first_is(tmp_path: Path) -> None:
     with keep(tmp_path / "run", "print('mine', flush=True); input()") as first:
         assert first.stdout is not None
@@ -31,6 +32,7 @@ def test_the_second_is_told_who_the_first_is(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.fault("A lock whose process was killed", "Recognised as stale, taken over")
 def test_the_lock_of_a_killed_process_is_stale(tmp_path: Path) -> None:
     with keep(tmp_path / "run", "import os; os.kill(os.getpid(), 9)") as killed:
         killed.wait()

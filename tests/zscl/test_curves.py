@@ -27,6 +27,7 @@ def norms(run: Path) -> list[float]:
         return [float(row["gradient_norm"]) for row in csv.DictReader(stream)]
 
 
+@pytest.mark.fault("A loss that is no number", "Step, loss and last good model named; nothing kept of it")
 def test_a_run_that_diverges_ends_with_the_step_and_the_last_good_model(experiment: Make, tmp_path: Path) -> None:
     """Real numbers that run away: the first step already throws the weights far out of float32's range."""
     made = experiment(
@@ -87,6 +88,7 @@ def curves(*values: float) -> tuple[Curves, list[BaseModel]]:
     return made, said
 
 
+@pytest.mark.fault("Gradients that explode", "A warning in the result; clipped where asked for")
 def test_an_explosion_is_named_once_it_stands_out() -> None:
     usual = [1.0, 3.0] * (TYPICAL_STEPS // 2)
     made, said = curves(*usual, 2.0 * EXPLODED, 3.1 * EXPLODED, *usual)
