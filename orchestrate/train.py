@@ -43,7 +43,9 @@ from zscl.teaching import embed_reference
 log = logging.getLogger(__name__)
 
 CONTROLLER_RETRIES = 3  # Ray's default is to try for ever
-WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
+HEALTH_CHECK_TIMEOUT = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
+START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
+NODE_SECONDS = 600  # that a lost node may take to come back, each of the controller's tries
 OnProgress = Callable[[BaseModel], None]
 _progress: TypeAdapter[Any] = TypeAdapter(Progress)
 _END, _STOPPED = "end", "stopped"
@@ -130,7 +132,7 @@ def _on_workers(
     with _listening(line, on_progress, stopped):
         # In a thread of its own, for in the main one Ray would take the signals.
         answer: Future[str] = Future()
-        fitting = partial(_fit, work, experiment, folder, line)
+        fitting = partial(_fit, work, experiment, folder, line, check_resources(experiment.compute))
         threading.Thread(target=_settle, args=(answer, fitting), name="fit", daemon=True).start()
         return _wait(answer, line, stopped, interruption, experiment.compute.grace_seconds)
 
@@ -163,14 +165,14 @@ def _wait(
     return answer.result()
 
 
-def _fit(work: str, experiment: Experiment, folder: Path, line: Any) -> str:
+def _fit(work: str, experiment: Experiment, folder: Path, line: Any, use_gpu: bool) -> str:
     """Fit until there is an answer, anew as long as what failed had come further."""
     while True:
         name = f"{datetime.now():%Y%m%d-%H%M%S-%f}"
-        refusal = folder / "ray" / name / "refused"
+        refusal = _refusal(folder, name)
         before = _reached(folder)
         try:
-            answer: str = _trainer(work, experiment, folder, line, name, refusal).fit().return_value
+            answer: str = _trainer(work, experiment, folder, line, use_gpu, name).fit().return_value
             failure = None
         except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
             failure = error
@@ -189,13 +191,20 @@ def _reached(folder: Path) -> list[tuple[Path, int]]:
     return sorted((file, file.stat().st_mtime_ns) for file in found if file.is_file())
 
 
-def _trainer(work: str, experiment: Experiment, folder: Path, line: Any, name: str, refusal: Path) -> TorchTrainer:
+def _refusal(folder: Path, name: str) -> Path:
+    """Where workers say what was wrong with their input."""
+    return folder / "ray" / name / "refused"
+
+
+def _trainer(work: str, experiment: Experiment, folder: Path, line: Any, use_gpu: bool, name: str) -> TorchTrainer:
     compute = experiment.compute
-    use_gpu = check_resources(compute)
     resources = {"CPU": compute.cpus_per_worker} | ({"GPU": compute.gpus_per_worker} if use_gpu else {})
     patience = 60 * compute.hang_minutes
-    os.environ[WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR] = str(patience)  # Ray hands it on to its controller
     elastic = compute.min_workers is not None and compute.min_workers < compute.workers
+    # Ray hands these on to its controller.
+    os.environ[HEALTH_CHECK_TIMEOUT] = str(patience)
+    if not elastic:  # which would take this long to begin with fewer
+        os.environ.setdefault(START_TIMEOUT, str(NODE_SECONDS))
     return TorchTrainer(
         _work,
         train_loop_config={
@@ -203,7 +212,7 @@ def _trainer(work: str, experiment: Experiment, folder: Path, line: Any, name: s
             "experiment": experiment.model_dump_json(),
             "folder": folder,
             "line": line,
-            "refusal": refusal,
+            "refusal": _refusal(folder, name),
         },
         scaling_config=ScalingConfig(
             num_workers=(compute.min_workers, compute.workers) if elastic else compute.workers,
