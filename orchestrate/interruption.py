@@ -28,6 +28,16 @@ class Interruption:
         self.signal = number
 
 
+def end_on_sigterm() -> None:
+    """Have SIGTERM end this process as the command line does, where Ray would have it exit with 15."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise InterruptedRunError("the same command goes on from what was kept", exit_code=128 + number)
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, end)
+
+
 @contextmanager
 def signals_taken() -> Iterator[Interruption]:
     """Take SIGTERM and SIGINT while the block runs; elsewhere than in the main thread, leave them alone.

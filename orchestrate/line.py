@@ -12,6 +12,7 @@ class Line:
     def __init__(self) -> None:
         self._messages: asyncio.Queue[str] = asyncio.Queue()
         self._stop = False
+        self._refusal = ""
 
     async def put(self, message: str) -> None:
         """Send a message to the process that watches."""
@@ -20,6 +21,14 @@ class Line:
     async def get(self) -> str:
         """Wait for the next message."""
         return await self._messages.get()
+
+    async def refuse(self, sentence: str) -> None:
+        """Say what is wrong with the input."""
+        self._refusal = sentence
+
+    async def refused(self) -> str:
+        """What was wrong with the input, if anything was."""
+        return self._refusal
 
     async def ask_to_stop(self) -> None:
         """Have the workers stop where they can go on."""

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from schemas.base import InputError, Strict
-from zscl.files import write_text
+from zscl.files import remove, write_text
 
 
 class Owner(Strict):
@@ -40,7 +40,10 @@ def owned(folder: Path, note: Callable[[str], None] = lambda text: None) -> Iter
     Raises:
         InputError: another process has it.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be made ({error.strerror}), expected a place for a run's folder") from error
     name = folder.with_name(f".{folder.name}.owner.json")
     try:
         with FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0):
@@ -51,7 +54,7 @@ def owned(folder: Path, note: Callable[[str], None] = lambda text: None) -> Iter
             try:
                 yield
             finally:
-                name.unlink(missing_ok=True)
+                remove(name)
     except Timeout as error:
         raise InputError(
             f"{folder}: found another process at work on this run ({_read(name) or 'unknown'}), expected none; end it, "

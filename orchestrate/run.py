@@ -12,11 +12,11 @@ from orchestrate import places, recipes, report
 from orchestrate.display import Bar, Display
 from orchestrate.interruption import signals_taken
 from orchestrate.ownership import owned
-from orchestrate.state import write_state
+from orchestrate.state import read_state, write_state
 from schemas.base import InputError, InterruptedRunError
 from schemas.experiment import Experiment
 from schemas.results import Embedded, Result
-from schemas.secrets import mask
+from schemas.secrets import MASK, mask
 from zscl.model import load
 from zscl.opened import Opened, open_experiment
 from zscl.rows import refuse_other_run
@@ -124,6 +124,9 @@ def run(opened: Opened, folder: Path, console: Console, offline: bool = False) -
     refuse_other_run(folder, opened.fingerprint)
     if (folder / "result.json").is_file():
         console.print(f"{folder}: finished before, nothing to do", highlight=False)
+        state = read_state(folder)
+        if not offline and state is not None and state.status != "FINISHED":  # killed behind its last step
+            console.print(f"MLflow may lack its end; send it with: zscl sync {folder}", highlight=False, soft_wrap=True)
         return report.load_result(folder)
     with owned(folder, note=partial(console.print, highlight=False, soft_wrap=True)):
         return _run(opened, folder, console, offline)
@@ -145,7 +148,12 @@ def resumable(folder: Path, overrides: Sequence[str]) -> Experiment:
     for override in overrides:
         if not override.startswith(("compute.", "tracking.")):
             raise InputError(f"--set {override}: expected a field of compute or tracking; all else is what the run is")
-    return recipes.load_experiment(file, overrides)
+    experiment = recipes.load_experiment(file, overrides)
+    if MASK in experiment.model_dump_json(exclude={"tracking"}):
+        raise InputError(
+            f"{file}: found {MASK} where the recipe has secrets, expected the recipe: zscl run RECIPE --out {folder}"
+        )
+    return experiment
 
 
 def embed(opened: Opened, folder: Path, console: Console) -> Embedded:
@@ -160,7 +168,7 @@ def embed(opened: Opened, folder: Path, console: Console) -> Embedded:
 
     check_embeddable(opened)
     connect(opened.experiment.compute, note=lambda text: console.print(text, highlight=False))
-    scratch = tempfile.TemporaryDirectory(prefix=".embedding-", dir=_made(folder.parent))
+    scratch = tempfile.TemporaryDirectory(prefix=".embedding-", dir=_made(folder.parent), ignore_cleanup_errors=True)
     with scratch, Bar(console) as bar, signals_taken() as interruption:
         return embed_on_workers(opened.experiment, Path(scratch.name), Display(opened.experiment, bar), interruption)
 
@@ -179,28 +187,27 @@ def _run(opened: Opened, folder: Path, console: Console, offline: bool) -> Resul
         console.print(f"warning: {warning}", highlight=False, soft_wrap=True)
     connect(experiment.compute, note=lambda text: console.print(text, highlight=False))
     check_resources(experiment.compute)
-    shipper = None if offline else _shipper(opened, folder, console)
-    recipes.write_experiment(experiment, folder / EXPERIMENT)
-
     bar = Bar(console, total=sum(map(experiment.stage_steps, experiment.tasks)) or None)
-    display = Display(experiment, bar)
-    write_state(folder, "RUNNING")
-    killed = False
-    try:
-        with bar, signals_taken() as interruption:
-            result = train(experiment, folder, display, interruption)
-        write_state(folder, "FINISHED")
-    except BaseException as error:
-        killed = isinstance(error, InterruptedRunError | KeyboardInterrupt | SystemExit)
-        told = isinstance(error, InterruptedRunError | InputError)  # in a sentence
-        reason = str(error) if told else " ".join(f"{type(error).__name__}: {error}".split())
-        write_state(folder, "KILLED" if killed else "FAILED", mask(reason))
-        raise
-    finally:
-        if shipper and killed:
-            shipper.end(HASTE_SECONDS)
-        elif shipper:
-            shipper.end()
+    with signals_taken() as interruption:
+        shipper = None if offline else _shipper(opened, folder, console)
+        killed = False
+        try:
+            recipes.write_experiment(experiment, folder / EXPERIMENT)
+            write_state(folder, "RUNNING")
+            with bar:
+                result = train(experiment, folder, Display(experiment, bar), interruption)
+            write_state(folder, "FINISHED")
+        except BaseException as error:
+            killed = isinstance(error, InterruptedRunError | KeyboardInterrupt | SystemExit)
+            told = isinstance(error, InterruptedRunError | InputError)  # in a sentence
+            reason = str(error) if told else " ".join(f"{type(error).__name__}: {error}".split())
+            write_state(folder, "KILLED" if killed else "FAILED", mask(reason))
+            raise
+        finally:
+            if shipper and killed:
+                shipper.end(HASTE_SECONDS)
+            elif shipper:
+                shipper.end()
     return result
 
 

@@ -174,7 +174,7 @@ def sync(folder: Path, uri: str | None, on_sent: Callable[[int, int], None]) -> 
 
 
 def _fingerprint(folder: Path) -> str:
-    for entry in JournalReader(folder / JOURNAL).new():
+    for entry in reversed(JournalReader(folder / JOURNAL).new()):
         if isinstance(entry.progress, RunStarted):
             return entry.progress.fingerprint
     raise InputError(f"{folder}: found no {JOURNAL} that tells of a run, expected the folder of a run that was started")

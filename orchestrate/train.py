@@ -6,13 +6,11 @@ depends on when it commits them, and its controller may die as well as a worker.
 """
 
 import logging
-import math
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, nullcontext
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -29,14 +27,13 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrate.access import loopback_alone, use_token
-from orchestrate.interruption import Interruption
+from orchestrate.interruption import Interruption, end_on_sigterm
 from orchestrate.line import Line
 from schemas.base import InputError
 from schemas.compute import Compute
 from schemas.experiment import Experiment
 from schemas.results import Embedded, Progress, Result
 from zscl.checkpoint import CHECKPOINT, StoppedError
-from zscl.files import write_text
 from zscl.sequence import run_sequence
 from zscl.teaching import embed_reference
 
@@ -45,10 +42,11 @@ log = logging.getLogger(__name__)
 CONTROLLER_RETRIES = 3  # Ray's default is to try for ever
 HEALTH_CHECK_TIMEOUT = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
 START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
+LAST_WORDS_SECONDS = 10.0  # of the workers, in the end
 NODE_SECONDS = 600  # that a lost node may take to come back, each of the controller's tries
 OnProgress = Callable[[BaseModel], None]
 _progress: TypeAdapter[Any] = TypeAdapter(Progress)
-_END, _STOPPED = "end", "stopped"
+_END, _STOPPED = "end", "stopped: "
 # By name: Ray's controller unpickles what its workers get, and for a function of ours it would import all of open_clip
 # before it starts them.
 WORK: dict[str, Callable[..., BaseModel]] = {"run": run_sequence, "embed": embed_reference}
@@ -71,6 +69,7 @@ def connect(compute: Compute, note: Callable[[str], None]) -> None:
     try:
         with loopback_alone() if starts_here else nullcontext():
             ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **local)
+        end_on_sigterm()
     except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
         raise InputError(
             f"compute.address: found no Ray cluster at {compute.address or os.environ.get('RAY_ADDRESS')} "
@@ -128,13 +127,14 @@ def _on_workers(
     """Call one of `WORK` on every worker of a group. Returns the main worker's answer, as JSON."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     line = ray.remote(Line).options(num_cpus=0, scheduling_strategy=here).remote()
-    stopped = threading.Event()
+    stopped: Future[str] = Future()
+    grace_seconds = experiment.compute.grace_seconds if work == "run" else 0.0  # what is embedded is stored as it goes
     with _listening(line, on_progress, stopped):
         # In a thread of its own, for in the main one Ray would take the signals.
         answer: Future[str] = Future()
         fitting = partial(_fit, work, experiment, folder, line, check_resources(experiment.compute))
         threading.Thread(target=_settle, args=(answer, fitting), name="fit", daemon=True).start()
-        return _wait(answer, line, stopped, interruption, experiment.compute.grace_seconds)
+        return _wait(answer, line, stopped, interruption, grace_seconds)
 
 
 def _settle(answer: "Future[str]", function: Callable[[], str]) -> None:
@@ -145,23 +145,27 @@ def _settle(answer: "Future[str]", function: Callable[[], str]) -> None:
 
 
 def _wait(
-    answer: "Future[str]", line: Any, stopped: threading.Event, interruption: Interruption, grace_seconds: float
+    answer: "Future[str]", line: Any, stopped: "Future[str]", interruption: Interruption, grace_seconds: float
 ) -> str:
-    """Wait for the workers' answer; after a signal, for them to stop where they can go on, if that is soon."""
-    deadline = math.inf
-    while not wait([answer], timeout=0.1).done:
-        if interruption and deadline == math.inf:
-            line.ask_to_stop.remote()
-            deadline = time.monotonic() + grace_seconds
-        if stopped.is_set():
-            raise interruption.error("stopped behind a checkpoint; the same command goes on there")
-        if time.monotonic() > deadline:
-            raise interruption.error(
-                f"no checkpoint came within {grace_seconds:g} s (compute.grace_seconds); the same command goes on from "
-                "the last one"
-            )
-    if interruption and not answer.exception() and not answer.result():
-        raise interruption.error("stopped behind a checkpoint; the same command goes on there")
+    """Wait for the workers' answer; after a signal, for them to stop where they can go on, if that is soon.
+
+    Raises:
+        InterruptedRunError: a signal came before the answer.
+        Exception: what the workers failed with.
+    """
+    while not interruption and not answer.done():
+        wait([answer], timeout=0.1)
+    if not answer.done():
+        line.ask_to_stop.remote()
+        wait([answer, stopped], timeout=grace_seconds, return_when=FIRST_COMPLETED)
+    if stopped.done():
+        raise interruption.error(f"{stopped.result()}; the same command goes on there")
+    if not answer.done():
+        waited = f" (no other came within {grace_seconds:g} s)" if grace_seconds else ""
+        raise interruption.error(f"the same command goes on from what was kept last{waited}")
+    failure = answer.exception()
+    if interruption and failure is not None and not isinstance(failure, InputError):
+        raise interruption.error("the workers ended first; the same command goes on from what was kept") from failure
     return answer.result()
 
 
@@ -169,15 +173,14 @@ def _fit(work: str, experiment: Experiment, folder: Path, line: Any, use_gpu: bo
     """Fit until there is an answer, anew as long as what failed had come further."""
     while True:
         name = f"{datetime.now():%Y%m%d-%H%M%S-%f}"
-        refusal = _refusal(folder, name)
         before = _reached(folder)
         try:
             answer: str = _trainer(work, experiment, folder, line, use_gpu, name).fit().return_value
             failure = None
         except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
             failure = error
-        if refusal.is_file():
-            raise InputError(refusal.read_text()) from failure
+        if refusal := ray.get(line.refused.remote()):
+            raise InputError(refusal) from failure
         if failure is None:
             return answer
         if _reached(folder) == before:
@@ -189,11 +192,6 @@ def _reached(folder: Path) -> list[tuple[Path, int]]:
     """What tells how far a run has come."""
     found = [folder / CHECKPOINT, *folder.glob("*.json"), *folder.glob("stages/*/*.json")]
     return sorted((file, file.stat().st_mtime_ns) for file in found if file.is_file())
-
-
-def _refusal(folder: Path, name: str) -> Path:
-    """Where workers say what was wrong with their input."""
-    return folder / "ray" / name / "refused"
 
 
 def _trainer(work: str, experiment: Experiment, folder: Path, line: Any, use_gpu: bool, name: str) -> TorchTrainer:
@@ -212,7 +210,6 @@ def _trainer(work: str, experiment: Experiment, folder: Path, line: Any, use_gpu
             "experiment": experiment.model_dump_json(),
             "folder": folder,
             "line": line,
-            "refusal": _refusal(folder, name),
         },
         scaling_config=ScalingConfig(
             num_workers=(compute.min_workers, compute.workers) if elastic else compute.workers,
@@ -241,7 +238,7 @@ def _work(config: dict[str, Any]) -> str:
     def report(progress: BaseModel) -> None:
         ray.get(line.put.remote(progress.model_dump_json()))
 
-    if config["refusal"].is_file():  # the group was restarted; what was wrong with the input still is
+    if ray.get(line.refused.remote()):  # the group was restarted; what was wrong with the input still is
         return ""
     try:
         answer = WORK[config["work"]](
@@ -251,37 +248,39 @@ def _work(config: dict[str, Any]) -> str:
             device=ray.train.torch.get_device(),
             asked_to_stop=lambda: ray.get(line.asked_to_stop.remote()),
         )
-    except StoppedError:
-        ray.get(line.put.remote(_STOPPED))
+    except StoppedError as stop:
+        ray.get(line.put.remote(f"{_STOPPED}{stop}"))
         return ""
     except InputError as error:
-        write_text(config["refusal"], str(error))
+        ray.get(line.refuse.remote(str(error)))
         raise
     return answer.model_dump_json()
 
 
 @contextmanager
-def _listening(line: Any, on_progress: OnProgress, stopped: threading.Event) -> Iterator[None]:
+def _listening(line: Any, on_progress: OnProgress, stopped: "Future[str]") -> Iterator[None]:
     """Hand on what the workers report, from a thread, until the block ends.
 
-    Nothing that goes wrong with a display may stop the training: it is logged.
+    Nothing that goes wrong with a display may stop the training, or keep this process: it is logged.
     """
 
     def listen() -> None:
         while (message := ray.get(line.get.remote())) != _END:
-            if message == _STOPPED:
-                stopped.set()
+            if message.startswith(_STOPPED):
+                if not stopped.done():  # every worker says so
+                    stopped.set_result(message.removeprefix(_STOPPED))
                 continue
             try:
                 on_progress(_progress.validate_json(message))
             except Exception:
                 log.exception("Progress could not be shown; the run goes on")
 
-    with ThreadPoolExecutor(1) as pool:
-        listening = pool.submit(listen)
-        try:
-            yield
-        finally:
-            ray.get(line.put.remote(_END))
-            listening.result()
+    listening = threading.Thread(target=listen, name="listen", daemon=True)
+    listening.start()
+    try:
+        yield
+    finally:
+        with suppress(ray.exceptions.RayError):
+            ray.get(line.put.remote(_END), timeout=LAST_WORDS_SECONDS)
+            listening.join(LAST_WORDS_SECONDS)
             ray.kill(line)

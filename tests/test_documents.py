@@ -58,6 +58,9 @@ def test_own_tasks_from_folders_to_a_comparison(
             without_ray()  # the first run went through it, as the user's do
     assert {path.name for path in (own / "runs").iterdir()} >= {"own-zscl", "own-finetune", "comparison"}
     assert (own / "runs/own-zscl/result.json").read_text().count('"stage"') == 2
+    [resume] = commands("When a run is interrupted")
+    found = zscl(*resume)
+    assert (found.code, "finished before, nothing to do" in found.error) == (0, True)
 
     [recipe] = blocks("yaml", "Class-incremental learning")
     (own / "own-classes.yaml").write_text(recipe)

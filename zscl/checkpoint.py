@@ -20,7 +20,7 @@ from torch import nn
 
 from schemas.compute import Checkpoint
 from schemas.results import CheckpointWritten, Note
-from zscl.distributed import agree, rank
+from zscl.distributed import agree, barrier, rank
 from zscl.files import whole_file
 
 CHECKPOINT = "checkpoint.pt"
@@ -48,7 +48,7 @@ def read_checkpoint(file: Path | None, stage: int, note: Callable[[str], None]) 
         except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
             reason = str(error).strip().partition("\n")[0]
             note(f"{file}: found no readable checkpoint ({reason}); the stage begins again")
-    if state is not None and state["stage"] != stage:  # left behind by a stage that is finished
+    if state is not None and state.get("stage") != stage:  # left behind by a stage that is finished
         state = None
     found = state["step"] if state else 0
     [step] = agree(found)
@@ -114,14 +114,18 @@ class Checkpoints:
         if rank() == 0 and self.file is not None:
             self._writing = self._writer.submit(self._write, _copied(now))
         if stop:
-            self.end()
-            raise StoppedError(f"stage {now['stage']} is stopped behind step {done}")
+            outcome = self.end()
+            barrier()  # nobody ends the run while the main worker writes
+            where = f"stage {now['stage']} is stopped behind step {done}"
+            raise StoppedError(f"{where}, but {outcome.text}" if isinstance(outcome, Note) else where)
 
-    def end(self) -> None:
-        """Wait for what is being written."""
-        if self._writing is not None:
-            self._writing.exception()
-            self._collect()
+    def end(self) -> CheckpointWritten | Note | None:
+        """Wait for what is being written, and tell what became of it."""
+        if self._writing is None:
+            return None
+        outcome = self._writing.result()
+        self._collect()
+        return outcome
 
     def _decide(self, done: int) -> tuple[bool, bool, int]:
         """Whether to stop, whether to keep a checkpoint, and behind how many steps to look again."""
@@ -132,7 +136,8 @@ class Checkpoints:
         keep = self._overdue and self._writing is None and self.file is not None  # storage is never waited for
         if keep:
             self._overdue, self._due = False, now + 60 * self.settings.every_minutes
-        look = done + max(1, int(LOOK_EVERY_SECONDS / seconds_a_step))
+        # No further ahead than twice the last time: a step may take longer from now on.
+        look = done + max(1, min(int(LOOK_EVERY_SECONDS / seconds_a_step), 2 * (done - steps)))
         return self.asked_to_stop(), keep, look if every is None else min(look, every * (done // every + 1))
 
     def _collect(self) -> None:
@@ -150,10 +155,10 @@ class Checkpoints:
         if not all(bool(tensor.isfinite().all()) for tensor in _numbers(state["model"])):
             return Note(text=f"{where} is not kept: found a weight that is no number")
         try:
-            with whole_file(self.file) as temporary:
-                torch.save(state, temporary)
-        except (OSError, RuntimeError) as error:  # torch's own writer makes the latter of a full disk
-            reason = str(error).strip().partition("\n")[0]
+            with whole_file(self.file) as temporary, temporary.open("wb") as stream:
+                torch.save(state, stream)
+        except (OSError, RuntimeError) as error:  # torch's writer makes the latter of the former
+            reason = str(error.__context__ or error).strip().partition("\n")[0]
             return Note(text=f"{where} could not be written ({reason}); the last one stays, training goes on")
         return CheckpointWritten(stage=state["stage"], steps=state["step"])
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from statistics import median
 
 import torch
+from torch import nn
 
 from schemas.base import InputError
 from schemas.results import Note, StepLosses, StepsTaken
@@ -71,6 +72,18 @@ class Curves:
         self._pending, self._reported = [], now
         self._take(taken, speed)
 
+    def refuse_weights(self, model: nn.Module) -> None:
+        """See that what the stage hands on is made of numbers.
+
+        Raises:
+            NotFiniteError: it is not.
+        """
+        if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
+            raise NotFiniteError(
+                f"stage {self.stage} {self.task}: found weights that are no numbers behind its last step, expected "
+                "finite ones"
+            )
+
     def _take(self, taken: list[StepLosses], speed: float) -> None:
         for step in taken:
             if exploded(step.gradient_norm, [each.gradient_norm for each in self.steps[-TYPICAL_STEPS:]]):
@@ -98,4 +111,4 @@ class Curves:
 
 def exploded(norm: float, before: Sequence[float]) -> bool:
     """Whether a gradient's norm is far above those of the steps before it."""
-    return len(before) == TYPICAL_STEPS and norm > EXPLODED * median(before)
+    return len(before) == TYPICAL_STEPS and norm > EXPLODED * median(before) > 0

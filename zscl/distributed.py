@@ -76,6 +76,15 @@ def agree(*numbers: int) -> list[int]:
     return [int(number) for number in agreed]
 
 
+def from_main_text(text: str) -> str:
+    """The main worker's text, for all."""
+    if world_size() == 1:
+        return text
+    told = [text]
+    dist.broadcast_object_list(told, src=0)
+    return told[0]
+
+
 class _GatherWithGradient(torch.autograd.Function):
     """`gather`, with the gradient that averaging over the workers makes whole.
 

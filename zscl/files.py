@@ -2,10 +2,11 @@
 
 import hashlib
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -33,8 +34,7 @@ def patiently(access: Callable[[], T], seconds: float = PATIENCE_SECONDS) -> T:
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """Give a temporary folder that takes `folder`'s place when the block ends, and vanishes when it fails."""
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = _beside(folder)
     temporary.mkdir(parents=True)
     try:
         yield temporary
@@ -51,7 +51,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 def whole_file(file: Path) -> Iterator[Path]:
     """Give a temporary file that takes `file`'s place when the block ends, and vanishes when it fails."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    temporary = _beside(file)
     try:
         yield temporary
         _flush(temporary)
@@ -59,6 +59,11 @@ def whole_file(file: Path) -> Iterator[Path]:
         _flush(file.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _beside(path: Path) -> Path:
+    """A name that no other process takes, on whatever machine."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
 
 
 def _flush(path: Path) -> None:
@@ -74,6 +79,26 @@ def write_text(file: Path, text: str) -> None:
     """Write a text file as a whole."""
     with whole_file(file) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def remove(file: Path) -> None:
+    """Remove a file, if it is there and storage lets us: what is left behind does no harm."""
+    with suppress(OSError):
+        file.unlink(missing_ok=True)
+
+
+def read_if_there(file: Path, within: Path) -> str:
+    """A text file's content, or nothing where there is no such file; while the folder around it is away, wait."""
+
+    def read() -> str:
+        try:
+            return file.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            if not within.is_dir():
+                raise
+            return ""
+
+    return patiently(read)
 
 
 def digest(*contents: bytes | str) -> str:

@@ -4,6 +4,7 @@ The main worker writes it, so that nothing is lost with the process that watches
 interruption it says some things again; reading leaves out what was said before.
 """
 
+import os
 import time
 from pathlib import Path
 
@@ -46,19 +47,21 @@ class Journal:
             self._waiting = "\n" + self._waiting.lstrip("\n")  # some of it may be there
 
     def flush(self) -> None:
-        """Write what is waiting.
+        """Have what is waiting, and all before it, on the disk.
 
         Raises:
             OSError: storage has not taken it for a long time.
         """
-        patiently(self._write)
+        patiently(lambda: self._write(flush=True))
 
-    def _write(self) -> None:
-        if self._waiting:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            with self.file.open("a", encoding="utf-8") as stream:
-                stream.write(self._waiting)
-            self._waiting = ""
+    def _write(self, flush: bool = False) -> None:
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self.file.open("a", encoding="utf-8") as stream:
+            stream.write(self._waiting)
+            if flush:
+                stream.flush()
+                os.fsync(stream.fileno())
+        self._waiting = ""
 
 
 class JournalReader:

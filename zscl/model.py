@@ -12,12 +12,13 @@ from typing import Any
 import open_clip
 import torch
 from open_clip.push_to_hf_hub import save_config_for_hf
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from schemas.base import InputError
 from schemas.experiment import LOCAL_MODEL, Model
-from zscl.files import digest, file_digest, whole_folder
+from zscl.files import digest, file_digest, patiently, whole_folder
 
 EMBEDDED_MODEL = Path(__file__).parent / "embedded_model"
 WEIGHTS = "open_clip_model.safetensors"
@@ -39,7 +40,10 @@ class Clip:
         """Write `model`, of this architecture, as an open_clip folder, whole or not at all."""
         with whole_folder(folder) as temporary:
             weights = {name: value.detach().to("cpu", dtype).contiguous() for name, value in model.state_dict().items()}
-            save_file(weights, temporary / WEIGHTS)
+            try:
+                save_file(weights, temporary / WEIGHTS)
+            except SafetensorError as error:  # of a full disk, too
+                raise OSError(str(error)) from error
             (temporary / WEIGHTS).chmod(0o644)  # safetensors writes for its owner alone; a run's folder is shared
             save_config_for_hf(self.model, temporary / CONFIG, model_config=self.config)
             if hasattr(self.tokenizer, "save_pretrained"):
@@ -53,7 +57,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
         InputError: they are damaged, or another architecture's.
     """
     try:
-        model.load_state_dict(load_file(folder / WEIGHTS))
+        model.load_state_dict(patiently(lambda: load_file(folder / WEIGHTS)))
     except Exception as error:  # safetensors and torch raise what they meet
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{folder / WEIGHTS}: found no readable weights ({reason}), expected a model's") from error

@@ -15,9 +15,9 @@ from pydantic import BaseModel, Field
 from schemas.base import InputError, Strict
 from schemas.results import Note, RowMeasured, TaskEvaluated
 from zscl.checkpoint import StoppedError
-from zscl.distributed import agree, barrier, gather_sentences, rank
+from zscl.distributed import agree, barrier, from_main_text, gather_sentences, rank
 from zscl.evaluation import accuracies, embed_classes, head
-from zscl.files import patiently, write_text
+from zscl.files import patiently, read_if_there, remove, write_text
 from zscl.metrics import at_chance
 from zscl.model import Clip
 from zscl.opened import Opened
@@ -67,6 +67,7 @@ class Rows:
     """
 
     opened: Opened
+    folder: Path
     report: Report
     device: torch.device
     asked_to_stop: Callable[[], bool]
@@ -75,8 +76,8 @@ class Rows:
 
     def __call__(self, stage: int, clip: Clip, file: Path) -> AccuracyRow:
         """Measure the model on every task, or read what was measured."""
-        known = file.is_file()
-        row = AccuracyRow.model_validate_json(file.read_text()) if known else self._measure(stage, clip, file)
+        known = self._read(file)
+        row = known or self._measure(stage, clip, file)
         self.seconds += row.seconds
         self.report(RowMeasured(stage=stage, accuracy=row.accuracy))
         if stage > 0:
@@ -84,10 +85,8 @@ class Rows:
         return row
 
     def _measure(self, stage: int, clip: Clip, file: Path) -> AccuracyRow:
-        row = AccuracyRow(fingerprint=self.opened.fingerprint, accuracy={}, images={}, seconds=0.0)
-        if part_of(file).is_file():
-            row = AccuracyRow.model_validate_json(part_of(file).read_text())
-        barrier()  # all have looked before any writes
+        nothing = AccuracyRow(fingerprint=self.opened.fingerprint, accuracy={}, images={}, seconds=0.0)
+        row = self._read(part_of(file)) or nothing
         started = time.perf_counter() - row.seconds
         unmeasured = [index for index, task in enumerate(self.opened.tasks) if task.name not in row.accuracy]
         embedded = self._embed_classes(clip, unmeasured)
@@ -105,8 +104,13 @@ class Rows:
         barrier()
         if rank() == 0:
             write_whole(file, row)
-            part_of(file).unlink(missing_ok=True)
+            remove(part_of(file))
         return row
+
+    def _read(self, file: Path) -> AccuracyRow | None:
+        """A row that is on disk, as the main worker sees it: what is there decides what all of them do."""
+        text = from_main_text(read_if_there(file, self.folder) if rank() == 0 else "")
+        return AccuracyRow.model_validate_json(text) if text else None
 
     def _embed_classes(self, clip: Clip, wanted: list[int]) -> dict[int, torch.Tensor]:
         """Class embeddings of the tasks with these numbers; where one head tells all classes apart, of all tasks."""

@@ -41,8 +41,8 @@ from zscl import memory
 from zscl.averaging import interpolate
 from zscl.checkpoint import CHECKPOINT
 from zscl.curves import NotFiniteError
-from zscl.distributed import barrier, rank, world_size
-from zscl.files import patiently, whole_folder, write_text
+from zscl.distributed import barrier, from_main_text, rank, world_size
+from zscl.files import patiently, read_if_there, remove, whole_folder, write_text
 from zscl.journal import JOURNAL, Journal
 from zscl.metrics import metrics
 from zscl.model import Clip, load, load_weights
@@ -83,6 +83,7 @@ def run_sequence(
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     opened = open_experiment(experiment)
+    patiently(lambda: folder.mkdir(parents=True, exist_ok=True))
     refuse_other_run(folder, opened.fingerprint)
     run = _Run(opened, folder, report, device, asked_to_stop)
     experiment = opened.experiment
@@ -96,10 +97,10 @@ def run_sequence(
     rows, stages = [], []
     for stage in range(1, len(run.opened.tasks) + 1):
         place = run.place(stage)
-        if not (place / "training.json").is_file():
+        if not run.trained(stage):
             run.train(stage, clip)
         load_weights(clip.model, place / "model")
-        stages.append(StageResult.model_validate_json((place / "training.json").read_text()))
+        stages.append(StageResult.model_validate_json(run.trained(stage)))
         run.report(StageTrained(result=stages[-1]))
         rows.append(run.rows(stage, clip, place / "accuracy.json").accuracy)
     return run.finish(zero_shot, rows, stages)
@@ -117,7 +118,7 @@ class _Run:
 
     def __post_init__(self) -> None:
         self.journal = Journal(self.folder / JOURNAL)
-        self.rows = Rows(self.opened, self.report, self.device, self.asked_to_stop)
+        self.rows = Rows(self.opened, self.folder, self.report, self.device, self.asked_to_stop)
         self.teaching = Teaching(self.opened, store_beside(self.folder), self.device, self.report)
 
     def report(self, progress: BaseModel) -> None:
@@ -132,8 +133,9 @@ class _Run:
         if trained:
             self.report(Note(text=f"{self.folder}: trained stages found: {trained}, going on behind them"))
         if rank() == 0:
-            for leftover in (*self.folder.glob(".*.partial"), *self.folder.glob("stages/.*.partial")):
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            for where in (".*.partial", "stages/.*.partial", "stages/*/.*.partial"):
+                for leftover in self.folder.glob(where):
+                    shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else remove(leftover)
 
     def start(self, stage: int) -> Model:
         """What a stage starts from: the model that the one before it left, or the initial one."""
@@ -158,6 +160,11 @@ class _Run:
     def place(self, stage: int) -> Path:
         """A stage's folder."""
         return self.folder / "stages" / f"{stage}-{self.opened.tasks[stage - 1].name}"
+
+    def trained(self, stage: int) -> str:
+        """What a trained stage's `training.json` says, as the main worker reads it; nothing before it is trained."""
+        file = self.place(stage) / "training.json"
+        return from_main_text(read_if_there(file, self.folder) if rank() == 0 else "")
 
     def exemplars(self, stage: int, clip: Clip) -> list[tuple[int, int]]:
         """Herd what the stage leaves in memory, as many as it may ever need; nothing without a memory."""
@@ -200,7 +207,7 @@ class _Run:
         if rank() == 0:
             self.journal.flush()  # what the folder holds is to be found in the journal
             patiently(lambda: self._leave(stage, clip, model, exemplars, result, steps))
-            (self.folder / CHECKPOINT).unlink(missing_ok=True)
+            remove(self.folder / CHECKPOINT)
         barrier()
 
     def _leave(
@@ -212,7 +219,9 @@ class _Run:
         result: StageResult,
         steps: list[StepLosses],
     ) -> None:
-        """Write a trained stage's folder, whole."""
+        """Write a trained stage's folder, whole, unless it is there: a group given up for dead may have left it."""
+        if (self.place(stage) / "training.json").is_file():
+            return
         with whole_folder(self.place(stage)) as temporary:
             clip.save(model, temporary / "model")
             if exemplars:
@@ -262,6 +271,7 @@ class _Run:
         if rank() == 0:
             self.journal.flush()
             write_whole(self.folder / "result.json", result)
+            remove(self.folder / CHECKPOINT)
         return result
 
 

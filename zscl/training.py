@@ -171,6 +171,7 @@ def train_stage(
     handed_on.after_step(steps)
 
     curves.flush()
+    curves.refuse_weights(handed_on.model)
     checkpoints.end()
     optimizer.zero_grad()  # gradients would stay in memory, and in every copy of the model
     for each in {model, handed_on.model}:

@@ -129,7 +129,7 @@ def test_the_driver_is_asked_to_end(launch: Launch, tmp_path: Path, whole: Path)
         with launch() as process:
             until(trained(run, steps), "it trains")
             process.send_signal(number)
-            assert "stopped behind a checkpoint" in ended(process, code)
+            assert "is stopped behind step" in ended(process, code)
         assert RunState.model_validate_json((run / "state.json").read_text()).status == "KILLED"
     with launch(verb=("resume",)) as process:
         ended(process)
