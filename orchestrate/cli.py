@@ -3,14 +3,19 @@
 import json
 import sys
 import traceback
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from schemas.base import InputError, InterruptedRunError
 from schemas.secrets import mask
+
+if TYPE_CHECKING:
+    from schemas.experiment import Experiment
+    from schemas.results import Result
 
 app = typer.Typer(
     help="Continual fine-tuning of CLIP that keeps its zero-shot ability, on Ray, recorded in MLflow.\n\n"
@@ -36,6 +41,7 @@ Out = Annotated[
     ),
 ]
 Variant = Annotated[str | None, typer.Option(help="Which row of a recipe that is a table of variants, or 'all'.")]
+Offline = Annotated[bool, typer.Option("--offline", help="Without MLflow: `zscl sync` sends everything later.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 
 
@@ -48,7 +54,7 @@ def main() -> None:
         sys.exit(2)
     except InterruptedRunError as interrupt:
         print(f"interrupted: {interrupt}", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(interrupt.exit_code)
     except Exception:  # a fault of ours: its traceback may be sent to us, so no secret may be in it
         print(mask(traceback.format_exc()), end="", file=sys.stderr)
         sys.exit(1)
@@ -69,13 +75,14 @@ def run(
     out: Out = None,
     variant: Variant = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done, stop.")] = False,
+    offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run a recipe; a run that was interrupted goes on behind its last finished stage.
+    """Run a recipe; one that was interrupted goes on from its last checkpoint.
 
     Example: zscl run experiments/embedded.yaml --set method=finetune --set seed=1
     """
-    from orchestrate import places, recipes, report
+    from orchestrate import recipes
     from orchestrate import run as running
 
     contents: list[dict[str, Any]] = []
@@ -84,23 +91,56 @@ def run(
         if dry_run:
             contents.append({"experiment": recipes.shown(opened.experiment), "plan": running.plan(opened, folder)})
             continue
-        result = running.run(opened, folder, progress_console)
-        uri = places.store_uri(opened.experiment, folder)
-        shown = {"folder": str(folder), "tracking_uri": mask(uri)}
-        contents.append({**shown, "result": result.model_dump(mode="json")})
-        lines += [
-            "  ".join(f"{name} {report.percent(value)}" for name, value in result.metrics.model_dump().items())
-            + f"  (zero-shot transfer {report.percent(result.zero_shot_metrics.transfer)})",
-            f"run     {folder}",
-            f"models  {folder}/stages/<k>-<task>/model  (open_clip: local-dir:…)",
-            f"MLflow  {places.browse_command(uri)}",
-        ]
+        content, said = _ended(
+            opened.experiment, folder, running.run(opened, folder, progress_console, offline), offline
+        )
+        contents.append(content)
+        lines += said
     content = contents[0] if len(contents) == 1 else {"variants": contents}
     if dry_run:
         lines = [recipes.dump(content)]
     elif len(contents) > 1:
         lines.append(f"compare zscl compare {' '.join(each['folder'] for each in contents)}")
     emit(content, as_json, lines)
+
+
+@app.command()
+def resume(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.")],
+    overrides: Annotated[
+        list[str],
+        typer.Option("--set", metavar="a.b.c=value", help="Change a field of compute or tracking; repeatable."),
+    ] = [],  # noqa: B006
+    offline: Offline = False,
+    as_json: AsJson = False,
+) -> None:
+    """Go on with a run that was interrupted, from its last checkpoint, to the same numbers.
+
+    Example: zscl resume runs/embedded-zscl-1a2b3c4d --set compute.workers=1
+    """
+    from orchestrate import run as running
+
+    folder = folder.absolute()
+    opened = running.prepare(running.resumable(folder, overrides))
+    content, lines = _ended(opened.experiment, folder, running.run(opened, folder, progress_console, offline), offline)
+    emit(content, as_json, lines)
+
+
+def _ended(experiment: "Experiment", folder: Path, result: "Result", offline: bool) -> tuple[dict[str, Any], list[str]]:
+    """What a finished run has made and where, for programs and for people."""
+    from orchestrate import places, report
+
+    uri = None if offline else places.store_uri(experiment, folder)
+    shown = {"folder": str(folder), "tracking_uri": uri and mask(uri)}
+    figures = "  ".join(f"{name} {report.percent(value)}" for name, value in result.metrics.model_dump().items())
+    lines = [
+        *(f"warning: {sentence}" for sentence in result.warnings),
+        f"{figures}  (zero-shot transfer {report.percent(result.zero_shot_metrics.transfer)})",
+        f"run     {folder}",
+        f"models  {folder}/stages/<k>-<task>/model  (open_clip: local-dir:…)",
+        f"MLflow  {places.browse_command(uri) if uri else f'zscl sync {folder}'}",
+    ]
+    return {**shown, "result": result.model_dump(mode="json")}, lines
 
 
 @app.command()
@@ -124,6 +164,29 @@ def embed(
         contents.append(done.model_dump())
         lines.append(f"{done.images} images, {done.texts} texts; {done.megabytes:.1f} MB of features in {done.folder}")
     emit(contents[0] if len(contents) == 1 else {"variants": contents}, as_json, lines)
+
+
+@app.command()
+def sync(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs on which nobody works.")],
+    uri: Annotated[str | None, typer.Option(help="MLflow tracking URI. Default: that of the run's recipe.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Send to MLflow what it does not have yet of runs: what was run offline, or while it was away.
+
+    Example: zscl sync runs/demo/finetune runs/demo/zscl
+    """
+    from orchestrate import shipping
+    from orchestrate.display import Bar
+
+    contents: list[dict[str, Any]] = []
+    lines: list[str] = []
+    for run in runs:
+        with Bar(progress_console) as bar:
+            synced = shipping.sync(run, uri, partial(bar.update, f"sending {run.name}"))
+        contents.append(synced.model_dump())
+        lines.append(f"{run}: {synced.entries} entries sent to {synced.tracking_uri}, {synced.status}")
+    emit(contents[0] if len(contents) == 1 else {"runs": contents}, as_json, lines)
 
 
 @app.command()
@@ -282,6 +345,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder of the demo's data and runs.")] = Path("runs/demo"),
     recipe: Annotated[Path, typer.Option(help="Recipe of the embedded suite.")] = Path("experiments/embedded.yaml"),
     overrides: Overrides = [],  # noqa: B006
+    offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:
     """Watch a CLIP forget, and not forget: fine-tuning against ZSCL, offline, in a few minutes.
@@ -291,9 +355,11 @@ def demo(
     from orchestrate import demo as demonstration
     from orchestrate import places, report
 
-    runs, uri = demonstration.demo(recipe, out.absolute(), overrides, progress_console)
+    runs, uri = demonstration.demo(recipe, out.absolute(), overrides, progress_console, offline)
     progress_console.rule("comparison")
     content, lines = report.compare(runs, out.absolute() / "comparison", None if as_json else Console())
-    lines.append(f"MLflow    {places.browse_command(uri)}")
-    found = {"runs": [str(run) for run in runs], "tracking_uri": mask(uri), **content}
+    browse = f"zscl sync {' '.join(map(str, runs))}" if offline else places.browse_command(uri)
+    lines.append(f"MLflow    {browse}")
+    shown = None if offline else mask(uri)
+    found = {"runs": [str(run) for run in runs], "tracking_uri": shown, **content}
     emit(found, as_json, lines)

@@ -156,7 +156,8 @@ def run_tasks(
             else:
                 outcomes = _side_by_side(work, tasks, arguments, jobs, bars)
         except KeyboardInterrupt:
-            raise InterruptedRunError("tasks that were finished are kept; the same command goes on") from None
+            kept = "tasks that were finished are kept; the same command goes on"
+            raise InterruptedRunError(kept, exit_code=128 + signal.SIGINT) from None
     failed = [task for task, outcome in outcomes.items() if isinstance(outcome, InputError)]
     if failed:
         also = f" (nor was {', '.join(failed[1:])} made)" if failed[1:] else ""

@@ -16,10 +16,12 @@ from zscl.suites import write_embedded
 METHODS = {"finetune": "finetune", "zscl": None}
 
 
-def demo(recipe: Path, folder: Path, overrides: Sequence[str], console: Console) -> tuple[list[Path], str]:
+def demo(
+    recipe: Path, folder: Path, overrides: Sequence[str], console: Console, offline: bool = False
+) -> tuple[list[Path], str]:
     """Draw the suite into `folder` and run the recipe there by both methods.
 
-    Returns the runs' folders and the URI of the store they are recorded in.
+    Returns the runs' folders and the URI of the store they are recorded in, or would be if not `offline`.
     """
     data = folder / "data"
     content = recipes.read(recipe, overrides)
@@ -32,7 +34,7 @@ def demo(recipe: Path, folder: Path, overrides: Sequence[str], console: Console)
     write_embedded(data, corpus=False, note=lambda text: console.print(text, highlight=False))
     for run, experiment in experiments.items():
         console.rule(run.name)
-        running.run(running.prepare(experiment), run, console)
+        running.run(running.prepare(experiment), run, console, offline)
     return list(experiments), store_uri(experiment, run)
 
 

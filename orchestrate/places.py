@@ -4,9 +4,11 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 
+from schemas.base import InputError
 from schemas.experiment import Experiment
-from schemas.secrets import mask
+from schemas.secrets import MASK, mask
 
 SQLITE = "sqlite:///"
 
@@ -30,6 +32,24 @@ def store_uri(experiment: Experiment, folder: Path) -> str:
     """The recipe's tracking URI, else MLFLOW_TRACKING_URI, else an SQLite file beside the run's folder."""
     given = experiment.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
     return given or f"{SQLITE}{folder.parent / 'mlflow.db'}"
+
+
+def unmasked(uri: str) -> str:
+    """The URI of a recipe that was written down, without the password.
+
+    Raises:
+        InputError: the password is needed, and not in the environment either.
+    """
+    parts = urlsplit(uri)
+    if parts.password != MASK:
+        return uri
+    given = {"MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"} <= os.environ.keys()
+    if given and parts.scheme in ("http", "https"):
+        return uri.replace(f"{parts.username}:{MASK}@", "")
+    raise InputError(
+        f"tracking.uri: found {uri} without its password, expected the whole URI (--set tracking.uri=…; `zscl sync "
+        "--uri …`), or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD for a server"
+    )
 
 
 def browse_command(uri: str) -> str:

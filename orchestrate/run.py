@@ -2,24 +2,32 @@
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from filelock import FileLock, Timeout
-from pydantic import BaseModel
 from rich.console import Console
 
 from orchestrate import places, recipes, report
 from orchestrate.display import Bar, Display
+from orchestrate.interruption import signals_taken
+from orchestrate.ownership import owned
+from orchestrate.state import write_state
 from schemas.base import InputError, InterruptedRunError
 from schemas.experiment import Experiment
 from schemas.results import Embedded, Result
+from schemas.secrets import mask
 from zscl.model import load
 from zscl.opened import Opened, open_experiment
-from zscl.sequence import refuse_other_run
+from zscl.rows import refuse_other_run
 from zscl.shards import IndexedSamples
 from zscl.teaching import check_embeddable, way_of_features
 from zscl.towers import left_in_full
+
+if TYPE_CHECKING:
+    from orchestrate.shipping import Shipper
+
+EXPERIMENT = "experiment.yaml"
 
 
 def plan(opened: Opened, folder: Path) -> dict[str, object]:
@@ -103,18 +111,40 @@ def prepare_variants(
         yield opened, places.folder_of(experiment, opened.fingerprint, out, name if len(experiments) > 1 else "")
 
 
-def run(opened: Opened, folder: Path, console: Console) -> Result:
+def run(opened: Opened, folder: Path, console: Console, offline: bool = False) -> Result:
     """Run an experiment on Ray, recorded in MLflow; one that is finished in `folder` is not run again.
+
+    Offline, its journal is all that records it, and `orchestrate.shipping.sync` sends that later.
 
     Raises:
         InputError: the cluster, the tracking store or the folder is not as expected.
+        InterruptedRunError: a signal ended it; it can go on.
     """
     refuse_other_run(folder, opened.fingerprint)
     if (folder / "result.json").is_file():
         console.print(f"{folder}: finished before, nothing to do", highlight=False)
         return report.load_result(folder)
-    with _owned(folder):
-        return _run(opened, folder, console)
+    with owned(folder, note=partial(console.print, highlight=False, soft_wrap=True)):
+        return _run(opened, folder, console, offline)
+
+
+def resumable(folder: Path, overrides: Sequence[str]) -> Experiment:
+    """Read the experiment that a run's folder holds.
+
+    Args:
+        folder: of a run that was started before.
+        overrides: `a.b.c=value`, of compute and tracking alone.
+
+    Raises:
+        InputError: there is no run, or an override would make it another one.
+    """
+    file = folder / EXPERIMENT
+    if not file.is_file():
+        raise InputError(f"{folder}: found no {EXPERIMENT}, expected the folder of a run that was started before")
+    for override in overrides:
+        if not override.startswith(("compute.", "tracking.")):
+            raise InputError(f"--set {override}: expected a field of compute or tracking; all else is what the run is")
+    return recipes.load_experiment(file, overrides)
 
 
 def embed(opened: Opened, folder: Path, console: Console) -> Embedded:
@@ -122,14 +152,16 @@ def embed(opened: Opened, folder: Path, console: Console) -> Embedded:
 
     Raises:
         InputError: the cluster is not as expected, or the method has nothing to embed ahead.
+        InterruptedRunError: a signal ended it; what is computed is stored.
     """
     from orchestrate.train import connect
     from orchestrate.train import embed as embed_on_workers
 
     check_embeddable(opened)
     connect(opened.experiment.compute, note=lambda text: console.print(text, highlight=False))
-    with tempfile.TemporaryDirectory(prefix=".embedding-", dir=_made(folder.parent)) as scratch, Bar(console) as bar:
-        return embed_on_workers(opened.experiment, Path(scratch), Display(opened.experiment, bar))
+    scratch = tempfile.TemporaryDirectory(prefix=".embedding-", dir=_made(folder.parent))
+    with scratch, Bar(console) as bar, signals_taken() as interruption:
+        return embed_on_workers(opened.experiment, Path(scratch.name), Display(opened.experiment, bar), interruption)
 
 
 def _made(folder: Path) -> Path:
@@ -137,20 +169,8 @@ def _made(folder: Path) -> Path:
     return folder
 
 
-@contextmanager
-def _owned(folder: Path) -> Iterator[None]:
-    """Keep a run's folder for this process; the lock goes with the process, however that ends."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0):
-            yield
-    except Timeout as error:
-        raise InputError(f"{folder}: found another process at work on this run, expected none") from error
-
-
-def _run(opened: Opened, folder: Path, console: Console) -> Result:
+def _run(opened: Opened, folder: Path, console: Console, offline: bool) -> Result:
     # Ray and MLflow take seconds to import: only once there is something to run.
-    from orchestrate.tracking import Tracker
     from orchestrate.train import check_resources, connect, train
 
     experiment = opened.experiment
@@ -158,26 +178,30 @@ def _run(opened: Opened, folder: Path, console: Console) -> Result:
         console.print(f"warning: {warning}", highlight=False, soft_wrap=True)
     connect(experiment.compute, note=lambda text: console.print(text, highlight=False))
     check_resources(experiment.compute)
-    tracker = Tracker(experiment, opened.fingerprint, folder)
-    recipes.write_experiment(experiment, folder / "experiment.yaml")
+    shipper = None if offline else _shipper(opened, folder, console)
+    recipes.write_experiment(experiment, folder / EXPERIMENT)
 
     bar = Bar(console, total=sum(map(experiment.stage_steps, experiment.tasks)) or None)
     display = Display(experiment, bar)
-
-    def on_progress(progress: BaseModel) -> None:
-        tracker(progress)
-        display(progress)
-
-    status = "FAILED"
+    write_state(folder, "RUNNING")
     try:
-        with bar:
-            result = train(experiment, folder, on_progress)
-        status = "FINISHED"
-    except (KeyboardInterrupt, SystemExit) as interrupt:  # Ray makes an exit of an interrupt
-        status = "KILLED"
-        raise InterruptedRunError("the same command goes on behind the last finished stage") from interrupt
+        with bar, signals_taken() as interruption:
+            result = train(experiment, folder, display, interruption)
+        write_state(folder, "FINISHED")
+    except BaseException as error:
+        killed = isinstance(error, InterruptedRunError | KeyboardInterrupt | SystemExit)
+        told = isinstance(error, InterruptedRunError | InputError)  # in a sentence
+        reason = str(error) if told else " ".join(f"{type(error).__name__}: {error}".split())
+        write_state(folder, "KILLED" if killed else "FAILED", mask(reason))
+        raise
     finally:
-        if status != "FINISHED":
-            tracker.close(status)
-    tracker.finish(result, folder)
+        if shipper:
+            shipper.end()
     return result
+
+
+def _shipper(opened: Opened, folder: Path, console: Console) -> "Shipper":
+    from orchestrate.shipping import Shipper
+
+    note = partial(console.print, highlight=False, soft_wrap=True)
+    return Shipper(opened.experiment, opened.fingerprint, folder, note)

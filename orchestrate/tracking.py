@@ -2,124 +2,158 @@
 
 Names are laid out for MLflow's own compare view: the parent has one series a task, `accuracy/<task>` against the
 number of stages trained (0 is the zero-shot row); a child has its curves against the step.
+
+Everything can be sent twice and is there once: runs are found again, and a metric that has the time of its journal
+entry is, for the stores of MLflow, the one they have.
 """
 
+import json
 import logging
 import os
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-# A dead server is noticed in seconds, not in MLflow's default of four minutes.
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+# Who sends again is `orchestrate.shipping`, after longer and longer pauses. A request that MLflow itself repeats, since
+# the answer to it was lost, would make a second run. A silent server is noticed in seconds, not in two minutes.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+# Standard output holds results alone.
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 
 from filelock import FileLock
-from mlflow.entities import Metric, Param
+from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
-from pydantic import BaseModel
 from sqlalchemy.exc import SQLAlchemyError
 
 from orchestrate import report
-from orchestrate.places import SQLITE, store_uri
+from orchestrate.places import SQLITE
 from schemas.base import InputError
 from schemas.experiment import Experiment
-from schemas.results import Result, RowMeasured, StageStarted, StageTrained, StepsTaken
+from schemas.results import JournalEntry, Result, RowMeasured, RunState, StageStarted, StageTrained, StepsTaken
 from schemas.secrets import mask
 
-log = logging.getLogger(__name__)
 logging.getLogger("mlflow").setLevel(logging.WARNING)
+# It prints the traceback of every attempt at a locked database.
+logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
 PARENT = "mlflow.parentRunId"
 KEY = "zscl.key"
-ROWS = "zscl.rows"
-FAILURES = (MlflowException, SQLAlchemyError, OSError)
-SILENCE_SECONDS = 30.0
+STAGE = "zscl.stage"
+TAKEN = "zscl.journal"
+REASON = "zscl.reason"
+TABLES = "mlflow.loggedArtifacts"  # which artefacts MLflow's pages show as tables
+FAILURES = (MlflowException, SQLAlchemyError, OSError, ImportError)
 METRICS_AT_ONCE = 1_000  # MLflow's limit for one call
+LONGEST_VALUE = 6_000  # of a parameter
 # The kind of experiment whose page opens with charts for training instead of those for language models.
 KIND = {"mlflow.experimentKind": "custom_model_development"}
 
 
-class Tracker:
-    """Records one run's progress. It must be able to start; a record that fails later is logged and passed over."""
+def unreachable(uri: str, error: Exception) -> InputError:
+    """What to say of a store that cannot be opened."""
+    shown = mask(" ".join(str(error).split()), uri)[:200]
+    return InputError(
+        f"tracking.uri: found no reachable MLflow store at {mask(uri)}, expected a server "
+        f"that answers or sqlite:///FILE ({shown})"
+    )
 
-    def __init__(self, experiment: Experiment, fingerprint: str, folder: Path) -> None:
-        """Open the store and the parent run, which a resumed run finds again.
 
-        Raises:
-            InputError: the store cannot be reached.
+class Record:
+    """One run in a store. Every method raises one of `FAILURES` where the store does not answer as it should."""
+
+    def __init__(self, experiment: Experiment, fingerprint: str, folder: Path, uri: str, begun: int | None) -> None:
+        """Find the run in the store, or make it.
+
+        Args:
+            experiment: what is run.
+            fingerprint: of it.
+            folder: the run's, absolute.
+            uri: of the store.
+            begun: when the run's journal begins, if there is one; it tells a run from an earlier one of the same
+                experiment, whose folder is gone.
         """
-        self.uri = store_uri(experiment, folder)
-        self.key = mask(f"{fingerprint} {folder}")
-        self.children: dict[int, str] = {}
-        self.silent_until = 0.0
-        try:
-            with _alone(self.uri):
-                self.client = MlflowClient(tracking_uri=self.uri)
-                self.experiment_id = self._experiment(experiment.tracking.experiment)
-            self.parent = self._parent(experiment, fingerprint, folder)
-        except (*FAILURES, ImportError) as error:
-            shown = mask(" ".join(str(error).split()), self.uri)[:200]
-            raise InputError(
-                f"tracking.uri: found no reachable MLflow store at {mask(self.uri)}, expected a server "
-                f"that answers or sqlite:///FILE ({shown})"
-            ) from error
-        self.rows = int(self.client.get_run(self.parent).data.tags.get(ROWS, 0))
+        self.uri, self.begun = uri, begun
+        with _alone(uri):
+            self.client = MlflowClient(tracking_uri=uri)
+            self.experiment_id = self._experiment(experiment.tracking.experiment)
+        found = self._find(mask(f"{fingerprint} {folder}")) or self._make(experiment, fingerprint, folder)
+        self.parent = str(found.info.run_id)
+        self.status = str(found.info.status)
+        self.taken = _position(found)[0]
+        self._children: dict[int, str] = {}
+        if not found.data.params:
+            what = experiment.model_dump(mode="json", exclude={"compute", "tracking", "tasks"})
+            params = [Param(name, mask(str(value))[:LONGEST_VALUE]) for name, value in _flat(what)]
+            self.client.log_batch(self.parent, params=params)
 
-    def __call__(self, progress: BaseModel) -> None:
-        """Record one piece of progress; after a failure, nothing for a while, so that no backlog grows."""
-        if time.monotonic() < self.silent_until:
-            return
-        try:
-            match progress:
-                case StageStarted():
-                    self._start_stage(progress)
-                case StepsTaken():
-                    self._log(self.children.get(progress.stage), _curves(progress))
-                case StageTrained():
-                    seconds = Metric("train_seconds", progress.result.train_seconds, _now(), 0)
-                    self._log(self.children.get(progress.result.stage), [seconds])
-                case RowMeasured():
-                    self._record_row(progress)
-        except FAILURES as error:
-            self.silent_until = time.monotonic() + SILENCE_SECONDS
-            log.warning("MLflow did not take a record (%s); the run goes on", type(error).__name__)
+    def resume(self) -> None:
+        """Say that the run is under way."""
+        self.client.update_run(self.parent, status="RUNNING")
+        self._forget_reason()
 
-    def finish(self, result: Result, folder: Path) -> None:
-        """Record figures, matrix, recipe and pictures, and close the parent run."""
+    def send(self, entries: Sequence[JournalEntry]) -> None:
+        """Send the entries behind those that were taken, and note how many that makes."""
+        for stage, together in groupby(entries, key=_stage_of_steps):
+            if stage is None:
+                for entry in together:
+                    self._send_event(entry)
+            else:  # neighbouring steps of a stage, in few calls
+                curves = [metric for entry in together for metric in _curves(entry)]
+                self._log(self._child(stage, curves[0].timestamp), curves)
+        self.begun = self.begun or entries[0].time
+        self.client.set_tag(self.parent, TAKEN, f"{self.taken + len(entries)} since {self.begun}")
+        self.taken += len(entries)
+
+    def finish(self, result: Result, folder: Path, measured: int, ended: int) -> None:
+        """Record figures, matrix, recipe and pictures, and close the parent.
+
+        Args:
+            result: of the run.
+            folder: of the run.
+            measured: the time that the figures get, the same whenever they are sent.
+            ended: when the run was finished.
+        """
         zero_shot = result.zero_shot_metrics
         figures = result.metrics.model_dump() | {
             "zero_shot/transfer": zero_shot.transfer,
             "zero_shot/avg": zero_shot.avg,
         }
-        now = _now()
-        try:
-            for stage, accuracies in enumerate([result.zero_shot, *result.accuracy_matrix]):
-                row = dict(zip((task.name for task in result.tasks), accuracies, strict=True))
-                self._record_row(RowMeasured(stage=stage, accuracy=row))  # those that were not taken at their time
-            self._log(
-                self.parent, [Metric(name, value, now, 0) for name, value in figures.items() if value is not None]
-            )
-            self.client.log_artifact(self.parent, str(folder / "experiment.yaml"))
-            self.client.log_artifact(self.parent, str(folder / "result.json"))
-            self.client.log_table(self.parent, report.matrix_columns(result), "accuracy_matrix.json")
-            self.client.log_figure(self.parent, report.draw_matrix(result), "figures/accuracy_matrix.png")
-            self.client.log_figure(self.parent, report.draw_accuracies(result), "figures/accuracy_by_stage.png")
-            self.client.set_terminated(self.parent, "FINISHED")
-        except FAILURES as error:
-            log.warning("MLflow did not take the result (%s); it is in %s", type(error).__name__, folder)
+        metrics = [Metric(name, value, measured, 0) for name, value in figures.items() if value is not None]
+        if not result.stages:  # nothing was trained, nor measured again; the rows are there for comparisons
+            names = [task.name for task in result.tasks]
+            for stage, cells in enumerate(result.accuracy_matrix, start=1):
+                metrics += _row(dict(zip(names, cells, strict=True)), measured, stage)
+        self._log(self.parent, metrics)
+        columns = report.matrix_columns(result)
+        rows = [list(row) for row in zip(*columns.values(), strict=True)]
+        self.client.log_artifact(self.parent, str(folder / "experiment.yaml"))
+        self.client.log_artifact(self.parent, str(folder / "result.json"))
+        # `log_table` would append to a table that is there.
+        self.client.log_dict(self.parent, {"columns": list(columns), "data": rows}, "accuracy_matrix.json")
+        self.client.log_figure(self.parent, report.draw_matrix(result), "figures/accuracy_matrix.png")
+        self.client.log_figure(self.parent, report.draw_accuracies(result), "figures/accuracy_by_stage.png")
+        self.client.set_tag(self.parent, TABLES, json.dumps([{"path": "accuracy_matrix.json", "type": "table"}]))
+        if result.warnings:
+            self.client.set_tag(self.parent, "zscl.warnings", "\n".join(result.warnings)[:LONGEST_VALUE])
+        self._forget_reason()
+        self.client.set_terminated(self.parent, "FINISHED", ended)
 
-    def close(self, status: str) -> None:
-        """Mark the parent and the open stage as FAILED or KILLED."""
-        try:
-            for run in (*self.children.values(), self.parent):
-                if self.client.get_run(run).info.status == "RUNNING":
-                    self.client.set_terminated(run, status)
-        except FAILURES as error:
-            log.warning("MLflow did not take the status %s (%s)", status, type(error).__name__)
+    def close(self, state: RunState) -> None:
+        """Mark the parent and the open stage as FAILED or KILLED, and say why."""
+        query = f"tags.`{PARENT}` = '{self.parent}' and attributes.status = 'RUNNING'"
+        for stage in self.client.search_runs([self.experiment_id], query):
+            self.client.set_terminated(stage.info.run_id, state.status, state.time)
+        self.client.set_tag(self.parent, REASON, state.reason[:LONGEST_VALUE])
+        self.client.set_terminated(self.parent, state.status, state.time)
+
+    def _forget_reason(self) -> None:
+        """Of an earlier attempt."""
+        if REASON in self.client.get_run(self.parent).data.tags:
+            self.client.delete_tag(self.parent, REASON)
 
     def _experiment(self, name: str) -> str:
         found = self.client.get_experiment_by_name(name)
@@ -127,7 +161,7 @@ class Tracker:
             return str(found.experiment_id)
         # Beside an SQLite store lie its artefacts; a server has a place of its own.
         local = self.uri.startswith(SQLITE)
-        place = str(Path(self.uri.removeprefix(SQLITE)).parent / "mlflow-artifacts") if local else None
+        place = str(Path(self.uri.removeprefix(SQLITE)).absolute().parent / "mlflow-artifacts") if local else None
         try:
             return str(self.client.create_experiment(name, artifact_location=place, tags=KIND))
         except MlflowException:
@@ -136,63 +170,66 @@ class Tracker:
                 raise
             return str(made.experiment_id)
 
-    def _parent(self, experiment: Experiment, fingerprint: str, folder: Path) -> str:
-        found = self._find(self.key)
-        if found:
-            self.client.update_run(found, status="RUNNING")
-            return found
+    def _find(self, key: str) -> Run | None:
+        quoted = key.replace("'", "\\'")
+        query = f"tags.`{KEY}` = '{quoted}' and tags.`zscl.level` = 'sequence'"
+        for run in self.client.search_runs([self.experiment_id], query, order_by=["attributes.start_time DESC"]):
+            if _position(run)[1] in (None, self.begun):
+                return run
+        return None
+
+    def _make(self, experiment: Experiment, fingerprint: str, folder: Path) -> Run:
         tags = {
-            KEY: self.key,
+            KEY: mask(f"{fingerprint} {folder}"),
             "zscl.level": "sequence",
             "zscl.method": experiment.method.name,
             "zscl.seed": str(experiment.seed),
             "zscl.fingerprint": fingerprint,
-            "zscl.order": ", ".join(task.name for task in experiment.tasks),
             "zscl.folder": mask(str(folder)),
         }
-        run = self.client.create_run(self.experiment_id, run_name=folder.name, tags=tags).info.run_id
-        what = experiment.model_dump(mode="json", exclude={"compute", "tracking", "tasks"})
-        params = [Param(name, mask(str(value))[:6000]) for name, value in _flat(what)]
-        params.append(Param("tasks", tags["zscl.order"][:6000]))
-        self.client.log_batch(run, params=params)
-        return str(run)
+        return self.client.create_run(self.experiment_id, start_time=self.begun, run_name=folder.name, tags=tags)
 
-    def _find(self, key: str) -> str | None:
-        quoted = key.replace("'", "\\'")
-        runs = self.client.search_runs([self.experiment_id], f"tags.`{KEY}` = '{quoted}'", max_results=1)
-        return str(runs[0].info.run_id) if runs else None
+    def _child(self, stage: int, time: int, task: str = "") -> str:
+        """The run of a stage that is under way; where somebody deleted it, another one."""
+        if stage not in self._children:
+            found = self._find_child(stage)
+            if found is None:
+                tags = {PARENT: self.parent, "zscl.level": "stage", STAGE: str(stage)}
+                name = f"{stage}-{task}".rstrip("-")
+                found = self.client.create_run(self.experiment_id, start_time=time, run_name=name, tags=tags)
+            elif found.info.status != "RUNNING":  # it goes on
+                self.client.update_run(found.info.run_id, status="RUNNING")
+            self._children[stage] = str(found.info.run_id)
+        return self._children[stage]
 
-    def _stage_key(self, stage: int) -> str:
-        return f"{self.key} stage {stage}"
+    def _find_child(self, stage: int) -> Run | None:
+        query = f"tags.`{PARENT}` = '{self.parent}' and tags.`{STAGE}` = '{stage}'"
+        runs = self.client.search_runs([self.experiment_id], query, max_results=1)
+        return runs[0] if runs else None
 
-    def _start_stage(self, started: StageStarted) -> None:
-        key = self._stage_key(started.stage)
-        interrupted = self._find(key)
-        if interrupted:  # it is trained again from its start: one curve, not two
-            self.client.delete_run(interrupted)
-        tags = {KEY: key, PARENT: self.parent, "zscl.level": "stage", "zscl.stage": str(started.stage)}
-        name = f"{started.stage}-{started.task}"
-        run = self.client.create_run(self.experiment_id, run_name=name, tags=tags)
-        self.children[started.stage] = run.info.run_id
+    def _send_event(self, entry: JournalEntry) -> None:
+        match progress := entry.progress:
+            case StageStarted():
+                self._child(progress.stage, entry.time, progress.task)
+            case StageTrained():
+                seconds = Metric("train_seconds", progress.result.train_seconds, entry.time, 0)
+                self._log(self._child(progress.result.stage, entry.time), [seconds])
+            case RowMeasured():
+                self._send_row(progress, entry.time)
 
-    def _record_row(self, row: RowMeasured) -> None:
-        if row.stage < self.rows:  # recorded before an interruption
-            return
-        now = _now()
-        cells = [Metric(f"accuracy/{task}", value, now, row.stage) for task, value in row.accuracy.items()]
-        mean = sum(row.accuracy.values()) / len(row.accuracy)
-        self._log(self.parent, [*cells, Metric("accuracy_mean", mean, now, row.stage)])
-        self.rows = row.stage + 1
-        self.client.set_tag(self.parent, ROWS, str(self.rows))
-        # A stage trained before an interruption has its run, but not in this process.
-        child = self.children.pop(row.stage, None) or self._find(self._stage_key(row.stage))
-        if child:
+    def _send_row(self, row: RowMeasured, time: int) -> None:
+        cells = _row(row.accuracy, time, row.stage)
+        self._log(self.parent, cells)
+        if row.stage == 0:
+            order = ", ".join(row.accuracy)[:LONGEST_VALUE]
+            self.client.log_batch(self.parent, params=[Param("tasks", order)], tags=[RunTag("zscl.order", order)])
+        else:
+            child = self._child(row.stage, time)
             self._log(child, cells)
-            self.client.set_terminated(child, "FINISHED")
+            self.client.set_terminated(child, "FINISHED", time)
+            del self._children[row.stage]
 
-    def _log(self, run: str | None, metrics: list[Metric]) -> None:
-        if run is None:  # a stage whose start was not recorded has no run
-            return
+    def _log(self, run: str, metrics: Sequence[Metric]) -> None:
         for start in range(0, len(metrics), METRICS_AT_ONCE):
             self.client.log_batch(run, metrics=metrics[start : start + METRICS_AT_ONCE])
 
@@ -211,14 +248,31 @@ def _alone(uri: str) -> Iterator[None]:
         yield
 
 
-def _curves(taken: StepsTaken) -> list[Metric]:
-    now = _now()
+def _position(run: Run) -> tuple[int, int | None]:
+    """How many entries of a journal a run has taken, and when that journal begins."""
+    taken, _, begun = run.data.tags.get(TAKEN, "0").partition(" since ")
+    return int(taken), int(begun) if begun else None
+
+
+def _stage_of_steps(entry: JournalEntry) -> int | None:
+    return entry.progress.stage if isinstance(entry.progress, StepsTaken) else None
+
+
+def _curves(entry: JournalEntry) -> list[Metric]:
+    taken, time = entry.progress, entry.time
+    assert isinstance(taken, StepsTaken)
     curves = []
     for step in taken.steps:
-        curves.append(Metric("learning_rate", step.learning_rate, now, step.step))
-        curves += [Metric(f"loss/{name}", value, now, step.step) for name, value in step.losses.items()]
-    curves.append(Metric("images_per_second", taken.images_per_second, now, taken.steps[-1].step))
+        curves.append(Metric("learning_rate", step.learning_rate, time, step.step))
+        curves.append(Metric("gradient_norm", step.gradient_norm, time, step.step))
+        curves += [Metric(f"loss/{name}", value, time, step.step) for name, value in step.losses.items()]
+    curves.append(Metric("images_per_second", taken.images_per_second, time, taken.steps[-1].step))
     return curves
+
+
+def _row(accuracy: dict[str, float], time: int, stage: int) -> list[Metric]:
+    cells = [Metric(f"accuracy/{task}", value, time, stage) for task, value in accuracy.items()]
+    return [*cells, Metric("accuracy_mean", sum(accuracy.values()) / len(accuracy), time, stage)]
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -226,7 +280,3 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     for name, value in tree.items():
         rows += _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
     return rows
-
-
-def _now() -> int:
-    return int(time.time() * 1000)

@@ -1,33 +1,41 @@
 """One experiment on N Ray Train workers.
 
 One worker group runs the whole sequence. The run's folder is its own checkpoint (see `zscl.sequence`): a restarted
-worker group, or a later start of the same run, goes on behind the last finished stage. Ray's own reports carry
-metrics only, so nothing depends on when Ray commits them.
+worker group, or a later start of the same run, goes on from what is there. Ray is handed no checkpoints, so nothing
+depends on when it commits them, and its controller may die as well as a worker.
 """
 
 import logging
+import math
 import os
+import threading
+import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
+import ray.exceptions
 import ray.train
 import ray.train.torch
 from pydantic import BaseModel, TypeAdapter
 from ray.exceptions import AuthenticationError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.util.queue import Queue
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrate.access import loopback_alone, use_token
+from orchestrate.interruption import Interruption
+from orchestrate.line import Line
 from schemas.base import InputError
 from schemas.compute import Compute
 from schemas.experiment import Experiment
 from schemas.results import Embedded, Progress, Result
+from zscl.checkpoint import CHECKPOINT, StoppedError
 from zscl.files import write_text
 from zscl.sequence import run_sequence
 from zscl.teaching import embed_reference
@@ -35,9 +43,13 @@ from zscl.teaching import embed_reference
 log = logging.getLogger(__name__)
 
 CONTROLLER_RETRIES = 3  # Ray's default is to try for ever
+WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
 OnProgress = Callable[[BaseModel], None]
 _progress: TypeAdapter[Any] = TypeAdapter(Progress)
-_END = ""
+_END, _STOPPED = "end", "stopped"
+# By name: Ray's controller unpickles what its workers get, and for a function of ours it would import all of open_clip
+# before it starts them.
+WORK: dict[str, Callable[..., BaseModel]] = {"run": run_sequence, "embed": embed_reference}
 
 
 def connect(compute: Compute, note: Callable[[str], None]) -> None:
@@ -68,58 +80,141 @@ def check_resources(compute: Compute) -> bool:
     """Tell whether the workers get GPUs.
 
     Raises:
-        InputError: the cluster cannot hold the workers.
+        InputError: the cluster cannot hold the workers, or the fewest of them that will do.
     """
     cluster = ray.cluster_resources()
     gpus = cluster.get("GPU", 0.0)
     use_gpu = compute.device == "gpu" or (compute.device == "auto" and gpus > 0)
-    wanted = {"CPU": compute.workers * compute.cpus_per_worker}
+    field, workers = (
+        ("workers", compute.workers) if compute.min_workers is None else ("min_workers", compute.min_workers)
+    )
+    wanted = {"CPU": workers * compute.cpus_per_worker}
     if use_gpu:
-        wanted["GPU"] = compute.workers * compute.gpus_per_worker
+        wanted["GPU"] = workers * compute.gpus_per_worker
     for kind, amount in wanted.items():
         if amount > cluster.get(kind, 0.0):
             raise InputError(
-                f"compute.workers: {compute.workers} workers need {amount:g} {kind}s, found {cluster.get(kind, 0.0):g} "
+                f"compute.{field}: {workers} workers need {amount:g} {kind}s, found {cluster.get(kind, 0.0):g} "
                 "in the Ray cluster; expected fewer workers, less for each, or a larger cluster"
             )
     return use_gpu
 
 
-def train(experiment: Experiment, folder: Path, on_progress: OnProgress) -> Result:
+def train(experiment: Experiment, folder: Path, on_progress: OnProgress, interruption: Interruption) -> Result:
     """Run an experiment on the cluster that `connect` chose; `on_progress` is called in a thread of this process.
 
     Raises:
         InputError: a worker found something wrong with the experiment's data or model.
-        ray.train.TrainingFailedError: a worker failed more often than compute.max_failures.
+        InterruptedRunError: a signal asked for the end; the folder holds what it takes to go on.
+        ray.train.TrainingFailedError: workers failed, compute.max_failures times without having come further.
     """
-    return Result.model_validate_json(_on_workers(run_sequence, experiment, folder, on_progress))
+    return Result.model_validate_json(_on_workers("run", experiment, folder, on_progress, interruption))
 
 
-def embed(experiment: Experiment, folder: Path, on_progress: OnProgress) -> Embedded:
+def embed(experiment: Experiment, folder: Path, on_progress: OnProgress, interruption: Interruption) -> Embedded:
     """Fill the teacher's stores for an experiment; as `train` otherwise."""
-    return Embedded.model_validate_json(_on_workers(embed_reference, experiment, folder, on_progress))
+    return Embedded.model_validate_json(_on_workers("embed", experiment, folder, on_progress, interruption))
 
 
-def _on_workers(work: Callable[..., BaseModel], experiment: Experiment, folder: Path, on_progress: OnProgress) -> str:
-    """Call a function of `zscl.sequence` on every worker of a group. Returns the main worker's answer, as JSON."""
-    use_gpu = check_resources(experiment.compute)
+def _on_workers(
+    work: str,
+    experiment: Experiment,
+    folder: Path,
+    on_progress: OnProgress,
+    interruption: Interruption,
+) -> str:
+    """Call one of `WORK` on every worker of a group. Returns the main worker's answer, as JSON."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    line = ray.remote(Line).options(num_cpus=0, scheduling_strategy=here).remote()
+    stopped = threading.Event()
+    with _listening(line, on_progress, stopped):
+        # In a thread of its own, for in the main one Ray would take the signals.
+        answer: Future[str] = Future()
+        fitting = partial(_fit, work, experiment, folder, line)
+        threading.Thread(target=_settle, args=(answer, fitting), name="fit", daemon=True).start()
+        return _wait(answer, line, stopped, interruption, experiment.compute.grace_seconds)
+
+
+def _settle(answer: "Future[str]", function: Callable[[], str]) -> None:
+    try:
+        answer.set_result(function())
+    except BaseException as error:
+        answer.set_exception(error)
+
+
+def _wait(
+    answer: "Future[str]", line: Any, stopped: threading.Event, interruption: Interruption, grace_seconds: float
+) -> str:
+    """Wait for the workers' answer; after a signal, for them to stop where they can go on, if that is soon."""
+    deadline = math.inf
+    while not wait([answer], timeout=0.1).done:
+        if interruption and deadline == math.inf:
+            line.ask_to_stop.remote()
+            deadline = time.monotonic() + grace_seconds
+        if stopped.is_set():
+            raise interruption.error("stopped behind a checkpoint; the same command goes on there")
+        if time.monotonic() > deadline:
+            raise interruption.error(
+                f"no checkpoint came within {grace_seconds:g} s (compute.grace_seconds); the same command goes on from "
+                "the last one"
+            )
+    if interruption and not answer.exception() and not answer.result():
+        raise interruption.error("stopped behind a checkpoint; the same command goes on there")
+    return answer.result()
+
+
+def _fit(work: str, experiment: Experiment, folder: Path, line: Any) -> str:
+    """Fit until there is an answer, anew as long as what failed had come further."""
+    while True:
+        name = f"{datetime.now():%Y%m%d-%H%M%S-%f}"
+        refusal = folder / "ray" / name / "refused"
+        before = _reached(folder)
+        try:
+            answer: str = _trainer(work, experiment, folder, line, name, refusal).fit().return_value
+            failure = None
+        except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
+            failure = error
+        if refusal.is_file():
+            raise InputError(refusal.read_text()) from failure
+        if failure is None:
+            return answer
+        if _reached(folder) == before:
+            raise failure
+        log.warning("The worker group failed (%s); it had come further, so it starts again", type(failure).__name__)
+
+
+def _reached(folder: Path) -> list[tuple[Path, int]]:
+    """What tells how far a run has come."""
+    found = [folder / CHECKPOINT, *folder.glob("*.json"), *folder.glob("stages/*/*.json")]
+    return sorted((file, file.stat().st_mtime_ns) for file in found if file.is_file())
+
+
+def _trainer(work: str, experiment: Experiment, folder: Path, line: Any, name: str, refusal: Path) -> TorchTrainer:
     compute = experiment.compute
+    use_gpu = check_resources(compute)
     resources = {"CPU": compute.cpus_per_worker} | ({"GPU": compute.gpus_per_worker} if use_gpu else {})
-    name = f"{datetime.now():%Y%m%d-%H%M%S-%f}"
-    refusal = folder / "ray" / name / "refused"
-    queue = Queue(actor_options={"num_cpus": 0})
-    trainer = TorchTrainer(
+    patience = 60 * compute.hang_minutes
+    os.environ[WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR] = str(patience)  # Ray hands it on to its controller
+    elastic = compute.min_workers is not None and compute.min_workers < compute.workers
+    return TorchTrainer(
         _work,
         train_loop_config={
             "work": work,
             "experiment": experiment.model_dump_json(),
             "folder": folder,
-            "queue": queue,
+            "line": line,
             "refusal": refusal,
         },
-        scaling_config=ScalingConfig(num_workers=compute.workers, use_gpu=use_gpu, resources_per_worker=resources),
-        # NCCL refuses two workers on one GPU.
-        torch_config=TorchConfig(backend="nccl" if use_gpu and compute.gpus_per_worker >= 1 else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=(compute.min_workers, compute.workers) if elastic else compute.workers,
+            use_gpu=use_gpu,
+            resources_per_worker=resources,
+        ),
+        torch_config=TorchConfig(
+            # NCCL refuses two workers on one GPU.
+            backend="nccl" if use_gpu and compute.gpus_per_worker >= 1 else "gloo",
+            timeout_s=max(1, round(patience)),
+        ),
         run_config=RunConfig(
             name=name,
             storage_path=str(folder / "ray"),
@@ -128,33 +223,28 @@ def _on_workers(work: Callable[..., BaseModel], experiment: Experiment, folder: 
             ),
         ),
     )
-    returned = ""
-    with _listening(queue, on_progress):
-        try:
-            returned = trainer.fit().return_value
-        except ray.train.WorkerGroupError:
-            if not refusal.is_file():
-                raise
-    if refusal.is_file():
-        raise InputError(refusal.read_text())
-    return returned
 
 
 def _work(config: dict[str, Any]) -> str:
-    """What every worker runs."""
+    """What every worker runs. Returns nothing where the group was stopped, or its input refused."""
+    line = config["line"]
 
     def report(progress: BaseModel) -> None:
-        config["queue"].put(progress.model_dump_json())
+        ray.get(line.put.remote(progress.model_dump_json()))
 
     if config["refusal"].is_file():  # the group was restarted; what was wrong with the input still is
         return ""
     try:
-        answer: BaseModel = config["work"](
+        answer = WORK[config["work"]](
             Experiment.model_validate_json(config["experiment"]),
             config["folder"],
             report=report,
             device=ray.train.torch.get_device(),
+            asked_to_stop=lambda: ray.get(line.asked_to_stop.remote()),
         )
+    except StoppedError:
+        ray.get(line.put.remote(_STOPPED))
+        return ""
     except InputError as error:
         write_text(config["refusal"], str(error))
         raise
@@ -162,24 +252,27 @@ def _work(config: dict[str, Any]) -> str:
 
 
 @contextmanager
-def _listening(queue: Queue, on_progress: OnProgress) -> Iterator[None]:
+def _listening(line: Any, on_progress: OnProgress, stopped: threading.Event) -> Iterator[None]:
     """Hand on what the workers report, from a thread, until the block ends.
 
-    Nothing that goes wrong with a display or a record may stop the training: it is logged.
+    Nothing that goes wrong with a display may stop the training: it is logged.
     """
 
     def listen() -> None:
-        while (message := queue.get()) != _END:
+        while (message := ray.get(line.get.remote())) != _END:
+            if message == _STOPPED:
+                stopped.set()
+                continue
             try:
                 on_progress(_progress.validate_json(message))
             except Exception:
-                log.exception("Progress could not be shown or recorded; the run goes on")
+                log.exception("Progress could not be shown; the run goes on")
 
     with ThreadPoolExecutor(1) as pool:
         listening = pool.submit(listen)
         try:
             yield
         finally:
-            queue.put(_END)
+            ray.get(line.put.remote(_END))
             listening.result()
-            queue.shutdown()
+            ray.kill(line)

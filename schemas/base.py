@@ -48,13 +48,19 @@ def _readable(line: str) -> str:
 
 
 class InterruptedRunError(Exception):
-    """The user stopped a run. The command line says how to go on and exits with code 130."""
+    """A run was stopped from outside. The command line says how to go on and exits with 128 + the signal's number."""
+
+    def __init__(self, how_to_go_on: str, exit_code: int) -> None:
+        super().__init__(how_to_go_on)
+        self.exit_code = exit_code
 
 
 class Strict(BaseModel):
-    """Immutable, no silent conversion, no unknown field."""
+    """Immutable, no silent conversion, no unknown field. Where a field may be NaN, JSON has it as such."""
 
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(
+        strict=True, frozen=True, extra="forbid", allow_inf_nan=False, ser_json_inf_nan="constants"
+    )
 
     @model_validator(mode="before")
     @classmethod

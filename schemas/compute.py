@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from schemas.base import Location, Share, Strict
 
@@ -32,11 +32,22 @@ class Savings(Strict):
         return self
 
 
+class Checkpoint(Strict):
+    """How much work an interruption may cost; the end of a stage is always kept."""
+
+    every_minutes: PositiveFloat = Field(10.0, description="Time between checkpoints inside a stage")
+    every_steps: PositiveInt | None = Field(None, description="Also after so many steps of a stage")
+
+
 class Compute(Strict):
     """What one run asks of the cluster."""
 
     address: str | None = Field(None, description="Ray cluster, as in ray.init; default: RAY_ADDRESS, else a local one")
     workers: PositiveInt = Field(1, description="Ray Train workers; the batch sizes are global, whatever this is")
+    min_workers: PositiveInt | None = Field(
+        None,
+        description="Elastic: start with as few, and go on with as few where the cluster loses some; default: all",
+    )
     device: Literal["auto", "cpu", "gpu"] = Field("auto", description="auto: GPUs if the cluster has any")
     cpus_per_worker: PositiveFloat = 1.0
     gpus_per_worker: PositiveFloat = Field(1.0, description="Fractions share a GPU")
@@ -53,7 +64,16 @@ class Compute(Strict):
         0.01, description="Share of a set's samples that may be unusable; they are skipped and named"
     )
     evaluation_batch_size: PositiveInt = Field(256, description="Test images a worker encodes at once")
-    max_failures: NonNegativeInt = Field(3, description="Times a failed worker group is started again")
+    checkpoint: Checkpoint = Checkpoint()
+    max_failures: NonNegativeInt = Field(
+        3, description="Times in a row that a failed worker group is started again without having come further"
+    )
+    hang_minutes: PositiveFloat = Field(
+        30.0, description="A worker that neither answers nor takes part in a collective for so long is given up"
+    )
+    grace_seconds: NonNegativeFloat = Field(
+        25.0, description="On SIGTERM or Ctrl-C, how long to wait for a last checkpoint"
+    )
     teacher_features: Literal["auto", "ahead", "as_met", "never"] = Field(
         "auto",
         description="The initial model's features of the distilled images: all computed ahead of training, or stored "
@@ -69,6 +89,12 @@ class Compute(Strict):
         False, description="Forget each block's activations and compute them again in the backward pass"
     )
     compile: bool = Field(False, description="torch.compile of the image tower; changes numbers by round-off")
+
+    @model_validator(mode="after")
+    def _fewer_than_all(self) -> "Compute":
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(f"min_workers is {self.min_workers}, expected at most the {self.workers} workers")
+        return self
 
 
 class Tracking(Strict):

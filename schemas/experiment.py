@@ -61,6 +61,9 @@ class Optimisation(Strict):
     warmup_steps: int = Field(100, ge=0)
     betas: Annotated[tuple[Share, Share], Field(strict=False)] = (0.9, 0.999)
     weight_decay: float = Field(0.0, ge=0)
+    max_gradient_norm: PositiveFloat | None = Field(
+        None, description="Gradients of a larger norm, over all trained parameters, are scaled down to it"
+    )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast of the two towers")
 
 
@@ -180,6 +183,8 @@ class Experiment(Strict):
             identity["class_incremental"] = self.class_incremental.template
         for task in identity["tasks"]:
             task["path"] = contents[task["path"]]
+        if self.optimisation.max_gradient_norm is None:  # as before there was such a field
+            del identity["optimisation"]["max_gradient_norm"]
         if self.method.distill is None:
             del identity["optimisation"]["reference_batch_size"]
         identity["reference"] = None

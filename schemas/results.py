@@ -42,6 +42,7 @@ class StageResult(Strict):
     images_per_second: float
     merges: NonNegativeInt = Field(description="Models in the weight ensemble, the stage's start included")
     losses: dict[str, float] = Field(description="Each named loss at the last step")
+    warnings: Many[str] = Field((), description="What looks like a failed stage, a sentence each")
     broken: Many[Shown] = Field((), description="Training samples that were skipped, a sentence each")
 
 
@@ -74,6 +75,7 @@ class Result(Strict):
     reference_texts: NonNegativeInt
     workers: int
     device: str
+    warnings: Many[str] = Field((), description="What looks like a failed stage, a sentence each")
     train_seconds: float
     evaluation_seconds: float
     versions: dict[str, str]
@@ -88,12 +90,24 @@ class Embedded(Strict):
     megabytes: float = Field(description="On disk, of the image features")
 
 
+class Synced(Strict):
+    """What a store got of a run, afterwards."""
+
+    folder: str
+    tracking_uri: str = Field(description="Without a password")
+    entries: NonNegativeInt = Field(description="Of the journal, that were missing")
+    status: str
+
+
 class StepLosses(Strict):
     """One training step: `step` counts from 0."""
 
     step: NonNegativeInt
     learning_rate: float
     losses: dict[str, Annotated[float, AllowInfNan()]]
+    gradient_norm: Annotated[float, AllowInfNan()] = Field(
+        description="Over all trained parameters, before any clipping"
+    )
 
 
 class StageStarted(Strict):
@@ -148,6 +162,21 @@ class ImagesEmbedded(Strict):
     total: NonNegativeInt
 
 
+class RunStarted(Strict):
+    """A run begins, or goes on."""
+
+    event: Literal["run_started"] = "run_started"
+    fingerprint: str
+
+
+class CheckpointWritten(Strict):
+    """The stage can go on from behind so many steps."""
+
+    event: Literal["checkpoint_written"] = "checkpoint_written"
+    stage: int
+    steps: NonNegativeInt
+
+
 class Note(Strict):
     """Something worth a line in the log."""
 
@@ -156,6 +185,29 @@ class Note(Strict):
 
 
 Progress = Annotated[
-    StageStarted | StepsTaken | StageTrained | TaskEvaluated | RowMeasured | ImagesEmbedded | Note,
+    RunStarted
+    | StageStarted
+    | StepsTaken
+    | CheckpointWritten
+    | StageTrained
+    | TaskEvaluated
+    | RowMeasured
+    | ImagesEmbedded
+    | Note,
     Field(discriminator="event"),
 ]
+
+
+class JournalEntry(Strict):
+    """A line of `journal.jsonl`."""
+
+    time: int = Field(description="Unix time, in milliseconds")
+    progress: Progress
+
+
+class RunState(Strict):
+    """`state.json`: how the last attempt at a run stands."""
+
+    status: Literal["RUNNING", "FINISHED", "FAILED", "KILLED"] = Field(description="As MLflow names it")
+    reason: str = Field("", description="Of a failure, a sentence")
+    time: int = Field(description="Since when, Unix time in milliseconds")

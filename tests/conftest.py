@@ -6,6 +6,7 @@ os.environ |= {
     "OMP_NUM_THREADS": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "disabled",
+    "RAY_worker_niceness": "0",  # by default its workers wait for whatever else runs, such as the tests beside
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
@@ -23,6 +24,7 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
+from pydantic import BaseModel
 from safetensors.torch import save_file
 
 from schemas.experiment import Experiment
@@ -159,11 +161,61 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "check_integrity", lambda path, md5=None: Path(path).is_file())
 
 
+@pytest.fixture
+def without_ray(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """From a call on, runs of this test take a plain process: where Ray's part, 15 seconds a run, is shown already."""
+    from orchestrate import train
+
+    def in_this_process(
+        work: str, made: Experiment, folder: Path, on_progress: Callable[[BaseModel], None], *_: object
+    ) -> str:
+        found = train.WORK[work](made, folder, report=on_progress, device=torch.device("cpu"))
+        return found.model_dump_json()
+
+    return lambda: monkeypatch.setattr(train, "_on_workers", in_this_process)
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database to copy: making one takes seconds."""
+    from mlflow.tracking import MlflowClient
+
+    file = tmp_path_factory.mktemp("store") / "mlflow.db"
+    MlflowClient(f"sqlite:///{file}").search_experiments()
+    return file
+
+
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    """A local cluster of four logical CPUs for all tests."""
+    """A local cluster of four logical CPUs for all tests of this process."""
     import ray
 
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=200 * 2**20)
     yield
     ray.shutdown()
+
+
+FAULTS: list[tuple[str, str, str, float]] = []
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """Keep what became of each fault, for the table."""
+    report: pytest.TestReport = yield  # type: ignore[misc, assignment]
+    fault = item.get_closest_marker("fault")
+    if fault is not None and (report.when == "call" or report.outcome != "passed"):
+        what, outcome = (
+            text.format(**item.callspec.params) if hasattr(item, "callspec") else text for text in fault.args
+        )
+        FAULTS.append((what, outcome, report.outcome, call.duration))
+    return report  # type: ignore[return-value]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What was survived, as a table that reads as Markdown."""
+    if FAULTS:
+        rows = [("Fault", "What happens", "", "s"), ("---", "---", "---", "---:")]
+        rows += [(what, outcome, found, f"{seconds:.0f}") for what, outcome, found, seconds in FAULTS]
+        terminalreporter.section("faults")
+        for row in rows:
+            terminalreporter.write_line("| " + " | ".join(row) + " |")

@@ -45,6 +45,13 @@ def test_streams_against_their_ceiling(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert found["images_per_second"].keys() == {"ceiling", "local", "remote", "kept"}
 
 
+def test_checkpoints_beside_the_training(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    found, _ = run("checkpoint", "--batch 1 --steps 2 --every 1 --rounds 1", monkeypatch, capsys)
+    assert found["megabytes"] > 100  # weights and two moments
+    for figure in ("seconds_a_step", "beside_over_none", "waited_over_none"):
+        assert found[figure] > 0
+
+
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_data() -> None:
     options = ["--images", "200", "--size", "64", "--pixels", "32", "--rounds", "1", "--json"]

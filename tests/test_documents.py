@@ -42,16 +42,20 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_own_tasks_from_folders_to_a_comparison(own: Path, zscl: Callable[..., Command], ray_cluster: None) -> None:
+def test_own_tasks_from_folders_to_a_comparison(
+    own: Path, zscl: Callable[..., Command], ray_cluster: None, without_ray: Callable[[], None]
+) -> None:
     [recipe] = blocks("yaml", "Your own tasks")
     (own / "own.yaml").write_text(recipe)
     # That two workers give the numbers of one is shown elsewhere: here the command is only checked.
     [two_workers] = commands("More workers, GPUs, a cluster")
-    shown = [*commands("Your own tasks"), [*two_workers, "--dry-run"]]
-    assert [command[0] for command in shown] == ["data", "data", "run", "run", "run", "compare", "run"]
+    shown = [*commands("Your own tasks"), *commands("What a run leaves"), [*two_workers, "--dry-run"]]
+    assert [command[0] for command in shown] == ["data", "data", "run", "run", "run", "compare", "sync", "run"]
     for command in shown:
         found = zscl(*command)
         assert found.code == 0, (command, found.error)
+        if "runs/own-zscl" in command:
+            without_ray()  # the first run went through it, as the user's do
     assert {path.name for path in (own / "runs").iterdir()} >= {"own-zscl", "own-finetune", "comparison"}
     assert (own / "runs/own-zscl/result.json").read_text().count('"stage"') == 2
 

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -36,12 +35,13 @@ def test_a_package_does_not_import(package: str, strangers: set[str]) -> None:
 
 def test_help_is_instant_and_shows_an_example() -> None:
     seconds = []
-    for _ in range(3):  # the best of three: what the machine does beside us is not meant
-        started = time.perf_counter()
+    for _ in range(3):  # of CPU, and the best of three: what the machine does beside us is not meant
+        before = os.times()
         output = subprocess.run(
             [Path(sys.executable).parent / "zscl", "--help"], capture_output=True, text=True, check=True
         ).stdout
-        seconds.append(time.perf_counter() - started)
+        after = os.times()
+        seconds.append(after.children_user + after.children_system - before.children_user - before.children_system)
     assert "Example: zscl run" in output
     assert min(seconds) < 1.0
 
@@ -51,6 +51,8 @@ def test_help_is_instant_and_shows_an_example() -> None:
     [
         ["run"],
         ["embed"],
+        ["resume"],
+        ["sync"],
         ["compare"],
         ["schema"],
         ["pretrain"],

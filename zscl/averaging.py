@@ -33,6 +33,12 @@ class HandOn(Protocol):
     def model(self) -> nn.Module:
         """The model to save, evaluate and start the next stage from."""
 
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint holds of it, beside the student."""
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Go on from a checkpoint."""
+
 
 class LastWeights:
     """No average: the student as it is."""
@@ -43,6 +49,13 @@ class LastWeights:
         self.model = student
 
     def after_step(self, step: int) -> None:
+        """Nothing to do."""
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Nothing but the student."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Nothing to do."""
 
 
@@ -79,6 +92,14 @@ class WeightEnsemble:
         """The average."""
         module: nn.Module = self.average.module
         return module
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The average and how many models are in it."""
+        return dict(self.average.state_dict())
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Go on from a checkpoint."""
+        self.average.load_state_dict(state)
 
 
 def _averaged(student: nn.Module, settings: Average, multi_tensor: bool) -> AveragedModel:

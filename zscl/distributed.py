@@ -59,12 +59,21 @@ def gather_unequal(rows: torch.Tensor) -> torch.Tensor:
 
 
 def gather_sentences(sentences: Iterable[str]) -> list[str]:
-    """What any worker has to say, each sentence once, in the workers' order."""
+    """What any worker has to say, each sentence once, sorted: the same for any number of workers."""
     if world_size() == 1:
-        return list(sentences)
+        return sorted(set(sentences))
     gathered: list[list[str]] = [[] for _ in range(world_size())]
     dist.all_gather_object(gathered, list(sentences))
-    return list(dict.fromkeys(sentence for own in gathered for sentence in own))
+    return sorted({sentence for own in gathered for sentence in own})
+
+
+def agree(*numbers: int) -> list[int]:
+    """The main worker's whole numbers, for all."""
+    if world_size() == 1:
+        return list(numbers)
+    agreed = torch.tensor(numbers, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.broadcast(agreed, src=0)
+    return [int(number) for number in agreed]
 
 
 class _GatherWithGradient(torch.autograd.Function):

@@ -3,9 +3,31 @@
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
+
+PATIENCE_SECONDS = 300.0  # with storage that fails: a server that restarts is back by then
+T = TypeVar("T")
+
+
+def patiently(access: Callable[[], T], seconds: float = PATIENCE_SECONDS) -> T:
+    """Access storage, again and again while it fails.
+
+    Raises:
+        OSError: it still fails after so many seconds.
+    """
+    started, pause = time.monotonic(), 0.1
+    while True:
+        try:
+            return access()
+        except OSError:
+            if time.monotonic() - started + pause > seconds:
+                raise
+        time.sleep(pause)
+        pause = min(2 * pause, 5.0)
 
 
 @contextmanager
@@ -16,8 +38,11 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     temporary.mkdir(parents=True)
     try:
         yield temporary
+        for file in temporary.rglob("*"):
+            _flush(file)
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
+        _flush(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -29,9 +54,20 @@ def whole_file(file: Path) -> Iterator[Path]:
     temporary = file.with_name(f".{file.name}.{os.getpid()}.partial")
     try:
         yield temporary
+        _flush(temporary)
         temporary.replace(file)
+        _flush(file.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    """Have a file's content, or a folder's names, on the disk: a machine may lose its power, too."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_text(file: Path, text: str) -> None:

@@ -1,5 +1,6 @@
 """Accuracy matrix → figures. A[j][i]: accuracy on task i after stage j, as a fraction."""
 
+import math
 from collections.abc import Sequence
 from statistics import fmean
 
@@ -46,6 +47,12 @@ def forward_transfer(matrix: Matrix, zero_shot: Sequence[float]) -> float | None
     """
     gained = [matrix[task - 1][task] - zero_shot[task] for task in range(1, len(matrix))]
     return fmean(gained) if gained else None
+
+
+def at_chance(accuracy: float, classes: int, images: int) -> bool:
+    """Whether an accuracy is what guessing gives: at most two standard deviations above one in so many classes."""
+    guessed = 1 / classes
+    return classes > 1 and accuracy <= guessed + 2 * math.sqrt(guessed * (1 - guessed) / images)
 
 
 def seen(matrix: Matrix, images: Sequence[int]) -> list[float]:

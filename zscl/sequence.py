@@ -3,53 +3,57 @@
 A run's folder is its own checkpoint. Every file in it appears whole, and what is there is not done again:
 
     zero_shot.json                      the initial model's row
+    checkpoint.pt                       the stage under way (see `zscl.checkpoint`)
+    journal.jsonl                       what happened, a line each (see `zscl.journal`)
     stages/<k>-<task>/model/            an open_clip folder: what stage k hands on (k from 1)
     stages/<k>-<task>/exemplars/        for a method with a memory: what stage k leaves in it, best first
     stages/<k>-<task>/losses.csv        every step's named losses
     stages/<k>-<task>/training.json     what the stage cost; with it, the stage is trained
     stages/<k>-<task>/accuracy.json     the row after it; with it, the stage is finished
+    *.part.json                         a row of which only some cells are measured
     result.json                         everything; with it, the run is finished
 """
 
 import importlib.metadata
 import random
 import shutil
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
+from torch import nn
 
-from schemas.base import InputError, Strict
+from schemas.base import InputError
 from schemas.experiment import LOCAL_MODEL, Experiment, Model
 from schemas.results import (
     Note,
     Result,
-    RowMeasured,
+    RunStarted,
     StageResult,
     StageStarted,
     StageTrained,
     StepLosses,
-    TaskEvaluated,
     TaskName,
 )
 from zscl import memory
 from zscl.averaging import interpolate
-from zscl.distributed import barrier, gather_sentences, rank, world_size
-from zscl.evaluation import accuracies, embed_classes, head
-from zscl.files import whole_folder, write_text
+from zscl.checkpoint import CHECKPOINT
+from zscl.curves import NotFiniteError
+from zscl.distributed import barrier, rank, world_size
+from zscl.files import patiently, whole_folder, write_text
+from zscl.journal import JOURNAL, Journal
 from zscl.metrics import metrics
 from zscl.model import Clip, load, load_weights
 from zscl.opened import Opened, open_experiment
+from zscl.rows import ZERO_SHOT, AccuracyRow, Rows, refuse_other_run, write_whole
 from zscl.shards import seed_of
 from zscl.streams import Loader
 from zscl.teaching import Teaching, frozen, store_beside
-from zscl.training import NotFiniteError, loader_of, train_stage
+from zscl.training import loader_of, train_stage
 
 Report = Callable[[BaseModel], None]
-ZERO_SHOT = "zero_shot.json"
 LIBRARIES = ("torch", "open_clip_torch", "webdataset")
 
 
@@ -58,8 +62,9 @@ def run_sequence(
     folder: Path,
     report: Report = lambda progress: None,
     device: torch.device | None = None,
+    asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> Result:
-    """Run an experiment in `folder`, or go on behind the last finished stage there.
+    """Run an experiment in `folder`, or go on from what is there: stages, rows, cells of a row, steps of a stage.
 
     Every worker of a `torch.distributed` group calls this alike; without a group, one process does it all. The main
     worker writes and reports.
@@ -69,61 +74,34 @@ def run_sequence(
         folder: the run's folder, visible to all workers.
         report: told about progress (see `schemas.results`), on the main worker.
         device: default: CUDA if there is any.
+        asked_to_stop: asked on the main worker, every second or so while training.
 
     Raises:
         InputError: something the experiment names is missing or broken, or the folder holds another experiment.
+        StoppedError: it was asked to stop; called again, it goes on.
+        OSError: storage has failed for minutes.
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    run = _Run(open_experiment(experiment), folder, report if rank() == 0 else _silent, device)
-    experiment = run.opened.experiment
-    refuse_other_run(folder, run.opened.fingerprint)
+    opened = open_experiment(experiment)
+    refuse_other_run(folder, opened.fingerprint)
+    run = _Run(opened, folder, report, device, asked_to_stop)
+    experiment = opened.experiment
+    run.report(RunStarted(fingerprint=opened.fingerprint))
     run.note_what_is_there()
     clip = load(experiment.model, device)
-    zero_shot = run.row(0, clip, folder / ZERO_SHOT)
+    zero_shot = run.rows(0, clip, folder / ZERO_SHOT)
     if experiment.method.task_loss is None:
-        return run.finish(zero_shot, run.untrained(zero_shot), [])
+        return run.finish(zero_shot, run.rows.untrained(zero_shot), [])
 
     rows, stages = [], []
     for stage in range(1, len(run.opened.tasks) + 1):
         place = run.place(stage)
         if not (place / "training.json").is_file():
-            run.train(stage, clip, place)
+            run.train(stage, clip)
         load_weights(clip.model, place / "model")
         stages.append(StageResult.model_validate_json((place / "training.json").read_text()))
-        rows.append(run.row(stage, clip, place / "accuracy.json").accuracy)
+        rows.append(run.rows(stage, clip, place / "accuracy.json").accuracy)
     return run.finish(zero_shot, rows, stages)
-
-
-def _silent(progress: BaseModel) -> None:
-    """What the other workers report."""
-
-
-class AccuracyRow(Strict):
-    """`zero_shot.json`, `accuracy.json`: a row of the matrix and what it cost."""
-
-    fingerprint: str
-    accuracy: dict[str, float]
-    images: dict[str, int]
-    under_later_heads: dict[str, list[float]] = Field(default_factory=dict)
-    broken: dict[str, list[str]] = Field(default_factory=dict)
-    seconds: float
-
-
-def refuse_other_run(folder: Path, fingerprint: str) -> None:
-    """Refuse to mix two experiments in one folder.
-
-    Raises:
-        InputError: the folder holds a run of another experiment.
-    """
-    file = folder / ZERO_SHOT
-    if not file.is_file():
-        return
-    found = AccuracyRow.model_validate_json(file.read_text()).fingerprint
-    if found != fingerprint:
-        raise InputError(
-            f"{folder}: found a run of another experiment (fingerprint {found}), expected {fingerprint} or an empty "
-            "folder; choose another folder"
-        )
 
 
 @dataclass
@@ -132,12 +110,20 @@ class _Run:
 
     opened: Opened
     folder: Path
-    report: Report
+    tell: Report
     device: torch.device
-    evaluation_seconds: float = 0.0
+    asked_to_stop: Callable[[], bool]
 
     def __post_init__(self) -> None:
+        self.journal = Journal(self.folder / JOURNAL)
+        self.rows = Rows(self.opened, self.report, self.device, self.asked_to_stop)
         self.teaching = Teaching(self.opened, store_beside(self.folder), self.device, self.report)
+
+    def report(self, progress: BaseModel) -> None:
+        """Write down what happens, and tell whoever watches; on the main worker."""
+        if rank() == 0:
+            self.journal(progress)
+            self.tell(progress)
 
     def note_what_is_there(self) -> None:
         """Say where the run goes on, and sweep what a killed process left half-written."""
@@ -145,61 +131,8 @@ class _Run:
         if trained:
             self.report(Note(text=f"{self.folder}: trained stages found: {trained}, going on behind them"))
         if rank() == 0:
-            for leftover in self.folder.glob("stages/.*.partial"):
-                shutil.rmtree(leftover)
-
-    def row(self, stage: int, clip: Clip, file: Path) -> AccuracyRow:
-        """Measure the model on every task, or read what was measured."""
-        known = file.is_file()
-        row = AccuracyRow.model_validate_json(file.read_text()) if known else self._measure(stage, clip, file)
-        self.evaluation_seconds += row.seconds
-        self.report(RowMeasured(stage=stage, accuracy=row.accuracy))
-        return row
-
-    def _measure(self, stage: int, clip: Clip, file: Path) -> AccuracyRow:
-        started = time.perf_counter()
-        experiment = self.opened.experiment
-        precision = experiment.optimisation.precision
-        embedded = embed_classes(clip, self.opened.tasks, experiment.evaluation.templates, precision, self.device)
-        row = AccuracyRow(fingerprint=self.opened.fingerprint, accuracy={}, images={}, seconds=0.0)
-        for index, task in enumerate(self.opened.tasks):
-            heads = [embedded[index]]
-            if self.one_head:  # of all classes seen; untrained, the model is judged under those of every stage
-                last = range(index, len(embedded)) if stage == 0 else [max(stage - 1, index)]
-                heads = [head(embedded, index, until) for until in last]
-            loader = self.loader()
-            found, images = accuracies(
-                clip, task, heads, loader, precision=precision, batch_size=experiment.compute.evaluation_batch_size
-            )
-            row.accuracy[task.name], row.images[task.name] = found[0], images
-            if len(found) > 1:
-                row.under_later_heads[task.name] = found[1:]
-            if skipped := gather_sentences(loader.broken):
-                row.broken[task.name] = skipped
-            self.report(TaskEvaluated(stage=stage, task=task.name, accuracy=found[0], images=images))
-        row = row.model_copy(update={"seconds": time.perf_counter() - started})
-        barrier()
-        if rank() == 0:
-            write_text(file, row.model_dump_json(indent=1) + "\n")
-        return row
-
-    @property
-    def one_head(self) -> bool:
-        """Whether all classes seen are told apart at once (class-incremental), or each task's own (task-aware)."""
-        return self.opened.experiment.class_incremental is not None
-
-    def untrained(self, zero_shot: AccuracyRow) -> list[dict[str, float]]:
-        """The initial model's accuracies after each stage, under the heads of that stage."""
-        names = [task.name for task in self.opened.tasks]
-        return [
-            {
-                name: [zero_shot.accuracy[name], *zero_shot.under_later_heads.get(name, ())][
-                    max(stage - index, 0) if self.one_head else 0
-                ]
-                for index, name in enumerate(names)
-            }
-            for stage in range(len(names))
-        ]
+            for leftover in (*self.folder.glob(".*.partial"), *self.folder.glob("stages/.*.partial")):
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
     def start(self, stage: int) -> Model:
         """What a stage starts from: the model that the one before it left, or the initial one."""
@@ -236,7 +169,7 @@ class _Run:
         count = memory.per_class(experiment.method.memory.budget, stage, len(task.classnames))
         return memory.choose(features, labels, places, count)
 
-    def train(self, stage: int, clip: Clip, place: Path) -> None:
+    def train(self, stage: int, clip: Clip) -> None:
         """Train one stage and leave its folder, whole."""
         experiment = self.opened.experiment
         task, merge = experiment.tasks[stage - 1], experiment.method.merge
@@ -251,33 +184,50 @@ class _Run:
                 self.further_texts(stage),
                 self.device,
                 self.report,
+                self.folder / CHECKPOINT,
+                self.asked_to_stop,
             )
         except NotFiniteError as error:
             raise InputError(
-                f"{error}; the last good model is {self.start(stage).name}; a lower optimisation.learning_rate may help"
+                f"{error}; the last good model is {self.start(stage).name}; a lower optimisation.learning_rate or "
+                "optimisation.max_gradient_norm may help"
             ) from error
         if merge is not None:
             anchor = frozen(experiment.model if merge.anchor == "initial" else self.start(stage), self.device)
             interpolate(list(model.parameters()), list(anchor.parameters()), merge.share)
         exemplars = self.exemplars(stage, replace(clip, model=model))
         if rank() == 0:
-            with whole_folder(place) as temporary:
-                clip.save(model, temporary / "model")
-                if exemplars:
-                    memory.write(temporary / "exemplars", self.opened.tasks[stage - 1].train, exemplars)
-                write_text(temporary / "losses.csv", _losses_table(steps))
-                write_text(temporary / "training.json", result.model_dump_json(indent=1) + "\n")
+            self.journal.flush()  # what the folder holds is to be found in the journal
+            patiently(lambda: self._leave(stage, clip, model, exemplars, result, steps))
             self.report(StageTrained(result=result))
+            (self.folder / CHECKPOINT).unlink(missing_ok=True)
         barrier()
+
+    def _leave(
+        self,
+        stage: int,
+        clip: Clip,
+        model: nn.Module,
+        exemplars: list[tuple[int, int]],
+        result: StageResult,
+        steps: list[StepLosses],
+    ) -> None:
+        """Write a trained stage's folder, whole."""
+        with whole_folder(self.place(stage)) as temporary:
+            clip.save(model, temporary / "model")
+            if exemplars:
+                memory.write(temporary / "exemplars", self.opened.tasks[stage - 1].train, exemplars)
+            write_text(temporary / "losses.csv", _losses_table(steps))
+            write_text(temporary / "training.json", result.model_dump_json(indent=1) + "\n")
 
     def finish(self, zero_shot: AccuracyRow, rows: list[dict[str, float]], stages: list[StageResult]) -> Result:
         """Put the result together and write it."""
         experiment, opened = self.opened.experiment, self.opened
         matrix, untrained = (
             tuple(tuple(row[task.name] for task in opened.tasks) for row in each)
-            for each in (rows, self.untrained(zero_shot))
+            for each in (rows, self.rows.untrained(zero_shot))
         )
-        images = [zero_shot.images[task.name] for task in opened.tasks] if self.one_head else None
+        images = [zero_shot.images[task.name] for task in opened.tasks] if self.rows.one_head else None
         baseline = tuple(zero_shot.accuracy[task.name] for task in opened.tasks)
         result = Result(
             name=experiment.name,
@@ -303,20 +253,25 @@ class _Run:
             reference_texts=len(opened.reference.texts) if opened.reference else 0,
             workers=world_size(),
             device=_device_name(self.device),
+            warnings=tuple([sentence for stage in stages for sentence in stage.warnings] + self.rows.warnings),
             train_seconds=sum(stage.train_seconds for stage in stages),
-            evaluation_seconds=self.evaluation_seconds,
+            evaluation_seconds=self.rows.seconds,
             versions={library: importlib.metadata.version(library) for library in LIBRARIES},
         )
         barrier()
         if rank() == 0:
-            write_text(self.folder / "result.json", result.model_dump_json(indent=1) + "\n")
+            self.journal.flush()
+            write_whole(self.folder / "result.json", result)
         return result
 
 
 def _losses_table(steps: list[StepLosses]) -> str:
     names = list(steps[0].losses)
-    lines = [f"{step.step},{step.learning_rate!r}," + ",".join(map(repr, step.losses.values())) for step in steps]
-    return "\n".join([",".join(["step", "learning_rate", *names]), *lines]) + "\n"
+    lines = [
+        ",".join(map(repr, [step.step, step.learning_rate, *step.losses.values(), step.gradient_norm]))
+        for step in steps
+    ]
+    return "\n".join([",".join(["step", "learning_rate", *names, "gradient_norm"]), *lines]) + "\n"
 
 
 def _device_name(device: torch.device) -> str:

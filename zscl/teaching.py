@@ -197,10 +197,12 @@ def embed_reference(
     run: Path,
     report: Report = lambda progress: None,
     device: torch.device | None = None,
+    asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> Embedded:
     """Fill the teacher's stores that a run in this folder will read, and train nothing.
 
-    Every worker of a `torch.distributed` group calls this alike, as `run_sequence`.
+    Every worker of a `torch.distributed` group calls this alike, as `run_sequence`. Killed, it has stored what it
+    computed; so it does not ask whether to stop.
 
     Raises:
         InputError: the method distils on nothing that could be embedded ahead, or something is missing or broken.

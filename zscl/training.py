@@ -1,32 +1,34 @@
 """One stage: the step, and the loop that reads straight down."""
 
 import math
-import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from schemas.base import InputError
 from schemas.compute import Compute
 from schemas.experiment import Experiment
-from schemas.results import Note, StageResult, StepLosses, StepsTaken
+from schemas.results import CheckpointWritten, Note, StageResult, StepLosses, StepsTaken
 from zscl import objective
-from zscl.averaging import hand_on, trained_parameters
+from zscl.averaging import HandOn, hand_on, trained_parameters
+from zscl.checkpoint import Checkpoints, State, fits, read_checkpoint
+from zscl.curves import Curves
 from zscl.distributed import gather_sentences, gather_with_gradient, rank, share, world_size
-from zscl.model import Clip, precision_context
+from zscl.model import Clip, image_size, precision_context
 from zscl.objective import Batch, Features, Objective, Teacher
 from zscl.shards import Sample, Samples, seed_of
 from zscl.streams import Decode, Loader, TrainingImages
 from zscl.tasks import TaskFolder
 from zscl.towers import Towers
 
-REPORT_EVERY_SECONDS = 1.0
-Report = Callable[[StepsTaken | Note], None]
+Report = Callable[[StepsTaken | CheckpointWritten | Note], None]
 
 
 @dataclass(frozen=True)
@@ -58,15 +60,24 @@ def shares_prompts(prompts: int) -> bool:
 
 
 def train_step(
-    student: Student, losses_of: Objective, optimizer: Optimizer, schedule: LRScheduler, batch: Batch
-) -> dict[str, torch.Tensor]:
-    """Update the student once. Returns each named loss, detached."""
+    student: Student,
+    losses_of: Objective,
+    optimizer: Optimizer,
+    schedule: LRScheduler,
+    batch: Batch,
+    max_gradient_norm: float | None = None,
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Update the student once. Returns each named loss, detached, and the norm of the gradients before any clipping."""
     named = losses_of(student(batch), batch)
     optimizer.zero_grad()
     torch.stack(list(named.values())).sum().backward()
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    gradient_norm = get_total_norm([parameter.grad for parameter in trained if parameter.grad is not None])
+    if max_gradient_norm is not None:
+        clip_grads_with_norm_(trained, max_gradient_norm, gradient_norm)
     optimizer.step()
     schedule.step()
-    return {name: loss.detach() for name, loss in named.items()}
+    return {name: loss.detach() for name, loss in named.items()}, gradient_norm
 
 
 def learning_rate_factor(step: int, warmup_steps: int, steps: int) -> float:
@@ -87,8 +98,10 @@ def train_stage(
     further_texts: Sequence[str],
     device: torch.device,
     report: Report,
+    checkpoint: Path | None = None,
+    asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> tuple[nn.Module, StageResult, list[StepLosses]]:
-    """Train `clip.model` on one task.
+    """Train `clip.model` on one task, from the stage's start or from behind the step of its checkpoint.
 
     Args:
         experiment: method, optimisation and seed.
@@ -99,8 +112,14 @@ def train_stage(
         further_texts: that join the softmax of the task loss beside the class prompts.
         device: where the model lies.
         report: told about steps, every second or so.
+        checkpoint: file of the stage under way, written now and then (`compute.checkpoint`); without one, none is.
+        asked_to_stop: asked on the main worker, every second or so.
 
     Returns the model handed on, the stage's result, and every step's losses.
+
+    Raises:
+        NotFiniteError: a loss or the gradients are no numbers any more.
+        StoppedError: the stage was asked to stop; its checkpoint holds what it takes to go on.
     """
     optimisation, model, task = experiment.optimisation, clip.model, experiment.tasks[stage - 1]
     steps = experiment.stage_steps(task)
@@ -121,10 +140,9 @@ def train_stage(
     trained = trained_parameters(model)
     start = [parameter.detach().clone() for parameter in trained] if experiment.method.looks_back else []
     losses_of = objective.build(experiment, trained, start, teacher)
-    loader = loader_of(experiment.compute, device, report)
-    batches = training_batches(experiment, stage, folder, clip, teacher.images if teacher else None, loader)
+    batch_sizes = [optimisation.batch_size, *([optimisation.reference_batch_size] if teacher else [])]
     student = Student(
-        towers=distribute(towers, device),
+        towers=distribute(towers, image_size(model), *batch_sizes),
         prompts=len(tokens),
         scale=model.logit_scale.detach().exp(),  # type: ignore[operator]
         batch_size=optimisation.batch_size,
@@ -134,17 +152,26 @@ def train_stage(
     optimizer = adamw(trained, task.learning_rate or optimisation.learning_rate, experiment)
     schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(step, optimisation.warmup_steps, steps))
     handed_on = hand_on(experiment.method.average, model, start, experiment.compute.savings.multi_tensor)
-    images_per_step = optimisation.batch_size + (optimisation.reference_batch_size if teacher else 0)
-    journal = Journal(stage, task.name, images_per_step, report)
+    curves = Curves(stage, task.name, sum(batch_sizes), report)
+    loader = loader_of(experiment.compute, device, report)
+    under_way = UnderWay(experiment.seed, stage, model, optimizer, schedule, handed_on, curves, loader)
+    first_step = under_way.go_on(checkpoint)
+    batches = training_batches(experiment, stage, folder, clip, teacher.images if teacher else None, loader, first_step)
+    checkpoints = Checkpoints(checkpoint, experiment.compute.checkpoint, report, asked_to_stop, first_step)
 
-    for step in range(steps):
+    for step in range(first_step, steps):
+        under_way.seed_step(step)
         learning_rate = float(schedule.get_last_lr()[0])
-        named = train_step(student, losses_of, optimizer, schedule, next(batches))
+        named, norm = train_step(student, losses_of, optimizer, schedule, next(batches), optimisation.max_gradient_norm)
         handed_on.after_step(step)
-        journal.add(step, learning_rate, named)
+        curves.add(step, learning_rate, named, norm)
+        if step + 1 == checkpoints.next_look < steps:
+            curves.flush()
+            checkpoints.look(step + 1, under_way.state)
     handed_on.after_step(steps)
 
-    journal.flush()
+    curves.flush()
+    checkpoints.end()
     optimizer.zero_grad()  # gradients would stay in memory, and in every copy of the model
     for each in {model, handed_on.model}:
         towers.restore(each)
@@ -152,14 +179,67 @@ def train_stage(
         stage=stage,
         task=task.name,
         steps=steps,
-        images_seen=steps * images_per_step,
-        train_seconds=journal.seconds,
-        images_per_second=steps * images_per_step / journal.seconds,
+        images_seen=steps * sum(batch_sizes),
+        train_seconds=curves.seconds,
+        images_per_second=steps * sum(batch_sizes) / curves.seconds,
         merges=handed_on.merges,
-        losses=journal.steps[-1].losses,
+        losses=curves.steps[-1].losses,
+        warnings=tuple(curves.explosions),
         broken=tuple(gather_sentences(loader.broken)),
     )
-    return handed_on.model, result, journal.steps
+    return handed_on.model, result, curves.steps
+
+
+@dataclass(frozen=True)
+class UnderWay:
+    """A stage's state between two steps: what a checkpoint holds."""
+
+    seed: int
+    stage: int
+    model: nn.Module
+    optimizer: Optimizer
+    schedule: LRScheduler
+    handed_on: HandOn
+    curves: Curves
+    loader: Loader
+
+    def seed_step(self, step: int) -> None:
+        """Make what is random in the model (dropout) a function of the step, so that no generator need be kept."""
+        torch.manual_seed(seed_of(self.seed, self.stage, "step", step, rank()))
+
+    def state(self) -> State:
+        """What it takes to go on from here; all workers ask for it together."""
+        return {
+            "stage": self.stage,
+            "step": len(self.curves.steps),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "handed_on": self.handed_on.state_dict(),
+            "curves": [step.model_dump() for step in self.curves.steps],
+            "seconds": self.curves.seconds,
+            "broken": gather_sentences(self.loader.broken),
+        }
+
+    def go_on(self, checkpoint: Path | None) -> int:
+        """Take up what the checkpoint holds, if there is one for this stage. Returns the steps taken already."""
+        note = self.curves.note
+        state = read_checkpoint(checkpoint, self.stage, note)
+        if state is None:
+            return 0
+        if not fits(state, self.model):
+            note(
+                f"{checkpoint}: found weights of other shapes, made with other compute.savings; the stage begins again"
+            )
+            return 0
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.handed_on.load_state_dict(state["handed_on"])
+        self.curves.take_up([StepLosses.model_validate(step) for step in state["curves"]], state["seconds"])
+        self.loader.broken.update(dict.fromkeys(state["broken"]))
+        note(f"stage {self.stage} goes on behind step {state['step']}")
+        return int(state["step"])
 
 
 def adamw(parameters: list[nn.Parameter], learning_rate: float, experiment: Experiment) -> AdamW:
@@ -192,6 +272,7 @@ def training_batches(
     clip: Clip,
     distilled: Samples | None,
     loader: Loader,
+    first_step: int = 0,
 ) -> Iterator[Batch]:
     """This worker's endless batches of a stage: task images augmented, distilled ones as in evaluation."""
     optimisation = experiment.optimisation
@@ -202,6 +283,7 @@ def training_batches(
         seed=seed_of(experiment.seed, stage, "task"),
         batch_size=optimisation.batch_size,
         own=share(optimisation.batch_size),
+        first_step=first_step,
         keep_bytes=keep_bytes,
     ).batches(loader)
     if distilled is None:
@@ -212,6 +294,7 @@ def training_batches(
         seed=seed_of(experiment.seed, stage, "reference"),
         batch_size=optimisation.reference_batch_size,
         own=share(optimisation.reference_batch_size),
+        first_step=first_step,
         keep_bytes=keep_bytes,
     ).batches(replace(loader, labels_stay=True))
     return (Batch(*ours, *theirs) for ours, theirs in zip(images, references, strict=True))
@@ -224,58 +307,29 @@ def choose_trained(model: nn.Module, train: str) -> None:
         parameter.requires_grad_(train in ("model", tower) and name not in ("logit_scale", "logit_bias"))
 
 
-def distribute(towers: nn.Module, device: torch.device) -> nn.Module:
-    """Average gradients over the workers, where there are several."""
+def distribute(towers: nn.Module, image_size: tuple[int, int], *batch_sizes: int) -> nn.Module:
+    """Average gradients over the workers, where there are several.
+
+    DistributedDataParallel lays gradients out anew behind its first backward passes, and what three workers' numbers
+    add up to depends, in the last bit, on their layout. Two passes over blank images, for nothing else, give every step
+    the final layout: the first one behind an interruption, too.
+
+    Args:
+        towers: the student.
+        image_size: that they take, in pixels.
+        batch_sizes: task images in a global batch, and distilled ones if there are any.
+    """
     if world_size() == 1:
         return towers
-    devices = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(towers, device_ids=devices, broadcast_buffers=False, static_graph=True)
-
-
-class NotFiniteError(InputError):
-    """A loss is no number any more: the stage is lost, those before it are not."""
-
-
-class Journal:
-    """Every step's losses, reported now and then: reading a loss waits for the device."""
-
-    def __init__(self, stage: int, task: str, images_per_step: int, report: Report) -> None:
-        self.stage, self.task, self.images_per_step, self.report = stage, task, images_per_step, report
-        self.steps: list[StepLosses] = []
-        self._pending: list[tuple[int, float, dict[str, torch.Tensor]]] = []
-        self._started = self._reported = time.perf_counter()
-
-    @property
-    def seconds(self) -> float:
-        """Time since the stage's first step began."""
-        return time.perf_counter() - self._started
-
-    def add(self, step: int, learning_rate: float, named: dict[str, torch.Tensor]) -> None:
-        """Keep a step; report those kept when it is time."""
-        self._pending.append((step, learning_rate, named))
-        if time.perf_counter() - self._reported >= REPORT_EVERY_SECONDS:
-            self.flush()
-
-    def flush(self) -> None:
-        """Report the steps kept."""
-        if not self._pending:
-            return
-        names = list(self._pending[0][2])
-        values = torch.stack([torch.stack([named[name] for name in names]) for _, _, named in self._pending])
-        taken = [
-            StepLosses(step=step, learning_rate=learning_rate, losses=dict(zip(names, row, strict=True)))
-            for (step, learning_rate, _), row in zip(self._pending, values.tolist(), strict=True)
-        ]
-        for step in taken:
-            for name, value in step.losses.items():
-                if not math.isfinite(value):
-                    raise NotFiniteError(
-                        f"stage {self.stage} {self.task}: found the loss {name} {value} at step {step.step}, expected "
-                        "a finite one"
-                    )
-        now = time.perf_counter()
-        speed = len(taken) * self.images_per_step / max(now - self._reported, 1e-9)
-        if rank() == 0:
-            self.report(StepsTaken(stage=self.stage, task=self.task, steps=tuple(taken), images_per_second=speed))
-        self.steps += taken
-        self._pending, self._reported = [], now
+    weight = next(towers.parameters())
+    devices = [weight.device] if weight.device.type == "cuda" else None
+    with warnings.catch_warnings():  # of a name that newer versions of torch have another for
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
+        parallel = DistributedDataParallel(towers, device_ids=devices, broadcast_buffers=False, static_graph=True)
+    images, references = (
+        torch.zeros(len(share(size)), 3, *image_size).to(weight) if size else None for size in (*batch_sizes, 0)[:2]
+    )
+    for _ in range(2):
+        encoded = parallel(images, references)
+        torch.stack([features.sum() for features in encoded if features is not None]).sum().backward()
+    return parallel

@@ -97,8 +97,10 @@ def test_two_processes_on_one_run(place: Path, zscl: Zscl, recipe: Callable[...,
     with FileLock(place / "runs/.mine.lock"):
         found = zscl("run", "recipe.yaml", "--out", "runs/mine")
     assert (found.code, found.error) == (
-        2, f"error: {place}/runs/mine: found another process at work on this run, expected none\n",
-    )  # fmt: skip
+        2,
+        f"error: {place}/runs/mine: found another process at work on this run (unknown), expected none; end it, or "
+        "choose another folder\n",
+    )
 
 
 def test_a_demo_of_a_wrong_recipe_draws_nothing(place: Path, zscl: Zscl) -> None:
@@ -149,7 +151,9 @@ def test_a_broken_image_met_on_the_way(
     assert found.error.splitlines()[-1].startswith(f"error: {shard}: sample '000000")
     assert "is no readable image" in found.error
     assert "Traceback" not in found.error
-    assert sorted(file.name for file in (place / "runs/mine").iterdir()) == ["experiment.yaml", "ray"]
+    assert sorted(file.name for file in (place / "runs/mine").iterdir()) == [
+        "experiment.yaml", "journal.jsonl", "ray", "state.json",
+    ]  # fmt: skip
     # Two worker groups at most: the second one finds the refusal of the first and does not try again.
     assert len(list((place / "runs/mine/ray").glob("*/refused"))) == 1
 

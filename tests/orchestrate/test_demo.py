@@ -15,7 +15,7 @@ def test_the_demo_ends_with_the_comparison_and_the_store(
 ) -> None:
     monkeypatch.chdir(ROOT)
     toy = ("--set", "tasks=[flags, shapes]", "--set", "optimisation.steps=2", "--set", "optimisation.warmup_steps=1")
-    found = zscl("demo", "--out", tmp_path / "demo", *toy, "--set", "compute.workers=2")
+    found = zscl("demo", "--out", tmp_path / "demo", *toy)
     assert found.code == 0, found.error
     for method in ("finetune", "zscl"):
         result = json.loads((tmp_path / "demo" / method / "result.json").read_text())

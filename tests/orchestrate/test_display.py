@@ -12,7 +12,7 @@ from schemas.results import RowMeasured, StageStarted, StepLosses, StepsTaken
 
 
 def steps(stage: int, step: int) -> StepsTaken:
-    last = StepLosses(step=step, learning_rate=0.1, losses={"classification": 1.25})
+    last = StepLosses(step=step, learning_rate=0.1, losses={"classification": 1.25}, gradient_norm=1.0)
     return StepsTaken(stage=stage, task="second", steps=(last,), images_per_second=40.0)
 
 

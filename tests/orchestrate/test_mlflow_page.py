@@ -17,7 +17,7 @@ from mlflow.tracking import MlflowClient
 from PIL import Image
 
 from orchestrate import recipes
-from orchestrate.tracking import Tracker
+from orchestrate.shipping import Shipper
 from schemas.experiment import Experiment
 from zscl.opened import open_experiment
 from zscl.sequence import run_sequence
@@ -40,11 +40,11 @@ def recorded(place: Path, experiment: Callable[..., Experiment]) -> str:
     """Two recorded runs; the ZSCL run's id."""
     for method in ("finetune", "zscl"):
         made, folder = experiment(method=method), place / f"run-{method}"
-        tracker = Tracker(made, open_experiment(made).fingerprint, folder)
-        result = run_sequence(made, folder, report=tracker)
+        shipper = Shipper(made, open_experiment(made).fingerprint, folder, print)
+        run_sequence(made, folder)
         recipes.write_experiment(made, folder / "experiment.yaml")
-        tracker.finish(result, folder)
-    return tracker.parent
+        assert shipper.end()
+    return shipper.run_id
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from mlflow.tracking import MlflowClient
 from ruamel.yaml import YAML
 
 from orchestrate import recipes
-from schemas.results import Result
+from schemas.results import Result, RunState
 from zscl.sequence import run_sequence
 
 Zscl = Callable[..., Command]
@@ -33,13 +34,14 @@ def file(place: Path, recipe: Callable[..., dict[str, Any]]) -> Path:
 
 
 @pytest.fixture
-def runs(place: Path, file: Path, zscl: Zscl, ray_cluster: None) -> dict[str, Path]:
-    """A ZSCL run on two workers and a fine-tuning run on one; made by the first test that asks."""
+def runs(place: Path, file: Path, zscl: Zscl, ray_cluster: None, without_ray: Callable[[], None]) -> dict[str, Path]:
+    """A ZSCL run on two workers and a fine-tuning run without Ray; made by the first test that asks."""
     folders = {"zscl": place / "zscl", "finetune": place / "finetune"}
     if not folders["zscl"].exists():
         made = zscl("run", file, "--out", folders["zscl"], "--set", "compute.workers=2", "--json")
         assert made.code == 0, made.error
         assert json.loads(made.out)["folder"] == str(folders["zscl"])
+        without_ray()
         made = zscl("run", file, "--out", folders["finetune"], "--set", "method=finetune")
         assert made.code == 0, made.error
         assert str(folders["finetune"]) in made.out
@@ -69,18 +71,50 @@ def test_a_finished_run_is_not_run_again(runs: dict[str, Path], file: Path, zscl
     assert (runs["zscl"] / "result.json").stat().st_mtime_ns == written
 
 
-def test_goes_on_behind_the_last_finished_stage(runs: dict[str, Path], file: Path, place: Path, zscl: Zscl) -> None:
+def test_goes_on_behind_the_last_finished_stage_without_mlflow(
+    runs: dict[str, Path], file: Path, place: Path, zscl: Zscl, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cut = Path(shutil.copytree(runs["finetune"], place / "cut"))
     (cut / "result.json").unlink()
     shutil.rmtree(cut / "stages/3-third")
     (cut / "stages/2-second/accuracy.json").unlink()
+    before_third, event, _ = (cut / "journal.jsonl").read_text().partition('{"event":"stage_started","stage":3')
+    assert event
+    (cut / "journal.jsonl").write_text(before_third)  # with the beginning of a line, as a killed process leaves it
     first, second = (cut / f"stages/{name}/training.json" for name in ("1-first", "2-second"))
     before = first.stat().st_mtime_ns, second.stat().st_mtime_ns
-    assert zscl("run", file, "--out", cut, "--set", "method=finetune").code == 0
+    with monkeypatch.context() as without:
+        for module in ("mlflow", "orchestrate.tracking", "orchestrate.shipping"):
+            without.setitem(sys.modules, module, None)  # nobody may import it
+        made = zscl("run", file, "--out", cut, "--set", "method=finetune", "--offline")
+    assert made.code == 0, made.error
+    assert made.out.endswith(f"zscl sync {cut}\n")
     assert (first.stat().st_mtime_ns, second.stat().st_mtime_ns) == before
     whole, resumed = result_of(runs["finetune"]), result_of(cut)
     assert resumed.accuracy_matrix == whole.accuracy_matrix
     assert resumed.stages[2].losses == whole.stages[2].losses
+    assert RunState.model_validate_json((cut / "state.json").read_text()).status == "FINISHED"
+    # Afterwards, it has the same figures and curves in MLflow as the run that was recorded at once.
+    assert zscl("sync", cut).code == 0
+    client = MlflowClient(f"sqlite:///{place}/mlflow.db")
+    assert recorded(client, cut) == recorded(client, runs["finetune"])
+
+
+def recorded(client: MlflowClient, folder: Path) -> list[Any]:
+    """What MLflow has of a run: that which does not differ between two runs of an experiment."""
+    at = [client.get_experiment_by_name("zscl").experiment_id]
+    [parent] = client.search_runs(at, f"tags.`zscl.folder` = '{folder}'")
+    query = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
+    found = []
+    for run in (parent, *client.search_runs(at, query, order_by=["attributes.start_time"])):
+        histories = {
+            name: [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, name)]
+            for name in run.data.metrics
+            if name not in ("train_seconds", "images_per_second")
+        }
+        artefacts = [item.path for item in client.list_artifacts(run.info.run_id)]
+        found.append((run.info.status, run.data.params, run.data.tags.keys(), histories, artefacts))
+    return found
 
 
 class TestMlflow:
@@ -125,7 +159,7 @@ class TestMlflow:
             assert child.info.status == "FINISHED"
             for curve in (
                 "loss/classification", "loss/image_distillation", "loss/text_distillation", "loss/consolidation",
-                "learning_rate",
+                "learning_rate", "gradient_norm",
             ):  # fmt: skip
                 history = client.get_metric_history(child.info.run_id, curve)
                 assert sorted(point.step for point in history) == [0, 1, 2, 3, 4]

@@ -1,98 +1,353 @@
-"""The tracker by itself: opened again after an interruption, and a store that breaks under it."""
+"""The journal on its way to MLflow: beside a run, after it, and through whatever goes wrong in between."""
 
-from collections.abc import Callable
+import json
+import shutil
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Command
 from mlflow.tracking import MlflowClient
 
-from orchestrate import recipes
-from orchestrate.tracking import Tracker
+from orchestrate import recipes, shipping
+from orchestrate.ownership import owned
+from orchestrate.places import unmasked
+from orchestrate.shipping import Shipper
+from orchestrate.state import write_state
+from orchestrate.tracking import KEY, PARENT, REASON, TAKEN
 from schemas.base import InputError
 from schemas.experiment import Experiment
-from schemas.results import RowMeasured, StageStarted, StepLosses, StepsTaken
+from schemas.results import (
+    CheckpointWritten,
+    Metrics,
+    Note,
+    Result,
+    RowMeasured,
+    RunStarted,
+    StageResult,
+    StageStarted,
+    StageTrained,
+    StepLosses,
+    StepsTaken,
+    TaskName,
+)
 from schemas.secrets import mask
-from zscl.sequence import run_sequence
+from zscl.journal import JOURNAL, Journal
 
 Make = Callable[..., Experiment]
+STAGES = ("first", "second")
+BEGINNING = (RunStarted(fingerprint="abc"), RowMeasured(stage=0, accuracy={"first": 0.5, "second": 0.25}))
 
 
-def row(stage: int, value: float) -> RowMeasured:
-    return RowMeasured(stage=stage, accuracy={"first": value, "second": value / 2})
+@pytest.fixture(autouse=True)
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shipping, "EVERY_SECONDS", 0.05)
+    monkeypatch.setattr(shipping, "PAUSES", (0.05, 0.2))
+
+
+@pytest.fixture
+def folder(tmp_path: Path, empty_store: Path, experiment: Make) -> Path:
+    """A run's folder beside an MLflow store that is empty."""
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    recipes.write_experiment(experiment(), tmp_path / "run/experiment.yaml")
+    return tmp_path / "run"
+
+
+class Run:
+    """A run that only happens in its folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.said = folder, list[str]()
+        self.journal = Journal(folder / JOURNAL)
+
+    def happens(self, *progress: Any) -> None:
+        for each in progress:
+            self.journal(each)
+
+    def shipper(self, experiment: Experiment, fingerprint: str = "abc") -> Shipper:
+        write_state(self.folder, "RUNNING")
+        return Shipper(experiment, fingerprint, self.folder, self.said.append)
+
+    def finished(self) -> None:
+        stages = tuple(trained(stage).result for stage in (1, 2))
+        figures = Metrics(transfer=0.5, avg=0.6, last=0.7, forgetting=0.1)
+        result = Result(
+            name="tiny", method="zscl", method_changes={}, seed=0, fingerprint="abc",
+            tasks=tuple(TaskName(name=name, path=name, digest=name, test_images=4) for name in STAGES),
+            zero_shot=(0.5, 0.25), accuracy_matrix=((0.6, 0.3), (0.7, 0.35)), metrics=figures,
+            zero_shot_metrics=figures, stages=stages, reference_texts=14, workers=1, device="cpu",
+            warnings=("stage 1 looks bad",), train_seconds=2.0, evaluation_seconds=1.0, versions={},
+        )  # fmt: skip
+        (self.folder / "result.json").write_text(result.model_dump_json())
+        write_state(self.folder, "FINISHED")
 
 
 def steps(stage: int, *numbers: int) -> StepsTaken:
     taken = tuple(
-        StepLosses(step=step, learning_rate=0.1, losses={"classification": 1.0 / (step + 1)}) for step in numbers
+        StepLosses(step=step, learning_rate=0.1, losses={"classification": 1 / (step + 1)}, gradient_norm=step + 0.5)
+        for step in numbers
     )
-    return StepsTaken(stage=stage, task="first", steps=taken, images_per_second=10.0)
+    return StepsTaken(stage=stage, task=STAGES[stage - 1], steps=taken, images_per_second=10.0)
 
 
-def histories(client: MlflowClient, run: str, metric: str) -> list[tuple[int, float]]:
-    return [(point.step, point.value) for point in client.get_metric_history(run, metric)]
+def started(stage: int) -> StageStarted:
+    return StageStarted(stage=stage, task=STAGES[stage - 1], steps=4)
 
 
-def children(client: MlflowClient, tracker: Tracker) -> list[Any]:
-    query = f"tags.`mlflow.parentRunId` = '{tracker.parent}'"
-    return list(client.search_runs([tracker.experiment_id], query, order_by=["attributes.start_time"]))
+def trained(stage: int) -> StageTrained:
+    result = StageResult(
+        stage=stage, task=STAGES[stage - 1], steps=4, images_seen=44, train_seconds=1.5, images_per_second=10.0,
+        merges=1, losses={},
+    )  # fmt: skip
+    return StageTrained(result=result)
 
 
-def test_a_resumed_run_is_one_run_with_one_curve(experiment: Make, tmp_path: Path) -> None:
-    first = Tracker(experiment(), "abc", tmp_path / "run")
-    for progress in (
-        row(0, 0.5),
-        StageStarted(stage=1, task="first", steps=4),
-        steps(1, 0, 1),
-        steps(1, 2, 3),
-        row(1, 0.6),
-    ):
-        first(progress)
-    for progress in (StageStarted(stage=2, task="second", steps=4), steps(2, 0, 1)):
-        first(progress)  # and here it dies
-
-    second = Tracker(experiment(compute={"workers": 2}), "abc", tmp_path / "run")
-    assert second.parent == first.parent
-    for progress in (
-        row(0, 0.5),
-        row(1, 0.6),
-        StageStarted(stage=2, task="second", steps=4),
-        steps(2, 0, 1, 2, 3),
-        row(2, 0.7),
-    ):
-        second(progress)
-    client = second.client
-    assert histories(client, second.parent, "accuracy/first") == [(0, 0.5), (1, 0.6), (2, 0.7)]
-    runs = children(client, second)
-    assert [run.info.run_name for run in runs] == ["1-first", "2-second"]
-    for run in runs:
-        assert [step for step, _ in histories(client, run.info.run_id, "loss/classification")] == [0, 1, 2, 3]
-        assert run.info.status == "FINISHED"
+def row(stage: int) -> RowMeasured:
+    return RowMeasured(stage=stage, accuracy={"first": 0.5 + stage / 10, "second": 0.25 + stage / 20})
 
 
-def test_another_experiment_in_the_same_place_is_another_run(experiment: Make, tmp_path: Path) -> None:
-    assert (
-        Tracker(experiment(), "abc", tmp_path / "run").parent != Tracker(experiment(), "abd", tmp_path / "run").parent
-    )
+def stage_of(stage: int) -> tuple[Any, ...]:
+    return (
+        started(stage), steps(stage, 0, 1), CheckpointWritten(stage=stage, steps=2), Note(text="by the way"),
+        steps(stage, 2), steps(stage, 3), trained(stage), row(stage),
+    )  # fmt: skip
 
 
-def test_a_failed_run_is_marked_with_its_open_stage(experiment: Make, tmp_path: Path) -> None:
-    tracker = Tracker(experiment(), "abc", tmp_path / "run")
-    tracker(StageStarted(stage=1, task="first", steps=4))
-    tracker.close("FAILED")
-    assert tracker.client.get_run(tracker.parent).info.status == "FAILED"
-    assert [run.info.status for run in children(tracker.client, tracker)] == ["FAILED"]
+def recorded(uri: str) -> dict[str, dict[str, Any]]:
+    """All that a store has: each run by its name, with its whole histories."""
+    client = MlflowClient(uri)
+    found = {}
+    for run in client.search_runs([client.get_experiment_by_name("zscl").experiment_id]):
+        stage = PARENT in run.data.tags
+        assert run.info.run_name not in found
+        found[run.info.run_name] = {
+            "status": run.info.status,
+            "ended": run.info.end_time,
+            "started": run.info.start_time if stage else None,  # the parent's is before there is a journal
+            "params": run.data.params,
+            "tags": {name: value for name, value in run.data.tags.items() if name != PARENT},
+            "histories": {
+                name: [(at.step, at.value, at.timestamp) for at in client.get_metric_history(run.info.run_id, name)]
+                for name in run.data.metrics
+            },
+            "artefacts": sorted(item.path for item in client.list_artifacts(run.info.run_id)),
+        }
+    return found
 
 
-def test_a_store_that_breaks_later_never_stops_a_run(
-    experiment: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def curve(run: dict[str, Any], name: str) -> list[tuple[int, float]]:
+    return [(step, value) for step, value, _ in run["histories"][name]]
+
+
+def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def online(folder: Path, experiment: Make) -> Run:
+    """A run that failed, went on, was recorded while it did, and is finished."""
+    run = Run(folder)
+    shipper = run.shipper(experiment())
+    run.happens(*BEGINNING, *stage_of(1), started(2), steps(2, 0, 1))
+    write_state(folder, "FAILED", "a worker died")
+    assert shipper.end()
+    store = recorded(f"sqlite:///{folder.parent}/mlflow.db")
+    assert {name: found["status"] for name, found in store.items()} == {
+        "run": "FAILED", "1-first": "FINISHED", "2-second": "FAILED",
+    }  # fmt: skip
+    assert store["run"]["tags"][REASON] == "a worker died"
+
+    again = Run(folder)
+    shipper = again.shipper(experiment(compute={"workers": 2}))
+    again.happens(*BEGINNING, row(1), *stage_of(2))  # it says some things again
+    again.finished()
+    assert shipper.end()
+    assert again.said == []
+    return again
+
+
+def test_a_resumed_run_is_one_run_with_one_curve(online: Run, folder: Path) -> None:
+    store = recorded(f"sqlite:///{folder.parent}/mlflow.db")
+    assert store.keys() == {"run", "1-first", "2-second"}
+    parent = store["run"]
+    assert curve(parent, "accuracy/first") == [(0, 0.5), (1, 0.6), (2, 0.7)]
+    assert [step for step, _ in curve(parent, "accuracy_mean")] == [0, 1, 2]
+    assert curve(parent, "transfer") == [(0, 0.5)]
+    assert parent["tags"]["zscl.order"] == parent["params"]["tasks"] == "first, second"
+    assert parent["tags"]["zscl.warnings"] == "stage 1 looks bad"
+    assert REASON not in parent["tags"]
+    assert parent["artefacts"] == ["accuracy_matrix.json", "experiment.yaml", "figures", "result.json"]
+    for name, accuracy in (("1-first", 0.6), ("2-second", 0.7)):
+        child = store[name]
+        assert curve(child, "loss/classification") == [(0, 1.0), (1, 1 / 2), (2, 1 / 3), (3, 1 / 4)]
+        assert curve(child, "gradient_norm") == [(0, 0.5), (1, 1.5), (2, 2.5), (3, 3.5)]
+        assert [step for step, _ in curve(child, "images_per_second")] == [1, 2, 3]
+        assert curve(child, "train_seconds") == [(0, 1.5)]
+        assert [value for _, value in curve(child, "accuracy/first")] == [accuracy]
+    assert {run["status"] for run in store.values()} == {"FINISHED"}
+
+
+def test_another_store_gets_the_same_afterwards(
+    online: Run, folder: Path, empty_store: Path, zscl: Callable[..., Command]
 ) -> None:
-    tracker = Tracker(experiment(), "abc", tmp_path / "run")
-    (tmp_path / "mlflow.db").write_bytes(b"no database any more" * 1000)
-    for progress in (row(0, 0.5), StageStarted(stage=1, task="first", steps=4), steps(1, 0), row(1, 0.6)):
-        tracker(progress)
-    tracker.close("FAILED")
-    assert "MLflow did not take" in caplog.text
+    shutil.copy(empty_store, folder.parent / "other.db")
+    uri = f"sqlite:///{folder.parent}/other.db"
+    made = zscl("sync", folder, "--uri", uri, "--json")
+    assert made.code == 0, made.error
+    assert json.loads(made.out)["entries"] == 19  # what was said again is left out
+    assert recorded(uri) == recorded(f"sqlite:///{folder.parent}/mlflow.db")
+    # And where everything is known, nothing is sent.
+    assert f"{folder}: 0 entries sent to {uri}, FINISHED" in zscl("sync", folder, "--uri", uri).out
+
+
+def test_what_is_sent_again_is_there_once(online: Run, folder: Path, zscl: Callable[..., Command]) -> None:
+    uri = f"sqlite:///{folder.parent}/mlflow.db"
+    before, client = recorded(uri), MlflowClient(uri)
+    [parent] = client.search_runs([client.get_experiment_by_name("zscl").experiment_id], f"tags.`{KEY}` != ''")
+    # A process killed between sending and noting the position: here, all the way.
+    client.delete_tag(parent.info.run_id, TAKEN)
+    made = zscl("sync", folder)
+    assert made.code == 0, made.error
+    assert " 0 entries" not in made.out
+    assert recorded(uri) == before
+
+
+def test_a_locked_database_delays_nobody(folder: Path, experiment: Make) -> None:
+    run = Run(folder)
+    shipper = run.shipper(experiment())
+    run.happens(*BEGINNING, started(1), steps(1, 0))
+    longest = 0.0
+    with closing(sqlite3.connect(folder.parent / "mlflow.db", isolation_level=None)) as other:
+        until(lambda: _locked(other))
+        for number in range(1, 41):
+            before = time.perf_counter()
+            run.happens(steps(1, number))
+            longest = max(longest, time.perf_counter() - before)
+            time.sleep(0.05)
+        other.execute("ROLLBACK")
+    assert longest < 1.5  # of the two seconds that it is locked
+    run.happens(trained(1), row(1))
+    write_state(folder, "KILLED", "enough")
+    assert shipper.end()
+    child = recorded(f"sqlite:///{folder.parent}/mlflow.db")["1-first"]
+    assert [step for step, _ in curve(child, "loss/classification")] == list(range(41))
+
+
+def _locked(database: sqlite3.Connection) -> bool:
+    try:
+        database.execute("BEGIN EXCLUSIVE")
+    except sqlite3.OperationalError:
+        return False
+    return True
+
+
+@pytest.fixture
+def broken(folder: Path) -> Iterator[Callable[[], None]]:
+    """Break the store; calling again mends it."""
+    file, kept = folder.parent / "mlflow.db", folder.parent / "kept.db"
+
+    def swap() -> None:
+        if kept.exists():
+            file.write_bytes(kept.read_bytes())
+            kept.unlink()
+        else:
+            shutil.copy(file, kept)
+            file.write_bytes(b"no database any more" * 1000)
+
+    return swap
+
+
+def test_a_store_that_comes_back_gets_everything(folder: Path, experiment: Make, broken: Callable[[], None]) -> None:
+    run = Run(folder)
+    shipper = run.shipper(experiment())
+    run.happens(*BEGINNING)
+    uri = f"sqlite:///{folder.parent}/mlflow.db"
+    until(lambda: len(recorded(uri)["run"]["histories"]) > 2)
+    broken()
+    run.happens(started(1), steps(1, 0, 1))
+    until(lambda: len(run.said) == 1)
+    time.sleep(0.5)  # some attempts later
+    run.happens(steps(1, 2))
+    broken()
+    until(lambda: len(run.said) == 2)
+    run.happens(steps(1, 3), trained(1), row(1))
+    write_state(folder, "KILLED", "enough")
+    assert shipper.end()
+    assert "MLflow does not take records" in run.said[0]
+    assert "MLflow takes records again" in run.said[1]
+    store = recorded(uri)
+    assert [step for step, _ in curve(store["1-first"], "gradient_norm")] == [0, 1, 2, 3]
+    assert [step for step, _ in curve(store["run"], "accuracy/first")] == [0, 1]
+
+
+def test_a_store_that_is_gone_for_good_holds_nobody_up(
+    folder: Path, experiment: Make, empty_store: Path, broken: Callable[[], None], zscl: Callable[..., Command]
+) -> None:
+    run = Run(folder)
+    shipper = run.shipper(experiment())
+    broken()
+    run.happens(*BEGINNING, *stage_of(1), *stage_of(2))
+    run.finished()
+    before = time.perf_counter()
+    assert not shipper.end(patience=0.5)
+    assert time.perf_counter() - before < 5.0
+    assert run.said[-1].endswith(f"zscl sync {folder}")
+    refused = zscl("sync", folder)
+    assert refused.code == 2
+    assert "found no reachable MLflow store" in refused.error
+    shutil.copy(empty_store, folder.parent / "other.db")
+    assert zscl("sync", folder, "--uri", f"sqlite:///{folder.parent}/other.db").code == 0
+    assert recorded(f"sqlite:///{folder.parent}/other.db")["run"]["status"] == "FINISHED"
+
+
+def test_a_stage_that_somebody_deletes_does_not_hold_up_the_rest(folder: Path, experiment: Make) -> None:
+    run = Run(folder)
+    shipper = run.shipper(experiment())
+    run.happens(*BEGINNING, started(1), steps(1, 0, 1))
+    client = MlflowClient(f"sqlite:///{folder.parent}/mlflow.db")
+    query = f"tags.`{PARENT}` = '{shipper.run_id}'"
+    at = [client.get_experiment_by_name("zscl").experiment_id]
+    until(lambda: bool(client.search_runs(at, query)))
+    client.delete_run(client.search_runs(at, query)[0].info.run_id)
+    run.happens(steps(1, 2, 3), trained(1), row(1))
+    write_state(folder, "KILLED", "enough")
+    assert shipper.end()
+    [child] = client.search_runs(at, query)
+    assert child.info.status == "FINISHED"
+    assert child.data.metrics["accuracy/first"] == 0.6
+
+
+def test_a_run_whose_process_is_gone_was_killed(folder: Path, zscl: Callable[..., Command]) -> None:
+    run = Run(folder)
+    write_state(folder, "RUNNING")
+    run.happens(*BEGINNING, started(1), steps(1, 0, 1))
+    with owned(folder):
+        refused = zscl("sync", folder)
+    assert (refused.code, "another process at work on this run" in refused.error) == (2, True)
+    assert zscl("sync", folder).code == 0
+    store = recorded(f"sqlite:///{folder.parent}/mlflow.db")
+    assert (store["run"]["status"], store["1-first"]["status"]) == ("KILLED", "KILLED")
+
+
+def test_another_experiment_or_another_life_in_the_same_place_is_another_run(folder: Path, experiment: Make) -> None:
+    found = []
+    for fingerprint, anew in (("abc", False), ("abd", False), ("abc", False), ("abc", True)):
+        if anew:
+            (folder / JOURNAL).unlink()
+        run = Run(folder)
+        shipper = run.shipper(experiment(), fingerprint)
+        run.happens(RunStarted(fingerprint=fingerprint))
+        assert shipper.end()
+        found.append(shipper.run_id)
+    assert found[0] == found[2]
+    assert len(set(found)) == 3
 
 
 @pytest.mark.parametrize(
@@ -100,13 +355,29 @@ def test_a_store_that_breaks_later_never_stops_a_run(
 )
 def test_a_store_that_cannot_be_opened_is_refused(experiment: Make, tmp_path: Path, uri: str) -> None:
     with pytest.raises(InputError, match=r"tracking\.uri: found no reachable MLflow store"):
-        Tracker(experiment(tracking={"uri": uri}), "abc", tmp_path / "run")
+        Shipper(experiment(tracking={"uri": uri}), "abc", tmp_path / "run", print)
 
 
 def test_a_database_that_is_none_is_refused(experiment: Make, tmp_path: Path) -> None:
     (tmp_path / "mlflow.db").write_bytes(b"no database" * 1000)
     with pytest.raises(InputError, match=r"tracking\.uri: found no reachable MLflow store"):
-        Tracker(experiment(), "abc", tmp_path / "run")
+        Shipper(experiment(), "abc", tmp_path / "run", print)
+
+
+def test_what_cannot_be_synced_is_refused_in_a_sentence(
+    folder: Path, experiment: Make, zscl: Callable[..., Command]
+) -> None:
+    def refused(run: Path, *options: str) -> str:
+        made = zscl("sync", run, *options)
+        assert made.code == 2
+        return made.error
+
+    assert "no such folder, expected a run's folder" in refused(folder.parent / "nowhere")
+    assert "found no journal.jsonl" in refused(folder)
+    Run(folder).happens(*BEGINNING)
+    assert "found no reachable MLflow store at http://127.0.0.1:9" in refused(folder, "--uri", "http://127.0.0.1:9")
+    recipes.write_experiment(experiment(tracking={"uri": "http://me:secret@127.0.0.1:9"}), folder / "experiment.yaml")
+    assert "tracking.uri: found http://me:***@127.0.0.1:9 without its password" in refused(folder)
 
 
 def test_passwords_are_not_shown() -> None:
@@ -114,30 +385,11 @@ def test_passwords_are_not_shown() -> None:
     assert mask("sqlite:////tmp/mlflow.db") == "sqlite:////tmp/mlflow.db"
 
 
-def test_a_password_is_not_written_down(experiment: Make, tmp_path: Path) -> None:
-    made = experiment(tracking={"uri": "http://me:secret@somewhere:5000"})
-    recipes.write_experiment(made, tmp_path / "experiment.yaml")
-    assert "http://me:***@somewhere:5000" in (tmp_path / "experiment.yaml").read_text()
-    assert "secret" not in (tmp_path / "experiment.yaml").read_text()
-
-
-def test_rows_that_were_not_taken_are_recorded_at_the_end(experiment: Make, tmp_path: Path) -> None:
-    made = experiment(method="finetune")
-    tracker = Tracker(made, "abc", tmp_path / "run")
-    tracker.silent_until = float("inf")  # as after a failure
-    result = run_sequence(made, tmp_path / "run", report=tracker)
-    recipes.write_experiment(made, tmp_path / "run/experiment.yaml")
-    tracker.finish(result, tmp_path / "run")
-    assert [step for step, _ in histories(tracker.client, tracker.parent, "accuracy/first")] == [0, 1, 2, 3]
-    assert tracker.client.get_run(tracker.parent).info.status == "FINISHED"
-
-
-def test_a_stage_whose_row_comes_after_an_interruption_is_closed(experiment: Make, tmp_path: Path) -> None:
-    first = Tracker(experiment(), "abc", tmp_path / "run")
-    for progress in (row(0, 0.5), StageStarted(stage=1, task="first", steps=4), steps(1, 0, 1)):
-        first(progress)
-    second = Tracker(experiment(), "abc", tmp_path / "run")
-    second(row(1, 0.6))  # trained before, measured now
-    [child] = children(second.client, second)
-    assert child.info.status == "FINISHED"
-    assert child.data.metrics["accuracy/first"] == 0.6
+def test_a_password_is_not_written_down(experiment: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, file = experiment(tracking={"uri": "http://me:secret@somewhere:5000"}), tmp_path / "experiment.yaml"
+    recipes.write_experiment(made, file)
+    assert "http://me:***@somewhere:5000" in file.read_text()
+    assert "secret" not in file.read_text()
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "secret")
+    assert unmasked("http://me:***@somewhere:5000") == "http://somewhere:5000"

@@ -3,6 +3,8 @@
 import csv
 import socket
 from collections.abc import Callable
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from safetensors.torch import load_file
 from schemas.experiment import Experiment
 from schemas.method import PRESETS
 from schemas.results import Result
+from zscl.checkpoint import StoppedError
 from zscl.distributed import share
 from zscl.sequence import run_sequence
 
@@ -29,6 +32,7 @@ COMPUTE = {
     "we+wc": {"gradient_checkpointing": True},
     "lwf": {"savings": {"packed_prompts": "never", "used_embeddings": "never", "one_pass": False}},
 }
+STOPPED = "stopped"
 Jobs = list[tuple[str, Path]]
 
 
@@ -36,7 +40,16 @@ def worker(rank: int, workers: int, port: int, jobs: Jobs) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=workers)
     for experiment, folder in jobs:
-        run_sequence(Experiment.model_validate_json(experiment), folder, device=torch.device("cpu"))
+        # Stopped inside the first stage, then inside the second one.
+        for stop in (4, 4, 0) if folder.name == STOPPED else (0,):
+            asked = count(1)
+            with suppress(StoppedError):
+                run_sequence(
+                    Experiment.model_validate_json(experiment),
+                    folder,
+                    device=torch.device("cpu"),
+                    asked_to_stop=lambda asked=asked, stop=stop: next(asked) == stop,  # type: ignore[misc]
+                )
     dist.destroy_process_group()
 
 
@@ -74,12 +87,17 @@ def test_world_size_changes_nothing_for_any_preset(
         class_incremental={"path": tasks[0], "first": 2, "increment": 1},
         compute={"device": "cpu"},
     )
+    looks = {"device": "cpu", "checkpoint": {"every_steps": 1}}
+    made[STOPPED] = experiment(method=METHODS["zscl"], optimisation=optimisation, tasks=tasks[:2], compute=looks)
     for name, each in made.items():
         run_sequence(each, tmp_path / "1" / name, device=torch.device("cpu"))
     for workers in (2, 3):
         run_with(workers, [(each.model_dump_json(), tmp_path / str(workers) / name) for name, each in made.items()])
         for name in made:
             compare(tmp_path / str(workers) / name, tmp_path / "1" / name, workers)
+        whole, stopped = (tmp_path / str(workers) / name for name in ("zscl", STOPPED))
+        for file in [*whole.glob("stages/*/losses.csv"), *whole.glob("stages/*/model/*.safetensors")]:
+            assert file.read_bytes() == (stopped / file.relative_to(whole)).read_bytes(), file
 
 
 def compare(folder: Path, alone: Path, workers: int) -> None:

@@ -93,9 +93,10 @@ def test_a_whole_stage_comes_to_the_plain_ways_numbers(
     assert len(losses) == 20
     # open_clip's attention gives a key's bias a gradient of round-off, which Adam makes whole steps of and
     # consolidation sums; the softmax does not see it.
+    summed = ("consolidation", "gradient_norm")
     for ours, theirs in zip(losses, plain[0], strict=True):
         for name, loss in theirs.items():
-            assert ours[name] == pytest.approx(loss, rel=1e-3 if name == "consolidation" else 1e-9, abs=1e-12), name
+            assert ours[name] == pytest.approx(loss, rel=1e-3 if name in summed else 1e-9, abs=1e-12), name
         assert ours.keys() == theirs.keys()
     for name, expected in plain[1].items():
         seen = torch.ones(len(expected) if expected.ndim else 1, dtype=torch.bool)

@@ -1,0 +1,66 @@
+"""One run, one owner: a lock beside the run's folder, and who holds it.
+
+The lock is the operating system's (`flock`) and goes with its process, however that ends; the owner's name is for
+people. A name without a lock is that of a process that was killed.
+"""
+
+import os
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from pydantic import ValidationError
+
+from schemas.base import InputError, Strict
+from zscl.files import write_text
+
+
+class Owner(Strict):
+    """The process at work on a run."""
+
+    host: str
+    process: int
+    since: str
+
+    def __str__(self) -> str:
+        return f"process {self.process} on {self.host}, started {self.since}"
+
+
+@contextmanager
+def owned(folder: Path, note: Callable[[str], None] = lambda text: None) -> Iterator[None]:
+    """Keep a run's folder for this process.
+
+    Args:
+        folder: the run's; it need not exist.
+        note: told when a killed process had it before.
+
+    Raises:
+        InputError: another process has it.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    name = folder.with_name(f".{folder.name}.owner.json")
+    try:
+        with FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0):
+            if killed := _read(name):
+                note(f"{folder}: its owner ({killed}) is gone without a word, taking over")
+            since = datetime.now(UTC).isoformat(sep=" ", timespec="seconds")
+            write_text(name, Owner(host=platform.node(), process=os.getpid(), since=since).model_dump_json())
+            try:
+                yield
+            finally:
+                name.unlink(missing_ok=True)
+    except Timeout as error:
+        raise InputError(
+            f"{folder}: found another process at work on this run ({_read(name) or 'unknown'}), expected none; end it, "
+            "or choose another folder"
+        ) from error
+
+
+def _read(file: Path) -> Owner | None:
+    try:
+        return Owner.model_validate_json(file.read_text())
+    except (OSError, ValidationError):
+        return None

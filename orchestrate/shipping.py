@@ -1,0 +1,180 @@
+"""From a run's journal to MLflow: beside a run that goes on, or afterwards.
+
+The journal is what counts. A store takes it entry by entry and says how many it has, so whoever sends goes on where the
+last one stopped, and a store that has nothing gets everything.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+from orchestrate.ownership import owned
+from orchestrate.places import store_uri, unmasked
+from orchestrate.recipes import load_experiment
+from orchestrate.report import load_result
+from orchestrate.state import read_state
+from orchestrate.tracking import FAILURES, Record, unreachable
+from schemas.base import InputError
+from schemas.experiment import Experiment
+from schemas.results import JournalEntry, RunStarted, RunState, Synced
+from schemas.secrets import mask
+from zscl.journal import JOURNAL, JournalReader
+
+log = logging.getLogger(__name__)
+
+EVERY_SECONDS = 2.0
+PAUSES = (1.0, 30.0)  # after a failure, doubling from the first to the last
+PATIENCE_SECONDS = 20.0  # at the end of a run
+ENTRIES_AT_ONCE = 100  # about two minutes of steps: little is sent again after a failure
+
+
+class Shipment:
+    """A journal on its way into a store. After a failure, begin another one: nothing is known but what they say."""
+
+    def __init__(self, experiment: Experiment, fingerprint: str, folder: Path, uri: str) -> None:
+        self.folder = folder
+        self._reader = JournalReader(folder / JOURNAL)
+        self._waiting: list[JournalEntry] = []
+        self._last = 0
+        self._read()
+        begun = self._waiting[0].time if self._waiting else None
+        self.record = Record(experiment, fingerprint, folder, uri, begun)
+        del self._waiting[: self.record.taken]
+
+    def send(self) -> Iterator[tuple[int, int]]:
+        """Send what is new, a part at a time. Yields how many entries are sent by then, and how many there were."""
+        self._read()
+        total = len(self._waiting)
+        while self._waiting:
+            self.record.send(self._waiting[:ENTRIES_AT_ONCE])
+            del self._waiting[:ENTRIES_AT_ONCE]
+            yield total - len(self._waiting), total
+
+    def settle(self) -> str:
+        """Record how the run ended, as its folder says. Returns the status."""
+        state = read_state(self.folder)
+        if (self.folder / "result.json").is_file():
+            ended = state.time if state and state.status == "FINISHED" else self._last
+            self.record.finish(load_result(self.folder), self.folder, self._last, ended)
+            return "FINISHED"
+        if state is None or state.status == "RUNNING":  # and yet nobody works on it
+            state = RunState(status="KILLED", reason="the process is gone", time=self._last)
+        self.record.close(state)
+        return state.status
+
+    def _read(self) -> None:
+        entries = self._reader.new()
+        self._waiting += entries
+        self._last = entries[-1].time if entries else self._last
+
+
+class Shipper:
+    """Sends a run's journal while the run goes on, from a thread of its own, which nobody waits for until the end."""
+
+    def __init__(self, experiment: Experiment, fingerprint: str, folder: Path, note: Callable[[str], None]) -> None:
+        """Open the store, where a resumed run is found again.
+
+        Args:
+            experiment: what is run.
+            fingerprint: of it.
+            folder: the run's, absolute.
+            note: is told, in the thread, when the store does not answer any more, and when it does again.
+
+        Raises:
+            InputError: the store cannot be reached.
+        """
+        self.folder, self._note = folder, note
+        uri = unmasked(store_uri(experiment, folder))
+        self._begin = partial(Shipment, experiment, fingerprint, folder, uri)
+        try:
+            shipment = self._begin()
+            shipment.record.resume()
+        except FAILURES as error:
+            raise unreachable(uri, error) from error
+        self.run_id = shipment.record.parent
+        self._ending, self._abandoned = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._work, args=[shipment], name="shipper", daemon=True)
+        self._thread.start()
+
+    def end(self, patience: float = PATIENCE_SECONDS) -> bool:
+        """Let everything arrive, and with it how the run ended, which the folder says by now.
+
+        Returns whether it did; if it takes longer than so many seconds, `note` is told what to do.
+        """
+        self._ending.set()
+        self._thread.join(patience)
+        if self._thread.is_alive():
+            self._abandoned.set()
+            self._note(f"MLflow has not taken everything yet; later, send the rest with: zscl sync {self.folder}")
+        return not self._thread.is_alive()
+
+    def _work(self, shipment: Shipment | None) -> None:
+        pause, away = PAUSES[0], False
+        while not self._abandoned.is_set():
+            ending = self._ending.is_set()  # asked before the journal is read: nothing comes after the end
+            try:
+                shipment = shipment or self._begin()
+                for _ in shipment.send():
+                    if self._abandoned.is_set():
+                        return
+                if ending:
+                    shipment.settle()
+            except Exception as error:  # also whatever a store of artefacts may raise: training is worth more
+                shipment = None
+                log.debug("MLflow did not take records", exc_info=True)
+                if not away:
+                    self._note(
+                        f"MLflow does not take records ({type(error).__name__}); the run goes on, and its journal "
+                        "keeps them"
+                    )
+                wait, pause, away = pause, min(2 * pause, PAUSES[1]), True
+            else:
+                if away:
+                    self._note("MLflow takes records again; nothing is lost")
+                if ending:
+                    return
+                wait, pause, away = EVERY_SECONDS, PAUSES[0], False
+            if ending:
+                time.sleep(min(wait, PAUSES[0]))
+            else:
+                self._ending.wait(wait)
+
+
+def sync(folder: Path, uri: str | None, on_sent: Callable[[int, int], None]) -> Synced:
+    """Send what a store does not have yet of a run on which nobody works.
+
+    Args:
+        folder: the run's.
+        uri: of the store; default: that of the run.
+        on_sent: told how far it is: entries sent, and to be sent.
+
+    Raises:
+        InputError: there is no such run, it is under way, or the store cannot be reached.
+    """
+    folder = folder.absolute()
+    if not folder.is_dir():
+        raise InputError(f"{folder}: found no such folder, expected a run's folder")
+    with owned(folder):
+        fingerprint = _fingerprint(folder)
+        experiment = load_experiment(folder / "experiment.yaml")
+        uri = uri or unmasked(store_uri(experiment, folder))
+        try:
+            shipment = Shipment(experiment, fingerprint, folder, uri)
+            sent = 0
+            for sent, total in shipment.send():
+                on_sent(sent, total)
+            known = shipment.record.status == "FINISHED" and not sent
+            status = "FINISHED" if known else shipment.settle()
+        except FAILURES as error:
+            raise unreachable(uri, error) from error
+    return Synced(folder=str(folder), tracking_uri=mask(uri), entries=sent, status=status)
+
+
+def _fingerprint(folder: Path) -> str:
+    for entry in JournalReader(folder / JOURNAL).new():
+        if isinstance(entry.progress, RunStarted):
+            return entry.progress.fingerprint
+    raise InputError(f"{folder}: found no {JOURNAL} that tells of a run, expected the folder of a run that was started")

@@ -1,0 +1,43 @@
+"""Two processes on one run, and a lock whose process is gone."""
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from orchestrate.ownership import owned
+from schemas.base import InputError
+
+
+def keep(run: Path, then: str) -> "subprocess.Popen[str]":
+    """Have another process own a run."""
+    code = f"from pathlib import Path; from orchestrate.ownership import owned\nwith owned(Path({str(run)!r})): {then}"
+    return subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def test_the_second_is_told_who_the_first_is(tmp_path: Path) -> None:
+    with keep(tmp_path / "run", "print('mine', flush=True); input()") as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "mine\n"
+        with pytest.raises(InputError) as refused, owned(tmp_path / "run"):
+            pytest.fail("two processes own one run")
+        first.communicate("\n")
+    assert f"process {first.pid} on {platform.node()}, started 20" in str(refused.value)
+    assert not (tmp_path / "run").exists()
+    with owned(tmp_path / "run", note=pytest.fail):  # the first one has ended, and said so
+        pass
+
+
+def test_the_lock_of_a_killed_process_is_stale(tmp_path: Path) -> None:
+    with keep(tmp_path / "run", "import os; os.kill(os.getpid(), 9)") as killed:
+        killed.wait()
+    said: list[str] = []
+    with owned(tmp_path / "run", said.append):
+        assert (tmp_path / ".run.owner.json").is_file()
+    assert len(said) == 1
+    assert f"its owner (process {killed.pid} on {platform.node()}" in said[0]
+    assert os.getpid() != killed.pid
+    assert not (tmp_path / ".run.owner.json").exists()

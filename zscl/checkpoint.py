@@ -1,0 +1,171 @@
+"""A stage under way on disk: enough to go on behind any step as if nothing had happened.
+
+One file holds weights, optimizer, schedule, average and the losses so far. What a step draws (images, augmentation,
+dropout) is a function of seed, stage and step, and what a stage looks back at (its start, the teacher, exemplars) lies
+in the run's folder, so the number of steps stands for all of it.
+
+The file is written beside the training, from a copy in memory, and takes the last one's place only when it is whole.
+It is read by torch's weights-only unpickler, which makes tensors and plain containers and runs nothing.
+"""
+
+import pickle
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from schemas.compute import Checkpoint
+from schemas.results import CheckpointWritten, Note
+from zscl.distributed import agree, rank
+from zscl.files import whole_file
+
+CHECKPOINT = "checkpoint.pt"
+LOOK_EVERY_SECONDS = 1.0
+RETRY_SECONDS = 30.0  # after a checkpoint that storage did not take
+State = dict[str, Any]
+
+
+class StoppedError(Exception):
+    """The run was asked to stop; what it takes to go on is on disk."""
+
+
+def read_checkpoint(file: Path | None, stage: int, note: Callable[[str], None]) -> State | None:
+    """Read where a stage got to; `None` where it begins anew. The workers agree.
+
+    A file that cannot be used is named and left behind: the stage comes to the same numbers from its start.
+
+    Raises:
+        OSError: storage shows the workers different files.
+    """
+    state: State | None = None
+    if file is not None and file.is_file():
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            note(f"{file}: found no readable checkpoint ({reason}); the stage begins again")
+    if state is not None and state["stage"] != stage:  # left behind by a stage that is finished
+        state = None
+    found = state["step"] if state else 0
+    [step] = agree(found)
+    if step and found != step:
+        raise OSError(f"{file}: found the checkpoint of step {found}, the main worker finds that of step {step}")
+    return state if step else None
+
+
+def fits(state: State, model: nn.Module) -> bool:
+    """Whether a checkpoint's weights have the model's shapes; exact savings change the shape of a token embedding."""
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    return shapes == {name: tensor.shape for name, tensor in state["model"].items()}
+
+
+class Checkpoints:
+    """Now and then in a stage: flush the curves, keep a checkpoint when it is time, stop where that was asked for.
+
+    The main worker decides and all look at the same steps, so that all stop behind the same one.
+    """
+
+    def __init__(
+        self,
+        file: Path | None,
+        settings: Checkpoint,
+        report: Callable[[CheckpointWritten | Note], None],
+        asked_to_stop: Callable[[], bool],
+        first_step: int = 0,
+    ) -> None:
+        """Begin to count.
+
+        Args:
+            file: the checkpoint, if one is to be kept.
+            settings: how often.
+            report: told what was written, or why not.
+            asked_to_stop: asked on the main worker.
+            first_step: steps taken already.
+        """
+        self.file, self.settings, self.report, self.asked_to_stop = file, settings, report, asked_to_stop
+        self.next_look = first_step + 1
+        self._looked = (first_step, time.monotonic())
+        self._due = time.monotonic() + 60 * settings.every_minutes
+        self._overdue = False
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[CheckpointWritten | Note] | None = None
+
+    def look(self, done: int, state: Callable[[], State]) -> None:
+        """Do what is due behind `done` steps.
+
+        Args:
+            done: steps of the stage.
+            state: what to keep, as it is now; called on every worker.
+
+        Raises:
+            StoppedError: the run was asked to stop.
+        """
+        self._collect()
+        stop, keep, self.next_look = agree(*self._decide(done))
+        if not (stop or keep):
+            return
+        now = state()
+        if stop:
+            self.end()
+        if rank() == 0 and self.file is not None:
+            self._writing = self._writer.submit(self._write, _copied(now))
+        if stop:
+            self.end()
+            raise StoppedError(f"stage {now['stage']} is stopped behind step {done}")
+
+    def end(self) -> None:
+        """Wait for what is being written."""
+        if self._writing is not None:
+            self._writing.exception()
+            self._collect()
+
+    def _decide(self, done: int) -> tuple[bool, bool, int]:
+        """Whether to stop, whether to keep a checkpoint, and behind how many steps to look again."""
+        every, (steps, then), now = self.settings.every_steps, self._looked, time.monotonic()
+        seconds_a_step = max(now - then, 1e-6) / max(done - steps, 1)
+        self._looked = (done, now)
+        self._overdue |= now >= self._due or (every is not None and done % every == 0)
+        keep = self._overdue and self._writing is None and self.file is not None  # storage is never waited for
+        if keep:
+            self._overdue, self._due = False, now + 60 * self.settings.every_minutes
+        look = done + max(1, int(LOOK_EVERY_SECONDS / seconds_a_step))
+        return self.asked_to_stop(), keep, look if every is None else min(look, every * (done // every + 1))
+
+    def _collect(self) -> None:
+        """Report what became of the last checkpoint, once it is known."""
+        if self._writing is None or not self._writing.done():
+            return
+        outcome, self._writing = self._writing.result(), None
+        if isinstance(outcome, Note):
+            self._due = min(self._due, time.monotonic() + RETRY_SECONDS)
+        self.report(outcome)
+
+    def _write(self, state: State) -> CheckpointWritten | Note:
+        assert self.file is not None
+        where = f"the checkpoint of stage {state['stage']} behind step {state['step']}"
+        if not all(bool(tensor.isfinite().all()) for tensor in _numbers(state["model"])):
+            return Note(text=f"{where} is not kept: found a weight that is no number")
+        try:
+            with whole_file(self.file) as temporary:
+                torch.save(state, temporary)
+        except (OSError, RuntimeError) as error:  # torch's own writer makes the latter of a full disk
+            reason = str(error).strip().partition("\n")[0]
+            return Note(text=f"{where} could not be written ({reason}); the last one stays, training goes on")
+        return CheckpointWritten(stage=state["stage"], steps=state["step"])
+
+
+def _copied(tree: Any) -> Any:
+    """A copy on the CPU, so that training may go on."""
+    if isinstance(tree, torch.Tensor):
+        return tree.detach().to("cpu", copy=True)
+    if isinstance(tree, Mapping):
+        return {name: _copied(value) for name, value in tree.items()}
+    return [_copied(value) for value in tree] if isinstance(tree, list | tuple) else tree
+
+
+def _numbers(tree: Mapping[str, torch.Tensor]) -> Iterator[torch.Tensor]:
+    return (tensor for tensor in tree.values() if tensor.is_floating_point())

@@ -1,0 +1,101 @@
+"""What every step of a stage comes to, and what in it is poison."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from statistics import median
+
+import torch
+
+from schemas.base import InputError
+from schemas.results import Note, StepLosses, StepsTaken
+
+EXPLODED, TYPICAL_STEPS = 100, 20  # gradients so many times the median of so many steps before
+EXPLOSIONS_NAMED = 5  # of a stage
+Report = Callable[[StepsTaken | Note], None]
+
+
+class NotFiniteError(InputError):
+    """A loss or the gradients are no numbers any more: the stage is lost, those before it are not."""
+
+
+class Curves:
+    """Every step's losses, reported now and then: reading a loss waits for the device.
+
+    explosions: a sentence for each step whose gradients exploded, the first few.
+    """
+
+    def __init__(self, stage: int, task: str, images_per_step: int, report: Report) -> None:
+        self.stage, self.task, self.images_per_step, self.report = stage, task, images_per_step, report
+        self.steps: list[StepLosses] = []
+        self.explosions: list[str] = []
+        self._pending: list[tuple[int, float, dict[str, torch.Tensor], torch.Tensor]] = []
+        self._started = self._reported = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Time that the stage's steps took, those before an interruption included."""
+        return time.perf_counter() - self._started
+
+    def note(self, text: str) -> None:
+        """Report something worth a line."""
+        self.report(Note(text=text))
+
+    def take_up(self, steps: list[StepLosses], seconds: float) -> None:
+        """Go on behind steps that took so many seconds; who listens may have missed them."""
+        self._started, self._reported = time.perf_counter() - seconds, time.perf_counter()
+        self._take(steps, speed=len(steps) * self.images_per_step / max(seconds, 1e-9))
+
+    def add(self, step: int, learning_rate: float, named: dict[str, torch.Tensor], norm: torch.Tensor) -> None:
+        """Keep a step."""
+        self._pending.append((step, learning_rate, named, norm))
+
+    def flush(self) -> None:
+        """Report the steps kept.
+
+        Raises:
+            NotFiniteError: one of them has a loss or gradients that are no numbers.
+        """
+        if not self._pending:
+            return
+        names = list(self._pending[0][2])
+        rows = [torch.stack([*(named[name] for name in names), norm]) for *_, named, norm in self._pending]
+        taken = [
+            StepLosses(step=step, learning_rate=rate, losses=dict(zip(names, losses, strict=True)), gradient_norm=norm)
+            for (step, rate, *_), (*losses, norm) in zip(self._pending, torch.stack(rows).tolist(), strict=True)
+        ]
+        for step in taken:
+            self._refuse_what_is_no_number(step)
+        now = time.perf_counter()
+        speed = len(taken) * self.images_per_step / max(now - self._reported, 1e-9)
+        self._pending, self._reported = [], now
+        self._take(taken, speed)
+
+    def _take(self, taken: list[StepLosses], speed: float) -> None:
+        for step in taken:
+            if exploded(step.gradient_norm, [each.gradient_norm for each in self.steps[-TYPICAL_STEPS:]]):
+                self._explosion(step)
+            self.steps.append(step)
+        self.report(StepsTaken(stage=self.stage, task=self.task, steps=tuple(taken), images_per_second=speed))
+
+    def _refuse_what_is_no_number(self, step: StepLosses) -> None:
+        losses = {f"the loss {name}": value for name, value in step.losses.items()}
+        for name, value in (losses | {"the gradients' norm": step.gradient_norm}).items():
+            if not math.isfinite(value):
+                raise NotFiniteError(
+                    f"stage {self.stage} {self.task}: found {name} {value} at step {step.step}, expected a finite one"
+                )
+
+    def _explosion(self, step: StepLosses) -> None:
+        if len(self.explosions) < EXPLOSIONS_NAMED:
+            self.explosions.append(
+                f"stage {self.stage} {self.task}: the gradients exploded at step {step.step} (norm "
+                f"{step.gradient_norm:.3g}, over {EXPLODED} times the steps before it); "
+                "optimisation.max_gradient_norm would clip them"
+            )
+            self.note(f"warning: {self.explosions[-1]}")
+
+
+def exploded(norm: float, before: Sequence[float]) -> bool:
+    """Whether a gradient's norm is far above those of the steps before it."""
+    return len(before) == TYPICAL_STEPS and norm > EXPLODED * median(before)

@@ -1,0 +1,169 @@
+"""The accuracy matrix, measured row by row and cell by cell; what is measured once is kept.
+
+Task-aware, a task's images are told apart among its own classes; class-incremental, one head tells all classes seen
+apart.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, Field
+
+from schemas.base import InputError, Strict
+from schemas.results import Note, RowMeasured, TaskEvaluated
+from zscl.checkpoint import StoppedError
+from zscl.distributed import agree, barrier, gather_sentences, rank
+from zscl.evaluation import accuracies, embed_classes, head
+from zscl.files import patiently, write_text
+from zscl.metrics import at_chance
+from zscl.model import Clip
+from zscl.opened import Opened
+from zscl.tasks import TaskFolder
+from zscl.training import loader_of
+
+Report = Callable[[BaseModel], None]
+ZERO_SHOT = "zero_shot.json"
+
+
+class AccuracyRow(Strict):
+    """`zero_shot.json`, `accuracy.json`: a row of the matrix and what it cost."""
+
+    fingerprint: str
+    accuracy: dict[str, float]
+    images: dict[str, int]
+    under_later_heads: dict[str, list[float]] = Field(default_factory=dict)
+    broken: dict[str, list[str]] = Field(default_factory=dict)
+    seconds: float
+
+
+def part_of(row: Path) -> Path:
+    """Where a row is kept while its cells are measured."""
+    return row.with_suffix(".part.json")
+
+
+def refuse_other_run(folder: Path, fingerprint: str) -> None:
+    """Refuse to mix two experiments in one folder.
+
+    Raises:
+        InputError: the folder holds a run of another experiment.
+    """
+    rows = [file for file in (folder / ZERO_SHOT, part_of(folder / ZERO_SHOT)) if file.is_file()]
+    found = AccuracyRow.model_validate_json(rows[0].read_text()).fingerprint if rows else fingerprint
+    if found != fingerprint:
+        raise InputError(
+            f"{folder}: found a run of another experiment (fingerprint {found}), expected {fingerprint} or an empty "
+            "folder; choose another folder"
+        )
+
+
+@dataclass
+class Rows:
+    """Measures a run's rows.
+
+    seconds: that they took, those measured before an interruption included; warnings: sentences about failed stages.
+    """
+
+    opened: Opened
+    report: Report
+    device: torch.device
+    asked_to_stop: Callable[[], bool]
+    seconds: float = 0.0
+    warnings: list[str] = field(default_factory=list)
+
+    def __call__(self, stage: int, clip: Clip, file: Path) -> AccuracyRow:
+        """Measure the model on every task, or read what was measured."""
+        known = file.is_file()
+        row = AccuracyRow.model_validate_json(file.read_text()) if known else self._measure(stage, clip, file)
+        self.seconds += row.seconds
+        self.report(RowMeasured(stage=stage, accuracy=row.accuracy))
+        if stage > 0:
+            self._doubt(stage, row)
+        return row
+
+    def _measure(self, stage: int, clip: Clip, file: Path) -> AccuracyRow:
+        row = AccuracyRow(fingerprint=self.opened.fingerprint, accuracy={}, images={}, seconds=0.0)
+        if part_of(file).is_file():
+            row = AccuracyRow.model_validate_json(part_of(file).read_text())
+        barrier()  # all have looked before any writes
+        started = time.perf_counter() - row.seconds
+        unmeasured = [index for index, task in enumerate(self.opened.tasks) if task.name not in row.accuracy]
+        embedded = self._embed_classes(clip, unmeasured)
+        for index in unmeasured:
+            if agree(self.asked_to_stop()) == [1]:
+                raise StoppedError(f"stopped while the row of stage {stage} is measured")
+            heads = [embedded[index]]
+            if self.one_head:  # of all classes seen; untrained, the model is judged under those of every stage
+                last = range(index, len(self.opened.tasks)) if stage == 0 else [max(stage - 1, index)]
+                heads = [head(list(embedded.values()), index, until) for until in last]
+            self._measure_cell(stage, clip, self.opened.tasks[index], heads, row)
+            row = row.model_copy(update={"seconds": time.perf_counter() - started})
+            if rank() == 0:
+                write_whole(part_of(file), row)
+        barrier()
+        if rank() == 0:
+            write_whole(file, row)
+            part_of(file).unlink(missing_ok=True)
+        return row
+
+    def _embed_classes(self, clip: Clip, wanted: list[int]) -> dict[int, torch.Tensor]:
+        """Class embeddings of the tasks with these numbers; where one head tells all classes apart, of all tasks."""
+        experiment, tasks = self.opened.experiment, self.opened.tasks
+        numbers = list(range(len(tasks))) if self.one_head else wanted
+        precision, templates = experiment.optimisation.precision, experiment.evaluation.templates
+        embedded = embed_classes(clip, [tasks[number] for number in numbers], templates, precision, self.device)
+        return dict(zip(numbers, embedded, strict=True))
+
+    def _measure_cell(
+        self, stage: int, clip: Clip, task: TaskFolder, heads: list[torch.Tensor], row: AccuracyRow
+    ) -> None:
+        """Judge the model on one task, and add that to the row."""
+        experiment, loader = self.opened.experiment, loader_of(self.opened.experiment.compute, self.device, self.report)
+        precision, batch_size = experiment.optimisation.precision, experiment.compute.evaluation_batch_size
+        found, images = accuracies(clip, task, heads, loader, precision=precision, batch_size=batch_size)
+        row.accuracy[task.name], row.images[task.name] = found[0], images
+        if len(found) > 1:
+            row.under_later_heads[task.name] = found[1:]
+        if skipped := gather_sentences(loader.broken):
+            row.broken[task.name] = skipped
+        self.report(TaskEvaluated(stage=stage, task=task.name, accuracy=found[0], images=images))
+
+    def _doubt(self, stage: int, row: AccuracyRow) -> None:
+        """Warn of a task that the model is at chance on right after it was trained."""
+        tasks = self.opened.tasks
+        task = tasks[stage - 1]
+        classes = sum(len(each.classnames) for each in (tasks[:stage] if self.one_head else [task]))
+        if at_chance(row.accuracy[task.name], classes, row.images[task.name]):
+            self._warn(
+                f"stage {stage} {task.name}: found an accuracy of {100 * row.accuracy[task.name]:.1f} right after "
+                f"training it, what guessing among {classes} classes gives: this stage has failed"
+            )
+
+    def _warn(self, sentence: str) -> None:
+        self.warnings.append(sentence)
+        self.report(Note(text=f"warning: {sentence}"))
+
+    @property
+    def one_head(self) -> bool:
+        """Whether all classes seen are told apart at once (class-incremental), or each task's own (task-aware)."""
+        return self.opened.experiment.class_incremental is not None
+
+    def untrained(self, zero_shot: AccuracyRow) -> list[dict[str, float]]:
+        """The initial model's accuracies after each stage, under the heads of that stage."""
+        names = [task.name for task in self.opened.tasks]
+        return [
+            {
+                name: [zero_shot.accuracy[name], *zero_shot.under_later_heads.get(name, ())][
+                    max(stage - index, 0) if self.one_head else 0
+                ]
+                for index, name in enumerate(names)
+            }
+            for stage in range(len(names))
+        ]
+
+
+def write_whole(file: Path, content: BaseModel) -> None:
+    """Write JSON as a whole, when storage takes it."""
+    patiently(lambda: write_text(file, content.model_dump_json(indent=1) + "\n"))
