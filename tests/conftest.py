@@ -190,7 +190,17 @@ def ray_cluster() -> Iterator[None]:
     """A local cluster of four logical CPUs for all tests of this process."""
     import ray
 
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=200 * 2**20)
+    from orchestrate.access import loopback_alone
+
+    with loopback_alone():  # without a token, as the tests are, nobody else may reach it
+        ray.init(
+            address="local",  # never what somebody else has started on this machine
+            num_cpus=4,
+            include_dashboard=False,
+            log_to_driver=False,
+            object_store_memory=200 * 2**20,
+            _node_ip_address="127.0.0.1",
+        )
     yield
     ray.shutdown()
 
