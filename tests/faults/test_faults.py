@@ -28,6 +28,7 @@ from disturbing import (
 from ray.cluster_utils import Cluster
 
 from orchestrate import recipes
+from orchestrate.access import loopback_alone
 from schemas.results import RunState
 from zscl.checkpoint import CHECKPOINT
 from zscl.journal import JOURNAL
@@ -39,11 +40,19 @@ Launch = Callable[..., Any]
 TEACHER_FEATURES = "teacher/images-*/features.npy"
 
 
+def add_node(cluster: Cluster) -> Any:
+    """A node of two CPUs, on the loopback interface."""
+    with loopback_alone():
+        return cluster.add_node(num_cpus=2, node_ip_address="127.0.0.1")
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     """A head without CPUs and a node with two."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    cluster.add_node(num_cpus=2)
+    head = {"num_cpus": 0, "include_dashboard": False, "node_ip_address": "127.0.0.1"}
+    with loopback_alone():
+        cluster = Cluster(initialize_head=True, head_node_args=head)
+    add_node(cluster)
     yield cluster
     cluster.shutdown()
 
@@ -143,7 +152,7 @@ def test_a_node_dies(launch: Launch, tmp_path: Path, whole: Path, cluster: Clust
         until(trained(run, 30), "it trains")
         [node] = cluster.worker_nodes
         cluster.remove_node(node, allow_graceful=False)
-        cluster.add_node(num_cpus=2)
+        add_node(cluster)
         ended(process, seconds=300)
     assert starts_of(run) == 2
     same(whole, run)
@@ -151,7 +160,7 @@ def test_a_node_dies(launch: Launch, tmp_path: Path, whole: Path, cluster: Clust
 
 @pytest.mark.fault("A node is lost with elastic workers", "The rest goes on with the same global batch; same matrix")
 def test_fewer_workers_go_on(launch: Launch, tmp_path: Path, whole: Path, cluster: Cluster) -> None:
-    run, node = tmp_path / "run", cluster.add_node(num_cpus=2)
+    run, node = tmp_path / "run", add_node(cluster)
     elastic = ("compute.workers=2", "compute.min_workers=1", "compute.cpus_per_worker=2")
     with launch(*elastic) as process:
         until(trained(run, 30), "it trains")
