@@ -76,8 +76,9 @@ class Rows:
 
     def __call__(self, stage: int, clip: Clip, file: Path) -> AccuracyRow:
         """Measure the model on every task, or read what was measured."""
-        known = self._read(file)
-        row = known or self._measure(stage, clip, file)
+        row = self._read(file) or self._measure(stage, clip, file)
+        if rank() == 0:
+            remove(part_of(file))
         self.seconds += row.seconds
         self.report(RowMeasured(stage=stage, accuracy=row.accuracy))
         if stage > 0:
@@ -104,7 +105,6 @@ class Rows:
         barrier()
         if rank() == 0:
             write_whole(file, row)
-            remove(part_of(file))
         return row
 
     def _read(self, file: Path) -> AccuracyRow | None:
