@@ -77,10 +77,10 @@ def test_a_job_is_stopped(ray: Ray, tmp_path: Path, tiny_model: str) -> None:
     ray("job", "stop", "first")
     until(lambda: (run / "state.json").read_text().find("KILLED") > 0, "the run is marked")
     assert (run / "checkpoint.pt").is_file()
-    until(lambda: "STOPPED" in ray("job", "status", "first"), "the job is stopped")
+    until(lambda: "was stopped" in ray("job", "status", "first"), "the job is stopped")
 
     ray(*submit[:2], "--submission-id=second", *submit[2:])
-    until(lambda: "SUCCEEDED" in ray("job", "status", "second"), "it goes on to its end")
+    until(lambda: "succeeded" in ray("job", "status", "second"), "it goes on to its end")
     assert RunState.model_validate_json((run / "state.json").read_text()).status == "FINISHED"
     assert "stage 1 goes on behind step" in ray("job", "logs", "second")
     run_sequence(recipes.load_experiment(recipe), tmp_path / "whole", device=torch.device("cpu"))
