@@ -18,9 +18,6 @@ faults: install
 test-slow: install
 	$(BIN)/python -m pytest -m slow
 
-faults: install
-	$(BIN)/python -m pytest -m faults
-
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
