@@ -39,8 +39,8 @@ def same(first: Path, second: Path) -> None:
         assert file.read_bytes() == (second / file.relative_to(first)).read_bytes(), file
 
 
-def recipe_for_faults(folder: Path, model: str, **changes: Any) -> Path:
-    """Two tasks that take some seconds each to train, to judge and to embed; keyword arguments replace sections."""
+def recipe_for_faults(folder: Path, model: str, steps: int = 400) -> Path:
+    """Two tasks that take some seconds each to train, to judge and to embed."""
     data = folder / "data"
     for seed, name in enumerate(["first", "second"]):
         make_task(data / name, seed, train=60, test=400, shard_images=100)
@@ -53,11 +53,11 @@ def recipe_for_faults(folder: Path, model: str, **changes: Any) -> Path:
         "reference": str(data / "reference"),
         "method": {"preset": "zscl", "average": {"every": 10}},
         "optimisation": {
-            "steps": 400, "warmup_steps": 20, "batch_size": 16, "reference_batch_size": 16, "learning_rate": 0.001,
+            "steps": steps, "warmup_steps": 20, "batch_size": 16, "reference_batch_size": 16, "learning_rate": 0.001,
         },
         "compute": {"device": "cpu", "checkpoint": {"every_steps": 20}},
     }  # fmt: skip
-    YAML(typ="safe").dump(recipe | changes, folder / "recipe.yaml")
+    YAML(typ="safe").dump(recipe, folder / "recipe.yaml")
     return folder / "recipe.yaml"
 
 

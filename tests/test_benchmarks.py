@@ -47,7 +47,7 @@ def test_streams_against_their_ceiling(monkeypatch: pytest.MonkeyPatch, capsys: 
 
 def test_checkpoints_beside_the_training(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     found, _ = run("checkpoint", "--batch 1 --steps 2 --every 1 --rounds 1", monkeypatch, capsys)
-    assert found["megabytes"] > 100  # weights and two moments
+    assert found["megabytes"] > 70  # weights, and two moments of those that are trained
     for figure in ("seconds_a_step", "beside_over_none", "waited_over_none"):
         assert found[figure] > 0
 

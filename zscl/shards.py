@@ -403,9 +403,7 @@ class _Descriptors:
         try:
             return patiently(lambda: self._read(path, offset, size))
         except OSError as error:
-            raise InputError(
-                f"{path}: found no way to read it any more ({error.strerror}), expected a shard"
-            ) from error
+            raise InputError(f"{path}: cannot be read any more ({error.strerror}), expected a shard") from error
 
     def _read(self, path: Path, offset: int, size: int) -> bytes:
         if path not in self._open:

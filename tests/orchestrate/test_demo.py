@@ -11,9 +11,14 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_the_demo_ends_with_the_comparison_and_the_store(
-    tmp_path: Path, zscl: Callable[..., Command], ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    zscl: Callable[..., Command],
+    ray_cluster: None,
+    without_ray: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(ROOT)
+    without_ray()  # what goes through it is shown elsewhere
     toy = ("--set", "tasks=[flags, shapes]", "--set", "optimisation.steps=2", "--set", "optimisation.warmup_steps=1")
     found = zscl("demo", "--out", tmp_path / "demo", *toy)
     assert found.code == 0, found.error
