@@ -20,6 +20,14 @@ from zscl.journal import JOURNAL, JournalReader
 from zscl.tasks import write_shards
 
 PATIENCE_SECONDS = 150.0
+# On the loopback interface, as the cluster of these tests: Ray knows a node by its address alone.
+COMMAND_LINE = """
+from orchestrate.access import loopback_alone
+from orchestrate.cli import main
+
+with loopback_alone():
+    main()
+"""
 TIMED = ("seconds", "images_per_second", "workers")
 
 
@@ -114,7 +122,7 @@ def a_worker() -> psutil.Process:
 def started(*arguments: object, folder: Path, **environment: str) -> Iterator[subprocess.Popen[str]]:
     """Run the command line in a process of its own."""
     process = subprocess.Popen(
-        [sys.executable, "-c", "from orchestrate.cli import main; main()", *map(str, arguments)],
+        [sys.executable, "-c", COMMAND_LINE, *map(str, arguments)],
         cwd=folder,
         env=os.environ | environment,
         stdout=subprocess.PIPE,
