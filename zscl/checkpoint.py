@@ -158,7 +158,10 @@ class Checkpoints:
             with whole_file(self.file) as temporary, temporary.open("wb") as stream:
                 torch.save(state, stream)
         except (OSError, RuntimeError) as error:  # torch's writer makes the latter of the former
-            reason = str(error.__context__ or error).strip().partition("\n")[0]
+            first: BaseException = error
+            while first.__context__ is not None:
+                first = first.__context__
+            reason = str(first).strip().partition("\n")[0]
             return Note(text=f"{where} could not be written ({reason}); the last one stays, training goes on")
         return CheckpointWritten(stage=state["stage"], steps=state["step"])
 
