@@ -14,6 +14,7 @@ from schemas.base import InputError, InterruptedRunError
 from schemas.secrets import mask
 
 if TYPE_CHECKING:
+    from orchestrate.search import Prepared
     from schemas.experiment import Experiment
     from schemas.results import Result
 
@@ -105,8 +106,53 @@ def run(
 
 
 @app.command()
+def search(
+    recipe: Annotated[Path, typer.Argument(help="Recipe of a search (YAML).")],
+    overrides: Overrides = [],  # noqa: B006
+    out: Annotated[Path | None, typer.Option(help="The search's folder. Default: runs/NAME-FINGERPRINT.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done, stop.")] = False,
+    offline: Offline = False,
+    as_json: AsJson = False,
+) -> None:
+    """Search a recipe's values: many sequences, judged on held-out training images, the chosen one on test, once.
+
+    Example: zscl search experiments/search-embedded.yaml --set search.trials=4 --set optimisation.steps=30
+    """
+    from orchestrate import recipes
+    from orchestrate import search as searching
+
+    prepared = searching.prepare(recipe, overrides)
+    folder = searching.folder_of(prepared, out)
+    if dry_run:
+        content: dict[str, Any] = {"plan": searching.plan(prepared, folder)}
+        emit(content, as_json, [recipes.dump(content)])
+        return
+    _searched(prepared, folder, offline, as_json)
+
+
+def _searched(prepared: "Prepared", folder: Path, offline: bool, as_json: bool) -> None:
+    """Run a search, or go on with it, and show what it found."""
+    from orchestrate import places
+    from orchestrate import search as searching
+
+    found = searching.search(prepared, folder, progress_console, offline)
+    if not as_json:
+        from orchestrate.search_report import terminal_tables
+
+        Console().print(terminal_tables(found))
+    uri = None if offline else places.store_uri(prepared.base.experiment, folder)
+    lines = [
+        f"search  {folder}",
+        f"MLflow  {places.browse_command(uri) if uri else f'zscl sync {folder}'}",
+        f"run the chosen recipe on all training images: zscl run {folder / places.CHOSEN}",
+    ]
+    shown = {"folder": str(folder), "tracking_uri": uri and mask(uri)}
+    emit({**shown, "search": found.model_dump(mode="json")}, as_json, lines)
+
+
+@app.command()
 def resume(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.")],
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder, or a search's.")],
     overrides: Annotated[
         list[str],
         typer.Option("--set", metavar="a.b.c=value", help="Change a field of compute or tracking; repeatable."),
@@ -114,13 +160,19 @@ def resume(
     offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:
-    """Go on with a run that was interrupted, from its last checkpoint, to the same numbers.
+    """Go on with a run or a search that was interrupted, from its last checkpoint, to the same numbers.
 
     Example: zscl resume runs/embedded-zscl-1a2b3c4d --set compute.workers=1
     """
+    from orchestrate import places
     from orchestrate import run as running
 
     folder = folder.absolute()
+    if (folder / places.SEARCH).is_file():
+        from orchestrate import search as searching
+
+        _searched(searching.resumable(folder, overrides), folder, offline, as_json)
+        return
     opened = running.prepare(running.resumable(folder, overrides))
     content, lines = _ended(opened.experiment, folder, running.run(opened, folder, progress_console, offline), offline)
     emit(content, as_json, lines)
@@ -168,7 +220,7 @@ def embed(
 
 @app.command()
 def sync(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of runs on which nobody works.")],
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or searches, on which nobody works.")],
     uri: Annotated[str | None, typer.Option(help="MLflow tracking URI. Default: that of the run's recipe.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -176,14 +228,19 @@ def sync(
 
     Example: zscl sync runs/demo/finetune runs/demo/zscl
     """
-    from orchestrate import shipping
+    from orchestrate import places, search_tracking, shipping
     from orchestrate.display import Bar
 
     contents: list[dict[str, Any]] = []
     lines: list[str] = []
     for run in runs:
         with Bar(progress_console) as bar:
-            synced = shipping.sync(run, uri, partial(bar.update, f"sending {run.name}"))
+            if (run / places.SEARCH).is_file():
+                synced = search_tracking.sync_search(
+                    run.absolute(), uri, lambda name, *how_far, bar=bar: bar.update(f"sending {name}", *how_far)
+                )
+            else:
+                synced = shipping.sync(run, uri, partial(bar.update, f"sending {run.name}"))
         contents.append(synced.model_dump())
         lines.append(f"{run}: {synced.entries} entries sent to {synced.tracking_uri}, {synced.status}")
     emit(contents[0] if len(contents) == 1 else {"runs": contents}, as_json, lines)

@@ -4,6 +4,19 @@ In a module of its own: it is an actor, whose process would import all that `tra
 """
 
 import asyncio
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+log = logging.getLogger(__name__)
+
+LAST_WORDS_SECONDS = 10.0  # of the workers, in the end
+_END = "end"
 
 
 class Line:
@@ -37,3 +50,34 @@ class Line:
     async def asked_to_stop(self) -> bool:
         """Tell a worker whether to stop."""
         return self._stop
+
+
+def line_from_here() -> Any:
+    """A line whose actor lives on this node."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(Line).options(num_cpus=0, scheduling_strategy=here).remote()
+
+
+@contextmanager
+def listening(line: Any, hear: Callable[[str], None]) -> Iterator[None]:
+    """Hand on what comes over a line, from a thread, until the block ends; then the line is gone.
+
+    Nothing that goes wrong with a display may stop the training, or keep this process: it is logged.
+    """
+
+    def listen() -> None:
+        while (message := ray.get(line.get.remote())) != _END:
+            try:
+                hear(message)
+            except Exception:
+                log.exception("Progress could not be shown; the run goes on")
+
+    thread = threading.Thread(target=listen, name="listen", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        with suppress(ray.exceptions.RayError):
+            ray.get(line.put.remote(_END), timeout=LAST_WORDS_SECONDS)
+            thread.join(LAST_WORDS_SECONDS)
+            ray.kill(line)

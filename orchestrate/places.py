@@ -11,6 +11,9 @@ from schemas.experiment import Experiment
 from schemas.secrets import MASK, mask
 
 SQLITE = "sqlite:///"
+EXPERIMENT = "experiment.yaml"  # of a run's folder: the recipe, with every default spelt out
+# Of a search's folder: its recipe, its identity, what it found, and the recipe that it chose.
+SEARCH, FINGERPRINT, FOUND, CHOSEN = "search.yaml", "fingerprint", "search.json", "chosen.yaml"
 
 
 def folder_of(experiment: Experiment, fingerprint: str, out: Path | None, name: str) -> Path:

@@ -1,10 +1,12 @@
 """A recipe: one YAML file and a few overrides → an experiment."""
 
 import io
+import json
 import re
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import ValidationError
 from ruamel.yaml import YAML
@@ -16,6 +18,7 @@ from schemas.base import Abbreviable, InputError, Strict, explain
 from schemas.data import ClassIncremental, Reference, Task
 from schemas.experiment import Experiment, Model
 from schemas.method import Method
+from schemas.search import Search
 from schemas.secrets import masked
 from zscl.files import write_text
 
@@ -27,6 +30,14 @@ ABBREVIABLE: Mapping[str, type[Abbreviable]] = {
     "tasks": Task,
     "class_incremental": ClassIncremental,
 }
+
+
+class Searched(Strict):
+    """What a search's recipe has beside its experiment."""
+
+    search: Search
+
+
 SchemaT = TypeVar("SchemaT", bound=Strict)
 
 ALL = "all"
@@ -91,6 +102,80 @@ def _vary(file: Path, base: Path, name: str, changes: Any, overrides: Sequence[s
     return parse(Experiment, {**content, "name": f"{file.stem}-{name}"}, file)
 
 
+def load_search(file: Path, overrides: Sequence[str] = ()) -> tuple[Search, dict[str, Any]]:
+    """Read a search: the section `search`, and the experiment that it varies, beside it or named as `base`.
+
+    Overrides of `search.…` are of the section, all others of the experiment.
+
+    Returns the section, and the experiment's content, unchecked.
+
+    Raises:
+        InputError: the file, its base or an override cannot be read, or the section is refused.
+    """
+    content = read(file)
+    section = content.pop("search", None)
+    if not isinstance(section, dict):
+        raise InputError(f"{file}: found no section 'search', expected one with domains and objectives")
+    if "base" in content:
+        if content.keys() != {"base"}:
+            raise InputError(
+                f"{file}: found the fields {', '.join(map(str, content))} beside search, expected base alone, or a "
+                "whole experiment"
+            )
+        base = file.parent / str(content["base"])
+        try:
+            content = read(base)
+        except InputError as error:
+            raise InputError(f"{file}: base: {error}") from error
+    searched = {"search": section}
+    for override in overrides:
+        _override(searched if override.startswith("search.") else content, override)
+    section["root"] = str(Path.cwd() / str(section.get("root", "")))
+    return parse(Searched, searched, file).search, {**content, "name": content.get("name") or file.stem}
+
+
+def at(
+    search: Search,
+    content: Mapping[str, Any],
+    values: Mapping[str, Any],
+    file: Path,
+    judged_on: Literal["held_out", "test"] | None = "held_out",
+) -> Experiment:
+    """The experiment of a search at some values.
+
+    Args:
+        search: how much is held out, and what paths count from.
+        content: of the experiment that is varied.
+        values: by dotted path.
+        file: the search's, for what is refused.
+        judged_on: `None`: nothing is held out, it is trained on everything and judged on the test images.
+
+    Raises:
+        InputError: the values make no experiment.
+    """
+    varied = deepcopy(dict(content))
+    for path, value in values.items():
+        _set(varied, path, value, f"{file}: search.domains.{path}")
+    if judged_on is not None:
+        held_out = {"share": search.validation_share, "seed": search.seed, "judged_on": judged_on}
+        _set(varied, "evaluation.held_out", held_out, "evaluation.held_out")
+    try:
+        return parse(Experiment, varied, file, None if search.root is None else Path(search.root))
+    except InputError as error:
+        if not values:
+            raise
+        raise InputError("\n".join(f"{line} ({_written(values)})" for line in str(error).splitlines())) from error
+
+
+def _written(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"search.domains.{path} at {json.dumps(value)}" for path, value in values.items())
+
+
+def write_search(search: Search, content: Mapping[str, Any], file: Path) -> None:
+    """Write a search with its experiment, as `load_search` reads it."""
+    write_text(file, dump(masked({**content, "search": search.model_dump(mode="json", exclude_none=True)})))
+
+
 def read(file: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Read a recipe's YAML with its overrides (`a.b.c=value`), unchecked."""
     try:
@@ -118,10 +203,10 @@ def read(file: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     return content
 
 
-def parse(schema: type[SchemaT], content: dict[str, Any], file: Path) -> SchemaT:
-    """Check a recipe's content against a schema; relative paths count from the current folder."""
+def parse(schema: type[SchemaT], content: dict[str, Any], file: Path, root: Path | None = None) -> SchemaT:
+    """Check a recipe's content against a schema; relative paths count from `root`, or the current folder."""
     try:
-        return schema.model_validate(content, context={"root": Path.cwd()})
+        return schema.model_validate(content, context={"root": root or Path.cwd()})
     except ValidationError as error:
         raise InputError("\n".join(f"{file}: {line}" for line in explain(error).splitlines())) from error
 

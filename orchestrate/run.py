@@ -27,7 +27,6 @@ from zscl.towers import left_in_full
 if TYPE_CHECKING:
     from orchestrate.shipping import Shipper
 
-EXPERIMENT = "experiment.yaml"
 HASTE_SECONDS = 2.0  # for MLflow to take the rest, after a signal
 
 
@@ -52,12 +51,24 @@ def plan(opened: Opened, folder: Path) -> dict[str, object]:
         "reference_images": _count(opened.reference.images) if opened.reference else 0,
         "reference_texts": len(opened.reference.texts) if opened.reference else 0,
         "steps": steps,
-        "images_through_student": steps * experiment.optimisation.batch_size
-        + (steps * experiment.optimisation.reference_batch_size if experiment.method.distill else 0),
+        "images_through_student": images_through_student(experiment),
         "teacher_features": _teacher_features(opened),
         "computed_in_full": left_in_full(load(experiment.model).model, experiment.compute.savings),
         "workers": experiment.compute.workers,
     }
+
+
+def images_through_student(experiment: Experiment) -> int:
+    """Task images and distilled ones, in all stages."""
+    steps, optimisation = sum(map(experiment.stage_steps, experiment.tasks)), experiment.optimisation
+    distilled = optimisation.reference_batch_size if experiment.method.distill else 0
+    return steps * (optimisation.batch_size + distilled)
+
+
+def model_megabytes(experiment: Experiment) -> float:
+    """What a stage's model takes up on disk."""
+    weights = load(experiment.model).model.state_dict().values()
+    return sum(float(4 * weight.numel()) for weight in weights) / 1e6  # written as float32
 
 
 def _teacher_features(opened: Opened) -> dict[str, str]:
@@ -142,9 +153,11 @@ def resumable(folder: Path, overrides: Sequence[str]) -> Experiment:
     Raises:
         InputError: there is no run, or an override would make it another one.
     """
-    file = folder / EXPERIMENT
+    file = folder / places.EXPERIMENT
     if not file.is_file():
-        raise InputError(f"{folder}: found no {EXPERIMENT}, expected the folder of a run that was started before")
+        raise InputError(
+            f"{folder}: found no {places.EXPERIMENT}, expected the folder of a run that was started before"
+        )
     for override in overrides:
         if not override.startswith(("compute.", "tracking.")):
             raise InputError(f"--set {override}: expected a field of compute or tracking; all else is what the run is")
@@ -192,7 +205,7 @@ def _run(opened: Opened, folder: Path, console: Console, offline: bool) -> Resul
         shipper = None if offline else _shipper(opened, folder, console)
         killed = False
         try:
-            recipes.write_experiment(experiment, folder / EXPERIMENT)
+            recipes.write_experiment(experiment, folder / places.EXPERIMENT)
             write_state(folder, "RUNNING")
             with bar:
                 result = train(experiment, folder, Display(experiment, bar), interruption)

@@ -34,14 +34,16 @@ ENTRIES_AT_ONCE = 100  # about two minutes of steps: little is sent again after 
 class Shipment:
     """A journal on its way into a store. After a failure, begin another one: nothing is known but what they say."""
 
-    def __init__(self, experiment: Experiment, fingerprint: str, folder: Path, uri: str) -> None:
+    def __init__(
+        self, experiment: Experiment, fingerprint: str, folder: Path, uri: str, search: str | None = None
+    ) -> None:
         self.folder = folder
         self._reader = JournalReader(folder / JOURNAL)
         self._waiting: list[JournalEntry] = []
         self._last = 0
         self._read()
         begun = self._waiting[0].time if self._waiting else None
-        self.record = Record(experiment, fingerprint, folder, uri, begun)
+        self.record = Record(experiment, fingerprint, folder, uri, begun, search)
         del self._waiting[: self.record.taken]
 
     def send(self) -> Iterator[tuple[int, int]]:
@@ -74,7 +76,14 @@ class Shipment:
 class Shipper:
     """Sends a run's journal while the run goes on, from a thread of its own, which nobody waits for until the end."""
 
-    def __init__(self, experiment: Experiment, fingerprint: str, folder: Path, note: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        experiment: Experiment,
+        fingerprint: str,
+        folder: Path,
+        note: Callable[[str], None],
+        search: str | None = None,
+    ) -> None:
         """Open the store, where a resumed run is found again.
 
         Args:
@@ -82,19 +91,22 @@ class Shipper:
             fingerprint: of it.
             folder: the run's, absolute.
             note: is told, in the thread, when the store does not answer any more, and when it does again.
+            search: the run, in the store, of the search that this one is a trial of. It has seen the store: one that is
+                away now comes back.
 
         Raises:
             InputError: the store cannot be reached.
         """
         self.folder, self._note = folder, note
-        uri = unmasked(store_uri(experiment, folder))
-        self._begin = partial(Shipment, experiment, fingerprint, folder, uri)
-        try:
-            shipment = self._begin()
-            shipment.record.resume()
-        except FAILURES as error:
-            raise unreachable(uri, error) from error
-        self.run_id = shipment.record.parent
+        uri = unmasked(store_uri(experiment, folder if search is None else folder.parents[1]))
+        self._begin = partial(self._shipment, experiment, fingerprint, folder, uri, search)
+        shipment = None
+        if search is None:
+            try:
+                shipment = self._begin()
+            except FAILURES as error:
+                raise unreachable(uri, error) from error
+            self.run_id = shipment.record.parent
         self._ending, self._abandoned = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._work, args=[shipment], name="shipper", daemon=True)
         self._thread.start()
@@ -110,6 +122,13 @@ class Shipper:
             self._abandoned.set()
             self._note(f"MLflow has not taken everything yet; later, send the rest with: zscl sync {self.folder}")
         return not self._thread.is_alive()
+
+    @staticmethod
+    def _shipment(experiment: Experiment, fingerprint: str, folder: Path, uri: str, search: str | None) -> Shipment:
+        shipment = Shipment(experiment, fingerprint, folder, uri, search)
+        if shipment.record.status != "FINISHED":
+            shipment.record.resume()
+        return shipment
 
     def _work(self, shipment: Shipment | None) -> None:
         pause, away = PAUSES[0], False
@@ -143,13 +162,14 @@ class Shipper:
                 self._ending.wait(wait)
 
 
-def sync(folder: Path, uri: str | None, on_sent: Callable[[int, int], None]) -> Synced:
+def sync(folder: Path, uri: str | None, on_sent: Callable[[int, int], None], search: str | None = None) -> Synced:
     """Send what a store does not have yet of a run on which nobody works.
 
     Args:
         folder: the run's.
         uri: of the store; default: that of the run.
         on_sent: told how far it is: entries sent, and to be sent.
+        search: the run, in the store, of the search that this one is a trial of.
 
     Raises:
         InputError: there is no such run, it is under way, or the store cannot be reached.
@@ -162,7 +182,7 @@ def sync(folder: Path, uri: str | None, on_sent: Callable[[int, int], None]) -> 
         experiment = load_experiment(folder / "experiment.yaml")
         uri = uri or unmasked(store_uri(experiment, folder))
         try:
-            shipment = Shipment(experiment, fingerprint, folder, uri)
+            shipment = Shipment(experiment, fingerprint, folder, uri, search)
             sent = 0
             for sent, total in shipment.send():
                 on_sent(sent, total)

@@ -42,6 +42,7 @@ logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
 PARENT = "mlflow.parentRunId"
 KEY = "zscl.key"
+LEVEL = "zscl.level"  # search, trial or sequence, stage
 STAGE = "zscl.stage"
 TAKEN = "zscl.journal"
 REASON = "zscl.reason"
@@ -62,10 +63,48 @@ def unreachable(uri: str, error: Exception) -> InputError:
     )
 
 
+def open_store(uri: str, experiment: str) -> tuple[MlflowClient, str]:
+    """Open a store, and in it the experiment of this name, which is made where there is none. Returns its id, too.
+
+    Raises:
+        Exception: one of `FAILURES`.
+    """
+    with _alone(uri):
+        client = MlflowClient(tracking_uri=uri)
+        found = client.get_experiment_by_name(experiment)
+        if found is not None:
+            return client, str(found.experiment_id)
+        # Beside an SQLite store lie its artefacts; a server has a place of its own.
+        local = uri.startswith(SQLITE)
+        place = str(Path(uri.removeprefix(SQLITE)).absolute().parent / "mlflow-artifacts") if local else None
+        try:
+            return client, str(client.create_experiment(experiment, artifact_location=place, tags=KIND))
+        except MlflowException:
+            made = client.get_experiment_by_name(experiment)  # by another run, in between
+            if made is None:
+                raise
+            return client, str(made.experiment_id)
+
+
+def runs_with_key(client: MlflowClient, experiment: str, key: str, level: str) -> list[Run]:
+    """The runs of a level that have a key, the newest first."""
+    quoted = key.replace("'", "\\'")
+    query = f"tags.`{KEY}` = '{quoted}' and tags.`{LEVEL}` = '{level}'"
+    return list(client.search_runs([experiment], query, order_by=["attributes.start_time DESC"]))
+
+
 class Record:
     """One run in a store. Every method raises one of `FAILURES` where the store does not answer as it should."""
 
-    def __init__(self, experiment: Experiment, fingerprint: str, folder: Path, uri: str, begun: int | None) -> None:
+    def __init__(
+        self,
+        experiment: Experiment,
+        fingerprint: str,
+        folder: Path,
+        uri: str,
+        begun: int | None,
+        search: str | None = None,
+    ) -> None:
         """Find the run in the store, or make it.
 
         Args:
@@ -75,11 +114,10 @@ class Record:
             uri: of the store.
             begun: when the run's journal begins, if there is one; it tells a run from an earlier one of the same
                 experiment, whose folder is gone.
+            search: the run, in the store, of the search that this one is a trial of.
         """
-        self.uri, self.begun = uri, begun
-        with _alone(uri):
-            self.client = MlflowClient(tracking_uri=uri)
-            self.experiment_id = self._experiment(experiment.tracking.experiment)
+        self.begun, self.search = begun, search
+        self.client, self.experiment_id = open_store(uri, experiment.tracking.experiment)
         found = self._find(mask(f"{fingerprint} {folder}")) or self._make(experiment, fingerprint, folder)
         self.parent = str(found.info.run_id)
         self.status = str(found.info.status)
@@ -87,7 +125,7 @@ class Record:
         self._children: dict[int, str] = {}
         if not found.data.params:
             what = experiment.model_dump(mode="json", exclude={"compute", "tracking", "tasks"})
-            params = [Param(name, mask(str(value))[:LONGEST_VALUE]) for name, value in _flat(what)]
+            params = [Param(name, mask(str(value))[:LONGEST_VALUE]) for name, value in flat(what)]
             self.client.log_batch(self.parent, params=params)
 
     def resume(self) -> None:
@@ -155,33 +193,22 @@ class Record:
         if REASON in self.client.get_run(self.parent).data.tags:
             self.client.delete_tag(self.parent, REASON)
 
-    def _experiment(self, name: str) -> str:
-        found = self.client.get_experiment_by_name(name)
-        if found is not None:
-            return str(found.experiment_id)
-        # Beside an SQLite store lie its artefacts; a server has a place of its own.
-        local = self.uri.startswith(SQLITE)
-        place = str(Path(self.uri.removeprefix(SQLITE)).absolute().parent / "mlflow-artifacts") if local else None
-        try:
-            return str(self.client.create_experiment(name, artifact_location=place, tags=KIND))
-        except MlflowException:
-            made = self.client.get_experiment_by_name(name)  # by another run, in between
-            if made is None:
-                raise
-            return str(made.experiment_id)
-
     def _find(self, key: str) -> Run | None:
-        quoted = key.replace("'", "\\'")
-        query = f"tags.`{KEY}` = '{quoted}' and tags.`zscl.level` = 'sequence'"
-        for run in self.client.search_runs([self.experiment_id], query, order_by=["attributes.start_time DESC"]):
-            if _position(run)[1] in (None, self.begun):
+        for run in runs_with_key(self.client, self.experiment_id, key, self._level):
+            same_search = run.data.tags.get(PARENT) == self.search
+            if same_search and _position(run)[1] in (None, self.begun):
                 return run
         return None
 
+    @property
+    def _level(self) -> str:
+        return "sequence" if self.search is None else "trial"
+
     def _make(self, experiment: Experiment, fingerprint: str, folder: Path) -> Run:
         tags = {
+            **({} if self.search is None else {PARENT: self.search}),
             KEY: mask(f"{fingerprint} {folder}"),
-            "zscl.level": "sequence",
+            LEVEL: self._level,
             "zscl.method": experiment.method.name,
             "zscl.seed": str(experiment.seed),
             "zscl.fingerprint": fingerprint,
@@ -194,7 +221,7 @@ class Record:
         if stage not in self._children:
             found = self._find_child(stage)
             if found is None:
-                tags = {PARENT: self.parent, "zscl.level": "stage", STAGE: str(stage)}
+                tags = {PARENT: self.parent, LEVEL: "stage", STAGE: str(stage)}
                 name = f"{stage}-{task}".rstrip("-")
                 found = self.client.create_run(self.experiment_id, start_time=time, run_name=name, tags=tags)
             elif found.info.status != "RUNNING":  # it goes on
@@ -275,8 +302,9 @@ def _row(accuracy: dict[str, float], time: int, stage: int) -> list[Metric]:
     return [*cells, Metric("accuracy_mean", sum(accuracy.values()) / len(accuracy), time, stage)]
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+def flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Every value of a tree, by dotted path."""
     rows: list[tuple[str, Any]] = []
     for name, value in tree.items():
-        rows += _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
+        rows += flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
     return rows

@@ -8,9 +8,9 @@ depends on when it commits them, and its controller may die as well as a worker.
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -24,17 +24,17 @@ from pydantic import BaseModel, TypeAdapter
 from ray.exceptions import AuthenticationError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrate.access import loopback_alone, use_token
 from orchestrate.interruption import Interruption, end_on_sigterm
-from orchestrate.line import Line
+from orchestrate.line import line_from_here, listening
 from schemas.base import InputError
 from schemas.compute import Compute
 from schemas.experiment import Experiment
 from schemas.results import Embedded, Progress, Result
 from zscl.checkpoint import CHECKPOINT, StoppedError
 from zscl.sequence import run_sequence
+from zscl.stages import Shared
 from zscl.teaching import embed_reference
 
 log = logging.getLogger(__name__)
@@ -42,11 +42,10 @@ log = logging.getLogger(__name__)
 CONTROLLER_RETRIES = 3  # Ray's default is to try for ever
 HEALTH_CHECK_TIMEOUT = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
 START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
-LAST_WORDS_SECONDS = 10.0  # of the workers, in the end
 NODE_SECONDS = 600  # that a lost node may take to come back, each of the controller's tries
 OnProgress = Callable[[BaseModel], None]
 _progress: TypeAdapter[Any] = TypeAdapter(Progress)
-_END, _STOPPED = "end", "stopped: "
+_STOPPED = "stopped: "
 # By name: Ray's controller unpickles what its workers get, and for a function of ours it would import all of open_clip
 # before it starts them.
 WORK: dict[str, Callable[..., BaseModel]] = {"run": run_sequence, "embed": embed_reference}
@@ -77,6 +76,19 @@ def connect(compute: Compute, note: Callable[[str], None]) -> None:
         ) from error
 
 
+def slots_of(compute: Compute) -> int:
+    """How many runs of this size the cluster holds at once.
+
+    Raises:
+        InputError: not one.
+    """
+    wanted = {"CPU": compute.workers * compute.cpus_per_worker}
+    if check_resources(compute):
+        wanted["GPU"] = compute.workers * compute.gpus_per_worker
+    cluster = ray.cluster_resources()
+    return max(1, min(int(cluster.get(kind, 0.0) / amount + 1e-9) for kind, amount in wanted.items()))
+
+
 def check_resources(compute: Compute) -> bool:
     """Tell whether the workers get GPUs.
 
@@ -101,20 +113,40 @@ def check_resources(compute: Compute) -> bool:
     return use_gpu
 
 
-def train(experiment: Experiment, folder: Path, on_progress: OnProgress, interruption: Interruption) -> Result:
-    """Run an experiment on the cluster that `connect` chose; `on_progress` is called in a thread of this process.
+def train(
+    experiment: Experiment,
+    folder: Path,
+    on_progress: OnProgress,
+    interruption: Interruption,
+    shared: Shared | None = None,
+    grace_seconds: float | None = None,
+) -> Result:
+    """Run an experiment on the cluster that `connect` chose.
+
+    Args:
+        experiment: what to run.
+        folder: the run's.
+        on_progress: called in a thread of this process.
+        interruption: looked at, for the wish to stop.
+        shared: with runs beside this one.
+        grace_seconds: to wait for the workers to stop; default: what the experiment says.
 
     Raises:
         InputError: a worker found something wrong with the experiment's data or model.
         InterruptedRunError: a signal asked for the end; the folder holds what it takes to go on.
         ray.train.TrainingFailedError: workers failed, compute.max_failures times without having come further.
     """
-    return Result.model_validate_json(_on_workers("run", experiment, folder, on_progress, interruption))
+    grace_seconds = experiment.compute.grace_seconds if grace_seconds is None else grace_seconds
+    given = {"shared": shared}
+    return Result.model_validate_json(
+        _on_workers("run", experiment, folder, on_progress, interruption, grace_seconds, given)
+    )
 
 
 def embed(experiment: Experiment, folder: Path, on_progress: OnProgress, interruption: Interruption) -> Embedded:
     """Fill the teacher's stores for an experiment; as `train` otherwise."""
-    return Embedded.model_validate_json(_on_workers("embed", experiment, folder, on_progress, interruption))
+    # What is embedded is stored as it goes: there is nothing to wait for.
+    return Embedded.model_validate_json(_on_workers("embed", experiment, folder, on_progress, interruption, 0.0, {}))
 
 
 def _on_workers(
@@ -123,18 +155,24 @@ def _on_workers(
     folder: Path,
     on_progress: OnProgress,
     interruption: Interruption,
+    grace_seconds: float,
+    given: Mapping[str, Any],
 ) -> str:
     """Call one of `WORK` on every worker of a group. Returns the main worker's answer, as JSON."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    line = ray.remote(Line).options(num_cpus=0, scheduling_strategy=here).remote()
-    stopped: Future[str] = Future()
-    grace_seconds = experiment.compute.grace_seconds if work == "run" else 0.0  # what is embedded is stored as it goes
-    with _listening(line, on_progress, stopped):
+    line, stopped = line_from_here(), Future[str]()
+    with listening(line, partial(_hear, on_progress, stopped)):
         # In a thread of its own, for in the main one Ray would take the signals.
         answer: Future[str] = Future()
-        fitting = partial(_fit, work, experiment, folder, line, check_resources(experiment.compute))
+        fitting = partial(_fit, work, experiment, folder, line, check_resources(experiment.compute), given)
         threading.Thread(target=_settle, args=(answer, fitting), name="fit", daemon=True).start()
         return _wait(answer, line, stopped, interruption, grace_seconds)
+
+
+def _hear(on_progress: OnProgress, stopped: "Future[str]", message: str) -> None:
+    if not message.startswith(_STOPPED):
+        on_progress(_progress.validate_json(message))
+    elif not stopped.done():  # every worker says so
+        stopped.set_result(message.removeprefix(_STOPPED))
 
 
 def _settle(answer: "Future[str]", function: Callable[[], str]) -> None:
@@ -169,13 +207,13 @@ def _wait(
     return answer.result()
 
 
-def _fit(work: str, experiment: Experiment, folder: Path, line: Any, use_gpu: bool) -> str:
+def _fit(work: str, experiment: Experiment, folder: Path, line: Any, use_gpu: bool, given: Mapping[str, Any]) -> str:
     """Fit until there is an answer, anew as long as what failed had come further."""
     while True:
         name = f"{datetime.now():%Y%m%d-%H%M%S-%f}"
         before = _reached(folder)
         try:
-            answer: str = _trainer(work, experiment, folder, line, use_gpu, name).fit().return_value
+            answer: str = _trainer(work, experiment, folder, line, use_gpu, given, name).fit().return_value
             failure = None
         except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
             failure = error
@@ -194,7 +232,9 @@ def _reached(folder: Path) -> list[tuple[Path, int]]:
     return sorted((file, file.stat().st_mtime_ns) for file in found if file.is_file())
 
 
-def _trainer(work: str, experiment: Experiment, folder: Path, line: Any, use_gpu: bool, name: str) -> TorchTrainer:
+def _trainer(
+    work: str, experiment: Experiment, folder: Path, line: Any, use_gpu: bool, given: Mapping[str, Any], name: str
+) -> TorchTrainer:
     compute = experiment.compute
     resources = {"CPU": compute.cpus_per_worker} | ({"GPU": compute.gpus_per_worker} if use_gpu else {})
     patience = 60 * compute.hang_minutes
@@ -210,6 +250,7 @@ def _trainer(work: str, experiment: Experiment, folder: Path, line: Any, use_gpu
             "experiment": experiment.model_dump_json(),
             "folder": folder,
             "line": line,
+            "given": given,
         },
         scaling_config=ScalingConfig(
             num_workers=(compute.min_workers, compute.workers) if elastic else compute.workers,
@@ -247,6 +288,7 @@ def _work(config: dict[str, Any]) -> str:
             report=report,
             device=ray.train.torch.get_device(),
             asked_to_stop=lambda: ray.get(line.asked_to_stop.remote()),
+            **config["given"],
         )
     except StoppedError as stop:
         ray.get(line.put.remote(f"{_STOPPED}{stop}"))
@@ -255,32 +297,3 @@ def _work(config: dict[str, Any]) -> str:
         ray.get(line.refuse.remote(str(error)))
         raise
     return answer.model_dump_json()
-
-
-@contextmanager
-def _listening(line: Any, on_progress: OnProgress, stopped: "Future[str]") -> Iterator[None]:
-    """Hand on what the workers report, from a thread, until the block ends.
-
-    Nothing that goes wrong with a display may stop the training, or keep this process: it is logged.
-    """
-
-    def listen() -> None:
-        while (message := ray.get(line.get.remote())) != _END:
-            if message.startswith(_STOPPED):
-                if not stopped.done():  # every worker says so
-                    stopped.set_result(message.removeprefix(_STOPPED))
-                continue
-            try:
-                on_progress(_progress.validate_json(message))
-            except Exception:
-                log.exception("Progress could not be shown; the run goes on")
-
-    listening = threading.Thread(target=listen, name="listen", daemon=True)
-    listening.start()
-    try:
-        yield
-    finally:
-        with suppress(ray.exceptions.RayError):
-            ray.get(line.put.remote(_END), timeout=LAST_WORDS_SECONDS)
-            listening.join(LAST_WORDS_SECONDS)
-            ray.kill(line)

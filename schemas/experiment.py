@@ -3,9 +3,9 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, ValidationInfo, model_validator
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationInfo, model_validator
 
 from schemas.base import Abbreviable, Many, Share, Strict, anchor
 from schemas.compute import Compute, Tracking
@@ -67,10 +67,21 @@ class Optimisation(Strict):
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast of the two towers")
 
 
+class HeldOut(Strict):
+    """A part of every task's training images, drawn class by class, that is not trained on."""
+
+    share: float = Field(0.2, gt=0, lt=1, description="Of each class's training images")
+    seed: NonNegativeInt = 0
+    judged_on: Literal["held_out", "test"] = Field(
+        "held_out", description="held_out: the test images are never looked at; test: the part is only left out"
+    )
+
+
 class Evaluation(Strict):
     """Top-1 accuracy on each task's test split, among that task's classes."""
 
     templates: Literal["all", "first"] = Field("all", description="Templates averaged into a class embedding")
+    held_out: HeldOut | None = Field(None, description="Judge on a part of the training images instead")
 
 
 class Experiment(Strict):
@@ -168,12 +179,20 @@ class Experiment(Strict):
         return (task.steps or self.optimisation.steps) if self.method.task_loss else 0
 
     def fingerprint(self, contents: Mapping[str, str]) -> str:
-        """Identify what is computed, wherever it runs and however it is called.
+        """Identify what is computed, wherever it runs and however it is called. Returns 16 hexadecimal digits.
 
-        `contents` maps each location in the recipe (a task's path, the reference set, the model) to a digest of
-        what lies there. Settings that this method does not read do not count.
+        Args:
+            contents: as of `identity`.
+        """
+        identity = json.dumps(self.identity(contents), sort_keys=True)
+        return hashlib.sha256(identity.encode()).hexdigest()[:16]
 
-        Returns 16 hexadecimal digits.
+    def identity(self, contents: Mapping[str, str]) -> dict[str, Any]:
+        """Everything that the numbers depend on. Settings that this method does not read do not count.
+
+        Args:
+            contents: maps each location in the recipe (a task's path, the reference set, the model) to a digest of
+                what lies there.
         """
         identity = self.model_dump(mode="json", exclude={"name", "compute", "tracking"})
         identity["model"] = contents[self.model.name]
@@ -183,8 +202,11 @@ class Experiment(Strict):
             identity["class_incremental"] = self.class_incremental.template
         for task in identity["tasks"]:
             task["path"] = contents[task["path"]]
-        if self.optimisation.max_gradient_norm is None:  # as before there was such a field
+        # As before there were such fields.
+        if self.optimisation.max_gradient_norm is None:
             del identity["optimisation"]["max_gradient_norm"]
+        if self.evaluation.held_out is None:
+            del identity["evaluation"]["held_out"]
         if self.method.distill is None:
             del identity["optimisation"]["reference_batch_size"]
         identity["reference"] = None
@@ -195,4 +217,4 @@ class Experiment(Strict):
             for task in identity["tasks"]:
                 del task["steps"], task["learning_rate"]
             del identity["seed"]
-        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+        return identity

@@ -194,11 +194,6 @@ class Method(Abbreviable):
         return distilled or (self.task_loss is not None and self.task_loss.negatives > 0)
 
     @property
-    def looks_back(self) -> bool:
-        """Whether the weights at the stage's start are needed while it is trained."""
-        return self.consolidate is not None or (self.average is not None and self.average.start_share > 0)
-
-    @property
     def changes(self) -> dict[str, Any]:
         """What differs from the preset, by dotted path; empty for the preset as it is."""
         if self.preset is None:

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, AllowInfNan, Field, NonNegativeInt
 
 from schemas.base import Many, Strict
+from schemas.experiment import HeldOut
 from schemas.secrets import mask
 
 # A text that others read: a presigned URL may be in it, whose signature is a password.
@@ -44,6 +45,7 @@ class StageResult(Strict):
     losses: dict[str, float] = Field(description="Each named loss at the last step")
     warnings: Many[str] = Field((), description="What looks like a failed stage, a sentence each")
     broken: Many[Shown] = Field((), description="Training samples that were skipped, a sentence each")
+    shared: bool = Field(False, description="Trained by another run beside this one, for both: the cost is the other's")
 
 
 class TaskName(Strict):
@@ -67,6 +69,9 @@ class Result(Strict):
     seed: int
     fingerprint: str
     tasks: Many[TaskName]
+    held_out: HeldOut | None = Field(
+        None, description="The part of the training images that was not trained on; judged_on says what the rows are of"
+    )
     zero_shot: Row
     accuracy_matrix: Many[Row] = Field(description="Row: after that stage; column: accuracy on that task")
     metrics: Metrics

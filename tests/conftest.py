@@ -211,14 +211,21 @@ FAULTS: dict[tuple[str, str], list[tuple[str, float]]] = {}
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
-    """Keep what became of a fault, for the table."""
+    """Have the report say which fault it is about."""
     report: pytest.TestReport = yield  # type: ignore[misc, assignment]
     fault = item.get_closest_marker("fault")
     if fault is not None and (report.when == "call" or report.outcome != "passed"):
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        what, outcome = (text.format(**parameters) for text in fault.args)
-        FAULTS.setdefault((what, outcome), []).append((report.outcome, call.duration))
+        report.user_properties.append(("fault", [text.format(**parameters) for text in fault.args]))
     return report  # type: ignore[return-value]
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Keep what became of a fault, in whichever process, for the table."""
+    for name, fault in report.user_properties:
+        if name == "fault":
+            what, outcome = fault  # type: ignore[misc]
+            FAULTS.setdefault((what, outcome), []).append((report.outcome, report.duration))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

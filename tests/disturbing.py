@@ -15,6 +15,7 @@ import pytest
 from conftest import coloured, make_task
 from ruamel.yaml import YAML
 
+from orchestrate.access import loopback_alone
 from schemas.results import RunStarted, StepsTaken
 from zscl.journal import JOURNAL, JournalReader
 from zscl.tasks import write_shards
@@ -47,7 +48,7 @@ def same(first: Path, second: Path) -> None:
         assert file.read_bytes() == (second / file.relative_to(first)).read_bytes(), file
 
 
-def recipe_for_faults(folder: Path, model: str, steps: int = 400) -> Path:
+def recipe_for_faults(folder: Path, model: str, steps: int = 240) -> Path:
     """Two tasks that take some seconds each to train, to judge and to embed."""
     data = folder / "data"
     for seed, name in enumerate(["first", "second"]):
@@ -116,6 +117,12 @@ def a_worker() -> psutil.Process:
     """One of the worker group, as soon as there is one."""
     until(train_workers, "there is a worker")
     return train_workers()[0]
+
+
+def add_node(cluster: Any) -> Any:
+    """Give a cluster a node of two CPUs, on the loopback interface."""
+    with loopback_alone():
+        return cluster.add_node(num_cpus=2, node_ip_address="127.0.0.1")
 
 
 @contextmanager

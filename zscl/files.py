@@ -5,10 +5,12 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
+
+from filelock import FileLock, Timeout
 
 PATIENCE_SECONDS = 300.0  # with storage that fails: a server that restarts is back by then
 T = TypeVar("T")
@@ -99,6 +101,40 @@ def read_if_there(file: Path, within: Path) -> str:
             return ""
 
     return patiently(read)
+
+
+def link_folder(
+    source: Path, target: Path, changed: Mapping[str, str] | None = None, without: Sequence[str] = ()
+) -> None:
+    """Let a folder's files be found elsewhere, too, as a whole: linked, or copied where the file system cannot.
+
+    Args:
+        source: the folder.
+        target: where else.
+        changed: content of files that are others there.
+        without: names, or patterns of names, that are left out.
+    """
+    with whole_folder(target) as temporary:
+        left_out = shutil.ignore_patterns(*without)
+        shutil.copytree(source, temporary, copy_function=_link_or_copy, dirs_exist_ok=True, ignore=left_out)
+        for name, content in (changed or {}).items():
+            write_text(temporary / name, content)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or one without links
+        shutil.copy2(source, target)
+
+
+def acquired(lock: FileLock, seconds: float) -> bool:
+    """Take a lock, if that is possible within so many seconds."""
+    try:
+        lock.acquire(timeout=seconds)
+    except Timeout:
+        return False
+    return True
 
 
 def digest(*contents: bytes | str) -> str:

@@ -1,4 +1,7 @@
-"""Accuracy matrix → figures. A[j][i]: accuracy on task i after stage j, as a fraction."""
+"""Accuracy matrix → figures. A[j][i]: accuracy on task i after stage j, as a fraction.
+
+A sequence under way has fewer rows than tasks; its figures are those of the rows there are.
+"""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +14,7 @@ Matrix = Sequence[Sequence[float]]
 
 def transfer(matrix: Matrix) -> float | None:
     """Mean over tasks i ≥ 2 of the mean accuracy on i before it is trained; `None` for a single task."""
-    before = [[row[task] for row in matrix[:task]] for task in range(1, len(matrix))]
+    before = [[row[task] for row in matrix[:task]] for task in range(1, len(matrix[0]))]
     return fmean(map(fmean, before)) if before else None
 
 
@@ -26,15 +29,15 @@ def last(matrix: Matrix) -> float:
 
 
 def forgetting(matrix: Matrix) -> float | None:
-    """Mean over all tasks but the last of best minus final accuracy; `None` for a single task."""
+    """Mean over all tasks trained but the last of best minus final accuracy; `None` before there are two."""
     lost = [max(row[task] for row in matrix) - matrix[-1][task] for task in range(len(matrix) - 1)]
     return fmean(lost) if lost else None
 
 
 def backward_transfer(matrix: Matrix) -> float | None:
-    """Mean over all tasks but the last of final accuracy minus that right after training the task.
+    """Mean over all tasks trained but the last of final accuracy minus that right after training the task.
 
-    Lopez-Paz & Ranzato, Gradient Episodic Memory, NeurIPS 2017; `None` for a single task.
+    Lopez-Paz & Ranzato, Gradient Episodic Memory, NeurIPS 2017; `None` before there are two.
     """
     gained = [matrix[-1][task] - matrix[task][task] for task in range(len(matrix) - 1)]
     return fmean(gained) if gained else None
@@ -45,7 +48,8 @@ def forward_transfer(matrix: Matrix, zero_shot: Sequence[float]) -> float | None
 
     As above, with the zero-shot row for the paper's random initialisation.
     """
-    gained = [matrix[task - 1][task] - zero_shot[task] for task in range(1, len(matrix))]
+    tasks = range(1, min(len(matrix) + 1, len(zero_shot)))
+    gained = [matrix[task - 1][task] - zero_shot[task] for task in tasks]
     return fmean(gained) if gained else None
 
 
@@ -69,7 +73,7 @@ def seen(matrix: Matrix, images: Sequence[int]) -> list[float]:
 
 
 def metrics(matrix: Matrix, zero_shot: Sequence[float], images: Sequence[int] | None = None) -> Metrics:
-    """All figures of a square matrix.
+    """All figures of a matrix, square or with as many rows as stages are done.
 
     Args:
         matrix: accuracies.

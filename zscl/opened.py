@@ -3,7 +3,7 @@
 import itertools
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from pydantic import ValidationError
@@ -19,12 +19,16 @@ from zscl.tasks import ReferenceSet, TaskFolder, lines_of
 
 @dataclass(frozen=True)
 class Opened:
-    """An experiment whose data is found and whose identity is known; its stages are spelt out."""
+    """An experiment whose data is found and whose identity is known; its stages are spelt out.
+
+    weights: digest of the initial model's; contents: digest of what lies at each location (see `Experiment.identity`).
+    """
 
     experiment: Experiment
     tasks: tuple[TaskFolder, ...]
     reference: ReferenceSet | None
     weights: str
+    contents: Mapping[str, str]
     fingerprint: str
 
 
@@ -35,15 +39,16 @@ def open_experiment(experiment: Experiment) -> Opened:
         InputError: a task, shard, template, caption or model is missing or broken.
     """
     cache, scenario = experiment.compute.shard_cache, experiment.class_incremental
+    held_out = experiment.evaluation.held_out
     folders: dict[str, TaskFolder] = {}
     if scenario is not None:
-        whole = TaskFolder.open(Task(path=scenario.path, name="classes"), cache)
+        whole = TaskFolder.open(Task(path=scenario.path, name="classes"), cache, held_out)
         template = scenario.template or whole.templates[0]
         folders[scenario.path] = replace(whole, templates=(template,))
         experiment = spell_out(experiment, scenario, folders[scenario.path])
     for task in experiment.tasks:
         if task.path not in folders:
-            folders[task.path] = TaskFolder.open(task, cache)
+            folders[task.path] = TaskFolder.open(task, cache, held_out)
     tasks = tuple(folders[task.path].only(task.classes, task.name) for task in experiment.tasks)
     used = experiment.reference if experiment.method.needs_reference else None
     opened = ReferenceSet(used, cache) if used else None
@@ -59,7 +64,7 @@ def open_experiment(experiment: Experiment) -> Opened:
     contents = {path: folder.digest for path, folder in folders.items()} | {experiment.model.name: weights}
     if opened:
         contents["reference"] = opened.digest
-    return Opened(experiment, tasks, opened, weights, experiment.fingerprint(contents))
+    return Opened(experiment, tasks, opened, weights, contents, experiment.fingerprint(contents))
 
 
 def spell_out(experiment: Experiment, scenario: ClassIncremental, whole: TaskFolder) -> Experiment:

@@ -21,6 +21,7 @@ from zscl.files import patiently, read_if_there, remove, write_text
 from zscl.metrics import at_chance
 from zscl.model import Clip
 from zscl.opened import Opened
+from zscl.stages import StageStore
 from zscl.tasks import TaskFolder
 from zscl.training import loader_of
 
@@ -71,12 +72,15 @@ class Rows:
     report: Report
     device: torch.device
     asked_to_stop: Callable[[], bool]
+    store: StageStore | None = None
     seconds: float = 0.0
     warnings: list[str] = field(default_factory=list)
 
     def __call__(self, stage: int, clip: Clip, file: Path) -> AccuracyRow:
         """Measure the model on every task, or read what was measured."""
-        row = self._read(file) or self._measure(stage, clip, file)
+        row = self._read(file) or (
+            self._measure(stage, clip, file) if self.store is None else self._share(self.store, stage, clip, file)
+        )
         if rank() == 0:
             remove(part_of(file))
         self.seconds += row.seconds
@@ -84,6 +88,21 @@ class Rows:
         if stage > 0:
             self._doubt(stage, row)
         return row
+
+    def _share(self, store: StageStore, stage: int, clip: Clip, file: Path) -> AccuracyRow:
+        """Measure a row, unless a run beside this one has measured the same."""
+        key = store.row(stage)
+        with store.alone(key, self.asked_to_stop, lambda text: self.report(Note(text=text))):
+            if measured := store.read_row(key):
+                ours = {"fingerprint": self.opened.fingerprint, "seconds": 0.0}
+                row = AccuracyRow.model_validate_json(measured).model_copy(update=ours)
+                if rank() == 0:
+                    write_whole(file, row)
+                return row
+            row = self._measure(stage, clip, file)
+            if rank() == 0:
+                store.keep_row(key, row.model_dump_json(indent=1) + "\n")
+            return row
 
     def _measure(self, stage: int, clip: Clip, file: Path) -> AccuracyRow:
         nothing = AccuracyRow(fingerprint=self.opened.fingerprint, accuracy={}, images={}, seconds=0.0)

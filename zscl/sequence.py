@@ -19,6 +19,7 @@ import random
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -49,20 +50,23 @@ from zscl.model import Clip, load, load_weights
 from zscl.opened import Opened, open_experiment
 from zscl.rows import ZERO_SHOT, AccuracyRow, Rows, refuse_other_run, write_whole
 from zscl.shards import seed_of
+from zscl.stages import TRAINING, Shared, StageStore
 from zscl.streams import Loader
 from zscl.teaching import Teaching, frozen, store_beside
 from zscl.training import loader_of, train_stage
 
 Report = Callable[[BaseModel], None]
+RESULT = "result.json"
 LIBRARIES = ("torch", "open_clip_torch", "webdataset")
 
 
 def run_sequence(
-    experiment: Experiment,
+    experiment: Experiment | Opened,
     folder: Path,
     report: Report = lambda progress: None,
     device: torch.device | None = None,
     asked_to_stop: Callable[[], bool] = lambda: False,
+    shared: Shared | None = None,
 ) -> Result:
     """Run an experiment in `folder`, or go on from what is there: stages, rows, cells of a row, steps of a stage.
 
@@ -70,11 +74,12 @@ def run_sequence(
     worker writes and reports.
 
     Args:
-        experiment: what to run.
+        experiment: what to run, opened before or not.
         folder: the run's folder, visible to all workers.
         report: told about progress (see `schemas.results`), on the main worker.
         device: default: CUDA if there is any.
         asked_to_stop: asked on the main worker, every second or so while training.
+        shared: with the runs beside this one; default: the teacher's embeddings.
 
     Raises:
         InputError: something the experiment names is missing or broken, or the folder holds another experiment.
@@ -82,10 +87,10 @@ def run_sequence(
         OSError: storage has failed for minutes.
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    opened = open_experiment(experiment)
+    opened = experiment if isinstance(experiment, Opened) else open_experiment(experiment)
     patiently(lambda: folder.mkdir(parents=True, exist_ok=True))
     refuse_other_run(folder, opened.fingerprint)
-    run = _Run(opened, folder, report, device, asked_to_stop)
+    run = _Run(opened, folder, report, device, asked_to_stop, shared or Shared(store_beside(folder)))
     experiment = opened.experiment
     run.report(RunStarted(fingerprint=opened.fingerprint))
     run.note_what_is_there()
@@ -98,7 +103,7 @@ def run_sequence(
     for stage in range(1, len(run.opened.tasks) + 1):
         place = run.place(stage)
         if not run.trained(stage):
-            run.train(stage, clip)
+            run.have_trained(stage, clip)
         load_weights(clip.model, place / "model")
         stages.append(StageResult.model_validate_json(run.trained(stage)))
         run.report(StageTrained(result=stages[-1]))
@@ -115,11 +120,14 @@ class _Run:
     tell: Report
     device: torch.device
     asked_to_stop: Callable[[], bool]
+    shared: Shared
 
     def __post_init__(self) -> None:
         self.journal = Journal(self.folder / JOURNAL)
-        self.rows = Rows(self.opened, self.folder, self.report, self.device, self.asked_to_stop)
-        self.teaching = Teaching(self.opened, store_beside(self.folder), self.device, self.report)
+        stages, averages = self.shared.stages, self.shared.averages
+        self.store = None if stages is None else StageStore(self.opened, stages, averages)
+        self.rows = Rows(self.opened, self.folder, self.report, self.device, self.asked_to_stop, self.store)
+        self.teaching = Teaching(self.opened, self.shared.teacher, self.device, self.report)
 
     def report(self, progress: BaseModel) -> None:
         """Write down what happens, and tell whoever watches; on the main worker."""
@@ -163,7 +171,7 @@ class _Run:
 
     def trained(self, stage: int) -> str:
         """What a trained stage's `training.json` says, as the main worker reads it; nothing before it is trained."""
-        file = self.place(stage) / "training.json"
+        file = self.place(stage) / TRAINING
         return from_main_text(read_if_there(file, self.folder) if rank() == 0 else "")
 
     def exemplars(self, stage: int, clip: Clip) -> list[tuple[int, int]]:
@@ -177,13 +185,23 @@ class _Run:
         count = memory.per_class(experiment.method.memory.budget, stage, len(task.classnames))
         return memory.choose(features, labels, places, count)
 
+    def have_trained(self, stage: int, clip: Clip) -> None:
+        """Train one stage, unless a run beside this one has trained the same."""
+        if self.store is None:
+            self.train(stage, clip)
+            return
+        with self.store.alone(self.store.course(stage), self.asked_to_stop, lambda text: self.report(Note(text=text))):
+            if not self.store.take(stage, self.place(stage)):
+                self.train(stage, clip)
+
     def train(self, stage: int, clip: Clip) -> None:
         """Train one stage and leave its folder, whole."""
         experiment = self.opened.experiment
         task, merge = experiment.tasks[stage - 1], experiment.method.merge
         self.report(StageStarted(stage=stage, task=task.name, steps=experiment.stage_steps(task)))
+        others = self.store.others(stage) if self.store else ()
         try:
-            model, result, steps = train_stage(
+            trained, steps = train_stage(
                 experiment,
                 stage,
                 self.opened.tasks[stage - 1],
@@ -194,6 +212,7 @@ class _Run:
                 self.report,
                 self.folder / CHECKPOINT,
                 self.asked_to_stop,
+                others,
             )
         except NotFiniteError as error:
             raise InputError(
@@ -202,16 +221,22 @@ class _Run:
             ) from error
         if merge is not None:
             anchor = frozen(experiment.model if merge.anchor == "initial" else self.start(stage), self.device)
-            interpolate(list(model.parameters()), list(anchor.parameters()), merge.share)
-        exemplars = self.exemplars(stage, replace(clip, model=model))
+            for model, _ in trained:
+                interpolate(list(model.parameters()), list(anchor.parameters()), merge.share)
+        exemplars = self.exemplars(stage, replace(clip, model=trained[0][0]))
         if rank() == 0:
             self.journal.flush()  # what the folder holds is to be found in the journal
-            patiently(lambda: self._leave(stage, clip, model, exemplars, result, steps))
+            places = [self.place(stage), *(self.store.for_other(stage, average) for average in others if self.store)]
+            for place, (model, result) in reversed(list(zip(places, trained, strict=True))):  # its own last
+                patiently(partial(self._leave, place, stage, clip, model, exemplars, result, steps))
+            if self.store:
+                self.store.keep(stage, self.place(stage))
             remove(self.folder / CHECKPOINT)
         barrier()
 
     def _leave(
         self,
+        place: Path,
         stage: int,
         clip: Clip,
         model: nn.Module,
@@ -220,14 +245,14 @@ class _Run:
         steps: list[StepLosses],
     ) -> None:
         """Write a trained stage's folder, whole, unless it is there: a group given up for dead may have left it."""
-        if (self.place(stage) / "training.json").is_file():
+        if (place / TRAINING).is_file():
             return
-        with whole_folder(self.place(stage)) as temporary:
+        with whole_folder(place) as temporary:
             clip.save(model, temporary / "model")
             if exemplars:
                 memory.write(temporary / "exemplars", self.opened.tasks[stage - 1].train, exemplars)
             write_text(temporary / "losses.csv", _losses_table(steps))
-            write_text(temporary / "training.json", result.model_dump_json(indent=1) + "\n")
+            write_text(temporary / TRAINING, result.model_dump_json(indent=1) + "\n")
 
     def finish(self, zero_shot: AccuracyRow, rows: list[dict[str, float]], stages: list[StageResult]) -> Result:
         """Put the result together and write it."""
@@ -244,6 +269,7 @@ class _Run:
             method_changes=experiment.method.changes,
             seed=experiment.seed,
             fingerprint=opened.fingerprint,
+            held_out=experiment.evaluation.held_out,
             tasks=tuple(
                 TaskName(
                     name=task.name,
@@ -263,14 +289,14 @@ class _Run:
             workers=world_size(),
             device=_device_name(self.device),
             warnings=tuple([sentence for stage in stages for sentence in stage.warnings] + self.rows.warnings),
-            train_seconds=sum(stage.train_seconds for stage in stages),
+            train_seconds=sum(stage.train_seconds for stage in stages if not stage.shared),
             evaluation_seconds=self.rows.seconds,
             versions={library: importlib.metadata.version(library) for library in LIBRARIES},
         )
         barrier()
         if rank() == 0:
             self.journal.flush()
-            write_whole(self.folder / "result.json", result)
+            write_whole(self.folder / RESULT, result)
             remove(self.folder / CHECKPOINT)
         return result
 

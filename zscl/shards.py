@@ -267,6 +267,11 @@ class IndexedSamples:
                 shard, key = self._name(descriptors, row)
                 yield shard, key, self._member(descriptors, row[KINDS.index("label")])
 
+    @property
+    def layout(self) -> str:
+        """What tells these samples from others on this machine, at no cost: where their members lie."""
+        return digest(self.table.numpy().tobytes(), self.places.numpy().tobytes(), *map(str, self.files))
+
     @cached_property
     def digest(self) -> str:
         """What tells these samples from others without reading the images: names, places, sizes and labels."""

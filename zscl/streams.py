@@ -6,7 +6,9 @@ that cannot be used is skipped and named (another stands in for it while trainin
 """
 
 import io
+from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -111,18 +113,17 @@ class Decode:
         Raises:
             BrokenSampleError: the image or the label cannot be read.
         """
-        image, label = self.read(sample)
-        return self.transform(image), label
+        label = self.label_of(sample)
+        return self.transform(self.read(sample)), label
 
-    def read(self, sample: Sample) -> tuple[Image.Image, Label]:
+    def read(self, sample: Sample) -> Image.Image:
         """Decode one image, as it is.
 
         Raises:
-            BrokenSampleError: the image or the label cannot be read.
+            BrokenSampleError: the image cannot be read.
         """
-        label = self.label_of(sample)
         try:
-            return decode_image(sample.image), label
+            return decode_image(sample.image)
         except Exception as error:  # what a decoder raises on foreign bytes is no closed list
             unknown = isinstance(error, UnidentifiedImageError)  # its own words show an address, another each time
             reason = f"found {len(sample.image)} bytes of no known format" if unknown else str(error)[:200]
@@ -147,30 +148,62 @@ def decode_image(encoded: bytes) -> Image.Image:
         return image.convert("RGB")
 
 
-@dataclass
 class DecodedImages:
-    """Decoded images kept in memory by their places in the set, until a budget is used up.
+    """Decoded images that this process keeps in memory, by content: stages and runs that follow share them.
 
-    budget: in bytes.
+    A set that needs room takes it from those that nobody reads, the one that was read longest ago first.
     """
 
-    budget: int
-    _kept: dict[int, tuple[Image.Image, Label]] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self._sets: dict[str, dict[int, Image.Image]] = {}  # the one opened last comes last
+        self._bytes: Counter[str] = Counter()
+        self._readers: Counter[str] = Counter()
 
-    def read(self, sample: Sample, decode: Decode) -> tuple[Image.Image, Label]:
-        """Decode a sample, or take what is kept of it.
+    @contextmanager
+    def opened(self, name: str) -> Iterator[None]:
+        """Read a set while the block runs."""
+        self._sets[name] = self._sets.pop(name, {})
+        self._readers[name] += 1
+        try:
+            yield
+        finally:
+            self._readers[name] -= 1
+
+    def read(self, name: str, sample: Sample, decode: Decode, budget: int, total_budget: int) -> Image.Image:
+        """Decode a sample's image, or take what is kept of it.
+
+        Args:
+            name: of the set, opened before.
+            sample: of the set.
+            decode: how.
+            budget: bytes that the set may take up.
+            total_budget: bytes that all sets may take up.
 
         Raises:
-            BrokenSampleError: the image or the label cannot be read.
+            BrokenSampleError: the image cannot be read.
         """
-        if sample.place in self._kept:
-            return self._kept[sample.place]
-        image, label = decode.read(sample)
+        if budget == 0 or sample.place < 0:  # nothing is kept of a stream
+            return decode.read(sample)
+        kept, content = self._sets[name], sample.identity()[1]
+        if content in kept:
+            return kept[content]
+        image = decode.read(sample)
         size = 3 * image.width * image.height
-        if sample.place >= 0 and size <= self.budget:
-            self.budget -= size
-            self._kept[sample.place] = image, label
-        return image, label
+        if self._bytes[name] + size <= budget and self._have_room(size, total_budget):
+            self._bytes[name] += size
+            kept[content] = image
+        return image
+
+    def _have_room(self, size: int, budget: int) -> bool:
+        while self._bytes.total() + size > budget:
+            idle = next((name for name in self._sets if not self._readers[name]), None)
+            if idle is None:
+                return False
+            del self._sets[idle], self._bytes[idle]
+        return True
+
+
+_decoded = DecodedImages()
 
 
 @dataclass(frozen=True)
@@ -185,6 +218,7 @@ class TrainingImages:
         own: this worker's part of a global batch.
         first_step: steps already taken.
         keep_bytes: memory for decoded images, over all loader processes.
+        keep_in: of so many bytes for all sets together; default: for this one alone.
     """
 
     samples: Samples
@@ -194,18 +228,24 @@ class TrainingImages:
     own: range
     first_step: int = 0
     keep_bytes: int = 0
+    keep_in: int = 0
 
     def __call__(self) -> Items:
         """Yield what this loader process decodes: every so-many-th batch of the worker."""
-        kept = DecodedImages(self.keep_bytes // _process()[1])
-        for position, draw in zip(self._positions(), self.samples.at(self._positions(), self.seed), strict=True):
-            yield from self._decode(position, draw, kept)
+        name = self.samples.layout if isinstance(self.samples, IndexedSamples) else ""
+        with _decoded.opened(name):
+            for position, draw in zip(self._positions(), self.samples.at(self._positions(), self.seed), strict=True):
+                yield from self._decode(position, draw, name)
 
-    def _decode(self, position: int, draw: Draw, kept: DecodedImages) -> Items:
+    def _decode(self, position: int, draw: Draw, name: str) -> Items:
         """Decode the sample at a position, or what stands in for it."""
+        processes = _process()[1]
+        budget, total = self.keep_bytes // processes, max(self.keep_bytes, self.keep_in) // processes
         for attempt in range(ATTEMPTS):
             try:
-                image, label = kept.read(draw(attempt), self.decode)
+                sample = draw(attempt)
+                label = self.decode.label_of(sample)
+                image = _decoded.read(name, sample, self.decode, budget, total)
             except BrokenSampleError as error:
                 yield str(error)
                 continue

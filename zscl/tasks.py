@@ -21,7 +21,9 @@ import webdataset
 
 from schemas.base import InputError
 from schemas.data import Reference, Task
+from schemas.experiment import HeldOut
 from zscl.files import digest, file_digest, whole_folder, write_text
+from zscl.holdout import split_off
 from zscl.shards import (
     IMAGE_SUFFIXES,
     MOST_SHARDS,
@@ -83,10 +85,16 @@ class TaskFolder:
     cache: str | None = None
     classes: tuple[int, ...] | None = None
     whole: "TaskFolder | None" = field(default=None, compare=False)
+    held_out: HeldOut | None = None
 
     @classmethod
-    def open(cls, task: Task, cache: str | None = None) -> "TaskFolder":
+    def open(cls, task: Task, cache: str | None = None, held_out: HeldOut | None = None) -> "TaskFolder":
         """Read a task's class names and templates; remote shards go through `cache`, if any.
+
+        Args:
+            task: where, and its name.
+            cache: folder for copies of remote shards.
+            held_out: the part of the training images that is not trained on.
 
         Raises:
             InputError: the folder, a file of it or the template's `{c}` is missing.
@@ -104,7 +112,7 @@ class TaskFolder:
         for template in templates:
             if "{c}" not in template:
                 raise InputError(f"{file}: found the template {template!r}, expected a {{c}} for the class name in it")
-        return cls(task.name, task.path, tuple(classnames), tuple(templates), cache)
+        return cls(task.name, task.path, tuple(classnames), tuple(templates), cache, held_out=held_out)
 
     def prompts(self, template: str) -> list[str]:
         """Every class name in a template, in label order."""
@@ -139,7 +147,8 @@ class TaskFolder:
 
     def _samples(self, split: str) -> IndexedSamples | StreamedSamples:
         if self.whole is None or self.classes is None:
-            return open_samples(self.shards(split), self.cache)
+            left_out = self.held_out is not None and (split == "train" or self.held_out.judged_on == "held_out")
+            return self._parts[split] if left_out else open_samples(self.shards(split), self.cache)
         samples = self.whole.train if split == "train" else self.whole.test
         if not isinstance(samples, IndexedSamples):
             raise InputError(
@@ -151,6 +160,14 @@ class TaskFolder:
         if not chosen:
             raise InputError(f"{self.path}/{split}: found no image of the classes of '{self.name}', expected some")
         return samples.only(chosen).counted_anew()
+
+    @cached_property
+    def _parts(self) -> dict[str, IndexedSamples]:
+        """The training images that are trained on, and those held out of them."""
+        assert self.held_out is not None
+        samples = open_samples(self.shards("train"), self.cache)
+        kept, held = split_off(samples, self.held_out, self.path, self.classnames)
+        return {"train": kept, "test": held}
 
     @cached_property
     def labels(self) -> dict[str, list[str]]:
@@ -240,6 +257,8 @@ class TaskFolder:
         """Identity of the task's content: by the manifest's hashes, else by its samples' names, sizes and labels."""
         if self.whole is not None:
             return digest(self.whole.digest, repr(self.classes), "\n".join(self.templates))
+        if self.held_out is not None:
+            return digest(replace(self, held_out=None).digest, self.held_out.model_dump_json())
         words = ["\n".join(self.classnames), "\n".join(self.templates)]
         manifest = text_of(f"{self.path}/{MANIFEST}")
         if manifest is None:

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from schemas.compute import Compute
 from schemas.experiment import Experiment
+from schemas.method import Average
 from schemas.results import CheckpointWritten, Note, StageResult, StepLosses, StepsTaken
 from zscl import objective
 from zscl.averaging import HandOn, hand_on, trained_parameters
@@ -100,7 +101,8 @@ def train_stage(
     report: Report,
     checkpoint: Path | None = None,
     asked_to_stop: Callable[[], bool] = lambda: False,
-) -> tuple[nn.Module, StageResult, list[StepLosses]]:
+    further_averages: Sequence[Average | None] = (),
+) -> tuple[list[tuple[nn.Module, StageResult]], list[StepLosses]]:
     """Train `clip.model` on one task, from the stage's start or from behind the step of its checkpoint.
 
     Args:
@@ -114,8 +116,10 @@ def train_stage(
         report: told about steps, every second or so.
         checkpoint: file of the stage under way, written now and then (`compute.checkpoint`); without one, none is.
         asked_to_stop: asked on the main worker, every second or so.
+        further_averages: that follow the same steps beside the method's own, for other runs.
 
-    Returns the model handed on, the stage's result, and every step's losses.
+    Returns the model handed on and the stage's result, those of the further averages behind it, and every step's
+    losses.
 
     Raises:
         NotFiniteError: a loss or the gradients are no numbers any more.
@@ -138,7 +142,10 @@ def train_stage(
     for note in towers.notes:
         report(Note(text=note))
     trained = trained_parameters(model)
-    start = [parameter.detach().clone() for parameter in trained] if experiment.method.looks_back else []
+    averages = [experiment.method.average, *further_averages]
+    blended = any(average and average.start_share for average in averages)
+    looks_back = experiment.method.consolidate is not None or blended
+    start = [parameter.detach().clone() for parameter in trained] if looks_back else []
     losses_of = objective.build(experiment, trained, start, teacher)
     batch_sizes = [optimisation.batch_size, *([optimisation.reference_batch_size] if teacher else [])]
     student = Student(
@@ -151,7 +158,7 @@ def train_stage(
     )
     optimizer = adamw(trained, task.learning_rate or optimisation.learning_rate, experiment)
     schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(step, optimisation.warmup_steps, steps))
-    handed_on = hand_on(experiment.method.average, model, start, experiment.compute.savings.multi_tensor)
+    handed_on = [hand_on(average, model, start, experiment.compute.savings.multi_tensor) for average in averages]
     curves = Curves(stage, task.name, sum(batch_sizes), report)
     loader = loader_of(experiment.compute, device, report)
     under_way = UnderWay(experiment.seed, stage, model, optimizer, schedule, handed_on, curves, loader)
@@ -163,19 +170,22 @@ def train_stage(
         under_way.seed_step(step)
         learning_rate = float(schedule.get_last_lr()[0])
         named, norm = train_step(student, losses_of, optimizer, schedule, next(batches), optimisation.max_gradient_norm)
-        handed_on.after_step(step)
+        for each in handed_on:
+            each.after_step(step)
         curves.add(step, learning_rate, named, norm)
         if step + 1 == checkpoints.next_look < steps:
             curves.flush()
             checkpoints.look(step + 1, under_way.state)
-    handed_on.after_step(steps)
+    for each in handed_on:
+        each.after_step(steps)
 
     curves.flush()
-    curves.refuse_weights(handed_on.model)
+    for each in handed_on:
+        curves.refuse_weights(each.model)
     checkpoints.end()
     optimizer.zero_grad()  # gradients would stay in memory, and in every copy of the model
-    for each in {model, handed_on.model}:
-        towers.restore(each)
+    for module in {model, *(each.model for each in handed_on)}:
+        towers.restore(module)
     result = StageResult(
         stage=stage,
         task=task.name,
@@ -183,12 +193,13 @@ def train_stage(
         images_seen=steps * sum(batch_sizes),
         train_seconds=curves.seconds,
         images_per_second=steps * sum(batch_sizes) / curves.seconds,
-        merges=handed_on.merges,
+        merges=handed_on[0].merges,
         losses=curves.steps[-1].losses,
         warnings=tuple(curves.explosions),
         broken=tuple(gather_sentences(loader.broken)),
     )
-    return handed_on.model, result, curves.steps
+    results = [result.model_copy(update={"merges": each.merges}) for each in handed_on]
+    return [(each.model, result) for each, result in zip(handed_on, results, strict=True)], curves.steps
 
 
 @dataclass(frozen=True)
@@ -200,7 +211,7 @@ class UnderWay:
     model: nn.Module
     optimizer: Optimizer
     schedule: LRScheduler
-    handed_on: HandOn
+    handed_on: Sequence[HandOn]
     curves: Curves
     loader: Loader
 
@@ -216,7 +227,7 @@ class UnderWay:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
-            "handed_on": self.handed_on.state_dict(),
+            "handed_on": [each.state_dict() for each in self.handed_on],
             "curves": [step.model_dump() for step in self.curves.steps],
             "seconds": self.curves.seconds,
             "broken": gather_sentences(self.loader.broken),
@@ -233,10 +244,14 @@ class UnderWay:
                 f"{checkpoint}: found weights of other shapes, made with other compute.savings; the stage begins again"
             )
             return 0
+        if len(state["handed_on"]) != len(self.handed_on):
+            note(f"{checkpoint}: found averages for other runs beside this one; the stage begins again")
+            return 0
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
-        self.handed_on.load_state_dict(state["handed_on"])
+        for each, kept in zip(self.handed_on, state["handed_on"], strict=True):
+            each.load_state_dict(kept)
         self.curves.take_up([StepLosses.model_validate(step) for step in state["curves"]], state["seconds"])
         self.loader.broken.update(dict.fromkeys(state["broken"]))
         note(f"stage {self.stage} goes on behind step {state['step']}")
@@ -277,7 +292,8 @@ def training_batches(
 ) -> Iterator[Batch]:
     """This worker's endless batches of a stage: task images augmented, distilled ones as in evaluation."""
     optimisation = experiment.optimisation
-    keep_bytes = experiment.compute.decoded_megabytes * 1_000_000 // (1 if distilled is None else 2)
+    keep_in = experiment.compute.decoded_megabytes * 1_000_000
+    keep_bytes = keep_in // (1 if distilled is None else 2)
     images = TrainingImages(
         samples=folder.train,
         decode=Decode(clip.train_transform, folder.label_of),
@@ -286,6 +302,7 @@ def training_batches(
         own=share(optimisation.batch_size),
         first_step=first_step,
         keep_bytes=keep_bytes,
+        keep_in=keep_in,
     ).batches(loader)
     if distilled is None:
         return (Batch(batch, labels) for batch, labels in images)
@@ -297,6 +314,7 @@ def training_batches(
         own=share(optimisation.reference_batch_size),
         first_step=first_step,
         keep_bytes=keep_bytes,
+        keep_in=keep_in,
     ).batches(replace(loader, labels_stay=True))
     return (Batch(*ours, *theirs) for ours, theirs in zip(images, references, strict=True))
 

@@ -170,7 +170,7 @@ def test_a_run_is_its_stages_with_the_initial_model_as_teacher(
     with torch.no_grad():
         texts = initial.encode_text(clip.tokenizer(opened.reference.texts), normalize=True)  # type: ignore[operator]
     for stage, task in enumerate(opened.tasks, start=1):
-        model, _, steps = train_stage(
+        [(model, _)], steps = train_stage(
             made,
             stage,
             task,
@@ -219,7 +219,7 @@ def test_wise_ft_draws_each_stage_back_towards_its_anchor(
         clip = load(made.model)
         clip.model.load_state_dict(weights)
         task = open_experiment(made).tasks[stage - 1]
-        model, _, _ = train_stage(made, stage, task, clip, None, (), CPU, report=lambda taken: None)
+        [(model, _)], _ = train_stage(made, stage, task, clip, None, (), CPU, report=lambda taken: None)
         anchored = weights if anchor == "stage_start" else initial.model.state_dict()
         for name, found in weights_of(tmp_path / "merged", place).items():
             expected = 0.75 * model.state_dict()[name] + 0.25 * anchored[name]

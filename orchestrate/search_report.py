@@ -1,0 +1,114 @@
+"""A search for people: the table of its trials, and Optuna's own pictures of them."""
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from optuna.exceptions import ExperimentalWarning
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from orchestrate.report import percent
+from schemas.search import Search, SearchResult, Trial
+from zscl.files import whole_file
+
+DPI = 120
+
+
+def trial_columns(found: SearchResult) -> dict[str, list[Any]]:
+    """The trials as columns: number, what became of it, its values, its objectives as fractions."""
+    paths = list(found.trials[0].values)
+    columns: dict[str, list[Any]] = {
+        "trial": [trial.number for trial in found.trials],
+        "status": [trial.status for trial in found.trials],
+        "stages": [trial.stages for trial in found.trials],
+    }
+    for path in paths:
+        columns[path] = [trial.values.get(path) for trial in found.trials]
+    for name in found.objectives:
+        columns[name] = [trial.objectives.get(name) for trial in found.trials]
+    columns["note"] = [_note(found, trial) for trial in found.trials]
+    return columns
+
+
+def _note(found: SearchResult, trial: Trial) -> str:
+    if trial.number == found.chosen:
+        return "chosen"
+    if trial.number in found.front:
+        return "on the front"
+    return trial.reason
+
+
+def terminal_tables(found: SearchResult) -> Group:
+    """The trials, the chosen one in bold, and what the search cost."""
+    columns = trial_columns(found)
+    table = Table(title="Trials, judged on held-out training images, %")
+    for name in columns:
+        table.add_column(Text(name.removeprefix("method.")), justify="left" if name in ("status", "note") else "right")
+    for number, row in enumerate(zip(*columns.values(), strict=True), start=1):
+        cells = [
+            Text(percent(value) if name in found.objectives else shown(value))
+            for name, value in zip(columns, row, strict=True)
+        ]
+        table.add_row(*cells, style="bold" if number == found.chosen else None)
+    lines = [
+        Text(f"importance: {', '.join(f'{path} {value:.2f}' for path, value in found.importance.items())}")
+        if found.importance
+        else Text("importance: fewer than two different trials"),
+        Text(f"stage trainings: {', '.join(f'{n} {name}' for name, n in found.stage_trainings.model_dump().items())}"),
+        Text(f"chosen: trial {found.chosen}; judged on the test images, once: {_figures(found)}"),
+    ]
+    return Group(table, *lines)
+
+
+def _figures(found: SearchResult) -> str:
+    figures = found.test.metrics
+    return ", ".join(f"{name} {percent(getattr(figures, name))}" for name in ("transfer", "avg", "last", "forgetting"))
+
+
+def shown(value: Any) -> str:
+    """A value of a trial, short."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def draw(search: Search, trials: tuple[Trial, ...], folder: Path) -> dict[str, Path]:
+    """Draw what there is to see of the finished trials. Returns the pictures by what they show."""
+    mpl.use("Agg")
+    from matplotlib import pyplot
+    from optuna.visualization import matplotlib as drawing
+
+    from orchestrate.sampling import study_of
+
+    study = study_of(search, trials)
+    drawn: dict[str, Path] = {}
+    if len(study.trials) < 2:
+        return drawn
+
+    def keep(name: str, make: Callable[[], Any]) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            axes = make()
+        figure = axes.figure
+        figure.set_size_inches(max(6.0, 2.5 * (1 + len(search.domains))), 4.5)
+        drawn[name] = folder / f"{name}.png"
+        with whole_file(drawn[name]) as temporary:
+            figure.savefig(temporary, format="png", dpi=DPI, bbox_inches="tight")
+        pyplot.close(figure)
+
+    several = len(search.objectives) > 1
+    for index, objective in enumerate(search.objectives):
+        value_of = partial(_value, index) if several else None
+        draw_it = partial(drawing.plot_parallel_coordinate, study, target=value_of, target_name=objective)
+        keep(f"parallel-{objective.replace('/', '-')}", draw_it)
+    if 1 < len(search.objectives) < 4:
+        keep("pareto", partial(drawing.plot_pareto_front, study, target_names=list(search.objectives)))
+    return drawn
+
+
+def _value(index: int, trial: Any) -> float:
+    """One of several objectives of Optuna's trial."""
+    return float(trial.values[index])

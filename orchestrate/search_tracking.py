@@ -1,0 +1,206 @@
+"""MLflow: a search is a parent, its trials are children, and their stages children of these.
+
+Trials are sent from their journals, as any run's; the search's own run gets what was found in the end.
+"""
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mlflow.entities import Metric, Param
+
+from orchestrate import places, recipes, search_report
+from orchestrate.ownership import owned
+from orchestrate.shipping import PATIENCE_SECONDS, Shipper, sync
+from orchestrate.state import read_state
+from orchestrate.tracking import (
+    FAILURES,
+    KEY,
+    LEVEL,
+    LONGEST_VALUE,
+    REASON,
+    TABLES,
+    flat,
+    open_store,
+    runs_with_key,
+    unreachable,
+)
+from schemas.results import RunState, Synced
+from schemas.search import Search, SearchResult, TrialEnded, TrialNews, TrialStarted
+from schemas.secrets import mask
+
+if TYPE_CHECKING:
+    from orchestrate.search import Prepared
+
+TABLE = "trials.json"
+
+
+class SearchRecord:
+    """A search in a store. Every method raises one of `tracking.FAILURES` where the store does not answer."""
+
+    def __init__(self, search: Search, experiment: str, fingerprint: str, folder: Path, uri: str) -> None:
+        """Find the search in the store, or make it.
+
+        Args:
+            search: what is looked for.
+            experiment: of MLflow's.
+            fingerprint: of the search.
+            folder: of the search, absolute.
+            uri: of the store.
+        """
+        self.search = search
+        self.client, self.experiment_id = open_store(uri, experiment)
+        key = mask(f"{fingerprint} {folder}")
+        found = runs_with_key(self.client, self.experiment_id, key, "search")
+        if not found:
+            tags = {
+                KEY: key,
+                LEVEL: "search",
+                "zscl.fingerprint": fingerprint,
+                "zscl.folder": mask(str(folder)),
+                "zscl.objectives": ", ".join(search.objectives),
+                "mlflow.note.content": "Trials are judged on held-out training images; `test/…` on the test images.",
+            }
+            found = [self.client.create_run(self.experiment_id, run_name=folder.name, tags=tags)]
+            given = flat(search.model_dump(mode="json", exclude_none=True))
+            self.client.log_batch(
+                found[0].info.run_id, params=[Param(name, str(value)[:LONGEST_VALUE]) for name, value in given]
+            )
+        self.run_id = str(found[0].info.run_id)
+        self.status = str(found[0].info.status)
+
+    def resume(self) -> None:
+        """Say that the search is under way."""
+        self.client.update_run(self.run_id, status="RUNNING")
+        self._forget_reason()
+
+    def settle(self, folder: Path) -> str:
+        """Record how the search stands, as its folder says. Returns the status."""
+        state = read_state(folder)
+        if (folder / places.FOUND).is_file():
+            self.finish(SearchResult.model_validate_json((folder / places.FOUND).read_text(encoding="utf-8")), folder)
+            return "FINISHED"
+        if state is None or state.status in ("RUNNING", "FINISHED"):  # and yet nobody works on it
+            state = RunState(status="KILLED", reason="the process is gone", time=time.time_ns() // 1_000_000)
+        self.client.set_tag(self.run_id, REASON, state.reason[:LONGEST_VALUE])
+        self.client.set_terminated(self.run_id, state.status, state.time)
+        return state.status
+
+    def finish(self, found: SearchResult, folder: Path) -> None:
+        """Record table, pictures, importances and the chosen recipe, and close the run."""
+        ended = read_state(folder)
+        now = ended.time if ended and ended.status == "FINISHED" else 0
+        chosen = found.trials[found.chosen - 1]
+        figures = {f"chosen/{name}": value for name, value in chosen.objectives.items()}
+        figures |= {f"importance/{path}": value for path, value in found.importance.items()}
+        figures |= {f"stage_trainings/{name}": value for name, value in found.stage_trainings.model_dump().items()}
+        figures |= {
+            f"test/{name}": value for name, value in found.test.metrics.model_dump().items() if value is not None
+        }
+        metrics = [Metric(name, value, now, 0) for name, value in figures.items()]
+        for trial in found.trials:
+            metrics += [Metric(f"trial/{name}", value, now, trial.number) for name, value in trial.objectives.items()]
+        self.client.log_batch(self.run_id, metrics=metrics)
+        columns = search_report.trial_columns(found)
+        rows = [list(row) for row in zip(*columns.values(), strict=True)]
+        self.client.log_dict(self.run_id, {"columns": list(columns), "data": rows}, TABLE)
+        self.client.set_tag(self.run_id, TABLES, json.dumps([{"path": TABLE, "type": "table"}]))
+        for file in (places.SEARCH, places.FOUND, places.CHOSEN):
+            self.client.log_artifact(self.run_id, str(folder / file))
+        for picture in sorted(folder.glob("*.png")):
+            self.client.log_artifact(self.run_id, str(picture), "figures")
+        self.client.set_tag(self.run_id, "zscl.chosen", str(found.chosen))
+        self._forget_reason()
+        self.client.set_terminated(self.run_id, "FINISHED", now or None)
+
+    def _forget_reason(self) -> None:
+        if REASON in self.client.get_run(self.run_id).data.tags:
+            self.client.delete_tag(self.run_id, REASON)
+
+
+class SearchRecording:
+    """Sends a search and its trials while it goes on; nobody waits for it until the end."""
+
+    def __init__(self, prepared: "Prepared", folder: Path, note: Callable[[str], None]) -> None:
+        """Open the store.
+
+        Raises:
+            InputError: it cannot be reached.
+        """
+        self._prepared, self._folder, self._note = prepared, folder, note
+        experiment = prepared.base.experiment
+        uri = places.unmasked(places.store_uri(experiment, folder))
+        try:
+            self._record = SearchRecord(
+                prepared.search, experiment.tracking.experiment, prepared.fingerprint, folder, uri
+            )
+            self._record.resume()
+        except FAILURES as error:
+            raise unreachable(uri, error) from error
+        self._shippers: dict[int, Shipper] = {}
+        self._ending: list[threading.Thread] = []
+
+    def __call__(self, told: TrialNews) -> None:
+        """Follow a trial from its start to its end."""
+        match told.news:
+            case TrialStarted(values=values, fingerprint=fingerprint, folder=folder) if told.trial > 0:
+                if told.trial not in self._shippers:
+                    prepared = self._prepared
+                    experiment = recipes.at(prepared.search, prepared.content, values, prepared.file)
+                    self._shippers[told.trial] = Shipper(
+                        experiment, fingerprint, Path(folder), self._note, self._record.run_id
+                    )
+            case TrialEnded() if told.trial in self._shippers:
+                shipper = self._shippers.pop(told.trial)
+                thread = threading.Thread(target=shipper.end, name="ending", daemon=True)
+                thread.start()
+                self._ending.append(thread)
+
+    def end(self, patience: float = PATIENCE_SECONDS) -> None:
+        """Let everything arrive, and with it how the search ended, which the folder says by now."""
+        deadline = time.monotonic() + patience
+        self._ending += [
+            threading.Thread(target=shipper.end, args=[patience], daemon=True) for shipper in self._shippers.values()
+        ]
+        for thread in self._ending:
+            with suppress(RuntimeError):  # it is started already
+                thread.start()
+        for thread in self._ending:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        try:
+            self._record.settle(self._folder)
+        except FAILURES:
+            self._note(f"MLflow has not taken everything; later, send the rest with: zscl sync {self._folder}")
+
+
+def sync_search(folder: Path, uri: str | None, on_sent: Callable[[str, int, int], None]) -> Synced:
+    """Send what a store does not have yet of a search on which nobody works.
+
+    Args:
+        folder: the search's, absolute.
+        uri: of the store; default: that of its recipe.
+        on_sent: told how far it is: what is sent, entries sent, and to be sent.
+
+    Raises:
+        InputError: it is under way, or the store cannot be reached.
+    """
+    with owned(folder):
+        search, content = recipes.load_search(folder / places.SEARCH)
+        experiment = recipes.at(search, content, {}, folder / places.SEARCH)
+        uri = uri or places.unmasked(places.store_uri(experiment, folder))
+        fingerprint = (folder / places.FINGERPRINT).read_text(encoding="utf-8").strip()
+        try:
+            record = SearchRecord(search, experiment.tracking.experiment, fingerprint, folder, uri)
+            sent = 0
+            for trial in sorted((folder / "trials").glob(f"*/{places.EXPERIMENT}")):
+                done = sync(trial.parent, uri, partial(on_sent, trial.parent.name), record.run_id)
+                sent += done.entries
+            status = record.settle(folder)
+        except FAILURES as error:
+            raise unreachable(uri, error) from error
+    return Synced(folder=str(folder), tracking_uri=mask(uri), entries=sent, status=status)

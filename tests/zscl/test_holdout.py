@@ -1,0 +1,95 @@
+"""A part of the training images, held out by class and seed: nothing of it is trained on, and no test image is read."""
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_task
+
+from schemas.base import InputError
+from schemas.experiment import Experiment
+from zscl.opened import Opened, open_experiment
+from zscl.sequence import run_sequence
+from zscl.shards import IndexedSamples, Sample
+
+Make = Callable[..., Experiment]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def opened(experiment: Make) -> Callable[..., Opened]:
+    """Open an experiment with something held out."""
+
+    def make(share: float = 0.25, seed: int = 0, judged_on: str = "held_out", **changes: Any) -> Opened:
+        held_out = {"share": share, "seed": seed, "judged_on": judged_on}
+        return open_experiment(experiment(evaluation={"held_out": held_out}, **changes))
+
+    return make
+
+
+def samples(images: object) -> list[Sample]:
+    assert isinstance(images, IndexedSamples)
+    return list(images.once())
+
+
+def test_every_class_gives_its_share_and_nothing_is_in_both(opened: Callable[..., Opened], experiment: Make) -> None:
+    whole, task = open_experiment(experiment()).tasks[0], opened().tasks[0]
+    kept, held, everything = samples(task.train), samples(task.test), samples(whole.train)
+    assert Counter(sample.label for sample in held) == {str(label).encode(): 2 for label in range(4)}  # a quarter of 6
+    assert {sample.key for sample in kept} | {sample.key for sample in held} == {sample.key for sample in everything}
+    assert not {sample.key for sample in kept} & {sample.key for sample in held}
+    assert [sample.place for sample in held] == list(range(8))
+
+
+def test_the_seed_draws_and_is_part_of_the_identity(opened: Callable[..., Opened], experiment: Make) -> None:
+    first, again, other = opened(), opened(), opened(seed=1)
+
+    def keys(made: Opened) -> list[str]:
+        return [sample.key for task in made.tasks for sample in samples(task.test)]
+
+    assert keys(first) == keys(again) != keys(other)
+    prints = {made.fingerprint for made in (first, other, opened(share=0.5), opened(judged_on="test"))}
+    assert len(prints) == 4
+    assert first.fingerprint == again.fingerprint
+    assert open_experiment(experiment()).fingerprint not in prints
+    assert first.tasks[0].digest != other.tasks[0].digest
+
+
+def test_judged_on_test_the_part_is_only_left_out(opened: Callable[..., Opened], experiment: Make) -> None:
+    whole, task = open_experiment(experiment()).tasks[0], opened(judged_on="test").tasks[0]
+    assert samples(task.test) == samples(whole.test)
+    assert [sample.key for sample in samples(task.train)] == [sample.key for sample in samples(opened().tasks[0].train)]
+
+
+def test_no_test_image_is_read(experiment: Make, tmp_path: Path) -> None:
+    places = [make_task(tmp_path / name, seed) for seed, name in enumerate(["one", "two"])]
+    for place in places:  # only what identifies the task is read of it: here its manifest
+        (place / "test/0.tar").write_bytes(b"\0" * (place / "test/0.tar").stat().st_size)
+    held_out = {"share": 0.25}
+    made = experiment(tasks=[str(place) for place in places], evaluation={"held_out": held_out})
+    result = run_sequence(made, tmp_path / "run", device=CPU)
+    assert [task.test_images for task in result.tasks] == [8, 8]
+    assert result.held_out is not None
+    assert result.held_out.share == 0.25
+
+
+@pytest.mark.parametrize(
+    ("share", "sentence"),
+    [
+        (0.95, "evaluation.held_out.share is 0.95, which leaves the class 'red' without training images (found 6)"),
+        (0.01, "evaluation.held_out.share is 0.01, which holds out none of its 24 training images"),
+    ],
+)
+def test_a_share_that_does_not_fit(opened: Callable[..., Opened], share: float, sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence.replace("(", r"\(").replace(")", r"\)")):
+        opened(share).tasks[0].train  # noqa: B018 - looked at before a run, by `check`
+
+
+def test_class_incremental_learning_holds_out_too(opened: Callable[..., Opened], tasks: list[str]) -> None:
+    made = opened(tasks=[], class_incremental={"path": tasks[0], "first": 2, "increment": 2})
+    assert [len(samples(task.train)) for task in made.tasks] == [8, 8]
+    assert [len(samples(task.test)) for task in made.tasks] == [4, 4]
+    assert [task.steps for task in made.experiment.tasks] == [2, 2]  # one epoch of what is left, by sixes

@@ -1,0 +1,51 @@
+"""A part of a task's training images, held out: what choices are judged by, so that they never see a test image."""
+
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+
+from schemas.base import InputError
+from schemas.experiment import HeldOut
+from zscl.shards import IndexedSamples, StreamedSamples, seed_of
+
+
+def split_off(
+    samples: IndexedSamples | StreamedSamples, held_out: HeldOut, path: str, classnames: Sequence[str]
+) -> tuple[IndexedSamples, IndexedSamples]:
+    """Draw a share of each class's images, by a seed. Returns those that stay, and those held out.
+
+    Args:
+        samples: a task's training images.
+        held_out: share and seed; the draw depends on them, a class's label and its number of images alone.
+        path: the task's, for what is refused.
+        classnames: in label order.
+
+    Raises:
+        InputError: the images are remote, a class would have none to be trained on, or no image would be held out.
+    """
+    if not isinstance(samples, IndexedSamples):
+        raise InputError(
+            f"{path}: found remote shards, expected local ones to hold some images out of (evaluation.held_out); "
+            "compute.shard_cache makes them local"
+        )
+    of_class: defaultdict[str, list[int]] = defaultdict(list)
+    for place, (_, _, encoded) in enumerate(samples.labels()):
+        of_class[(encoded or b"").decode("ascii", errors="replace").strip()].append(place)
+    held: list[int] = []
+    for label, places in of_class.items():
+        count = round(held_out.share * len(places))
+        if count == len(places):
+            name = classnames[int(label)] if label.isdecimal() and int(label) < len(classnames) else label
+            raise InputError(
+                f"{path}: evaluation.held_out.share is {held_out.share:g}, which leaves the class '{name}' without "
+                f"training images (found {len(places)}), expected a smaller share"
+            )
+        held += random.Random(seed_of(held_out.seed, "held out", label)).sample(places, count)
+    if not held:
+        raise InputError(
+            f"{path}: evaluation.held_out.share is {held_out.share:g}, which holds out none of its {len(samples)} "
+            "training images, expected a larger share"
+        )
+    out = set(held)
+    kept = [place for place in range(len(samples)) if place not in out]
+    return samples.only(kept).counted_anew(), samples.only(sorted(held)).counted_anew()

@@ -1,0 +1,173 @@
+"""Trained stages and measured rows by content: what runs beside each other have in common is done once.
+
+    <key>/            a stage's folder (see `zscl.sequence`), as the run that trained it left it
+    <key>.row.json    the row of the model that it hands on
+    .<key>.lock       held by the run that is at it; others wait, and take what it leaves
+
+Files are linked where the file system can, so that a stage takes up its room once.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from schemas.method import Average
+from schemas.results import StageResult
+from zscl.checkpoint import StoppedError
+from zscl.distributed import agree, barrier, from_main_text, rank
+from zscl.files import acquired, digest, link_folder, patiently, write_text
+from zscl.opened import Opened
+
+TRAINING = "training.json"
+LOOK_EVERY_SECONDS = 1.0
+Averages = tuple[Average | None, ...]
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What a run shares with those beside it.
+
+    teacher: folder of the teacher's embeddings; stages: folder of trained stages, `None`: every run trains its own;
+    averages: those of the other runs. No average has a part in the steps of a stage, so that the first stage is trained
+    once for all that differ in it alone.
+    """
+
+    teacher: Path
+    stages: Path | None = None
+    averages: Averages = ()
+
+
+class StageStore:
+    """Stages and rows that an experiment has in common with others."""
+
+    def __init__(self, opened: Opened, folder: Path, averages: Averages) -> None:
+        """Look at a store.
+
+        Args:
+            opened: the experiment.
+            folder: of the store, visible to all workers; it need not exist.
+            averages: of the experiments beside it.
+        """
+        self.opened, self.folder = opened, folder
+        method = opened.experiment.method
+        different = [average for average in averages if average != method.average]
+        self._others = tuple(dict.fromkeys(different)) if method.memory is None else ()
+
+    def others(self, stage: int) -> Averages:
+        """Averages that the stage's training serves beside the method's own; later stages start from an average."""
+        return self._others if stage == 1 else ()
+
+    @contextmanager
+    def alone(self, key: str, asked_to_stop: Callable[[], bool], note: Callable[[str], None]) -> Iterator[None]:
+        """Wait until no other run is at what has this key, and keep others from it. All workers enter together.
+
+        Raises:
+            StoppedError: the run was asked to stop while it waited.
+        """
+        if rank() == 0:
+            patiently(lambda: self.folder.mkdir(parents=True, exist_ok=True))
+        lock, waits = FileLock(self.folder / f".{key}.lock"), False
+        while True:
+            got = rank() == 0 and acquired(lock, LOOK_EVERY_SECONDS)
+            ours, stop = agree(got, rank() == 0 and not got and asked_to_stop())
+            if ours:
+                break
+            if stop:
+                raise StoppedError("stopped while another run is at work for both")
+            if not waits:
+                note("waiting for a run beside this one, which is at work for both")
+                waits = True
+        try:
+            yield
+        finally:
+            if rank() == 0:
+                lock.release()
+
+    def take(self, stage: int, place: Path) -> bool:
+        """Leave a stage's folder at `place` as another run trained it, if one has. All workers ask together."""
+        trained = self.folder / self.handed_on(stage)
+        there = rank() == 0 and (trained / TRAINING).is_file()
+        if there:
+            result = StageResult.model_validate_json((trained / TRAINING).read_text(encoding="utf-8"))
+            shared = result.model_copy(update={"shared": True})
+            patiently(lambda: link_folder(trained, place, {TRAINING: shared.model_dump_json(indent=1) + "\n"}))
+        [taken] = agree(there)
+        barrier()
+        return bool(taken)
+
+    def keep(self, stage: int, place: Path) -> None:
+        """Let other runs take a stage; on the main worker."""
+        kept = self.folder / self.handed_on(stage)
+        if not kept.is_dir():
+            patiently(lambda: link_folder(place, kept))
+
+    def for_other(self, stage: int, average: Average | None) -> Path:
+        """Where the folder of a stage with another average belongs."""
+        return self.folder / self.handed_on(stage, average)
+
+    def read_row(self, key: str) -> str:
+        """A row as another run measured it; nothing where none has."""
+        file = self.folder / f"{key}.row.json"
+        return from_main_text(file.read_text(encoding="utf-8") if rank() == 0 and file.is_file() else "")
+
+    def keep_row(self, key: str, row: str) -> None:
+        """Let other runs read a row; on the main worker."""
+        patiently(lambda: write_text(self.folder / f"{key}.row.json", row))
+
+    def course(self, stage: int) -> str:
+        """Identity of all steps of a stage; the average has no part in those of the first."""
+        if stage > 1:
+            return self.handed_on(stage)
+        return _key("course", {**self._identity, "method": self._method, "tasks": self._tasks(stage)})
+
+    def handed_on(self, stage: int, *average: Average | None) -> str:
+        """Identity of what a stage hands on, with the method's own average or another; stage 0: the initial model."""
+        if stage == 0:
+            return _key("initial", {"model": self.opened.weights})
+        chosen = average[0] if average else self.opened.experiment.method.average
+        method = {**self._method, "average": None if chosen is None else chosen.model_dump(mode="json")}
+        return _key("stage", {**self._identity, "method": method, "tasks": self._tasks(stage)})
+
+    def row(self, stage: int) -> str:
+        """Identity of the row that is measured after a stage."""
+        experiment = self.opened.experiment
+        judged = {
+            "model": self.handed_on(stage),
+            "tasks": [task.digest for task in self.opened.tasks],
+            "one_head": experiment.class_incremental is not None,
+            "stage": stage,
+            "evaluation": experiment.evaluation.model_dump(mode="json"),
+            "precision": experiment.optimisation.precision,
+        }
+        return _key("row", judged)
+
+    @cached_property
+    def _identity(self) -> dict[str, Any]:
+        """What every stage's training reads beside method and tasks: not by what it is judged."""
+        identity = self.opened.experiment.identity(self.opened.contents)
+        held_out = identity.pop("evaluation").get("held_out")
+        kept = None if held_out is None else {name: held_out[name] for name in ("share", "seed")}
+        return {**identity, "held_out": kept}
+
+    @property
+    def _method(self) -> dict[str, Any]:
+        """The parts that have to do with a stage's steps, whatever the method is called."""
+        return {
+            name: part for name, part in self._identity["method"].items() if name not in ("name", "preset", "average")
+        }
+
+    def _tasks(self, stage: int) -> Any:
+        """The tasks up to a stage; all of them where prompts of the others are distilled on."""
+        distill, tasks = self.opened.experiment.method.distill, self._identity["tasks"]
+        reads_all = distill is not None and distill.prompts_of != "current"
+        return {"stage": stage, "tasks": tasks if reads_all else tasks[:stage]}
+
+
+def _key(kind: str, content: Mapping[str, Any]) -> str:
+    return f"{kind}-{digest(json.dumps(content, sort_keys=True))[:24]}"
