@@ -366,7 +366,7 @@ def _trials(grid: "ResultGrid", prepared: Prepared) -> list[Trial]:
     found = []
     for result in grid:
         reported, domains = result.metrics or {}, prepared.search.domains
-        given = {path: value for path, value in (result.config or {}).items() if path in domains}
+        given = result.config or {}
         status, reason = str(reported.get("status", "running")), str(reported.get("reason", ""))
         stages = int(reported.get(STAGES, 0))
         if result.error is not None:
@@ -376,8 +376,8 @@ def _trials(grid: "ResultGrid", prepared: Prepared) -> list[Trial]:
         objectives = {name: float(reported[name]) for name in prepared.search.objectives if name in reported}
         found.append(
             Trial(
-                number=(result.config or {})[NUMBER],
-                values={path: domains[path].meant(value) for path, value in given.items()},
+                number=given[NUMBER],
+                values={path: domain.meant(given[path]) for path, domain in domains.items()},
                 status=status,  # type: ignore[arg-type]  # checked by pydantic
                 reason=reason,
                 fingerprint=str(reported.get("fingerprint", "")),

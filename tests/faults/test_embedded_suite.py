@@ -1,0 +1,47 @@
+"""The embedded suite, whose workers are killed again and again: it comes to the result of a run in peace."""
+
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from disturbing import a_worker, ended, same, starts_of, until
+
+from orchestrate import recipes
+from zscl.sequence import run_sequence
+from zscl.suites import write_embedded
+
+pytest_plugins = ["faulty_cluster"]
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
+Launch = Callable[..., Any]
+
+
+@pytest.mark.fault(
+    "Ten SIGKILLs of workers at random moments of an embedded run", "The `result.json` of a run in peace"
+)
+def test_ten_random_kills(launch: Launch, tmp_path: Path) -> None:
+    write_embedded(tmp_path / "data", corpus=False, note=lambda text: None)
+    shipped = Path(__file__).parents[2] / "experiments/embedded.yaml"
+    tasks = [f"tasks.{number}={tmp_path}/data/{Path(task['path'] if isinstance(task, dict) else task).name}"
+             for number, task in enumerate(recipes.read(shipped)["tasks"])]  # fmt: skip
+    settings = (
+        *tasks,
+        f"reference={tmp_path}/data/reference",
+        "optimisation.steps=30",
+        "optimisation.warmup_steps=10",
+        "compute.checkpoint.every_steps=5",
+        "compute.max_failures=10",
+    )
+    run_sequence(recipes.load_experiment(shipped, settings), tmp_path / "whole", device=torch.device("cpu"))
+    draw, run = random.Random(0), tmp_path / "run"
+    with launch(*settings, verb=("run", shipped, "--out")) as process:
+        for kill in range(10):
+            until(lambda kill=kill: starts_of(run) > kill, "the group is at work (again)")  # type: ignore[misc]
+            time.sleep(draw.uniform(0, 6))
+            a_worker().kill()
+        ended(process, seconds=600)
+    assert starts_of(run) == 11
+    same(tmp_path / "whole", run)
