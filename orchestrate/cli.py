@@ -265,14 +265,18 @@ def compare(
 
 
 @app.command()
-def schema(as_json: AsJson = True) -> None:
+def schema(
+    of_search: Annotated[bool, typer.Option("--search", help="Of a recipe's section `search` instead.")] = False,
+    as_json: AsJson = True,
+) -> None:
     """Print the recipe's JSON Schema, for editors.
 
     Example: zscl schema > recipe.schema.json
     """
     from schemas.experiment import Experiment
+    from schemas.search import Search
 
-    print(json.dumps(Experiment.model_json_schema(), indent=1))
+    print(json.dumps((Search if of_search else Experiment).model_json_schema(), indent=1))
 
 
 @app.command()

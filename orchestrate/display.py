@@ -134,6 +134,7 @@ class SearchDisplay:
         self.tasks = [task.name for task in experiment.tasks]
         self._ends = list(accumulate(experiment.stage_steps(task) for task in experiment.tasks))
         self._steps: dict[int, int] = {}
+        self._stages: dict[int, int] = {}
         self._over: set[int] = set()
         self.running: set[int] = set()
         self._best: tuple[float, int] | None = None
@@ -153,6 +154,8 @@ class SearchDisplay:
                 self._done(number, self._ends[news.stage - 1] - self._in(news.stage) + news.steps[-1].step + 1)
             case StageTrained():
                 self._done(number, self._ends[news.result.stage - 1])
+            case RowMeasured():
+                self._stages[number] = news.stage
             case TrialEnded():
                 self._end(number, news)
 
@@ -163,7 +166,8 @@ class SearchDisplay:
         self._steps[number] = steps
         best = "" if self._best is None else f", best {self._named(self._best[0])} (trial {self._best[1]})"
         running = ", ".join(map(str, sorted(self.running)))
-        what = f"{len(self._over)}/{self.trials} trials, at work: {running or 'none'}{best}"
+        stages = f"{sum(self._stages.values())}/{self.trials * len(self.tasks)} stages"
+        what = f"{len(self._over)}/{self.trials} trials, {stages}, at work: {running or 'none'}{best}"
         self.bar.update(what, sum(self._steps.values()))
 
     def _end(self, number: int, end: TrialEnded) -> None:
@@ -177,6 +181,7 @@ class SearchDisplay:
             goodness = fmean(sign * value for sign, value in zip(signs, end.objectives.values(), strict=True))
             self._best = max(self._best or (goodness, -number), (goodness, number))
         said = {"stopped": f"given up early behind stage {end.stages}", "failed": f"failed: {end.reason}"}
+        self._stages[number] = len(self.tasks)  # none of it is left
         self.bar.say(f"trial {number}: {said.get(end.status, end.status)}{f', {figures}' if figures else ''}")
         self._done(number, self._ends[-1])
 

@@ -45,7 +45,7 @@ from schemas.search import (
     TrialNews,
     direction_of,
 )
-from schemas.secrets import mask
+from schemas.secrets import MASK, mask
 from zscl.files import link_folder, write_text
 from zscl.opened import Opened
 from zscl.rows import write_whole
@@ -206,7 +206,13 @@ def resumable(folder: Path, overrides: Sequence[str]) -> Prepared:
     for override in overrides:
         if not override.startswith(("compute.", "tracking.")):
             raise InputError(f"--set {override}: expected a field of compute or tracking; all else is what is searched")
-    return prepare(folder / places.SEARCH, overrides)
+    prepared = prepare(folder / places.SEARCH, overrides)
+    if MASK in prepared.base.experiment.model_dump_json(exclude={"tracking"}):
+        raise InputError(
+            f"{folder / places.SEARCH}: found {MASK} where the recipe has secrets, expected the recipe: zscl search "
+            f"RECIPE --out {folder}"
+        )
+    return prepared
 
 
 def load_found(folder: Path) -> SearchResult:
@@ -303,9 +309,10 @@ def _fit(prepared: Prepared, common: "Common", slots: int) -> "ResultGrid":
         resources = {"CPU": BARELY}
     trainable = tune.with_resources(tune.with_parameters(SearchTrial, common=common), resources)
     state = common.folder / "tune"
-    if tune.Tuner.can_restore(str(state)):
+    if tune.Tuner.can_restore(str(state)) and any(state.glob("experiment_state-*.json")):
         tuner = tune.Tuner.restore(str(state), trainable, resume_unfinished=True, resume_errored=True)
     else:
+        shutil.rmtree(state, ignore_errors=True)  # killed before Tune had written anything of use
         tuner = tune.Tuner(
             trainable,
             tune_config=tune.TuneConfig(

@@ -1,12 +1,13 @@
 """A search for people: the table of its trials, and Optuna's own pictures of them."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+from matplotlib.axes import Axes
 from optuna.exceptions import ExperimentalWarning
 from rich.console import Group
 from rich.table import Table
@@ -48,7 +49,7 @@ def terminal_tables(found: SearchResult) -> Group:
     columns = trial_columns(found)
     table = Table(title="Trials, judged on held-out training images, %")
     for name in columns:
-        table.add_column(Text(name.removeprefix("method.")), justify="left" if name in ("status", "note") else "right")
+        table.add_column(Text(_short(name)), justify="left" if name in ("status", "note") else "right")
     for number, row in enumerate(zip(*columns.values(), strict=True), start=1):
         cells = [
             Text(percent(value) if name in found.objectives else shown(value))
@@ -75,8 +76,8 @@ def shown(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def draw(search: Search, trials: tuple[Trial, ...], folder: Path) -> dict[str, Path]:
-    """Draw what there is to see of the finished trials. Returns the pictures by what they show."""
+def draw(search: Search, trials: Sequence[Trial], folder: Path) -> list[Path]:
+    """Draw what there is to see of the finished trials; nothing where fewer than two are. Returns the pictures."""
     mpl.use("Agg")
     from matplotlib import pyplot
     from optuna.visualization import matplotlib as drawing
@@ -84,29 +85,38 @@ def draw(search: Search, trials: tuple[Trial, ...], folder: Path) -> dict[str, P
     from orchestrate.sampling import study_of
 
     study = study_of(search, trials)
-    drawn: dict[str, Path] = {}
     if len(study.trials) < 2:
-        return drawn
+        return []
+    drawn: dict[str, Axes] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        warnings.filterwarnings("ignore", message="Attempting to set identical low and high")  # all came to the same
+        for index, objective in enumerate(search.objectives):
+            value_of = partial(_value, index) if len(search.objectives) > 1 else None
+            axes = drawing.plot_parallel_coordinate(study, target=value_of, target_name=f"{objective}, %")
+            axes.set_xticks(axes.get_xticks(), [f"{objective}, %", *map(_short, sorted(search.domains))])
+            axes.set_title("Trials, judged on held-out training images")
+            drawn[f"parallel-{objective.replace('/', '-')}"] = axes
+        if 1 < len(search.objectives) < 4:
+            axes = drawing.plot_pareto_front(study, target_names=[f"{name}, %" for name in search.objectives])
+            axes.set_title("Trials and their front, judged on held-out training images")
+            for trial in study.trials:
+                axes.annotate(
+                    str(trial.user_attrs["number"]), trial.values[:2], xytext=(4, 4), textcoords="offset points"
+                )
+            drawn["pareto"] = axes
+    return [_kept(axes.figure, folder / f"{name}.png", pyplot) for name, axes in drawn.items()]
 
-    def keep(name: str, make: Callable[[], Any]) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ExperimentalWarning)
-            axes = make()
-        figure = axes.figure
-        figure.set_size_inches(max(6.0, 2.5 * (1 + len(search.domains))), 4.5)
-        drawn[name] = folder / f"{name}.png"
-        with whole_file(drawn[name]) as temporary:
-            figure.savefig(temporary, format="png", dpi=DPI, bbox_inches="tight")
-        pyplot.close(figure)
 
-    several = len(search.objectives) > 1
-    for index, objective in enumerate(search.objectives):
-        value_of = partial(_value, index) if several else None
-        draw_it = partial(drawing.plot_parallel_coordinate, study, target=value_of, target_name=objective)
-        keep(f"parallel-{objective.replace('/', '-')}", draw_it)
-    if 1 < len(search.objectives) < 4:
-        keep("pareto", partial(drawing.plot_pareto_front, study, target_names=list(search.objectives)))
-    return drawn
+def _kept(figure: Any, file: Path, pyplot: Any) -> Path:
+    with whole_file(file) as temporary:
+        figure.savefig(temporary, format="png", dpi=DPI, bbox_inches="tight")
+    pyplot.close(figure)
+    return file
+
+
+def _short(path: str) -> str:
+    return path.removeprefix("method.")
 
 
 def _value(index: int, trial: Any) -> float:

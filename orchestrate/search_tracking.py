@@ -33,6 +33,7 @@ from orchestrate.tracking import (
 from schemas.results import RunState, Synced
 from schemas.search import Search, SearchResult, TrialEnded, TrialNews, TrialStarted
 from schemas.secrets import mask
+from zscl.journal import JOURNAL
 
 if TYPE_CHECKING:
     from orchestrate.search import Prepared
@@ -197,7 +198,7 @@ def sync_search(folder: Path, uri: str | None, on_sent: Callable[[str, int, int]
         try:
             record = SearchRecord(search, experiment.tracking.experiment, fingerprint, folder, uri)
             sent = 0
-            for trial in sorted((folder / "trials").glob(f"*/{places.EXPERIMENT}")):
+            for trial in sorted((folder / "trials").glob(f"*/{JOURNAL}")):
                 done = sync(trial.parent, uri, partial(on_sent, trial.parent.name), record.run_id)
                 sent += done.entries
             status = record.settle(folder)

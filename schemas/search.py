@@ -101,7 +101,7 @@ class Search(Strict):
     """What is searched, by which figure, and how."""
 
     domains: dict[str, Domain] = Field(min_length=1, description="By dotted path of the recipe")
-    objectives: Annotated[Many[str], BeforeValidator(_several)] = Field(
+    objectives: Annotated[Many[str], BeforeValidator(_several, json_schema_input_type=str | list[str])] = Field(
         ("transfer",),
         min_length=1,
         description=f"Figures of the accuracy matrix ({', '.join(Metrics.model_fields)}), or accuracy/TASK after the "

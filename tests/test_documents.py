@@ -71,6 +71,14 @@ def test_own_tasks_from_folders_to_a_comparison(
         "1-classes-1-2", "2-classes-3-3",
     ]  # fmt: skip
 
+    [search] = blocks("yaml", "Search")
+    (own / "own-search.yaml").write_text(search)
+    dry_run, real = commands("Search")
+    assert real[:2] == dry_run[:2]  # a real one is shown elsewhere
+    found = zscl(*dry_run)
+    assert found.code == 0, found.error
+    assert yaml.safe_load(found.out)["plan"]["stage_trainings"] == 8
+
     [_, table] = blocks("yaml", "How a method is put together")
     (own / "own-ablation.yaml").write_text(table)
     [command] = commands("How a method is put together")

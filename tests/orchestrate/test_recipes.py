@@ -33,6 +33,11 @@ def test_every_shipped_recipe_is_accepted_and_headed_by_its_command(shipped: Pat
     content = recipes.read(shipped)
     if "corpus" in content:
         assert recipes.parse(Pretraining, content, shipped)
+    elif "search" in content:
+        search, base = recipes.load_search(shipped)
+        for path, domain in search.domains.items():
+            for end in domain.ends:
+                assert recipes.at(search, base, {path: end}, shipped)
     else:
         assert recipes.load_variants(shipped, variant=recipes.ALL if "variants" in content else None)
     head = shipped.read_text().partition("\n\n")[0]
@@ -143,6 +148,9 @@ def test_dry_run_refuses_the_folder_of_another_run(file: Path, tmp_path: Path, z
 @pytest.mark.parametrize("shipped", SHIPPED, ids=lambda file: file.stem)
 def test_an_editor_accepts_what_the_product_accepts(shipped: Path, zscl: Callable[..., Command]) -> None:
     schema, content = json.loads(zscl("schema").out), recipes.read(shipped)
+    if "search" in content:
+        jsonschema.validate(content["search"], json.loads(zscl("schema", "--search").out))
+        return
     if "corpus" in content or "variants" in content:
         pytest.skip("no recipe of a single experiment")
     jsonschema.validate(content, schema)
