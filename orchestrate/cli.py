@@ -265,6 +265,24 @@ def compare(
 
 
 @app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
+    out: Annotated[Path, typer.Option(help="Folder of the model; it must not be there yet.")],
+    stage: Annotated[int | None, typer.Option(help="Which stage's model, from 1. Default: the last.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a stage's model a folder for the Hugging Face hub: open_clip's layout, and a card made from the run.
+
+    Example: zscl export runs/demo/zscl --stage 6 --out runs/demo-zscl-model
+    """
+    from orchestrate import export as exporting
+
+    folder = exporting.export(run.absolute(), stage, out.absolute())
+    lines = [f"model   {folder}  (open_clip: local-dir:{folder})", f"upload  hf upload OWNER/NAME {folder}"]
+    emit({"folder": str(folder)}, as_json, lines)
+
+
+@app.command()
 def schema(
     of_search: Annotated[bool, typer.Option("--search", help="Of a recipe's section `search` instead.")] = False,
     as_json: AsJson = True,

@@ -30,6 +30,7 @@ from schemas.base import InputError, InterruptedRunError
 from schemas.experiment import Experiment
 from schemas.results import Result, RowMeasured, StageTrained
 from schemas.search import Search, TrialEnded, TrialNews, TrialStarted, objectives_of
+from schemas.secrets import mask
 from zscl.checkpoint import StoppedError
 from zscl.files import acquired, link_folder
 from zscl.metrics import metrics
@@ -72,17 +73,18 @@ class SearchTrial(tune.Trainable):  # type: ignore[misc]
 
     def setup(self, config: dict[str, Any], common: Common) -> None:
         """Begin."""
-        self._common = common
+        self._common, self._told = common, False
         self._begin(config)
 
     def step(self) -> dict[str, Any]:
         """Wait for the next stage to be finished. Returns the objectives by then."""
-        self._asked.set()
+        if self._told:  # what came of the stage before: it was judged good enough
+            self._asked.set()
         outcome = self._outcomes.get()
         if isinstance(outcome, BaseException):
             raise outcome
+        self._told = True
         found: dict[str, Any] = outcome
-        self._over = found["done"]
         return found
 
     def cleanup(self) -> None:
@@ -107,7 +109,7 @@ class SearchTrial(tune.Trainable):  # type: ignore[misc]
         self._values = {path: domain.meant(config[path]) for path, domain in self._common.search.domains.items()}
         self._outcomes: queue.Queue[dict[str, Any] | BaseException] = queue.Queue()
         self._asked, self._given_up = threading.Event(), threading.Event()
-        self._over = False
+        self._told = False
         self._stages = self._shared_stages = 0
         self._rows: list[dict[str, float]] = []
         self._zero_shot: dict[str, float] = {}
@@ -132,7 +134,7 @@ class SearchTrial(tune.Trainable):  # type: ignore[misc]
                 self._settle("KILLED", str(stop))
                 self._news(TrialEnded(status="interrupted", stages=self._stages, objectives=self._objectives()))
         except BaseException as error:  # Tune tries again
-            self._settle("FAILED", f"{type(error).__name__}: {error}")
+            self._settle("FAILED", mask(f"{type(error).__name__}: {error}"))
             self._outcomes.put(error)
 
     def _run(self) -> Result:
@@ -200,14 +202,14 @@ class SearchTrial(tune.Trainable):  # type: ignore[misc]
         if self._stages < len(self._opened.tasks):
             self._asked.clear()
             self._outcomes.put(self._outcome(done=False))
-            while not self._asked.wait(LOOK_EVERY_SECONDS):
+            here = self._opened.experiment.compute.workers == 1  # elsewhere they go on until they are stopped
+            while here and not self._asked.wait(LOOK_EVERY_SECONDS):
                 if self._asked_to_stop():
                     raise StoppedError(f"stopped behind stage {self._stages}")
 
     def _tell_end(self, result: Result) -> None:
         names = [task.name for task in result.tasks]
         self._stages = len(result.accuracy_matrix)
-        self._result = result
         last = dict(zip(names, result.accuracy_matrix[-1], strict=True))
         objectives = objectives_of(self._common.search.objectives, result.metrics, last)
         self._finish("read" if self._read else "finished", "", objectives, result.train_seconds)

@@ -52,6 +52,7 @@ def test_help_is_instant_and_shows_an_example() -> None:
         ["run"],
         ["embed"],
         ["search"],
+        ["export"],
         ["resume"],
         ["sync"],
         ["compare"],

@@ -1,0 +1,163 @@
+"""A stage's model as a folder ready for the Hugging Face hub: open_clip's own layout, and a card made from the run."""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from orchestrate import places, report
+from orchestrate.recipes import load_experiment
+from orchestrate.report import percent
+from schemas.base import InputError
+from schemas.experiment import Experiment
+from schemas.results import Result
+from schemas.secrets import mask
+from zscl.files import whole_folder
+from zscl.model import CONFIG
+from zscl.tasks import MANIFEST, text_of
+
+CARD = """---
+{{ card_data }}
+---
+
+# {{ title }}
+
+A CLIP, fine-tuned on {{ trained | length }} task{{ '' if trained | length == 1 else 's' }} one after another
+({{ trained | join(', ') }}) by **{{ method }}**. The method's family: [ZSCL]({{ paper }}), ICCV 2023.
+
+```python
+import open_clip
+
+model, _, preprocess = open_clip.create_model_and_transforms("local-dir:FOLDER")  # or "hf-hub:OWNER/NAME"
+tokenizer = open_clip.get_tokenizer("local-dir:FOLDER")
+```
+
+## What it knows
+
+Top-1 accuracy on each task's {{ judged_on }} images among that task's classes, in per cent, after each stage.
+The row of this model is **{{ row }}**.
+
+{{ matrix }}
+
+![Accuracy matrix](accuracy_matrix.png)
+
+![Accuracy of each task after each stage](accuracy_by_stage.png)
+
+{{ figures }}
+
+## How it was made
+
+- Method: {{ method }}{% if changes %}, with {{ changes }}{% endif %}
+- Initial model: `{{ model }}`
+- Seed {{ seed }}; {{ steps }} steps a stage; images a step: {{ batch }}{% if reference %} + {{ reference }}{% endif %}
+- Identity of the experiment: `{{ fingerprint }}`
+- Trained on {{ workers }} worker{{ '' if workers == 1 else 's' }} ({{ device }}) with {{ versions }}
+
+| task | content (SHA-256) | split family | test images |
+|---|---|---|---:|
+{{ data }}
+
+The recipe, with every default spelt out, is `experiment.yaml` in this folder.
+{% if warnings %}
+## Warnings
+
+{{ warnings }}
+{% endif %}
+"""
+PAPER = "https://arxiv.org/abs/2303.06628"
+
+
+def export(run: Path, stage: int | None, out: Path) -> Path:
+    """Leave a stage's model at `out`, with its card.
+
+    Args:
+        run: folder of a finished run.
+        stage: counted from 1; default: the last.
+        out: a folder that is not there yet.
+
+    Raises:
+        InputError: there is no such run or stage, its weights are gone, or `out` is there.
+    """
+    result = report.load_result(run)
+    stages = len(result.stages)
+    number = stages if stage is None else stage
+    if not 1 <= number <= stages:
+        expected = f"1 to {stages}" if stages else "a run that trained something"
+        raise InputError(f"--stage {number}: found a run of {stages} stages in {run}, expected {expected}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out}: found something there, expected a folder that is not there yet")
+    model = run / "stages" / f"{number}-{result.tasks[number - 1].name}" / "model"
+    if not (model / CONFIG).is_file():
+        raise InputError(f"{model}: found no model, expected the weights of stage {number} (keep_models)")
+    experiment = load_experiment(run / places.EXPERIMENT)
+    with whole_folder(out) as temporary:
+        shutil.copytree(model, temporary, dirs_exist_ok=True)
+        shutil.copy(run / places.EXPERIMENT, temporary)
+        (temporary / "README.md").write_text(str(_card(result, experiment, number)), encoding="utf-8")
+        for name, figure in (("matrix", report.draw_matrix(result)), ("by_stage", report.draw_accuracies(result))):
+            figure.savefig(temporary / f"accuracy_{name}.png", dpi=120)
+    return out
+
+
+def _card(result: Result, experiment: Experiment, stage: int) -> ModelCard:
+    """What the hub shows of the model: data, method, matrix, figures."""
+    tasks = [task.name for task in result.tasks]
+    figures = "  ".join(
+        f"{name} {percent(value)}" for name, value in result.metrics.model_dump().items() if value is not None
+    )
+    optimisation = experiment.optimisation
+    card_data = ModelCardData(
+        library_name="open_clip",
+        pipeline_tag="zero-shot-image-classification",
+        tags=["clip", "continual-learning", "zscl"],
+    )
+    card: ModelCard = ModelCard.from_template(
+        card_data,
+        template_str=CARD,
+        title=f"{experiment.name}, {result.method}, after {tasks[stage - 1]}",
+        trained=tasks[:stage],
+        row=f"{stage}-{tasks[stage - 1]}",
+        method=result.method,
+        changes=", ".join(f"{path} = {json.dumps(value)}" for path, value in result.method_changes.items()),
+        paper=PAPER,
+        judged_on="held-out training" if _held_out(result) else "test",
+        matrix=_table(report.matrix_columns(result)),
+        figures=f"Over the whole sequence of {len(result.stages)} stages: {figures} (per cent).",
+        model=mask(experiment.model.name),
+        seed=result.seed,
+        steps=optimisation.steps,
+        batch=optimisation.batch_size,
+        reference=optimisation.reference_batch_size if experiment.method.distill else None,
+        fingerprint=result.fingerprint,
+        workers=result.workers,
+        device=result.device,
+        versions=", ".join(f"{library} {version}" for library, version in result.versions.items()),
+        data="\n".join(
+            f"| {task.name} | `{task.digest[:16]}` | {_split_family(task.path)} | {task.test_images} |"
+            for task in result.tasks
+        ),
+        warnings="\n".join(f"- {warning}" for warning in result.warnings),
+    )
+    return card
+
+
+def _held_out(result: Result) -> bool:
+    return result.held_out is not None and result.held_out.judged_on == "held_out"
+
+
+def _table(columns: Mapping[str, Sequence[object]]) -> str:
+    """A Markdown table of accuracies."""
+    head = [list(columns), ["---"] + ["---:"] * (len(columns) - 1)]
+    rows = [
+        [each if isinstance(each, str) else percent(each) for each in row]
+        for row in zip(*columns.values(), strict=True)
+    ]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [*head, *rows])
+
+
+def _split_family(path: str) -> str:
+    """How the task's manifest says that train and test were told apart."""
+    manifest = text_of(f"{path}/{MANIFEST}")
+    return str(json.loads(manifest).get("split_family", "unknown")) if manifest else "unknown"
