@@ -41,6 +41,9 @@ class StageResult(Strict):
     images_seen: NonNegativeInt = Field(description="Task and reference images that went through the student")
     train_seconds: float
     images_per_second: float
+    peak_memory_megabytes: float | None = Field(
+        None, description="Of the main worker: allocated on its GPU, or its process's resident memory by then"
+    )
     merges: NonNegativeInt = Field(description="Models in the weight ensemble, the stage's start included")
     losses: dict[str, float] = Field(description="Each named loss at the last step")
     warnings: Many[str] = Field((), description="What looks like a failed stage, a sentence each")
@@ -56,6 +59,7 @@ class TaskName(Strict):
     digest: str = Field(description="Content hash of the task's shards, class names and templates")
     test_images: NonNegativeInt
     broken_test_images: NonNegativeInt = Field(0, description="That were skipped; not among the test images")
+    split_family: str = Field("", description="How train and test were told apart, as the task's manifest says")
 
 
 class Result(Strict):
@@ -78,6 +82,8 @@ class Result(Strict):
     zero_shot_metrics: Metrics = Field(description="The same figures if every row were the zero-shot row")
     stages: Many[StageResult]
     reference_texts: NonNegativeInt
+    reference: str = Field("", description="Content hash of the reference set, where one was read")
+    templates: Literal["all", "first"] = Field("all", description="Averaged into a class embedding, in evaluation")
     workers: int
     device: str
     warnings: Many[str] = Field((), description="What looks like a failed stage, a sentence each")

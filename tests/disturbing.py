@@ -29,7 +29,7 @@ from orchestrate.cli import main
 with loopback_alone():
     main()
 """
-TIMED = ("seconds", "images_per_second", "workers")
+TIMED = ("seconds", "images_per_second", "workers", "memory")
 
 
 def numbers(run: Path) -> dict[str, Any]:

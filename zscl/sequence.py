@@ -277,6 +277,7 @@ class _Run:
                     digest=task.digest,
                     test_images=zero_shot.images[task.name],
                     broken_test_images=len(zero_shot.broken.get(task.name, ())),
+                    split_family=task.split_family,
                 )
                 for task in opened.tasks
             ),
@@ -286,6 +287,8 @@ class _Run:
             zero_shot_metrics=metrics(untrained, baseline, images),
             stages=tuple(stages),
             reference_texts=len(opened.reference.texts) if opened.reference else 0,
+            reference=opened.reference.digest if opened.reference else "",
+            templates=experiment.evaluation.templates,
             workers=world_size(),
             device=_device_name(self.device),
             warnings=tuple([sentence for stage in stages for sentence in stage.warnings] + self.rows.warnings),

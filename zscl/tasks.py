@@ -265,6 +265,15 @@ class TaskFolder:
             return digest(*words, self.train.digest, self.test.digest)
         return digest(*words, *self._checked_hashes(manifest))
 
+    @property
+    def split_family(self) -> str:
+        """How the task's manifest says that train and test were told apart; nothing without one."""
+        manifest = text_of(f"{self.path}/{MANIFEST}")
+        try:
+            return str(json.loads(manifest or "{}").get("split_family", ""))
+        except (ValueError, AttributeError):  # none of ours: `digest` refuses it
+            return ""
+
     def _checked_hashes(self, manifest: str) -> list[str]:
         hashes = []
         try:

@@ -1,6 +1,7 @@
 """One stage: the step, and the loop that reads straight down."""
 
 import math
+import resource
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -193,6 +194,7 @@ def train_stage(
         images_seen=steps * sum(batch_sizes),
         train_seconds=curves.seconds,
         images_per_second=steps * sum(batch_sizes) / curves.seconds,
+        peak_memory_megabytes=peak_memory(device),
         merges=handed_on[0].merges,
         losses=curves.steps[-1].losses,
         warnings=tuple(curves.explosions),
@@ -317,6 +319,13 @@ def training_batches(
         keep_in=keep_in,
     ).batches(replace(loader, labels_stay=True))
     return (Batch(*ours, *theirs) for ours, theirs in zip(images, references, strict=True))
+
+
+def peak_memory(device: torch.device) -> float:
+    """Megabytes that this process has taken up at most, so far: on its GPU, or in all."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3  # Linux counts in kilobytes
 
 
 def choose_trained(model: nn.Module, train: str) -> None:

@@ -15,7 +15,7 @@ from zscl.sequence import run_sequence
 from zscl.suites import write_embedded
 
 pytest_plugins = ["faulty_cluster"]
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # too long for `make faults`
 Launch = Callable[..., Any]
 
 
@@ -30,7 +30,7 @@ def test_ten_random_kills(launch: Launch, tmp_path: Path) -> None:
     settings = (
         *tasks,
         f"reference={tmp_path}/data/reference",
-        "optimisation.steps=30",
+        "optimisation.steps=60",
         "optimisation.warmup_steps=10",
         "compute.checkpoint.every_steps=5",
         "compute.max_failures=10",

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from disturbing import recipe_for_faults, same, trained, until
+from disturbing import COMMAND_LINE, recipe_for_faults, same, trained, until
 
 from orchestrate import recipes
 from schemas.results import RunState
@@ -20,6 +20,14 @@ from zscl.sequence import run_sequence
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 Ray = Callable[..., str]
 SCRIPTS = Path(sys.executable).parent
+# `ray start` takes 127.0.0.1 for the machine's address in its network.
+ON_LOOPBACK = """
+from orchestrate.access import loopback_alone
+from ray.scripts.scripts import main
+
+with loopback_alone():
+    main()
+"""
 
 
 @pytest.fixture
@@ -39,8 +47,8 @@ def ray(tmp_path: Path) -> Iterator[Ray]:
     }
     environment = os.environ | given
     start = [
-        SCRIPTS / "ray", "start", "--head", "--block", f"--port={port}", "--node-ip-address=127.0.0.1", "--num-cpus=2",
-        "--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
+        sys.executable, "-c", ON_LOOPBACK, "start", "--head", "--block", f"--port={port}", "--num-cpus=2",
+        "--node-ip-address=127.0.0.1", "--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
     ]  # fmt: skip
     head = subprocess.Popen(start, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
@@ -66,10 +74,12 @@ def ray(tmp_path: Path) -> Iterator[Ray]:
 )
 def test_a_job_is_stopped(ray: Ray, tmp_path: Path, tiny_model: str) -> None:
     recipe, run = recipe_for_faults(tmp_path, tiny_model), tmp_path / "run"
+    driver = tmp_path / "zscl.py"
+    driver.write_text(COMMAND_LINE)
     environment = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "30"}}
     submit = [
         "job", "submit", "--no-wait", "--runtime-env-json", json.dumps(environment), "--",
-        str(SCRIPTS / "zscl"), "run", str(recipe), "--out", str(run),
+        sys.executable, str(driver), "run", str(recipe), "--out", str(run),
     ]  # fmt: skip
     said = ray(*submit[:2], "--submission-id=first", *submit[2:])
     assert "submitted successfully" in said, said
@@ -80,7 +90,7 @@ def test_a_job_is_stopped(ray: Ray, tmp_path: Path, tiny_model: str) -> None:
     until(lambda: "was stopped" in ray("job", "status", "first"), "the job is stopped")
 
     ray(*submit[:2], "--submission-id=second", *submit[2:])
-    until(lambda: "succeeded" in ray("job", "status", "second"), "it goes on to its end")
+    until(lambda: "succeeded" in ray("job", "status", "second"), "it goes on to its end", 300)
     assert RunState.model_validate_json((run / "state.json").read_text()).status == "FINISHED"
     assert "stage 1 goes on behind step" in ray("job", "logs", "second")
     run_sequence(recipes.load_experiment(recipe), tmp_path / "whole", device=torch.device("cpu"))

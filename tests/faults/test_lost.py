@@ -51,13 +51,10 @@ def test_fewer_workers_go_on(launch: Launch, tmp_path: Path, whole: Path, cluste
         assert ours["losses"] == pytest.approx(theirs["losses"], rel=0.01)
 
 
-@pytest.mark.fault(
-    "A worker of {workers} hangs (SIGSTOP)", "Given up after compute.hang_minutes; the group starts again"
-)
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_worker_hangs(launch: Launch, tmp_path: Path, whole: Path, workers: int) -> None:
+@pytest.mark.fault("One worker of two hangs (SIGSTOP)", "Given up after compute.hang_minutes; the group starts again")
+def test_a_worker_hangs(launch: Launch, tmp_path: Path, whole: Path) -> None:
     run = tmp_path / "run"
-    with launch(f"compute.workers={workers}", "compute.hang_minutes=0.25") as process:
+    with launch("compute.workers=2", "compute.hang_minutes=0.25") as process:
         until(trained(run, 30), "it trains")
         a_worker().send_signal(signal.SIGSTOP)
         ended(process)

@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from disturbing import ended, processes, starts_of, trained, until
 from ruamel.yaml import YAML
 
+from orchestrate import recipes
 from schemas.search import SearchResult
+from zscl.sequence import run_sequence
 
 pytest_plugins = ["faulty_cluster"]
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 Launch = Callable[..., Any]
-TIMED = {"seconds", "train_seconds", "evaluation_seconds", "images_per_second", "status", "test"}
 
 
 @pytest.fixture(scope="module")
@@ -38,68 +40,40 @@ def found_in(folder: Path) -> SearchResult:
     return SearchResult.model_validate_json((folder / "search.json").read_text())
 
 
-def what_counts(found: SearchResult) -> dict[str, Any]:
-    """What does not depend on time: nor on which trial of two trained a stage for both."""
-    content = json.loads(found.model_dump_json(exclude=TIMED))
-    for trial in content["trials"]:
-        del trial["train_seconds"], trial["shared_stages"], trial["status"]
-    del content["stage_trainings"], content["importance"]
-    content["matrix"] = found.test.accuracy_matrix
-    return content  # type: ignore[no-any-return]
-
-
-@pytest.fixture(scope="module")
-def in_peace(search: Path, tmp_path_factory: pytest.TempPathFactory, cluster: Any) -> dict[str, Any]:
-    """The search that nothing happens to."""
-    from disturbing import started
-
-    folder = tmp_path_factory.mktemp("peace")
-    arguments = ("search", search, "--out", folder / "look", "--set", f"compute.address={cluster.address}")
-    with started(*arguments, folder=folder) as process:
-        ended(process, seconds=400)
-    return what_counts(found_in(folder / "look"))
-
-
-def trial_processes() -> list[Any]:
-    """Tune's actors."""
-    return processes("SearchTrial")
-
-
 def journals(look: Path) -> list[Path]:
     return sorted(file.parent for file in look.glob("trials/*/journal.jsonl"))
 
 
-@pytest.mark.fault("SIGKILL of a search's trial", "Tune starts it again, it goes on; the search finds the same")
-def test_a_trial_is_killed(launch: Launch, tmp_path: Path, search: Path, in_peace: dict[str, Any]) -> None:
+@pytest.mark.fault(
+    "SIGKILL of a search's trial, then of the search, then SIGTERM",
+    "The trial goes on; `zscl resume` keeps finished trials; every trial comes to its numbers in peace",
+)
+def test_a_trial_and_a_search_are_killed(launch: Launch, tmp_path: Path, search: Path) -> None:
     look = tmp_path / "look"
     with launch(verb=("search", search, "--out"), run="look") as process:
-        until(lambda: journals(look) and trained(journals(look)[0], 30)(), "a trial trains")
-        trial_processes()[0].kill()
-        ended(process, seconds=400)
-    assert sum(map(starts_of, journals(look))) == 5
-    assert what_counts(found_in(look)) == in_peace
-
-
-@pytest.mark.fault("SIGKILL of a search, then SIGTERM", "`zscl resume` keeps finished trials; it finds the same")
-def test_a_search_is_killed_and_stopped(launch: Launch, tmp_path: Path, search: Path, in_peace: dict[str, Any]) -> None:
-    look = tmp_path / "look"
-
-    def finished() -> int:
-        return len(list(look.glob("trials/*/result.json")))
-
-    with launch(verb=("search", search, "--out"), run="look") as process:
-        until(lambda: finished() >= 1, "a trial is finished", 300)
+        until(lambda: any(trained(run, 30)() for run in journals(look)), "a trial trains")
+        processes("SearchTrial")[0].kill()
+        until(lambda: list(look.glob("trials/*/result.json")), "a trial is finished", 300)
         process.kill()
+    assert sum(map(starts_of, journals(look))) > len(journals(look))  # one was taken up again
     kept = {file.parent: starts_of(file.parent) for file in look.glob("trials/*/result.json")}
+    starts = sum(map(starts_of, journals(look)))
     with launch(verb=("search", search, "--out"), run="look") as process:
-        until(lambda: sum(map(starts_of, journals(look))) > sum(kept.values()) + 1, "a trial goes on", 300)
+        until(lambda: sum(map(starts_of, journals(look))) > starts, "a trial goes on", 300)
         process.send_signal(signal.SIGTERM)
         assert "or zscl resume, goes on; finished trials are kept" in ended(process, 143)
     assert json.loads((look / "state.json").read_text())["status"] == "KILLED"
     with launch(verb=("resume",), run="look") as process:
         ended(process, seconds=400)
-    assert what_counts(found_in(look)) == in_peace
-    assert all(starts_of(run) == starts for run, starts in kept.items())
+
+    found = found_in(look)
+    assert [trial.status for trial in found.trials].count("finished") + len(kept) >= 4
+    assert all(starts_of(run) == times for run, times in kept.items())
+    section, content = recipes.load_search(search)
+    for trial in found.trials:
+        alone = tmp_path / "alone" / str(trial.number)
+        result = run_sequence(recipes.at(section, content, trial.values, search), alone, device=torch.device("cpu"))
+        assert trial.objectives == {"last": result.metrics.last, "avg": result.metrics.avg}
 
 
 @pytest.mark.fault("Trials of two workers on a cluster for one trial", "They queue; one given up early leaves nothing")

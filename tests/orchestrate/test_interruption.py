@@ -20,7 +20,6 @@ from schemas.results import RunState
 from zscl.sequence import run_sequence
 
 
-@pytest.mark.fault("SIGKILL of a worker, then SIGTERM", "143, `zscl resume`; same numbers")
 def test_a_worker_is_killed_and_the_run_stopped_and_it_comes_to_the_same_numbers(
     tmp_path: Path,
     tiny_model: str,
