@@ -48,7 +48,8 @@ def ray(tmp_path: Path) -> Iterator[Ray]:
     environment = os.environ | given
     start = [
         sys.executable, "-c", ON_LOOPBACK, "start", "--head", "--block", f"--port={port}", "--num-cpus=2",
-        "--node-ip-address=127.0.0.1", "--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
+        "--node-ip-address=127.0.0.1", "--include-dashboard=true", "--dashboard-host=127.0.0.1",
+        f"--dashboard-port={dashboard}",
     ]  # fmt: skip
     head = subprocess.Popen(start, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 

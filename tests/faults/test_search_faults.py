@@ -52,7 +52,7 @@ def test_a_trial_and_a_search_are_killed(launch: Launch, tmp_path: Path, search:
     look = tmp_path / "look"
     with launch(verb=("search", search, "--out"), run="look") as process:
         until(lambda: any(trained(run, 30)() for run in journals(look)), "a trial trains")
-        processes("SearchTrial")[0].kill()
+        processes("Trainable")[0].kill()  # as Tune calls its actors
         until(lambda: list(look.glob("trials/*/result.json")), "a trial is finished", 300)
         process.kill()
     assert sum(map(starts_of, journals(look))) > len(journals(look))  # one was taken up again
