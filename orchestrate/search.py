@@ -60,7 +60,7 @@ if TYPE_CHECKING:
 MOST_AVERAGES = 8  # models beside the student while the first stage is trained
 DATA = ("model", "tasks", "reference", "class_incremental")  # domains whose values name other data
 TEST = "test"
-BARELY = 0.01  # of a CPU, for an actor that only waits
+WAITING_BYTES = 10**6  # Ray wants a trial to ask for something
 GRACE_SECONDS = 30.0  # for the trials to stop where they can go on
 
 
@@ -305,8 +305,8 @@ def _fit(prepared: Prepared, common: "Common", slots: int) -> "ResultGrid":
     resources = {"CPU": compute.cpus_per_worker}
     if check_resources(compute):
         resources["GPU"] = compute.gpus_per_worker
-    if compute.workers > 1:  # Ray Train asks for its workers itself, of what `slots` leaves
-        resources = {"CPU": BARELY}
+    if compute.workers > 1:  # an actor that only waits: Ray Train asks for its workers, of all CPUs there are
+        resources = {"memory": WAITING_BYTES}
     trainable = tune.with_resources(tune.with_parameters(SearchTrial, common=common), resources)
     state = common.folder / "tune"
     if tune.Tuner.can_restore(str(state)) and any(state.glob("experiment_state-*.json")):
