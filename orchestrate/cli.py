@@ -248,19 +248,32 @@ def sync(
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs.")],
+    runs: Annotated[
+        list[str] | None, typer.Argument(help="Folders of runs, or their ids in MLflow.", show_default=False)
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Where to write. Default: comparison/ beside the first run.")] = None,
+    where: Annotated[
+        str | None, typer.Option(help="Also the runs in MLflow that this search expression finds.")
+    ] = None,
+    uri: Annotated[
+        str | None, typer.Option(help="MLflow tracking URI. Default: MLFLOW_TRACKING_URI, or runs/mlflow.db.")
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="Method that the others' differences are from. Default: the first.")
+    ] = None,
     published: Annotated[str | None, typer.Option(help="Beside the paper's figures for MTIL, order I or II.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare what runs forget: Transfer, Avg, Last, forgetting, and each task.
+    """Compare what runs forget, by method, over seeds and orders: tables, LaTeX, and one page to look at.
 
     Example: zscl compare runs/demo/finetune runs/demo/zscl
     """
-    from orchestrate import report
+    from orchestrate import comparison, finding
 
-    folder = out or runs[0].absolute().parent / "comparison"
-    content, lines = report.compare(runs, folder, None if as_json else Console(), published)
+    found = finding.find(runs or [], where, uri)
+    first = next((place for place in found.values() if isinstance(place, Path)), Path.cwd() / "runs/run")
+    folder = out or first.parent / "comparison"
+    content, lines = comparison.compare(found, folder.absolute(), None if as_json else Console(), published, baseline)
     emit(content, as_json, lines)
 
 
@@ -431,12 +444,13 @@ def demo(
 
     Example: zscl demo --out runs/demo
     """
+    from orchestrate import comparison, places
     from orchestrate import demo as demonstration
-    from orchestrate import places, report
 
     runs, uri = demonstration.demo(recipe, out.absolute(), overrides, progress_console, offline)
     progress_console.rule("comparison")
-    content, lines = report.compare(runs, out.absolute() / "comparison", None if as_json else Console())
+    found_runs = {str(run): run for run in runs}
+    content, lines = comparison.compare(found_runs, out.absolute() / "comparison", None if as_json else Console())
     browse = f"zscl sync {' '.join(map(str, runs))}" if offline else places.browse_command(uri)
     lines.append(f"MLflow    {browse}")
     shown = None if offline else mask(uri)

@@ -1,11 +1,8 @@
-"""Results people look at: the matrix as a picture, and the comparison of runs."""
+"""Results as people look at them: read from a run's folder, and drawn."""
 
-import csv
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
@@ -13,13 +10,17 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from pydantic import ValidationError
-from rich.console import Console, Group
-from rich.table import Table
 
-from orchestrate.published import MTIL
+from orchestrate.places import EXPERIMENT
+from orchestrate.recipes import load_experiment
 from schemas.base import InputError
-from schemas.results import Metrics, Result
-from zscl.files import whole_file, write_text
+from schemas.results import Result, StageResult, TaskName
+from zscl.metrics import metrics
+from zscl.rows import ZERO_SHOT as ROW_BEFORE
+from zscl.rows import AccuracyRow
+from zscl.sequence import RESULT
+from zscl.stages import TRAINING
+from zscl.tasks import TaskFolder
 
 FIGURES = ("transfer", "avg", "last", "forgetting")
 ZERO_SHOT = "zero-shot"
@@ -31,16 +32,72 @@ def load_result(run: Path) -> Result:
     Raises:
         InputError: the folder has no finished run.
     """
-    file = run / "result.json"
+    file = run / RESULT
     if not run.is_dir():
         raise InputError(f"{run}: found no such folder, expected a run's folder")
     if not file.is_file():
         done = len(list(run.glob("stages/*/accuracy.json")))
-        raise InputError(f"{run}: found no result.json ({done} stages finished), expected a finished run")
+        raise InputError(f"{run}: found no {RESULT} ({done} stages finished), expected a finished run")
     try:
         return Result.model_validate_json(file.read_text())
     except ValidationError as error:
         raise InputError(f"{file}: found no readable result ({error.error_count()} problems)") from error
+
+
+def load_result_so_far(run: Path) -> Result:
+    """Read a run folder's result, or what a run under way would say if it ended with its last finished stage.
+
+    Raises:
+        InputError: the folder has no run that has finished a stage.
+    """
+    if not run.is_dir() or (run / RESULT).is_file():
+        return load_result(run)
+    rows = sorted(run.glob("stages/*/accuracy.json"), key=lambda file: int(file.parent.name.partition("-")[0]))
+    if not rows:
+        raise InputError(f"{run}: found 0 finished stages and no {RESULT}, expected a run that finished a stage")
+    experiment = load_experiment(run / EXPERIMENT)
+    if experiment.class_incremental is not None:
+        raise InputError(f"{run}: found no {RESULT} ({len(rows)} stages finished), expected a finished run")
+    try:
+        zero_shot = AccuracyRow.model_validate_json((run / ROW_BEFORE).read_text())
+        measured = [AccuracyRow.model_validate_json(file.read_text()) for file in rows]
+        stages = [StageResult.model_validate_json((file.parent / TRAINING).read_text()) for file in rows]
+    except (OSError, ValidationError) as error:
+        raise InputError(f"{run}: found no readable rows ({type(error).__name__}), expected a run's folder") from error
+    names = [task.name for task in experiment.tasks]
+    matrix = tuple(tuple(row.accuracy[name] for name in names) for row in measured)
+    baseline = tuple(zero_shot.accuracy[name] for name in names)
+    folders = {task.name: TaskFolder.open(task, held_out=experiment.evaluation.held_out) for task in experiment.tasks}
+    return Result(
+        name=experiment.name,
+        method=experiment.method.name,
+        method_changes=experiment.method.changes,
+        seed=experiment.seed,
+        fingerprint=zero_shot.fingerprint,
+        tasks=tuple(
+            TaskName(
+                name=task.name,
+                path=task.path,
+                digest=folders[task.name].digest,
+                test_images=zero_shot.images[task.name],
+                split_family=folders[task.name].split_family,
+            )
+            for task in experiment.tasks
+        ),
+        held_out=experiment.evaluation.held_out,
+        zero_shot=baseline,
+        accuracy_matrix=matrix,
+        metrics=metrics(matrix, baseline),
+        zero_shot_metrics=metrics([baseline] * len(matrix), baseline),
+        stages=tuple(stages),
+        reference_texts=0,
+        templates=experiment.evaluation.templates,
+        workers=experiment.compute.workers,
+        device="",
+        train_seconds=sum(stage.train_seconds for stage in stages),
+        evaluation_seconds=sum(row.seconds for row in measured),
+        versions={},
+    )
 
 
 def label_of(result: Result) -> str:
@@ -98,7 +155,7 @@ def draw_accuracies(*results: Result) -> Figure:
         if index >= len(tasks):
             axes.set_visible(False)
             continue
-        _draw_task(axes, tasks[index], index, results)
+        _draw_task(axes, tasks[index], results)
     figure.supxlabel("stages trained")
     figure.supylabel("top-1 accuracy, %")
     handles, labels = grid.flat[0].get_legend_handles_labels()
@@ -106,10 +163,11 @@ def draw_accuracies(*results: Result) -> Figure:
     return figure
 
 
-def _draw_task(axes: Axes, task: str, index: int, results: Sequence[Result]) -> None:
-    axes.axvline(index + 1, color="grey", linestyle=":", linewidth=1)
-    axes.axhline(100 * results[0].zero_shot[index], color="grey", linewidth=0.8)
+def _draw_task(axes: Axes, task: str, results: Sequence[Result]) -> None:
     for result in results:
+        index = [each.name for each in result.tasks].index(task)
+        axes.axvline(index + 1, color="grey", linestyle=":", linewidth=1)
+        axes.axhline(100 * result.zero_shot[index], color="grey", linewidth=0.8)
         rows = [result.zero_shot, *result.accuracy_matrix]
         axes.plot([100 * row[index] for row in rows], marker="o", markersize=3, label=_run_label(result))
     axes.set_title(task)
@@ -147,129 +205,6 @@ def draw_comparison(results: Sequence[Result]) -> Figure:
     return figure
 
 
-# ------------------------------------------------------------------------------------------------ comparison
-
-
-Row = dict[str, str | float | None]
-
-
-def comparison_rows(results: Sequence[Result], runs: Sequence[Path]) -> list[Row]:
-    """One row for zero-shot and one a run: figures, then each task's final accuracy, as fractions.
-
-    Raises:
-        InputError: the runs do not have the same tasks, in the same order, with the same data.
-    """
-    first = results[0]
-    names = [task.name for task in first.tasks]
-    for run, result in zip(runs, results, strict=True):
-        found = [task.name for task in result.tasks]
-        if found != names:
-            raise InputError(
-                f"{run}: found the tasks {', '.join(found)}, expected those of {runs[0]}: {', '.join(names)}"
-            )
-        if [task.digest for task in result.tasks] != [task.digest for task in first.tasks]:
-            raise InputError(f"{run}: found other data in its tasks, expected the same as {runs[0]}")
-    rows: list[Row] = []
-    for run, result in zip(runs, results, strict=True):
-        zero_shot = _row(ZERO_SHOT, "", "", result.zero_shot_metrics, names, result.zero_shot)
-        if zero_shot not in rows:  # another initial model, or other templates: its own baseline
-            rows.append(zero_shot)
-        rows.append(
-            _row(label_of(result), str(result.seed), run.name, result.metrics, names, result.accuracy_matrix[-1])
-        )
-    return rows
-
-
-def _row(method: str, seed: str, run: str, metrics: Metrics, names: Sequence[str], final: Sequence[float]) -> Row:
-    tasks = dict(zip(names, final, strict=True))
-    return {"run": run, "method": method, "seed": seed, **metrics.model_dump(), **tasks}
-
-
-def _shown(value: str | float | None) -> str:
-    return value if isinstance(value, str) else percent(value)
-
-
 def percent(value: float | None) -> str:
     """A fraction in per cent, to one decimal."""
     return "–" if value is None else f"{100 * value:.1f}"
-
-
-def terminal_tables(rows: Sequence[Row]) -> Group:
-    """The comparison for a terminal: the figures, then each task's final accuracy with a column a run."""
-    words = ("run", "method", "seed")
-    figures = Table(title="Figures of the accuracy matrix, %")
-    for column in (*words, *FIGURES):
-        figures.add_column(column, justify="left" if column in words else "right")
-    for row in rows:
-        figures.add_row(*(_shown(row[column]) for column in (*words, *FIGURES)))
-    names = [column for column in rows[0] if column not in (*words, *Metrics.model_fields)]
-    measured = [row for row in rows if row[names[0]] is not None]
-    tasks = Table(title="Accuracy on each task after the last stage, %")
-    tasks.add_column("task")
-    for row in measured:
-        tasks.add_column(str(row["run"] or row["method"]), justify="right")
-    for name in names:
-        tasks.add_row(name, *(_shown(row[name]) for row in measured))
-    return Group(figures, tasks)
-
-
-def published_rows(order: str, tasks: Sequence[str]) -> list[Row]:
-    """The paper's figures for MTIL in a task order, as rows of a comparison; it prints none for single tasks.
-
-    Raises:
-        InputError: there is no such order.
-    """
-    if order not in MTIL:
-        raise InputError(f"--published: found the order '{order}', expected {' or '.join(MTIL)}")
-    rows: list[Row] = []
-    for method, figures in MTIL[order].items():
-        shown = dict(zip(("transfer", "avg", "last"), (figure / 100 for figure in figures), strict=True))
-        rows.append(
-            {"run": f"published, MTIL order {order}", "method": method, "seed": ""}
-            | dict.fromkeys((*Metrics.model_fields, *tasks))
-            | shown
-        )
-    return rows
-
-
-def compare(
-    runs: Sequence[Path], folder: Path, console: Console | None, published: str | None = None
-) -> tuple[dict[str, Any], list[str]]:
-    """Compare finished runs: print the tables to a console, if any, and write the files.
-
-    Returns the content for programs, and lines that say what was written where.
-
-    Raises:
-        InputError: a folder has no finished run, or the runs cannot be compared.
-    """
-    results = [load_result(run) for run in runs]
-    rows = comparison_rows(results, runs)
-    if published:
-        rows += published_rows(published, [task.name for task in results[0].tasks])
-    written = write_comparison(results, rows, folder)
-    if console is not None:
-        console.print(terminal_tables(rows))
-    return {"rows": rows, "files": written}, [f"{kind:9} {file}" for kind, file in written.items()]
-
-
-def write_comparison(results: Sequence[Result], rows: Sequence[Row], folder: Path) -> dict[str, str]:
-    """Write the comparison as CSV (fractions), Markdown (per cent) and pictures. Returns what was written where."""
-    table = io.StringIO()
-    writer = csv.DictWriter(table, rows[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    columns = list(rows[0])
-    lines = [columns, ["---"] * 3 + ["---:"] * (len(columns) - 3)]
-    lines += [[_shown(row[column]) for column in columns] for row in rows]
-    written = {
-        "csv": folder / "comparison.csv",
-        "markdown": folder / "comparison.md",
-        "picture": folder / "comparison.png",
-        "curves": folder / "accuracy_by_stage.png",
-    }
-    write_text(written["csv"], table.getvalue())
-    write_text(written["markdown"], "".join(f"| {' | '.join(line)} |\n" for line in lines))
-    for kind, figure in (("picture", draw_comparison(results)), ("curves", draw_accuracies(*results))):
-        with whole_file(written[kind]) as temporary:
-            figure.savefig(temporary, format="png", dpi=120)
-    return {kind: str(file) for kind, file in written.items()}

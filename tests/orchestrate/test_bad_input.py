@@ -167,7 +167,10 @@ def test_another_experiments_folder(refused: Callable[..., str], place: Path) ->
 
 @pytest.mark.parametrize(
     ("made", "sentence"),
-    [([], "found no such folder"), (["run"], "found no result.json (0 stages finished)")],
+    [
+        ([], "found no such folder"),
+        (["run"], "found 0 finished stages and no result.json, expected a run that finished a stage"),
+    ],
 )
 def test_comparing_what_is_no_finished_run(place: Path, zscl: Zscl, made: list[str], sentence: str) -> None:
     for name in made:

@@ -1,0 +1,269 @@
+"""A comparison as one static page: no server, no network, one file; charts by Vega-Altair."""
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+import altair as alt
+import vl_convert
+from jinja2 import Environment, PackageLoader, select_autoescape
+
+from orchestrate.report import ZERO_SHOT
+
+if TYPE_CHECKING:
+    from orchestrate.comparison import Comparison, Row
+
+MAIN = ("transfer", "avg", "last", "forgetting")
+MOST_POINTS = 60  # of a loss curve
+HEIGHT = 150  # pixels of a small chart
+# Colours that can be told apart by whoever sees few of them (Okabe & Ito), on light and on dark.
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6BB1", "#7F7F7F"]
+INK = "currentColor"  # whatever the page writes with, by day and by night
+THEME = {
+    "background": "transparent",
+    "view": {"stroke": "transparent"},
+    "font": "system-ui, sans-serif",
+    "axis": {"labelColor": INK, "titleColor": INK, "gridOpacity": 0.25, "domainColor": INK, "tickColor": INK},
+    "legend": {"labelColor": INK, "titleColor": INK, "orient": "top", "columns": 1, "labelLimit": 400},
+    "header": {"labelColor": INK, "titleColor": INK, "labelFontSize": 12},
+    "title": {"color": INK},
+    "text": {"color": INK},
+    "range": {"category": COLOURS},
+}
+
+
+def page(comparison: "Comparison", rows: Sequence["Row"], baseline: str | None) -> str:
+    """The page as HTML.
+
+    Args:
+        comparison: what is shown.
+        rows: a run each, published ones among them.
+        baseline: from which differences are shown in the table.
+    """
+    from orchestrate.comparison import group_table
+
+    charts = {
+        "figures": _figures(comparison),
+        "accuracy": _accuracy_by_stage(comparison),
+        "matrices": _matrices(comparison),
+    }
+    losses = _losses(comparison)
+    if losses is not None:
+        charts["losses"] = losses
+    environment = Environment(loader=PackageLoader("orchestrate"), autoescape=select_autoescape(default=True))
+    head, *groups = group_table(comparison, baseline)
+    return environment.get_template("comparison.html").render(
+        specs={name: _embeddable(chart) for name, chart in charts.items()},
+        bundle=_bundle(),
+        head=head,
+        groups=groups,
+        baseline=baseline,
+        published=[row for row in rows if str(row["run"]).startswith("published")],
+        costs=[(run, _cost(rows, run.name)) for run in comparison.runs],
+        tasks=comparison.tasks,
+        left_out=comparison.left_out.values(),
+    )
+
+
+def _bundle() -> str:
+    """Vega, Vega-Lite and Vega-Embed as one script."""
+    whole = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its stub wants the name of a part
+    return whole.replace("</script", "<\\/script")
+
+
+def _embeddable(chart: Any) -> str:
+    """A chart's specification, safe within a script element."""
+    return json.dumps(chart.configure(**THEME).to_dict()).replace("</", "<\\/")
+
+
+def _cost(rows: Sequence["Row"], run: str) -> "Row":
+    return next(row for row in rows if row["run"] == run)
+
+
+def _figures(comparison: "Comparison") -> Any:
+    """Transfer, Avg, Last and forgetting as bars with their deviations; the zero-shot figures as lines."""
+    values = []
+    for label in comparison.groups:
+        for figure in MAIN:
+            summary = comparison.summary(label, figure)
+            if summary is not None:
+                spread = summary.deviation or 0.0
+                values.append(
+                    {
+                        "method": label,
+                        "figure": figure,
+                        "mean": 100 * summary.mean,
+                        "low": 100 * (summary.mean - spread),
+                        "high": 100 * (summary.mean + spread),
+                        "runs": summary.runs,
+                        "zero_shot": _zero_shot(comparison, figure),
+                    }
+                )
+    base = alt.Chart(alt.Data(values=values))
+    tooltip = [
+        alt.Tooltip("method:N"),
+        alt.Tooltip("figure:N"),
+        alt.Tooltip("mean:Q", format=".1f", title="mean, %"),
+        alt.Tooltip("low:Q", format=".1f", title="mean − deviation"),
+        alt.Tooltip("high:Q", format=".1f", title="mean + deviation"),
+        alt.Tooltip("runs:Q"),
+        alt.Tooltip("zero_shot:Q", format=".1f", title="zero-shot"),
+    ]
+    y = alt.Y("method:N", sort=None, axis=alt.Axis(title=None, labels=False, ticks=False))
+    bars = base.mark_bar(cornerRadius=2).encode(
+        y=y,
+        x=alt.X("mean:Q", title="%"),
+        color=alt.Color("method:N", sort=None, title=None),
+        tooltip=tooltip,
+    )
+    spreads = base.mark_rule(color=INK).encode(y=y, x="low:Q", x2="high:Q")
+    zero_shot = base.mark_rule(color=INK, strokeDash=[4, 3]).encode(x="zero_shot:Q")
+    return (
+        alt.layer(bars, spreads, zero_shot)
+        .properties(width=220, height={"step": 26})
+        .facet(facet=alt.Facet("figure:N", title=None, sort=list(MAIN)), columns=2)
+        .resolve_scale(x="independent")
+    )
+
+
+def _zero_shot(comparison: "Comparison", figure: str) -> float | None:
+    found = [getattr(run.result.zero_shot_metrics, figure) for run in comparison.runs]
+    return 100 * fmean(found) if figure != "forgetting" and None not in found else None
+
+
+def _accuracy_by_stage(comparison: "Comparison") -> Any:
+    """Accuracy of each task over the stages, a line a method; the stage that trains it is marked."""
+    values = []
+    for run in comparison.runs:
+        names = [task.name for task in run.result.tasks]
+        for stage, row in enumerate([run.result.zero_shot, *run.result.accuracy_matrix]):
+            for index, value in enumerate(row):
+                point = {"run": run.name, "method": run.label, "task": names[index], "stage": stage}
+                values.append(point | {"accuracy": 100 * value, "trained": stage == index + 1})
+    method = _choice("method", list(comparison.groups), "Method ")
+    task = _choice("task", comparison.tasks, "Task ")
+    base = alt.Chart(alt.Data(values=values)).transform_filter(method).transform_filter(task)
+    tooltip = [
+        alt.Tooltip("run:N"),
+        alt.Tooltip("method:N"),
+        alt.Tooltip("task:N"),
+        alt.Tooltip("stage:Q", title="stages trained"),
+        alt.Tooltip("accuracy:Q", format=".1f", title="accuracy, %"),
+    ]
+    x = alt.X("stage:Q", title="stages trained", axis=alt.Axis(tickMinStep=1, format="d"))
+    y = alt.Y("accuracy:Q", title="%", scale=alt.Scale(domain=[0, 100]))
+    colour = alt.Color("method:N", sort=None, title=None)
+    lines = base.mark_line(strokeWidth=1.6).encode(x=x, y=y, color=colour, detail="run:N")
+    points = base.mark_point(filled=True, size=34).encode(x=x, y=y, color=colour, tooltip=tooltip)
+    trained = base.transform_filter("datum.trained").mark_point(size=120, strokeWidth=2).encode(x=x, y=y, color=colour)
+    return (
+        alt.layer(lines, points, trained)
+        .properties(width=220, height=HEIGHT)
+        .add_params(method, task)
+        .facet(facet=alt.Facet("task:N", title=None, sort=comparison.tasks), columns=3)
+    )
+
+
+def _choice(field: str, options: list[str], name: str) -> Any:
+    """A list to choose from, which is a native one: by mouse, finger or keyboard."""
+    bound = alt.binding_select(options=[None, *options], labels=["all", *options], name=name)
+    return alt.selection_point(fields=[field], bind=bound, name=f"chosen_{field}")
+
+
+def _matrices(comparison: "Comparison") -> Any:
+    """The accuracy matrix of each run, the trained cells framed."""
+    values = []
+    for run in comparison.runs:
+        names = [task.name for task in run.result.tasks]
+        stages = [ZERO_SHOT, *names]
+        for stage, row in enumerate([run.result.zero_shot, *run.result.accuracy_matrix]):
+            for index, value in enumerate(row):
+                cell = {"run": run.name, "after": f"{stage} {stages[stage]}", "task": names[index]}
+                values.append(cell | {"accuracy": 100 * value, "trained": stage == index + 1})
+    run = _choice("run", [each.name for each in comparison.runs], "Run ")
+    base = alt.Chart(alt.Data(values=values)).transform_filter(run)
+    x = alt.X("task:N", title=None, sort=None, axis=alt.Axis(labelAngle=-40))
+    y = alt.Y("after:N", title="after stage", sort=None)
+    tooltip = [
+        alt.Tooltip("run:N"),
+        alt.Tooltip("after:N"),
+        alt.Tooltip("task:N"),
+        alt.Tooltip("accuracy:Q", format=".1f"),
+    ]
+    cells = base.mark_rect().encode(
+        x=x,
+        y=y,
+        tooltip=tooltip,
+        color=alt.Color("accuracy:Q", title="%", scale=alt.Scale(scheme="viridis", domain=[0, 100])),
+    )
+    framed = (
+        base.transform_filter("datum.trained").mark_rect(fill=None, stroke="#D55E00", strokeWidth=2.5).encode(x=x, y=y)
+    )
+    dark = alt.condition("datum.accuracy < 60", alt.value("white"), alt.value("black"))
+    numbers = base.mark_text(fontSize=10).encode(x=x, y=y, text=alt.Text("accuracy:Q", format=".0f"), color=dark)
+    return (
+        alt.layer(cells, framed, numbers)
+        .properties(width={"step": 34}, height={"step": 24})
+        .add_params(run)
+        .facet(facet=alt.Facet("run:N", title=None, sort=None), columns=2)
+    )
+
+
+def _losses(comparison: "Comparison") -> Any | None:
+    """Loss curves of every stage, thinned out; nothing where no run has any left."""
+    values: list[dict[str, Any]] = []
+    for run in comparison.runs:
+        for number, task in enumerate(run.result.tasks, start=1):
+            values += _curve(
+                run.folder / "stages" / f"{number}-{task.name}" / "losses.csv", run.name, run.label, number
+            )
+    if not values:
+        return None
+    stages = sorted({value["stage"] for value in values})
+    bound = alt.binding_select(options=stages, name="Stage ")
+    stage = alt.selection_point(fields=["stage"], bind=bound, value=stages[0], name="chosen_stage")
+    return (
+        alt.Chart(alt.Data(values=values))
+        .transform_filter(stage)
+        .mark_line(strokeWidth=1.4)
+        .encode(
+            x=alt.X("step:Q", title="step"),
+            y=alt.Y("value:Q", title=None, scale=alt.Scale(zero=False)),
+            color=alt.Color("method:N", sort=None, title=None),
+            detail="run:N",
+            tooltip=[
+                alt.Tooltip("run:N"),
+                alt.Tooltip("loss:N"),
+                alt.Tooltip("step:Q"),
+                alt.Tooltip("value:Q", format=".4g"),
+            ],
+        )
+        .properties(width=220, height=HEIGHT)
+        .add_params(stage)
+        .facet(facet=alt.Facet("loss:N", title=None), columns=3)
+        .resolve_scale(y="independent")
+    )
+
+
+def _curve(file: Path, run: str, method: str, stage: int) -> list[dict[str, Any]]:
+    if not file.is_file():
+        return []
+    with file.open(encoding="utf-8", newline="") as stream:
+        steps = list(csv.DictReader(stream))
+    every = max(1, -(-len(steps) // MOST_POINTS))
+    names = [name for name in (steps[0] if steps else {}) if name not in ("step", "learning_rate")]
+    return [
+        {
+            "run": run,
+            "method": method,
+            "stage": stage,
+            "loss": name,
+            "step": int(step["step"]),
+            "value": float(step[name]),
+        }
+        for step in steps[::every]
+        for name in names
+    ]

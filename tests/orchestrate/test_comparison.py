@@ -1,0 +1,210 @@
+"""Runs compared by method, over seeds and orders; what is not alike is marked; tables, LaTeX, and a page."""
+
+import csv
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import pytest
+import torch
+from conftest import Command
+from mlflow.tracking import MlflowClient
+
+from orchestrate import recipes
+from orchestrate.comparison import difference_of
+from orchestrate.shipping import Shipper
+from schemas.experiment import Experiment
+from schemas.results import Result
+from zscl.opened import open_experiment
+from zscl.sequence import run_sequence
+
+Zscl = Callable[..., Command]
+Make = Callable[..., Experiment]
+CHROMIUM = shutil.which("chromium")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("compared")
+
+
+@pytest.fixture
+def runs(place: Path, experiment: Make) -> dict[str, Path]:
+    """Two methods, two seeds each."""
+    found = {}
+    for method in ("finetune", "zscl"):
+        for seed in (0, 1):
+            name = f"{method}-{seed}"
+            found[name] = place / name
+            if not (place / name / "result.json").is_file():
+                made = experiment(method=method, seed=seed)
+                run_sequence(made, place / name, device=torch.device("cpu"))
+                recipes.write_experiment(made, place / name / "experiment.yaml")
+    return found
+
+
+def result_of(run: Path) -> Result:
+    return Result.model_validate_json((run / "result.json").read_text())
+
+
+def compared(zscl: Zscl, *arguments: object) -> dict[str, Any]:
+    found = zscl("compare", *arguments, "--json")
+    assert found.code == 0, found.error
+    content: dict[str, Any] = json.loads(found.out)
+    return content
+
+
+def test_methods_over_seeds(runs: dict[str, Path], zscl: Zscl, tmp_path: Path) -> None:
+    content = compared(zscl, *runs.values(), "--out", tmp_path)
+    assert list(content["groups"]) == ["finetune", "zscl"]
+    group = content["groups"]["zscl"]
+    assert group["runs"] == ["zscl-0", "zscl-1"]
+    lasts = {name: result_of(run).metrics.last for name, run in runs.items()}
+    ours = [lasts["zscl-0"], lasts["zscl-1"]]
+    assert group["figures"]["last"]["mean"] == pytest.approx(fmean(ours))
+    assert group["figures"]["last"]["deviation"] == pytest.approx(stdev(ours))
+    pairs = [lasts[f"zscl-{seed}"] - lasts[f"finetune-{seed}"] for seed in (0, 1)]
+    assert group["figures"]["last"]["difference"] == pytest.approx(fmean(pairs))
+    low, high = group["figures"]["last"]["interval"]
+    assert min(pairs) - 1e-9 <= low <= fmean(pairs) <= high <= max(pairs) + 1e-9
+    matrix = result_of(runs["zscl-0"]).accuracy_matrix
+    with (tmp_path / "comparison.csv").open() as stream:
+        row = next(row for row in csv.DictReader(stream) if row["run"] == "zscl-0")
+    assert float(row["learned"]) == pytest.approx(fmean(matrix[stage][stage] for stage in range(3)))
+    assert float(row["images_per_second"]) > 0
+    assert float(row["peak_memory_megabytes"]) > 50
+    shown = zscl("compare", *runs.values(), "--out", tmp_path)
+    assert " ± " in shown.out
+    other = compared(zscl, *runs.values(), "--out", tmp_path, "--baseline", "zscl")
+    assert other["groups"]["finetune"]["figures"]["last"]["difference"] == pytest.approx(-fmean(pairs))
+
+
+def test_the_table_for_a_paper(runs: dict[str, Path], zscl: Zscl, tmp_path: Path) -> None:
+    compared(zscl, *runs.values(), "--out", tmp_path)
+    table = (tmp_path / "comparison.tex").read_text()
+    for command in ("\\toprule", "\\midrule", "\\bottomrule", "\\textbf{"):
+        assert command in table
+    rows = [line for line in table.splitlines() if line.endswith("\\\\")]
+    assert [row.partition(" & ")[0] for row in rows] == ["Method", "zero-shot", "finetune", "zscl"]
+    assert all(row.count("&") == 4 for row in rows)
+
+
+def test_what_cannot_be_compared_is_named_and_the_rest_is_compared(
+    runs: dict[str, Path], zscl: Zscl, tmp_path: Path, experiment: Make, tasks: list[str]
+) -> None:
+    other = tmp_path / "other"
+    run_sequence(experiment(method="zero-shot", tasks=tasks[:2]), other, device=torch.device("cpu"))
+    (tmp_path / "empty").mkdir()
+    content = compared(
+        zscl,
+        runs["zscl-0"],
+        tmp_path / "nowhere",
+        tmp_path / "empty",
+        other,
+        runs["finetune-0"],
+        "--out",
+        tmp_path / "out",
+    )
+    assert [row["run"] for row in content["rows"]] == ["", "zscl-0", "finetune-0"]
+    reasons = list(content["left_out"].values())
+    assert "found no such folder, expected a run's folder" in reasons[0]
+    assert "found 0 finished stages and no result.json" in reasons[1]
+    assert "found the tasks first, second, expected those of the first run: first, second, third" in reasons[2]
+    assert "## Left out" in (tmp_path / "out/comparison.md").read_text()
+    nothing = zscl("compare", tmp_path / "nowhere", "--out", tmp_path / "none")
+    assert nothing.code == 2
+    assert not (tmp_path / "none").exists()
+    assert zscl("compare").error == "error: found no runs, expected folders, run ids, or --where EXPRESSION\n"
+
+
+def test_what_is_not_alike_is_marked_and_never_averaged_in(
+    runs: dict[str, Path], zscl: Zscl, tmp_path: Path, experiment: Make
+) -> None:
+    held_out = {"held_out": {"share": 0.25}, "templates": "first"}
+    run_sequence(experiment(method="finetune", evaluation=held_out), tmp_path / "held", device=torch.device("cpu"))
+    part = tmp_path / "part"
+    shutil.copytree(runs["finetune-1"], part)
+    (part / "result.json").unlink()
+    (part / "stages/3-third/accuracy.json").unlink()
+    groups = compared(zscl, runs["finetune-0"], tmp_path / "held", part, "--out", tmp_path / "out")["groups"]
+    assert list(groups) == [
+        "finetune",
+        "finetune [other data in first, second, third; templates first; judged on held-out images]",
+        "finetune [2 of 3 stages]",
+    ]
+    matrix = result_of(runs["finetune-1"]).accuracy_matrix
+    assert groups["finetune [2 of 3 stages]"]["figures"]["last"]["mean"] == pytest.approx(fmean(matrix[1]))
+
+
+def test_orders_are_compared_task_by_task(
+    runs: dict[str, Path], zscl: Zscl, tmp_path: Path, experiment: Make, tasks: list[str]
+) -> None:
+    made = experiment(method="finetune", tasks=list(reversed(tasks)))
+    result = run_sequence(made, tmp_path / "reversed", device=torch.device("cpu"))
+    content = compared(zscl, runs["finetune-0"], tmp_path / "reversed", "--out", tmp_path / "out")
+    assert content["groups"]["finetune"]["runs"] == ["finetune-0", "reversed"]
+    row = next(row for row in content["rows"] if row["run"] == "reversed")
+    assert row["order"] == "third, second, first"
+    assert row["first"] == result.accuracy_matrix[-1][2]
+
+
+def test_runs_are_found_in_mlflow(
+    place: Path, runs: dict[str, Path], zscl: Zscl, tmp_path: Path, experiment: Make
+) -> None:
+    ids = []
+    for name in ("finetune-0", "zscl-0"):
+        made = experiment(method=name.partition("-")[0])
+        shipper = Shipper(made, open_experiment(made).fingerprint, runs[name], print)
+        assert shipper.end()
+        ids.append(shipper.run_id)
+    store = ("--uri", f"sqlite:///{place}/mlflow.db", "--out", tmp_path)
+    by_id = compared(zscl, *ids, *store)
+    found = compared(zscl, "--where", "tags.`zscl.seed` = '0'", *store)
+    assert by_id["rows"] == found["rows"]
+    moved = runs["zscl-0"].rename(place / "moved")  # what is not on this machine comes from the artefacts
+    assert [row["last"] for row in compared(zscl, *ids, *store)["rows"]] == [row["last"] for row in by_id["rows"]]
+    moved.rename(runs["zscl-0"])
+    unknown = compared(zscl, "0" * 32, ids[0], *store)
+    assert "found no such run in sqlite:///" in unknown["left_out"]["0" * 32]
+    for where, sentence in (("tags.x = 'y'", "found no run in"), ("what?", "found no expression that MLflow takes")):
+        refused = zscl("compare", "--where", where, *store)
+        assert (refused.code, sentence in refused.error) == (2, True)
+    assert MlflowClient(f"sqlite:///{place}/mlflow.db").get_run(ids[0]).info.status == "FINISHED"
+
+
+def test_a_difference_has_an_interval_where_there_are_pairs() -> None:
+    assert difference_of([]) is None
+    alone = difference_of([0.5])
+    assert alone is not None
+    assert (alone.mean, alone.interval) == (0.5, None)
+    several = difference_of([0.1, 0.2, 0.3, 0.4])
+    assert several is not None
+    assert several.interval is not None
+    low, high = several.interval
+    assert several.mean == pytest.approx(0.25)
+    assert 0.1 <= low < several.mean < high <= 0.4
+    assert several == difference_of([0.1, 0.2, 0.3, 0.4])
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+def test_the_page_draws_itself_without_a_network(runs: dict[str, Path], zscl: Zscl, tmp_path: Path) -> None:
+    compared(zscl, *runs.values(), "--out", tmp_path, "--published", "I")
+    page = tmp_path / "comparison.html"
+    assert page.stat().st_size < 3_000_000
+    assert " src=" not in page.read_text().partition("<script")[0]
+    command = [
+        str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
+        "--host-resolver-rules=MAP * ~NOTFOUND", "--virtual-time-budget=10000", "--dump-dom", f"file://{page}",
+    ]  # fmt: skip
+    drawn = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    assert 'data-ready="yes"' in drawn
+    body = drawn.rpartition("<script")[0]
+    assert body.count("<svg") == 4  # figures, accuracies, matrices, losses
+    for label in ("Task ", "Method ", "Run ", "Stage "):
+        assert f">{label}" in body or label in body
+    assert "published, MTIL order I" in body
+    assert body.count("<option") >= 3 + 4 + 5 + 3
