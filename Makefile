@@ -13,7 +13,7 @@ test: lint
 	$(BIN)/python -m pytest -m "not slow and not faults" -n 2 --dist loadfile --no-loadscope-reorder
 
 faults: install
-	$(BIN)/python -m pytest -m "faults or fault" -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "(faults or fault) and not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow

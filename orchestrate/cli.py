@@ -75,11 +75,15 @@ def run(
     overrides: Overrides = [],  # noqa: B006 - typer reads the default and nobody writes to it
     out: Out = None,
     variant: Variant = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Run with so many seeds, from the recipe's own on.")] = 1,
+    orders: Annotated[
+        str, typer.Option(help="Run in these task orders: given, reversed, I, II (MTIL's), random:N; by commas.")
+    ] = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done, stop.")] = False,
     offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run a recipe; one that was interrupted goes on from its last checkpoint.
+    """Run a recipe; one that was interrupted goes on from its last checkpoint. Several runs are compared at the end.
 
     Example: zscl run experiments/embedded.yaml --set method=finetune --set seed=1
     """
@@ -88,7 +92,7 @@ def run(
 
     contents: list[dict[str, Any]] = []
     lines: list[str] = []
-    for opened, folder in running.prepare_variants(recipe, overrides, variant, out):
+    for opened, folder in running.prepare_variants(recipe, overrides, variant, out, seeds, orders):
         if dry_run:
             contents.append({"experiment": recipes.shown(opened.experiment), "plan": running.plan(opened, folder)})
             continue
@@ -101,7 +105,13 @@ def run(
     if dry_run:
         lines = [recipes.dump(content)]
     elif len(contents) > 1:
-        lines.append(f"compare zscl compare {' '.join(each['folder'] for each in contents)}")
+        from orchestrate import comparison
+
+        folders = {each["folder"]: Path(each["folder"]) for each in contents}
+        place = Path(contents[0]["folder"]).parent / "comparison"
+        compared, written = comparison.compare(folders, place, None if as_json else Console())
+        content["comparison"] = compared
+        lines += written
     emit(content, as_json, lines)
 
 

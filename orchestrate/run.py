@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from orchestrate import places, recipes, report
+from orchestrate import group, places, recipes, report
 from orchestrate.display import Bar, Display
 from orchestrate.interruption import signals_taken
 from orchestrate.ownership import owned
@@ -104,7 +104,12 @@ def prepare(experiment: Experiment) -> Opened:
 
 
 def prepare_variants(
-    recipe: Path, overrides: Sequence[str], variant: str | None, out: Path | None
+    recipe: Path,
+    overrides: Sequence[str],
+    variant: str | None,
+    out: Path | None,
+    seeds: int = 1,
+    orders: str = "",
 ) -> Iterator[tuple[Opened, Path]]:
     """Prepare what a recipe means, one experiment after another, each with its folder.
 
@@ -113,11 +118,13 @@ def prepare_variants(
         overrides: `a.b.c=value`.
         variant: which row of a table, or all of them.
         out: the run's folder, or that of all of them; default: see `places.folder_of`.
+        seeds: how many seeds each is run with.
+        orders: of the tasks, in which each is run (see `group.members`).
 
     Raises:
         InputError: a recipe is refused, or something that one names is missing or wrong.
     """
-    experiments = recipes.load_variants(recipe, overrides, variant)
+    experiments = group.members(recipes.load_variants(recipe, overrides, variant), seeds, orders)
     for name, experiment in experiments.items():
         opened = prepare(experiment)
         yield opened, places.folder_of(experiment, opened.fingerprint, out, name if len(experiments) > 1 else "")

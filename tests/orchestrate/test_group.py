@@ -1,0 +1,77 @@
+"""One recipe over seeds and task orders."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Command
+from ruamel.yaml import YAML
+
+from orchestrate.group import MTIL_ORDERS, members
+from schemas.base import InputError
+from schemas.experiment import Experiment
+
+Make = Callable[..., Experiment]
+
+
+def test_every_seed_in_every_order(experiment: Make) -> None:
+    found = members({"": experiment(seed=3)}, 2, "given, reversed,random:2")
+    assert list(found) == [
+        f"{order}-seed-{seed}" for order in ("given", "reversed", "random-1", "random-2") for seed in (3, 4)
+    ]
+    orders = {name: [task.name for task in each.tasks] for name, each in found.items()}
+    assert orders["given-seed-3"] == ["first", "second", "third"]
+    assert orders["reversed-seed-4"] == ["third", "second", "first"]
+    assert sorted(orders["random-2-seed-3"]) == ["first", "second", "third"]
+    assert orders["random-1-seed-3"] == orders["random-1-seed-4"]
+    assert {name: each.seed for name, each in found.items()}["given-seed-4"] == 4
+    assert members({"": experiment()}, 1, "") == {"": experiment()}
+    assert list(members({"a": experiment(), "b": experiment()}, 2, "")) == [
+        "a-seed-0",
+        "a-seed-1",
+        "b-seed-0",
+        "b-seed-1",
+    ]
+
+
+def test_the_orders_of_the_paper(experiment: Make) -> None:
+    made = experiment(tasks=[f"data/{name}" for name in MTIL_ORDERS["I"]])
+    [found] = members({"": made}, 1, "II").values()
+    assert [task.name for task in found.tasks] == list(MTIL_ORDERS["II"])
+    assert sorted(MTIL_ORDERS["I"]) == sorted(MTIL_ORDERS["II"])
+
+
+@pytest.mark.parametrize(
+    ("orders", "sentence"),
+    [
+        ("III", "found 'III', expected given, reversed, I, II or random:N"),
+        ("random", "found 'random', expected"),
+        ("random:0", "found 'random:0', expected"),
+        ("I", "I is of MTIL's tasks"),
+    ],
+)
+def test_an_order_that_is_none(experiment: Make, orders: str, sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        members({"": experiment()}, 1, orders)
+
+
+def test_a_group_ends_with_its_comparison(
+    tmp_path: Path,
+    recipe: Callable[..., dict[str, Any]],
+    zscl: Callable[..., Command],
+    ray_cluster: None,
+    without_ray: Callable[[], None],
+) -> None:
+    without_ray()
+    YAML(typ="safe").dump(recipe(method="finetune"), tmp_path / "mine.yaml")
+    group = ("--seeds", 2, "--orders", "given,reversed", "--out", tmp_path / "group", "--offline")
+    found = zscl("run", tmp_path / "mine.yaml", *group, "--json")
+    assert found.code == 0, found.error
+    content = json.loads(found.out)
+    names = ["given-seed-0", "given-seed-1", "reversed-seed-0", "reversed-seed-1"]
+    assert [Path(run["folder"]).name for run in content["variants"]] == names
+    assert content["comparison"]["groups"]["finetune"]["runs"] == names
+    assert content["comparison"]["groups"]["finetune"]["figures"]["last"]["deviation"] is not None
+    assert (tmp_path / "group/comparison/comparison.html").is_file()
