@@ -7,11 +7,14 @@ Everything can be sent twice and is there once: runs are found again, and a metr
 entry is, for the stores of MLflow, the one they have.
 """
 
+import getpass
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,8 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 
 from filelock import FileLock
-from mlflow.entities import Metric, Param, Run, RunTag
+from git import GitError, Repo
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError
@@ -50,6 +54,7 @@ TABLES = "mlflow.loggedArtifacts"  # which artefacts MLflow's pages show as tabl
 FAILURES = (MlflowException, SQLAlchemyError, OSError, ImportError)
 METRICS_AT_ONCE = 1_000  # MLflow's limit for one call
 LONGEST_VALUE = 6_000  # of a parameter
+LONGEST_DIGEST = 36
 # The kind of experiment whose page opens with charts for training instead of those for language models.
 KIND = {"mlflow.experimentKind": "custom_model_development"}
 
@@ -168,6 +173,7 @@ class Record:
         self._log(self.parent, metrics)
         columns = report.matrix_columns(result)
         rows = [list(row) for row in zip(*columns.values(), strict=True)]
+        self._log_data(result)
         self.client.log_artifact(self.parent, str(folder / "experiment.yaml"))
         self.client.log_artifact(self.parent, str(folder / "result.json"))
         # `log_table` would append to a table that is there.
@@ -179,6 +185,30 @@ class Record:
             self.client.set_tag(self.parent, "zscl.warnings", "\n".join(result.warnings)[:LONGEST_VALUE])
         self._forget_reason()
         self.client.set_terminated(self.parent, "FINISHED", ended)
+
+    def _log_data(self, result: Result) -> None:
+        """Name the data, with digests and split families, where MLflow shows a run's datasets."""
+        if self.client.get_run(self.parent).inputs.dataset_inputs:
+            return
+        context = [InputTag("mlflow.data.context", "training and evaluation")]
+        found = [
+            DatasetInput(
+                Dataset(
+                    name=task.name,
+                    digest=task.digest[:LONGEST_DIGEST],
+                    source_type="local",
+                    source=json.dumps({"uri": task.path}),
+                    profile=json.dumps({"split_family": task.split_family, "test_images": task.test_images}),
+                ),
+                context,
+            )
+            for task in result.tasks
+        ]
+        if result.reference:
+            digest, texts = result.reference[:LONGEST_DIGEST], json.dumps({"texts": result.reference_texts})
+            reference = Dataset("reference", digest, "local", json.dumps({"uri": ""}), profile=texts)
+            found.append(DatasetInput(reference, [InputTag("mlflow.data.context", "reference")]))
+        self.client.log_inputs(self.parent, datasets=found)
 
     def close(self, state: RunState) -> None:
         """Mark the parent and the open stage as FAILED or KILLED, and say why."""
@@ -213,6 +243,11 @@ class Record:
             "zscl.seed": str(experiment.seed),
             "zscl.fingerprint": fingerprint,
             "zscl.folder": mask(str(folder)),
+            **_user(),
+            "mlflow.source.name": f"zscl {version('zscl')}",
+            "mlflow.source.type": "JOB",
+            **_commit(),
+            **_ray_job(),
         }
         return self.client.create_run(self.experiment_id, start_time=self.begun, run_name=folder.name, tags=tags)
 
@@ -259,6 +294,30 @@ class Record:
     def _log(self, run: str, metrics: Sequence[Metric]) -> None:
         for start in range(0, len(metrics), METRICS_AT_ONCE):
             self.client.log_batch(run, metrics=metrics[start : start + METRICS_AT_ONCE])
+
+
+def _user() -> dict[str, str]:
+    """Who runs this, where the machine knows."""
+    try:
+        return {"mlflow.user": getpass.getuser()}
+    except (OSError, KeyError):  # a container whose user has no name
+        return {}
+
+
+def _commit() -> dict[str, str]:
+    """The commit that the current folder is at, where it is a repository's."""
+    try:
+        return {"mlflow.source.git.commit": Repo(Path.cwd(), search_parent_directories=True).head.commit.hexsha}
+    except (GitError, ValueError, OSError):
+        return {}
+
+
+def _ray_job() -> dict[str, str]:
+    """The submission id of the Ray job that this process is, or Ray's id of it."""
+    if "ray" not in sys.modules or not sys.modules["ray"].is_initialized():
+        return {}
+    job = sys.modules["ray"].get_runtime_context().get_job_id()
+    return {"zscl.ray_job": os.environ.get("RAY_JOB_SUBMISSION_ID", job)}
 
 
 @contextmanager

@@ -178,6 +178,17 @@ class TestMlflow:
         assert table["columns"] == ["after", "first", "second", "third"]
         assert len(table["data"]) == 4
 
+    def test_data_and_origin_are_named(self, client: MlflowClient, runs: dict[str, Path]) -> None:
+        [run] = self.runs_of(client, f"tags.`zscl.folder` = '{runs['zscl']}'")
+        result = result_of(runs["zscl"])
+        inputs = client.get_run(run.info.run_id).inputs.dataset_inputs
+        digests = {each.dataset.name: each.dataset.digest for each in inputs}
+        expected = {task.name: task.digest[:36] for task in result.tasks} | {"reference": result.reference[:36]}
+        assert digests == expected
+        assert {json.loads(each.dataset.profile).get("split_family") for each in inputs} == {"own", None}
+        assert run.data.tags["mlflow.source.name"].startswith("zscl ")
+        assert run.data.tags["zscl.ray_job"]
+
     def test_a_resumed_run_is_one_run(self, client: MlflowClient, runs: dict[str, Path], place: Path) -> None:
         parents = self.runs_of(client, "tags.`zscl.level` = 'sequence'")
         folders = [parent.data.tags["zscl.folder"] for parent in parents]
