@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from disturbing import COMMAND_LINE, recipe_for_faults, same, trained, until
+from disturbing import recipe_for_faults, same, trained, until
 
 from orchestrate import recipes
 from schemas.results import RunState
@@ -20,19 +20,11 @@ from zscl.sequence import run_sequence
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 Ray = Callable[..., str]
 SCRIPTS = Path(sys.executable).parent
-# `ray start` takes 127.0.0.1 for the machine's address in its network.
-ON_LOOPBACK = """
-from orchestrate.access import loopback_alone
-from ray.scripts.scripts import main
-
-with loopback_alone():
-    main()
-"""
 
 
 @pytest.fixture
 def ray(tmp_path: Path) -> Iterator[Ray]:
-    """A cluster of its own on the loopback interface, with a token; called, it runs `ray` there."""
+    """A cluster of its own, with a token: `ray start` takes no loopback address; called, it runs `ray` there."""
     with socket.socket() as one, socket.socket() as other:
         for each in (one, other):
             each.bind(("127.0.0.1", 0))
@@ -47,7 +39,7 @@ def ray(tmp_path: Path) -> Iterator[Ray]:
     }
     environment = os.environ | given
     start = [
-        sys.executable, "-c", ON_LOOPBACK, "start", "--head", "--block", f"--port={port}", "--num-cpus=2",
+        SCRIPTS / "ray", "start", "--head", "--block", f"--port={port}", "--num-cpus=2",
         "--node-ip-address=127.0.0.1", "--include-dashboard=true", "--dashboard-host=127.0.0.1",
         f"--dashboard-port={dashboard}",
     ]  # fmt: skip
@@ -75,12 +67,10 @@ def ray(tmp_path: Path) -> Iterator[Ray]:
 )
 def test_a_job_is_stopped(ray: Ray, tmp_path: Path, tiny_model: str) -> None:
     recipe, run = recipe_for_faults(tmp_path, tiny_model), tmp_path / "run"
-    driver = tmp_path / "zscl.py"
-    driver.write_text(COMMAND_LINE)
     environment = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "30"}}
     submit = [
         "job", "submit", "--no-wait", "--runtime-env-json", json.dumps(environment), "--",
-        sys.executable, str(driver), "run", str(recipe), "--out", str(run),
+        str(SCRIPTS / "zscl"), "run", str(recipe), "--out", str(run),
     ]  # fmt: skip
     said = ray(*submit[:2], "--submission-id=first", *submit[2:])
     assert "submitted successfully" in said, said
