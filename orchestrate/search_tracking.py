@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from orchestrate.search import Prepared
 
 TABLE = "trials.json"
+TRIAL_SECONDS = 120.0  # for a trial's records to arrive, beside what goes on
 
 
 class SearchRecord:
@@ -158,12 +159,18 @@ class SearchRecording:
                     )
             case TrialEnded() if told.trial in self._shippers:
                 shipper = self._shippers.pop(told.trial)
-                thread = threading.Thread(target=shipper.end, name="ending", daemon=True)
+                thread = threading.Thread(target=shipper.end, args=[TRIAL_SECONDS], name="ending", daemon=True)
                 thread.start()
                 self._ending.append(thread)
 
-    def end(self, patience: float = PATIENCE_SECONDS) -> None:
-        """Let everything arrive, and with it how the search ended, which the folder says by now."""
+    def end(self, patience: float | None = None) -> None:
+        """Let everything arrive, and with it how the search ended, which the folder says by now.
+
+        Args:
+            patience: seconds to wait for all of it; default: more for more trials whose records are under way.
+        """
+        waiting = len(self._shippers) + sum(thread.is_alive() for thread in self._ending)
+        patience = PATIENCE_SECONDS * (1 + waiting) if patience is None else patience
         deadline = time.monotonic() + patience
         self._ending += [
             threading.Thread(target=shipper.end, args=[patience], daemon=True) for shipper in self._shippers.values()

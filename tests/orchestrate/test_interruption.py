@@ -1,4 +1,4 @@
-"""A run that is disturbed on the way, as far as that takes seconds; all of it is in `tests/faults`."""
+"""A run that is disturbed on the way, and how signals are taken; more is in `tests/faults`."""
 
 import os
 import re
@@ -20,6 +20,8 @@ from schemas.results import RunState
 from zscl.sequence import run_sequence
 
 
+@pytest.mark.faults
+@pytest.mark.fault("SIGKILL of a worker, then SIGTERM, recorded in MLflow", "143, `zscl resume`; same numbers")
 def test_a_worker_is_killed_and_the_run_stopped_and_it_comes_to_the_same_numbers(
     tmp_path: Path,
     tiny_model: str,

@@ -114,7 +114,7 @@ def test_trials_that_fail_or_do_badly_end_nothing(
     write: Callable[..., Path], zscl: Zscl, tmp_path: Path, ray_cluster: None
 ) -> None:
     """One at a time, so that it is known which trial does worse than those before it."""
-    domains = {"optimisation.learning_rate": {"choice": [0.01, 1e30, 1e-12]}}
+    domains = {"optimisation.learning_rate": {"choice": [0.002, 1e30, 1e-12]}}
     search = {
         "domains": domains,
         "sampler": "grid",
@@ -122,7 +122,8 @@ def test_trials_that_fail_or_do_badly_end_nothing(
         "early_stopping": "asha",
         "keep_models": "chosen",
     }
-    recipe = write(search, compute={"device": "cpu", "cpus_per_worker": 4})
+    enough = {"steps": 60, "warmup_steps": 5, "batch_size": 6, "reference_batch_size": 5}
+    recipe = write(search, compute={"device": "cpu", "cpus_per_worker": 4}, optimisation=enough)
     command = zscl("search", recipe, "--out", tmp_path / "runs/look", "--offline", "--json")
     found = found_in(command)
     good, failed, bad = found.trials
