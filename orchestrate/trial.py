@@ -72,12 +72,16 @@ class SearchTrial(tune.Trainable):  # type: ignore[misc]
     """A trial: each step of Tune's is a stage of the sequence, which goes on only when it is asked for."""
 
     def setup(self, config: dict[str, Any], common: Common) -> None:
-        """Begin."""
+        """Get ready; nothing begins before the first step, for Tune may yet give the trial to another actor."""
         self._common, self._told = common, False
-        self._begin(config)
+        self._thread: threading.Thread | None = None
+        self._get_ready(config)
 
     def step(self) -> dict[str, Any]:
         """Wait for the next stage to be finished. Returns the objectives by then."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="sequence", daemon=True)
+            self._thread.start()
         if self._told:  # what came of the stage before: it was judged good enough
             self._asked.set()
         outcome = self._outcomes.get()
@@ -90,7 +94,8 @@ class SearchTrial(tune.Trainable):  # type: ignore[misc]
     def cleanup(self) -> None:
         """Give the trial up, unless it is over, and wait until nothing of it goes on."""
         self._given_up.set()
-        self._thread.join()
+        if self._thread is not None:
+            self._thread.join()
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Nothing: the trial's folder is its own checkpoint."""
@@ -99,12 +104,12 @@ class SearchTrial(tune.Trainable):  # type: ignore[misc]
         """Nothing."""
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Begin another trial in this process, which has imported everything and decoded images."""
+        """Get ready for another trial in this process, which has imported everything and decoded images."""
         self.cleanup()
-        self._begin(new_config)
+        self._get_ready(new_config)
         return True
 
-    def _begin(self, config: dict[str, Any]) -> None:
+    def _get_ready(self, config: dict[str, Any]) -> None:
         self._number = config[NUMBER]
         self._values = {path: domain.meant(config[path]) for path, domain in self._common.search.domains.items()}
         self._outcomes: queue.Queue[dict[str, Any] | BaseException] = queue.Queue()
@@ -114,8 +119,7 @@ class SearchTrial(tune.Trainable):  # type: ignore[misc]
         self._rows: list[dict[str, float]] = []
         self._zero_shot: dict[str, float] = {}
         self._fingerprint = ""
-        self._thread = threading.Thread(target=self._work, name="sequence", daemon=True)
-        self._thread.start()
+        self._thread = None
 
     # ------------------------------------------------------------------------------------------ in the thread
 

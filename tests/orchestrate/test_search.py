@@ -87,7 +87,9 @@ def test_a_grid_from_the_recipe_to_the_chosen_run(
     of_level: dict[str, list[Any]] = {}
     for run in runs:
         of_level.setdefault(run.data.tags["zscl.level"], []).append(run)
-    assert {level: len(each) for level, each in of_level.items()} == {"search": 1, "trial": 4, "stage": 12}
+    assert {level: len(each) for level, each in of_level.items()} == {"search": 1, "trial": 4, "stage": 12}, (
+        command.error
+    )
     assert {run.info.status for run in runs} == {"FINISHED"}
     [search] = of_level["search"]
     assert {run.data.tags["mlflow.parentRunId"] for run in of_level["trial"]} == {search.info.run_id}
