@@ -35,7 +35,7 @@ from orchestrate.interruption import Interruption, signals_taken
 from orchestrate.ownership import owned
 from orchestrate.state import write_state
 from schemas.base import InputError, InterruptedRunError
-from schemas.results import Metrics, Result
+from schemas.results import Result
 from schemas.search import (
     TASK_ACCURACY,
     Search,
@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from orchestrate.trial import Common
 
 MOST_AVERAGES = 8  # models beside the student while the first stage is trained
+UNDEFINED = ("transfer", "forgetting", "backward_transfer", "forward_transfer")  # of a single task
 DATA = ("model", "tasks", "reference", "class_incremental")  # domains whose values name other data
 TEST = "test"
 WAITING_BYTES = 10**6  # Ray wants a trial to ask for something
@@ -124,18 +125,14 @@ def prepare(file: Path, overrides: Sequence[str] = ()) -> Prepared:
 
 def _check_objectives(search: Search, base: Opened, file: Path) -> None:
     names = [task.name for task in base.tasks]
-    undefined = {name for name, field in Metrics.model_fields.items() if not field.is_required() or name in UNDEFINED}
     for objective in search.objectives:
         task = objective.removeprefix(TASK_ACCURACY)
         if objective.startswith(TASK_ACCURACY) and task not in names:
             raise InputError(
                 f"{file}: search.objectives: found {objective}, expected {TASK_ACCURACY} and one of {', '.join(names)}"
             )
-        if len(names) == 1 and objective in undefined:
+        if len(names) == 1 and objective in UNDEFINED:
             raise InputError(f"{file}: search.objectives: found {objective}, which a single task leaves undefined")
-
-
-UNDEFINED = ("transfer", "forgetting")  # of a single task
 
 
 def _averages(search: Search, content: Mapping[str, Any], file: Path) -> Averages:

@@ -35,7 +35,7 @@ def test_a_stage_is_exported_with_its_card(run: Path, zscl: Zscl, tmp_path: Path
     assert all(torch.equal(weight, trained[name]) for name, weight in model.state_dict().items())
 
     card = ModelCard.load(tmp_path / "model/README.md")
-    assert card.data.library_name == "open_clip"
+    assert card.data.to_dict()["library_name"] == "open_clip"
     assert "fine-tuned on 2 tasks one after another" in card.text
     assert "(first, second) by **zscl**" in card.text
     assert "The row of this model is **2-second**" in card.text
