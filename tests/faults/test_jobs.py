@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -38,10 +39,13 @@ def ray(tmp_path: Path) -> Iterator[Ray]:
         "RAY_ADDRESS": f"http://127.0.0.1:{dashboard}",
     }
     environment = os.environ | given
+    # A folder of its own: a job connects to the cluster that was last started in its cluster's folder, whichever that is.
+    # A short one: sockets lie in it.
+    place = tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)
     start = [
         SCRIPTS / "ray", "start", "--head", "--block", f"--port={port}", "--num-cpus=2",
         "--node-ip-address=127.0.0.1", "--include-dashboard=true", "--dashboard-host=127.0.0.1",
-        f"--dashboard-port={dashboard}",
+        f"--dashboard-port={dashboard}", f"--temp-dir={place.name}",
     ]  # fmt: skip
     head = subprocess.Popen(start, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
@@ -60,6 +64,7 @@ def ray(tmp_path: Path) -> Iterator[Ray]:
             if process.is_running():
                 process.kill()
         head.wait()
+        place.cleanup()
 
 
 @pytest.mark.fault(
