@@ -288,6 +288,51 @@ def compare(
 
 
 @app.command()
+def evaluate(
+    what: Annotated[
+        str, typer.Argument(metavar="MODEL|RUN", help="A run's folder, a model's folder, or open_clip's name of one.")
+    ],
+    stage: Annotated[
+        str | None, typer.Option(help="Of a run: which stage's model (0: the initial one), or all. Default: the last.")
+    ] = None,
+    task: Annotated[list[str], typer.Option(help="Task to judge on; repeatable. Default: those of the run.")] = [],  # noqa: B006
+    suite: Annotated[
+        list[str], typer.Option(help="Further task, whose classes join no others', to watch for drift; repeatable.")
+    ] = [],  # noqa: B006
+    protocol: Annotated[str, typer.Option(help="By commas.")] = "task-aware,task-agnostic",
+    pretrained: Annotated[str | None, typer.Option(help="Of open_clip's name: tag or weights file.")] = None,
+    templates: Annotated[
+        str | None, typer.Option(help="Averaged into a class embedding: all or first. Default: as the run, or all.")
+    ] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32 or bf16. Default: as the run, or fp32.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images encoded at once.")] = 256,
+    loader_processes: Annotated[int, typer.Option(min=0, help="Processes that read and decode. 0: none beside.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Where to write. Default: evaluation/ in the run, or runs/evaluation.")
+    ] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="Leave nothing in MLflow.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Judge any model on any tasks: among each one's classes, and among those of all; confusions, calibration.
+
+    Example: zscl evaluate runs/demo/zscl --stage all
+    """
+    from orchestrate import evaluate as judging
+
+    options = judging.options(protocol, templates, precision, batch_size, loader_processes)
+    subject = judging.subject(what, pretrained, stage, task, suite)
+    found = judging.evaluate(subject, options, progress_console)
+    folder = (out or (subject.run / "evaluation" if subject.run else Path("runs/evaluation"))).absolute()
+    written = judging.write_evaluation(found, folder)
+    if not as_json:
+        Console(markup=False).print(judging.terminal_tables(found))
+    if subject.run is not None and not offline:
+        judging.record(found, subject.run, folder, lambda text: progress_console.print(text, highlight=False))
+    lines = [f"{kind:11} {file}" for kind, file in written.items()]
+    emit({"evaluation": found.model_dump(mode="json"), "files": written}, as_json, lines)
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
     out: Annotated[Path, typer.Option(help="Folder of the model; it must not be there yet.")],
@@ -405,7 +450,13 @@ def prepare(
 
 @data.command()
 def fetch(
-    names: Annotated[list[str], typer.Argument(help="Tasks of MTIL, or 'mtil' for all eleven.")],
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            help="Tasks of MTIL, 'mtil' for all eleven, or suites that show drift: ImageNet, ImageNetV2, ImageNet-A, "
+            "ImageNet-R, ImageNet-Sketch, ObjectNet."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Folder of the tasks.")],
     jobs: Annotated[int | None, typer.Option(min=1, help="Tasks at once. Default: one a CPU core.")] = None,
     as_json: AsJson = False,

@@ -5,7 +5,7 @@ import os
 import queue
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
@@ -81,16 +81,18 @@ def fetch(names: Sequence[str], out: Path, jobs: int | None, console: Console) -
         InputError: an unknown name, or a copy that cannot be downloaded or is broken.
         InterruptedRunError: Ctrl-C.
     """
-    return _described(run_tasks(_fetch_one, task_names("data fetch", names), (out,), jobs, console))
+    tasks = task_names("data fetch", names, copies.DRIFT)
+    return _described(run_tasks(_fetch_one, tasks, (out,), jobs, console))
 
 
-def task_names(what: str, names: Sequence[str]) -> list[str]:
-    """Tasks meant by names: `mtil` is all, and each task comes once.
+def task_names(what: str, names: Sequence[str], others: Collection[str] = ()) -> list[str]:
+    """Tasks meant by names: `mtil` is all of MTIL, and each task comes once.
 
     Raises:
         InputError: an unknown name.
     """
-    tasks = [task for name in names for task in (MTIL if known(what, name, [*MTIL, ALL]) == ALL else [name])]
+    allowed = [*MTIL, ALL, *others]
+    tasks = [task for name in names for task in (MTIL if known(what, name, allowed) == ALL else [name])]
     return list(dict.fromkeys(tasks))
 
 

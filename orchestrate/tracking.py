@@ -91,6 +91,12 @@ def open_store(uri: str, experiment: str) -> tuple[MlflowClient, str]:
             return client, str(made.experiment_id)
 
 
+def folder_query(folder: Path) -> str:
+    """The search expression for the run, or trial, in a folder; the newest comes first."""
+    quoted = mask(str(folder.absolute())).replace("'", "\\'")
+    return f"tags.`zscl.folder` = '{quoted}' and tags.`{LEVEL}` != 'search'"
+
+
 def runs_with_key(client: MlflowClient, experiment: str, key: str, level: str) -> list[Run]:
     """The runs of a level that have a key, the newest first."""
     quoted = key.replace("'", "\\'")

@@ -30,6 +30,9 @@ class Task(Abbreviable):
     classes: Many[NonNegativeInt] | None = Field(
         None, min_length=1, description="Only these labels of the folder, in this order; default: all"
     )
+    shots: PositiveInt | None = Field(
+        None, description="Train on so many images of each class alone, drawn by the recipe's seed; default: all"
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -202,6 +202,8 @@ class Experiment(Strict):
             identity["class_incremental"] = self.class_incremental.template
         for task in identity["tasks"]:
             task["path"] = contents[task["path"]]
+            if task["shots"] is None:
+                del task["shots"]
         # As before there were such fields.
         if self.optimisation.max_gradient_norm is None:
             del identity["optimisation"]["max_gradient_norm"]

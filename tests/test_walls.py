@@ -53,6 +53,7 @@ def test_help_is_instant_and_shows_an_example() -> None:
         ["embed"],
         ["search"],
         ["export"],
+        ["evaluate"],
         ["resume"],
         ["sync"],
         ["compare"],

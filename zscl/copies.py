@@ -28,9 +28,21 @@ COPIES = {
     "SUN397": ("wds_sun397", "a test split alone: the task can be evaluated and not trained"),
 }
 
+# Test sets that tell how far a model has drifted; class names and templates are the copies' own.
+DRIFT = {
+    "ImageNet": ("wds_imagenet1k", "the validation images"),
+    "ImageNetV2": ("wds_imagenetv2", "matched frequency"),
+    "ImageNet-A": ("wds_imagenet-a", "200 classes"),
+    "ImageNet-R": ("wds_imagenet-r", "200 classes"),
+    "ImageNet-Sketch": ("wds_imagenet_sketch", "all classes"),
+    "ObjectNet": ("wds_objectnet", "113 classes"),
+}
+
 
 def fetch(task: str, out: Path) -> Prepared:
-    """Download a copy to the task folder `out/task`, with our class names and templates; one that is there is kept.
+    """Download a copy to the task folder `out/task`; one that is there is kept.
+
+    A task of MTIL gets our class names and templates. Of ImageNet and its shifts, the test split alone is fetched.
 
     An interrupted download is taken up again by the next call.
 
@@ -38,23 +50,28 @@ def fetch(task: str, out: Path) -> Prepared:
         InputError: it cannot be downloaded, its shards are not whole, or something else lies where the task would.
     """
     folder = out / task
-    repository, difference = COPIES[task]
+    repository, difference = (COPIES | DRIFT)[task]
     kept = kept_task(folder, SPLIT_FAMILY)
     if kept is not None:
         return replace(kept, notes=(difference,))
     downloaded = out / ".downloads" / repository
     _download(task, repository, downloaded)
-    splits = [split for split in ("train", "test") if (downloaded / split / "nshards.txt").is_file()]
+    ours = task in COPIES
+    splits = [split for split in ("train", "test")[not ours :] if (downloaded / split / "nshards.txt").is_file()]
     if "test" not in splits:
         raise InputError(f"{task}: found no test/nshards.txt in clip-benchmark/{repository}, expected a task's layout")
-    classnames, notes = _our_classnames(task, lines_of(f"{downloaded}/classnames.txt", "class names"))
+    classnames, notes = lines_of(f"{downloaded}/classnames.txt", "class names"), list[str]()
+    templates = [] if ours else lines_of(f"{downloaded}/zeroshot_classification_templates.txt", "prompt templates")
+    if ours:
+        classnames, notes = _our_classnames(task, classnames)
+        templates = templates_of(task)
     images, manifest = _manifest(task, downloaded, splits, classnames, repository)
     with whole_folder(folder) as temporary:
         for split in splits:
             # Moved last of all, when everything about them is known to be right.
             (downloaded / split).rename(temporary / split)
         write_text(temporary / "classnames.txt", "\n".join(classnames) + "\n")
-        write_text(temporary / "zeroshot_classification_templates.txt", "\n".join(templates_of(task)) + "\n")
+        write_text(temporary / "zeroshot_classification_templates.txt", "\n".join(templates) + "\n")
         write_text(temporary / MANIFEST, manifest)
     shutil.rmtree(downloaded, ignore_errors=True)
     return Prepared(task, str(folder), images, SPLIT_FAMILY, notes=(difference, *notes))
@@ -63,7 +80,8 @@ def fetch(task: str, out: Path) -> Prepared:
 def _download(task: str, repository: str, folder: Path) -> None:
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.txt", "*/nshards.txt", "*/*.tar"]
+    splits = ("*",) if task in COPIES else ("test",)
+    patterns = ["*.txt", *(f"{split}/{files}" for split in splits for files in ("nshards.txt", "*.tar"))]
     try:
         snapshot_download(
             f"clip-benchmark/{repository}", repo_type="dataset", local_dir=str(folder), allow_patterns=patterns

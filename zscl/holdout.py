@@ -1,4 +1,8 @@
-"""A part of a task's training images, held out: what choices are judged by, so that they never see a test image."""
+"""Parts of a task's training images, drawn class by class.
+
+Those held out are what choices are judged by, so that they never see a test image; a few of each class are what
+few-shot learning trains on.
+"""
 
 import random
 from collections import defaultdict
@@ -28,11 +32,8 @@ def split_off(
             f"{path}: found remote shards, expected local ones to hold some images out of (evaluation.held_out); "
             "compute.shard_cache makes them local"
         )
-    of_class: defaultdict[str, list[int]] = defaultdict(list)
-    for place, (_, _, encoded) in enumerate(samples.labels()):
-        of_class[(encoded or b"").decode("ascii", errors="replace").strip()].append(place)
     held: list[int] = []
-    for label, places in of_class.items():
+    for label, places in _by_class(samples).items():
         count = round(held_out.share * len(places))
         if count == len(places):
             name = classnames[int(label)] if label.isdecimal() and int(label) < len(classnames) else label
@@ -49,3 +50,34 @@ def split_off(
     out = set(held)
     kept = [place for place in range(len(samples)) if place not in out]
     return samples.only(kept).counted_anew(), samples.only(sorted(held)).counted_anew()
+
+
+def few_of_each(samples: IndexedSamples | StreamedSamples, shots: int, seed: int, path: str) -> IndexedSamples:
+    """Draw so many images of each class, by a seed; of a class that has fewer, all.
+
+    Args:
+        samples: a task's training images.
+        shots: images of each class.
+        seed: the draw depends on it, a class's label and its number of images alone.
+        path: the task's, for what is refused.
+
+    Raises:
+        InputError: the images are remote.
+    """
+    if not isinstance(samples, IndexedSamples):
+        raise InputError(
+            f"{path}: found remote shards, expected local ones to train on a few images of each class (shots); "
+            "compute.shard_cache makes them local"
+        )
+    drawn: list[int] = []
+    for label, places in _by_class(samples).items():
+        drawn += random.Random(seed_of(seed, "shots", label)).sample(places, min(shots, len(places)))
+    return samples.only(sorted(drawn)).counted_anew()
+
+
+def _by_class(samples: IndexedSamples) -> dict[str, list[int]]:
+    """The places of each label's samples, in their order."""
+    of_class: defaultdict[str, list[int]] = defaultdict(list)
+    for place, (_, _, encoded) in enumerate(samples.labels()):
+        of_class[(encoded or b"").decode("ascii", errors="replace").strip()].append(place)
+    return dict(of_class)

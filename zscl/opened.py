@@ -38,18 +38,8 @@ def open_experiment(experiment: Experiment) -> Opened:
     Raises:
         InputError: a task, shard, template, caption or model is missing or broken.
     """
-    cache, scenario = experiment.compute.shard_cache, experiment.class_incremental
-    held_out = experiment.evaluation.held_out
-    folders: dict[str, TaskFolder] = {}
-    if scenario is not None:
-        whole = TaskFolder.open(Task(path=scenario.path, name="classes"), cache, held_out)
-        template = scenario.template or whole.templates[0]
-        folders[scenario.path] = replace(whole, templates=(template,))
-        experiment = spell_out(experiment, scenario, folders[scenario.path])
-    for task in experiment.tasks:
-        if task.path not in folders:
-            folders[task.path] = TaskFolder.open(task, cache, held_out)
-    tasks = tuple(folders[task.path].only(task.classes, task.name) for task in experiment.tasks)
+    cache = experiment.compute.shard_cache
+    experiment, tasks, folders = open_tasks(experiment)
     used = experiment.reference if experiment.method.needs_reference else None
     opened = ReferenceSet(used, cache) if used else None
     if experiment.method.memory:
@@ -65,6 +55,30 @@ def open_experiment(experiment: Experiment) -> Opened:
     if opened:
         contents["reference"] = opened.digest
     return Opened(experiment, tasks, opened, weights, contents, experiment.fingerprint(contents))
+
+
+def open_tasks(experiment: Experiment) -> tuple[Experiment, tuple[TaskFolder, ...], dict[str, TaskFolder]]:
+    """Find an experiment's tasks. Returns it with its stages spelt out, its tasks, and the folder at each path.
+
+    Raises:
+        InputError: a task, class name or template is missing or broken.
+    """
+    cache, scenario = experiment.compute.shard_cache, experiment.class_incremental
+    held_out = experiment.evaluation.held_out
+    folders: dict[str, TaskFolder] = {}
+    if scenario is not None:
+        whole = TaskFolder.open(Task(path=scenario.path, name="classes"), cache, held_out)
+        template = scenario.template or whole.templates[0]
+        folders[scenario.path] = replace(whole, templates=(template,))
+        experiment = spell_out(experiment, scenario, folders[scenario.path])
+    for task in experiment.tasks:
+        if task.path not in folders:
+            folders[task.path] = TaskFolder.open(task, cache, held_out)
+    tasks = tuple(
+        replace(folders[task.path].only(task.classes, task.name), shots=task.shots, shots_seed=experiment.seed)
+        for task in experiment.tasks
+    )
+    return experiment, tasks, folders
 
 
 def spell_out(experiment: Experiment, scenario: ClassIncremental, whole: TaskFolder) -> Experiment:

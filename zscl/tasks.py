@@ -23,7 +23,7 @@ from schemas.base import InputError
 from schemas.data import Reference, Task
 from schemas.experiment import HeldOut
 from zscl.files import digest, file_digest, whole_folder, write_text
-from zscl.holdout import split_off
+from zscl.holdout import few_of_each, split_off
 from zscl.shards import (
     IMAGE_SUFFIXES,
     MOST_SHARDS,
@@ -86,6 +86,8 @@ class TaskFolder:
     classes: tuple[int, ...] | None = None
     whole: "TaskFolder | None" = field(default=None, compare=False)
     held_out: HeldOut | None = None
+    shots: int | None = None
+    shots_seed: int = 0
 
     @classmethod
     def open(cls, task: Task, cache: str | None = None, held_out: HeldOut | None = None) -> "TaskFolder":
@@ -138,7 +140,8 @@ class TaskFolder:
     @cached_property
     def train(self) -> IndexedSamples | StreamedSamples:
         """The training images."""
-        return self._samples("train")
+        samples = self._samples("train")
+        return samples if self.shots is None else few_of_each(samples, self.shots, self.shots_seed, self.path)
 
     @cached_property
     def test(self) -> IndexedSamples | StreamedSamples:

@@ -39,8 +39,8 @@ def ray(tmp_path: Path) -> Iterator[Ray]:
         "RAY_ADDRESS": f"http://127.0.0.1:{dashboard}",
     }
     environment = os.environ | given
-    # A folder of its own: a job connects to the cluster that was last started in its cluster's folder, whichever that is.
-    # A short one: sockets lie in it.
+    # A folder of its own: a job connects to the cluster that was last started in its cluster's folder, whichever it is.
+    # A short name: sockets lie in it.
     place = tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)
     start = [
         SCRIPTS / "ray", "start", "--head", "--block", f"--port={port}", "--num-cpus=2",

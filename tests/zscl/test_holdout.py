@@ -93,3 +93,31 @@ def test_class_incremental_learning_holds_out_too(opened: Callable[..., Opened],
     assert [len(samples(task.train)) for task in made.tasks] == [8, 8]
     assert [len(samples(task.test)) for task in made.tasks] == [4, 4]
     assert [task.steps for task in made.experiment.tasks] == [2, 2]  # one epoch of what is left, by sixes
+
+
+def test_a_few_of_each_class(experiment: Make, tasks: list[str]) -> None:
+    few = [{"path": path, "shots": 2} for path in tasks]
+    opened, again, other = (open_experiment(experiment(tasks=few, seed=seed)) for seed in (0, 0, 1))
+    labels = Counter(sample.label for sample in samples(opened.tasks[0].train))
+    assert labels == {str(label).encode(): 2 for label in range(4)}
+    assert len(samples(opened.tasks[0].test)) == 10
+
+    def keys(made: Opened) -> list[str]:
+        return [sample.key for task in made.tasks for sample in samples(task.train)]
+
+    assert keys(opened) == keys(again) != keys(other)
+    all_of_them = open_experiment(experiment(tasks=[{"path": path, "shots": 1000} for path in tasks]))
+    whole = open_experiment(experiment())
+    assert keys(all_of_them) == keys(whole)
+    assert len({opened.fingerprint, other.fingerprint, all_of_them.fingerprint, whole.fingerprint}) == 4
+
+
+def test_a_few_of_some_classes_and_of_those_not_held_out(experiment: Make, tasks: list[str]) -> None:
+    task = {"path": tasks[0], "name": "some", "classes": [3, 1], "shots": 3}
+    held_out = {"held_out": {"share": 0.5, "seed": 0}}
+    opened = open_experiment(experiment(tasks=[task], evaluation=held_out)).tasks[0]
+    kept = open_experiment(experiment(evaluation=held_out)).tasks[0]
+    drawn = samples(opened.train)
+    assert Counter(sample.label for sample in drawn) == {b"1": 3, b"3": 3}
+    assert {sample.key for sample in drawn} <= {sample.key for sample in samples(kept.train)}
+    assert [opened.label_of(sample) for sample in drawn if sample.label == b"3"] == [0, 0, 0]

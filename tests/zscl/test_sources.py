@@ -398,6 +398,17 @@ def test_a_copy_keeps_its_own_label_order(tmp_path: Path, hub: dict[str, Callabl
     assert "a class more: the background" in fetched.notes[0]
 
 
+def test_a_suite_that_shows_drift_keeps_its_words_and_has_a_test_split_alone(
+    tmp_path: Path, hub: dict[str, Callable[[Path], None]]
+) -> None:
+    hub["clip-benchmark/wds_imagenet-r"] = copy_of(["goldfish", "great white shark"])
+    fetched = fetch("ImageNet-R", tmp_path)
+    assert (fetched.images, fetched.notes) == ({"test": 10}, ("200 classes",))
+    task = opened(tmp_path / "ImageNet-R")
+    assert (task.classnames, task.templates) == (("goldfish", "great white shark"), ("theirs {c}",))
+    assert not (tmp_path / "ImageNet-R/train").exists()
+
+
 def test_a_copy_that_is_broken_or_not_there(tmp_path: Path, hub: dict[str, Callable[[Path], None]]) -> None:
     with pytest.raises(InputError, match=r"Food: cannot download clip-benchmark/wds_food101 \(no .* here\)"):
         fetch("Food", tmp_path)

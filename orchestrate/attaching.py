@@ -1,0 +1,62 @@
+"""Files and figures that join a run in MLflow after it has ended: evaluations, and comparisons it takes part in."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from orchestrate.places import EXPERIMENT, SQLITE, store_uri, unmasked
+from orchestrate.recipes import load_experiment
+from schemas.base import InputError
+from schemas.secrets import mask
+
+
+def attach(
+    run: Path,
+    files: Path,
+    place: str,
+    note: Callable[[str], None],
+    metrics: Mapping[str, Mapping[int, float]] | None = None,
+) -> bool:
+    """Leave files among the artefacts of a run, where its store has it; what is there of the same name is replaced.
+
+    A store that does not answer is noted: the files are on disk, and this is a second place for them.
+
+    Args:
+        run: the run's folder.
+        files: a file, or a folder whose content is left.
+        place: the folder among the run's artefacts.
+        note: told why nothing was left.
+        metrics: by name and step, which join the run's.
+    """
+    experiment = load_experiment(run / EXPERIMENT)
+    try:
+        uri = unmasked(store_uri(experiment, run))
+    except InputError as error:
+        note(f"not left in MLflow: {error}")
+        return False
+    if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).is_file():
+        return False  # an offline run: `zscl sync` makes the store
+    from mlflow.entities import Metric
+    from mlflow.tracking import MlflowClient
+
+    from orchestrate.tracking import FAILURES, folder_query
+
+    try:
+        client = MlflowClient(tracking_uri=uri)
+        found = client.get_experiment_by_name(experiment.tracking.experiment)
+        runs = client.search_runs([found.experiment_id], folder_query(run), max_results=1) if found else []
+        for recorded in runs:
+            where = recorded.info.run_id
+            (client.log_artifacts if files.is_dir() else client.log_artifact)(where, str(files), place)
+            rows = [
+                # The time of the run's end: sent again, it is the same metric.
+                Metric(name, value, recorded.info.end_time or recorded.info.start_time, step)
+                for name, values in (metrics or {}).items()
+                for step, value in values.items()
+            ]
+            if rows:
+                client.log_batch(where, metrics=rows)
+    except FAILURES as error:
+        reason = mask(" ".join(str(error).split()))[:200]
+        note(f"not left in MLflow at {mask(uri)} ({reason}); the files are in {files}")
+        return False
+    return bool(runs)

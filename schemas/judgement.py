@@ -1,0 +1,66 @@
+"""What a model is worth under several protocols, beyond one cell of the accuracy matrix."""
+
+from typing import Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from schemas.base import Many, Strict
+from schemas.results import Metrics, Shown
+
+Protocol = Literal["task-aware", "task-agnostic"]
+PROTOCOLS: tuple[Protocol, ...] = ("task-aware", "task-agnostic")
+
+
+class Confused(Strict):
+    """Test images of one class that the model took for another, or for their own."""
+
+    true: str
+    predicted: str
+    images: PositiveInt
+
+
+class Bin(Strict):
+    """Images whose top prediction has a confidence in one of equal intervals of [0, 1]."""
+
+    images: NonNegativeInt
+    confidence: float = Field(description="Mean; 0 without images")
+    accuracy: float
+
+
+class Judged(Strict):
+    """One model on one task under one protocol; shares of 1."""
+
+    task: str
+    protocol: Protocol
+    images: PositiveInt
+    classes: PositiveInt = Field(description="That are told apart")
+    top1: float
+    top5: float | None = Field(description="None where no more than 5 classes are told apart")
+    mean_per_class: float = Field(description="Mean over the task's classes of the top-1 accuracy on their images")
+    calibration_error: float = Field(description="Expected |confidence − accuracy|, over equal intervals of confidence")
+    per_class: dict[str, float] = Field(description="Top-1 accuracy on each class that has test images")
+    bins: Many[Bin]
+    confused: Many[Confused] = Field(description="Every pair with images, the right predictions among them")
+
+
+class JudgedModel(Strict):
+    """One model on all tasks and suites."""
+
+    model: Shown
+    stage: NonNegativeInt | None = Field(None, description="Of a run; 0 is the initial model")
+    digest: str = Field(description="Content hash of the weights")
+    judged: Many[Judged]
+
+
+class Evaluation(Strict):
+    """`evaluation.json`."""
+
+    tasks: Many[str] = Field(description="Whose classes share the label space of the task-agnostic protocol")
+    suites: Many[str] = Field(description="Judged beside them, each among its own classes")
+    templates: Literal["all", "first"]
+    held_out: bool = Field(description="Judged on held-out training images, as the run was, not on test images")
+    models: Many[JudgedModel]
+    figures: dict[Protocol, Metrics] = Field(
+        description="Of the accuracy matrix under each protocol, where all stages of a run were judged on its tasks"
+    )
+    versions: dict[str, str]

@@ -1,0 +1,106 @@
+"""`zscl evaluate`: a run's models and others, under both protocols, on disk and in MLflow."""
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Command
+from mlflow.tracking import MlflowClient
+
+from orchestrate import recipes
+from orchestrate.shipping import sync
+from schemas.experiment import Experiment
+from schemas.judgement import Evaluation
+from zscl.sequence import run_sequence
+
+Zscl = Callable[..., Command]
+
+
+@pytest.fixture
+def run(experiment: Callable[..., Experiment], tmp_path: Path, tasks: list[str]) -> Path:
+    """A run over two of three tasks."""
+    made = experiment(tasks=tasks[:2], method="finetune")
+    run_sequence(made, tmp_path / "run", device=torch.device("cpu"))
+    recipes.write_experiment(made, tmp_path / "run/experiment.yaml")
+    return tmp_path / "run"
+
+
+def evaluation(folder: Path) -> Evaluation:
+    return Evaluation.model_validate_json((folder / "evaluation.json").read_text())
+
+
+def test_all_stages_of_a_run(
+    run: Path, zscl: Zscl, tasks: list[str], tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    (tmp_path / "mlflow.db").write_bytes(empty_store.read_bytes())
+    sync(run, store, lambda *_: None)
+    said = zscl("evaluate", run, "--stage", "all", "--suite", tasks[2], "--json")
+    assert said.code == 0, said.error
+    found = evaluation(run / "evaluation")
+    assert json.loads(said.out)["evaluation"] == found.model_dump(mode="json")
+    assert [model.stage for model in found.models] == [0, 1, 2]
+    assert [model.model for model in found.models] == ["zero-shot", "1-first", "2-second"]
+
+    result = json.loads((run / "result.json").read_text())
+    for row, model in zip([result["zero_shot"], *result["accuracy_matrix"]], found.models, strict=True):
+        aware = [each.top1 for each in model.judged if each.protocol == "task-aware"]
+        assert (aware[:2], len(aware)) == (row, 3)
+        agnostic = [each for each in model.judged if each.protocol == "task-agnostic"]
+        # The tasks have the same four classes, by name: told apart, they are four and not eight.
+        assert [(each.task, each.classes) for each in agnostic] == [("first", 4), ("second", 4)]
+    assert found.figures["task-aware"].model_dump() == result["metrics"]
+
+    with (run / "evaluation/confusion.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert sum(int(row["images"]) for row in rows if row["protocol"] == "task-aware") == 3 * 3 * 10
+    client = MlflowClient(store)
+    [recorded] = client.search_runs(["1"], "tags.`zscl.level` = 'sequence'")
+    assert {file.path for file in client.list_artifacts(recorded.info.run_id, "evaluation")} == {
+        f"evaluation/{name}"
+        for name in ("evaluation.json", "per_class.csv", "confusion.csv", "calibration.png", "confusions.png")
+    }
+    history = client.get_metric_history(recorded.info.run_id, "task-agnostic/second")
+    assert [each.step for each in history] == [0, 1, 2]
+    assert zscl("evaluate", run, "--stage", "all", "--suite", tasks[2]).code == 0  # and again: nothing is there twice
+    assert len(client.get_metric_history(recorded.info.run_id, "task-agnostic/second")) == 3
+
+
+def test_one_model_in_detail(run: Path, zscl: Zscl, tasks: list[str], tmp_path: Path) -> None:
+    said = zscl("evaluate", run / "stages/1-first/model", "--task", tasks[0], "--out", tmp_path / "out")
+    assert said.code == 0, said.error
+    assert "calibration error" in said.out
+    assert "task-agnostic" in said.out
+    found = evaluation(tmp_path / "out")
+    [model] = found.models
+    assert (model.stage, found.figures) == (None, {})
+    last = zscl("evaluate", run, "--protocol", "task-agnostic", "--templates", "first", "--offline")
+    assert last.code == 0, last.error
+    assert {each.protocol for each in evaluation(run / "evaluation").models[0].judged} == {"task-agnostic"}
+    assert evaluation(run / "evaluation").models[0].stage == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["RUN", "--stage", "3"], "--stage 3: found 2 trained stages in"),
+        (["RUN", "--stage", "last"], "expected 0 to that or all"),
+        (["RUN", "--protocol", "task-aware,both"], "--protocol: found 'both', expected task-aware or task-agnostic"),
+        (["RUN", "--precision", "fp16"], "--precision: found 'fp16', expected fp32 or bf16"),
+        (["RUN", "--pretrained", "openai"], "--pretrained openai: found it with a run"),
+        (["RUN", "--suite", "TASK"], "found two tasks or suites called 'first'"),
+        (["embedded"], "--task: found none for the model 'embedded'"),
+        (["embedded", "--stage", "1", "--task", "TASK"], "which is no run's folder, expected one that has stages"),
+        (["nothing", "--task", "TASK"], "nothing: found no run's folder, no open_clip folder and no name"),
+        (["ViT-B-33", "--pretrained", "openai", "--task", "TASK"], "model: 'ViT-B-33' with pretrained 'openai' cannot"),
+        (["embedded", "--task", "missing"], "missing: found no such folder, expected a task"),
+    ],
+)
+def test_what_cannot_be_judged(run: Path, zscl: Zscl, tasks: list[str], arguments: list[str], sentence: str) -> None:
+    given = {"RUN": str(run), "TASK": tasks[0]}
+    said = zscl("evaluate", *(given.get(each, each) for each in arguments))
+    assert (said.code, sentence in said.error) == (2, True), said.error
+    assert not (run / "evaluation").exists()
