@@ -27,8 +27,8 @@ def attach(
         note: told why nothing was left.
         metrics: by name and step, which join the run's.
     """
-    experiment = load_experiment(run / EXPERIMENT)
     try:
+        experiment = load_experiment(run / EXPERIMENT)
         uri = unmasked(store_uri(experiment, run))
     except InputError as error:
         note(f"not left in MLflow: {error}")

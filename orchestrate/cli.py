@@ -69,6 +69,11 @@ def emit(content: dict[str, Any], as_json: bool, lines: list[str]) -> None:
         print("\n".join(lines))
 
 
+def _note(text: str) -> None:
+    """Say something beside the results."""
+    progress_console.print(text, highlight=False, soft_wrap=True)
+
+
 @app.command()
 def run(
     recipe: Recipe,
@@ -109,7 +114,8 @@ def run(
 
         folders = {each["folder"]: Path(each["folder"]) for each in contents}
         place = Path(contents[0]["folder"]).parent / "comparison"
-        compared, written = comparison.compare(folders, place, None if as_json else Console())
+        note = None if offline else _note
+        compared, written = comparison.compare(folders, place, None if as_json else Console(), note=note)
         content["comparison"] = compared
         lines += written
     emit(content, as_json, lines)
@@ -272,6 +278,7 @@ def compare(
         str | None, typer.Option(help="Method that the others' differences are from. Default: the first.")
     ] = None,
     published: Annotated[str | None, typer.Option(help="Beside the paper's figures for MTIL, order I or II.")] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="Do not leave the page with the runs in MLflow.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Compare what runs forget, by method, over seeds and orders: tables, LaTeX, and one page to look at.
@@ -283,7 +290,8 @@ def compare(
     found = finding.find(runs or [], where, uri)
     first = next((place for place in found.values() if isinstance(place, Path)), Path.cwd() / "runs/run")
     folder = out or first.parent / "comparison"
-    content, lines = comparison.compare(found, folder.absolute(), None if as_json else Console(), published, baseline)
+    console, note = None if as_json else Console(), None if offline else _note
+    content, lines = comparison.compare(found, folder.absolute(), console, published, baseline, note)
     emit(content, as_json, lines)
 
 
@@ -327,9 +335,44 @@ def evaluate(
     if not as_json:
         Console(markup=False).print(judging.terminal_tables(found))
     if subject.run is not None and not offline:
-        judging.record(found, subject.run, folder, lambda text: progress_console.print(text, highlight=False))
+        judging.record(found, subject.run, folder, _note)
     lines = [f"{kind:11} {file}" for kind, file in written.items()]
     emit({"evaluation": found.model_dump(mode="json"), "files": written}, as_json, lines)
+
+
+@app.command()
+def average(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run with compute.snapshots_every set.")],
+    every: Annotated[str, typer.Option(help="Steps from one merge to the next, by commas.")],
+    stage: Annotated[
+        int | None, typer.Option(help="Which stage, from 1. Default: the last one with snapshots.")
+    ] = None,
+    kind: Annotated[str, typer.Option(help="mean, exponential, none (the last weights), by commas.")] = "mean,none",
+    decay: Annotated[float, typer.Option(help="Of an exponential average.")] = 0.9,
+    share: Annotated[str, typer.Option(help="Shares of the anchor merged in behind, by commas.")] = "0",
+    anchor: Annotated[str, typer.Option(help="stage_start or initial.")] = "stage_start",
+    out: Annotated[Path | None, typer.Option(help="Where to write. Default: averages/<k>-<task>/ in the run.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Judge other averages and interpolations of a stage's weights, without training.
+
+    Example: zscl average runs/own-snapshots --every 5,10 --kind mean,exponential,none --share 0,0.3
+    """
+    from orchestrate import averages
+
+    wanted = averages.wanted(every, kind, decay, share, anchor)
+    found_stage = averages.Stage.of(run.absolute(), stage)
+    found_stage.check(wanted)
+    found = averages.explore(found_stage, wanted, progress_console)
+    place = f"averages/{found.stage}-{found.task}"
+    written = averages.write_averages(found, (out or run / place).absolute())
+    if not as_json:
+        Console(markup=False).print(averages.terminal_table(found))
+    emit(
+        {"averages": found.model_dump(mode="json"), "files": written},
+        as_json,
+        [f"{kind:4} {file}" for kind, file in written.items()],
+    )
 
 
 @app.command()
@@ -511,7 +554,8 @@ def demo(
     runs, uri = demonstration.demo(recipe, out.absolute(), overrides, progress_console, offline)
     progress_console.rule("comparison")
     found_runs = {str(run): run for run in runs}
-    content, lines = comparison.compare(found_runs, out.absolute() / "comparison", None if as_json else Console())
+    console, note = None if as_json else Console(), None if offline else _note
+    content, lines = comparison.compare(found_runs, out.absolute() / "comparison", console, note=note)
     browse = f"zscl sync {' '.join(map(str, runs))}" if offline else places.browse_command(uri)
     lines.append(f"MLflow    {browse}")
     shown = None if offline else mask(uri)

@@ -3,7 +3,7 @@
 import csv
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -15,6 +15,8 @@ from rich.table import Table
 from scipy.stats import bootstrap
 
 from orchestrate import page, report
+from orchestrate.attaching import attach
+from orchestrate.places import EXPERIMENT
 from orchestrate.published import MTIL
 from orchestrate.report import ZERO_SHOT, label_of, percent
 from schemas.base import InputError
@@ -409,8 +411,9 @@ def compare(
     console: Console | None,
     published: str | None = None,
     baseline: str | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
-    """Compare runs: print the tables to a console, if any, and write the files.
+    """Compare runs: print the tables to a console, if any, write the files, and leave the page in MLflow.
 
     Args:
         found: by what the user gave: a run's folder, or why there is none.
@@ -418,6 +421,7 @@ def compare(
         console: for tables.
         published: order of MTIL whose published figures stand beside.
         baseline: the method from which the others' differences are shown; default: the first, where there are several.
+        note: told which store of MLflow cannot take the page; without it, none is asked.
 
     Returns the content for programs, and lines that say what was written where.
 
@@ -435,6 +439,10 @@ def compare(
     written = write_comparison(comparison, rows, folder, against)
     if console is not None:
         console.print(terminal_tables(comparison, rows, against))
+    if note is not None:
+        for run in comparison.runs:
+            if (run.folder / EXPERIMENT).is_file():
+                attach(run.folder, Path(written["page"]), "comparison", note)
     lines = [f"left out: {reason}" for reason in comparison.left_out.values()]
     content = {
         "rows": rows,

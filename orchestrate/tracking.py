@@ -25,6 +25,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 # Standard output holds results alone.
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 from filelock import FileLock
 from git import GitError, Repo
@@ -37,8 +38,18 @@ from orchestrate import report
 from orchestrate.places import SQLITE
 from schemas.base import InputError
 from schemas.experiment import Experiment
-from schemas.results import JournalEntry, Result, RowMeasured, RunState, StageStarted, StageTrained, StepsTaken
+from schemas.results import (
+    JournalEntry,
+    Result,
+    RowMeasured,
+    RunState,
+    StageResult,
+    StageStarted,
+    StageTrained,
+    StepsTaken,
+)
 from schemas.secrets import mask
+from zscl.opened import open_tasks
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)
 # It prints the traceback of every attempt at a locked database.
@@ -128,6 +139,7 @@ class Record:
             search: the run, in the store, of the search that this one is a trial of.
         """
         self.begun, self.search = begun, search
+        self.experiment, self.folder = experiment, folder
         self.client, self.experiment_id = open_store(uri, experiment.tracking.experiment)
         found = self._find(mask(f"{fingerprint} {folder}")) or self._make(experiment, fingerprint, folder)
         self.parent = str(found.info.run_id)
@@ -280,10 +292,30 @@ class Record:
             case StageStarted():
                 self._child(progress.stage, entry.time, progress.task)
             case StageTrained():
-                seconds = Metric("train_seconds", progress.result.train_seconds, entry.time, 0)
-                self._log(self._child(progress.result.stage, entry.time), [seconds])
+                child = self._child(progress.result.stage, entry.time)
+                self._log(child, [Metric("train_seconds", progress.result.train_seconds, entry.time, 0)])
+                self._log_model(child, progress.result)
             case RowMeasured():
                 self._send_row(progress, entry.time)
+
+    def _log_model(self, child: str, trained: StageResult) -> None:
+        """Log what the stage hands on as one of MLflow's models, where the recipe asks for it and it is there still."""
+        wanted, last = self.experiment.tracking.models, trained.stage == len(self.experiment.tasks)
+        folder = self.folder / "stages" / f"{trained.stage}-{trained.task}" / "model"
+        if self.search is not None or wanted == "none" or (wanted == "last" and not last) or not folder.is_dir():
+            return
+        from orchestrate.stage_models import log_model  # takes seconds to import
+
+        name = f"{trained.stage}-{trained.task}".replace(".", "_")  # which MLflow does not take
+        log_model(self.client, self.experiment_id, child, name, folder, self._words(trained.stage))
+
+    def _words(self, stage: int) -> tuple[Sequence[str], Sequence[str]]:
+        """Class names and templates of a stage's task; none where its folder cannot be read from here."""
+        try:
+            task = open_tasks(self.experiment)[1][stage - 1]
+        except InputError:
+            return (), ()
+        return task.classnames, task.templates
 
     def _send_row(self, row: RowMeasured, time: int) -> None:
         cells = _row(row.accuracy, time, row.stage)

@@ -65,6 +65,9 @@ class Compute(Strict):
     )
     evaluation_batch_size: PositiveInt = Field(256, description="Test images a worker encodes at once")
     checkpoint: Checkpoint = Checkpoint()
+    snapshots_every: PositiveInt | None = Field(
+        None, description="Keep a stage's weights every so many steps, for `zscl average`; a whole model each"
+    )
     max_failures: NonNegativeInt = Field(
         3, description="Times in a row that a failed worker group is started again without having come further"
     )
@@ -102,3 +105,6 @@ class Tracking(Strict):
 
     uri: str | None = Field(None, description="Any MLflow tracking URI; default: mlflow.db beside the run's folder")
     experiment: str = Field("zscl", min_length=1)
+    models: Literal["all", "last", "none"] = Field(
+        "all", description="Which stages' models join MLflow's, as copies; of a search's trials, none do"
+    )

@@ -64,3 +64,29 @@ class Evaluation(Strict):
         description="Of the accuracy matrix under each protocol, where all stages of a run were judged on its tasks"
     )
     versions: dict[str, str]
+
+
+class TriedAverage(Strict):
+    """What a stage would have handed on with another average, or merged with an anchor; accuracies are shares of 1."""
+
+    kind: Literal["none", "mean", "exponential"]
+    every: PositiveInt | None = None
+    decay: float | None = None
+    share: float = Field(0.0, description="Of the anchor, in what is handed on")
+    merges: NonNegativeInt = Field(description="Models in the average")
+    own: bool = Field(description="Whether this is what the run's method handed on")
+    accuracy: dict[str, float] = Field(description="On each task")
+    trained: float = Field(description="On the stage's task")
+    earlier: float | None = Field(description="Mean over the tasks before it")
+    later: float | None = Field(description="Mean over the tasks behind it: what zero-shot ability is left")
+
+
+class TriedAverages(Strict):
+    """`averages.json`."""
+
+    stage: PositiveInt
+    task: str
+    snapshots_every: PositiveInt
+    anchor: Literal["stage_start", "initial"]
+    start: dict[str, float] = Field(description="The stage's start, on each task")
+    tried: Many[TriedAverage]

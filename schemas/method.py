@@ -214,8 +214,9 @@ def _without_empty_name(data: dict[str, Any]) -> dict[str, Any]:
 def _difference(mine: dict[str, Any], other: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in mine.items():
-        if isinstance(value, dict) and isinstance(other[key], dict):
-            found |= _difference(value, other[key], f"{prefix}{key}.")
-        elif value != other[key]:
+        theirs = other.get(key)
+        if isinstance(value, dict):  # a part that the preset does not have differs in all its settings
+            found |= _difference(value, theirs if isinstance(theirs, dict) else {}, f"{prefix}{key}.")
+        elif key not in other or value != theirs:
             found[prefix + key] = value
     return found

@@ -11,6 +11,7 @@ A run's folder is its own checkpoint. Every file in it appears whole, and what i
     stages/<k>-<task>/training.json     what the stage cost; with it, the stage is trained
     stages/<k>-<task>/accuracy.json     the row after it; with it, the stage is finished
     *.part.json                         a row of which only some cells are measured
+    snapshots/<k>-<task>/               weights along stage k, where asked for (see `zscl.snapshots`)
     result.json                         everything; with it, the run is finished
 """
 

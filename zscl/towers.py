@@ -304,9 +304,14 @@ class UsedEmbeddings:
     def restore(self, clip: nn.Module) -> None:
         """Put the whole table, with the trained rows in it, into this model or a copy of it."""
         embedding = TextTower.of(clip).token_embedding
+        embedding.weight = nn.Parameter(self.table(embedding.weight))
+
+    @torch.no_grad()
+    def table(self, rows: torch.Tensor) -> torch.Tensor:
+        """The whole table, with the trained rows in it."""
         whole = self.whole.detach().clone()
-        whole[self.rows] = embedding.weight
-        embedding.weight = nn.Parameter(whole)
+        whole[self.rows] = rows
+        return whole
 
 
 # ------------------------------------------------------------------------------------------------- the student
@@ -372,6 +377,15 @@ class Towers(nn.Module):
         """Give the model, or a copy of it made since, its whole token embedding back."""
         if self._used is not None:
             self._used.restore(clip)
+
+    def trained(self) -> dict[str, torch.Tensor]:
+        """The trained parameters by name, the token embedding whole."""
+        found = {name: each.detach() for name, each in self.clip.named_parameters() if each.requires_grad}
+        if self._used is not None:
+            used = TextTower.of(self.clip).token_embedding.weight
+            [name] = [name for name, each in self.clip.named_parameters() if each is used]
+            found[name] = self._used.table(used)
+        return found
 
     def _images(self, images: torch.Tensor) -> torch.Tensor:
         if self.images_at_once is None or len(images) <= self.images_at_once:

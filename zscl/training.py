@@ -26,6 +26,7 @@ from zscl.distributed import gather_sentences, gather_with_gradient, rank, share
 from zscl.model import Clip, image_size, precision_context
 from zscl.objective import Batch, Features, Objective, Teacher
 from zscl.shards import Sample, Samples, seed_of
+from zscl.snapshots import Snapshots, place_of
 from zscl.streams import Decode, Loader, TrainingImages
 from zscl.tasks import TaskFolder
 from zscl.towers import Towers
@@ -160,6 +161,7 @@ def train_stage(
     optimizer = adamw(trained, task.learning_rate or optimisation.learning_rate, experiment)
     schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(step, optimisation.warmup_steps, steps))
     handed_on = [hand_on(average, model, start, experiment.compute.savings.multi_tensor) for average in averages]
+    followers: list[HandOn | Snapshots] = [*handed_on, *snapshots_of(experiment, stage, checkpoint, towers)]
     curves = Curves(stage, task.name, sum(batch_sizes), report)
     loader = loader_of(experiment.compute, device, report)
     under_way = UnderWay(experiment.seed, stage, model, optimizer, schedule, handed_on, curves, loader)
@@ -171,14 +173,14 @@ def train_stage(
         under_way.seed_step(step)
         learning_rate = float(schedule.get_last_lr()[0])
         named, norm = train_step(student, losses_of, optimizer, schedule, next(batches), optimisation.max_gradient_norm)
-        for each in handed_on:
-            each.after_step(step)
+        for follower in followers:
+            follower.after_step(step)
         curves.add(step, learning_rate, named, norm)
         if step + 1 == checkpoints.next_look < steps:
             curves.flush()
             checkpoints.look(step + 1, under_way.state)
-    for each in handed_on:
-        each.after_step(steps)
+    for follower in followers:
+        follower.after_step(steps)
 
     curves.flush()
     for each in handed_on:
@@ -202,6 +204,15 @@ def train_stage(
     )
     results = [result.model_copy(update={"merges": each.merges}) for each in handed_on]
     return [(each.model, result) for each, result in zip(handed_on, results, strict=True)], curves.steps
+
+
+def snapshots_of(experiment: Experiment, stage: int, checkpoint: Path | None, towers: Towers) -> list[Snapshots]:
+    """What keeps a stage's weights along the way, beside its checkpoint, where the recipe asks for it."""
+    every, task = experiment.compute.snapshots_every, experiment.tasks[stage - 1]
+    if every is None or checkpoint is None:
+        return []
+    place = place_of(checkpoint.parent, stage, task.name)
+    return [Snapshots(place, every, experiment.stage_steps(task), towers.trained)]
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Command
+from mlflow.tracking import MlflowClient
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,6 +30,10 @@ def test_the_demo_ends_with_the_comparison_and_the_store(
         assert (tmp_path / "demo" / method / "stages/2-shapes/model/open_clip_config.json").is_file()
     assert "finetune" in found.out
     assert f"mlflow ui --backend-store-uri sqlite:///{tmp_path}/demo/mlflow.db" in found.out
+    client = MlflowClient(f"sqlite:///{tmp_path}/demo/mlflow.db")
+    for run in client.search_runs(["1"], "tags.`zscl.level` = 'sequence'"):
+        [page] = client.list_artifacts(run.info.run_id, "comparison")
+        assert page.path == "comparison/comparison.html"
     again = zscl("demo", "--out", tmp_path / "demo", *toy, "--json")
     assert again.error.count("finished before, nothing to do") == 2
     assert [row["method"] for row in json.loads(again.out)["rows"]][:2] == ["zero-shot", "finetune"]

@@ -141,6 +141,8 @@ def test_a_changed_preset_says_what_was_changed() -> None:
     changed = Method.model_validate({"preset": "zscl", "average": {"every": 7}, "consolidate": None})
     assert changed.name == "zscl"
     assert changed.changes == {"average.every": 7, "consolidate": None}
+    added = Method.model_validate({"preset": "finetune", "merge": {"share": 0.5}})
+    assert added.changes == {"merge.anchor": "stage_start", "merge.share": 0.5}
     assert Method.model_validate(changed.model_dump()) == changed
 
 

@@ -1,0 +1,67 @@
+"""Each stage's model among MLflow's models: loaded by `mlflow.pyfunc.load_model`, registered like any other."""
+
+import tempfile
+import warnings
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlflow.pyfunc
+from mlflow.entities import LoggedModelOutput
+from mlflow.models import Model, ModelSignature
+from mlflow.tracking import MlflowClient
+from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
+from mlflow.types.type_hints import AnyType
+
+CODE = Path(__file__).with_name("zero_shot_classifier.py")
+REQUIREMENTS = ("open_clip_torch", "torch", "torchvision", "pandas", "pillow")
+READY = "READY"
+# Of an input example that it would like: ours would be a picture.
+warnings.filterwarnings("ignore", module="mlflow.pyfunc")
+
+
+def log_model(
+    client: MlflowClient, experiment: str, run: str, name: str, folder: Path, words: tuple[Sequence[str], Sequence[str]]
+) -> None:
+    """Log an open_clip folder as the model of a stage's run, unless it is there.
+
+    Args:
+        client: of the store.
+        experiment: the run's.
+        run: the stage's.
+        name: of the model.
+        folder: the model's, as open_clip's `local-dir:` reads it.
+        words: class names and templates that the model takes where it is given none.
+    """
+    query = f"name = '{name}' AND source_run_id = '{run}'"
+    found = list(client.search_logged_models([experiment], query, max_results=1))
+    if found and str(found[0].status) == READY:
+        return
+    made = found[0] if found else client.create_logged_model(experiment, name, run, model_type="zero-shot classifier")
+    with tempfile.TemporaryDirectory(prefix="zscl-model-") as scratch:
+        place = Path(scratch, "model")
+        save(place, folder, words, made.model_id)
+        client.log_model_artifacts(made.model_id, str(place))
+    client.finalize_logged_model(made.model_id, READY)
+    client.log_outputs(run, [LoggedModelOutput(made.model_id, step=0)])
+
+
+def save(place: Path, folder: Path, words: tuple[Sequence[str], Sequence[str]], model_id: str | None = None) -> None:
+    """Write an MLflow model with two flavours: `python_function`, and `open_clip`, which names the folder in it."""
+    classes, templates = map(list, words)
+    params: list[Any] = [
+        ParamSpec("classes", "string", default=classes, shape=(-1,)),
+        ParamSpec("templates", "string", default=templates, shape=(-1,)),
+    ]
+    signature = ModelSignature(Schema([ColSpec(AnyType(), "image")]), params=ParamSchema(params))
+    model = Model(model_id=model_id)
+    model.add_flavor("open_clip", data=f"artifacts/{folder.name}", open_clip_version=version("open_clip_torch"))
+    mlflow.pyfunc.save_model(
+        place,
+        python_model=CODE,
+        artifacts={"open_clip": str(folder)},
+        mlflow_model=model,
+        signature=signature,
+        pip_requirements=[f"{library}=={version(library)}" for library in REQUIREMENTS],
+    )

@@ -1,0 +1,77 @@
+"""A stage's model in MLflow: loaded without zscl, it says what the run's own evaluation says; it can be registered."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import mlflow
+import pandas as pd
+import pytest
+import torch
+from mlflow.tracking import MlflowClient
+from PIL import Image
+
+from orchestrate import recipes
+from orchestrate.shipping import sync
+from schemas.data import Task
+from schemas.experiment import Experiment
+from schemas.results import Result
+from zscl.sequence import run_sequence
+from zscl.tasks import TaskFolder
+
+Make = Callable[..., Experiment]
+
+
+@pytest.fixture
+def sent(experiment: Make, tmp_path: Path, tasks: list[str], empty_store: Path) -> Callable[..., MlflowClient]:
+    """Run two stages, and send them to a store."""
+
+    def send(**tracking: str) -> MlflowClient:
+        uri = f"sqlite:///{tmp_path}/mlflow.db"
+        (tmp_path / "mlflow.db").write_bytes(empty_store.read_bytes())
+        made = experiment(tasks=tasks[:2], method="finetune", tracking={"uri": uri, **tracking})
+        run_sequence(made, tmp_path / "run", device=torch.device("cpu"))
+        recipes.write_experiment(made, tmp_path / "run/experiment.yaml")
+        for _ in range(2):  # what is sent twice is there once
+            sync(tmp_path / "run", uri, lambda *_: None)
+        return MlflowClient(uri)
+
+    return send
+
+
+def test_it_answers_as_the_run_does(
+    sent: Callable[..., MlflowClient], tmp_path: Path, tasks: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = sent()
+    models = {model.name: model for model in client.search_logged_models(["1"])}
+    assert sorted(models) == ["1-first", "2-second"]
+    [child] = client.search_runs(["1"], "tags.`zscl.stage` = '2'")
+    assert models["2-second"].source_run_id == child.info.run_id
+    assert [output.model_id for output in child.outputs.model_outputs] == [models["2-second"].model_id]
+
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    try:
+        model = mlflow.pyfunc.load_model(models["2-second"].model_uri)
+        version = mlflow.register_model(models["2-second"].model_uri, "squares")
+    finally:
+        mlflow.set_tracking_uri(None)
+    assert (version.name, str(version.version)) == ("squares", "1")
+    result = Result.model_validate_json((tmp_path / "run/result.json").read_text())
+    task = TaskFolder.open(Task.model_validate(tasks[1]))
+    samples = list(task.test.once(0, 1))
+    found = model.predict(pd.DataFrame({"image": [sample.image for sample in samples]}))
+    assert list(found.columns) == list(task.classnames)
+    assert found.sum(axis=1).tolist() == pytest.approx([1.0] * len(samples))
+    right = [task.classnames[task.label_of(sample)] for sample in samples] == found.idxmax(axis=1)
+    assert right.mean() == pytest.approx(result.accuracy_matrix[1][1])
+
+    Image.open(io.BytesIO(samples[0].image)).save(tmp_path / "one.png")
+    asked = {"classes": ["a cat", "red"], "templates": ["{c}"]}
+    two = model.predict(pd.DataFrame({"image": [str(tmp_path / "one.png"), samples[0].image]}), params=asked)
+    assert list(two.columns) == ["a cat", "red"]
+    assert two.iloc[0].tolist() == pytest.approx(two.iloc[1].tolist())
+
+
+@pytest.mark.parametrize(("models", "names"), [("last", ["2-second"]), ("none", [])])
+def test_which_stages_join(sent: Callable[..., MlflowClient], models: str, names: list[str]) -> None:
+    assert [model.name for model in sent(models=models).search_logged_models(["1"])] == names
