@@ -204,6 +204,7 @@ def _ended(experiment: "Experiment", folder: Path, result: "Result", offline: bo
     lines = [
         *(f"warning: {sentence}" for sentence in result.warnings),
         f"{figures}  (zero-shot transfer {report.percent(result.zero_shot_metrics.transfer)})",
+        f"time    {report.where_time_went(result)}",
         f"run     {folder}",
         f"models  {folder}/stages/<k>-<task>/model  (open_clip: local-dir:…)",
         f"MLflow  {places.browse_command(uri) if uri else f'zscl sync {folder}'}",

@@ -17,7 +17,16 @@ from rich.progress import (
 )
 
 from schemas.experiment import Experiment
-from schemas.results import ImagesEmbedded, Note, RowMeasured, StageStarted, StageTrained, StepsTaken, TaskEvaluated
+from schemas.results import (
+    ImagesEmbedded,
+    Note,
+    RowMeasured,
+    StageStarted,
+    StageTrained,
+    StepsTaken,
+    TaskEvaluated,
+    WorkersUsed,
+)
 from schemas.search import Search, TrialEnded, TrialNews, TrialStarted, direction_of
 
 LINE_EVERY_SECONDS = 15.0
@@ -91,6 +100,7 @@ class Display:
     def __init__(self, experiment: Experiment, bar: Bar) -> None:
         self.bar = bar
         self.steps = [experiment.stage_steps(task) for task in experiment.tasks]
+        self._workers = ""
 
     def __call__(self, progress: BaseModel) -> None:
         """Show one piece of progress."""
@@ -108,8 +118,10 @@ class Display:
                 self.bar.update(
                     f"{self._where(progress.stage)} {progress.task}",
                     self._before(progress.stage) + last.step + 1,
-                    detail=f"{progress.images_per_second:.0f} images/s  {losses}",
+                    detail=f"{progress.images_per_second:.0f} images/s{self._workers}  {losses}",
                 )
+            case WorkersUsed():
+                self._workers = f" ({_used(progress)})"
             case TaskEvaluated():
                 self.bar.update(f"{self._where(progress.stage)}: evaluating {progress.task}", self.bar.done)
             case RowMeasured():
@@ -121,6 +133,17 @@ class Display:
 
     def _before(self, stage: int) -> int:
         return sum(self.steps[: stage - 1])
+
+
+def _used(used: WorkersUsed) -> str:
+    """What the workers use, in a few words: each one's images, and the worst of the rest."""
+    images = " + ".join(f"{worker.images_per_second:.0f}" for worker in used.workers)
+    waits = 100 * max(worker.loader_wait_share for worker in used.workers)
+    memory = max(worker.memory_megabytes for worker in used.workers)
+    gpus = [worker.gpu_memory_megabytes for worker in used.workers if worker.gpu_memory_megabytes is not None]
+    gpu = f", {max(gpus):.0f} MB of GPU" if gpus else ""
+    by_worker = f"by worker {images}, " if len(used.workers) > 1 else ""
+    return f"{by_worker}waits for data {waits:.0f} %, {memory:.0f} MB{gpu}"
 
 
 class SearchDisplay:

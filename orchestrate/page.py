@@ -21,6 +21,9 @@ MOST_POINTS = 60  # of a loss curve
 HEIGHT = 150  # pixels of a small chart
 # Colours that can be told apart by whoever sees few of them (Okabe & Ito), on light and on dark.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6BB1", "#7F7F7F"]
+# What the page's two lists choose, in every chart.
+SHOWN_METHOD = "shown_method == null || datum.method == shown_method"
+SHOWN_TASK = "shown_task == null || datum.task == shown_task"
 INK = "currentColor"  # whatever the page writes with, by day and by night
 THEME = {
     "background": "transparent",
@@ -61,6 +64,7 @@ def page(comparison: "Comparison", rows: Sequence["Row"], baseline: str | None) 
         head=head,
         groups=groups,
         baseline=baseline,
+        methods=list(comparison.groups),
         published=[row for row in rows if str(row["run"]).startswith("published")],
         costs=[(run, _cost(rows, run.name)) for run in comparison.runs],
         tasks=comparison.tasks,
@@ -116,7 +120,7 @@ def _figures(comparison: "Comparison") -> Any:
     bars = base.mark_bar(cornerRadius=2).encode(
         y=y,
         x=alt.X("mean:Q", title="%"),
-        color=alt.Color("method:N", sort=None, title=None),
+        color=_colour(comparison),
         tooltip=tooltip,
     )
     spreads = base.mark_rule(color=INK).encode(y=y, x="low:Q", x2="high:Q")
@@ -125,6 +129,8 @@ def _figures(comparison: "Comparison") -> Any:
         alt.layer(bars, spreads, zero_shot)
         .properties(width=220, height={"step": 26})
         .facet(facet=alt.Facet("figure:N", title=None, sort=list(MAIN)), columns=2)
+        .transform_filter(SHOWN_METHOD)
+        .add_params(*_shown())
         .resolve_scale(x="independent")
     )
 
@@ -143,9 +149,7 @@ def _accuracy_by_stage(comparison: "Comparison") -> Any:
             for index, value in enumerate(row):
                 point = {"run": run.name, "method": run.label, "task": names[index], "stage": stage}
                 values.append(point | {"accuracy": 100 * value, "trained": stage == index + 1})
-    method = _choice("method", list(comparison.groups), "Method ")
-    task = _choice("task", comparison.tasks, "Task ")
-    base = alt.Chart(alt.Data(values=values)).transform_filter(method).transform_filter(task)
+    base = alt.Chart(alt.Data(values=values))
     tooltip = [
         alt.Tooltip("run:N"),
         alt.Tooltip("method:N"),
@@ -155,22 +159,28 @@ def _accuracy_by_stage(comparison: "Comparison") -> Any:
     ]
     x = alt.X("stage:Q", title="stages trained", axis=alt.Axis(tickMinStep=1, format="d"))
     y = alt.Y("accuracy:Q", title="%", scale=alt.Scale(domain=[0, 100]))
-    colour = alt.Color("method:N", sort=None, title=None)
+    colour = _colour(comparison)
     lines = base.mark_line(strokeWidth=1.6).encode(x=x, y=y, color=colour, detail="run:N")
     points = base.mark_point(filled=True, size=34).encode(x=x, y=y, color=colour, tooltip=tooltip)
     trained = base.transform_filter("datum.trained").mark_point(size=120, strokeWidth=2).encode(x=x, y=y, color=colour)
     return (
         alt.layer(lines, points, trained)
         .properties(width=220, height=HEIGHT)
-        .add_params(method, task)
         .facet(facet=alt.Facet("task:N", title=None, sort=comparison.tasks), columns=3)
+        .transform_filter(SHOWN_METHOD)
+        .transform_filter(SHOWN_TASK)
+        .add_params(*_shown())
     )
 
 
-def _choice(field: str, options: list[str], name: str) -> Any:
-    """A list to choose from, which is a native one: by mouse, finger or keyboard."""
-    bound = alt.binding_select(options=[None, *options], labels=["all", *options], name=name)
-    return alt.selection_point(fields=[field], bind=bound, name=f"chosen_{field}")
+def _colour(comparison: "Comparison") -> Any:
+    """A colour a method, which it keeps whatever else is shown."""
+    return alt.Color("method:N", sort=None, title=None, scale=alt.Scale(domain=list(comparison.groups)))
+
+
+def _shown() -> list[Any]:
+    """The method and the task that are shown; the page sets them in all charts at once."""
+    return [alt.param(name=name, value=None) for name in ("shown_method", "shown_task")]
 
 
 def _matrices(comparison: "Comparison") -> Any:
@@ -181,10 +191,10 @@ def _matrices(comparison: "Comparison") -> Any:
         stages = [ZERO_SHOT, *names]
         for stage, row in enumerate([run.result.zero_shot, *run.result.accuracy_matrix]):
             for index, value in enumerate(row):
-                cell = {"run": run.name, "after": f"{stage} {stages[stage]}", "task": names[index]}
+                cell = {"run": run.name, "method": run.label, "task": names[index]}
+                cell["after"] = f"{stage} {stages[stage]}"
                 values.append(cell | {"accuracy": 100 * value, "trained": stage == index + 1})
-    run = _choice("run", [each.name for each in comparison.runs], "Run ")
-    base = alt.Chart(alt.Data(values=values)).transform_filter(run)
+    base = alt.Chart(alt.Data(values=values))
     x = alt.X("task:N", title=None, sort=None, axis=alt.Axis(labelAngle=-40))
     y = alt.Y("after:N", title="after stage", sort=None)
     tooltip = [
@@ -207,8 +217,10 @@ def _matrices(comparison: "Comparison") -> Any:
     return (
         alt.layer(cells, framed, numbers)
         .properties(width={"step": 34}, height={"step": 24})
-        .add_params(run)
         .facet(facet=alt.Facet("run:N", title=None, sort=None), columns=2)
+        .transform_filter(SHOWN_METHOD)
+        .transform_filter(SHOWN_TASK)
+        .add_params(*_shown())
     )
 
 
@@ -224,15 +236,14 @@ def _losses(comparison: "Comparison") -> Any | None:
         return None
     stages = sorted({value["stage"] for value in values})
     bound = alt.binding_select(options=stages, name="Stage ")
-    stage = alt.selection_point(fields=["stage"], bind=bound, value=stages[0], name="chosen_stage")
+    stage = alt.param(name="shown_stage", value=stages[0], bind=bound)
     return (
         alt.Chart(alt.Data(values=values))
-        .transform_filter(stage)
         .mark_line(strokeWidth=1.4)
         .encode(
             x=alt.X("step:Q", title="step"),
             y=alt.Y("value:Q", title=None, scale=alt.Scale(zero=False)),
-            color=alt.Color("method:N", sort=None, title=None),
+            color=_colour(comparison),
             detail="run:N",
             tooltip=[
                 alt.Tooltip("run:N"),
@@ -242,8 +253,10 @@ def _losses(comparison: "Comparison") -> Any | None:
             ],
         )
         .properties(width=220, height=HEIGHT)
-        .add_params(stage)
         .facet(facet=alt.Facet("loss:N", title=None), columns=3)
+        .transform_filter(SHOWN_METHOD)
+        .transform_filter("datum.stage == shown_stage")
+        .add_params(*_shown(), stage)
         .resolve_scale(y="independent")
     )
 

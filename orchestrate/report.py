@@ -106,6 +106,18 @@ def label_of(result: Result) -> str:
     return f"{result.method} ({changes})" if changes else result.method
 
 
+def where_time_went(result: Result) -> str:
+    """In a line, what the main worker did with its time while it trained and evaluated."""
+    parts: dict[str, float] = {}
+    for stage in result.stages:
+        for part, seconds in (stage.seconds_by_part if not stage.shared else {}).items():
+            parts[part] = parts.get(part, 0.0) + seconds
+    parts["evaluation"] = result.evaluation_seconds
+    whole = sum(parts.values())
+    shares = sorted(parts.items(), key=lambda part: -part[1])
+    return f"{whole / 60:.1f} min: " + ", ".join(f"{part} {100 * value / whole:.0f} %" for part, value in shares)
+
+
 # ------------------------------------------------------------------------------------------------- pictures
 
 

@@ -47,6 +47,7 @@ from schemas.results import (
     StageStarted,
     StageTrained,
     StepsTaken,
+    WorkersUsed,
 )
 from schemas.secrets import mask
 from zscl.opened import open_tasks
@@ -295,6 +296,8 @@ class Record:
                 child = self._child(progress.result.stage, entry.time)
                 self._log(child, [Metric("train_seconds", progress.result.train_seconds, entry.time, 0)])
                 self._log_model(child, progress.result)
+            case WorkersUsed():
+                self._log(self._child(progress.stage, entry.time), _usage(progress, entry.time))
             case RowMeasured():
                 self._send_row(progress, entry.time)
 
@@ -392,6 +395,25 @@ def _curves(entry: JournalEntry) -> list[Metric]:
         curves += [Metric(f"loss/{name}", value, time, step.step) for name, value in step.losses.items()]
     curves.append(Metric("images_per_second", taken.images_per_second, time, taken.steps[-1].step))
     return curves
+
+
+def _usage(used: WorkersUsed, time: int) -> list[Metric]:
+    """Where MLflow's pages look for system metrics, and as its own are called."""
+    metrics = []
+    for number, worker in enumerate(used.workers):
+        figures = {
+            "images_per_second": worker.images_per_second,
+            "loader_wait_percentage": 100 * worker.loader_wait_share,
+            "cpu_utilization_percentage": 100 * worker.cpu_cores,
+            "process_memory_usage_megabytes": worker.memory_megabytes,
+            "gpu_memory_usage_megabytes": worker.gpu_memory_megabytes,
+        }
+        metrics += [
+            Metric(f"system/worker-{number}/{name}", value, time, used.step)
+            for name, value in figures.items()
+            if value is not None
+        ]
+    return metrics
 
 
 def _row(accuracy: dict[str, float], time: int, stage: int) -> list[Metric]:

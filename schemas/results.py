@@ -44,6 +44,10 @@ class StageResult(Strict):
     peak_memory_megabytes: float | None = Field(
         None, description="Of the main worker: allocated on its GPU, or its process's resident memory by then"
     )
+    seconds_by_part: dict[str, float] = Field(
+        default_factory=dict,
+        description="Where the main worker's time went: data, student, teacher, averaging, checkpoint",
+    )
     merges: NonNegativeInt = Field(description="Models in the weight ensemble, the stage's start included")
     losses: dict[str, float] = Field(description="Each named loss at the last step")
     warnings: Many[str] = Field((), description="What looks like a failed stage, a sentence each")
@@ -140,6 +144,25 @@ class StepsTaken(Strict):
     images_per_second: float
 
 
+class WorkerUse(Strict):
+    """What one worker has used of late."""
+
+    images_per_second: float = Field(description="Its own, task and distilled images")
+    loader_wait_share: float = Field(description="Of its time, that it waited for images to be read and decoded")
+    cpu_cores: float = Field(description="Cores' worth of CPU time, its loader processes not among it")
+    memory_megabytes: float = Field(description="Resident")
+    gpu_memory_megabytes: float | None = Field(None, description="That torch holds of its GPU")
+
+
+class WorkersUsed(Strict):
+    """What every worker has used since the last such report, in the order of their ranks."""
+
+    event: Literal["workers_used"] = "workers_used"
+    stage: int
+    step: int
+    workers: Many[WorkerUse]
+
+
 class StageTrained(Strict):
     """The stage's model is on disk."""
 
@@ -199,6 +222,7 @@ Progress = Annotated[
     RunStarted
     | StageStarted
     | StepsTaken
+    | WorkersUsed
     | CheckpointWritten
     | StageTrained
     | TaskEvaluated

@@ -58,6 +58,11 @@ def test_own_tasks_from_folders_to_a_comparison(
             without_ray()  # the first run went through it, as the user's do
     assert {path.name for path in (own / "runs").iterdir()} >= {"own-zscl", "own-finetune", "comparison"}
     assert (own / "runs/own-zscl/result.json").read_text().count('"stage"') == 2
+    for command in commands("More from the same models"):
+        found = zscl(*command)
+        assert found.code == 0, (command, found.error)
+    assert (own / "runs/own-zscl/evaluation/evaluation.json").is_file()
+    assert (own / "runs/own-snapshots/averages/2-vehicles/averages.png").is_file()
     [resume] = commands("When a run is interrupted")
     found = zscl(*resume)
     assert (found.code, "finished before, nothing to do" in found.error) == (0, True)

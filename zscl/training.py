@@ -1,7 +1,6 @@
 """One stage: the step, and the loop that reads straight down."""
 
 import math
-import resource
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from schemas.compute import Compute
 from schemas.experiment import Experiment
 from schemas.method import Average
-from schemas.results import CheckpointWritten, Note, StageResult, StepLosses, StepsTaken
+from schemas.results import CheckpointWritten, Note, StageResult, StepLosses, StepsTaken, WorkersUsed
 from zscl import objective
 from zscl.averaging import HandOn, hand_on, trained_parameters
 from zscl.checkpoint import Checkpoints, State, fits, read_checkpoint
@@ -30,8 +29,9 @@ from zscl.snapshots import Snapshots, place_of
 from zscl.streams import Decode, Loader, TrainingImages
 from zscl.tasks import TaskFolder
 from zscl.towers import Towers
+from zscl.usage import Clock, Usage, peak_memory
 
-Report = Callable[[StepsTaken | CheckpointWritten | Note], None]
+Report = Callable[[StepsTaken | CheckpointWritten | WorkersUsed | Note], None]
 
 
 @dataclass(frozen=True)
@@ -148,6 +148,9 @@ def train_stage(
     blended = any(average and average.start_share for average in averages)
     looks_back = experiment.method.consolidate is not None or blended
     start = [parameter.detach().clone() for parameter in trained] if looks_back else []
+    clock = Clock()
+    if teacher is not None:
+        teacher = replace(teacher, image_features=clock.around("teacher", teacher.image_features))
     losses_of = objective.build(experiment, trained, start, teacher)
     batch_sizes = [optimisation.batch_size, *([optimisation.reference_batch_size] if teacher else [])]
     student = Student(
@@ -164,21 +167,26 @@ def train_stage(
     followers: list[HandOn | Snapshots] = [*handed_on, *snapshots_of(experiment, stage, checkpoint, towers)]
     curves = Curves(stage, task.name, sum(batch_sizes), report)
     loader = loader_of(experiment.compute, device, report)
-    under_way = UnderWay(experiment.seed, stage, model, optimizer, schedule, handed_on, curves, loader)
+    under_way = UnderWay(experiment.seed, stage, model, optimizer, schedule, handed_on, curves, loader, clock)
     first_step = under_way.go_on(checkpoint)
     batches = training_batches(experiment, stage, folder, clip, teacher.images if teacher else None, loader, first_step)
+    batches = clock.over("data", batches)
+    usage = Usage(stage, sum(map(len, map(share, batch_sizes))), clock, device, report)
     checkpoints = Checkpoints(checkpoint, experiment.compute.checkpoint, report, asked_to_stop, first_step)
 
     for step in range(first_step, steps):
         under_way.seed_step(step)
         learning_rate = float(schedule.get_last_lr()[0])
         named, norm = train_step(student, losses_of, optimizer, schedule, next(batches), optimisation.max_gradient_norm)
-        for follower in followers:
-            follower.after_step(step)
+        with clock("averaging"):
+            for follower in followers:
+                follower.after_step(step)
         curves.add(step, learning_rate, named, norm)
         if step + 1 == checkpoints.next_look < steps:
             curves.flush()
-            checkpoints.look(step + 1, under_way.state)
+            with clock("checkpoint"):
+                checkpoints.look(step + 1, under_way.state)
+            usage.look(step + 1)
     for follower in followers:
         follower.after_step(steps)
 
@@ -197,6 +205,7 @@ def train_stage(
         train_seconds=curves.seconds,
         images_per_second=steps * sum(batch_sizes) / curves.seconds,
         peak_memory_megabytes=peak_memory(device),
+        seconds_by_part=clock.seconds | {"student": curves.seconds - sum(clock.seconds.values())},
         merges=handed_on[0].merges,
         losses=curves.steps[-1].losses,
         warnings=tuple(curves.explosions),
@@ -227,6 +236,7 @@ class UnderWay:
     handed_on: Sequence[HandOn]
     curves: Curves
     loader: Loader
+    clock: Clock
 
     def seed_step(self, step: int) -> None:
         """Make what is random in the model (dropout) a function of the step, so that no generator need be kept."""
@@ -243,6 +253,7 @@ class UnderWay:
             "handed_on": [each.state_dict() for each in self.handed_on],
             "curves": [step.model_dump() for step in self.curves.steps],
             "seconds": self.curves.seconds,
+            "seconds_by_part": dict(self.clock.seconds),
             "broken": gather_sentences(self.loader.broken),
         }
 
@@ -266,6 +277,7 @@ class UnderWay:
         for each, kept in zip(self.handed_on, state["handed_on"], strict=True):
             each.load_state_dict(kept)
         self.curves.take_up([StepLosses.model_validate(step) for step in state["curves"]], state["seconds"])
+        self.clock.seconds.update(state.get("seconds_by_part", {}))
         self.loader.broken.update(dict.fromkeys(state["broken"]))
         note(f"stage {self.stage} goes on behind step {state['step']}")
         return int(state["step"])
@@ -330,13 +342,6 @@ def training_batches(
         keep_in=keep_in,
     ).batches(replace(loader, labels_stay=True))
     return (Batch(*ours, *theirs) for ours, theirs in zip(images, references, strict=True))
-
-
-def peak_memory(device: torch.device) -> float:
-    """Megabytes that this process has taken up at most, so far: on its GPU, or in all."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3  # Linux counts in kilobytes
 
 
 def choose_trained(model: nn.Module, train: str) -> None:

@@ -196,15 +196,27 @@ def test_the_page_draws_itself_without_a_network(runs: dict[str, Path], zscl: Zs
     page = tmp_path / "comparison.html"
     assert page.stat().st_size < 3_000_000
     assert " src=" not in page.read_text().partition("<script")[0]
-    command = [
-        str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
-        "--host-resolver-rules=MAP * ~NOTFOUND", "--virtual-time-budget=10000", "--dump-dom", f"file://{page}",
-    ]  # fmt: skip
-    drawn = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
-    assert 'data-ready="yes"' in drawn
-    body = drawn.rpartition("<script")[0]
+
+    def drawn(query: str = "") -> str:
+        command = [
+            str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
+            "--host-resolver-rules=MAP * ~NOTFOUND", "--virtual-time-budget=10000", "--dump-dom",
+            f"file://{page}{query}",
+        ]  # fmt: skip
+        dom = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+        assert 'data-ready="yes"' in dom
+        return dom.rpartition("<script")[0]
+
+    body = drawn()
     assert body.count("<svg") == 4  # figures, accuracies, matrices, losses
-    for label in ("Task ", "Method ", "Run ", "Stage "):
-        assert f">{label}" in body or label in body
+    for label in ("Task ", "Method ", "Stage "):
+        assert label in body
     assert "published, MTIL order I" in body
-    assert body.count("<option") >= 3 + 4 + 5 + 3
+    assert body.count("<option") == 1 + 2 + 1 + 3 + 3  # methods, tasks, stages
+    whole, one = (
+        text.partition('id="chart-matrices"')[2].partition("</section>")[0]
+        for text in (body, drawn("?method=finetune&task=second"))
+    )
+    assert all(name in whole for name in ("zscl-0", "finetune-0", ">first<", ">second<"))
+    assert all(name in one for name in ("finetune-0", ">second<"))
+    assert not any(name in one for name in ("zscl-0", ">first<"))

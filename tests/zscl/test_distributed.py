@@ -15,9 +15,11 @@ from safetensors.torch import load_file
 
 from schemas.experiment import Experiment
 from schemas.method import PRESETS
-from schemas.results import Result
+from schemas.results import Result, WorkersUsed
+from zscl import usage
 from zscl.checkpoint import StoppedError
 from zscl.distributed import share
+from zscl.journal import JOURNAL, JournalReader
 from zscl.sequence import run_sequence
 
 METHODS = {preset: {"preset": preset} for preset in PRESETS} | {
@@ -38,6 +40,7 @@ Jobs = list[tuple[str, Path]]
 
 def worker(rank: int, workers: int, port: int, jobs: Jobs) -> None:
     torch.set_num_threads(1)
+    usage.EVERY_SECONDS = 0.0  # as often as the workers look up
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=workers)
     for experiment, folder in jobs:
         # Stopped inside the first stage, then inside the second one.
@@ -95,6 +98,10 @@ def test_world_size_changes_nothing_for_any_preset(
         run_with(workers, [(each.model_dump_json(), tmp_path / str(workers) / name) for name, each in made.items()])
         for name in made:
             compare(tmp_path / str(workers) / name, tmp_path / "1" / name, workers)
+        entries = [entry.progress for entry in JournalReader(tmp_path / str(workers) / STOPPED / JOURNAL).new()]
+        used = [each for each in entries if isinstance(each, WorkersUsed)]
+        assert used
+        assert all(len(each.workers) == workers for each in used)
         whole, stopped = (tmp_path / str(workers) / name for name in ("zscl", STOPPED))
         for file in [*whole.glob("stages/*/losses.csv"), *whole.glob("stages/*/model/*.safetensors")]:
             assert file.read_bytes() == (stopped / file.relative_to(whole)).read_bytes(), file

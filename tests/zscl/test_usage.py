@@ -1,0 +1,52 @@
+"""What workers use is counted and told; what is counted adds up."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from schemas.experiment import Experiment
+from schemas.results import Result, WorkersUsed
+from zscl import usage
+from zscl.journal import JOURNAL, JournalReader
+from zscl.sequence import run_sequence
+from zscl.usage import Clock
+
+
+def test_a_clock_counts_blocks_items_and_calls() -> None:
+    clock = Clock()
+    with clock("block"):
+        time.sleep(0.02)
+    with pytest.raises(ValueError, match="inside"), clock("block"):
+        raise ValueError("inside")
+    assert list(clock.over("items", iter("abc"))) == ["a", "b", "c"]
+    slow = clock.around("calls", lambda pause: time.sleep(pause) or "done")
+    assert slow(0.03) == "done"
+    assert clock.seconds["block"] >= 0.02
+    assert clock.seconds["calls"] >= 0.03
+    assert clock.seconds["items"] < 0.01
+
+
+def test_a_stage_tells_what_it_used(
+    experiment: Callable[..., Experiment], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(usage, "EVERY_SECONDS", 0.0)
+    made = experiment(compute={"device": "cpu", "checkpoint": {"every_steps": 1}})
+    run_sequence(made, tmp_path / "run", device=torch.device("cpu"))
+    entries = [entry.progress for entry in JournalReader(tmp_path / "run" / JOURNAL).new()]
+    used = [each for each in entries if isinstance(each, WorkersUsed)]
+    assert [(each.stage, each.step) for each in used][:4] == [(1, 0), (1, 1), (1, 2), (1, 3)]
+    for each in used:
+        [worker] = each.workers
+        assert worker.images_per_second > 0
+        assert 0 <= worker.loader_wait_share <= 1
+        assert worker.memory_megabytes > 50
+        assert worker.gpu_memory_megabytes is None
+    result = Result.model_validate_json((tmp_path / "run/result.json").read_text())
+    for stage in result.stages:
+        parts = stage.seconds_by_part
+        assert set(parts) == {"data", "student", "teacher", "averaging", "checkpoint"}
+        assert min(parts.values()) >= 0
+        assert sum(parts.values()) == pytest.approx(stage.train_seconds, rel=0.1)
