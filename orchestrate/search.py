@@ -118,6 +118,10 @@ def prepare(file: Path, overrides: Sequence[str] = ()) -> Prepared:
             refusals.append(str(error))
     if refusals:
         raise InputError("\n".join(dict.fromkeys(refusals)))
+    if experiment.compute.evaluation == "overlapped":
+        raise InputError(
+            f"{file}: compute.evaluation is overlapped, expected inline: a trial's stage is judged before its next one"
+        )
     base = run.prepare(experiment)
     _check_objectives(search, base, file)
     return Prepared(search, content, file, base, search.fingerprint(base.fingerprint), _averages(search, content, file))

@@ -23,11 +23,12 @@ import ray.train.torch
 from pydantic import BaseModel, TypeAdapter
 from ray.exceptions import AuthenticationError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from orchestrate.access import loopback_alone, use_token
 from orchestrate.interruption import Interruption, end_on_sigterm
 from orchestrate.line import line_from_here, listening
+from orchestrate.overlap import on_ray
 from schemas.base import InputError
 from schemas.compute import Compute
 from schemas.experiment import Experiment
@@ -101,13 +102,15 @@ def check_resources(compute: Compute) -> bool:
     field, workers = (
         ("workers", compute.workers) if compute.min_workers is None else ("min_workers", compute.min_workers)
     )
-    wanted = {"CPU": workers * compute.cpus_per_worker}
+    evaluators = int(compute.evaluation == "overlapped")
+    wanted = {"CPU": (workers + evaluators) * compute.cpus_per_worker}
     if use_gpu:
-        wanted["GPU"] = workers * compute.gpus_per_worker
+        wanted["GPU"] = (workers + evaluators) * compute.gpus_per_worker
+    beside = " and one task beside them (compute.evaluation: overlapped)" if evaluators else ""
     for kind, amount in wanted.items():
         if amount > cluster.get(kind, 0.0):
             raise InputError(
-                f"compute.{field}: {workers} workers need {amount:g} {kind}s, found {cluster.get(kind, 0.0):g} "
+                f"compute.{field}: {workers} workers{beside} need {amount:g} {kind}s, found {cluster.get(kind, 0.0):g} "
                 "in the Ray cluster; expected fewer workers, less for each, or a larger cluster"
             )
     return use_gpu
@@ -281,14 +284,17 @@ def _work(config: dict[str, Any]) -> str:
 
     if ray.get(line.refused.remote()):  # the group was restarted; what was wrong with the input still is
         return ""
+    experiment, device, given = Experiment.model_validate_json(config["experiment"]), get_device(), config["given"]
+    if config["work"] == "run" and experiment.compute.evaluation == "overlapped":
+        given = given | {"elsewhere": on_ray(experiment, config["folder"], device.type == "cuda", line)}
     try:
         answer = WORK[config["work"]](
-            Experiment.model_validate_json(config["experiment"]),
+            experiment,
             config["folder"],
             report=report,
-            device=ray.train.torch.get_device(),
+            device=device,
             asked_to_stop=lambda: ray.get(line.asked_to_stop.remote()),
-            **config["given"],
+            **given,
         )
     except StoppedError as stop:
         ray.get(line.put.remote(f"{_STOPPED}{stop}"))

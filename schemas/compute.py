@@ -64,6 +64,11 @@ class Compute(Strict):
         0.01, description="Share of a set's samples that may be unusable; they are skipped and named"
     )
     evaluation_batch_size: PositiveInt = Field(256, description="Test images a worker encodes at once")
+    evaluation: Literal["inline", "overlapped"] = Field(
+        "inline",
+        description="overlapped: a row of the matrix is measured by a task of its own, with a worker's resources, "
+        "while the next stage trains; the same matrix",
+    )
     checkpoint: Checkpoint = Checkpoint()
     snapshots_every: PositiveInt | None = Field(
         None, description="Keep a stage's weights every so many steps, for `zscl average`; a whole model each"

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from pydantic import BaseModel, Field
@@ -26,7 +27,9 @@ from zscl.tasks import TaskFolder
 from zscl.training import loader_of
 
 Report = Callable[[BaseModel], None]
-ZERO_SHOT = "zero_shot.json"
+ZERO_SHOT, ACCURACY = "zero_shot.json", "accuracy.json"
+MOST_BEHIND = 2  # rows that training may be ahead of
+LOOK_EVERY_SECONDS = 0.5
 
 
 class AccuracyRow(Strict):
@@ -43,6 +46,11 @@ class AccuracyRow(Strict):
 def part_of(row: Path) -> Path:
     """Where a row is kept while its cells are measured."""
     return row.with_suffix(".part.json")
+
+
+def place_of(opened: Opened, folder: Path, stage: int) -> Path:
+    """A stage's folder in that of its run."""
+    return folder / "stages" / f"{stage}-{opened.tasks[stage - 1].name}"
 
 
 def refuse_other_run(folder: Path, fingerprint: str) -> None:
@@ -75,19 +83,33 @@ class Rows:
     store: StageStore | None = None
     seconds: float = 0.0
     warnings: list[str] = field(default_factory=list)
+    found: dict[int, AccuracyRow] = field(default_factory=dict)
 
-    def __call__(self, stage: int, clip: Clip, file: Path) -> AccuracyRow:
+    def measure(self, stage: int, clip: Clip) -> None:
         """Measure the model on every task, or read what was measured."""
-        row = self._read(file) or (
-            self._measure(stage, clip, file) if self.store is None else self._share(self.store, stage, clip, file)
-        )
+        file = self.file(stage)
+        row = self.read(file)
+        if row is None and self.store is not None:
+            row = self._share(self.store, stage, clip, file)
+        self.take(stage, row or self._measure(stage, clip, file))
+
+    def file(self, stage: int) -> Path:
+        """Where a stage's row lies; 0 is the zero-shot row."""
+        return place_of(self.opened, self.folder, stage) / ACCURACY if stage else self.folder / ZERO_SHOT
+
+    def measured(self) -> list[AccuracyRow]:
+        """The rows, in the order of their stages."""
+        return [self.found[stage] for stage in sorted(self.found)]
+
+    def take(self, stage: int, row: AccuracyRow) -> None:
+        """Take a row that is on disk, whole."""
         if rank() == 0:
-            remove(part_of(file))
+            remove(part_of(self.file(stage)))
         self.seconds += row.seconds
+        self.found[stage] = row
         self.report(RowMeasured(stage=stage, accuracy=row.accuracy))
         if stage > 0:
             self._doubt(stage, row)
-        return row
 
     def _share(self, store: StageStore, stage: int, clip: Clip, file: Path) -> AccuracyRow:
         """Measure a row, unless a run beside this one has measured the same."""
@@ -106,7 +128,7 @@ class Rows:
 
     def _measure(self, stage: int, clip: Clip, file: Path) -> AccuracyRow:
         nothing = AccuracyRow(fingerprint=self.opened.fingerprint, accuracy={}, images={}, seconds=0.0)
-        row = self._read(part_of(file)) or nothing
+        row = self.read(part_of(file)) or nothing
         started = time.perf_counter() - row.seconds
         unmeasured = [index for index, task in enumerate(self.opened.tasks) if task.name not in row.accuracy]
         embedded = self._embed_classes(clip, unmeasured)
@@ -126,7 +148,7 @@ class Rows:
             write_whole(file, row)
         return row
 
-    def _read(self, file: Path) -> AccuracyRow | None:
+    def read(self, file: Path) -> AccuracyRow | None:
         """A row that is on disk, as the main worker sees it: what is there decides what all of them do."""
         text = from_main_text(read_if_there(file, self.folder) if rank() == 0 else "")
         return AccuracyRow.model_validate_json(text) if text else None
@@ -185,6 +207,74 @@ class Rows:
             }
             for stage in range(len(names))
         ]
+
+
+class Handle(Protocol):
+    """Something that goes on elsewhere: a `concurrent.futures.Future`, say."""
+
+    def done(self) -> bool:
+        """Whether it has ended."""
+
+    def result(self) -> object:
+        """Wait for its end, and raise what it failed with."""
+
+
+Elsewhere = Callable[[int], Handle]
+
+
+@dataclass
+class RowsElsewhere(Rows):
+    """Rows that are measured elsewhere while training goes on; it is never more than a few of them ahead.
+
+    elsewhere: begins to measure a stage's row, which will lie in the run's folder; called on the main worker.
+    """
+
+    elsewhere: Elsewhere | None = None
+    _under_way: dict[int, Handle | None] = field(default_factory=dict)
+
+    def measure(self, stage: int, clip: Clip) -> None:
+        """Have the row measured, unless it is there; take those that have come in meanwhile."""
+        row = self.read(self.file(stage))
+        if row is not None:
+            self.take(stage, row)
+            return
+        assert self.elsewhere is not None
+        self._under_way[stage] = self.elsewhere(stage) if rank() == 0 else None
+        self._collect(most=MOST_BEHIND)
+
+    def measured(self) -> list[AccuracyRow]:
+        """Wait for the rows; in the order of their stages."""
+        self._collect(most=0)
+        return super().measured()
+
+    def _collect(self, most: int) -> None:
+        """Take what has come in, in order, and wait until at most so many rows are missing."""
+        for stage in list(self._under_way):
+            while not self._there(stage):
+                if len(self._under_way) <= most:
+                    return
+                time.sleep(LOOK_EVERY_SECONDS)
+            row = self.read(self.file(stage))
+            if row is None:
+                raise OSError(f"{self.file(stage)}: found no such file, expected the row that was measured elsewhere")
+            del self._under_way[stage]
+            self.take(stage, row)
+
+    def _there(self, stage: int) -> bool:
+        """Whether a row has come in, as all workers agree.
+
+        Raises:
+            StoppedError: the run was asked to stop.
+            Exception: what the measuring failed with.
+        """
+        handle = self._under_way[stage]  # the main worker's
+        there = handle is not None and handle.done()
+        if handle is not None and there:
+            handle.result()
+        there, stop = map(bool, agree(there, not there and rank() == 0 and self.asked_to_stop()))
+        if stop:
+            raise StoppedError(f"stopped while the row of stage {stage} is measured")
+        return there
 
 
 def write_whole(file: Path, content: BaseModel) -> None:

@@ -49,7 +49,7 @@ from zscl.journal import JOURNAL, Journal
 from zscl.metrics import metrics
 from zscl.model import Clip, load, load_weights
 from zscl.opened import Opened, open_experiment
-from zscl.rows import ZERO_SHOT, AccuracyRow, Rows, refuse_other_run, write_whole
+from zscl.rows import AccuracyRow, Elsewhere, Rows, RowsElsewhere, place_of, refuse_other_run, write_whole
 from zscl.shards import seed_of
 from zscl.stages import TRAINING, Shared, StageStore
 from zscl.streams import Loader
@@ -68,6 +68,7 @@ def run_sequence(
     device: torch.device | None = None,
     asked_to_stop: Callable[[], bool] = lambda: False,
     shared: Shared | None = None,
+    elsewhere: Elsewhere | None = None,
 ) -> Result:
     """Run an experiment in `folder`, or go on from what is there: stages, rows, cells of a row, steps of a stage.
 
@@ -81,6 +82,8 @@ def run_sequence(
         device: default: CUDA if there is any.
         asked_to_stop: asked on the main worker, every second or so while training.
         shared: with the runs beside this one; default: the teacher's embeddings.
+        elsewhere: begins to measure a stage's row elsewhere (see `measure_row`), beside the training; default: rows
+            are measured between the stages.
 
     Raises:
         InputError: something the experiment names is missing or broken, or the folder holds another experiment.
@@ -91,16 +94,17 @@ def run_sequence(
     opened = experiment if isinstance(experiment, Opened) else open_experiment(experiment)
     patiently(lambda: folder.mkdir(parents=True, exist_ok=True))
     refuse_other_run(folder, opened.fingerprint)
-    run = _Run(opened, folder, report, device, asked_to_stop, shared or Shared(store_beside(folder)))
+    run = _Run(opened, folder, report, device, asked_to_stop, shared or Shared(store_beside(folder)), elsewhere)
     experiment = opened.experiment
     run.report(RunStarted(fingerprint=opened.fingerprint))
     run.note_what_is_there()
     clip = load(experiment.model, device)
-    zero_shot = run.rows(0, clip, folder / ZERO_SHOT)
+    run.rows.measure(0, clip)
     if experiment.method.task_loss is None:
+        [zero_shot] = run.rows.measured()
         return run.finish(zero_shot, run.rows.untrained(zero_shot), [])
 
-    rows, stages = [], []
+    stages = []
     for stage in range(1, len(run.opened.tasks) + 1):
         place = run.place(stage)
         if not run.trained(stage):
@@ -108,8 +112,37 @@ def run_sequence(
         load_weights(clip.model, place / "model")
         stages.append(StageResult.model_validate_json(run.trained(stage)))
         run.report(StageTrained(result=stages[-1]))
-        rows.append(run.rows(stage, clip, place / "accuracy.json").accuracy)
-    return run.finish(zero_shot, rows, stages)
+        run.rows.measure(stage, clip)
+    zero_shot, *rows = run.rows.measured()
+    return run.finish(zero_shot, [row.accuracy for row in rows], stages)
+
+
+def measure_row(
+    experiment: Experiment, folder: Path, stage: int, device: torch.device, asked_to_stop: Callable[[], bool]
+) -> None:
+    """Measure one row of a run that trains elsewhere meanwhile; cells that are measured already stay.
+
+    Args:
+        experiment: the run's.
+        folder: the run's; the stage is trained.
+        stage: 0 for the zero-shot row.
+        device: where to.
+        asked_to_stop: asked between cells.
+
+    Raises:
+        InputError: a task or the model is missing or broken.
+        StoppedError: it was asked to stop.
+    """
+    opened = open_experiment(experiment)
+    clip = load(start_of(opened, folder, stage + 1), device)
+    Rows(opened, folder, lambda progress: None, device, asked_to_stop).measure(stage, clip)
+
+
+def start_of(opened: Opened, folder: Path, stage: int) -> Model:
+    """What a stage starts from: the model that the one before it left, or the initial one."""
+    if stage == 1:
+        return opened.experiment.model
+    return Model(name=f"{LOCAL_MODEL}{place_of(opened, folder, stage - 1)}/model")
 
 
 @dataclass
@@ -122,12 +155,14 @@ class _Run:
     device: torch.device
     asked_to_stop: Callable[[], bool]
     shared: Shared
+    elsewhere: Elsewhere | None
 
     def __post_init__(self) -> None:
         self.journal = Journal(self.folder / JOURNAL)
         stages, averages = self.shared.stages, self.shared.averages
         self.store = None if stages is None else StageStore(self.opened, stages, averages)
-        self.rows = Rows(self.opened, self.folder, self.report, self.device, self.asked_to_stop, self.store)
+        given = self.opened, self.folder, self.report, self.device, self.asked_to_stop, self.store
+        self.rows = Rows(*given) if self.elsewhere is None else RowsElsewhere(*given, elsewhere=self.elsewhere)
         self.teaching = Teaching(self.opened, self.shared.teacher, self.device, self.report)
 
     def report(self, progress: BaseModel) -> None:
@@ -145,10 +180,6 @@ class _Run:
             for where in (".*.partial", "stages/.*.partial", "stages/*/.*.partial"):
                 for leftover in self.folder.glob(where):
                     shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else remove(leftover)
-
-    def start(self, stage: int) -> Model:
-        """What a stage starts from: the model that the one before it left, or the initial one."""
-        return Model(name=f"{LOCAL_MODEL}{self.place(stage - 1)}/model") if stage > 1 else self.opened.experiment.model
 
     def further_texts(self, stage: int) -> list[str]:
         """What joins the softmax of a stage's task loss beside its own class prompts."""
@@ -168,7 +199,7 @@ class _Run:
 
     def place(self, stage: int) -> Path:
         """A stage's folder."""
-        return self.folder / "stages" / f"{stage}-{self.opened.tasks[stage - 1].name}"
+        return place_of(self.opened, self.folder, stage)
 
     def trained(self, stage: int) -> str:
         """What a trained stage's `training.json` says, as the main worker reads it; nothing before it is trained."""
@@ -199,6 +230,7 @@ class _Run:
         """Train one stage and leave its folder, whole."""
         experiment = self.opened.experiment
         task, merge = experiment.tasks[stage - 1], experiment.method.merge
+        start = start_of(self.opened, self.folder, stage)
         self.report(StageStarted(stage=stage, task=task.name, steps=experiment.stage_steps(task)))
         others = self.store.others(stage) if self.store else ()
         try:
@@ -217,11 +249,11 @@ class _Run:
             )
         except NotFiniteError as error:
             raise InputError(
-                f"{error}; the last good model is {self.start(stage).name}; a lower optimisation.learning_rate or "
+                f"{error}; the last good model is {start.name}; a lower optimisation.learning_rate or "
                 "optimisation.max_gradient_norm may help"
             ) from error
         if merge is not None:
-            anchor = frozen(experiment.model if merge.anchor == "initial" else self.start(stage), self.device)
+            anchor = frozen(experiment.model if merge.anchor == "initial" else start, self.device)
             for model, _ in trained:
                 interpolate(list(model.parameters()), list(anchor.parameters()), merge.share)
         exemplars = self.exemplars(stage, replace(clip, model=trained[0][0]))

@@ -35,10 +35,14 @@ def file(place: Path, recipe: Callable[..., dict[str, Any]]) -> Path:
 
 @pytest.fixture
 def runs(place: Path, file: Path, zscl: Zscl, ray_cluster: None, without_ray: Callable[[], None]) -> dict[str, Path]:
-    """A ZSCL run on two workers and a fine-tuning run without Ray; made by the first test that asks."""
+    """A ZSCL run on two workers, its rows measured beside them, and a fine-tuning run without Ray.
+
+    Made by the first test that asks.
+    """
     folders = {"zscl": place / "zscl", "finetune": place / "finetune"}
     if not folders["zscl"].exists():
-        made = zscl("run", file, "--out", folders["zscl"], "--set", "compute.workers=2", "--json")
+        two = ("--set", "compute.workers=2", "--set", "compute.evaluation=overlapped")
+        made = zscl("run", file, "--out", folders["zscl"], *two, "--json")
         assert made.code == 0, made.error
         assert json.loads(made.out)["folder"] == str(folders["zscl"])
         without_ray()

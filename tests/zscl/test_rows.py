@@ -1,6 +1,8 @@
 """Rows of the matrix: cells that are known are not measured again, and a failed stage is said to be one."""
 
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -9,11 +11,11 @@ from pydantic import BaseModel
 
 from schemas.base import InputError
 from schemas.experiment import Experiment
-from schemas.results import Note, TaskEvaluated
+from schemas.results import Note, RowMeasured, StageTrained, TaskEvaluated
 from zscl.checkpoint import StoppedError
 from zscl.metrics import at_chance
-from zscl.rows import refuse_other_run
-from zscl.sequence import run_sequence
+from zscl.rows import Elsewhere, Handle, refuse_other_run
+from zscl.sequence import measure_row, run_sequence
 
 Make = Callable[..., Experiment]
 CPU = torch.device("cpu")
@@ -72,3 +74,73 @@ def test_a_stage_at_chance_is_said_to_have_failed(experiment: Make, tmp_path: Pa
 )
 def test_chance(accuracy: float, classes: int, images: int, expected: bool) -> None:
     assert at_chance(accuracy, classes, images) is expected
+
+
+# -------------------------------------------------------------------------------------------------- elsewhere
+
+
+def elsewhere(made: Experiment, folder: Path, pool: ThreadPoolExecutor, pause: float = 0.0) -> Elsewhere:
+    """Measure rows in a thread, each after a pause."""
+
+    def measure(stage: int) -> None:
+        time.sleep(pause)
+        measure_row(made, folder, stage, torch.device("cpu"), lambda: False)
+
+    return lambda stage: pool.submit(measure, stage)
+
+
+@pytest.mark.parametrize("pause", [0.0, 0.4])
+def test_rows_measured_elsewhere_make_the_same_matrix(
+    experiment: Callable[..., Experiment], tmp_path: Path, pause: float
+) -> None:
+    made = experiment(method="finetune")
+    inline = run_sequence(made, tmp_path / "inline", device=torch.device("cpu"))
+    told: list[object] = []
+    with ThreadPoolExecutor(1) as pool:
+        there = elsewhere(made, tmp_path / "run", pool, pause)
+        found = run_sequence(made, tmp_path / "run", told.append, torch.device("cpu"), elsewhere=there)
+    assert (found.accuracy_matrix, found.zero_shot) == (inline.accuracy_matrix, inline.zero_shot)
+    assert found.warnings == inline.warnings
+    rows = [each.stage for each in told if isinstance(each, RowMeasured)]
+    assert rows == [0, 1, 2, 3]
+    order = [
+        (type(each).__name__, each.stage if isinstance(each, RowMeasured) else each.result.stage)
+        for each in told
+        if isinstance(each, RowMeasured | StageTrained)
+    ]
+    if pause:  # training does not wait, up to a point
+        assert order.index(("StageTrained", 1)) < order.index(("RowMeasured", 0))
+        assert order.index(("RowMeasured", 0)) < order.index(("StageTrained", 3))
+
+
+def test_rows_elsewhere_are_taken_up_again(experiment: Callable[..., Experiment], tmp_path: Path) -> None:
+    made, run = experiment(method="finetune"), tmp_path / "run"
+    asked = iter([False] * 4 + [True] * 1000)
+    with ThreadPoolExecutor(1) as pool, pytest.raises(StoppedError):
+        run_sequence(
+            made, run, device=torch.device("cpu"), asked_to_stop=lambda: next(asked),
+            elsewhere=elsewhere(made, run, pool, pause=1.0),
+        )  # fmt: skip
+    begun: list[int] = []
+
+    def counted(stage: int) -> Handle:
+        begun.append(stage)
+        return elsewhere(made, run, pool)(stage)
+
+    there = {stage for stage, file in enumerate([run / "zero_shot.json"]) if file.is_file()}
+    with ThreadPoolExecutor(1) as pool:
+        found = run_sequence(made, run, device=torch.device("cpu"), elsewhere=counted)
+    assert not there & set(begun)
+    whole = run_sequence(made, tmp_path / "whole", device=torch.device("cpu"))
+    assert found.accuracy_matrix == whole.accuracy_matrix
+
+
+def test_what_fails_elsewhere_ends_the_run(experiment: Callable[..., Experiment], tmp_path: Path) -> None:
+    def fail(stage: int) -> None:
+        raise InputError(f"stage {stage}: found nothing, expected something")
+
+    with ThreadPoolExecutor(1) as pool, pytest.raises(InputError, match="stage 0: found nothing"):
+        run_sequence(
+            experiment(method="finetune"), tmp_path / "run", device=torch.device("cpu"),
+            elsewhere=lambda stage: pool.submit(fail, stage),
+        )  # fmt: skip

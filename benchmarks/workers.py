@@ -1,0 +1,92 @@
+"""What Ray costs: a stage's throughput in a plain process, through Ray Train, and on two workers; and starting it.
+
+    zscl data prepare embedded --out runs/demo/data
+    python benchmarks/workers.py
+    python benchmarks/workers.py --steps 20 --rounds 1 --json
+
+Every run is the first task of the embedded suite by ZSCL at the recipe's global batch, one core a worker, with the
+teacher's features there. Prints, as medians of ratios within a round: images a second through Ray Train over those of
+the plain process (one worker), half of two workers' over one's (the efficiency), and the seconds that a run through
+Ray takes beside training and evaluation.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+ROOT = Path(__file__).parents[1]
+THROUGH_RAY = "from orchestrate.cli import main; main()"
+PLAIN = """
+import sys, torch
+from pathlib import Path
+from orchestrate.recipes import load_experiment
+from zscl.sequence import run_sequence
+torch.set_num_threads(1)
+run_sequence(load_experiment(Path(sys.argv[1]), sys.argv[3:]), Path(sys.argv[2]), device=torch.device("cpu"))
+"""
+
+
+def run(options: argparse.Namespace, folder: Path, workers: int) -> tuple[float, float]:
+    """Images a second of a stage, and the seconds around training and evaluation. 0 workers: a plain process."""
+    settings = [f"optimisation.steps={options.steps}", f"optimisation.warmup_steps={options.steps // 3}"]
+    settings += ["tasks=[runs/demo/data/digits]", f"compute.workers={max(workers, 1)}", "compute.device=cpu"]
+    settings += options.set
+    if workers:
+        arguments = ["run", options.recipe, "--offline", "--out", folder]
+        command = [sys.executable, "-c", THROUGH_RAY, *arguments, *(f"--set={setting}" for setting in settings)]
+    else:
+        command = [sys.executable, "-c", PLAIN, options.recipe, folder, *settings]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    started = time.perf_counter()
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, env=environment)
+    seconds = time.perf_counter() - started
+    if done.returncode:
+        sys.exit(done.stderr)
+    result = json.loads((folder / "result.json").read_text())
+    [stage] = result["stages"]
+    return stage["images_per_second"], seconds - result["train_seconds"] - result["evaluation_seconds"]
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", type=Path, default=ROOT / "experiments/embedded.yaml")
+    parser.add_argument("--steps", type=int, default=60, help="of the stage")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--set", action="append", default=[], metavar="a.b.c=value", help="of the recipe; repeatable")
+    parser.add_argument("--json", action="store_true", help="figures as JSON on standard output")
+    options = parser.parse_args()
+    speeds: dict[int, list[float]] = {0: [], 1: [], 2: []}
+    around: dict[int, list[float]] = {0: [], 1: [], 2: []}
+    names = {0: "plain process", 1: "Ray Train, 1 worker", 2: "Ray Train, 2 workers"}
+    with tempfile.TemporaryDirectory() as place:
+        run(options, Path(place, "first"), 0)  # has the teacher's features stored
+        for number in range(options.rounds):
+            for workers, name in names.items():
+                speed, seconds = run(options, Path(place, f"{workers}-{number}"), workers)
+                speeds[workers].append(speed)
+                around[workers].append(seconds)
+                print(f"round {number + 1}, {name}: {speed:.0f} images/s, {seconds:.0f} s around", file=sys.stderr)
+    found = {
+        "ray_over_plain": median(ray / plain for ray, plain in zip(speeds[1], speeds[0], strict=True)),
+        "efficiency_of_two": median(two / one / 2 for two, one in zip(speeds[2], speeds[1], strict=True)),
+        "seconds_around": {name: median(around[workers]) for workers, name in names.items()},
+        "images_per_second": {name: median(speeds[workers]) for workers, name in names.items()},
+    }
+    print(
+        f"Ray Train over a plain process: {found['ray_over_plain']:.3f}; efficiency of two workers: "
+        f"{found['efficiency_of_two']:.2f}",
+        file=sys.stderr,
+    )
+    if options.json:
+        print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()

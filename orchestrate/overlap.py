@@ -1,0 +1,69 @@
+"""Rows of the matrix as Ray tasks beside the training, asked for by the main worker, which they end with."""
+
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from ray.exceptions import RayTaskError
+
+from schemas.base import InputError
+from schemas.experiment import Experiment
+from zscl.rows import Elsewhere
+from zscl.sequence import measure_row
+
+RETRIES = 3  # of a task whose process or node has died: cells that are measured stay
+
+
+class Task:
+    """A task under way."""
+
+    def __init__(self, reference: Any) -> None:
+        self._reference = reference
+
+    def done(self) -> bool:
+        """Whether it has ended."""
+        return bool(ray.wait([self._reference], timeout=0)[0])
+
+    def result(self) -> None:
+        """Wait for its end.
+
+        Raises:
+            InputError: what it has found wrong.
+            RayTaskError: what else it failed with.
+        """
+        try:
+            ray.get(self._reference)
+        except RayTaskError as error:
+            if isinstance(error.cause, InputError):
+                raise error.cause from error
+            raise
+
+
+def on_ray(experiment: Experiment, folder: Path, use_gpu: bool, line: Any) -> Elsewhere:
+    """What begins to measure a row, with as much of the cluster as a worker gets.
+
+    Args:
+        experiment: the run's.
+        folder: the run's.
+        use_gpu: whether the workers have GPUs.
+        line: asked for the wish to stop.
+    """
+    measure = ray.remote(_measure).options(
+        num_cpus=experiment.compute.cpus_per_worker,
+        num_gpus=experiment.compute.gpus_per_worker if use_gpu else 0,
+        max_retries=RETRIES,
+        scheduling_strategy="DEFAULT",  # not into the resources of the worker group, of which this is called
+    )
+    recipe = experiment.model_dump_json()
+    return lambda stage: Task(measure.remote(recipe, folder, stage, use_gpu, line))
+
+
+def _measure(recipe: str, folder: Path, stage: int, use_gpu: bool, line: Any) -> None:
+    measure_row(
+        Experiment.model_validate_json(recipe),
+        folder,
+        stage,
+        torch.device("cuda" if use_gpu else "cpu"),
+        lambda: bool(ray.get(line.asked_to_stop.remote())),
+    )
