@@ -297,6 +297,40 @@ def compare(
 
 
 @app.command()
+def submit(
+    recipe: Recipe,
+    overrides: Overrides = [],  # noqa: B006
+    out: Annotated[
+        str | None, typer.Option(help="The run's folder, as the cluster sees it: one that all its nodes share.")
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(help="Of the cluster's dashboard. Default: RAY_API_SERVER_ADDRESS, or http://127.0.0.1:8265."),
+    ] = None,
+    working_dir: Annotated[
+        Path, typer.Option(help="Uploaded, but for what .gitignore and .rayignore name; holds the recipe.")
+    ] = Path(),
+    wait: Annotated[bool, typer.Option(help="Follow the job's output to its end.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Run a recipe as a job of a Ray cluster; submitted again with the same --out, it goes on.
+
+    Example: zscl submit experiments/mtil-order-1.yaml --out /shared/runs/mtil --address http://127.0.0.1:8265
+    """
+    from orchestrate import recipes
+    from orchestrate import submit as submitting
+
+    place = working_dir.absolute()
+    command = submitting.entrypoint(recipe, overrides, out, place)
+    grace = max(each.compute.grace_seconds for each in recipes.load_variants(recipe, overrides).values())
+    job, follow = submitting.submit(command, place, address, grace)
+    _note(f"job {job.id}: {mask(command)}\nstop it: ray job stop --address {job.address} {job.id}")
+    emit({"job": job.id, "address": job.address}, as_json, [] if wait else [job.id])
+    if wait and (code := follow()):
+        raise typer.Exit(code)
+
+
+@app.command()
 def evaluate(
     what: Annotated[
         str, typer.Argument(metavar="MODEL|RUN", help="A run's folder, a model's folder, or open_clip's name of one.")

@@ -54,6 +54,7 @@ def test_help_is_instant_and_shows_an_example() -> None:
         ["search"],
         ["export"],
         ["evaluate"],
+        ["submit"],
         ["average"],
         ["resume"],
         ["sync"],

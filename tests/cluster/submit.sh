@@ -1,0 +1,72 @@
+#!/usr/bin/env bash
+# A job on a cluster of this machine's own, as the README has it: submitted, stopped, submitted again to its end.
+# Starts Ray with a token, and ends only what it started. Takes three minutes; exit code 0 where all of it holds.
+set -euo pipefail
+
+root=$(cd "$(dirname "$0")/../.." && pwd)
+export PATH="$root/.venv/bin:$PATH"
+place=$(mktemp -d -t ray-XXXXXX)   # short: Ray's sockets lie in it
+port() { python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
+gcs=$(port) dashboard=$(port)
+
+(umask 077 && python -c 'import secrets; print(secrets.token_hex(32), end="")' > "$place/token")
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$place/token" RAY_USAGE_STATS_ENABLED=0 OMP_NUM_THREADS=1
+setsid ray start --head --block --port="$gcs" --num-cpus=2 --node-ip-address=127.0.0.1 --include-dashboard=true \
+    --dashboard-host=127.0.0.1 --dashboard-port="$dashboard" --temp-dir="$place/ray" > "$place/head.log" 2>&1 &
+head=$!
+end() {
+    code=$?
+    kill -TERM -- "-$head" 2>/dev/null || true   # the process group that setsid made, and nothing else
+    for _ in $(seq 50); do kill -0 -- "-$head" 2>/dev/null || break; sleep 0.2; done
+    kill -KILL -- "-$head" 2>/dev/null || true
+    [ "$code" = 0 ] || tail -n 20 "$place"/*.log
+    rm -rf "$place"
+    exit "$code"
+}
+trap end EXIT
+export RAY_API_SERVER_ADDRESS="http://127.0.0.1:$dashboard" RAY_ADDRESS="http://127.0.0.1:$dashboard"
+
+fail() { echo "FAILED: $*" >&2; exit 1; }
+until_true() {   # SECONDS WHAT COMMAND...
+    local seconds=$1 what=$2; shift 2
+    for _ in $(seq "$seconds"); do "$@" > /dev/null 2>&1 && return; sleep 1; done
+    fail "waited $seconds s in vain until $what"
+}
+until_true 90 "the cluster is up" ray job list
+
+# A user's working directory: a recipe, and something large that is not to be uploaded.
+work="$place/work"
+mkdir -p "$work/experiments" "$work/runs"
+cp "$root/.rayignore" "$work/"
+head -c 5000000 /dev/zero > "$work/runs/large"
+env -u RAY_ADDRESS zscl data prepare embedded --out "$place/data" > /dev/null 2>&1
+cat > "$work/experiments/mine.yaml" <<RECIPE
+model: embedded
+tasks: [$place/data/flags, $place/data/shapes]
+method: finetune
+optimisation: {steps: 120, warmup_steps: 20, batch_size: 16}
+compute: {device: cpu, checkpoint: {every_steps: 20}}
+RECIPE
+cd "$work"
+run="$place/shared/run"
+
+echo "== submitted with ray job submit, and stopped"
+ray job submit --no-wait --submission-id first --working-dir . \
+    --runtime-env-json '{"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "35"}}' \
+    -- zscl run experiments/mine.yaml --out "$run" > "$place/submit.log" 2>&1
+grep -q "submitted successfully" "$place/submit.log" || fail "the job is not taken"
+uploaded=$(find "$place/ray" -name "*.zip" -path "*_ray_pkg_*" -size +1000k | head -n 1)
+[ -z "$uploaded" ] || fail "more than a megabyte was uploaded: $uploaded"
+until_true 120 "it trains" grep -q '"event":"checkpoint_written"' "$run/journal.jsonl"
+ray job stop first > "$place/stop.log" 2>&1
+until_true 60 "the run is marked" grep -q KILLED "$run/state.json"
+[ -f "$run/checkpoint.pt" ] || fail "no checkpoint was left"
+! ray job logs first 2>/dev/null | grep -q $'\r' || fail "there are carriage returns in the job's output"
+
+echo "== submitted again with zscl submit, to its end"
+zscl submit experiments/mine.yaml --out "$run" > "$place/second.log" 2>&1 || fail "the second job did not succeed"
+grep -q "goes on behind step" "$place/second.log" || fail "it did not go on"
+grep -q FINISHED "$run/state.json" || fail "it is not finished"
+[ -f "$run/result.json" ] || fail "there is no result"
+! grep -q $'\r' "$place/second.log" || fail "there are carriage returns in the output"
+echo "all of it holds"

@@ -1,0 +1,90 @@
+"""MLflow on PostgreSQL: a run, its stages and models arrive, twice sent and once there; comparisons find them."""
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Command
+from mlflow.tracking import MlflowClient
+
+from orchestrate import recipes
+from orchestrate.shipping import sync
+from schemas.experiment import Experiment
+from zscl.sequence import run_sequence
+
+FOUND = sorted(Path("/usr/lib/postgresql").glob("*/bin"))  # where Debian has it, off the path
+INITDB = shutil.which("initdb", path=os.pathsep.join([os.environ.get("PATH", ""), *map(str, FOUND)]))
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(INITDB is None, reason="no PostgreSQL on this machine"),
+]
+
+
+@pytest.fixture
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server of its own on the loopback interface. Its URI, password and all."""
+    assert INITDB is not None
+    place, programs = Path("/tmp") / f"zscl-postgres-{os.getpid()}", Path(INITDB).parent
+    place.mkdir(mode=0o700)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    user = {"user": "postgres"} if os.getuid() == 0 else {}  # it does not run as root
+    if user:
+        shutil.chown(place, "postgres")
+    secret = place / "password"
+    secret.write_text("hunter2")
+    secret.chmod(0o644)
+    command = [INITDB, "-D", place / "data", "-U", "zscl", "--auth=scram-sha-256", f"--pwfile={secret}"]
+    subprocess.run(command, check=True, capture_output=True, cwd=place, **user)  # type: ignore[call-overload]
+    serve = [programs / "postgres", "-D", place / "data", "-p", str(port), "-c", "listen_addresses=127.0.0.1"]
+    serve += ["-k", place, "-c", "fsync=off"]
+    process = subprocess.Popen(serve, cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **user)
+    try:
+        for _ in range(100):
+            with socket.socket() as there:
+                if there.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.1)
+        yield f"postgresql://zscl:hunter2@127.0.0.1:{port}/postgres"
+    finally:
+        process.terminate()
+        process.wait(30)
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def test_a_run_arrives_once(
+    server: str,
+    experiment: Callable[..., Experiment],
+    tmp_path: Path,
+    tasks: list[str],
+    zscl: Callable[..., Command],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = experiment(tasks=tasks[:2], method="finetune", tracking={"uri": server})
+    run_sequence(made, tmp_path / "run", device=torch.device("cpu"))
+    recipes.write_experiment(made, tmp_path / "run/experiment.yaml")
+    assert "hunter2" not in (tmp_path / "run/experiment.yaml").read_text()
+    for _ in range(2):
+        synced = sync(tmp_path / "run", server, lambda *_: None)
+        assert (synced.status, "hunter2" in synced.tracking_uri) == ("FINISHED", False)
+    client = MlflowClient(server)
+    experiment_id = client.get_experiment_by_name("zscl").experiment_id
+    [parent] = client.search_runs([experiment_id], "tags.`zscl.level` = 'sequence'")
+    stages = client.search_runs([experiment_id], "tags.`zscl.level` = 'stage'")
+    assert sorted(stage.info.run_name for stage in stages) == ["1-first", "2-second"]
+    history = client.get_metric_history(parent.info.run_id, "accuracy/first")
+    assert [point.step for point in history] == [0, 1, 2]
+    assert len(client.get_metric_history(stages[0].info.run_id, "loss/classification")) == 5
+    assert len(client.search_logged_models([experiment_id])) == 2
+    found = zscl("compare", parent.info.run_id, "--uri", server, "--out", tmp_path / "compared")
+    assert found.code == 0, found.error
+    assert "finetune" in found.out
+    assert "hunter2" not in found.out + found.error
