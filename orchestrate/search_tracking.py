@@ -3,7 +3,6 @@
 Trials are sent from their journals, as any run's; the search's own run gets what was found in the end.
 """
 
-import json
 import threading
 import time
 from collections.abc import Callable
@@ -24,9 +23,10 @@ from orchestrate.tracking import (
     LEVEL,
     LONGEST_VALUE,
     REASON,
-    TABLES,
     flat,
+    log_table,
     open_store,
+    provenance,
     runs_with_key,
     unreachable,
 )
@@ -66,6 +66,7 @@ class SearchRecord:
                 "zscl.fingerprint": fingerprint,
                 "zscl.folder": mask(str(folder)),
                 "zscl.objectives": ", ".join(search.objectives),
+                **provenance(),
                 "mlflow.note.content": "Trials are judged on held-out training images; `test/…` on the test images.",
             }
             found = [self.client.create_run(self.experiment_id, run_name=folder.name, tags=tags)]
@@ -108,10 +109,7 @@ class SearchRecord:
         for trial in found.trials:
             metrics += [Metric(f"trial/{name}", value, now, trial.number) for name, value in trial.objectives.items()]
         self.client.log_batch(self.run_id, metrics=metrics)
-        columns = search_report.trial_columns(found)
-        rows = [list(row) for row in zip(*columns.values(), strict=True)]
-        self.client.log_dict(self.run_id, {"columns": list(columns), "data": rows}, TABLE)
-        self.client.set_tag(self.run_id, TABLES, json.dumps([{"path": TABLE, "type": "table"}]))
+        log_table(self.client, self.run_id, search_report.trial_columns(found), TABLE)
         for file in (places.SEARCH, places.FOUND, places.CHOSEN):
             self.client.log_artifact(self.run_id, str(folder / file))
         for picture in sorted(folder.glob("*.png")):

@@ -17,8 +17,8 @@ from mlflow.types.type_hints import AnyType
 CODE = Path(__file__).with_name("zero_shot_classifier.py")
 REQUIREMENTS = ("open_clip_torch", "torch", "torchvision", "pandas", "pillow")
 READY = "READY"
-# Of an input example that it would like: ours would be a picture.
-warnings.filterwarnings("ignore", module="mlflow.pyfunc")
+# MLflow would like one with every model; ours would be a picture.
+warnings.filterwarnings("ignore", message=".*input example was not provided")
 
 
 def log_model(
@@ -56,11 +56,12 @@ def save(place: Path, folder: Path, words: tuple[Sequence[str], Sequence[str]], 
     ]
     signature = ModelSignature(Schema([ColSpec(AnyType(), "image")]), params=ParamSchema(params))
     model = Model(model_id=model_id)
-    model.add_flavor("open_clip", data=f"artifacts/{folder.name}", open_clip_version=version("open_clip_torch"))
+    model.add_flavor("open_clip", data="data", open_clip_version=version("open_clip_torch"))
     mlflow.pyfunc.save_model(
         place,
-        python_model=CODE,
-        artifacts={"open_clip": str(folder)},
+        loader_module=CODE.stem,
+        data_path=str(folder),
+        code_paths=[str(CODE)],
         mlflow_model=model,
         signature=signature,
         pip_requirements=[f"{library}=={version(library)}" for library in REQUIREMENTS],

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from itertools import groupby
@@ -190,16 +190,12 @@ class Record:
             for stage, cells in enumerate(result.accuracy_matrix, start=1):
                 metrics += _row(dict(zip(names, cells, strict=True)), measured, stage)
         self._log(self.parent, metrics)
-        columns = report.matrix_columns(result)
-        rows = [list(row) for row in zip(*columns.values(), strict=True)]
         self._log_data(result)
         self.client.log_artifact(self.parent, str(folder / "experiment.yaml"))
         self.client.log_artifact(self.parent, str(folder / "result.json"))
-        # `log_table` would append to a table that is there.
-        self.client.log_dict(self.parent, {"columns": list(columns), "data": rows}, "accuracy_matrix.json")
+        log_table(self.client, self.parent, report.matrix_columns(result), "accuracy_matrix.json")
         self.client.log_figure(self.parent, report.draw_matrix(result), "figures/accuracy_matrix.png")
         self.client.log_figure(self.parent, report.draw_accuracies(result), "figures/accuracy_by_stage.png")
-        self.client.set_tag(self.parent, TABLES, json.dumps([{"path": "accuracy_matrix.json", "type": "table"}]))
         if result.warnings:
             self.client.set_tag(self.parent, "zscl.warnings", "\n".join(result.warnings)[:LONGEST_VALUE])
         self._forget_reason()
@@ -262,11 +258,7 @@ class Record:
             "zscl.seed": str(experiment.seed),
             "zscl.fingerprint": fingerprint,
             "zscl.folder": mask(str(folder)),
-            **_user(),
-            "mlflow.source.name": f"zscl {version('zscl')}",
-            "mlflow.source.type": "JOB",
-            **_commit(),
-            **_ray_job(),
+            **provenance(),
         }
         return self.client.create_run(self.experiment_id, start_time=self.begun, run_name=folder.name, tags=tags)
 
@@ -335,6 +327,21 @@ class Record:
     def _log(self, run: str, metrics: Sequence[Metric]) -> None:
         for start in range(0, len(metrics), METRICS_AT_ONCE):
             self.client.log_batch(run, metrics=metrics[start : start + METRICS_AT_ONCE])
+
+
+def provenance() -> dict[str, str]:
+    """Tags that say who runs this, with what, from where."""
+    source = {"mlflow.source.name": f"zscl {version('zscl')}", "mlflow.source.type": "JOB"}
+    return {**_user(), **source, **_commit(), **_ray_job()}
+
+
+def log_table(client: MlflowClient, run: str, columns: Mapping[str, Sequence[Any]], file: str) -> None:
+    """Log columns as a table that MLflow's pages show; what was logged before is replaced."""
+    # A dot in a column's name would be a path to these pages; `client.log_table` would append.
+    names = [name.replace(".", "/") for name in columns]
+    rows = [list(row) for row in zip(*columns.values(), strict=True)]
+    client.log_dict(run, {"columns": names, "data": rows}, file)
+    client.set_tag(run, TABLES, json.dumps([{"path": file, "type": "table"}]))
 
 
 def _user() -> dict[str, str]:
