@@ -11,6 +11,7 @@ import getpass
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -301,7 +302,7 @@ class Record:
             return
         from orchestrate.stage_models import log_model  # takes seconds to import
 
-        name = f"{trained.stage}-{trained.task}".replace(".", "_")  # which MLflow does not take
+        name = re.sub(r"[/:.%\"']", "_", f"{self.folder.name}-{trained.stage}-{trained.task}")  # not taken by MLflow
         log_model(self.client, self.experiment_id, child, name, folder, self._words(trained.stage))
 
     def _words(self, stage: int) -> tuple[Sequence[str], Sequence[str]]:

@@ -44,21 +44,23 @@ cat > "$work/experiments/mine.yaml" <<RECIPE
 model: embedded
 tasks: [$place/data/flags, $place/data/shapes]
 method: finetune
-optimisation: {steps: 120, warmup_steps: 20, batch_size: 16}
+optimisation: {steps: 500, warmup_steps: 20, batch_size: 16}
 compute: {device: cpu, checkpoint: {every_steps: 20}}
 RECIPE
 cd "$work"
 run="$place/shared/run"
 
 echo "== submitted with ray job submit, and stopped"
-ray job submit --no-wait --submission-id first --working-dir . \
-    --runtime-env-json '{"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "35"}}' \
-    -- zscl run experiments/mine.yaml --out "$run" > "$place/submit.log" 2>&1
-grep -q "submitted successfully" "$place/submit.log" || fail "the job is not taken"
+submit() {   # the cluster's agent comes up later than its list of jobs
+    ray job submit --no-wait --submission-id first --working-dir . \
+        --runtime-env-json '{"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "35"}}' \
+        -- zscl run experiments/mine.yaml --out "$run" > "$place/submit.log" 2>&1
+}
+until_true 60 "the job is taken" submit
 uploaded=$(find "$place/ray" -name "*.zip" -path "*_ray_pkg_*" -size +1000k | head -n 1)
 [ -z "$uploaded" ] || fail "more than a megabyte was uploaded: $uploaded"
 until_true 120 "it trains" grep -q '"event":"checkpoint_written"' "$run/journal.jsonl"
-ray job stop first > "$place/stop.log" 2>&1
+timeout 120 ray job stop first > "$place/stop.log" 2>&1
 until_true 60 "the run is marked" grep -q KILLED "$run/state.json"
 [ -f "$run/checkpoint.pt" ] || fail "no checkpoint was left"
 ! ray job logs first 2>/dev/null | grep -q $'\r' || fail "there are carriage returns in the job's output"

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -52,9 +53,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
                 if there.connect_ex(("127.0.0.1", port)) == 0:
                     break
             time.sleep(0.1)
-        yield f"postgresql://zscl:hunter2@127.0.0.1:{port}/postgres"
+        yield f"postgresql+psycopg://zscl:hunter2@127.0.0.1:{port}/postgres"
     finally:
-        process.terminate()
+        process.send_signal(signal.SIGINT)  # without waiting for those who are connected
         process.wait(30)
         shutil.rmtree(place, ignore_errors=True)
 

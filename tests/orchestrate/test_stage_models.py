@@ -44,15 +44,15 @@ def test_it_answers_as_the_run_does(
 ) -> None:
     client = sent()
     models = {model.name: model for model in client.search_logged_models(["1"])}
-    assert sorted(models) == ["1-first", "2-second"]
+    assert sorted(models) == ["run-1-first", "run-2-second"]
     [child] = client.search_runs(["1"], "tags.`zscl.stage` = '2'")
-    assert models["2-second"].source_run_id == child.info.run_id
-    assert [output.model_id for output in child.outputs.model_outputs] == [models["2-second"].model_id]
+    assert models["run-2-second"].source_run_id == child.info.run_id
+    assert [output.model_id for output in child.outputs.model_outputs] == [models["run-2-second"].model_id]
 
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
     try:
-        model = mlflow.pyfunc.load_model(models["2-second"].model_uri)
-        version = mlflow.register_model(models["2-second"].model_uri, "squares")
+        model = mlflow.pyfunc.load_model(models["run-2-second"].model_uri)
+        version = mlflow.register_model(models["run-2-second"].model_uri, "squares")
     finally:
         mlflow.set_tracking_uri(None)
     assert (version.name, str(version.version)) == ("squares", "1")
@@ -72,6 +72,6 @@ def test_it_answers_as_the_run_does(
     assert two.iloc[0].tolist() == pytest.approx(two.iloc[1].tolist())
 
 
-@pytest.mark.parametrize(("models", "names"), [("last", ["2-second"]), ("none", [])])
+@pytest.mark.parametrize(("models", "names"), [("last", ["run-2-second"]), ("none", [])])
 def test_which_stages_join(sent: Callable[..., MlflowClient], models: str, names: list[str]) -> None:
     assert [model.name for model in sent(models=models).search_logged_models(["1"])] == names
