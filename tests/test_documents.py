@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -151,3 +153,10 @@ def test_every_file_of_the_tree_is_shown_and_there() -> None:
         assert f"{package}/" in tree
     for module in (ROOT / "zscl").glob("[a-z]*.py"):
         assert module.stem in tree or module.stem in ("distributed", "files"), module.stem
+
+
+def test_the_table_of_scale_is_what_its_script_prints() -> None:
+    printed = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks/scale.py")], capture_output=True, text=True, check=True
+    ).stdout
+    assert printed.strip() in (ROOT / "docs/scale.md").read_text()
