@@ -85,6 +85,10 @@ def run(
         str, typer.Option(help="Run in these task orders: given, reversed, I, II (MTIL's), random:N; by commas.")
     ] = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done, stop.")] = False,
+    probe: Annotated[
+        bool,
+        typer.Option("--probe", help="With --dry-run: train for a minute there, say how long all of it takes."),
+    ] = False,
     offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:
@@ -92,14 +96,22 @@ def run(
 
     Example: zscl run experiments/embedded.yaml --set method=finetune --set seed=1
     """
-    from orchestrate import recipes
+    from orchestrate import preflight, recipes
     from orchestrate import run as running
+
+    if probe and not dry_run:
+        raise InputError("--probe: found it without --dry-run, expected both: a run says itself how long it takes")
 
     contents: list[dict[str, Any]] = []
     lines: list[str] = []
     for opened, folder in running.prepare_variants(recipe, overrides, variant, out, seeds, orders):
         if dry_run:
-            contents.append({"experiment": recipes.shown(opened.experiment), "plan": running.plan(opened, folder)})
+            plan = preflight.plan(opened, folder)
+            if probe:
+                from orchestrate import probe as probing
+
+                plan["estimate"] = probing.probe(opened, folder, progress_console)
+            contents.append({"experiment": recipes.shown(opened.experiment), "plan": plan})
             continue
         content, said = _ended(
             opened.experiment, folder, running.run(opened, folder, progress_console, offline), offline
@@ -180,7 +192,7 @@ def resume(
 
     Example: zscl resume runs/embedded-zscl-1a2b3c4d --set compute.workers=1
     """
-    from orchestrate import places
+    from orchestrate import places, preflight
     from orchestrate import run as running
 
     folder = folder.absolute()
@@ -189,7 +201,7 @@ def resume(
 
         _searched(searching.resumable(folder, overrides), folder, offline, as_json)
         return
-    opened = running.prepare(running.resumable(folder, overrides))
+    opened = preflight.prepare(running.resumable(folder, overrides))
     content, lines = _ended(opened.experiment, folder, running.run(opened, folder, progress_console, offline), offline)
     emit(content, as_json, lines)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-from orchestrate import recipes
+from orchestrate import preflight, recipes
 from orchestrate import run as running
 from orchestrate.places import store_uri
 from schemas.experiment import Experiment
@@ -34,7 +34,7 @@ def demo(
     write_embedded(data, corpus=False, note=lambda text: console.print(text, highlight=False))
     for run, experiment in experiments.items():
         console.rule(run.name)
-        running.run(running.prepare(experiment), run, console, offline)
+        running.run(preflight.prepare(experiment), run, console, offline)
     return list(experiments), store_uri(experiment, run)
 
 

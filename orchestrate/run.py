@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from orchestrate import group, places, recipes, report
+from orchestrate import group, places, preflight, recipes, report
 from orchestrate.display import Bar, Display
 from orchestrate.interruption import signals_taken
 from orchestrate.ownership import owned
@@ -17,90 +17,14 @@ from schemas.base import InputError, InterruptedRunError
 from schemas.experiment import Experiment
 from schemas.results import Embedded, Result
 from schemas.secrets import MASK, mask
-from zscl.model import load
-from zscl.opened import Opened, open_experiment
+from zscl.opened import Opened
 from zscl.rows import refuse_other_run
-from zscl.shards import IndexedSamples
-from zscl.teaching import check_embeddable, way_of_features
-from zscl.towers import left_in_full
+from zscl.teaching import check_embeddable
 
 if TYPE_CHECKING:
     from orchestrate.shipping import Shipper
 
 HASTE_SECONDS = 2.0  # for MLflow to take the rest, after a signal
-
-
-def plan(opened: Opened, folder: Path) -> dict[str, object]:
-    """What a run will do, in numbers.
-
-    Raises:
-        InputError: the folder holds another experiment's run.
-    """
-    experiment = opened.experiment
-    steps = sum(map(experiment.stage_steps, experiment.tasks))
-    test = {task.name: _count(task.test) for task in opened.tasks}
-    refuse_other_run(folder, opened.fingerprint)
-    return {
-        "warnings": experiment.warnings,
-        "fingerprint": opened.fingerprint,
-        "folder": str(folder),
-        "finished_stages": len(list(folder.glob("stages/*/accuracy.json"))),
-        "stages": [task.name for task in opened.tasks],
-        "train_images": {task.name: _count(task.train) for task in opened.tasks},
-        "test_images": test,
-        "reference_images": _count(opened.reference.images) if opened.reference else 0,
-        "reference_texts": len(opened.reference.texts) if opened.reference else 0,
-        "steps": steps,
-        "images_through_student": images_through_student(experiment),
-        "teacher_features": _teacher_features(opened),
-        "computed_in_full": left_in_full(load(experiment.model).model, experiment.compute.savings),
-        "workers": experiment.compute.workers,
-    }
-
-
-def images_through_student(experiment: Experiment) -> int:
-    """Task images and distilled ones, in all stages."""
-    steps, optimisation = sum(map(experiment.stage_steps, experiment.tasks)), experiment.optimisation
-    distilled = optimisation.reference_batch_size if experiment.method.distill else 0
-    return steps * (optimisation.batch_size + distilled)
-
-
-def model_megabytes(experiment: Experiment) -> float:
-    """What a stage's model takes up on disk."""
-    weights = load(experiment.model).model.state_dict().values()
-    return sum(float(4 * weight.numel()) for weight in weights) / 1e6  # written as float32
-
-
-def _teacher_features(opened: Opened) -> dict[str, str]:
-    """When the teacher's features of the images that each stage distils on are computed for the store, if ever."""
-    experiment, distill = opened.experiment, opened.experiment.method.distill
-    if distill is None:
-        return {}
-    reference = opened.reference.images if opened.reference else None
-    images = [reference if distill.images == "reference" else task.train for task in opened.tasks]
-    return {
-        task.name: way_of_features(experiment, stage, distilled)
-        for stage, (task, distilled) in enumerate(zip(opened.tasks, images, strict=True), start=1)
-        if distilled is not None
-    }
-
-
-def _count(samples: object) -> int | None:
-    """Images; `None` for remote shards, which are not counted beforehand."""
-    return len(samples) if isinstance(samples, IndexedSamples) else None
-
-
-def prepare(experiment: Experiment) -> Opened:
-    """Look at everything the experiment names before anything is started.
-
-    Raises:
-        InputError: something is missing or wrong.
-    """
-    opened = open_experiment(experiment)
-    for task in {task.whole or task for task in opened.tasks}:
-        task.check(experiment.compute.max_broken_share)
-    left_in_full(load(experiment.model).model, experiment.compute.savings)
-    return opened
 
 
 def prepare_variants(
@@ -126,7 +50,7 @@ def prepare_variants(
     """
     experiments = group.members(recipes.load_variants(recipe, overrides, variant), seeds, orders)
     for name, experiment in experiments.items():
-        opened = prepare(experiment)
+        opened = preflight.prepare(experiment)
         yield opened, places.folder_of(experiment, opened.fingerprint, out, name if len(experiments) > 1 else "")
 
 
@@ -203,8 +127,9 @@ def _run(opened: Opened, folder: Path, console: Console, offline: bool) -> Resul
     from orchestrate.train import check_resources, connect, train
 
     experiment = opened.experiment
-    for warning in experiment.warnings:
+    for warning in preflight.warnings(opened):
         console.print(f"warning: {warning}", highlight=False, soft_wrap=True)
+    preflight.check_disk(opened, folder)
     connect(experiment.compute, note=lambda text: console.print(text, highlight=False))
     check_resources(experiment.compute)
     bar = Bar(console, total=sum(map(experiment.stage_steps, experiment.tasks)) or None)

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 
-from orchestrate import places, recipes, run
+from orchestrate import places, preflight, recipes, run
 from orchestrate.display import Bar, SearchDisplay
 from orchestrate.interruption import Interruption, signals_taken
 from orchestrate.ownership import owned
@@ -113,7 +113,7 @@ def prepare(file: Path, overrides: Sequence[str] = ()) -> Prepared:
         try:
             at_point = recipes.at(search, content, point, file)
             if any(path.split(".")[0] in DATA for path in point):
-                run.prepare(at_point)
+                preflight.prepare(at_point)
         except InputError as error:
             refusals.append(str(error))
     if refusals:
@@ -122,7 +122,7 @@ def prepare(file: Path, overrides: Sequence[str] = ()) -> Prepared:
         raise InputError(
             f"{file}: compute.evaluation is overlapped, expected inline: a trial's stage is judged before its next one"
         )
-    base = run.prepare(experiment)
+    base = preflight.prepare(experiment)
     _check_objectives(search, base, file)
     return Prepared(search, content, file, base, search.fingerprint(base.fingerprint), _averages(search, content, file))
 
@@ -173,10 +173,10 @@ def plan(prepared: Prepared, folder: Path) -> dict[str, object]:
         "workers_a_trial": experiment.compute.workers,
         "stage_trainings": trials * prepared.stages,
         "steps_a_trial": steps,
-        "images_through_student": trials * run.images_through_student(experiment),
+        "images_through_student": trials * preflight.images_through_student(experiment),
         "held_out_images": held_out,
         "first_stage_shared_by_averages": len(prepared.averages),
-        "megabytes_of_models": round(trials * prepared.stages * run.model_megabytes(experiment)),
+        "megabytes_of_models": round(trials * prepared.stages * preflight.model_megabytes(experiment)),
     }
 
 

@@ -1,0 +1,154 @@
+"""Looked at before anything is started: data, model, prompts, disk; and what a run will do, in numbers."""
+
+import shutil
+from pathlib import Path
+
+from schemas.base import InputError
+from schemas.experiment import Experiment
+from zscl.model import load, open_clip_name
+from zscl.opened import Opened, open_experiment
+from zscl.rows import refuse_other_run
+from zscl.shards import IndexedSamples
+from zscl.snapshots import LAST, SUFFIX, place_of
+from zscl.teaching import way_of_features
+from zscl.towers import left_in_full
+
+LONGEST_PROMPTS = 20  # of a task, that are counted in tokens
+
+
+def plan(opened: Opened, folder: Path) -> dict[str, object]:
+    """What a run will do, in numbers.
+
+    Raises:
+        InputError: the folder holds another experiment's run.
+    """
+    experiment = opened.experiment
+    steps = sum(map(experiment.stage_steps, experiment.tasks))
+    test = {task.name: _count(task.test) for task in opened.tasks}
+    refuse_other_run(folder, opened.fingerprint)
+    return {
+        "warnings": warnings(opened),
+        "fingerprint": opened.fingerprint,
+        "folder": str(folder),
+        "finished_stages": len(list(folder.glob("stages/*/accuracy.json"))),
+        "stages": [task.name for task in opened.tasks],
+        "train_images": {task.name: _count(task.train) for task in opened.tasks},
+        "test_images": test,
+        "reference_images": _count(opened.reference.images) if opened.reference else 0,
+        "reference_texts": len(opened.reference.texts) if opened.reference else 0,
+        "steps": steps,
+        "images_through_student": images_through_student(experiment),
+        "teacher_features": _teacher_features(opened),
+        "computed_in_full": left_in_full(load(experiment.model).model, experiment.compute.savings),
+        "workers": experiment.compute.workers,
+        "megabytes_needed": round(megabytes_needed(opened, folder)),
+        "megabytes_free": round(megabytes_free(folder)),
+    }
+
+
+def images_through_student(experiment: Experiment) -> int:
+    """Task images and distilled ones, in all stages."""
+    steps, optimisation = sum(map(experiment.stage_steps, experiment.tasks)), experiment.optimisation
+    distilled = optimisation.reference_batch_size if experiment.method.distill else 0
+    return steps * (optimisation.batch_size + distilled)
+
+
+def model_megabytes(experiment: Experiment) -> float:
+    """What a stage's model takes up on disk."""
+    weights = load(experiment.model).model.state_dict().values()
+    return sum(float(4 * weight.numel()) for weight in weights) / 1e6  # written as float32
+
+
+def megabytes_needed(opened: Opened, folder: Path) -> float:
+    """What a run has yet to write: models of stages, snapshots, and the checkpoint of the stage under way, twice.
+
+    A checkpoint is there twice while a new one takes the old one's place: weights, two moments, and the average.
+    """
+    experiment = opened.experiment
+    model, every = model_megabytes(experiment), experiment.compute.snapshots_every
+    needed = 0.0
+    for stage, task in enumerate(experiment.tasks, start=1):
+        steps = experiment.stage_steps(task)
+        if not steps or (folder / "stages" / f"{stage}-{task.name}").is_dir():
+            continue
+        place = place_of(folder, stage, task.name)
+        kept = len(list(place.glob(f"*{SUFFIX}")))
+        snapshots = 0 if every is None else max(len(range(0, steps, every)) + len((LAST,)) - kept, 0)
+        needed += model * (1 + snapshots)
+    return needed + (2 * 4 * model if needed else 0.0)
+
+
+def megabytes_free(folder: Path) -> float:
+    """On the disk that a folder is on, or will be."""
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    return shutil.disk_usage(there).free / 1e6
+
+
+def check_disk(opened: Opened, folder: Path) -> None:
+    """Refuse a run that the disk has no room for.
+
+    Raises:
+        InputError: saying how much is free, and how much is needed.
+    """
+    needed, free = megabytes_needed(opened, folder), megabytes_free(folder)
+    if needed > free:
+        raise InputError(
+            f"{folder}: found {free:.0f} MB free on its disk, expected {needed:.0f} MB for the stages' models, their "
+            "snapshots if any, and a checkpoint; choose another place with --out"
+        )
+
+
+def warnings(opened: Opened) -> list[str]:
+    """What is allowed but hardly meant, a sentence each: of the recipe, and prompts longer than the model reads."""
+    return [*opened.experiment.warnings, *_cut_prompts(opened)]
+
+
+def _cut_prompts(opened: Opened) -> list[str]:
+    """A sentence a task whose longest prompts fill the model's context to its end: what lies behind is not read."""
+    import open_clip
+
+    tokenizer = open_clip.get_tokenizer(open_clip_name(opened.experiment.model))
+    found = []
+    for task in opened.tasks:
+        prompts = sorted((prompt for each in task.templates for prompt in task.prompts(each)), key=len)
+        longest = prompts[-LONGEST_PROMPTS:]
+        tokens = tokenizer(longest)
+        full = [prompt for prompt, row in zip(longest, tokens, strict=True) if row[-1] != 0]
+        if full:
+            found.append(
+                f"task '{task.name}': found the prompt {full[-1]!r} to fill the {tokens.shape[1]} tokens that the "
+                "model reads; what lies behind them is cut off"
+            )
+    return found
+
+
+def _teacher_features(opened: Opened) -> dict[str, str]:
+    """When the teacher's features of the images that each stage distils on are computed for the store, if ever."""
+    experiment, distill = opened.experiment, opened.experiment.method.distill
+    if distill is None:
+        return {}
+    reference = opened.reference.images if opened.reference else None
+    images = [reference if distill.images == "reference" else task.train for task in opened.tasks]
+    return {
+        task.name: way_of_features(experiment, stage, distilled)
+        for stage, (task, distilled) in enumerate(zip(opened.tasks, images, strict=True), start=1)
+        if distilled is not None
+    }
+
+
+def _count(samples: object) -> int | None:
+    """Images; `None` for remote shards, which are not counted beforehand."""
+    return len(samples) if isinstance(samples, IndexedSamples) else None
+
+
+def prepare(experiment: Experiment) -> Opened:
+    """Look at everything the experiment names before anything is started.
+
+    Raises:
+        InputError: something is missing or wrong.
+    """
+    opened = open_experiment(experiment)
+    for task in {task.whole or task for task in opened.tasks}:
+        task.check(experiment.compute.max_broken_share)
+    left_in_full(load(experiment.model).model, experiment.compute.savings)
+    return opened

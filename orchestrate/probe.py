@@ -1,0 +1,72 @@
+"""A run, begun where it would run and stopped after a minute: how fast it is, and so how long the whole would take."""
+
+import signal
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+from statistics import median
+
+from pydantic import BaseModel
+from rich.console import Console
+
+from orchestrate.display import Bar
+from orchestrate.interruption import Interruption
+from orchestrate.preflight import images_through_student
+from schemas.base import InputError, InterruptedRunError
+from schemas.results import StepsTaken
+from zscl.opened import Opened
+from zscl.rows import ZERO_SHOT, AccuracyRow
+from zscl.shards import IndexedSamples
+from zscl.stages import Shared
+from zscl.teaching import store_beside
+
+SECONDS = 60.0  # of training
+
+
+def probe(opened: Opened, folder: Path, console: Console, seconds: float = SECONDS) -> dict[str, float]:
+    """Measure the first task's row and train on that task for a minute, on the recipe's cluster. Returns figures.
+
+    The teacher's features are met as they come, as in the slowest step of a run, and stay in the store beside `folder`.
+
+    Raises:
+        InputError: nothing is trained, or the cluster is not as expected.
+    """
+    from orchestrate.train import check_resources, connect, train
+
+    experiment = opened.experiment
+    if experiment.method.task_loss is None:
+        raise InputError(f"--probe: method '{experiment.method.name}' trains nothing, expected one that does")
+    compute = experiment.compute.model_copy(update={"teacher_features": "as_met", "evaluation": "inline"})
+    # Two tasks, for a method that looks at the others' names.
+    changes = {"compute": compute, "tasks": experiment.tasks[:2], "class_incremental": None}
+    part = experiment.model_copy(update=changes) if experiment.class_incremental is None else experiment
+    connect(compute, note=lambda text: console.print(text, highlight=False))
+    check_resources(compute)
+    enough, speeds, began = Interruption(), list[float](), list[float]()
+
+    def hear(progress: BaseModel) -> None:
+        if not isinstance(progress, StepsTaken):
+            return
+        speeds.append(progress.images_per_second)
+        began.append(time.monotonic())
+        bar.update("probing", round(began[-1] - began[0]), round(seconds))
+        if began[-1] - began[0] >= seconds:
+            enough.signal = signal.SIGTERM
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = tempfile.TemporaryDirectory(prefix=".probe-", dir=folder.parent, ignore_cleanup_errors=True)
+    with scratch, Bar(console) as bar:
+        run = Path(scratch.name, "run")
+        with suppress(InterruptedRunError):  # as meant
+            train(part, run, hear, enough, Shared(store_beside(folder)))
+        row = AccuracyRow.model_validate_json((run / ZERO_SHOT).read_text())
+    training = median(speeds[1:] or speeds)  # the first steps pay for what is allocated and compiled
+    evaluation = sum(row.images.values()) / row.seconds
+    tests = [len(task.test) for task in opened.tasks if isinstance(task.test, IndexedSamples)]
+    return {
+        "training_images_per_second": round(training, 1),
+        "evaluation_images_per_second": round(evaluation, 1),
+        "training_minutes": round(images_through_student(experiment) / training / 60, 1),
+        "evaluation_minutes": round((1 + len(opened.tasks)) * sum(tests) / evaluation / 60, 1),
+    }

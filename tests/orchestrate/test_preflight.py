@@ -1,0 +1,70 @@
+"""What is looked at before anything is started, beside the data: disk, prompts."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import coloured
+from rich.console import Console
+
+from orchestrate import preflight
+from orchestrate.probe import probe
+from schemas.base import InputError
+from schemas.experiment import Experiment
+from zscl.opened import open_experiment
+from zscl.sequence import run_sequence
+from zscl.tasks import write_task
+
+Make = Callable[..., Experiment]
+
+
+def test_what_a_run_writes_is_known_beforehand(experiment: Make, tmp_path: Path) -> None:
+    compute = {"device": "cpu", "snapshots_every": 2}
+    made = experiment(method="finetune", compute=compute)
+    opened = open_experiment(made)
+    model = preflight.model_megabytes(made)
+    run = tmp_path / "run"
+    # Three stages of a model and its snapshots after steps 0, 2, 4 and the last one; a checkpoint twice.
+    assert preflight.megabytes_needed(opened, run) == pytest.approx(3 * 5 * model + 8 * model)
+    run_sequence(made, run, device=torch.device("cpu"))
+    written = sum(file.stat().st_size for file in run.rglob("*.safetensors")) / 1e6
+    assert written == pytest.approx(3 * 5 * model, rel=0.01)
+    assert preflight.megabytes_needed(opened, run) == 0
+
+
+def test_a_disk_without_room(experiment: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = open_experiment(experiment())
+    preflight.check_disk(opened, tmp_path / "not/there/yet")
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=2_000_000))
+    with pytest.raises(InputError, match=r"run: found 2 MB free on its disk, expected \d+ MB for the stages' models"):
+        preflight.check_disk(opened, tmp_path / "run")
+
+
+def test_a_prompt_that_is_cut_is_named(experiment: Make, tmp_path: Path) -> None:
+    assert preflight.warnings(open_experiment(experiment())) == []
+    long = "a picture of a very small and nearly square patch of {c}"  # the model reads twelve tokens
+    splits = {split: list(coloured(8, 0)) for split in ("train", "test")}
+    write_task(tmp_path / "long", ["red", "green", "blue", "yellow"], [long, "{c}"], splits, suffix="png", source="")
+    [sentence] = preflight.warnings(open_experiment(experiment(tasks=[str(tmp_path / "long")])))
+    assert "task 'long': found the prompt 'a picture of a very small" in sentence
+    assert "to fill the 12 tokens that the model reads" in sentence
+
+
+def test_a_probe_says_how_long_it_takes(
+    experiment: Make,
+    tmp_path: Path,
+    ray_cluster: None,
+    monkeypatch: pytest.MonkeyPatch,
+    without_ray: Callable[[], None],
+) -> None:
+    without_ray()
+    opened = open_experiment(experiment())
+    found = probe(opened, tmp_path / "runs/mine", Console(stderr=True), seconds=0.0)
+    assert found["training_images_per_second"] > 0
+    assert found["evaluation_images_per_second"] > 0
+    assert {path.name for path in (tmp_path / "runs").iterdir()} <= {"teacher"}  # nothing else is left
+    with pytest.raises(InputError, match="--probe: method 'zero-shot' trains nothing"):
+        probe(open_experiment(experiment(method="zero-shot")), tmp_path / "run", Console(stderr=True))
