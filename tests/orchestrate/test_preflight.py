@@ -57,7 +57,6 @@ def test_a_probe_says_how_long_it_takes(
     experiment: Make,
     tmp_path: Path,
     ray_cluster: None,
-    monkeypatch: pytest.MonkeyPatch,
     without_ray: Callable[[], None],
 ) -> None:
     without_ray()
