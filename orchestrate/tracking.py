@@ -32,7 +32,9 @@ from filelock import FileLock
 from git import GitError, Repo
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.store.db.db_types import DATABASE_ENGINES
 from mlflow.tracking import MlflowClient
+from sqlalchemy import NullPool, create_engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from orchestrate import report
@@ -87,6 +89,9 @@ def open_store(uri: str, experiment: str) -> tuple[MlflowClient, str]:
     Raises:
         Exception: one of `FAILURES`.
     """
+    if uri.partition("://")[0].partition("+")[0] in DATABASE_ENGINES and not uri.startswith(SQLITE):
+        # MLflow asks a database that does not answer again for a hundred seconds.
+        create_engine(uri, poolclass=NullPool).connect().close()
     with _alone(uri):
         client = MlflowClient(tracking_uri=uri)
         found = client.get_experiment_by_name(experiment)

@@ -351,7 +351,8 @@ def test_another_experiment_or_another_life_in_the_same_place_is_another_run(fol
 
 
 @pytest.mark.parametrize(
-    "uri", ["sqlite:////proc/no/such/place.db", "http://127.0.0.1:9", "nonsense://x", "postgresql://x/y"]
+    "uri",
+    ["sqlite:////proc/no/such/place.db", "http://127.0.0.1:9", "nonsense://x", "postgresql+psycopg://127.0.0.1:9/y"],
 )
 def test_a_store_that_cannot_be_opened_is_refused(experiment: Make, tmp_path: Path, uri: str) -> None:
     with pytest.raises(InputError, match=r"tracking\.uri: found no reachable MLflow store"):

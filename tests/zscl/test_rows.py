@@ -1,8 +1,9 @@
 """Rows of the matrix: cells that are known are not measured again, and a failed stage is said to be one."""
 
+import multiprocessing
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -79,26 +80,31 @@ def test_chance(accuracy: float, classes: int, images: int, expected: bool) -> N
 # -------------------------------------------------------------------------------------------------- elsewhere
 
 
-def elsewhere(made: Experiment, folder: Path, pool: ThreadPoolExecutor, pause: float = 0.0) -> Elsewhere:
-    """Measure rows in a thread, each after a pause."""
-
-    def measure(stage: int) -> None:
-        time.sleep(pause)
-        measure_row(made, folder, stage, torch.device("cpu"), lambda: False)
-
-    return lambda stage: pool.submit(measure, stage)
+def measure(recipe: str, folder: Path, stage: int, pause: float) -> None:
+    time.sleep(pause)
+    measure_row(Experiment.model_validate_json(recipe), folder, stage, torch.device("cpu"), lambda: False)
 
 
-@pytest.mark.parametrize("pause", [0.0, 0.4])
+def elsewhere(made: Experiment, folder: Path, pool: Executor, pause: float = 0.0) -> Elsewhere:
+    """Measure rows in a pool, each after a pause."""
+    return lambda stage: pool.submit(measure, made.model_dump_json(), folder, stage, pause)
+
+
+@pytest.fixture(scope="module")
+def process() -> Iterator[Executor]:
+    """A process of its own: what is random in a model under training must not be drawn by two threads."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield pool
+
+
 def test_rows_measured_elsewhere_make_the_same_matrix(
-    experiment: Callable[..., Experiment], tmp_path: Path, pause: float
+    experiment: Callable[..., Experiment], tmp_path: Path, process: Executor
 ) -> None:
     made = experiment(method="finetune")
     inline = run_sequence(made, tmp_path / "inline", device=torch.device("cpu"))
     told: list[object] = []
-    with ThreadPoolExecutor(1) as pool:
-        there = elsewhere(made, tmp_path / "run", pool, pause)
-        found = run_sequence(made, tmp_path / "run", told.append, torch.device("cpu"), elsewhere=there)
+    there = elsewhere(made, tmp_path / "run", process, pause=0.4)
+    found = run_sequence(made, tmp_path / "run", told.append, torch.device("cpu"), elsewhere=there)
     assert (found.accuracy_matrix, found.zero_shot) == (inline.accuracy_matrix, inline.zero_shot)
     assert found.warnings == inline.warnings
     rows = [each.stage for each in told if isinstance(each, RowMeasured)]
@@ -108,28 +114,29 @@ def test_rows_measured_elsewhere_make_the_same_matrix(
         for each in told
         if isinstance(each, RowMeasured | StageTrained)
     ]
-    if pause:  # training does not wait, up to a point
-        assert order.index(("StageTrained", 1)) < order.index(("RowMeasured", 0))
-        assert order.index(("RowMeasured", 0)) < order.index(("StageTrained", 3))
+    # Training does not wait, up to a point.
+    assert order.index(("StageTrained", 1)) < order.index(("RowMeasured", 0))
+    assert order.index(("RowMeasured", 0)) < order.index(("StageTrained", 3))
 
 
-def test_rows_elsewhere_are_taken_up_again(experiment: Callable[..., Experiment], tmp_path: Path) -> None:
+def test_rows_elsewhere_are_taken_up_again(
+    experiment: Callable[..., Experiment], tmp_path: Path, process: Executor
+) -> None:
     made, run = experiment(method="finetune"), tmp_path / "run"
     asked = iter([False] * 4 + [True] * 1000)
-    with ThreadPoolExecutor(1) as pool, pytest.raises(StoppedError):
+    with pytest.raises(StoppedError):
         run_sequence(
             made, run, device=torch.device("cpu"), asked_to_stop=lambda: next(asked),
-            elsewhere=elsewhere(made, run, pool, pause=1.0),
+            elsewhere=elsewhere(made, run, process, pause=1.0),
         )  # fmt: skip
     begun: list[int] = []
 
     def counted(stage: int) -> Handle:
         begun.append(stage)
-        return elsewhere(made, run, pool)(stage)
+        return elsewhere(made, run, process)(stage)
 
     there = {stage for stage, file in enumerate([run / "zero_shot.json"]) if file.is_file()}
-    with ThreadPoolExecutor(1) as pool:
-        found = run_sequence(made, run, device=torch.device("cpu"), elsewhere=counted)
+    found = run_sequence(made, run, device=torch.device("cpu"), elsewhere=counted)
     assert not there & set(begun)
     whole = run_sequence(made, tmp_path / "whole", device=torch.device("cpu"))
     assert found.accuracy_matrix == whole.accuracy_matrix
