@@ -1,6 +1,6 @@
 """Files and figures that join a run in MLflow after it has ended: evaluations, and comparisons it takes part in."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from orchestrate.places import EXPERIMENT, SQLITE, store_uri, unmasked
@@ -11,7 +11,7 @@ from schemas.secrets import mask
 
 def attach(
     run: Path,
-    files: Path,
+    files: Sequence[Path],
     place: str,
     note: Callable[[str], None],
     metrics: Mapping[str, Mapping[int, float]] | None = None,
@@ -22,7 +22,7 @@ def attach(
 
     Args:
         run: the run's folder.
-        files: a file, or a folder whose content is left.
+        files: what to leave.
         place: the folder among the run's artefacts.
         note: told why nothing was left.
         metrics: by name and step, which join the run's.
@@ -38,7 +38,7 @@ def attach(
     from mlflow.entities import Metric
     from mlflow.tracking import MlflowClient
 
-    from orchestrate.tracking import FAILURES, folder_query
+    from orchestrate.tracking import folder_query
 
     try:
         client = MlflowClient(tracking_uri=uri)
@@ -46,7 +46,8 @@ def attach(
         runs = client.search_runs([found.experiment_id], folder_query(run), max_results=1) if found else []
         for recorded in runs:
             where = recorded.info.run_id
-            (client.log_artifacts if files.is_dir() else client.log_artifact)(where, str(files), place)
+            for file in files:
+                client.log_artifact(where, str(file), place)
             rows = [
                 # The time of the run's end: sent again, it is the same metric.
                 Metric(name, value, recorded.info.end_time or recorded.info.start_time, step)
@@ -55,8 +56,8 @@ def attach(
             ]
             if rows:
                 client.log_batch(where, metrics=rows)
-    except FAILURES as error:
-        reason = mask(" ".join(str(error).split()))[:200]
-        note(f"not left in MLflow at {mask(uri)} ({reason}); the files are in {files}")
+    except Exception as error:  # also whatever a store of artefacts may raise: the files are on disk
+        reason = mask(" ".join(str(error).split()), uri)[:200]
+        note(f"not left in MLflow at {mask(uri)} ({reason}); the files are in {files[0].parent}")
         return False
     return bool(runs)

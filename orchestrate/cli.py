@@ -216,7 +216,7 @@ def _ended(experiment: "Experiment", folder: Path, result: "Result", offline: bo
     lines = [
         *(f"warning: {sentence}" for sentence in result.warnings),
         f"{figures}  (zero-shot transfer {report.percent(result.zero_shot_metrics.transfer)})",
-        f"time    {report.where_time_went(result)}",
+        f"time    {report.where_time_went(result, beside=experiment.compute.evaluation == 'overlapped')}",
         f"run     {folder}",
         f"models  {folder}/stages/<k>-<task>/model  (open_clip: local-dir:…)",
         f"MLflow  {places.browse_command(uri) if uri else f'zscl sync {folder}'}",
@@ -332,13 +332,13 @@ def submit(
     from orchestrate import recipes
     from orchestrate import submit as submitting
 
-    place = working_dir.absolute()
+    place = working_dir.resolve()
     command = submitting.entrypoint(recipe, overrides, out, place)
     grace = max(each.compute.grace_seconds for each in recipes.load_variants(recipe, overrides).values())
     job, follow = submitting.submit(command, place, address, grace)
     _note(f"job {job.id}: {mask(command)}\nstop it: ray job stop --address {job.address} {job.id}")
     emit({"job": job.id, "address": job.address}, as_json, [] if wait else [job.id])
-    if wait and (code := follow()):
+    if wait and (code := follow(sys.stderr if as_json else sys.stdout)):
         raise typer.Exit(code)
 
 
@@ -382,7 +382,7 @@ def evaluate(
     if not as_json:
         Console(markup=False).print(judging.terminal_tables(found))
     if subject.run is not None and not offline:
-        judging.record(found, subject.run, folder, _note)
+        judging.record(found, subject, options, list(written.values()), _note)
     lines = [f"{kind:11} {file}" for kind, file in written.items()]
     emit({"evaluation": found.model_dump(mode="json"), "files": written}, as_json, lines)
 

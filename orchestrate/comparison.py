@@ -442,7 +442,7 @@ def compare(
     if note is not None:
         for run in comparison.runs:
             if (run.folder / EXPERIMENT).is_file():
-                attach(run.folder, Path(written["page"]), "comparison", note)
+                attach(run.folder, [Path(written["page"])], "comparison", note)
     lines = [f"left out: {reason}" for reason in comparison.left_out.values()]
     content = {
         "rows": rows,

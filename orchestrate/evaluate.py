@@ -75,8 +75,8 @@ def options(
 class Subject:
     """What is judged.
 
-    models: with their stage in a run, if they are of one; tasks, suites: on what; run: its folder; whole: whether these
-    are all stages of the run, on all its tasks.
+    models: with their stage in a run, if they are of one; tasks, suites: on what; run: its folder; own: whether the
+    tasks are the run's; whole: whether these are also all its stages.
     """
 
     models: tuple[tuple[int | None, Model], ...]
@@ -84,12 +84,13 @@ class Subject:
     suites: tuple[TaskFolder, ...]
     run: Path | None = None
     experiment: Experiment | None = None
+    own: bool = False
     whole: bool = False
 
     @property
     def held_out(self) -> bool:
         """Whether a run's held-out training images are what it is judged on."""
-        held_out = self.experiment.evaluation.held_out if self.experiment else None
+        held_out = self.experiment.evaluation.held_out if self.experiment and self.own else None
         return held_out is not None and held_out.judged_on == "held_out"
 
     def place(self, stage: int | None, model: Model) -> str:
@@ -134,7 +135,7 @@ def subject(
     models += [(k, Model(name=f"{LOCAL_MODEL}{file.parent}/model")) for k, file in enumerate(trained, start=1)]
     opened = tuple(map(_opened, tasks)) if tasks else open_tasks(experiment)[1]
     whole = stage == ALL and not tasks and len(trained) == len(opened)
-    return Subject(tuple(_chosen(models, stage, folder)), opened, extra, folder, experiment, whole)
+    return Subject(tuple(_chosen(models, stage, folder)), opened, extra, folder, experiment, not tasks, whole)
 
 
 def _chosen(models: Sequence[tuple[int, Model]], stage: str | None, run: Path) -> list[tuple[int, Model]]:
@@ -354,10 +355,18 @@ def _panels(names: Sequence[str], title: str) -> tuple[Figure, list]:  # type: i
     return figure, panels[: len(names)]
 
 
-def record(found: Evaluation, run: Path, folder: Path, note: Callable[[str], None]) -> bool:
-    """Leave the evaluation in MLflow with its run: the files, and each protocol's accuracies by stage."""
+def record(
+    found: Evaluation, subject: Subject, options: Options, files: Sequence[str], note: Callable[[str], None]
+) -> bool:
+    """Leave the evaluation in MLflow with its run: the files, and each protocol's accuracies by stage.
+
+    The latter where the run was judged on its own tasks and as its recipe says: under one name, one thing.
+    """
+    assert subject.run is not None
     series: dict[str, dict[int, float]] = {}
-    for model in found.models:
-        for each in model.judged:
-            series.setdefault(f"{each.protocol}/{each.task}", {})[model.stage or 0] = each.top1
-    return attach(run, folder, "evaluation", note, series)
+    if subject.own and options.templates is None and options.precision is None:
+        for model in found.models:
+            for each in model.judged:
+                if each.task in found.tasks:
+                    series.setdefault(f"{each.protocol}/{each.task}", {})[model.stage or 0] = each.top1
+    return attach(subject.run, list(map(Path, files)), "evaluation", note, series)

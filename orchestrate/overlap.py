@@ -9,6 +9,7 @@ from ray.exceptions import RayTaskError
 
 from schemas.base import InputError
 from schemas.experiment import Experiment
+from zscl.checkpoint import StoppedError
 from zscl.rows import Elsewhere
 from zscl.sequence import measure_row
 
@@ -30,12 +31,13 @@ class Task:
 
         Raises:
             InputError: what it has found wrong.
+            StoppedError: the run was asked to stop.
             RayTaskError: what else it failed with.
         """
         try:
             ray.get(self._reference)
         except RayTaskError as error:
-            if isinstance(error.cause, InputError):
+            if isinstance(error.cause, InputError | StoppedError):
                 raise error.cause from error
             raise
 

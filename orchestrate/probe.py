@@ -39,8 +39,8 @@ def probe(opened: Opened, folder: Path, console: Console, seconds: float = SECON
         raise InputError(f"--probe: method '{experiment.method.name}' trains nothing, expected one that does")
     compute = experiment.compute.model_copy(update={"teacher_features": "as_met", "evaluation": "inline"})
     # Two tasks, for a method that looks at the others' names.
-    changes = {"compute": compute, "tasks": experiment.tasks[:2], "class_incremental": None}
-    part = experiment.model_copy(update=changes) if experiment.class_incremental is None else experiment
+    tasks = experiment.tasks[:2] if experiment.class_incremental is None else experiment.tasks
+    part = experiment.model_copy(update={"compute": compute, "tasks": tasks})
     connect(compute, note=lambda text: console.print(text, highlight=False))
     check_resources(compute)
     enough, speeds, began = Interruption(), list[float](), list[float]()

@@ -106,16 +106,23 @@ def label_of(result: Result) -> str:
     return f"{result.method} ({changes})" if changes else result.method
 
 
-def where_time_went(result: Result) -> str:
-    """In a line, what the main worker did with its time while it trained and evaluated."""
+def where_time_went(result: Result, beside: bool = False) -> str:
+    """In a line, what the main worker did with its time while it trained and evaluated.
+
+    Args:
+        result: of a run.
+        beside: its rows were measured beside the training, so that their time is not the main worker's.
+    """
     parts: dict[str, float] = {}
     for stage in result.stages:
         for part, seconds in (stage.seconds_by_part if not stage.shared else {}).items():
             parts[part] = parts.get(part, 0.0) + seconds
-    parts["evaluation"] = result.evaluation_seconds
-    whole = sum(parts.values())
+    if not beside:
+        parts["evaluation"] = result.evaluation_seconds
+    whole = sum(parts.values()) or 1e-9  # nothing was trained
     shares = sorted(parts.items(), key=lambda part: -part[1])
-    return f"{whole / 60:.1f} min: " + ", ".join(f"{part} {100 * value / whole:.0f} %" for part, value in shares)
+    line = f"{whole / 60:.1f} min: " + ", ".join(f"{part} {100 * value / whole:.0f} %" for part, value in shares)
+    return f"{line}; evaluation, beside it: {result.evaluation_seconds / 60:.1f} min" if beside else line
 
 
 # ------------------------------------------------------------------------------------------------- pictures

@@ -43,8 +43,8 @@ def log_model(
         place = Path(scratch, "model")
         save(place, folder, words, made.model_id)
         client.log_model_artifacts(made.model_id, str(place))
-    client.finalize_logged_model(made.model_id, READY)
     client.log_outputs(run, [LoggedModelOutput(made.model_id, step=0)])
+    client.finalize_logged_model(made.model_id, READY)  # last: what is ready is not sent again
 
 
 def save(place: Path, folder: Path, words: tuple[Sequence[str], Sequence[str]], model_id: str | None = None) -> None:

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from orchestrate import access, recipes
 from schemas.base import InputError
@@ -32,9 +33,9 @@ def entrypoint(recipe: Path, overrides: Sequence[str], out: str | None, working_
         InputError: the recipe lies outside of that, or is refused.
     """
     recipes.load_variants(recipe, overrides)  # refused here rather than minutes later on the cluster
-    if not recipe.absolute().is_relative_to(working_dir):
+    if not recipe.resolve().is_relative_to(working_dir):
         raise InputError(f"{recipe}: found it outside of {working_dir}, expected it in the working directory")
-    command = ["zscl", "run", str(recipe.absolute().relative_to(working_dir))]
+    command = ["zscl", "run", str(recipe.resolve().relative_to(working_dir))]
     command += ["--out", out] if out else []
     return shlex.join([*command, *(part for override in overrides for part in ("--set", override))])
 
@@ -50,7 +51,7 @@ def submit(
         address: of the cluster's dashboard; default: RAY_API_SERVER_ADDRESS, else this machine's.
         grace_seconds: that the run wants to stop in.
 
-    Returns the job, and what follows it: prints its output until it ends, and gives an exit code.
+    Returns the job, and what follows it: writes its output somewhere until it ends, and gives an exit code.
 
     Raises:
         InputError: no cluster answers there, or it does not take the job.
@@ -71,12 +72,18 @@ def submit(
             "address; where it asks for a token, RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
         ) from error
 
-    def follow() -> int:
+    def follow(output: IO[str]) -> int:
         async def tail() -> None:
             async for lines in client.tail_job_logs(job.id):
-                print(lines, end="", flush=True)
+                print(lines, end="", flush=True, file=output)
 
-        asyncio.run(tail())
+        try:
+            asyncio.run(tail())
+        except Exception as error:  # of the connection: the job does not need us
+            raise InputError(
+                f"job {job.id}: found its output cut off ({type(error).__name__}), expected it to its end; the job may "
+                f"go on: ray job logs --follow --address {where} {job.id}"
+            ) from error
         return EXIT_CODES.get(str(client.get_job_status(job.id)), 1)
 
     return job, follow

@@ -59,6 +59,8 @@ logging.getLogger("mlflow").setLevel(logging.WARNING)
 # It prints the traceback of every attempt at a locked database.
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
+log = logging.getLogger(__name__)
+
 PARENT = "mlflow.parentRunId"
 KEY = "zscl.key"
 LEVEL = "zscl.level"  # search, trial or sequence, stage
@@ -197,6 +199,9 @@ class Record:
                 metrics += _row(dict(zip(names, cells, strict=True)), measured, stage)
         self._log(self.parent, metrics)
         self._log_data(result)
+        for trained in result.stages:  # again, where the store would not take it at first
+            if child := self._find_child(trained.stage):
+                self._log_model(child.info.run_id, trained)
         self.client.log_artifact(self.parent, str(folder / "experiment.yaml"))
         self.client.log_artifact(self.parent, str(folder / "result.json"))
         log_table(self.client, self.parent, report.matrix_columns(result), "accuracy_matrix.json")
@@ -308,7 +313,10 @@ class Record:
         from orchestrate.stage_models import log_model  # takes seconds to import
 
         name = re.sub(r"[/:.%\"']", "_", f"{self.folder.name}-{trained.stage}-{trained.task}")  # not taken by MLflow
-        log_model(self.client, self.experiment_id, child, name, folder, self._words(trained.stage))
+        try:
+            log_model(self.client, self.experiment_id, child, name, folder, self._words(trained.stage))
+        except Exception as error:  # of a store of artefacts, too: the model is on disk, and the curves are worth more
+            log.warning("MLflow did not take the model %s (%s)", name, mask(" ".join(str(error).split()))[:200])
 
     def _words(self, stage: int) -> tuple[Sequence[str], Sequence[str]]:
         """Class names and templates of a stage's task; none where its folder cannot be read from here."""

@@ -102,6 +102,11 @@ class Compute(Strict):
     def _fewer_than_all(self) -> "Compute":
         if self.min_workers is not None and self.min_workers > self.workers:
             raise ValueError(f"min_workers is {self.min_workers}, expected at most the {self.workers} workers")
+        if self.evaluation == "overlapped" and self.min_workers not in (None, self.workers):
+            raise ValueError(
+                "evaluation is overlapped with min_workers, expected inline: an elastic group takes the room that the "
+                "rows are measured in"
+            )
         return self
 
 

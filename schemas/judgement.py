@@ -58,7 +58,9 @@ class Evaluation(Strict):
     tasks: Many[str] = Field(description="Whose classes share the label space of the task-agnostic protocol")
     suites: Many[str] = Field(description="Judged beside them, each among its own classes")
     templates: Literal["all", "first"]
-    held_out: bool = Field(description="Judged on held-out training images, as the run was, not on test images")
+    held_out: bool = Field(
+        description="The tasks are judged on held-out training images, as the run was; suites always on test images"
+    )
     models: Many[JudgedModel]
     figures: dict[Protocol, Metrics] = Field(
         description="Of the accuracy matrix under each protocol, where all stages of a run were judged on its tasks"

@@ -68,6 +68,13 @@ def refuse_other_run(folder: Path, fingerprint: str) -> None:
         )
 
 
+def claim(folder: Path, fingerprint: str) -> None:
+    """Say whose run a folder holds before anything else lies in it: a row may be measured long after training began."""
+    row = folder / ZERO_SHOT
+    if rank() == 0 and not any(file.is_file() for file in (row, part_of(row))):
+        write_whole(part_of(row), AccuracyRow(fingerprint=fingerprint, accuracy={}, images={}, seconds=0.0))
+
+
 @dataclass
 class Rows:
     """Measures a run's rows.

@@ -49,7 +49,7 @@ from zscl.journal import JOURNAL, Journal
 from zscl.metrics import metrics
 from zscl.model import Clip, load, load_weights
 from zscl.opened import Opened, open_experiment
-from zscl.rows import AccuracyRow, Elsewhere, Rows, RowsElsewhere, place_of, refuse_other_run, write_whole
+from zscl.rows import AccuracyRow, Elsewhere, Rows, RowsElsewhere, claim, place_of, refuse_other_run, write_whole
 from zscl.shards import seed_of
 from zscl.stages import TRAINING, Shared, StageStore
 from zscl.streams import Loader
@@ -94,6 +94,8 @@ def run_sequence(
     opened = experiment if isinstance(experiment, Opened) else open_experiment(experiment)
     patiently(lambda: folder.mkdir(parents=True, exist_ok=True))
     refuse_other_run(folder, opened.fingerprint)
+    barrier()  # every worker has looked
+    claim(folder, opened.fingerprint)
     run = _Run(opened, folder, report, device, asked_to_stop, shared or Shared(store_beside(folder)), elsewhere)
     experiment = opened.experiment
     run.report(RunStarted(fingerprint=opened.fingerprint))

@@ -171,7 +171,7 @@ def train_stage(
     first_step = under_way.go_on(checkpoint)
     batches = training_batches(experiment, stage, folder, clip, teacher.images if teacher else None, loader, first_step)
     batches = clock.over("data", batches)
-    usage = Usage(stage, sum(map(len, map(share, batch_sizes))), clock, device, report)
+    usage = Usage(stage, sum(map(len, map(share, batch_sizes))), clock, device, report, first_step)
     checkpoints = Checkpoints(checkpoint, experiment.compute.checkpoint, report, asked_to_stop, first_step)
 
     for step in range(first_step, steps):

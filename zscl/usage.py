@@ -60,7 +60,13 @@ class Usage:
     """Reports what every worker has used since the last time, every few seconds; the main worker says when."""
 
     def __init__(
-        self, stage: int, own_images: int, clock: Clock, device: torch.device, report: Callable[[WorkersUsed], None]
+        self,
+        stage: int,
+        own_images: int,
+        clock: Clock,
+        device: torch.device,
+        report: Callable[[WorkersUsed], None],
+        first_step: int = 0,
     ) -> None:
         """Begin to count.
 
@@ -70,9 +76,10 @@ class Usage:
             clock: where the time spent on `data` is counted.
             device: of the worker.
             report: told on every worker; the main one's counts.
+            first_step: steps taken already.
         """
         self.stage, self.own_images, self.clock, self.device, self.report = stage, own_images, clock, device, report
-        self._begin(0)
+        self._begin(first_step)
 
     def look(self, done: int) -> None:
         """Report, where it is time, behind `done` steps; all workers look together."""

@@ -22,6 +22,10 @@ def refused(content: dict[str, Any]) -> str:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
+        (
+            {"compute": {"workers": 4, "min_workers": 2, "evaluation": "overlapped"}},
+            "compute: evaluation is overlapped with min_workers, expected inline: an elastic group takes the room",
+        ),
         ({"methd": "zscl"}, "unknown field 'methd'; did you mean 'method'?"),
         (
             {"method": {"preset": "zscl", "distill": {"temprature": 1}}},

@@ -123,11 +123,10 @@ def test_rows_elsewhere_are_taken_up_again(
     experiment: Callable[..., Experiment], tmp_path: Path, process: Executor
 ) -> None:
     made, run = experiment(method="finetune"), tmp_path / "run"
-    asked = iter([False] * 4 + [True] * 1000)
     with pytest.raises(StoppedError):
         run_sequence(
-            made, run, device=torch.device("cpu"), asked_to_stop=lambda: next(asked),
-            elsewhere=elsewhere(made, run, process, pause=1.0),
+            made, run, device=torch.device("cpu"), asked_to_stop=(run / "zero_shot.json").is_file,
+            elsewhere=elsewhere(made, run, process, pause=0.2),
         )  # fmt: skip
     begun: list[int] = []
 
@@ -135,11 +134,27 @@ def test_rows_elsewhere_are_taken_up_again(
         begun.append(stage)
         return elsewhere(made, run, process)(stage)
 
-    there = {stage for stage, file in enumerate([run / "zero_shot.json"]) if file.is_file()}
     found = run_sequence(made, run, device=torch.device("cpu"), elsewhere=counted)
-    assert not there & set(begun)
+    assert begun
+    assert 0 not in begun
     whole = run_sequence(made, tmp_path / "whole", device=torch.device("cpu"))
     assert found.accuracy_matrix == whole.accuracy_matrix
+
+
+def test_a_folder_is_claimed_before_any_row_is_measured(
+    experiment: Callable[..., Experiment], tmp_path: Path, process: Executor
+) -> None:
+    made = experiment(method="finetune", compute={"device": "cpu", "checkpoint": {"every_steps": 1}})
+    asked = iter([False] * 3 + [True] * 1000)
+    with pytest.raises(StoppedError):
+        run_sequence(
+            made, tmp_path / "run", device=torch.device("cpu"), asked_to_stop=lambda: next(asked),
+            elsewhere=elsewhere(made, tmp_path / "run", process, pause=2.0),
+        )  # fmt: skip
+    assert (tmp_path / "run/checkpoint.pt").is_file()
+    assert not (tmp_path / "run/zero_shot.json").is_file()
+    with pytest.raises(InputError, match="found a run of another experiment"):
+        run_sequence(experiment(method="finetune", seed=1), tmp_path / "run", device=torch.device("cpu"))
 
 
 def test_what_fails_elsewhere_ends_the_run(experiment: Callable[..., Experiment], tmp_path: Path) -> None:

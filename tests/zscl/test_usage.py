@@ -12,7 +12,7 @@ from schemas.results import Result, WorkersUsed
 from zscl import usage
 from zscl.journal import JOURNAL, JournalReader
 from zscl.sequence import run_sequence
-from zscl.usage import Clock
+from zscl.usage import Clock, Usage
 
 
 def test_a_clock_counts_blocks_items_and_calls() -> None:
@@ -27,6 +27,15 @@ def test_a_clock_counts_blocks_items_and_calls() -> None:
     assert clock.seconds["block"] >= 0.02
     assert clock.seconds["calls"] >= 0.03
     assert clock.seconds["items"] < 0.01
+
+
+def test_a_resumed_stage_counts_from_where_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(usage, "EVERY_SECONDS", 0.0)
+    seconds = iter([10.0, 12.0, 12.0, 12.0])
+    monkeypatch.setattr(usage.time, "monotonic", lambda: next(seconds))
+    told: list[WorkersUsed] = []
+    Usage(2, 16, Clock(), torch.device("cpu"), told.append, first_step=1000).look(1010)
+    assert told[0].workers[0].images_per_second == pytest.approx(10 * 16 / 2)
 
 
 def test_a_stage_tells_what_it_used(
