@@ -42,7 +42,7 @@ def entrypoint(recipe: Path, overrides: Sequence[str], out: str | None, working_
 
 def submit(
     command: str, working_dir: Path, address: str | None, grace_seconds: float
-) -> tuple[Job, "Callable[[], int]"]:
+) -> tuple[Job, Callable[[IO[str]], int]]:
     """Submit a command.
 
     Args:
