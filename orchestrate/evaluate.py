@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console, Group
 from rich.table import Table
@@ -344,7 +345,8 @@ def _draw_confusions(model: JudgedModel) -> Figure:
     return figure
 
 
-def _panels(names: Sequence[str], title: str) -> tuple[Figure, list]:  # type: ignore[type-arg]
+def _panels(names: Sequence[str], title: str) -> tuple[Figure, list[Axes]]:
+    """A small chart a name."""
     columns = min(3, len(names))
     lines = -(-len(names) // columns)
     figure = Figure(figsize=(3.8 * columns, 0.6 + 3.6 * lines), layout="constrained")
