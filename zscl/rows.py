@@ -15,14 +15,14 @@ from pydantic import BaseModel, Field
 
 from schemas.base import InputError, Strict
 from schemas.results import Note, RowMeasured, TaskEvaluated
-from zscl.checkpoint import StoppedError
+from zscl.checkpoint import CHECKPOINT, StoppedError
 from zscl.distributed import agree, barrier, from_main_text, gather_sentences, rank
 from zscl.evaluation import accuracies, embed_classes, head
 from zscl.files import patiently, read_if_there, remove, write_text
 from zscl.metrics import at_chance
 from zscl.model import Clip
 from zscl.opened import Opened
-from zscl.stages import StageStore
+from zscl.stages import TRAINING, StageStore
 from zscl.tasks import TaskFolder
 from zscl.training import loader_of
 
@@ -54,25 +54,35 @@ def place_of(opened: Opened, folder: Path, stage: int) -> Path:
 
 
 def refuse_other_run(folder: Path, fingerprint: str) -> None:
-    """Refuse to mix two experiments in one folder.
+    """Refuse to mix two experiments in one folder; one that has come to nothing yet may be taken.
 
     Raises:
         InputError: the folder holds a run of another experiment.
     """
-    rows = [file for file in (folder / ZERO_SHOT, part_of(folder / ZERO_SHOT)) if file.is_file()]
-    found = AccuracyRow.model_validate_json(rows[0].read_text()).fingerprint if rows else fingerprint
-    if found != fingerprint:
+    row = _first_row(folder)
+    if row is None or row.fingerprint == fingerprint:
+        return
+    kept = (folder / ZERO_SHOT, folder / CHECKPOINT, *folder.glob(f"stages/*/{TRAINING}"))
+    if row.accuracy or any(file.is_file() for file in kept):
         raise InputError(
-            f"{folder}: found a run of another experiment (fingerprint {found}), expected {fingerprint} or an empty "
-            "folder; choose another folder"
+            f"{folder}: found a run of another experiment (fingerprint {row.fingerprint}), expected {fingerprint} or "
+            "an empty folder; choose another folder"
         )
 
 
 def claim(folder: Path, fingerprint: str) -> None:
     """Say whose run a folder holds before anything else lies in it: a row may be measured long after training began."""
-    row = folder / ZERO_SHOT
-    if rank() == 0 and not any(file.is_file() for file in (row, part_of(row))):
-        write_whole(part_of(row), AccuracyRow(fingerprint=fingerprint, accuracy={}, images={}, seconds=0.0))
+    row = _first_row(folder)
+    if row is None or row.fingerprint != fingerprint:
+        write_whole(
+            part_of(folder / ZERO_SHOT), AccuracyRow(fingerprint=fingerprint, accuracy={}, images={}, seconds=0.0)
+        )
+
+
+def _first_row(folder: Path) -> AccuracyRow | None:
+    """The zero-shot row, or as much of it as is measured."""
+    files = [file for file in (folder / ZERO_SHOT, part_of(folder / ZERO_SHOT)) if file.is_file()]
+    return AccuracyRow.model_validate_json(files[0].read_text()) if files else None
 
 
 @dataclass

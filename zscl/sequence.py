@@ -95,7 +95,8 @@ def run_sequence(
     patiently(lambda: folder.mkdir(parents=True, exist_ok=True))
     refuse_other_run(folder, opened.fingerprint)
     barrier()  # every worker has looked
-    claim(folder, opened.fingerprint)
+    if rank() == 0:
+        claim(folder, opened.fingerprint)
     run = _Run(opened, folder, report, device, asked_to_stop, shared or Shared(store_beside(folder)), elsewhere)
     experiment = opened.experiment
     run.report(RunStarted(fingerprint=opened.fingerprint))

@@ -157,6 +157,14 @@ def test_a_folder_is_claimed_before_any_row_is_measured(
         run_sequence(experiment(method="finetune", seed=1), tmp_path / "run", device=torch.device("cpu"))
 
 
+def test_a_folder_in_which_nothing_came_about_may_be_taken(experiment: Make, tmp_path: Path) -> None:
+    with pytest.raises(StoppedError):
+        run_sequence(experiment(), tmp_path, device=CPU, asked_to_stop=lambda: True)
+    assert [file.name for file in tmp_path.glob("*.json")] == ["zero_shot.part.json"]
+    found = run_sequence(experiment(seed=1), tmp_path, device=CPU)
+    assert (found.seed, (tmp_path / "zero_shot.part.json").exists()) == (1, False)
+
+
 def test_what_fails_elsewhere_ends_the_run(experiment: Callable[..., Experiment], tmp_path: Path) -> None:
     def fail(stage: int) -> None:
         raise InputError(f"stage {stage}: found nothing, expected something")
