@@ -49,7 +49,6 @@ class Options:
     precision: str | None = None
     batch_size: int = 256
     loader_processes: int = 0
-    device: torch.device | None = None
 
 
 def options(
@@ -171,7 +170,7 @@ def evaluate(subject: Subject, options: Options, console: Console) -> Evaluation
     experiment = subject.experiment
     templates = options.templates or (experiment.evaluation.templates if experiment else "all")
     precision = options.precision or (experiment.optimisation.precision if experiment else "fp32")
-    device = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sets = [task.test for task in (*subject.tasks, *subject.suites)]
     images = sum(len(each) for each in sets if isinstance(each, IndexedSamples)) * len(subject.models)
     judged_models = []

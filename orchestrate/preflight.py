@@ -1,10 +1,12 @@
 """Looked at before anything is started: data, model, prompts, disk; and what a run will do, in numbers."""
 
 import shutil
+from functools import lru_cache
 from pathlib import Path
 
 from schemas.base import InputError
-from schemas.experiment import Experiment
+from schemas.compute import Savings
+from schemas.experiment import Experiment, Model
 from zscl.model import load, open_clip_name
 from zscl.opened import Opened, open_experiment
 from zscl.rows import refuse_other_run
@@ -39,7 +41,7 @@ def plan(opened: Opened, folder: Path) -> dict[str, object]:
         "steps": steps,
         "images_through_student": images_through_student(experiment),
         "teacher_features": _teacher_features(opened),
-        "computed_in_full": left_in_full(load(experiment.model).model, experiment.compute.savings),
+        "computed_in_full": list(_looked_at(opened)[1]),
         "workers": experiment.compute.workers,
         "megabytes_needed": round(megabytes_needed(opened, folder)),
         "megabytes_free": round(megabytes_free(folder)),
@@ -53,10 +55,27 @@ def images_through_student(experiment: Experiment) -> int:
     return steps * (optimisation.batch_size + distilled)
 
 
-def model_megabytes(experiment: Experiment) -> float:
+def model_megabytes(opened: Opened) -> float:
     """What a stage's model takes up on disk."""
-    weights = load(experiment.model).model.state_dict().values()
-    return sum(float(4 * weight.numel()) for weight in weights) / 1e6  # written as float32
+    return _looked_at(opened)[0]
+
+
+def _looked_at(opened: Opened) -> tuple[float, tuple[str, ...]]:
+    """Megabytes of the model on disk, and which of its towers are computed in full.
+
+    Raises:
+        InputError: the model cannot be loaded, or does not allow a saving that is asked for.
+    """
+    experiment = opened.experiment
+    return _load_and_look(experiment.model, opened.weights, experiment.compute.savings)
+
+
+@lru_cache(maxsize=8)
+def _load_and_look(model: Model, weights: str, savings: Savings) -> tuple[float, tuple[str, ...]]:
+    """Load a model once, whatever is asked of it; `weights`, their digest, tells it from one of the same name."""
+    network = load(model).model
+    values = sum(weight.numel() for weight in network.state_dict().values())
+    return 4 * values / 1e6, tuple(left_in_full(network, savings))  # written as float32
 
 
 def megabytes_needed(opened: Opened, folder: Path) -> float:
@@ -65,7 +84,7 @@ def megabytes_needed(opened: Opened, folder: Path) -> float:
     A checkpoint is there twice while a new one takes the old one's place: weights, two moments, and the average.
     """
     experiment = opened.experiment
-    model, every = model_megabytes(experiment), experiment.compute.snapshots_every
+    model, every = model_megabytes(opened), experiment.compute.snapshots_every
     needed = 0.0
     for stage, task in enumerate(experiment.tasks, start=1):
         steps = experiment.stage_steps(task)
@@ -150,5 +169,5 @@ def prepare(experiment: Experiment) -> Opened:
     opened = open_experiment(experiment)
     for task in {task.whole or task for task in opened.tasks}:
         task.check(experiment.compute.max_broken_share)
-    left_in_full(load(experiment.model).model, experiment.compute.savings)
+    _looked_at(opened)
     return opened

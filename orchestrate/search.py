@@ -176,7 +176,7 @@ def plan(prepared: Prepared, folder: Path) -> dict[str, object]:
         "images_through_student": trials * preflight.images_through_student(experiment),
         "held_out_images": held_out,
         "first_stage_shared_by_averages": len(prepared.averages),
-        "megabytes_of_models": round(trials * prepared.stages * preflight.model_megabytes(experiment)),
+        "megabytes_of_models": round(trials * prepared.stages * preflight.model_megabytes(prepared.base)),
     }
 
 

@@ -15,6 +15,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
@@ -314,7 +315,7 @@ class Record:
 
         name = re.sub(r"[/:.%\"']", "_", f"{self.folder.name}-{trained.stage}-{trained.task}")  # not taken by MLflow
         try:
-            log_model(self.client, self.experiment_id, child, name, folder, self._words(trained.stage))
+            log_model(self.client, self.experiment_id, child, name, folder, partial(self._words, trained.stage))
         except Exception as error:  # of a store of artefacts, too: the model is on disk, and the curves are worth more
             log.warning("MLflow did not take the model %s (%s)", name, mask(" ".join(str(error).split()))[:200])
 

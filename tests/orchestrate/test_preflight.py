@@ -25,7 +25,7 @@ def test_what_a_run_writes_is_known_beforehand(experiment: Make, tmp_path: Path)
     compute = {"device": "cpu", "snapshots_every": 2}
     made = experiment(method="finetune", compute=compute)
     opened = open_experiment(made)
-    model = preflight.model_megabytes(made)
+    model = preflight.model_megabytes(opened)
     run = tmp_path / "run"
     # Three stages of a model and its snapshots after steps 0, 2, 4 and the last one; a checkpoint twice.
     assert preflight.megabytes_needed(opened, run) == pytest.approx(3 * 5 * model + 8 * model)
