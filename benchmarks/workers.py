@@ -1,13 +1,14 @@
 """What Ray costs: a stage's throughput in a plain process, through Ray Train, and on two workers; and starting it.
 
     zscl data prepare embedded --out runs/demo/data
-    python benchmarks/workers.py
-    python benchmarks/workers.py --steps 20 --rounds 1 --json
+    python benchmarks/workers.py                                # about twelve minutes
+    python benchmarks/workers.py --model embedded --steps 60    # of 4 million parameters, where gradients weigh more
 
-Every run is the first task of the embedded suite by ZSCL at the recipe's global batch, one core a worker, with the
-teacher's features there. Prints, as medians of ratios within a round: images a second through Ray Train over those of
-the plain process (one worker), half of two workers' over one's (the efficiency), and the seconds that a run through
-Ray takes beside training and evaluation.
+Every run is the first task of the embedded suite by ZSCL at one global batch, one core a worker, with the teacher's
+features there. The model is a random ViT of 112 px (that of benchmarks/step.py) unless another is given. Prints, as
+medians of ratios within a round: images a second through Ray Train over those of the plain process (one worker), half
+of two workers' over one's (the efficiency), and the seconds that a run through Ray takes beside training and
+evaluation.
 """
 
 import argparse
@@ -19,6 +20,11 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
+
+import open_clip
+import torch
+from safetensors.torch import save_file
+from step import SMALL
 
 ROOT = Path(__file__).parents[1]
 THROUGH_RAY = "from orchestrate.cli import main; main()"
@@ -32,11 +38,22 @@ run_sequence(load_experiment(Path(sys.argv[1]), sys.argv[3:]), Path(sys.argv[2])
 """
 
 
+def random_model(folder: Path) -> str:
+    """An open_clip folder with random weights: what a step costs does not depend on them."""
+    torch.manual_seed(0)
+    folder.mkdir()
+    save_file(open_clip.CLIP(**SMALL).state_dict(), folder / "open_clip_model.safetensors")
+    config = {"model_cfg": SMALL, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.25] * 3}}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    return f"local-dir:{folder}"
+
+
 def run(options: argparse.Namespace, folder: Path, workers: int) -> tuple[float, float]:
     """Images a second of a stage, and the seconds around training and evaluation. 0 workers: a plain process."""
     settings = [f"optimisation.steps={options.steps}", f"optimisation.warmup_steps={options.steps // 3}"]
     settings += ["tasks=[runs/demo/data/digits]", f"compute.workers={max(workers, 1)}", "compute.device=cpu"]
-    settings += options.set
+    settings += [f"model={options.model}", f"optimisation.batch_size={options.batch}"]
+    settings += [f"optimisation.reference_batch_size={options.batch}", *options.set]
     if workers:
         arguments = ["run", options.recipe, "--offline", "--out", folder]
         command = [sys.executable, "-c", THROUGH_RAY, *arguments, *(f"--set={setting}" for setting in settings)]
@@ -57,7 +74,9 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", type=Path, default=ROOT / "experiments/embedded.yaml")
-    parser.add_argument("--steps", type=int, default=60, help="of the stage")
+    parser.add_argument("--model", default="small", help="small (112 px, patch 8, width 192), or what a recipe takes")
+    parser.add_argument("--batch", type=int, default=64, help="task images in all, and as many distilled ones")
+    parser.add_argument("--steps", type=int, default=12, help="of the stage")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--set", action="append", default=[], metavar="a.b.c=value", help="of the recipe; repeatable")
     parser.add_argument("--json", action="store_true", help="figures as JSON on standard output")
@@ -66,6 +85,8 @@ def main() -> None:
     around: dict[int, list[float]] = {0: [], 1: [], 2: []}
     names = {0: "plain process", 1: "Ray Train, 1 worker", 2: "Ray Train, 2 workers"}
     with tempfile.TemporaryDirectory() as place:
+        if options.model == "small":
+            options.model = random_model(Path(place, "model"))
         run(options, Path(place, "first"), 0)  # has the teacher's features stored
         for number in range(options.rounds):
             for workers, name in names.items():

@@ -10,6 +10,7 @@ from ray.exceptions import RayTaskError
 from schemas.base import InputError
 from schemas.experiment import Experiment
 from zscl.checkpoint import StoppedError
+from zscl.mirror import Mirror, on_this_node
 from zscl.rows import Elsewhere
 from zscl.sequence import measure_row
 
@@ -19,8 +20,8 @@ RETRIES = 3  # of a task whose process or node has died: cells that are measured
 class Task:
     """A task under way."""
 
-    def __init__(self, reference: Any) -> None:
-        self._reference = reference
+    def __init__(self, reference: Any, mirror: Mirror | None) -> None:
+        self._reference, self._mirror = reference, mirror
 
     def done(self) -> bool:
         """Whether it has ended."""
@@ -40,9 +41,11 @@ class Task:
             if isinstance(error.cause, InputError | StoppedError):
                 raise error.cause from error
             raise
+        if self._mirror:
+            self._mirror.pull()
 
 
-def on_ray(experiment: Experiment, folder: Path, use_gpu: bool, line: Any) -> Elsewhere:
+def on_ray(experiment: Experiment, folder: Path, use_gpu: bool, line: Any, mirror: Mirror | None) -> Elsewhere:
     """What begins to measure a row, with as much of the cluster as a worker gets.
 
     Args:
@@ -50,6 +53,7 @@ def on_ray(experiment: Experiment, folder: Path, use_gpu: bool, line: Any) -> El
         folder: the run's.
         use_gpu: whether the workers have GPUs.
         line: asked for the wish to stop.
+        mirror: of the folder, where nodes share none.
     """
     measure = ray.remote(_measure).options(
         num_cpus=experiment.compute.cpus_per_worker,
@@ -58,10 +62,20 @@ def on_ray(experiment: Experiment, folder: Path, use_gpu: bool, line: Any) -> El
         scheduling_strategy="DEFAULT",  # not into the resources of the worker group, of which this is called
     )
     recipe = experiment.model_dump_json()
-    return lambda stage: Task(measure.remote(recipe, folder, stage, use_gpu, line))
+
+    def begin(stage: int) -> Task:
+        if mirror:
+            mirror.push()
+        return Task(measure.remote(recipe, folder, stage, use_gpu, line, mirror and mirror.url), mirror)
+
+    return begin
 
 
-def _measure(recipe: str, folder: Path, stage: int, use_gpu: bool, line: Any) -> None:
+def _measure(recipe: str, folder: Path, stage: int, use_gpu: bool, line: Any, url: str | None) -> None:
+    mirror = on_this_node(url) if url else None
+    if mirror:
+        folder = mirror.folder
+        mirror.pull()
     measure_row(
         Experiment.model_validate_json(recipe),
         folder,
@@ -69,3 +83,5 @@ def _measure(recipe: str, folder: Path, stage: int, use_gpu: bool, line: Any) ->
         torch.device("cuda" if use_gpu else "cpu"),
         lambda: bool(ray.get(line.asked_to_stop.remote())),
     )
+    if mirror:
+        mirror.push()

@@ -37,6 +37,8 @@ def probe(opened: Opened, folder: Path, console: Console, seconds: float = SECON
     experiment = opened.experiment
     if experiment.method.task_loss is None:
         raise InputError(f"--probe: method '{experiment.method.name}' trains nothing, expected one that does")
+    if experiment.compute.storage is not None:
+        raise InputError("--probe: found compute.storage, expected a folder that all nodes see")
     compute = experiment.compute.model_copy(update={"teacher_features": "as_met", "evaluation": "inline"})
     # Two tasks, for a method that looks at the others' names.
     tasks = experiment.tasks[:2] if experiment.class_incremental is None else experiment.tasks

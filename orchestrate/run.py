@@ -11,6 +11,7 @@ from rich.console import Console
 from orchestrate import group, places, preflight, recipes, report
 from orchestrate.display import Bar, Display
 from orchestrate.interruption import signals_taken
+from orchestrate.kept import Following, kept
 from orchestrate.ownership import owned
 from orchestrate.state import read_state, write_state
 from schemas.base import InputError, InterruptedRunError
@@ -63,15 +64,11 @@ def run(opened: Opened, folder: Path, console: Console, offline: bool = False) -
         InputError: the cluster, the tracking store or the folder is not as expected.
         InterruptedRunError: a signal ended it; it can go on.
     """
-    refuse_other_run(folder, opened.fingerprint)
-    if (folder / "result.json").is_file():
-        console.print(f"{folder}: finished before, nothing to do", highlight=False)
-        state = read_state(folder)
-        if not offline and state is not None and state.status != "FINISHED":  # killed behind its last step
-            console.print(f"MLflow may lack its end; send it with: zscl sync {folder}", highlight=False, soft_wrap=True)
-        return report.load_result(folder)
-    with owned(folder, note=partial(console.print, highlight=False, soft_wrap=True)):
-        return _run(opened, folder, console, offline)
+    if finished := _finished(opened, folder, console, offline):
+        return finished
+    owner = owned(folder, note=partial(console.print, highlight=False, soft_wrap=True))
+    with owner, kept(opened.experiment, folder) as following:
+        return _finished(opened, folder, console, offline) or _run(opened, folder, console, offline, following)
 
 
 def resumable(folder: Path, overrides: Sequence[str]) -> Experiment:
@@ -111,6 +108,11 @@ def embed(opened: Opened, folder: Path, console: Console) -> Embedded:
     from orchestrate.train import embed as embed_on_workers
 
     check_embeddable(opened)
+    if opened.experiment.compute.storage is not None:
+        raise InputError(
+            "compute.storage: found it in `zscl embed`, expected a folder that all nodes see: nothing else "
+            "lets them share the features"
+        )
     connect(opened.experiment.compute, note=lambda text: console.print(text, highlight=False))
     scratch = tempfile.TemporaryDirectory(prefix=".embedding-", dir=_made(folder.parent), ignore_cleanup_errors=True)
     with scratch, Bar(console) as bar, signals_taken() as interruption:
@@ -122,7 +124,19 @@ def _made(folder: Path) -> Path:
     return folder
 
 
-def _run(opened: Opened, folder: Path, console: Console, offline: bool) -> Result:
+def _finished(opened: Opened, folder: Path, console: Console, offline: bool) -> Result | None:
+    """What a run has come to before, if it is finished."""
+    refuse_other_run(folder, opened.fingerprint)
+    if not (folder / "result.json").is_file():
+        return None
+    console.print(f"{folder}: finished before, nothing to do", highlight=False)
+    state = read_state(folder)
+    if not offline and state is not None and state.status != "FINISHED":  # killed behind its last step
+        console.print(f"MLflow may lack its end; send it with: zscl sync {folder}", highlight=False, soft_wrap=True)
+    return report.load_result(folder)
+
+
+def _run(opened: Opened, folder: Path, console: Console, offline: bool, following: Following) -> Result:
     # Ray and MLflow take seconds to import: only once there is something to run.
     from orchestrate.train import check_resources, connect, train
 
@@ -139,7 +153,7 @@ def _run(opened: Opened, folder: Path, console: Console, offline: bool) -> Resul
         try:
             recipes.write_experiment(experiment, folder / places.EXPERIMENT)
             write_state(folder, "RUNNING")
-            with bar:
+            with bar, following():
                 result = train(experiment, folder, Display(experiment, bar), interruption)
             write_state(folder, "FINISHED")
         except BaseException as error:

@@ -118,6 +118,10 @@ def prepare(file: Path, overrides: Sequence[str] = ()) -> Prepared:
             refusals.append(str(error))
     if refusals:
         raise InputError("\n".join(dict.fromkeys(refusals)))
+    if experiment.compute.storage is not None:
+        raise InputError(
+            f"{file}: found compute.storage, expected a folder that all nodes see: trials share what they have trained"
+        )
     if experiment.compute.evaluation == "overlapped":
         raise InputError(
             f"{file}: compute.evaluation is overlapped, expected inline: a trial's stage is judged before its next one"

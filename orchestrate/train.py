@@ -8,9 +8,9 @@ depends on when it commits them, and its controller may die as well as a worker.
 import logging
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from orchestrate.access import loopback_alone, use_token
 from orchestrate.interruption import Interruption, end_on_sigterm
+from orchestrate.kept import storage_of
 from orchestrate.line import line_from_here, listening
 from orchestrate.overlap import on_ray
 from schemas.base import InputError
@@ -34,6 +35,8 @@ from schemas.compute import Compute
 from schemas.experiment import Experiment
 from schemas.results import Embedded, Progress, Result
 from zscl.checkpoint import CHECKPOINT, StoppedError
+from zscl.distributed import barrier, rank
+from zscl.mirror import Mirror, on_this_node
 from zscl.sequence import run_sequence
 from zscl.stages import Shared
 from zscl.teaching import embed_reference
@@ -214,7 +217,7 @@ def _fit(work: str, experiment: Experiment, folder: Path, line: Any, use_gpu: bo
     """Fit until there is an answer, anew as long as what failed had come further."""
     while True:
         name = f"{datetime.now():%Y%m%d-%H%M%S-%f}"
-        before = _reached(folder)
+        before = _reached(experiment, folder)
         try:
             answer: str = _trainer(work, experiment, folder, line, use_gpu, given, name).fit().return_value
             failure = None
@@ -224,13 +227,16 @@ def _fit(work: str, experiment: Experiment, folder: Path, line: Any, use_gpu: bo
             raise InputError(refusal) from failure
         if failure is None:
             return answer
-        if _reached(folder) == before:
+        if _reached(experiment, folder) == before:
             raise failure
         log.warning("The worker group failed (%s); it had come further, so it starts again", type(failure).__name__)
 
 
-def _reached(folder: Path) -> list[tuple[Path, int]]:
+def _reached(experiment: Experiment, folder: Path) -> object:
     """What tells how far a run has come."""
+    if url := storage_of(experiment, folder):
+        tells = (CHECKPOINT, ".json")
+        return {name: version for name, version in Mirror(url, folder).versions().items() if name.endswith(tells)}
     found = [folder / CHECKPOINT, *folder.glob("*.json"), *folder.glob("stages/*/*.json")]
     return sorted((file, file.stat().st_mtime_ns) for file in found if file.is_file())
 
@@ -252,6 +258,7 @@ def _trainer(
             "work": work,
             "experiment": experiment.model_dump_json(),
             "folder": folder,
+            "storage": storage_of(experiment, folder),
             "line": line,
             "given": given,
         },
@@ -267,12 +274,24 @@ def _trainer(
         ),
         run_config=RunConfig(
             name=name,
-            storage_path=str(folder / "ray"),
+            **_storage_of_ray(experiment, folder),
             failure_config=FailureConfig(
                 max_failures=compute.max_failures, controller_failure_limit=CONTROLLER_RETRIES
             ),
         ),
     )
+
+
+def _storage_of_ray(experiment: Experiment, folder: Path) -> dict[str, Any]:
+    """Where Ray keeps what it writes of a group: little, but all nodes must see it."""
+    url = storage_of(experiment, folder)
+    if url is None:
+        return {"storage_path": str(folder / "ray")}
+    import fsspec
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    filesystem, path = fsspec.core.url_to_fs(f"{url}/ray")
+    return {"storage_path": path, "storage_filesystem": PyFileSystem(FSSpecHandler(filesystem))}
 
 
 def _work(config: dict[str, Any]) -> str:
@@ -285,17 +304,21 @@ def _work(config: dict[str, Any]) -> str:
     if ray.get(line.refused.remote()):  # the group was restarted; what was wrong with the input still is
         return ""
     experiment, device, given = Experiment.model_validate_json(config["experiment"]), get_device(), config["given"]
-    if config["work"] == "run" and experiment.compute.evaluation == "overlapped":
-        given = given | {"elsewhere": on_ray(experiment, config["folder"], device.type == "cuda", line)}
+    folder = config["folder"]
     try:
-        answer = WORK[config["work"]](
-            experiment,
-            config["folder"],
-            report=report,
-            device=device,
-            asked_to_stop=lambda: ray.get(line.asked_to_stop.remote()),
-            **given,
-        )
+        with _on_this_node(config["storage"]) as mirror:
+            if mirror:
+                folder, given = mirror.folder, given | {"mirror": mirror}
+            if config["work"] == "run" and experiment.compute.evaluation == "overlapped":
+                given = given | {"elsewhere": on_ray(experiment, folder, device.type == "cuda", line, mirror)}
+            answer = WORK[config["work"]](
+                experiment,
+                folder,
+                report=report,
+                device=device,
+                asked_to_stop=lambda: ray.get(line.asked_to_stop.remote()),
+                **given,
+            )
     except StoppedError as stop:
         ray.get(line.put.remote(f"{_STOPPED}{stop}"))
         return ""
@@ -303,3 +326,19 @@ def _work(config: dict[str, Any]) -> str:
         ray.get(line.refuse.remote(str(error)))
         raise
     return answer.model_dump_json()
+
+
+@contextmanager
+def _on_this_node(storage: str | None) -> Iterator[Mirror | None]:
+    """This node's folder of a run that is kept in storage: as it is there, and there as the main worker leaves it."""
+    if storage is None:
+        yield None
+        return
+    mirror = on_this_node(storage)
+    mirror.pull(exactly=True)  # those of one node after each other
+    barrier()
+    try:
+        yield mirror
+    finally:
+        if rank() == 0:
+            mirror.push()

@@ -2,7 +2,15 @@
 
 from typing import Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from schemas.base import Location, Share, Strict
 
@@ -54,6 +62,11 @@ class Compute(Strict):
     loader_processes: NonNegativeInt = Field(
         0, description="Processes a worker that read and decode; 0: the worker itself"
     )
+    storage: Location | None = Field(
+        None,
+        description="URL in object storage (s3://BUCKET/runs) under which the run's folder is kept, for nodes that "
+        "share no file system: each works in a folder of its own; default: all nodes see the run's folder",
+    )
     shard_cache: Location | None = Field(
         None, description="Local folder that remote shards are copied to, once; default: they are streamed"
     )
@@ -97,6 +110,15 @@ class Compute(Strict):
         False, description="Forget each block's activations and compute them again in the backward pass"
     )
     compile: bool = Field(False, description="torch.compile of the image tower; changes numbers by round-off")
+
+    @field_validator("storage")
+    @classmethod
+    def _is_a_url(cls, storage: str | None) -> str | None:
+        if storage is not None and "://" not in storage:
+            raise ValueError(
+                f"found {storage}, expected a URL such as s3://BUCKET/runs; --out gives a folder that all nodes see"
+            )
+        return storage
 
     @model_validator(mode="after")
     def _fewer_than_all(self) -> "Compute":

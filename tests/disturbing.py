@@ -119,10 +119,10 @@ def a_worker() -> psutil.Process:
     return train_workers()[0]
 
 
-def add_node(cluster: Any) -> Any:
-    """Give a cluster a node of two CPUs, on the loopback interface."""
+def add_node(cluster: Any, cpus: int = 2, **variables: str) -> Any:
+    """Give a cluster a node, on the loopback interface, with environment variables of its own."""
     with loopback_alone():
-        return cluster.add_node(num_cpus=2, node_ip_address="127.0.0.1")
+        return cluster.add_node(num_cpus=cpus, node_ip_address="127.0.0.1", env_vars=variables or None)
 
 
 @contextmanager

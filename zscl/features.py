@@ -25,7 +25,7 @@ import torch
 from numpy.lib.format import open_memmap
 from torch import nn
 
-from zscl.distributed import barrier, rank, share, sum_over_workers
+from zscl.distributed import barrier, rank, share, sum_over_workers, world_size
 from zscl.files import digest
 from zscl.model import Clip, at_least_float32, precision_context
 from zscl.shards import IndexedSamples, Sample
@@ -136,10 +136,12 @@ def store_of(
     width: int,
     note: Callable[[str], None],
 ) -> FeatureStore | None:
-    """Open the store of a teacher's features of a set; the main worker makes it where there is none.
+    """Open the store of a teacher's features of a set, or make it where there is none.
+
+    Where nodes share no folder, each has a store, of what its own workers meet.
 
     Args:
-        root: where stores lie, visible to all workers.
+        root: where stores lie, visible to all workers of a node.
         clip: the teacher's transform, and the dtype of its weights.
         weights: digest of the teacher's weights.
         precision: that the teacher runs in.
@@ -152,11 +154,11 @@ def store_of(
     transform = re.sub(r" at 0x[0-9a-f]+", "", str(clip.evaluation_transform))  # a function shows its address
     dtype = torch.promote_types(next(clip.model.parameters()).dtype, torch.float32)
     folder = root / f"images-{digest(weights, transform, precision, str(dtype), images.digest)[:24]}"
-    made = _open_or_remake(folder, len(images), width, dtype, note) if rank() == 0 else None
-    [usable] = sum_over_workers(made is not None)
-    if not usable:
-        return None
-    return made or FeatureStore(folder, len(images), width, dtype)
+    opened = _open_or_remake(folder, len(images), width, dtype, note) if rank() == 0 else None
+    barrier()  # who shares the main worker's folder finds its store there
+    opened = opened or _open_or_remake(folder, len(images), width, dtype, note)
+    [usable] = sum_over_workers(opened is not None)
+    return opened if usable == world_size() else None
 
 
 def _open_or_remake(

@@ -30,8 +30,10 @@ from torch import nn
 from schemas.base import InputError
 from schemas.experiment import LOCAL_MODEL, Experiment, Model
 from schemas.results import (
+    CheckpointWritten,
     Note,
     Result,
+    RowMeasured,
     RunStarted,
     StageResult,
     StageStarted,
@@ -47,6 +49,7 @@ from zscl.distributed import barrier, from_main_text, rank, world_size
 from zscl.files import patiently, read_if_there, remove, whole_folder, write_text
 from zscl.journal import JOURNAL, Journal
 from zscl.metrics import metrics
+from zscl.mirror import Mirror
 from zscl.model import Clip, load, load_weights
 from zscl.opened import Opened, open_experiment
 from zscl.rows import AccuracyRow, Elsewhere, Rows, RowsElsewhere, claim, place_of, refuse_other_run, write_whole
@@ -69,6 +72,7 @@ def run_sequence(
     asked_to_stop: Callable[[], bool] = lambda: False,
     shared: Shared | None = None,
     elsewhere: Elsewhere | None = None,
+    mirror: Mirror | None = None,
 ) -> Result:
     """Run an experiment in `folder`, or go on from what is there: stages, rows, cells of a row, steps of a stage.
 
@@ -77,13 +81,14 @@ def run_sequence(
 
     Args:
         experiment: what to run, opened before or not.
-        folder: the run's folder, visible to all workers.
+        folder: the run's folder, visible to all workers, unless there is a mirror.
         report: told about progress (see `schemas.results`), on the main worker.
         device: default: CUDA if there is any.
         asked_to_stop: asked on the main worker, every second or so while training.
         shared: with the runs beside this one; default: the teacher's embeddings.
         elsewhere: begins to measure a stage's row elsewhere (see `measure_row`), beside the training; default: rows
             are measured between the stages.
+        mirror: through which workers on other nodes see the folder; the caller pulls before and pushes behind.
 
     Raises:
         InputError: something the experiment names is missing or broken, or the folder holds another experiment.
@@ -97,7 +102,7 @@ def run_sequence(
     barrier()  # every worker has looked
     if rank() == 0:
         claim(folder, opened.fingerprint)
-    run = _Run(opened, folder, report, device, asked_to_stop, shared or Shared(store_beside(folder)), elsewhere)
+    run = _Run(opened, folder, report, device, asked_to_stop, shared or Shared(store_beside(folder)), elsewhere, mirror)
     experiment = opened.experiment
     run.report(RunStarted(fingerprint=opened.fingerprint))
     run.note_what_is_there()
@@ -159,6 +164,7 @@ class _Run:
     asked_to_stop: Callable[[], bool]
     shared: Shared
     elsewhere: Elsewhere | None
+    mirror: Mirror | None
 
     def __post_init__(self) -> None:
         self.journal = Journal(self.folder / JOURNAL)
@@ -173,6 +179,8 @@ class _Run:
         if rank() == 0:
             self.journal(progress)
             self.tell(progress)
+            if self.mirror:
+                self.mirror.keep_up(soon=isinstance(progress, CheckpointWritten | RowMeasured))
 
     def note_what_is_there(self) -> None:
         """Say where the run goes on, and sweep what a killed process left half-written."""
@@ -268,7 +276,11 @@ class _Run:
             if self.store:
                 self.store.keep(stage, self.place(stage))
             remove(self.folder / CHECKPOINT)
+            if self.mirror:
+                self.mirror.push()
         barrier()
+        if self.mirror and rank() > 0:
+            self.mirror.pull()
 
     def _leave(
         self,

@@ -1,44 +1,17 @@
 """Tasks and reference sets on S3: a real client against a server on this machine."""
 
-import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import fsspec
-import pytest
 import torch
 
 from schemas.experiment import Experiment
 from zscl.sequence import run_sequence
 from zscl.shards import IndexedSamples, StreamedSamples, open_samples
 
-pytest.importorskip("s3fs", reason="s3fs is not installed; `make install` brings it")
-server = pytest.importorskip("moto.server", reason="moto is not installed; `make install` brings it")
-
+pytest_plugins = ["object_storage"]
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """An S3 bucket on the loopback interface, as fsspec finds it through the usual variables."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    running = server.ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
-    running.start()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    filesystem = fsspec.filesystem("s3", skip_instance_cache=True)
-    filesystem.makedirs("bucket", exist_ok=True)
-    yield filesystem
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
-    running.stop()
 
 
 def test_shards_on_s3_are_what_they_are_here(bucket: Any, tasks: list[str], tmp_path: Path) -> None:

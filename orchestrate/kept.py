@@ -1,0 +1,60 @@
+"""A run's folder in object storage, as the process that started the run sees it: its own folder is a copy."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+from schemas.experiment import Experiment
+from zscl.checkpoint import CHECKPOINT
+from zscl.mirror import Mirror, follow, url_of
+
+NOT_WATCHED = (CHECKPOINT,)  # large, and of no use but to the workers
+Following = Callable[[], AbstractContextManager[None]]
+
+
+def storage_of(experiment: Experiment, folder: Path) -> str | None:
+    """Where the run's folder is in object storage, if it is kept there."""
+    storage = experiment.compute.storage
+    return None if storage is None else url_of(storage, folder)
+
+
+@contextmanager
+def kept(experiment: Experiment, folder: Path) -> Iterator[Following]:
+    """Begin with what storage has of a run's folder, and leave there what is said in it here.
+
+    Gives what follows, in a block, what the workers leave; when the block ends, everything is here.
+
+    Raises:
+        InputError: storage cannot be written.
+    """
+    url = storage_of(experiment, folder)
+    if url is None:
+        yield _nothing
+        return
+    mirror = Mirror(url, folder)
+    mirror.check()
+    mirror.pull(without=NOT_WATCHED)
+
+    @contextmanager
+    def following() -> Iterator[None]:
+        mirror.push()
+        ended = threading.Event()
+        thread = threading.Thread(target=follow, args=(mirror, NOT_WATCHED, ended.wait), name="follow", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+            mirror.pull(without=NOT_WATCHED)
+
+    try:
+        yield following
+    finally:
+        mirror.push()
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield

@@ -1,0 +1,122 @@
+"""Workers on different nodes: on a folder that all of them see, and with object storage, where they share none."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from disturbing import add_node, ended, numbers, processes, starts_of, trained, until
+from ray.cluster_utils import Cluster
+
+from orchestrate.access import loopback_alone
+from zscl.checkpoint import CHECKPOINT
+
+pytest_plugins = ["faulty_cluster", "object_storage"]
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
+Launch = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def cluster(bucket: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A head without CPUs, and two nodes of one CPU with temporary folders of their own."""
+    head = {"num_cpus": 0, "include_dashboard": False, "node_ip_address": "127.0.0.1"}
+    with loopback_alone():
+        cluster = Cluster(initialize_head=True, head_node_args=head)
+    cluster.scratch = [tmp_path_factory.mktemp(f"node-{number}") for number in range(2)]
+    for scratch in cluster.scratch:
+        add_node(cluster, cpus=1, TMPDIR=str(scratch))
+    yield cluster
+    cluster.shutdown()
+
+
+def scratch_of(cluster: Cluster) -> list[list[Path]]:
+    """Folders of runs on each node."""
+    return [list(scratch.glob("zscl-*/*/run")) for scratch in cluster.scratch]
+
+
+def stored(bucket: Any, run: str) -> Callable[[], bool]:
+    """Whether a run's checkpoint is in storage by now; asked gently, for the server is in this process."""
+
+    def there() -> bool:
+        time.sleep(0.1)
+        return bool(bucket.exists(f"bucket/runs/{run}/{CHECKPOINT}"))
+
+    return there
+
+
+def close(run: Path, whole: Path) -> None:
+    """See that a run came to the numbers of one process, to float tolerance."""
+    found, expected = numbers(run), numbers(whole)
+    assert found["accuracy_matrix"] == expected["accuracy_matrix"]
+    for ours, theirs in zip(found["stages"], expected["stages"], strict=True):
+        assert ours["images_seen"] == theirs["images_seen"]
+        assert ours["losses"] == pytest.approx(theirs["losses"], rel=0.01)
+
+
+def test_workers_on_two_nodes_with_a_folder_that_both_see(launch: Launch, tmp_path: Path, whole: Path) -> None:
+    with launch("compute.workers=2") as process:
+        ended(process, seconds=300)
+    close(tmp_path / "run", whole)
+
+
+def test_workers_on_two_nodes_that_share_nothing(
+    launch: Launch, tmp_path: Path, whole: Path, bucket: Any, cluster: Cluster
+) -> None:
+    run = tmp_path / "run"
+    with launch("compute.workers=2", "compute.storage=s3://bucket/runs") as process:
+        ended(process, seconds=300)
+    close(run, whole)
+    stored = {path.removeprefix("bucket/runs/run/") for path in bucket.find("bucket/runs/run")}
+    for file in (file for file in run.rglob("*") if file.is_file() and not file.name.startswith(".")):
+        assert file.relative_to(run).as_posix() in stored
+    assert json.loads(bucket.cat_file("bucket/runs/run/state.json"))["status"] == "FINISHED"
+    nodes = scratch_of(cluster)
+    assert [len(runs) for runs in nodes] == [1, 1]  # each worker in a folder of its own
+    for [folder] in nodes:
+        assert (folder / "stages/1-first/model/open_clip_model.safetensors").read_bytes() == (
+            run / "stages/1-first/model/open_clip_model.safetensors"
+        ).read_bytes()
+
+
+@pytest.mark.fault(
+    "Nodes share no folder (compute.storage), and the main worker's is lost; another comes",
+    "It goes on from object storage; same matrix",
+)
+def test_a_node_is_lost_and_one_is_added(
+    launch: Launch, tmp_path: Path, whole: Path, bucket: Any, cluster: Cluster, tmp_path_factory: Any
+) -> None:
+    run = tmp_path / "lost"
+    with launch("compute.workers=2", "compute.storage=s3://bucket/runs", run="lost") as process:
+        until(stored(bucket, "lost"), "a checkpoint is in storage")
+        [node, _] = cluster.worker_nodes
+        cluster.remove_node(node, allow_graceful=False)
+        cluster.scratch.append(tmp_path_factory.mktemp("node-2"))
+        add_node(cluster, cpus=1, TMPDIR=str(cluster.scratch[-1]))
+        ended(process, seconds=400)
+    assert starts_of(run) >= 2
+    close(run, whole)
+    assert scratch_of(cluster)[-1]  # the new node had its part
+
+
+def test_a_killed_run_goes_on_where_nothing_of_it_is(launch: Launch, tmp_path: Path, whole: Path, bucket: Any) -> None:
+    settings = ("compute.workers=2", "compute.storage=s3://bucket/runs", "compute.evaluation=inline")
+    with launch(*settings, run="killed") as process:
+        until(stored(bucket, "killed"), "a checkpoint is in storage")
+        process.kill()
+    until(lambda: not processes("RayTrainWorker"), "its workers are gone")
+    (tmp_path / "killed").rename(tmp_path / "of another machine")
+    with launch(*settings, run="killed") as process:
+        ended(process, seconds=300)
+    assert starts_of(tmp_path / "killed") == 2
+    close(tmp_path / "killed", whole)
+    with launch(*settings, run="killed") as process:
+        assert "finished before" in ended(process)
+
+
+def test_rows_are_measured_on_another_node(launch: Launch, tmp_path: Path, whole: Path, bucket: Any) -> None:
+    with launch("compute.evaluation=overlapped", "compute.storage=s3://bucket/runs", run="overlapped") as process:
+        ended(process, seconds=300)
+    assert numbers(tmp_path / "overlapped")["accuracy_matrix"] == numbers(whole)["accuracy_matrix"]
+    assert trained(tmp_path / "overlapped", 480)()

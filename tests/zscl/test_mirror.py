@@ -1,0 +1,161 @@
+"""A run's folder in object storage: what changes, and only that, whole, both ways."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from schemas.base import InputError
+from schemas.experiment import Experiment
+from zscl import mirror as module
+from zscl.mirror import Mirror, url_of
+from zscl.sequence import run_sequence
+
+pytest_plugins = ["object_storage"]
+
+
+@pytest.fixture
+def two(tmp_path: Path, bucket: Any) -> tuple[Mirror, Mirror]:
+    """The folders of two nodes."""
+    url = f"s3://bucket/{tmp_path.name}/run"
+    return Mirror(url, tmp_path / "one/run"), Mirror(url, tmp_path / "other/run")
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    files = [file for file in folder.rglob("*") if file.is_file() and not file.name.startswith(".")]
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
+
+
+def write(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+
+
+def test_what_one_pushes_the_other_pulls(two: tuple[Mirror, Mirror]) -> None:
+    one, other = two
+    write(one.folder / "stages/1-first/model/weights", "first")
+    write(one.folder / "stages/1-first/training.json", "{}")
+    write(one.folder / "checkpoint.pt", "step 1")
+    write(one.folder / ".half.partial", "not whole")
+    one.push()
+    other.pull()
+    assert content(other.folder) == content(one.folder)
+    assert not (other.folder / ".half.partial").exists()
+    write(one.folder / "checkpoint.pt", "step 2")  # of the same size
+    one.push()
+    other.pull()
+    assert (other.folder / "checkpoint.pt").read_text() == "step 2"
+    (one.folder / "checkpoint.pt").unlink()
+    one.push()
+    other.pull()
+    assert not (other.folder / "checkpoint.pt").exists()
+    assert "checkpoint.pt" not in one.versions()
+
+
+def test_what_is_unchanged_stays_where_it_is(two: tuple[Mirror, Mirror], monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = two
+    write(one.folder / "journal.jsonl", "a line\n")
+    one.push()
+    other.pull()
+    moved: list[str] = []
+    monkeypatch.setattr(Mirror, "_send", lambda self, name: moved.append(name))
+    monkeypatch.setattr(Mirror, "_fetch", lambda self, name, file: moved.append(name))
+    for mirror in (one, other, Mirror(one.url, one.folder)):  # the last: another process
+        mirror.push()
+        mirror.pull(exactly=True)
+    assert moved == []
+
+
+def test_what_is_changed_here_stays_unless_the_folder_is_to_be_exact(two: tuple[Mirror, Mirror]) -> None:
+    one, other = two
+    write(one.folder / "state.json", "running")
+    one.push()
+    other.pull()
+    write(other.folder / "state.json", "killed")
+    write(other.folder / "left.json", "of a worker that was given up")
+    other.pull()
+    assert content(other.folder) == {"state.json": b"killed", "left.json": b"of a worker that was given up"}
+    other.pull(exactly=True)
+    assert content(other.folder) == {"state.json": b"running"}
+
+
+def test_what_says_that_others_are_there_arrives_behind_them(
+    two: tuple[Mirror, Mirror], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = two
+    names = ["result.json", "stages/1-first/accuracy.json", "stages/1-first/training.json", "stages/1-first/weights"]
+    for name in names:
+        write(one.folder / name, name)
+    order: list[str] = []
+    send, fetch = Mirror._send, Mirror._fetch
+    monkeypatch.setattr(Mirror, "_send", lambda self, name: order.append(name) or send(self, name))
+    monkeypatch.setattr(Mirror, "_fetch", lambda self, name, file: order.append(name) or fetch(self, name, file))
+    one.push()
+    other.pull()
+    assert order == [*reversed(names), *reversed(names)] == [*names[::-1]] * 2
+
+
+def test_it_is_pushed_beside_the_training(two: tuple[Mirror, Mirror], monkeypatch: pytest.MonkeyPatch) -> None:
+    one, _ = two
+    write(one.folder / "journal.jsonl", "a line\n")
+    one.keep_up()
+    assert one.versions() == {}  # too early
+    monkeypatch.setattr(module, "EVERY_SECONDS", 0.0)
+    time.sleep(0.01)
+    one.keep_up()
+    deadline = time.monotonic() + 30
+    while not one.versions() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert list(one.versions()) == ["journal.jsonl"]
+
+
+def test_storage_that_cannot_be_written_is_refused(tmp_path: Path, bucket: Any) -> None:
+    Mirror("s3://bucket/runs/run", tmp_path).check()
+    with pytest.raises(InputError, match=r"compute\.storage: s3://no-such-bucket/run cannot be written"):
+        Mirror("s3://no-such-bucket/run", tmp_path).check()
+    with pytest.raises(InputError, match=r"compute\.storage: found nowhere://run, which cannot be opened"):
+        Mirror("nowhere://run", tmp_path)
+
+
+def test_storage_that_is_away_is_waited_for(two: tuple[Mirror, Mirror], monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = two
+    write(one.folder / "journal.jsonl", "a line\n")
+    put, failures = type(one._storage).put_file, iter([ConnectionResetError, RuntimeError("what its client raises")])
+
+    def failing(*given: Any, **named: Any) -> Any:
+        for failure in failures:
+            raise failure
+        return put(one._storage, *given, **named)
+
+    monkeypatch.setattr(one._storage, "put_file", failing)
+    one.push()
+    other.pull()
+    assert content(other.folder) == content(one.folder)
+
+
+def test_a_run_goes_on_from_another_node(
+    experiment: Callable[..., Experiment], tmp_path: Path, two: tuple[Mirror, Mirror]
+) -> None:
+    from zscl.checkpoint import StoppedError
+
+    one, other = two
+    made, cpu = experiment(), torch.device("cpu")
+    whole = run_sequence(made, tmp_path / "whole/run", device=cpu)
+    asked = iter(range(100))
+    with pytest.raises(StoppedError):
+        run_sequence(made, one.folder, device=cpu, asked_to_stop=lambda: next(asked) > 8, mirror=one)
+    assert (one.folder / "stages").is_dir()
+    one.push()
+    other.pull(exactly=True)
+    result = run_sequence(made, other.folder, device=cpu, mirror=other)
+    assert result.accuracy_matrix == whole.accuracy_matrix
+    other.push()
+    assert {"result.json", "journal.jsonl", "zero_shot.json"} <= other.versions().keys()
+    assert "checkpoint.pt" not in other.versions()
+
+
+def test_a_folder_has_its_own_name_in_storage() -> None:
+    assert url_of("s3://bucket/runs/", Path("/here/own")) == "s3://bucket/runs/own"
