@@ -29,6 +29,8 @@ app = typer.Typer(
 data = typer.Typer(help="Make and look at data.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data, name="data")
 
+MUCH = 10.0  # megabytes to upload with a job: recipes take up less
+
 progress_console = Console(stderr=True)
 
 Recipe = Annotated[Path, typer.Argument(help="Recipe (YAML).")]
@@ -96,7 +98,7 @@ def run(
 
     Example: zscl run experiments/embedded.yaml --set method=finetune --set seed=1
     """
-    from orchestrate import preflight, recipes
+    from orchestrate import recipes
     from orchestrate import run as running
 
     if probe and not dry_run:
@@ -106,7 +108,7 @@ def run(
     lines: list[str] = []
     for opened, folder in running.prepare_variants(recipe, overrides, variant, out, seeds, orders):
         if dry_run:
-            plan = preflight.plan(opened, folder)
+            plan = running.plan(opened, folder, progress_console)
             if probe:
                 from orchestrate import probe as probing
 
@@ -334,6 +336,8 @@ def submit(
 
     place = working_dir.resolve()
     command = submitting.entrypoint(recipe, overrides, out, place)
+    size = submitting.megabytes_uploaded(place)
+    _note(f"uploads {size:.1f} MB" + (": .rayignore may name what the run does not need" if size > MUCH else ""))
     grace = max(each.compute.grace_seconds for each in recipes.load_variants(recipe, overrides).values())
     job, follow = submitting.submit(command, place, address, grace)
     _note(f"job {job.id}: {mask(command)}\nstop it: ray job stop --address {job.address} {job.id}")

@@ -7,6 +7,7 @@ import ray
 import torch
 from ray.exceptions import RayTaskError
 
+from orchestrate.kept import NOT_WATCHED
 from schemas.base import InputError
 from schemas.experiment import Experiment
 from zscl.checkpoint import StoppedError
@@ -42,7 +43,7 @@ class Task:
                 raise error.cause from error
             raise
         if self._mirror:
-            self._mirror.pull()
+            self._mirror.pull(without=NOT_WATCHED)
 
 
 def on_ray(experiment: Experiment, folder: Path, use_gpu: bool, line: Any, mirror: Mirror | None) -> Elsewhere:
@@ -75,7 +76,7 @@ def _measure(recipe: str, folder: Path, stage: int, use_gpu: bool, line: Any, ur
     mirror = on_this_node(url) if url else None
     if mirror:
         folder = mirror.folder
-        mirror.pull()
+        mirror.pull(without=NOT_WATCHED)
     measure_row(
         Experiment.model_validate_json(recipe),
         folder,

@@ -118,8 +118,8 @@ def check_disk(opened: Opened, folder: Path) -> None:
 
 
 def warnings(opened: Opened) -> list[str]:
-    """What is allowed but hardly meant, a sentence each: of the recipe, and prompts longer than the model reads."""
-    return [*opened.experiment.warnings, *_cut_prompts(opened)]
+    """What is allowed but hardly meant, a sentence each: of the recipe, of prompts, of what is read again and again."""
+    return [*opened.experiment.warnings, *_cut_prompts(opened), *_same_prompts(opened), *_read_again(opened)]
 
 
 def _cut_prompts(opened: Opened) -> list[str]:
@@ -139,6 +139,37 @@ def _cut_prompts(opened: Opened) -> list[str]:
                 "model reads; what lies behind them is cut off"
             )
     return found
+
+
+def _same_prompts(opened: Opened) -> list[str]:
+    """A sentence a task of which two classes have one name, and so one prompt."""
+    found = []
+    for task in opened.tasks:
+        labels: dict[str, list[int]] = {}
+        for label, name in enumerate(task.classnames):
+            labels.setdefault(name, []).append(label)
+        found += [
+            f"task '{task.name}': found {name!r} to be the name of the classes {', '.join(map(str, same))}; no prompt "
+            "tells them apart"
+            for name, same in labels.items()
+            if len(same) > 1
+        ]
+    return found
+
+
+def _read_again(opened: Opened) -> list[str]:
+    """A sentence a set whose remote shards several readers would each fetch whole."""
+    compute = opened.experiment.compute
+    readers = compute.workers * max(compute.loader_processes, 1)
+    sets = {f"task '{task.name}'": task.train for task in opened.tasks}
+    if opened.reference:
+        sets["reference.images"] = opened.reference.images
+    return [
+        f"{name}: found remote shards and {readers} readers (compute.workers x compute.loader_processes), of which "
+        "each streams all of them; with compute.shard_cache they are copied once"
+        for name, samples in sets.items()
+        if readers > 1 and not isinstance(samples, IndexedSamples)
+    ]
 
 
 def _teacher_features(opened: Opened) -> dict[str, str]:

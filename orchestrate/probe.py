@@ -32,7 +32,8 @@ def probe(opened: Opened, folder: Path, console: Console, seconds: float = SECON
     Raises:
         InputError: nothing is trained, or the cluster is not as expected.
     """
-    from orchestrate.train import check_resources, connect, train
+    from orchestrate.cluster import check_resources, connect
+    from orchestrate.train import train
 
     experiment = opened.experiment
     if experiment.method.task_loss is None:

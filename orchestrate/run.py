@@ -104,7 +104,7 @@ def embed(opened: Opened, folder: Path, console: Console) -> Embedded:
         InputError: the cluster is not as expected, or the method has nothing to embed ahead.
         InterruptedRunError: a signal ended it; what is computed is stored.
     """
-    from orchestrate.train import connect
+    from orchestrate.cluster import connect
     from orchestrate.train import embed as embed_on_workers
 
     check_embeddable(opened)
@@ -138,14 +138,13 @@ def _finished(opened: Opened, folder: Path, console: Console, offline: bool) -> 
 
 def _run(opened: Opened, folder: Path, console: Console, offline: bool, following: Following) -> Result:
     # Ray and MLflow take seconds to import: only once there is something to run.
-    from orchestrate.train import check_resources, connect, train
+    from orchestrate.train import train
 
     experiment = opened.experiment
     for warning in preflight.warnings(opened):
         console.print(f"warning: {warning}", highlight=False, soft_wrap=True)
     preflight.check_disk(opened, folder)
-    connect(experiment.compute, note=lambda text: console.print(text, highlight=False))
-    check_resources(experiment.compute)
+    _connect(experiment, folder, console)
     bar = Bar(console, total=sum(map(experiment.stage_steps, experiment.tasks)) or None)
     with signals_taken() as interruption:
         shipper = None if offline else _shipper(opened, folder, console)
@@ -168,6 +167,38 @@ def _run(opened: Opened, folder: Path, console: Console, offline: bool, followin
             elif shipper:
                 shipper.end()
     return result
+
+
+def plan(opened: Opened, folder: Path, console: Console) -> dict[str, object]:
+    """What a run would do, in numbers; on a cluster that somebody has started, also what that has.
+
+    Raises:
+        InputError: the cluster or the folder is not as expected.
+    """
+    from orchestrate.cluster import is_named
+
+    found = preflight.plan(opened, folder)
+    if is_named(opened.experiment.compute):
+        found["cluster"] = _connect(opened.experiment, folder, console)
+    return found
+
+
+def _connect(experiment: Experiment, folder: Path, console: Console) -> dict[str, float]:
+    """Connect to the cluster. Returns its resources.
+
+    Raises:
+        InputError: it does not hold the workers, or a node does not share the folder.
+    """
+    import ray
+
+    from orchestrate.cluster import check_folder, check_resources, connect
+
+    connect(experiment.compute, note=lambda text: console.print(text, highlight=False))
+    check_resources(experiment.compute)
+    if experiment.compute.storage is None:
+        check_folder(folder.parent)
+    resources = ray.cluster_resources()
+    return {"nodes": len(ray.nodes()), **{kind: resources[kind] for kind in ("CPU", "GPU") if kind in resources}}
 
 
 def _shipper(opened: Opened, folder: Path, console: Console) -> "Shipper":

@@ -1,8 +1,10 @@
 """`zscl submit`: a run as a job of a Ray cluster, through Ray's own job client."""
 
 import asyncio
+import logging
 import os
 import shlex
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +40,16 @@ def entrypoint(recipe: Path, overrides: Sequence[str], out: str | None, working_
     command = ["zscl", "run", str(recipe.resolve().relative_to(working_dir))]
     command += ["--out", out] if out else []
     return shlex.join([*command, *(part for override in overrides for part in ("--set", override))])
+
+
+def megabytes_uploaded(working_dir: Path) -> float:
+    """What Ray packs of a working directory, by the ignore files in it."""
+    from ray._private.runtime_env.packaging import create_package
+
+    with tempfile.TemporaryDirectory() as place:
+        package = Path(place, "package.zip")
+        create_package(str(working_dir), package, include_gitignore=True, logger=logging.getLogger("ray.packing"))
+        return package.stat().st_size / 1e6
 
 
 def submit(

@@ -10,7 +10,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -21,17 +21,15 @@ import ray.exceptions
 import ray.train
 import ray.train.torch
 from pydantic import BaseModel, TypeAdapter
-from ray.exceptions import AuthenticationError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
-from orchestrate.access import loopback_alone, use_token
-from orchestrate.interruption import Interruption, end_on_sigterm
+from orchestrate.cluster import check_resources
+from orchestrate.interruption import Interruption
 from orchestrate.kept import storage_of
 from orchestrate.line import line_from_here, listening
 from orchestrate.overlap import on_ray
 from schemas.base import InputError
-from schemas.compute import Compute
 from schemas.experiment import Experiment
 from schemas.results import Embedded, Progress, Result
 from zscl.checkpoint import CHECKPOINT, StoppedError
@@ -53,70 +51,6 @@ _STOPPED = "stopped: "
 # By name: Ray's controller unpickles what its workers get, and for a function of ours it would import all of open_clip
 # before it starts them.
 WORK: dict[str, Callable[..., BaseModel]] = {"run": run_sequence, "embed": embed_reference}
-
-
-def connect(compute: Compute, note: Callable[[str], None]) -> None:
-    """Connect to the recipe's cluster, to the one of RAY_ADDRESS, or start a local one; `note` is told which.
-
-    Raises:
-        InputError: there is no cluster at the address.
-    """
-    if ray.is_initialized():
-        return
-    logging.getLogger("ray.train").setLevel(logging.WARNING)
-    starts_here = compute.address is None and "RAY_ADDRESS" not in os.environ
-    local = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"} if starts_here else {}
-    note("starting Ray on this machine" if starts_here else "connecting to the Ray cluster")
-    use_token(starts_here)
-    address = "local" if starts_here else compute.address  # never what somebody else may have started beside us
-    try:
-        with loopback_alone() if starts_here else nullcontext():
-            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **local)
-        end_on_sigterm()
-    except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
-        raise InputError(
-            f"compute.address: found no Ray cluster at {compute.address or os.environ.get('RAY_ADDRESS')} "
-            f"({' '.join(str(error).split())[:160]}), expected HOST:PORT of a running one, or none to start one here"
-        ) from error
-
-
-def slots_of(compute: Compute) -> int:
-    """How many runs of this size the cluster holds at once.
-
-    Raises:
-        InputError: not one.
-    """
-    wanted = {"CPU": compute.workers * compute.cpus_per_worker}
-    if check_resources(compute):
-        wanted["GPU"] = compute.workers * compute.gpus_per_worker
-    cluster = ray.cluster_resources()
-    return max(1, min(int(cluster.get(kind, 0.0) / amount + 1e-9) for kind, amount in wanted.items()))
-
-
-def check_resources(compute: Compute) -> bool:
-    """Tell whether the workers get GPUs.
-
-    Raises:
-        InputError: the cluster cannot hold the workers, or the fewest of them that will do.
-    """
-    cluster = ray.cluster_resources()
-    gpus = cluster.get("GPU", 0.0)
-    use_gpu = compute.device == "gpu" or (compute.device == "auto" and gpus > 0)
-    field, workers = (
-        ("workers", compute.workers) if compute.min_workers is None else ("min_workers", compute.min_workers)
-    )
-    evaluators = int(compute.evaluation == "overlapped")
-    wanted = {"CPU": (workers + evaluators) * compute.cpus_per_worker}
-    if use_gpu:
-        wanted["GPU"] = (workers + evaluators) * compute.gpus_per_worker
-    beside = " and one task beside them (compute.evaluation: overlapped)" if evaluators else ""
-    for kind, amount in wanted.items():
-        if amount > cluster.get(kind, 0.0):
-            raise InputError(
-                f"compute.{field}: {workers} workers{beside} need {amount:g} {kind}s, found {cluster.get(kind, 0.0):g} "
-                "in the Ray cluster; expected fewer workers, less for each, or a larger cluster"
-            )
-    return use_gpu
 
 
 def train(

@@ -21,11 +21,12 @@ from pydantic import BaseModel
 from ray import tune
 
 from orchestrate import recipes
+from orchestrate.cluster import check_resources
 from orchestrate.interruption import Interruption
 from orchestrate.places import EXPERIMENT
 from orchestrate.sampling import NUMBER
 from orchestrate.state import write_state
-from orchestrate.train import check_resources, train
+from orchestrate.train import train
 from schemas.base import InputError, InterruptedRunError
 from schemas.experiment import Experiment
 from schemas.results import Result, RowMeasured, StageTrained

@@ -120,8 +120,8 @@ class Mirror:
                 if changed_here and not exactly:
                     continue
                 file = self.folder / name
-                self._patiently(partial(self._fetch, name, file))
-                known[name] = {"here": _stamp(file), "there": there[name]}
+                if self._patiently(partial(self._fetch, name, file)):
+                    known[name] = {"here": _stamp(file), "there": there[name]}
             for name in [name for name in here if name not in there and (exactly or name in known)]:
                 if exactly or here[name] == known[name]["here"]:
                     remove(self.folder / name)
@@ -179,9 +179,17 @@ class Mirror:
         with suppress(FileNotFoundError):
             self._storage.rm_file(f"{self._root}/{name}")
 
-    def _fetch(self, name: str, file: Path) -> None:
-        with whole_file(file) as temporary:
-            self._storage.get_file(f"{self._root}/{name}", str(temporary))
+    def _fetch(self, name: str, file: Path) -> bool:
+        """Fetch a file. Returns whether it was there: others may have removed it meanwhile."""
+        place = f"{self._root}/{name}"
+        try:
+            with whole_file(file) as temporary:
+                self._storage.get_file(place, str(temporary))
+        except FileNotFoundError:
+            if self._storage.exists(place):
+                raise
+            return False
+        return True
 
     def _patiently(self, access: Callable[[], T]) -> T:
         """Storage fails with what its client raises."""

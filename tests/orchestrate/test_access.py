@@ -14,7 +14,7 @@ from orchestrate import access
 STARTED = """
 import json, os
 from pathlib import Path
-from orchestrate.train import connect
+from orchestrate.cluster import connect
 from schemas.compute import Compute
 os.umask(0o022)  # the usual one, with which others may read what is written
 connect(Compute(), note=print)

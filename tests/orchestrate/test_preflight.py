@@ -4,13 +4,15 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from conftest import coloured
 from rich.console import Console
 
-from orchestrate import preflight
+from orchestrate import cluster, preflight
+from orchestrate import run as running
 from orchestrate.probe import probe
 from schemas.base import InputError
 from schemas.experiment import Experiment
@@ -18,6 +20,7 @@ from zscl.opened import open_experiment
 from zscl.sequence import run_sequence
 from zscl.tasks import write_task
 
+pytest_plugins = ["object_storage"]
 Make = Callable[..., Experiment]
 
 
@@ -51,6 +54,52 @@ def test_a_prompt_that_is_cut_is_named(experiment: Make, tmp_path: Path) -> None
     [sentence] = preflight.warnings(open_experiment(experiment(tasks=[str(tmp_path / "long")])))
     assert "task 'long': found the prompt 'a picture of a very small" in sentence
     assert "to fill the 12 tokens that the model reads" in sentence
+
+
+def test_classes_of_one_name_are_named(experiment: Make, tmp_path: Path) -> None:
+    splits = {split: list(coloured(8, 0)) for split in ("train", "test")}
+    write_task(tmp_path / "birds", ["crane", "heron", "crane", "owl"], ["a {c}"], splits, suffix="png", source="")
+    [sentence] = preflight.warnings(open_experiment(experiment(tasks=[str(tmp_path / "birds")])))
+    assert sentence == ("task 'birds': found 'crane' to be the name of the classes 0, 2; no prompt tells them apart")
+
+
+def test_remote_shards_for_several_readers(experiment: Make, bucket: Any, tasks: list[str]) -> None:
+    bucket.put(f"{tasks[0]}/", "bucket/task/", recursive=True)
+    compute = {"device": "cpu", "workers": 2, "loader_processes": 3}
+    remote = experiment(tasks=["s3://bucket/task"], compute=compute)
+    [sentence] = preflight.warnings(open_experiment(remote))
+    assert sentence.startswith("task 'task': found remote shards and 6 readers")
+    assert preflight.warnings(open_experiment(experiment(tasks=["s3://bucket/task"]))) == []
+
+
+def test_a_folder_that_a_node_cannot_write(ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    cluster.check_folder(tmp_path / "one node alone")
+    assert not (tmp_path / "one node alone").exists()  # nothing is asked of it
+    [node] = ray.nodes()
+    monkeypatch.setattr(cluster, "own_node", lambda: "another node than the one that is asked")
+    cluster.check_folder(tmp_path / "runs")
+    assert list((tmp_path / "runs").iterdir()) == []
+    monkeypatch.setattr(Path, "mkdir", lambda *_, **__: None)
+    address = node["NodeManagerAddress"]
+    with pytest.raises(
+        InputError, match=rf"there: found node {address} of the Ray cluster to share no such folder \(.*No"
+    ):
+        cluster.check_folder(tmp_path / "not/there")
+
+
+def test_a_dry_run_looks_at_a_cluster_that_is_named(
+    ray_cluster: None, experiment: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    console = Console(stderr=True)
+    assert "cluster" not in running.plan(open_experiment(experiment()), tmp_path / "run", console)
+    monkeypatch.setenv("RAY_ADDRESS", "the one that we are connected to")
+    found = running.plan(open_experiment(experiment()), tmp_path / "run", console)
+    assert found["cluster"] == {"nodes": 1, "CPU": 4.0}
+    many = experiment(compute={"device": "cpu", "workers": 5})
+    with pytest.raises(InputError, match=r"compute\.workers: 5 workers need 5 CPUs, found 4"):
+        running.plan(open_experiment(many), tmp_path / "run", console)
 
 
 def test_a_probe_says_how_long_it_takes(

@@ -1,5 +1,6 @@
 """`zscl submit`: what is refused here, and the command that a job runs; `tests/cluster/submit.sh` submits real ones."""
 
+import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 from conftest import Command
 from ruamel.yaml import YAML
 
-from orchestrate.submit import entrypoint
+from orchestrate.submit import entrypoint, megabytes_uploaded
 from schemas.base import InputError
 
 
@@ -41,3 +42,11 @@ def test_no_cluster_answers(file: Path, tmp_path: Path, zscl: Callable[..., Comm
         address = f"http://127.0.0.1:{free.getsockname()[1]}"
     found = zscl("submit", file, "--working-dir", tmp_path, "--address", address)
     assert (found.code, f"--address {address}: found no Ray cluster that takes the job" in found.error) == (2, True)
+
+
+def test_what_is_uploaded_is_known_beforehand(file: Path, tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/large").write_bytes(os.urandom(2_000_000))
+    assert megabytes_uploaded(tmp_path) > 2
+    (tmp_path / ".rayignore").write_text("/runs/\n")
+    assert megabytes_uploaded(tmp_path) < 0.01

@@ -62,7 +62,7 @@ def test_what_is_unchanged_stays_where_it_is(two: tuple[Mirror, Mirror], monkeyp
     other.pull()
     moved: list[str] = []
     monkeypatch.setattr(Mirror, "_send", lambda self, name: moved.append(name))
-    monkeypatch.setattr(Mirror, "_fetch", lambda self, name, file: moved.append(name))
+    monkeypatch.setattr(Mirror, "_fetch", lambda self, name, file: bool(moved.append(name)))
     for mirror in (one, other, Mirror(one.url, one.folder)):  # the last: another process
         mirror.push()
         mirror.pull(exactly=True)
@@ -118,6 +118,20 @@ def test_storage_that_cannot_be_written_is_refused(tmp_path: Path, bucket: Any) 
         Mirror("s3://no-such-bucket/run", tmp_path).check()
     with pytest.raises(InputError, match=r"compute\.storage: found nowhere://run, which cannot be opened"):
         Mirror("nowhere://run", tmp_path)
+
+
+def test_what_vanishes_while_it_is_fetched_is_left_out(
+    two: tuple[Mirror, Mirror], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = two
+    write(one.folder / "checkpoint.pt", "of a stage that ends")
+    one.push()
+    there = one.versions()
+    (one.folder / "checkpoint.pt").unlink()
+    one.push()
+    monkeypatch.setattr(other, "versions", lambda: there)
+    other.pull()
+    assert content(other.folder) == {}
 
 
 def test_storage_that_is_away_is_waited_for(two: tuple[Mirror, Mirror], monkeypatch: pytest.MonkeyPatch) -> None:
