@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow faults install lint clean
+.PHONY: demo test test-slow faults cluster install lint clean
 
 demo: install
 	$(BIN)/zscl demo --out runs/demo
@@ -14,6 +14,11 @@ test: lint
 
 faults: install
 	$(BIN)/python -m pytest -m "(faults or fault) and not slow" -n 2 --dist loadfile --no-loadscope-reorder
+
+# Real clusters of this machine's own: a job submitted, stopped and submitted again; two hosts that share nothing (root).
+cluster: install
+	tests/cluster/submit.sh
+	tests/cluster/hosts.sh
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow

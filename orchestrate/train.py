@@ -24,6 +24,7 @@ from pydantic import BaseModel, TypeAdapter
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
+from orchestrate import gauges
 from orchestrate.cluster import check_resources
 from orchestrate.interruption import Interruption
 from orchestrate.kept import storage_of
@@ -31,7 +32,7 @@ from orchestrate.line import line_from_here, listening
 from orchestrate.overlap import on_ray
 from schemas.base import InputError
 from schemas.experiment import Experiment
-from schemas.results import Embedded, Progress, Result
+from schemas.results import Embedded, Progress, Result, WorkersUsed
 from zscl.checkpoint import CHECKPOINT, StoppedError
 from zscl.distributed import barrier, rank
 from zscl.mirror import Mirror, on_this_node
@@ -233,6 +234,8 @@ def _work(config: dict[str, Any]) -> str:
     line = config["line"]
 
     def report(progress: BaseModel) -> None:
+        if isinstance(progress, WorkersUsed):
+            gauges.show(config["folder"].name, progress)
         ray.get(line.put.remote(progress.model_dump_json()))
 
     if ray.get(line.refused.remote()):  # the group was restarted; what was wrong with the input still is

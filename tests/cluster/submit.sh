@@ -14,6 +14,7 @@ export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$place/token" RAY_USAGE_STATS_EN
 setsid ray start --head --block --port="$gcs" --num-cpus=2 --node-ip-address=127.0.0.1 --include-dashboard=true \
     --dashboard-host=127.0.0.1 --dashboard-port="$dashboard" --temp-dir="$place/ray" > "$place/head.log" 2>&1 &
 head=$!
+disown   # or the shell would tell of its end
 end() {
     code=$?
     kill -TERM -- "-$head" 2>/dev/null || true   # the process group that setsid made, and nothing else
@@ -44,7 +45,7 @@ cat > "$work/experiments/mine.yaml" <<RECIPE
 model: embedded
 tasks: [$place/data/flags, $place/data/shapes]
 method: finetune
-optimisation: {steps: 500, warmup_steps: 20, batch_size: 16}
+optimisation: {steps: 1500, warmup_steps: 20, batch_size: 16}
 compute: {device: cpu, checkpoint: {every_steps: 20}}
 RECIPE
 cd "$work"
@@ -60,6 +61,13 @@ until_true 60 "the job is taken" submit
 uploaded=$(find "$place/ray" -name "*.zip" -path "*_ray_pkg_*" -size +1000k | head -n 1)
 [ -z "$uploaded" ] || fail "more than a megabyte was uploaded: $uploaded"
 until_true 120 "it trains" grep -q '"event":"checkpoint_written"' "$run/journal.jsonl"
+shown() {   # where Ray says that its nodes' metrics are to be had
+    addresses=$(python -c 'import json, sys; print(*(each for group in json.load(open(sys.argv[1])) for each in group["targets"]))' \
+        "$place/ray/prom_metrics_service_discovery.json")
+    for address in $addresses; do curl --silent --max-time 5 "http://$address/metrics"; done > "$place/metrics.log"
+    grep '^ray_zscl_images_per_second{' "$place/metrics.log" | grep 'run="run"' | grep -q 'worker="0"'
+}
+until_true 60 "the dashboard has the worker's figures" shown
 timeout 120 ray job stop first > "$place/stop.log" 2>&1
 until_true 60 "the run is marked" grep -q KILLED "$run/state.json"
 [ -f "$run/checkpoint.pt" ] || fail "no checkpoint was left"
