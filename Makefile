@@ -2,14 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow faults cluster install lint clean
+.PHONY: demo test test-slow faults cluster docs coverage install lint clean
 
 demo: install
 	$(BIN)/zscl demo --out runs/demo
 
 # A process a core: starting Ray's processes leaves one idle half of the time. A file's tests stay together, since they
 # share runs; files are taken in the order of their names, which has those through Ray first and no long one last.
-test: lint
+test: lint docs
 	$(BIN)/python -m pytest -m "not slow and not faults" -n 2 --dist loadfile --no-loadscope-reorder
 
 faults: install
@@ -22,6 +22,15 @@ cluster: install
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
+
+# The documents as a site in build/site; fails at a broken link, and where a reference page is not as its sources make it.
+docs: install
+	$(BIN)/python docs/reference.py --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# Lines of schemas/ and zscl/ that the tests run, without those that start Ray's own processes.
+coverage: install
+	$(BIN)/python -m pytest tests/schemas tests/zscl -m "not slow and not faults" -n 2 --dist loadfile --cov --cov-report term:skip-covered
 
 lint: install
 	$(BIN)/ruff check .

@@ -57,7 +57,7 @@ class Compute(Strict):
         description="Elastic: start with as few, and go on with as few where the cluster loses some; default: all",
     )
     device: Literal["auto", "cpu", "gpu"] = Field("auto", description="auto: GPUs if the cluster has any")
-    cpus_per_worker: PositiveFloat = 1.0
+    cpus_per_worker: PositiveFloat = Field(1.0, description="CPU cores that Ray sets aside for a worker")
     gpus_per_worker: PositiveFloat = Field(1.0, description="Fractions share a GPU")
     loader_processes: NonNegativeInt = Field(
         0, description="Processes a worker that read and decode; 0: the worker itself"
@@ -82,7 +82,7 @@ class Compute(Strict):
         description="overlapped: a row of the matrix is measured by a task of its own, with a worker's resources, "
         "while the next stage trains; the same matrix",
     )
-    checkpoint: Checkpoint = Checkpoint()
+    checkpoint: Checkpoint = Field(Checkpoint(), description="How often the stage under way is kept")
     snapshots_every: PositiveInt | None = Field(
         None, description="Keep a stage's weights every so many steps, for `zscl average`; a whole model each"
     )
@@ -100,7 +100,7 @@ class Compute(Strict):
         description="The initial model's features of the distilled images: all computed ahead of training, or stored "
         "as images are met, or never stored; auto: ahead where the run meets nearly all of them anyway, else as_met",
     )
-    savings: Savings = Savings()
+    savings: Savings = Field(Savings(), description="Exact savings of a training step")
     images_at_once: PositiveInt | None = Field(
         None,
         description="Gradient accumulation: a worker's images pass the student in parts of so many, computed again in "
@@ -136,7 +136,7 @@ class Tracking(Strict):
     """The MLflow store."""
 
     uri: str | None = Field(None, description="Any MLflow tracking URI; default: mlflow.db beside the run's folder")
-    experiment: str = Field("zscl", min_length=1)
+    experiment: str = Field("zscl", min_length=1, description="MLflow's experiment that runs are filed under")
     models: Literal["all", "last", "none"] = Field(
         "all", description="Which stages' models join MLflow's, as copies; of a search's trials, none do"
     )

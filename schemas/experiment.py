@@ -57,10 +57,12 @@ class Optimisation(Strict):
     steps: PositiveInt = Field(1000, description="Updates a stage")
     batch_size: PositiveInt = Field(64, description="Task images a step, over all workers")
     reference_batch_size: PositiveInt = Field(64, description="Reference images a step, over all workers")
-    learning_rate: PositiveFloat = 1e-5
-    warmup_steps: int = Field(100, ge=0)
-    betas: Annotated[tuple[Share, Share], Field(strict=False)] = (0.9, 0.999)
-    weight_decay: float = Field(0.0, ge=0)
+    learning_rate: PositiveFloat = Field(1e-5, description="At its highest, right behind the warm-up")
+    warmup_steps: int = Field(100, ge=0, description="Steps of linear warm-up, of those of the stage")
+    betas: Annotated[tuple[Share, Share], Field(strict=False)] = Field(
+        (0.9, 0.999), description="AdamW's decay rates of the gradients' mean and mean square"
+    )
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's, relative to the learning rate")
     max_gradient_norm: PositiveFloat | None = Field(
         None, description="Gradients of a larger norm, over all trained parameters, are scaled down to it"
     )
@@ -71,7 +73,7 @@ class HeldOut(Strict):
     """A part of every task's training images, drawn class by class, that is not trained on."""
 
     share: float = Field(0.2, gt=0, lt=1, description="Of each class's training images")
-    seed: NonNegativeInt = 0
+    seed: NonNegativeInt = Field(0, description="Of the draw; the same part for all runs with it")
     judged_on: Literal["held_out", "test"] = Field(
         "held_out", description="held_out: the test images are never looked at; test: the part is only left out"
     )
@@ -88,18 +90,18 @@ class Experiment(Strict):
     """A sequence of tasks, learnt by one method."""
 
     name: str = Field("", pattern=r"^[A-Za-z0-9_.-]*$", description="Default: the recipe's file name")
-    model: Model
+    model: Model = Field(description="What the first stage starts from: the initial model")
     tasks: Many[Task] = Field((), description="The stages, in order")
     class_incremental: ClassIncremental | None = Field(
         None, description="Instead of tasks: one dataset, a group of its classes a stage"
     )
-    reference: Reference | None = None
-    method: Method
-    optimisation: Optimisation = Optimisation()
-    evaluation: Evaluation = Evaluation()
-    seed: int = Field(0, ge=0)
-    compute: Compute = Compute()
-    tracking: Tracking = Tracking()
+    reference: Reference | None = Field(None, description="What is distilled on: images and texts of any kind")
+    method: Method = Field(description="What acts in a training step, and on the weights along the way")
+    optimisation: Optimisation = Field(Optimisation(), description="Steps, batches and AdamW")
+    evaluation: Evaluation = Field(Evaluation(), description="What the matrix is measured on")
+    seed: int = Field(0, ge=0, description="Of everything that is drawn: images, augmentation, dropout, exemplars")
+    compute: Compute = Field(Compute(), description="Where it runs; no part of what is computed")
+    tracking: Tracking = Field(Tracking(), description="Where it is recorded; no part of what is computed")
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Experiment":

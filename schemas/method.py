@@ -24,7 +24,7 @@ def check_read(part: Strict, field: str, is_read: bool, by: str) -> None:
 class TaskLoss(Strict):
     """Cross-entropy over the current task's class prompts (paper, section 3; method step 1)."""
 
-    label_smoothing: float = Field(0.2, ge=0, lt=1)
+    label_smoothing: float = Field(0.2, ge=0, lt=1, description="Share of the target spread over all classes")
     earlier_names: bool = Field(False, description="The earlier tasks' class prompts join the softmax")
     negatives: NonNegativeInt = Field(0, description="So many random reference texts join the softmax, drawn by stage")
 
@@ -53,7 +53,7 @@ class Distill(Strict):
     text_weight: NonNegativeFloat = Field(1.0, description="Softmax over the images, mean over the texts")
     similarity_weight: NonNegativeFloat = Field(0.0, description="Softmax over the images' similarities to each other")
     feature_weight: NonNegativeFloat = Field(0.0, description="Mean squared error of the image features")
-    temperature: PositiveFloat = 2.0
+    temperature: PositiveFloat = Field(2.0, description="T of the softmaxes; losses are multiplied by T²")
 
     @model_validator(mode="after")
     def _says_nothing_in_vain(self) -> "Distill":
@@ -76,7 +76,7 @@ class Distill(Strict):
 class Consolidate(Strict):
     """Weight consolidation: squared L2 distance to the weights at the stage's start."""
 
-    weight: PositiveFloat = 1.0
+    weight: PositiveFloat = Field(1.0, description="Of the sum over all trained parameters, without ½")
 
 
 class Average(Strict):
@@ -104,7 +104,9 @@ class Memory(Strict):
 class Merge(Strict):
     """After a stage, the weights are drawn back towards an anchor (WiSE-FT)."""
 
-    anchor: Literal["stage_start", "initial"] = "stage_start"
+    anchor: Literal["stage_start", "initial"] = Field(
+        "stage_start", description="The weights at the stage's start, or the initial model's"
+    )
     share: float = Field(0.2, gt=0, lt=1, description="Share of the anchor")
 
 
@@ -151,11 +153,11 @@ class Method(Abbreviable):
         "", pattern=r"^[A-Za-z0-9_.*+-]*$", description="What results and runs call it; default: the preset"
     )
     task_loss: TaskLoss | None = Field(None, description="None: nothing is trained (zero-shot)")
-    distill: Distill | None = None
-    consolidate: Consolidate | None = None
-    average: Average | None = None
-    merge: Merge | None = None
-    memory: Memory | None = None
+    distill: Distill | None = Field(None, description="Distillation from a frozen teacher")
+    consolidate: Consolidate | None = Field(None, description="Weight consolidation towards the stage's start")
+    average: Average | None = Field(None, description="Weight ensemble along the stage")
+    merge: Merge | None = Field(None, description="Weights drawn back after the stage")
+    memory: Memory | None = Field(None, description="Exemplars of earlier tasks, to distil on")
     further_losses: Many[FurtherLoss] = Field((), description="Terms of the loss from other code, added to the others")
     train: Literal["model", "image_tower", "text_tower"] = Field("model", description="Which parameters are trained")
 

@@ -116,7 +116,7 @@ class Search(Strict):
         description="Trials suggested before any of them is heard of, so that the suggestions do not depend on which "
         "one is finished first",
     )
-    early_stopping: EarlyStopping | None = None
+    early_stopping: EarlyStopping | None = Field(None, description="Give up trials that do badly; one objective")
     validation_share: float = Field(
         0.2, gt=0, lt=1, description="Of every task's training images, held out to judge by: test images are not seen"
     )

@@ -14,12 +14,13 @@ from trees import TREES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = {file: file.read_text() for file in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 
 
 def blocks(language: str, section: str) -> list[str]:
-    """The fenced blocks of a language in a section of the README."""
-    text = README.partition(f"# {section}\n")[2]
-    return re.findall(rf"```{language}\n(.*?)```", re.split(r"\n##+ ", text)[0], flags=re.S)
+    """The fenced blocks of a language in a section of the documents."""
+    [text] = [page.partition(f"# {section}\n")[2] for page in PAGES.values() if f"# {section}\n" in page]
+    return re.findall(rf"```{language}\n(.*?)```", re.split(r"\n##? ", text)[0], flags=re.S)
 
 
 def commands(section: str) -> list[list[str]]:
@@ -49,10 +50,8 @@ def test_own_tasks_from_folders_to_a_comparison(
 ) -> None:
     [recipe] = blocks("yaml", "Your own tasks")
     (own / "own.yaml").write_text(recipe)
-    # That two workers give the numbers of one is shown elsewhere: here the command is only checked.
-    [two_workers] = commands("More workers, GPUs, a cluster")
-    shown = [*commands("Your own tasks"), *commands("What a run leaves"), [*two_workers, "--dry-run"]]
-    assert [command[0] for command in shown] == ["data", "data", "run", "run", "run", "compare", "sync", "run"]
+    shown = [*commands("Your own tasks"), *commands("What a run leaves"), *commands("The comparison's page")]
+    assert [command[0] for command in shown] == ["data", "data", "run", "run", "run", "compare", "sync", "compare"]
     for command in shown:
         found = zscl(*command)
         assert found.code == 0, (command, found.error)
@@ -97,6 +96,72 @@ def test_own_tasks_from_folders_to_a_comparison(
     ]
     assert plans[1]["experiment"]["method"]["distill"]["text_weight"] == 0.0
 
+    [preset] = blocks("yaml", "A preset")
+    (own / "gentle.yaml").write_text(preset)
+    found = zscl("run", "gentle.yaml", "--variant", "gentle", "--dry-run")
+    assert (found.code, "name: gentle" in found.out) == (0, True), found.error
+    [worst] = blocks("python", "A metric")
+    exec(compile(worst, "a metric", "exec"), {})
+    [parameters] = blocks("yaml", "A search parameter")
+    (own / "own-losses.yaml").write_text(parameters)
+    [command] = commands("A search parameter")
+    found = zscl(*command)
+    assert found.code == 0, found.error
+
+
+def test_a_task_of_ones_own(own: Path, zscl: Callable[..., Command]) -> None:
+    for split in ("train", "test"):
+        (own / "scans" / split).mkdir(parents=True)
+        for index, (image, _) in enumerate(coloured(8, 0)):
+            (own / "scans" / split / f"{index % 2}-{index}.png").write_bytes(image)
+    [script] = blocks("python", "A task")
+    exec(compile(script, "a task", "exec"), {})
+    found = zscl("data", "check", "tasks/scans")
+    assert "2 classes" in found.out or "left" in found.out, (found.out, found.error)
+
+
+def test_the_loss_shown_is_that_of_the_example() -> None:
+    [shown] = blocks("yaml", "A loss")
+    recipe = yaml.safe_load((ROOT / "examples/custom-loss/recipe.yaml").read_text())
+    method = {name: part for name, part in recipe["method"].items() if name != "average"}
+    assert yaml.safe_load(shown)["method"] == method
+
+
+SECTIONS_RUN = (
+    "Your own tasks", "What a run leaves", "More from the same models", "When a run is interrupted", "Search",
+    "Class-incremental learning", "How a method is put together", "The embedded model", "The tasks of the paper",
+    "The comparison's page", "A search parameter",
+)  # fmt: skip
+SCRIPTS = "".join((ROOT / "tests/cluster" / name).read_text() for name in ("submit.sh", "hosts.sh"))
+ELSEWHERE = {  # shown to be right by other tests
+    "make demo": "test_demo.py",
+    "make test": "CI",
+    "zscl --version": "test_cli.py",
+    "zscl run --help": "test_walls.py",
+    "mlflow ui": "test_mlflow_page.py",
+}
+
+
+def test_every_command_shown_is_run() -> None:
+    run = {line for section in SECTIONS_RUN for block in blocks("bash", section) for line in block.splitlines()}
+    for page, text in PAGES.items():
+        for line in "".join(re.findall(r"```bash\n(.*?)```", text, flags=re.S)).splitlines():
+            known = line in run or line.startswith(tuple(ELSEWHERE))
+            words = shlex.split(line, comments=True)
+            verb = [word for word in words if not re.match(r"\w+=", word)][:3]
+            of_cluster = page.name == "cluster.md" and " ".join(verb[: 2 if verb[0] == "zscl" else 3]) in SCRIPTS
+            assert known or of_cluster or not words, (page.name, line)
+
+
+def test_reference_pages_are_what_their_sources_make() -> None:
+    subprocess.run([sys.executable, str(ROOT / "docs/reference.py"), "--check"], check=True, cwd=ROOT)
+
+
+def test_every_page_is_in_the_sites_menu() -> None:
+    menu = (ROOT / "mkdocs.yml").read_text()
+    for page in (ROOT / "docs").rglob("*.md"):
+        assert page.relative_to(ROOT / "docs").as_posix() in menu, page
+
 
 def test_the_embedded_model_can_be_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zscl: Callable[..., Command]
@@ -134,7 +199,8 @@ def test_the_tasks_of_the_paper_in_the_commands_shown(
 
 
 def test_every_make_target_shown_exists() -> None:
-    targets = set(re.findall(r"^make (\S+)", README, flags=re.M)) | set(re.findall(r"`make (\S+)`", README))
+    shown = "".join(PAGES.values())
+    targets = set(re.findall(r"^make (\S+)", shown, flags=re.M)) | set(re.findall(r"`make (\S+)`", shown))
     assert targets >= {"demo", "test", "install"}
     for target in targets:
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.M), target
@@ -148,11 +214,15 @@ def test_the_method_shown_is_the_preset_itself() -> None:
 
 
 def test_every_file_of_the_tree_is_shown_and_there() -> None:
-    [tree] = re.findall(r"## The house\n\n```\n(.*?)```", README, flags=re.S)
-    for package in ("schemas", "zscl", "orchestrate"):
-        assert f"{package}/" in tree
-    for module in (ROOT / "zscl").glob("[a-z]*.py"):
-        assert module.stem in tree or module.stem in ("distributed", "files"), module.stem
+    [tree] = re.findall(r"## The house\n.*?```\n(.*?)```", README, flags=re.S)
+    shown = set(re.findall(r"^  (\w+) ", tree, flags=re.M))
+    there = {
+        file.stem
+        for package in ("schemas", "zscl", "orchestrate")
+        for file in (ROOT / package).rglob("*.py")
+        if file.stem != "__init__"
+    }
+    assert shown == there, (shown - there, there - shown)
 
 
 def test_the_table_of_scale_is_what_its_script_prints() -> None:

@@ -9,8 +9,8 @@ place=$(mktemp -d -t ray-XXXXXX)   # short: Ray's sockets lie in it
 port() { python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
 gcs=$(port) dashboard=$(port)
 
-(umask 077 && python -c 'import secrets; print(secrets.token_hex(32), end="")' > "$place/token")
-export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$place/token" RAY_USAGE_STATS_ENABLED=0 OMP_NUM_THREADS=1
+HOME="$place" ray get-auth-token --generate > /dev/null 2>&1   # a user's own is left alone
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$place/.ray/auth_token" RAY_USAGE_STATS_ENABLED=0 OMP_NUM_THREADS=1
 setsid ray start --head --block --port="$gcs" --num-cpus=2 --node-ip-address=127.0.0.1 --include-dashboard=true \
     --dashboard-host=127.0.0.1 --dashboard-port="$dashboard" --temp-dir="$place/ray" > "$place/head.log" 2>&1 &
 head=$!
