@@ -33,7 +33,8 @@ import torch
 from open_clip import image_transform
 from PIL import Image
 
-from zscl.shards import Sample, open_samples
+from zscl.samples import Sample
+from zscl.shards import open_samples
 from zscl.streams import Decode, Loader, TrainingImages
 from zscl.tasks import write_shards
 

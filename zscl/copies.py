@@ -7,7 +7,8 @@ from pathlib import Path
 
 from schemas.base import InputError
 from zscl.files import file_digest, whole_folder, write_text
-from zscl.shards import IndexedSamples, open_samples
+from zscl.indexed_samples import IndexedSamples
+from zscl.shards import open_samples
 from zscl.sources import Prepared, classnames_of, kept_task, templates_of
 from zscl.tasks import MANIFEST, FileList, TaskFolder, lines_of
 

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 
 from schemas.base import InputError
 from schemas.experiment import HeldOut
-from zscl.shards import IndexedSamples, StreamedSamples, seed_of
+from zscl.indexed_samples import IndexedSamples
+from zscl.seeds import seed_of
+from zscl.streamed_samples import StreamedSamples
 
 
 def split_off(

@@ -42,7 +42,9 @@ from schemas.inspection import (
 )
 from zscl import verdict
 from zscl.files import file_digest
-from zscl.shards import IMAGE_SUFFIXES, IndexedSamples, Sample, tar_members
+from zscl.indexed_samples import IndexedSamples
+from zscl.members import IMAGE_SUFFIXES, tar_members
+from zscl.samples import Sample
 from zscl.streams import FORMATS, decode_image
 from zscl.tasks import MANIFEST, TaskFolder, lines_of, text_of
 

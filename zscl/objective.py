@@ -13,7 +13,7 @@ from schemas.experiment import Experiment
 from schemas.method import Distill
 from zscl import losses
 from zscl.distributed import gather
-from zscl.shards import Samples
+from zscl.samples import Samples
 
 
 @dataclass(frozen=True)

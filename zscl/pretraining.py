@@ -20,8 +20,11 @@ from schemas.base import InputError
 from schemas.data import Task
 from schemas.pretraining import Pretraining
 from zscl.evaluation import accuracies, embed_classes
+from zscl.indexed_samples import IndexedSamples
 from zscl.model import CONFIG, Clip
-from zscl.shards import IndexedSamples, Sample, open_samples, seed_of
+from zscl.samples import Sample
+from zscl.seeds import seed_of
+from zscl.shards import open_samples
 from zscl.streams import Decode, Loader, TrainingImages
 from zscl.tasks import TaskFolder
 from zscl.training import learning_rate_factor

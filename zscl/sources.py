@@ -22,7 +22,7 @@ from PIL import Image
 
 from schemas.base import InputError
 from zscl.files import whole_file, whole_folder
-from zscl.shards import IMAGE_SUFFIXES
+from zscl.members import IMAGE_SUFFIXES
 from zscl.tasks import MANIFEST, FileList, LabelledImage, image_suffix, write_task
 
 SPLIT_SEED = 42  # of the authors' random splits

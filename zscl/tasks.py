@@ -24,15 +24,11 @@ from schemas.data import Reference, Task
 from schemas.experiment import HeldOut
 from zscl.files import digest, file_digest, whole_folder, write_text
 from zscl.holdout import few_of_each, split_off
-from zscl.shards import (
-    IMAGE_SUFFIXES,
-    MOST_SHARDS,
-    BrokenSampleError,
-    IndexedSamples,
-    Sample,
-    StreamedSamples,
-    open_samples,
-)
+from zscl.indexed_samples import IndexedSamples
+from zscl.members import IMAGE_SUFFIXES
+from zscl.samples import BrokenSampleError, Sample
+from zscl.shards import MOST_SHARDS, open_samples
+from zscl.streamed_samples import StreamedSamples
 
 MANIFEST = "zscl.json"
 

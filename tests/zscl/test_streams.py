@@ -13,7 +13,9 @@ from PIL import Image
 from torchvision.transforms import Compose, RandomResizedCrop, ToTensor
 
 from schemas.base import InputError
-from zscl.shards import IndexedSamples, Sample, open_samples
+from zscl.indexed_samples import IndexedSamples
+from zscl.samples import Sample
+from zscl.shards import open_samples
 from zscl.streams import Decode, EvaluationImages, Label, Loader, TrainingImages
 from zscl.tasks import write_shards
 
