@@ -27,9 +27,10 @@ from PIL import Image
 from pydantic import BaseModel
 from safetensors.torch import save_file
 
+from schemas.data import Task
 from schemas.experiment import Experiment
 from zscl.samples import Draw, Sample
-from zscl.tasks import write_shards, write_task
+from zscl.tasks import TaskFolder, write_shards, write_task
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "yellow": (220, 220, 30)}
 TINY_MODEL = {
@@ -67,6 +68,11 @@ def make_task(folder: Path, seed: int, train: int = 24, test: int = 10, shard_im
         shard_images=shard_images,
     )
     return folder
+
+
+def opened(folder: str | Path) -> TaskFolder:
+    """The task that lies in a folder."""
+    return TaskFolder.open(Task.model_validate(str(folder)))
 
 
 def first(draws: Iterator[Draw]) -> Iterator[Sample]:

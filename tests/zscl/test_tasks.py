@@ -5,15 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import coloured, make_task
+from conftest import coloured, make_task, opened
 
 from schemas.base import InputError
 from schemas.data import Reference, Task
 from zscl.tasks import ReferenceSet, TaskFolder, write_shards, write_task
-
-
-def opened(folder: Path) -> TaskFolder:
-    return TaskFolder.open(Task.model_validate(str(folder)))
 
 
 def test_writes_the_layout_that_clip_benchmark_reads(tmp_path: Path) -> None:
