@@ -36,7 +36,7 @@ from PIL import Image
 from zscl.samples import Sample
 from zscl.shards import open_samples
 from zscl.streams import Decode, Loader, TrainingImages
-from zscl.tasks import write_shards
+from zscl.writing import write_shards
 
 BATCH, SEED = 64, 0
 CPU = torch.device("cpu")

@@ -11,7 +11,8 @@ from zscl.indexed_samples import IndexedSamples
 from zscl.mtil import classnames_of, templates_of
 from zscl.shards import open_samples
 from zscl.sources import Prepared, kept_task
-from zscl.tasks import MANIFEST, FileList, TaskFolder, lines_of
+from zscl.tasks import MANIFEST, TaskFolder, lines_of
+from zscl.writing import FileList
 
 SPLIT_FAMILY = "clip-benchmark-wds"
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from schemas.base import InputError
 from zscl.members import IMAGE_SUFFIXES
 from zscl.sources import SPLIT_SEED, File, Prepared, random_split, write_files
-from zscl.tasks import image_suffix
+from zscl.writing import image_suffix
 
 DEFAULT_TEMPLATE = "a photo of a {c}."
 

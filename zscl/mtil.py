@@ -22,7 +22,8 @@ from PIL import Image
 from schemas.base import InputError
 from zscl.files import whole_folder
 from zscl.sources import SPLIT_SEED, File, Prepared, kept_task, random_split, read_images, said_in_one_sentence
-from zscl.tasks import MANIFEST, write_task
+from zscl.tasks import MANIFEST
+from zscl.writing import write_task
 
 REPORT_EVERY = 200  # images
 

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 
 from schemas.base import InputError
-from zscl.tasks import MANIFEST, FileList, LabelledImage, write_task
+from zscl.tasks import MANIFEST
+from zscl.writing import FileList, LabelledImage, write_task
 
 SPLIT_SEED = 42  # of the authors' random splits
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from zscl import embedded
 from zscl.files import whole_folder
-from zscl.tasks import MANIFEST, write_shards, write_task
+from zscl.tasks import MANIFEST
+from zscl.writing import write_shards, write_task
 
 REFERENCE_PAIRS = 2_000
 CORPUS_PAIRS, CORPUS_TASK_LOOK = 30_000, 0.15

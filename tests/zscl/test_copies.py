@@ -10,7 +10,7 @@ from conftest import coloured, opened
 from schemas.base import InputError
 from zscl.copies import fetch
 from zscl.mtil import templates_of
-from zscl.tasks import write_task
+from zscl.writing import write_task
 
 
 @pytest.fixture

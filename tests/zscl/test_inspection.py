@@ -19,7 +19,7 @@ from schemas.base import InputError
 from schemas.inspection import Inspection
 from zscl.contacts import contact_rows
 from zscl.inspection import LISTED, Decoded, Undecodable, inspect, look_at, open_task
-from zscl.tasks import write_shards
+from zscl.writing import write_shards
 
 Members = dict[str, bytes]
 

@@ -15,7 +15,8 @@ from zscl.evaluation import accuracies, embed_classes
 from zscl.judging import Space, Tally, judge, shared_space
 from zscl.model import Clip, load
 from zscl.streams import Loader
-from zscl.tasks import TaskFolder, write_task
+from zscl.tasks import TaskFolder
+from zscl.writing import write_task
 
 LOADER = Loader(torch.device("cpu"))
 

@@ -12,7 +12,7 @@ from conftest import coloured
 from schemas.base import InputError
 from zscl.indexed_samples import IndexedSamples
 from zscl.shards import open_samples
-from zscl.tasks import write_shards
+from zscl.writing import write_shards
 
 
 def test_only_images_labels_and_texts_are_read(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from trees import TREES, Expected
 from schemas.base import InputError
 from zscl.copies import COPIES
 from zscl.mtil import MTIL, classnames_of, prepare, templates_of
-from zscl.tasks import LabelledImage, write_task
+from zscl.writing import LabelledImage, write_task
 
 TEMPLATES = {
     "Aircraft": (2, "a photo of a {c}, a type of aircraft."),

@@ -17,7 +17,7 @@ from zscl.indexed_samples import IndexedSamples
 from zscl.samples import Sample
 from zscl.shards import open_samples
 from zscl.streams import Decode, EvaluationImages, Label, Loader, TrainingImages
-from zscl.tasks import write_shards
+from zscl.writing import write_shards
 
 AUGMENT = Compose([RandomResizedCrop(8, scale=(0.3, 1.0)), ToTensor()])
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
