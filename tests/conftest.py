@@ -49,6 +49,13 @@ def png(colour: tuple[int, int, int], rng: np.random.Generator, size: int = 16) 
     return stream.getvalue()
 
 
+def jpeg(size: int = 64) -> bytes:
+    """Noise."""
+    stream = io.BytesIO()
+    Image.fromarray(np.random.default_rng(5).integers(0, 256, (size, size, 3), dtype=np.uint8)).save(stream, "JPEG")
+    return stream.getvalue()
+
+
 def coloured(count: int, seed: int) -> Iterator[tuple[bytes, int]]:
     """Pairs of image and label, the colours in turn."""
     rng = np.random.default_rng(seed)

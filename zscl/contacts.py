@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from PIL import Image
 
 from zscl.indexed_samples import IndexedSamples
-from zscl.inspection import Decoded, OpenedTask, look_at, silent_decoders
+from zscl.looking import Decoded, look_at, silent_decoders
+from zscl.opened_task import OpenedTask
 from zscl.streams import decode_image
 from zscl.tasks import number_of
 
