@@ -100,14 +100,7 @@ def pretrain(
         InputError: the corpus has no captions, or something else in the recipe is wrong.
     """
     tasks = [TaskFolder.open(Task.model_validate(path)) for path in recipe.judge]
-    corpus = open_samples(recipe.corpus)
-    if not isinstance(corpus, IndexedSamples):
-        raise InputError(f"corpus: found remote shards ({recipe.corpus[0]}), expected local ones")
-    numbers = {caption: number for number, caption in enumerate(dict.fromkeys(corpus.texts()))}
-    if not numbers:
-        raise InputError(
-            f"corpus: found no .txt captions in {', '.join(recipe.corpus)}, expected one beside each image"
-        )
+    corpus, numbers = _open_corpus(recipe)
     clip = build(recipe, device)
     tokens = clip.tokenizer(list(numbers)).to(device)
     steps = recipe.epochs * len(corpus) // recipe.batch_size
@@ -145,6 +138,19 @@ def pretrain(
         for task, own in zip(tasks, embed_classes(clip, tasks, "all", "fp32", device), strict=True)
     }
     return Pretrained(folder, steps, float(loss.detach()), zero_shot)
+
+
+def _open_corpus(recipe: Pretraining) -> tuple[IndexedSamples, dict[str, int]]:
+    """The corpus, and a number for each of its captions; equal ones have the same."""
+    corpus = open_samples(recipe.corpus)
+    if not isinstance(corpus, IndexedSamples):
+        raise InputError(f"corpus: found remote shards ({recipe.corpus[0]}), expected local ones")
+    numbers = {caption: number for number, caption in enumerate(dict.fromkeys(corpus.texts()))}
+    if not numbers:
+        raise InputError(
+            f"corpus: found no .txt captions in {', '.join(recipe.corpus)}, expected one beside each image"
+        )
+    return corpus, numbers
 
 
 def _caption(sample: Sample) -> str:

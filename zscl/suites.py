@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from zscl import embedded
+from zscl import domains, embedded
 from zscl.files import whole_folder
 from zscl.tasks import MANIFEST
 from zscl.writing import write_shards, write_task
@@ -20,7 +20,7 @@ def write_embedded(folder: Path, corpus: bool, note: Callable[[str], None]) -> l
     What is there already is kept. Returns the folders, tasks first.
     """
     places = []
-    for name, domain in embedded.DOMAINS.items():
+    for name, domain in domains.DOMAINS.items():
         place = folder / name
         if not (place / MANIFEST).is_file():
             note(f"drawing {place}")
