@@ -13,7 +13,7 @@ import webdataset
 from schemas.base import InputError
 from zscl.files import digest, patiently
 from zscl.members import READ_SUFFIXES, image_of, tar_members
-from zscl.samples import Draw, Sample
+from zscl.samples import Draw, Sample, decoded_text
 from zscl.seeds import seed_of
 
 KINDS = ("image", "label", "text")
@@ -78,7 +78,7 @@ class IndexedSamples:
             for row in self.table.tolist():
                 text = self._member(descriptors, row[KINDS.index("text")])
                 if text is not None:
-                    yield text.decode("utf-8", errors="replace").strip()
+                    yield decoded_text(text)
 
     def labels(self) -> Iterator[tuple[str, str, bytes | None]]:
         """Each sample's (shard, key, label), in order."""

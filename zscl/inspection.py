@@ -32,7 +32,7 @@ from zscl import verdict
 from zscl.looking import Decoded, Undecodable, look_at, silent_decoders
 from zscl.members import IMAGE_SUFFIXES
 from zscl.opened_task import OpenedTask, Progress, Shard, no_progress
-from zscl.samples import Sample
+from zscl.samples import Sample, decoded_label
 from zscl.tasks import TaskFolder
 
 LISTED = 20  # samples and pairs named one by one; all are counted
@@ -125,7 +125,7 @@ class _Gathered:
         try:
             return self.task.label_of(sample)
         except InputError:
-            text = sample.label[:40].decode("ascii", errors="replace").strip()
+            text = decoded_label(sample.label[:40])
             last = len(self.task.classnames) - 1
             return Undecodable("label outside the class list", f"found {text!r}, expected 0 to {last}")
 

@@ -22,7 +22,7 @@ from schemas.pretraining import Pretraining
 from zscl.evaluation import accuracies, embed_classes
 from zscl.indexed_samples import IndexedSamples
 from zscl.model import CONFIG, Clip
-from zscl.samples import Sample
+from zscl.samples import decoded_text
 from zscl.seeds import seed_of
 from zscl.shards import open_samples
 from zscl.streams import Decode, Loader, TrainingImages
@@ -106,7 +106,7 @@ def pretrain(
     steps = recipe.epochs * len(corpus) // recipe.batch_size
     batches = TrainingImages(
         samples=corpus,
-        decode=Decode(_shifting(recipe, clip), lambda sample: numbers[_caption(sample)]),
+        decode=Decode(_shifting(recipe, clip), lambda sample: numbers[decoded_text(sample.text)]),
         seed=seed_of(recipe.seed, "corpus"),
         batch_size=recipe.batch_size,
         own=range(recipe.batch_size),
@@ -151,10 +151,6 @@ def _open_corpus(recipe: Pretraining) -> tuple[IndexedSamples, dict[str, int]]:
             f"corpus: found no .txt captions in {', '.join(recipe.corpus)}, expected one beside each image"
         )
     return corpus, numbers
-
-
-def _caption(sample: Sample) -> str:
-    return (sample.text or b"").decode("utf-8", errors="replace").strip()
 
 
 def _shifting(recipe: Pretraining, clip: Clip) -> Callable[[Any], torch.Tensor]:

@@ -24,6 +24,16 @@ class Sample:
         return self.place, 1 + int.from_bytes(hashlib.blake2b(self.image, digest_size=7).digest())
 
 
+def decoded_label(member: bytes | None) -> str:
+    """What a .cls member says; nothing where there is none."""
+    return (member or b"").decode("ascii", errors="replace").strip()
+
+
+def decoded_text(member: bytes | None) -> str:
+    """What a .txt member says; nothing where there is none."""
+    return (member or b"").decode("utf-8", errors="replace").strip()
+
+
 class BrokenSampleError(InputError):
     """A sample that cannot be used; its sentence names shard and key."""
 

@@ -14,7 +14,7 @@ from schemas.base import InputError
 from schemas.secrets import mask_urls
 from zscl.files import digest
 from zscl.members import Tail, image_of, read_members, reason_of
-from zscl.samples import ATTEMPTS, Draw, Sample
+from zscl.samples import ATTEMPTS, Draw, Sample, decoded_text
 from zscl.seeds import seed_of
 
 SHUFFLE_BUFFER = 2_000  # samples held while streaming; local shards are shuffled as a whole instead
@@ -57,7 +57,7 @@ class StreamedSamples:
         """The .txt members, in order."""
         for sample in _stream(self.urls):
             if sample.text is not None:
-                yield sample.text.decode("utf-8", errors="replace").strip()
+                yield decoded_text(sample.text)
 
     def _epoch(self, seed: int, epoch: int) -> Iterator[Sample]:
         rng = random.Random(seed_of(seed, epoch))

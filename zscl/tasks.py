@@ -20,7 +20,7 @@ from schemas.experiment import HeldOut
 from zscl.files import digest
 from zscl.holdout import few_of_each, split_off
 from zscl.indexed_samples import IndexedSamples
-from zscl.samples import BrokenSampleError, Sample
+from zscl.samples import BrokenSampleError, Sample, decoded_label
 from zscl.shards import MOST_SHARDS, open_samples
 from zscl.streamed_samples import StreamedSamples
 
@@ -166,7 +166,7 @@ class TaskFolder:
     def labels(self) -> dict[str, list[str]]:
         """What the labels of each local split say, in order."""
         return {
-            split: [(label or b"").decode("ascii", errors="replace").strip() for _, _, label in samples.labels()]
+            split: [decoded_label(label) for _, _, label in samples.labels()]
             for split, samples in (("train", self.train), ("test", self.test))
             if isinstance(samples, IndexedSamples)
         }
@@ -209,7 +209,7 @@ class TaskFolder:
         """
         if content is None:
             raise BrokenSampleError(f"{shard}: sample '{key}' has no .cls member, expected its label")
-        text = content.decode("ascii", errors="replace").strip()
+        text = decoded_label(content)
         number = number_of(text)
         if number is not None and self.classes is not None and number in self.classes:
             return self.classes.index(number)
