@@ -21,7 +21,7 @@ class Batch:
     """This worker's share of a global batch.
 
     images [b, 3, H, W], labels [b]; references [b', 3, H, W] and, on the CPU, who they are (see
-    `shards.Sample.identity`) [b', 2], or `None`.
+    `samples.Sample.identity`) [b', 2], or `None`.
     """
 
     images: torch.Tensor
