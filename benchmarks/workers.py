@@ -4,11 +4,11 @@
     python benchmarks/workers.py                                # about twelve minutes
     python benchmarks/workers.py --model embedded --steps 60    # of 4 million parameters, where gradients weigh more
 
-Every run is the first task of the embedded suite by ZSCL at one global batch, one core a worker, with the teacher's
-features there. The model is a random ViT of 112 px (that of benchmarks/step.py) unless another is given. Prints, as
-medians of ratios within a round: images a second through Ray Train over those of the plain process (one worker), half
-of two workers' over one's (the efficiency), and the seconds that a run through Ray takes beside training and
-evaluation.
+Every run is the first task of the embedded suite by ZSCL at one global batch, one core a worker, with the same memory
+settings and the teacher's features there. The model is a random ViT of 112 px (that of benchmarks/step.py) unless
+another is given. Prints, as medians of ratios within a round: images a second through Ray Train over those of the plain
+process (one worker), half of two workers' over one's (the efficiency), and the seconds that a run through Ray takes
+beside training and evaluation.
 """
 
 import argparse
@@ -27,6 +27,10 @@ from safetensors.torch import save_file
 from step import SMALL
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from orchestrate.cluster import KEEP_MEMORY  # noqa: E402
+
 THROUGH_RAY = "from orchestrate.cli import main; main()"
 PLAIN = """
 import sys, torch
@@ -59,7 +63,7 @@ def run(options: argparse.Namespace, folder: Path, workers: int) -> tuple[float,
         command = [sys.executable, "-c", THROUGH_RAY, *arguments, *(f"--set={setting}" for setting in settings)]
     else:
         command = [sys.executable, "-c", PLAIN, options.recipe, folder, *settings]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | KEEP_MEMORY | {"OMP_NUM_THREADS": "1"}  # as zscl sets it for Ray's
     started = time.perf_counter()
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, env=environment)
     seconds = time.perf_counter() - started

@@ -191,8 +191,8 @@ class Experiment(Strict):
         """Everything that the numbers depend on. Settings that this method does not read do not count.
 
         Args:
-            contents: maps each location in the recipe (a task's path, the reference set, the model) to a digest of
-                what lies there.
+            contents: maps each location in the recipe (a task's path, the reference set, the model, the path of a
+                further loss) to a digest of what lies there.
         """
         identity = self.model_dump(mode="json", exclude={"name", "compute", "tracking"})
         identity["model"] = contents[self.model.name]
@@ -205,6 +205,11 @@ class Experiment(Strict):
             if task["shots"] is None:
                 del task["shots"]
         # As before there were such fields.
+        if self.method.further_losses:
+            for loss in identity["method"]["further_losses"]:
+                loss["code"] = contents[loss["path"]]
+        else:
+            del identity["method"]["further_losses"]
         if self.optimisation.max_gradient_norm is None:
             del identity["optimisation"]["max_gradient_norm"]
         if self.evaluation.held_out is None:

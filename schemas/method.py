@@ -5,12 +5,13 @@ method: {preset: zscl, average: {every: 50}}      # a preset with changes; `null
 method: {name: mine, task_loss: {}, distill: {}}  # a composition of one's own
 """
 
+import json
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from schemas.base import Abbreviable, Strict
+from schemas.base import Abbreviable, Many, Strict
 
 
 def check_read(part: Strict, field: str, is_read: bool, by: str) -> None:
@@ -107,6 +108,21 @@ class Merge(Strict):
     share: float = Field(0.2, gt=0, lt=1, description="Share of the anchor")
 
 
+class FurtherLoss(Abbreviable):
+    """A term of the loss that is not ours. A bare dotted name will do. **The code that it names is run.**
+
+    It is called with a `zscl.further.Stage` and the settings when a stage begins, and gives a `zscl.objective.Part`.
+    """
+
+    main_field: ClassVar[str] = "path"
+
+    path: str = Field(
+        pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)+$",
+        description="Dotted name MODULE.NAME of a class or a function, installed or in a folder of PYTHONPATH",
+    )
+    settings: dict[str, Any] = Field(default_factory=dict, description="Its keyword arguments")
+
+
 _LWF: Mapping[str, Any] = {"teacher": "previous", "images": "task", "texts": "class_prompts"}
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "zero-shot": {},
@@ -140,6 +156,7 @@ class Method(Abbreviable):
     average: Average | None = None
     merge: Merge | None = None
     memory: Memory | None = None
+    further_losses: Many[FurtherLoss] = Field((), description="Terms of the loss from other code, added to the others")
     train: Literal["model", "image_tower", "text_tower"] = Field("model", description="Which parameters are trained")
 
     @model_validator(mode="before")
@@ -158,6 +175,7 @@ class Method(Abbreviable):
     @model_validator(mode="after")
     def _parts_need_a_task_loss(self) -> "Method":
         others = [part for part in PARTS if getattr(self, part) is not None]
+        others += ["further_losses"] if self.further_losses else []
         if self.task_loss is None and others:
             raise ValueError(
                 f"found {' and '.join(others)} without task_loss, expected a task loss to train on or no part"
@@ -199,6 +217,7 @@ class Method(Abbreviable):
         if self.preset is None:
             return {}
         mine, preset = self.model_dump(), Method.model_validate(self.preset).model_dump()
+        mine["further_losses"] = {loss.path: json.dumps(loss.settings) for loss in self.further_losses}
         return _difference(mine, preset)
 
 

@@ -9,9 +9,10 @@ from typing import Protocol
 
 import torch
 
+from schemas.base import InputError
 from schemas.experiment import Experiment
 from schemas.method import Distill
-from zscl import losses
+from zscl import further, losses
 from zscl.distributed import gather
 from zscl.samples import Samples
 
@@ -78,6 +79,21 @@ class Teacher:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """What a part may want to know of the stage that it is bound to.
+
+    batch_size, reference_batch_size: B and B', over all workers; trained: the student's trained parameters; start: what
+    they are at the stage's start, for a method that looks back at it; teacher: for a stage that distils.
+    """
+
+    batch_size: int
+    reference_batch_size: int
+    trained: Sequence[torch.Tensor]
+    start: Sequence[torch.Tensor]
+    teacher: Teacher | None
+
+
+@dataclass(frozen=True)
 class Distillation:
     """Feature-space distillation: the student's reference images against the teacher's texts, both ways.
 
@@ -140,28 +156,25 @@ class Objective:
         """Return every part's losses by name."""
         named: dict[str, torch.Tensor] = {}
         for part in self.parts:
-            named |= part(features, batch)
+            found = part(features, batch)
+            if twice := named.keys() & found.keys():
+                raise InputError(
+                    f"method.further_losses: found a loss named '{min(twice)}' once more, expected a name of its own"
+                )
+            named |= found
         return named
 
 
-def build(
-    experiment: Experiment, trained: Sequence[torch.Tensor], start: Sequence[torch.Tensor], teacher: Teacher | None
-) -> Objective:
-    """Bind the experiment's method to one stage.
-
-    Args:
-        experiment: method and batch sizes.
-        trained: the student's trained parameters.
-        start: what they are at the stage's start, for a method that holds on to it.
-        teacher: for a stage that distils.
-    """
-    method, optimisation = experiment.method, experiment.optimisation
+def build(experiment: Experiment, stage: Stage) -> Objective:
+    """Bind the experiment's method to one stage."""
+    method = experiment.method
     parts: list[Part] = []
     if method.task_loss:
-        parts.append(Classification(optimisation.batch_size, method.task_loss.label_smoothing))
-    if method.distill and teacher is not None:  # without a teacher: nothing to distil on yet
-        parts.append(Distillation(teacher, optimisation.reference_batch_size, method.distill))
+        parts.append(Classification(stage.batch_size, method.task_loss.label_smoothing))
+    if method.distill and stage.teacher is not None:  # without a teacher: nothing to distil on yet
+        parts.append(Distillation(stage.teacher, stage.reference_batch_size, method.distill))
     if method.consolidate:
         multi_tensor = experiment.compute.savings.multi_tensor
-        parts.append(Consolidation(trained, start, method.consolidate.weight, multi_tensor))
+        parts.append(Consolidation(stage.trained, stage.start, method.consolidate.weight, multi_tensor))
+    parts += [further.bind(loss, stage) for loss in method.further_losses]
     return Objective(parts)

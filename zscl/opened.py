@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from schemas.base import InputError, explain
 from schemas.data import ClassIncremental, Task
 from schemas.experiment import Experiment
-from zscl import memory
+from zscl import further, memory
 from zscl.indexed_samples import IndexedSamples
 from zscl.model import weights_digest
 from zscl.seeds import seed_of
@@ -37,7 +37,7 @@ def open_experiment(experiment: Experiment) -> Opened:
     """Find all that the experiment names, and cut the stages of class-incremental learning.
 
     Raises:
-        InputError: a task, shard, template, caption or model is missing or broken.
+        InputError: a task, shard, template, caption, model or further loss is missing or broken.
     """
     cache = experiment.compute.shard_cache
     experiment, tasks, folders = open_tasks(experiment)
@@ -53,6 +53,7 @@ def open_experiment(experiment: Experiment) -> Opened:
                 )
     weights = weights_digest(experiment.model)
     contents = {path: folder.digest for path, folder in folders.items()} | {experiment.model.name: weights}
+    contents |= {loss.path: further.digest_of(loss) for loss in experiment.method.further_losses}
     if opened:
         contents["reference"] = opened.digest
     return Opened(experiment, tasks, opened, weights, contents, experiment.fingerprint(contents))

@@ -147,12 +147,13 @@ def train_stage(
     trained = trained_parameters(model)
     averages = [experiment.method.average, *further_averages]
     blended = any(average and average.start_share for average in averages)
-    looks_back = experiment.method.consolidate is not None or blended
+    looks_back = experiment.method.consolidate is not None or bool(experiment.method.further_losses) or blended
     start = [parameter.detach().clone() for parameter in trained] if looks_back else []
     clock = Clock()
     if teacher is not None:
         teacher = replace(teacher, image_features=clock.around("teacher", teacher.image_features))
-    losses_of = objective.build(experiment, trained, start, teacher)
+    bound_to = objective.Stage(optimisation.batch_size, optimisation.reference_batch_size, trained, start, teacher)
+    losses_of = objective.build(experiment, bound_to)
     batch_sizes = [optimisation.batch_size, *([optimisation.reference_batch_size] if teacher else [])]
     student = Student(
         towers=distribute(towers, image_size(model), *batch_sizes),
