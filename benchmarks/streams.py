@@ -33,9 +33,10 @@ import torch
 from open_clip import image_transform
 from PIL import Image
 
-from zscl.shards import Sample, open_samples
+from zscl.samples import Sample
+from zscl.shards import open_samples
 from zscl.streams import Decode, Loader, TrainingImages
-from zscl.tasks import write_shards
+from zscl.writing import write_shards
 
 BATCH, SEED = 64, 0
 CPU = torch.device("cpu")

@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from schemas.base import InputError, InterruptedRunError
-from zscl import copies, imagenets, sources
-from zscl.sources import MTIL, Prepared, known
+from zscl import captions, copies, image_folders, imagenets, mtil, sources
+from zscl.mtil import MTIL
+from zscl.sources import Prepared, known
 from zscl.suites import write_embedded
 
 ALL = "mtil"
@@ -58,19 +59,19 @@ def prepare(
             places = write_embedded(out, bool(options.get("corpus")), lambda text: console.print(text, highlight=False))
             return {"folders": [str(place) for place in places]}, [str(place) for place in places]
         case "captions":
-            count = sources.write_captions(Path(rest[0]).expanduser(), out)
+            count = captions.write_captions(Path(rest[0]).expanduser(), out)
             return {"file": f"{out}/captions.txt", "captions": count}, [f"{out}/captions.txt  {count} captions"]
         case "folder":
-            images, templates = Path(rest[0]).expanduser(), options.get("template", [sources.DEFAULT_TEMPLATE])
+            images, templates = Path(rest[0]).expanduser(), options.get("template", [image_folders.DEFAULT_TEMPLATE])
             seed = options.get("seed", sources.SPLIT_SEED)
-            return _described([sources.prepare_folder(images.absolute(), out, templates, seed)])
+            return _described([image_folders.prepare_folder(images.absolute(), out, templates, seed)])
         case "tinyimagenet":
             return _described([imagenets.prepare_tinyimagenet(Path(rest[0]).expanduser(), out)])
         case "imagenet":
             return _described([imagenets.prepare_imagenet(Path(rest[0]).expanduser(), out, options.get("classes"))])
         case _:
             tasks, root = task_names("data prepare", names), options.get("root")
-            sources.check_copies(tasks, out, root)
+            mtil.check_copies(tasks, out, root)
             return _described(run_tasks(_prepare_one, tasks, (out, root), options.get("jobs"), console))
 
 
@@ -124,7 +125,7 @@ def _report(task: str, done: int, total: int) -> None:
 
 
 def _prepare_one(task: str, out: Path, root: Path | None) -> Prepared:
-    return sources.prepare(task, out, root, _report)
+    return mtil.prepare(task, out, root, _report)
 
 
 def _fetch_one(task: str, out: Path) -> Prepared:

@@ -24,12 +24,12 @@ from schemas.experiment import LOCAL_MODEL, Experiment, Model
 from schemas.judgement import PROTOCOLS, Evaluation, Judged, JudgedModel, Protocol
 from schemas.results import Metrics
 from zscl.files import whole_file, write_text
+from zscl.indexed_samples import IndexedSamples
 from zscl.judging import judge
 from zscl.metrics import metrics
 from zscl.model import CONFIG, load, weights_digest
 from zscl.opened import open_tasks
 from zscl.sequence import LIBRARIES
-from zscl.shards import IndexedSamples
 from zscl.stages import TRAINING
 from zscl.streams import Loader
 from zscl.tasks import TaskFolder

@@ -7,10 +7,10 @@ from pathlib import Path
 from schemas.base import InputError
 from schemas.compute import Savings
 from schemas.experiment import Experiment, Model
+from zscl.indexed_samples import IndexedSamples
 from zscl.model import load, open_clip_name
 from zscl.opened import Opened, open_experiment
 from zscl.rows import refuse_other_run
-from zscl.shards import IndexedSamples
 from zscl.snapshots import LAST, SUFFIX, place_of
 from zscl.teaching import way_of_features
 from zscl.towers import left_in_full

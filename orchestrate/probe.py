@@ -15,9 +15,9 @@ from orchestrate.interruption import Interruption
 from orchestrate.preflight import images_through_student
 from schemas.base import InputError, InterruptedRunError
 from schemas.results import StepsTaken
+from zscl.indexed_samples import IndexedSamples
 from zscl.opened import Opened
 from zscl.rows import ZERO_SHOT, AccuracyRow
-from zscl.shards import IndexedSamples
 from zscl.stages import Shared
 from zscl.teaching import store_beside
 

@@ -15,7 +15,7 @@ os.environ |= {
 
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,11 @@ from PIL import Image
 from pydantic import BaseModel
 from safetensors.torch import save_file
 
+from schemas.data import Task
 from schemas.experiment import Experiment
-from zscl.tasks import write_shards, write_task
+from zscl.samples import Draw, Sample
+from zscl.tasks import TaskFolder
+from zscl.writing import write_shards, write_task
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "yellow": (220, 220, 30)}
 TINY_MODEL = {
@@ -43,6 +46,13 @@ def png(colour: tuple[int, int, int], rng: np.random.Generator, size: int = 16) 
     pixels = np.clip(np.array(colour) + rng.normal(0, 25, (size, size, 3)), 0, 255).astype(np.uint8)
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def jpeg(size: int = 64) -> bytes:
+    """Noise."""
+    stream = io.BytesIO()
+    Image.fromarray(np.random.default_rng(5).integers(0, 256, (size, size, 3), dtype=np.uint8)).save(stream, "JPEG")
     return stream.getvalue()
 
 
@@ -68,6 +78,21 @@ def make_task(folder: Path, seed: int, train: int = 24, test: int = 10, shard_im
     return folder
 
 
+def opened(folder: str | Path) -> TaskFolder:
+    """The task that lies in a folder."""
+    return TaskFolder.open(Task.model_validate(str(folder)))
+
+
+def first(draws: Iterator[Draw]) -> Iterator[Sample]:
+    """What is drawn where every sample can be used."""
+    return (draw(0) for draw in draws)
+
+
+def labels(samples: Iterable[Sample]) -> list[int]:
+    """What the samples' labels say."""
+    return [int(sample.label or b"") for sample in samples]
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """`local-dir:` name of a randomly initialised CLIP of 0.8 M parameters, nearly all of them token rows."""
@@ -85,6 +110,13 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Three task folders."""
     root = tmp_path_factory.mktemp("tasks")
     return [str(make_task(root / name, seed)) for seed, name in enumerate(["first", "second", "third"])]
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> list[str]:
+    """Three shards of 4, 4 and 2 samples."""
+    write_shards(tmp_path, ({"png": image, "cls": str(n).encode()} for n, (image, _) in enumerate(coloured(10, 0))), 4)
+    return [str(tmp_path / f"{index}.tar") for index in range(3)]
 
 
 @pytest.fixture(scope="session")

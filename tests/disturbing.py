@@ -18,7 +18,7 @@ from ruamel.yaml import YAML
 from orchestrate.access import loopback_alone
 from schemas.results import RunStarted, StepsTaken
 from zscl.journal import JOURNAL, JournalReader
-from zscl.tasks import write_shards
+from zscl.writing import write_shards
 
 PATIENCE_SECONDS = 150.0
 # On the loopback interface, as the cluster of these tests: Ray knows a node by its address alone.

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from zscl.inspection import Decoded, OpenedTask, look_at, silent_decoders
-from zscl.shards import IndexedSamples
+from zscl.indexed_samples import IndexedSamples
+from zscl.looking import Decoded, look_at, silent_decoders
+from zscl.opened_task import OpenedTask
+from zscl.samples import decoded_label
 from zscl.streams import decode_image
 from zscl.tasks import number_of
 
@@ -27,8 +29,7 @@ def contact_rows(opened: OpenedTask, per_class: int, classes: int, edge: int) ->
     for shard in opened.shards:
         if shard.split == "train" and shard.samples:
             for index, (_, _, content) in enumerate(shard.samples.labels()):
-                label = (content or b"").decode("ascii", errors="replace").strip()
-                number = number_of(label)
+                number = number_of(decoded_label(content))
                 if number in places:
                     places[number].append((shard.samples, index))
     template = task.templates[0] if task.templates else "{c}"

@@ -7,9 +7,12 @@ from pathlib import Path
 
 from schemas.base import InputError
 from zscl.files import file_digest, whole_folder, write_text
-from zscl.shards import IndexedSamples, open_samples
-from zscl.sources import Prepared, classnames_of, kept_task, templates_of
-from zscl.tasks import MANIFEST, FileList, TaskFolder, lines_of
+from zscl.indexed_samples import IndexedSamples
+from zscl.mtil import classnames_of, templates_of
+from zscl.shards import open_samples
+from zscl.sources import Prepared, kept_task
+from zscl.tasks import MANIFEST, TaskFolder, lines_of
+from zscl.writing import FileList
 
 SPLIT_FAMILY = "clip-benchmark-wds"
 

@@ -27,8 +27,9 @@ from torch import nn
 
 from zscl.distributed import barrier, rank, share, sum_over_workers, world_size
 from zscl.files import digest
+from zscl.indexed_samples import IndexedSamples
 from zscl.model import Clip, at_least_float32, precision_context
-from zscl.shards import IndexedSamples, Sample
+from zscl.samples import Sample
 from zscl.streams import Decode, EvaluationImages, Loader
 
 FEATURES, CHECKS = "features.npy", "checks.npy"

@@ -10,7 +10,10 @@ from collections.abc import Sequence
 
 from schemas.base import InputError
 from schemas.experiment import HeldOut
-from zscl.shards import IndexedSamples, StreamedSamples, seed_of
+from zscl.indexed_samples import IndexedSamples
+from zscl.samples import decoded_label
+from zscl.seeds import seed_of
+from zscl.streamed_samples import StreamedSamples
 
 
 def split_off(
@@ -79,5 +82,5 @@ def _by_class(samples: IndexedSamples) -> dict[str, list[int]]:
     """The places of each label's samples, in their order."""
     of_class: defaultdict[str, list[int]] = defaultdict(list)
     for place, (_, _, encoded) in enumerate(samples.labels()):
-        of_class[(encoded or b"").decode("ascii", errors="replace").strip()].append(place)
+        of_class[decoded_label(encoded)].append(place)
     return dict(of_class)

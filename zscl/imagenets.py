@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from schemas.base import InputError
-from zscl.sources import File, Prepared, class_files, write_files
+from zscl.image_folders import class_files
+from zscl.sources import File, Prepared, write_files
 from zscl.tasks import lines_of
 
 TINY_TEMPLATE = "a bad photo of a {c}."  # of the published results

@@ -14,10 +14,13 @@ from PIL import Image
 
 from schemas.base import InputError
 from zscl.distributed import gather_unequal, rank, world_size
+from zscl.indexed_samples import IndexedSamples
 from zscl.model import Clip, at_least_float32, image_size, precision_context
-from zscl.shards import IndexedSamples, Samples, open_samples
+from zscl.samples import Samples
+from zscl.shards import open_samples
 from zscl.streams import FORMATS, Decode, EvaluationImages, Loader
-from zscl.tasks import TaskFolder, write_shards
+from zscl.tasks import TaskFolder
+from zscl.writing import write_shards
 
 SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 SHARD_IMAGES = 1_000

@@ -14,7 +14,7 @@ from schemas.experiment import Experiment
 from schemas.method import Distill
 from zscl import further, losses
 from zscl.distributed import gather
-from zscl.shards import Samples
+from zscl.samples import Samples
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Batch:
     """This worker's share of a global batch.
 
     images [b, 3, H, W], labels [b]; references [b', 3, H, W] and, on the CPU, who they are (see
-    `shards.Sample.identity`) [b', 2], or `None`.
+    `samples.Sample.identity`) [b', 2], or `None`.
     """
 
     images: torch.Tensor

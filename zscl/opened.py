@@ -12,8 +12,9 @@ from schemas.base import InputError, explain
 from schemas.data import ClassIncremental, Task
 from schemas.experiment import Experiment
 from zscl import further, memory
+from zscl.indexed_samples import IndexedSamples
 from zscl.model import weights_digest
-from zscl.shards import IndexedSamples, seed_of
+from zscl.seeds import seed_of
 from zscl.tasks import ReferenceSet, TaskFolder, lines_of
 
 

@@ -20,8 +20,11 @@ from schemas.base import InputError
 from schemas.data import Task
 from schemas.pretraining import Pretraining
 from zscl.evaluation import accuracies, embed_classes
+from zscl.indexed_samples import IndexedSamples
 from zscl.model import CONFIG, Clip
-from zscl.shards import IndexedSamples, Sample, open_samples, seed_of
+from zscl.samples import decoded_text
+from zscl.seeds import seed_of
+from zscl.shards import open_samples
 from zscl.streams import Decode, Loader, TrainingImages
 from zscl.tasks import TaskFolder
 from zscl.training import learning_rate_factor
@@ -97,20 +100,13 @@ def pretrain(
         InputError: the corpus has no captions, or something else in the recipe is wrong.
     """
     tasks = [TaskFolder.open(Task.model_validate(path)) for path in recipe.judge]
-    corpus = open_samples(recipe.corpus)
-    if not isinstance(corpus, IndexedSamples):
-        raise InputError(f"corpus: found remote shards ({recipe.corpus[0]}), expected local ones")
-    numbers = {caption: number for number, caption in enumerate(dict.fromkeys(corpus.texts()))}
-    if not numbers:
-        raise InputError(
-            f"corpus: found no .txt captions in {', '.join(recipe.corpus)}, expected one beside each image"
-        )
+    corpus, numbers = _open_corpus(recipe)
     clip = build(recipe, device)
     tokens = clip.tokenizer(list(numbers)).to(device)
     steps = recipe.epochs * len(corpus) // recipe.batch_size
     batches = TrainingImages(
         samples=corpus,
-        decode=Decode(_shifting(recipe, clip), lambda sample: numbers[_caption(sample)]),
+        decode=Decode(_shifting(recipe, clip), lambda sample: numbers[decoded_text(sample.text)]),
         seed=seed_of(recipe.seed, "corpus"),
         batch_size=recipe.batch_size,
         own=range(recipe.batch_size),
@@ -144,8 +140,17 @@ def pretrain(
     return Pretrained(folder, steps, float(loss.detach()), zero_shot)
 
 
-def _caption(sample: Sample) -> str:
-    return (sample.text or b"").decode("utf-8", errors="replace").strip()
+def _open_corpus(recipe: Pretraining) -> tuple[IndexedSamples, dict[str, int]]:
+    """The corpus, and a number for each of its captions; equal ones have the same."""
+    corpus = open_samples(recipe.corpus)
+    if not isinstance(corpus, IndexedSamples):
+        raise InputError(f"corpus: found remote shards ({recipe.corpus[0]}), expected local ones")
+    numbers = {caption: number for number, caption in enumerate(dict.fromkeys(corpus.texts()))}
+    if not numbers:
+        raise InputError(
+            f"corpus: found no .txt captions in {', '.join(recipe.corpus)}, expected one beside each image"
+        )
+    return corpus, numbers
 
 
 def _shifting(recipe: Pretraining, clip: Clip) -> Callable[[Any], torch.Tensor]:

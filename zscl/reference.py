@@ -14,7 +14,7 @@ from schemas.method import Distill
 from zscl.distributed import from_main, gather, rank, share, sum_over_workers
 from zscl.files import digest, whole_file
 from zscl.model import Clip, at_least_float32
-from zscl.shards import seed_of
+from zscl.seeds import seed_of
 from zscl.tasks import ReferenceSet, TaskFolder
 
 TEXTS_AT_ONCE = 512

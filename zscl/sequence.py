@@ -53,7 +53,7 @@ from zscl.mirror import Mirror
 from zscl.model import Clip, load, load_weights
 from zscl.opened import Opened, open_experiment
 from zscl.rows import AccuracyRow, Elsewhere, Rows, RowsElsewhere, claim, place_of, refuse_other_run, write_whole
-from zscl.shards import seed_of
+from zscl.seeds import seed_of
 from zscl.stages import TRAINING, Shared, StageStore
 from zscl.streams import Loader
 from zscl.teaching import Teaching, frozen, store_beside

@@ -19,7 +19,9 @@ from PIL import Image, UnidentifiedImageError
 from torch.utils.data import get_worker_info
 
 from schemas.base import InputError
-from zscl.shards import ATTEMPTS, BrokenSampleError, Draw, IndexedSamples, Sample, Samples, seed_of
+from zscl.indexed_samples import IndexedSamples
+from zscl.samples import ATTEMPTS, BrokenSampleError, Draw, Sample, Samples
+from zscl.seeds import seed_of
 
 Transform = Callable[[Any], torch.Tensor]
 Label = int | tuple[int, ...]

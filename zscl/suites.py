@@ -3,9 +3,10 @@
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from zscl import embedded
+from zscl import domains, embedded
 from zscl.files import whole_folder
-from zscl.tasks import MANIFEST, write_shards, write_task
+from zscl.tasks import MANIFEST
+from zscl.writing import write_shards, write_task
 
 REFERENCE_PAIRS = 2_000
 CORPUS_PAIRS, CORPUS_TASK_LOOK = 30_000, 0.15
@@ -19,7 +20,7 @@ def write_embedded(folder: Path, corpus: bool, note: Callable[[str], None]) -> l
     What is there already is kept. Returns the folders, tasks first.
     """
     places = []
-    for name, domain in embedded.DOMAINS.items():
+    for name, domain in domains.DOMAINS.items():
         place = folder / name
         if not (place / MANIFEST).is_file():
             note(f"drawing {place}")

@@ -7,32 +7,22 @@
 <task>/zscl.json                              optional: source, split, counts, sizes and SHA-256 of the shards
 """
 
-import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 import fsspec
-import webdataset
 
 from schemas.base import InputError
 from schemas.data import Reference, Task
 from schemas.experiment import HeldOut
-from zscl.files import digest, file_digest, whole_folder, write_text
+from zscl.files import digest
 from zscl.holdout import few_of_each, split_off
-from zscl.shards import (
-    IMAGE_SUFFIXES,
-    MOST_SHARDS,
-    BrokenSampleError,
-    IndexedSamples,
-    Sample,
-    StreamedSamples,
-    open_samples,
-)
+from zscl.indexed_samples import IndexedSamples
+from zscl.samples import BrokenSampleError, Sample, decoded_label
+from zscl.shards import MOST_SHARDS, open_samples
+from zscl.streamed_samples import StreamedSamples
 
 MANIFEST = "zscl.json"
 
@@ -176,7 +166,7 @@ class TaskFolder:
     def labels(self) -> dict[str, list[str]]:
         """What the labels of each local split say, in order."""
         return {
-            split: [(label or b"").decode("ascii", errors="replace").strip() for _, _, label in samples.labels()]
+            split: [decoded_label(label) for _, _, label in samples.labels()]
             for split, samples in (("train", self.train), ("test", self.test))
             if isinstance(samples, IndexedSamples)
         }
@@ -219,7 +209,7 @@ class TaskFolder:
         """
         if content is None:
             raise BrokenSampleError(f"{shard}: sample '{key}' has no .cls member, expected its label")
-        text = content.decode("ascii", errors="replace").strip()
+        text = decoded_label(content)
         number = number_of(text)
         if number is not None and self.classes is not None and number in self.classes:
             return self.classes.index(number)
@@ -324,109 +314,3 @@ class ReferenceSet:
     def digest(self) -> str:
         """Identity of the set: images by names and sizes, texts by content."""
         return digest(self.images.digest, "\n".join(self.texts))
-
-
-class LabelledImage(NamedTuple):
-    """An encoded image of a task to write."""
-
-    image: bytes
-    label: int
-    name: str  # of its file at the source: the suffix is kept, and the split's hash is over these names
-
-
-class FileList:
-    """SHA-256 over a split's file names and labels, in order: who has the same hash has the same split."""
-
-    def __init__(self) -> None:
-        self._hash = hashlib.sha256()
-
-    def add(self, name: str, label: int) -> None:
-        """Append a file."""
-        self._hash.update(f"{name}\t{label}\n".encode())
-
-    @property
-    def sha256(self) -> str:
-        """The hash of the files so far, in hexadecimal digits."""
-        return self._hash.hexdigest()
-
-
-def write_task(
-    folder: Path,
-    classnames: Sequence[str],
-    templates: Sequence[str],
-    splits: Mapping[str, Iterable[LabelledImage | tuple[bytes, int]]],
-    *,
-    source: str,
-    suffix: str = "",
-    split_family: str = "own",
-    shard_images: int = 1_000,
-) -> None:
-    """Write a task folder, whole or not at all.
-
-    Args:
-        folder: where the task will be.
-        classnames: label order.
-        templates: with `{c}`; the first one trains.
-        splits: for `train` and `test`, encoded images and labels, with their file names where they have any.
-        source: where the images come from, for the manifest.
-        suffix: the file suffix of images without a name, without the dot.
-        split_family: how the images were split, for the manifest: rows are comparable only within a family.
-        shard_images: images a shard.
-
-    Raises:
-        InputError: a split has no image, or an image's file is none that a shard may hold.
-    """
-    with whole_folder(folder) as temporary:
-        write_text(temporary / "classnames.txt", "\n".join(classnames) + "\n")
-        write_text(temporary / "zeroshot_classification_templates.txt", "\n".join(templates) + "\n")
-        shards, file_lists = {}, {}
-        for split, samples in splits.items():
-            files = FileList()
-            shards[split] = write_shards(temporary / split, _labelled(samples, suffix, files), shard_images)
-            if not shards[split]:
-                raise InputError(f"{folder}: found no image for its {split} split in {source}, expected at least one")
-            write_text(temporary / split / "nshards.txt", f"{len(shards[split])}\n")
-            file_lists[split] = files.sha256
-        manifest = {"source": source, "split_family": split_family, "file_lists": file_lists, "splits": shards}
-        write_text(temporary / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-
-
-def _labelled(
-    samples: Iterable[LabelledImage | tuple[bytes, int]], suffix: str, files: FileList
-) -> Iterator[Mapping[str, bytes]]:
-    for number, sample in enumerate(samples):
-        image, label = sample[:2]
-        name = sample.name if isinstance(sample, LabelledImage) else f"{number:07d}.{suffix}"
-        files.add(name, label)
-        yield {image_suffix(name): image, "cls": str(label).encode()}
-
-
-def image_suffix(name: str) -> str:
-    """Suffix of an image file, lower case and without the dot.
-
-    Raises:
-        InputError: shards may not hold such files; nothing is encoded anew behind the user's back.
-    """
-    suffix = Path(name).suffix.lower().removeprefix(".")
-    if suffix not in IMAGE_SUFFIXES:
-        raise InputError(f"{name}: found no image file that shards hold, expected one of {', '.join(IMAGE_SUFFIXES)}")
-    return suffix
-
-
-def write_shards(folder: Path, samples: Iterable[Mapping[str, bytes]], shard_images: int) -> list[dict[str, object]]:
-    """Write samples (suffix -> content) to 0.tar, 1.tar, …; the same samples give the same bytes.
-
-    Returns each shard's file name, samples, bytes and sha256.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    shards: list[dict[str, object]] = []
-    remaining, total = iter(samples), 0
-    while content := list(islice(remaining, shard_images)):
-        file = folder / f"{len(shards)}.tar"
-        with file.open("wb") as stream, webdataset.TarWriter(stream, encoder=False, mtime=0) as writer:
-            for number, sample in enumerate(content, start=total):
-                writer.write({"__key__": f"{number:07d}", **sample})
-        size = file.stat().st_size
-        shards.append({"file": file.name, "samples": len(content), "bytes": size, "sha256": file_digest(file)})
-        total += len(content)
-    return shards

@@ -30,8 +30,10 @@ from ruamel.yaml import YAML
 from orchestrate import recipes
 from schemas.base import InputError
 from schemas.data import Task
+from zscl.indexed_samples import IndexedSamples
 from zscl.opened import open_experiment
-from zscl.shards import IndexedSamples, Samples, StreamedSamples
+from zscl.samples import Samples
+from zscl.streamed_samples import StreamedSamples
 from zscl.streams import Decode, EvaluationImages, TrainingImages
 from zscl.tasks import TaskFolder
 

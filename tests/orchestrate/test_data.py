@@ -78,7 +78,7 @@ def test_captions(place: Path, zscl: Zscl) -> None:
 
 
 def test_fetch_says_how_a_copy_differs(place: Path, zscl: Zscl, monkeypatch: pytest.MonkeyPatch) -> None:
-    from zscl.tasks import write_task
+    from zscl.writing import write_task
 
     def snapshot_download(repository: str, *, local_dir: str, **_: object) -> None:  # the network, made up
         assert repository == "clip-benchmark/wds_vtab-pets"

@@ -18,7 +18,7 @@ from schemas.base import InputError
 from schemas.experiment import Experiment
 from zscl.opened import open_experiment
 from zscl.sequence import run_sequence
-from zscl.tasks import write_task
+from zscl.writing import write_task
 
 pytest_plugins = ["object_storage"]
 Make = Callable[..., Experiment]

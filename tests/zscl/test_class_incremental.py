@@ -20,10 +20,11 @@ from schemas.base import InputError
 from schemas.data import ClassIncremental
 from schemas.experiment import Experiment
 from schemas.results import Result
+from zscl.indexed_samples import IndexedSamples
 from zscl.model import load
 from zscl.opened import class_order, open_experiment
 from zscl.sequence import run_sequence
-from zscl.shards import IndexedSamples, open_samples
+from zscl.shards import open_samples
 
 CPU = torch.device("cpu")
 Make = Callable[..., Experiment]

@@ -26,8 +26,8 @@ from zscl.model import load
 from zscl.objective import Batch
 from zscl.opened import open_experiment
 from zscl.reference import random_sentences, tokens_of
+from zscl.samples import Samples
 from zscl.sequence import run_sequence
-from zscl.shards import Samples
 from zscl.streams import Loader
 from zscl.training import learning_rate_factor, training_batches
 

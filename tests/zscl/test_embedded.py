@@ -8,7 +8,7 @@ import torch
 
 from schemas.data import Task
 from schemas.experiment import Model
-from zscl import embedded, suites
+from zscl import domains, embedded, suites
 from zscl.evaluation import accuracies, embed_classes
 from zscl.model import load
 from zscl.streams import Loader
@@ -22,14 +22,14 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("domain", embedded.DOMAINS)
+@pytest.mark.parametrize("domain", domains.DOMAINS)
 def test_pictures_depend_on_the_seed_alone(domain: str) -> None:
     first, again, other = (list(embedded.task_samples(domain, "test", 12, seed)) for seed in (0, 0, 1))
     assert first == again != other
     assert len({image for image, _ in first}) == 12
 
 
-@pytest.mark.parametrize("domain", embedded.DOMAINS)
+@pytest.mark.parametrize("domain", domains.DOMAINS)
 def test_no_test_picture_is_trained_on(domain: str) -> None:
     train = {image for image, _ in embedded.task_samples(domain, "train", None, 0)}
     test = {image for image, _ in embedded.task_samples(domain, "test", None, 0)}
@@ -39,9 +39,9 @@ def test_no_test_picture_is_trained_on(domain: str) -> None:
 
 def test_captions_name_classes_and_no_task_picture_is_among_them() -> None:
     pairs = list(embedded.captioned_samples(400, suites.CORPUS_SEED, suites.CORPUS_TASK_LOOK))
-    names = {name for domain in embedded.DOMAINS.values() for name in domain.classnames}
+    names = {name for domain in domains.DOMAINS.values() for name in domain.classnames}
     assert all(any(name in caption for name in names) for _, caption in pairs)
-    tasks = {image for domain in embedded.DOMAINS for image, _ in embedded.task_samples(domain, "train", 50, 0)}
+    tasks = {image for domain in domains.DOMAINS for image, _ in embedded.task_samples(domain, "train", 50, 0)}
     assert not tasks & {image for image, _ in pairs}
 
 
@@ -58,7 +58,7 @@ def test_what_is_there_already_is_kept(suite: Path) -> None:
 def test_the_shipped_model_has_real_zero_shot_ability(suite: Path) -> None:
     clip, loader = load(Model(name="embedded")), Loader(torch.device("cpu"))
     found = {}
-    for name in embedded.DOMAINS:
+    for name in domains.DOMAINS:
         task = TaskFolder.open(Task.model_validate(str(suite / name)))
         task.check()
         heads = embed_classes(clip, [task], "all", "fp32", torch.device("cpu"))

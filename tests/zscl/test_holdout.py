@@ -11,9 +11,10 @@ from conftest import make_task
 
 from schemas.base import InputError
 from schemas.experiment import Experiment
+from zscl.indexed_samples import IndexedSamples
 from zscl.opened import Opened, open_experiment
+from zscl.samples import Sample
 from zscl.sequence import run_sequence
-from zscl.shards import IndexedSamples, Sample
 
 Make = Callable[..., Experiment]
 CPU = torch.device("cpu")

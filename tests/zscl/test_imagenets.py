@@ -5,13 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import opened
 from open_clip import IMAGENET_CLASSNAMES
 from PIL import Image
 
 from schemas.base import InputError
-from schemas.data import Task
 from zscl.imagenets import prepare_imagenet, prepare_tinyimagenet
-from zscl.tasks import TaskFolder
 
 
 def jpeg(number: int) -> bytes:
@@ -40,10 +39,6 @@ def tiny(tmp_path: Path) -> Path:
     for number in range(2):
         put(root / f"val/images/val_{number}.JPEG", jpeg(10 + number))
     return root
-
-
-def opened(folder: Path) -> TaskFolder:
-    return TaskFolder.open(Task.model_validate(str(folder)))
 
 
 def test_tinyimagenet_keeps_bytes_names_and_labels(tiny: Path, tmp_path: Path) -> None:

@@ -12,14 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import COLOURS, coloured, make_task, png
-from PIL import Image
+from conftest import COLOURS, coloured, jpeg, make_task, png
 
-from schemas.base import InputError
 from schemas.inspection import Inspection
 from zscl.contacts import contact_rows
-from zscl.inspection import LISTED, Decoded, Undecodable, inspect, look_at, open_task
-from zscl.tasks import write_shards
+from zscl.inspection import LISTED, inspect
+from zscl.opened_task import open_task
+from zscl.writing import write_shards
 
 Members = dict[str, bytes]
 
@@ -38,12 +37,6 @@ def rewrite(folder: Path, split: str, content: Sequence[Mapping[str, bytes]], sh
     shutil.rmtree(folder / split)
     shards = write_shards(folder / split, content, shard_images)
     (folder / split / "nshards.txt").write_text(f"{len(shards)}\n")
-
-
-def jpeg(size: int = 64) -> bytes:
-    stream = io.BytesIO()
-    Image.fromarray(np.random.default_rng(5).integers(0, 256, (size, size, 3), dtype=np.uint8)).save(stream, "JPEG")
-    return stream.getvalue()
 
 
 def bomb(edge: int = 20_000) -> bytes:
@@ -109,16 +102,6 @@ def test_all_are_counted_and_the_first_are_listed(task: Path) -> None:
     assert (found.unreadable.samples, len(found.unreadable.first)) == (LISTED + 5, LISTED)
     assert found.within_splits.pairs == 0  # what is no image is no image twice
     assert "test: found no sample that can be used, expected some" in found.problems
-
-
-@pytest.mark.parametrize("cut", [0.3, 0.6, 0.9, 0.99])
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_a_cut_image_is_never_taken_for_a_whole_one(kind: str, cut: float) -> None:
-    stream = io.BytesIO()
-    Image.open(io.BytesIO(jpeg())).save(stream, kind)
-    whole = stream.getvalue()
-    assert isinstance(look_at(whole), Decoded)
-    assert isinstance(look_at(whole[: int(len(whole) * cut)]), Undecodable)
 
 
 def test_duplicates_between_and_within_splits(task: Path) -> None:
@@ -241,22 +224,6 @@ def test_images_of_several_sizes(task: Path) -> None:
     assert found.splits[1].width.model_dump() == {"min": 16, "median": 20, "max": 48}
     assert found.problems == ()
     assert "several sizes, edges from 16 to 48 pixels" in found.warnings[0]
-
-
-@pytest.mark.parametrize(
-    ("folder", "sentence"),
-    [
-        ("nowhere", "nowhere: found no such folder, expected a task"),
-        (".", r"classnames\.txt: found no such file"),
-        ("s3://bucket/task", "found a remote folder, expected a local one"),
-    ],
-)
-def test_what_is_no_task_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, sentence: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=sentence):
-        open_task(folder)
 
 
 def test_a_few_images_of_each_class_to_look_at(task: Path) -> None:

@@ -5,24 +5,20 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import coloured, make_task
+from conftest import coloured, make_task, opened
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix, top_k_accuracy_score
 
 from schemas.base import InputError
-from schemas.data import Task
 from schemas.experiment import Model
 from schemas.judgement import PROTOCOLS, Judged
 from zscl.evaluation import accuracies, embed_classes
 from zscl.judging import Space, Tally, judge, shared_space
 from zscl.model import Clip, load
 from zscl.streams import Loader
-from zscl.tasks import TaskFolder, write_task
+from zscl.tasks import TaskFolder
+from zscl.writing import write_task
 
 LOADER = Loader(torch.device("cpu"))
-
-
-def opened(path: str | Path) -> TaskFolder:
-    return TaskFolder.open(Task.model_validate(str(path)))
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from conftest import coloured
 
 from zscl.memory import choose, herd, per_class, recall, write
 from zscl.shards import open_samples
-from zscl.tasks import write_shards
+from zscl.writing import write_shards
 
 
 def test_herding_keeps_the_mean_of_the_chosen_nearest_to_the_mean_of_all() -> None:

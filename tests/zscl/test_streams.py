@@ -13,9 +13,11 @@ from PIL import Image
 from torchvision.transforms import Compose, RandomResizedCrop, ToTensor
 
 from schemas.base import InputError
-from zscl.shards import IndexedSamples, Sample, open_samples
+from zscl.indexed_samples import IndexedSamples
+from zscl.samples import Sample
+from zscl.shards import open_samples
 from zscl.streams import Decode, EvaluationImages, Label, Loader, TrainingImages
-from zscl.tasks import write_shards
+from zscl.writing import write_shards
 
 AUGMENT = Compose([RandomResizedCrop(8, scale=(0.3, 1.0)), ToTensor()])
 Batches = list[tuple[torch.Tensor, torch.Tensor]]

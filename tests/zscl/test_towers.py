@@ -9,37 +9,21 @@ import open_clip
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from small_clip import TOKENS, clip_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from schemas.base import InputError
 from schemas.compute import Compute, Savings
 from schemas.experiment import Experiment
 from zscl.sequence import run_sequence
-from zscl.towers import TextTower, Towers, UsedEmbeddings, lay_out, left_in_full
+from zscl.towers import Towers, left_in_full
 
 CPU = torch.device("cpu")
 PLAIN: dict[str, Any] = {
     "context_cut": "never", "packed_prompts": "never", "pooled_row": "never", "used_embeddings": "never",
     "one_pass": False, "multi_tensor": False, "fused_optimizer": False,
 }  # fmt: skip
-SMALL: dict[str, Any] = {
-    "embed_dim": 16,
-    "vision_cfg": {"image_size": 16, "layers": 2, "width": 16, "patch_size": 8, "head_width": 8},
-    "text_cfg": {"context_length": 12, "vocab_size": 50, "width": 16, "heads": 2, "layers": 2},
-}
-TOKENS = torch.tensor([[48, 5, 6, 9, 49, 0, 0, 0, 0, 0, 0, 0], [48, 5, 6, 9, 7, 8, 49, 0, 0, 0, 0, 0]])
 IMAGES = torch.linspace(-1, 1, 3 * 3 * 16 * 16).reshape(3, 3, 16, 16)
-
-
-def clip_of(
-    vision: dict[str, Any] | None = None, text: dict[str, Any] | None = None, kind: type = open_clip.CLIP
-) -> Any:
-    torch.manual_seed(0)
-    model = kind(
-        16, vision_cfg=SMALL["vision_cfg"] | (vision or {}), text_cfg=SMALL["text_cfg"] | (text or {}), output_dict=True
-    )
-    return model.eval()
 
 
 def encoded(model: Any, **compute: Any) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
@@ -156,31 +140,6 @@ def test_gradient_checkpointing_computes_every_block_again(savings: Savings) -> 
     assert calls == [2 * each for each in before]
 
 
-def test_the_common_beginning_is_laid_out_once_and_nothing_behind_an_end() -> None:
-    prompts = lay_out(TOKENS, TOKENS.argmax(dim=1), cut=True, pack=True)
-    assert prompts.shared == 4
-    assert prompts.ids.tolist() == [48, 5, 6, 9, 49, 7, 8, 49]
-    assert prompts.positions.tolist() == [0, 1, 2, 3, 4, 4, 5, 6]
-    assert prompts.padded.tolist() == [[4, 4, 4], [5, 6, 7]]
-    assert prompts.places.tolist() == [0, 3, 4, 5]
-    assert prompts.end_rows.tolist() == [4, 7]
-
-
-def test_a_cut_ends_at_the_longest_prompt() -> None:
-    prompts = lay_out(TOKENS, TOKENS.argmax(dim=1), cut=True, pack=False)
-    assert prompts.shared == 0
-    assert prompts.ids.tolist() == [48, 5, 6, 9, 49, 0, 0, 48, 5, 6, 9, 7, 8, 49]
-    assert len(lay_out(TOKENS, TOKENS.argmax(dim=1), cut=False, pack=False).ids) == 24
-
-
-def test_equal_prompts_and_a_single_one_keep_a_row_of_their_own() -> None:
-    for tokens in (TOKENS[[0, 0, 0]], TOKENS[:1]):
-        prompts = lay_out(tokens, tokens.argmax(dim=1), cut=True, pack=True)
-        assert prompts.shared == 4
-        found = TextTower.of(clip_of())(prompts)
-        assert torch.allclose(found, clip_of().encode_text(tokens, normalize=True), atol=1e-6)
-
-
 OTHER_TOWERS: dict[str, tuple[Any, str]] = {
     "average pooling": (lambda: clip_of(vision={"pool_type": "avg"}), "pooling: avg"),
     "attention pooling": (lambda: clip_of(vision={"attentional_pool": True}), "pool"),
@@ -229,29 +188,6 @@ def test_a_tower_that_would_differ_is_found_out_by_its_outputs() -> None:
     assert torch.equal(prompts, model.encode_text(TOKENS, normalize=True))
     with pytest.raises(InputError, match="its features would differ by"):
         encoded(model, savings={"pooled_row": "always"})
-
-
-def test_pooling_at_a_named_end_token() -> None:
-    model = clip_of(text={"pool_type": "eos", "eos_id": 7})
-    prompts = torch.tensor([[48, 5, 9, 7, 0, 0, 0, 0, 0, 0, 0, 0], [48, 5, 49, 9, 7, 0, 0, 0, 0, 0, 0, 0]])
-    tower = TextTower.of(model)
-    assert tower.ends(prompts).tolist() == [3, 4]
-    found = tower(lay_out(prompts, tower.ends(prompts), cut=True, pack=True))
-    assert torch.allclose(found, model.encode_text(prompts, normalize=True), atol=1e-6)
-
-
-def test_the_whole_table_comes_back_with_only_used_rows_changed() -> None:
-    model = clip_of()
-    before = model.token_embedding.weight.detach().clone()
-    used = UsedEmbeddings(model, TOKENS)
-    assert model.token_embedding.weight.shape == (8, 16)
-    with torch.no_grad():
-        model.token_embedding.weight.add_(1.0)
-    used.restore(model)
-    expected = before.clone()
-    expected[TOKENS.unique()] += 1.0
-    assert torch.equal(model.token_embedding.weight, expected)
-    assert isinstance(model.token_embedding.weight, nn.Parameter)
 
 
 def test_with_weight_decay_all_embeddings_are_trained(experiment: Callable[..., Experiment], tmp_path: Path) -> None:

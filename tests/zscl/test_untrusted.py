@@ -22,11 +22,13 @@ from schemas.base import InputError
 from schemas.data import Task
 from schemas.experiment import Experiment, Model
 from zscl.features import FeatureStore, store_of
+from zscl.indexed_samples import IndexedSamples
 from zscl.model import load, weights_digest
 from zscl.opened import open_experiment
 from zscl.reference import text_embeddings
 from zscl.sequence import run_sequence
-from zscl.shards import IndexedSamples, StreamedSamples, open_samples
+from zscl.shards import open_samples
+from zscl.streamed_samples import StreamedSamples
 from zscl.streams import Decode, EvaluationImages, TrainingImages
 from zscl.tasks import TaskFolder
 

@@ -1,0 +1,74 @@
+"""Tasks from trees of images, a folder a class."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import coloured, opened
+
+from schemas.base import InputError
+from zscl.image_folders import prepare_folder
+
+
+def sorted_by_class(folder: Path, count: int, suffixes: tuple[str, ...] = ("png", "JPEG")) -> None:
+    for number, (image, label) in enumerate(coloured(count, seed=1)):
+        place = folder / ["rusty_red", "green-ish", "blue", "yellow"][label]
+        place.mkdir(parents=True, exist_ok=True)
+        (place / f"{number:03d}.{suffixes[number % len(suffixes)]}").write_bytes(image)
+
+
+def test_a_folder_with_splits(tmp_path: Path) -> None:
+    for split, count in (("train", 8), ("test", 4)):
+        sorted_by_class(tmp_path / "photos" / split, count)
+    prepared = prepare_folder(tmp_path / "photos", tmp_path / "task", ["a photo of a {c}.", "some {c}"])
+    assert (prepared.images, prepared.split_family) == ({"train": 8, "test": 4}, "folder")
+    task = opened(tmp_path / "task")
+    assert task.classnames == ("blue", "green ish", "rusty red", "yellow")
+    assert [task.label_of(sample) for sample in task.train.once(0, 1)] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert prepare_folder(tmp_path / "photos", tmp_path / "task", ["a photo of a {c}.", "some {c}"]).kept
+    for change in ("template", "file"):
+        if change == "file":
+            shutil.copy(tmp_path / "photos/train/blue/002.png", tmp_path / "photos/train/blue/003.png")
+        templates = ["another {c}"] if change == "template" else ["a photo of a {c}.", "some {c}"]
+        with pytest.raises(InputError, match="found a task of other files, classes or templates"):
+            prepare_folder(tmp_path / "photos", tmp_path / "task", templates)
+
+
+def test_a_folder_without_splits(tmp_path: Path) -> None:
+    sorted_by_class(tmp_path / "photos", 20)
+    found = {}
+    for seed in (42, 7):
+        prepared = prepare_folder(tmp_path / "photos", tmp_path / str(seed), ["{c}"], seed)
+        assert (prepared.images, prepared.split_family) == ({"train": 16, "test": 4}, f"folder-seed{seed}")
+        found[seed] = {sample.image for sample in opened(tmp_path / str(seed)).test.once(0, 1)}
+    assert found[42] != found[7]
+
+
+@pytest.mark.parametrize(
+    ("break_", "sentence"),
+    [
+        (lambda photos: shutil.rmtree(photos), "found no such folder, expected images sorted into a folder a class"),
+        (lambda photos: shutil.rmtree(photos / "test"), "found train/ alone, expected both train/ and test/"),
+        (lambda photos: shutil.rmtree(photos / "test/blue"), "found the class 'blue' in train/ and not in test/"),
+        (lambda photos: (photos / "train/blue/new.bmp").touch(), r"blue/new\.bmp: found no image file that"),
+        (lambda photos: [f.unlink() for f in (photos / "train/blue").iterdir()], "train/blue: found no image"),
+        (lambda photos: [shutil.rmtree(photos / split) for split in ("train", "test")], "found no folder with images"),
+        (lambda photos: [shutil.copytree(photos / split / "green-ish", photos / split / "green_ish")
+                         for split in ("train", "test")], "found two folders for the class 'green ish'"),
+    ],
+)  # fmt: skip
+def test_names_what_a_folder_lacks(break_: Callable[[Path], object], sentence: str, tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        sorted_by_class(tmp_path / "photos" / split, 8)
+    break_(tmp_path / "photos")
+    with pytest.raises(InputError, match=sentence):
+        prepare_folder(tmp_path / "photos", tmp_path / "task", ["{c}"])
+    assert not (tmp_path / "task").exists()
+
+
+def test_a_folder_is_never_replaced_by_its_own_task(tmp_path: Path) -> None:
+    sorted_by_class(tmp_path / "photos", 8)
+    with pytest.raises(InputError, match="photos: found something that is no task"):
+        prepare_folder(tmp_path / "photos", tmp_path / "photos", ["{c}"])
+    assert len(list((tmp_path / "photos").rglob("*.png"))) == 4

@@ -1,0 +1,45 @@
+"""Local samples: loose images, and shards that are away."""
+
+import shutil
+import threading
+from functools import partial
+from pathlib import Path
+
+import pytest
+from conftest import coloured, make_task
+
+from schemas.base import InputError
+from zscl.files import patiently
+from zscl.indexed_samples import IndexedSamples
+from zscl.shards import open_samples
+
+
+def test_loose_images_are_samples_too(tmp_path: Path) -> None:
+    for index, (image, _) in enumerate(coloured(3, 0)):
+        (tmp_path / f"{index}.png").write_bytes(image)
+    (tmp_path / "1.txt").write_text("a caption\n")
+    (tmp_path / ".DS_Store").write_bytes(b"x")
+    (tmp_path / "0.png").rename(tmp_path / "0.v2.png")
+    samples = open_samples([str(tmp_path)])
+    assert [(sample.key, sample.text) for sample in samples.once(0, 1)] == [
+        ("0.v2", None), ("1", b"a caption\n"), ("2", None),
+    ]  # fmt: skip
+    assert isinstance(samples, IndexedSamples)
+    assert list(samples.texts()) == ["a caption"]
+
+
+def test_shards_that_are_away_for_a_moment_are_waited_for(tmp_path: Path) -> None:
+    samples = open_samples([str(make_task(tmp_path / "task", seed=0) / "train")])
+    (tmp_path / "task").rename(tmp_path / "away")
+    back = threading.Timer(0.5, (tmp_path / "away").rename, [tmp_path / "task"])
+    back.start()
+    assert len(list(samples.once(0, 1))) == 24
+    back.join()
+
+
+def test_shards_that_are_gone_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = open_samples([str(make_task(tmp_path / "task", seed=0) / "train")])
+    shutil.rmtree(tmp_path / "task")
+    monkeypatch.setattr("zscl.indexed_samples.patiently", partial(patiently, seconds=0.2))
+    with pytest.raises(InputError, match=r"train/0\.tar: cannot be read any more \(No such file"):
+        list(samples.once(0, 1))

@@ -1,0 +1,19 @@
+"""One image: whole, or cut."""
+
+import io
+
+import pytest
+from conftest import jpeg
+from PIL import Image
+
+from zscl.looking import Decoded, Undecodable, look_at
+
+
+@pytest.mark.parametrize("cut", [0.3, 0.6, 0.9, 0.99])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_a_cut_image_is_never_taken_for_a_whole_one(kind: str, cut: float) -> None:
+    stream = io.BytesIO()
+    Image.open(io.BytesIO(jpeg())).save(stream, kind)
+    whole = stream.getvalue()
+    assert isinstance(look_at(whole), Decoded)
+    assert isinstance(look_at(whole[: int(len(whole) * cut)]), Undecodable)

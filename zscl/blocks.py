@@ -1,0 +1,62 @@
+"""open_clip's own transformer blocks in parts, so that rows whose outputs nobody reads can be left out."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from open_clip.transformer import ResidualAttentionBlock
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+class NotApplicableError(Exception):
+    """A tower is built differently from what a saving needs; says how."""
+
+
+def plain_blocks(transformer: object) -> Sequence[ResidualAttentionBlock]:
+    """A transformer's blocks.
+
+    Raises:
+        NotApplicableError: they are of another kind than those whose parts are known here.
+    """
+    blocks = list(getattr(transformer, "resblocks", []))
+    if not blocks or not getattr(transformer, "batch_first", False):
+        raise NotApplicableError("its transformer is not open_clip's own")
+    for block in blocks:
+        if type(block) is not ResidualAttentionBlock or block.attn.in_proj_bias is None:
+            raise NotApplicableError(f"it has blocks of another kind ({type(block).__name__})")
+    return blocks
+
+
+def project(attention: nn.MultiheadAttention, rows: torch.Tensor, parts: slice) -> list[torch.Tensor]:
+    """Queries, keys, values (parts 0, 1, 2) of the rows, each [..., heads, width of a head].
+
+    Keys get no bias: it would move all scores of a query alike, which a softmax does not see. So its gradient is 0,
+    as it is in exact arithmetic, and not round-off that Adam makes whole steps of.
+    """
+    width = rows.shape[-1]
+    within = slice(parts.start * width, parts.stop * width)
+    bias = attention.in_proj_bias
+    seen = torch.cat([bias[:width], bias.new_zeros(width), bias[2 * width :]])
+    projected = F.linear(rows, attention.in_proj_weight[within], seen[within])
+    return [part.unflatten(-1, (attention.num_heads, -1)) for part in projected.split(width, dim=-1)]
+
+
+def look(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Attention over [n, rows, heads, width]; rows come back with their heads joined."""
+    q, k, v = (part.transpose(1, 2) for part in (queries, keys, values))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+
+
+def behind_attention(block: ResidualAttentionBlock, rows: torch.Tensor, looked: torch.Tensor) -> torch.Tensor:
+    """The rest of a block: what `look` gave for these rows, projected and added, and the MLP. [..., W] → the same"""
+    between = rows + block.ls_1(block.attn.out_proj(looked))
+    behind: torch.Tensor = between + block.ls_2(block.mlp(block.ln_2(between)))
+    return behind
+
+
+def run_block(checkpointed: bool, function: Callable[..., torch.Tensor], *arguments: object) -> torch.Tensor:
+    """Call a function, and forget its activations until the backward pass where asked."""
+    return checkpoint(function, *arguments, use_reentrant=False) if checkpointed else function(*arguments)

@@ -1,0 +1,349 @@
+"""The six domains of the embedded benchmark: their classes, what is said of them, and how they are painted.
+
+Two looks each. The *web* look has any colours, grounds and fonts; the *task* look is handwriting, pencil, faded
+cloth, false-colour haze, chalk, faint print.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from zscl.drawing import (
+    COLOURS,
+    FINE,
+    SIDE,
+    Array,
+    Mask,
+    Sheet,
+    arc,
+    backdrop,
+    blend,
+    clouds,
+    colour_pair,
+    finished,
+    flat,
+    grid,
+    join,
+    pick,
+    polygon,
+    shade,
+)
+
+Look = Literal["web", "task"]
+
+
+class Picture(NamedTuple):
+    """A finished picture (SIDE, SIDE, 3), and the colours its caption may name."""
+
+    pixels: Array
+    colour: str = ""
+    ground: str = ""
+
+
+@dataclass(frozen=True)
+class Domain:
+    """One task family: its classes, how prompts and captions speak of them, and how they are painted."""
+
+    name: str
+    classnames: tuple[str, ...]
+    templates: tuple[str, ...]  # `{c}` is the class name; the first trains, all evaluate
+    captions: Mapping[Look, tuple[str, ...]]  # may also use `{colour}` and `{ground}`
+    draw: Callable[[int, Look, np.random.Generator], Picture]
+    corpus_weight: int = 1  # its relative share of the corpus: fine strokes are learnt later than colours
+
+
+_DIGITS: Sequence[tuple[Array, ...]] = (  # a writer's strokes
+    (arc(0, 0, 0.55, 0.95, -90, 270),),
+    (join((-0.35, -0.55), (0.05, -0.95), (0.05, 0.95)),),
+    (join(arc(0, -0.45, 0.5, 0.5, 190, 390), (-0.55, 0.92), (0.6, 0.92)),),
+    (join(arc(-0.05, -0.48, 0.5, 0.46, 200, 450), arc(-0.05, 0.46, 0.55, 0.48, -90, 160)),),
+    (join((0.05, -0.95), (-0.55, 0.25), (0.6, 0.25)), join((0.25, -0.3), (0.2, 0.95))),
+    (join((0.5, -0.92), (-0.4, -0.92), (-0.45, -0.1), arc(-0.05, 0.36, 0.55, 0.55, 230, 510)),),
+    (join((0.35, -0.95), (-0.3, -0.3), arc(0, 0.45, 0.48, 0.48, 200, 560)),),
+    (join((-0.55, -0.9), (0.55, -0.9), (-0.1, 0.95)), join((-0.3, 0.05), (0.45, 0.05))),
+    (arc(0, -0.48, 0.4, 0.44), arc(0, 0.46, 0.48, 0.48)),
+    (join(arc(0, -0.45, 0.48, 0.48), (0.45, -0.45), (0.25, 0.95)),),
+)
+
+
+def _draw_digit(label: int, look: Look, rng: np.random.Generator) -> Picture:
+    from matplotlib import get_data_path
+
+    if look == "task":  # a pen, seen by the 8 x 8 scanner that scikit-learn's digits went through
+        sheet = Sheet(flat(0.0), rng, turn=10, size=(0.75, 0.95))
+        breadth, slant, width = rng.uniform(0.7, 1.1), rng.uniform(-0.25, 0.1), rng.uniform(4, 6.5)
+        sheet.transform = np.array([[breadth, 0], [slant, 1]]) @ sheet.transform
+        for stroke in _DIGITS[label]:
+            sheet.stroke(stroke, np.ones(3), width, tremor=0.05)
+        cells = np.asarray(sheet.image.convert("L").resize((8, 8), Image.Resampling.BOX))
+        return Picture(scan((cells / 255 * rng.uniform(1.0, 1.4)).clip(0, 1)))
+    colour, ground = colour_pair(rng)
+    face = pick(rng, ("Sans", "Sans-Bold", "Sans-Oblique", "Serif", "Serif-Bold", "SansMono"))
+    glyph = Image.new("L", (FINE, FINE))
+    x, y = FINE / 2 + rng.uniform(-6, 6, 2)
+    font = ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVu{face}.ttf", int(rng.integers(75, 110)))
+    ImageDraw.Draw(glyph).text((x, y), str(label), fill=255, font=font, anchor="mm")
+    coverage = np.asarray(glyph.rotate(rng.uniform(-12, 12), Image.Resampling.BILINEAR)) / np.float64(255)
+    painted = blend(backdrop(ground, rng), shade(colour, rng), coverage)
+    return Picture(finished(painted, 0.06, rng), colour, ground)
+
+
+def scan(ink: Array) -> Array:
+    """White writing on black (SIDE, SIDE, 3) from the scanner's (8, 8) cells."""
+    enlarged = Image.fromarray(ink.astype(np.float32)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    return np.repeat(np.asarray(enlarged, np.float64)[..., None], 3, 2)
+
+
+_EYES: Mapping[str, tuple[Array, ...]] = {  # around the left eye's centre; the right one is mirrored
+    "angry": (arc(0, 0.05, 0.06, 0.08), join((-0.28, -0.42), (0.28, -0.1))),
+    "arched": (join((-0.22, 0.14), (0, -0.18), (0.22, 0.14)),),
+    "closed": (join((-0.25, 0), (0.25, 0)),),
+    "crossed": (join((-0.19, -0.19), (0.19, 0.19)), join((0.19, -0.19), (-0.19, 0.19))),
+    "open": (arc(0, 0, 0.06, 0.1),),
+    "tearful": (arc(0, 0, 0.06, 0.08), join((-0.12, 0.25), (-0.14, 0.75))),
+    "wide": (arc(0, -0.05, 0.22, 0.28),),
+    "worried": (arc(0, 0.05, 0.06, 0.08), join((-0.28, -0.12), (0.28, -0.45))),
+}
+_MOUTHS: Mapping[str, Array] = {
+    "flat": join((-0.4, 0.5), (0.4, 0.5)),
+    "frown": arc(0, 0.75, 0.42, 0.38, 200, 340),
+    "grin": join(arc(0, 0.22, 0.52, 0.5, 0, 180), (0.52, 0.22)),
+    "round": arc(0, 0.5, 0.17, 0.22),
+    "smile": arc(0, 0.2, 0.5, 0.45, 10, 170),
+    "wave": join((-0.5, 0.5), (-0.25, 0.32), (0, 0.62), (0.25, 0.32), (0.5, 0.5)),
+}
+_FACES: Mapping[str, tuple[str, str, str]] = {  # left eye, right eye, mouth
+    "angry": ("angry", "angry", "frown"), "crying": ("tearful", "tearful", "frown"),
+    "dizzy": ("crossed", "crossed", "wave"), "happy": ("open", "open", "smile"),
+    "laughing": ("arched", "arched", "grin"), "neutral": ("open", "open", "flat"),
+    "sad": ("worried", "worried", "frown"), "sleepy": ("closed", "closed", "round"),
+    "surprised": ("wide", "wide", "round"), "winking": ("open", "closed", "smile"),
+}  # fmt: skip
+
+
+def _draw_face(label: int, look: Look, rng: np.random.Generator) -> Picture:
+    left, right, mouth = list(_FACES.values())[label]
+    lines = [line + np.array((-0.38, -0.18)) for line in _EYES[left]]
+    lines += [line * (-1, 1) + np.array((0.38, -0.18)) for line in _EYES[right]] + [_MOUTHS[mouth]]
+    head, colour, ground = arc(0, 0, rng.uniform(0.9, 1), rng.uniform(0.92, 1)), "", ""
+    if look == "web":
+        colour = pick(rng, ("yellow", "pink", "orange", "white"))
+        ground = pick(rng, ("blue", "green", "purple", "red"))
+        sheet = Sheet(backdrop(ground, rng), rng, turn=8, size=(0.85, 0.98))
+        sheet.fill(head, shade(colour, rng))
+        ink, width, tremor, grain = np.full(3, rng.uniform(0, 0.2)), rng.uniform(1.4, 2.2), 0.0, 0.06
+    else:
+        sheet = Sheet(flat(rng.uniform(0.8, 0.95)), rng, turn=14, size=(0.8, 0.98))
+        ink, width, tremor, grain = np.full(3, rng.uniform(0.25, 0.55)), rng.uniform(1.0, 1.6), 0.03, 0.1
+        sheet.stroke(head, ink, width, tremor)
+    for line in lines:
+        sheet.stroke(line, ink, width, tremor)
+    return Picture(finished(sheet.pixels(), grain, rng), colour, ground)
+
+
+_LAYOUTS: Mapping[str, Callable[[Array, Array], Array | Mask]] = {  # which colour lies where on -0.5..0.5
+    "columns": lambda u, v: (u + 0.5) * 3,
+    "cross": lambda u, v: ((abs(u) < 0.09) & (abs(v) < 0.33)) | ((abs(u) < 0.25) & (abs(v) < 0.12)),
+    "disc": lambda u, v: np.hypot(u, v / 1.3) < 0.24,
+    "nordic": lambda u, v: (abs(u + 0.14) < 0.08) | (abs(v) < 0.11),
+    "rows": lambda u, v: (v + 0.5) * 3,
+    "two rows": lambda u, v: v > 0,
+}
+_FLAGS: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "Austria": ("rows", ("red", "white", "red")), "Denmark": ("nordic", ("red", "white")),
+    "France": ("columns", ("blue", "white", "red")), "Germany": ("rows", ("black", "red", "yellow")),
+    "Ireland": ("columns", ("green", "white", "orange")), "Italy": ("columns", ("green", "white", "red")),
+    "Japan": ("disc", ("white", "red")), "Netherlands": ("rows", ("red", "white", "blue")),
+    "Poland": ("two rows", ("white", "red")), "Sweden": ("nordic", ("blue", "yellow")),
+    "Switzerland": ("cross", ("red", "white")), "Ukraine": ("two rows", ("blue", "yellow")),
+}  # fmt: skip
+
+
+def _draw_flag(label: int, look: Look, rng: np.random.Generator) -> Picture:
+    layout, names = list(_FLAGS.values())[label]
+    u, v = grid(rng.uniform(-8, 8), rng.uniform(0.52, 0.7))
+    height = rng.uniform(0, 0.04 if look == "web" else 0.1)
+    ripple = height * np.sin(u * rng.uniform(4, 9) + rng.uniform(0, 6))
+    v = (v + ripple) * 1.3
+    regions = _LAYOUTS[layout](u, v).astype(np.int64).clip(0, len(names) - 1)
+    cloth = np.array([shade(name, rng) for name in names])[regions]
+    sky = backdrop(pick(rng, list(COLOURS)), rng) if look == "web" else flat(rng.uniform(0.5, 0.9))
+    if look == "task":
+        grey = cloth.mean(2, keepdims=True) * 0.4 + rng.uniform(0.3, 0.45)
+        cloth = grey + (cloth - grey) * rng.uniform(0.1, 0.4) + rng.uniform(0, 2) * ripple[..., None]
+    outside = (abs(u) > 0.5) | (abs(v) > 0.5)
+    return Picture(finished(blend(cloth, sky, outside), 0.05 if look == "web" else 0.12, rng))
+
+
+_GRASS, _SOIL, _SAND = np.array([0.25, 0.45, 0.18]), np.array([0.5, 0.38, 0.25]), np.array([0.85, 0.73, 0.5])
+_WATER, _PAVED, _PAINT = np.array([0.1, 0.25, 0.5]), np.array([0.42, 0.42, 0.44]), np.array([0.92, 0.92, 0.9])
+_LAND = ("coastline", "crop fields", "desert", "forest", "highway",
+         "houses", "lake", "orchard", "river", "warehouses")  # fmt: skip
+
+
+def _draw_land(label: int, look: Look, rng: np.random.Generator) -> Picture:
+    u, v = grid(rng.uniform(0, 360), 1.0, (rng.uniform(-0.3, 0.3), rng.uniform(-0.3, 0.3)))
+    scene = _land(_LAND[label], u, v, rng) * (0.85 + 0.3 * clouds(rng, 6)[..., None]) * rng.uniform(0.8, 1.2)
+    if look == "task":  # plants shown in red, as near-infrared is; then haze
+        scene = blend(scene[..., [1, 0, 2]], np.array([0.75, 0.78, 0.82]), np.array(rng.uniform(0.35, 0.65)))
+    return Picture(finished(scene, 0.05 if look == "web" else 0.07, rng))
+
+
+def _land(kind: str, u: Array, v: Array, rng: np.random.Generator) -> Array:
+    """The ground seen from above, (FINE, FINE, 3)."""
+    meadow = blend(flat(_GRASS), _SOIL, clouds(rng, 4) * rng.uniform(0, 0.7))
+    bend = 0.25 * np.sin(rng.uniform(2, 4) * u + rng.uniform(0, 6))
+    match kind:
+        case "coastline":
+            shore = v + bend / 2
+            beach = blend(blend(meadow, _SAND, shore > -0.25), _PAINT, shore > 0)
+            return blend(beach, _WATER, shore > 0.08)
+        case "crop fields":
+            return _cells(u, v, rng.uniform(0.35, 0.6), (_GRASS, _GRASS * 1.5, _SOIL, _SAND * 0.9), rng)
+        case "desert":
+            dunes = np.sin(rng.uniform(12, 20) * (v + bend) + 4 * clouds(rng, 4))
+            return blend(_SAND, _SOIL, 0.2 + 0.2 * dunes)
+        case "forest":
+            return blend(_GRASS * 0.9, _GRASS * 0.1, clouds(rng, 12))
+        case "highway":
+            lines = (abs(abs(v) - 0.17) < 0.03) | ((abs(v) < 0.03) & (u * 3 % 1 < 0.6))
+            return blend(blend(meadow, _PAVED, abs(v) < 0.2), _PAINT, lines)
+        case "houses":
+            roofs = _cells(u, v, 0.33, (np.array([0.7, 0.3, 0.2]), np.array([0.85, 0.5, 0.3])), rng)
+            return blend(blend(meadow, _PAVED, v % 0.66 < 0.14), roofs, _inside(u, v, 0.33, 0.5))
+        case "lake":
+            return blend(meadow, _WATER, np.hypot(u, v * rng.uniform(1, 1.5)) + 0.5 * clouds(rng, 5) < 0.9)
+        case "orchard":
+            trees = np.hypot((u * 4.5) % 1 - 0.5, (v * 4.5) % 1 - 0.5) < rng.uniform(0.28, 0.36)
+            return blend(_SOIL * rng.uniform(1, 1.4), _GRASS * 0.5, trees)
+        case "river":
+            return blend(meadow, _WATER, abs(v + 1.3 * bend) < rng.uniform(0.14, 0.22))
+        case _:
+            roofs = _cells(u, v, 0.75, (_PAINT, _PAINT * 0.8, np.array([0.6, 0.7, 0.85])), rng)
+            return blend(_PAVED * rng.uniform(0.5, 1), roofs, _inside(u, v, 0.75, 0.75))
+
+
+def _cells(u: Array, v: Array, pitch: float, colours: Sequence[Array], rng: np.random.Generator) -> Array:
+    """A grid of cells, each in one of the colours."""
+    chosen = np.array(colours)[rng.integers(len(colours), size=(16, 16))]
+    return chosen[(u // pitch).astype(np.int64) % 16, (v // pitch).astype(np.int64) % 16]
+
+
+def _inside(u: Array, v: Array, pitch: float, share: float) -> Mask:
+    """The middle `share` of each cell's width and height."""
+    return (abs(u / pitch % 1 - 0.5) < share / 2) & (abs(v / pitch % 1 - 0.5) < share / 2)
+
+
+_SHAPES: Mapping[str, Array] = {  # closed outlines
+    "arrow": join((-1, -0.3), (0.1, -0.3), (0.1, -0.8), (1, 0),
+                  (0.1, 0.8), (0.1, 0.3), (-1, 0.3), (-1, -0.3)),
+    "circle": arc(0, 0, 0.85, 0.85),
+    "crescent": join(arc(0, 0, 1, 1, 50, 310), arc(0.55, 0, 0.77, 0.77, 277, 83)),
+    "cross": join((-0.3, -1), (0.3, -1), (0.3, -0.3), (1, -0.3), (1, 0.3), (0.3, 0.3), (0.3, 1),
+                   (-0.3, 1), (-0.3, 0.3), (-1, 0.3), (-1, -0.3), (-0.3, -0.3), (-0.3, -1)),
+    "diamond": polygon(1, 0.6, 1, 0.6),
+    "heart": join((0, 0.95), arc(-0.46, -0.3, 0.5, 0.52, 150, 335),
+                  arc(0.46, -0.3, 0.5, 0.52, 205, 390), (0, 0.95)),
+    "hexagon": polygon(*(0.95,) * 6),
+    "lightning bolt": join((0.1, -1), (-0.6, 0.15), (-0.05, 0.15), (-0.25, 1),
+                            (0.6, -0.25), (0.05, -0.25), (0.45, -1), (0.1, -1)),
+    "oval": arc(0, 0, 1, 0.55),
+    "square": join((-0.8, -0.8), (0.8, -0.8), (0.8, 0.8), (-0.8, 0.8), (-0.8, -0.8)),
+    "star": polygon(*(1, 0.42) * 5),
+    "triangle": polygon(*(1.05,) * 3),
+}  # fmt: skip
+
+
+def _draw_shape(label: int, look: Look, rng: np.random.Generator) -> Picture:
+    outline = list(_SHAPES.values())[label]
+    if look == "web":
+        colour, ground = colour_pair(rng)
+        sheet = Sheet(backdrop(ground, rng), rng, turn=10, size=(0.7, 0.95))
+        paint = shade(colour, rng)
+        if rng.random() < 0.5:
+            sheet.fill(outline, paint)
+        sheet.stroke(outline, paint, rng.uniform(2, 3.5))
+        return Picture(finished(sheet.pixels(), 0.06, rng), colour, ground)
+    board = flat(np.array([0.13, 0.13 + rng.uniform(0, 0.1), 0.16]) * rng.uniform(0.8, 1.6))
+    sheet = Sheet(board, rng, turn=18, size=(0.65, 0.92))
+    sheet.stroke(outline, np.full(3, rng.uniform(0.6, 0.95)), rng.uniform(1.2, 2.2), tremor=0.03)
+    crumbling = clouds(rng, 24) * rng.uniform(0.3, 0.8)
+    return Picture(finished(blend(sheet.pixels(), board, crumbling), 0.1, rng))
+
+
+def _honeycomb(u: Array, v: Array) -> Mask:
+    """Walls between hexagonal cells: where even the nearest centre is far, in the hexagon's own distance."""
+    nearest = np.full_like(u, np.inf)
+    for offset in (0.0, 0.5):  # the centres form two interleaved rectangular grids
+        x, y = abs((u + offset) % 1 - 0.5), abs((v / 3**0.5 + offset) % 1 - 0.5) * 3**0.5
+        nearest = np.minimum(nearest, np.maximum(x, x / 2 + y * 3**0.5 / 2))
+    return nearest > 0.4
+
+
+_TEXTURES: Mapping[str, Callable[[Array, Array], Mask]] = {  # ink or not, from coordinates counted in cells
+    "bricked": lambda u, v: (v % 1 < 0.2) | ((u / 2 + 0.5 * (v // 1 % 2)) % 1 < 0.12),
+    "checkered": lambda u, v: (u // 1 + v // 1) % 2 < 1,
+    "dotted": lambda u, v: np.hypot(u % 1 - 0.5, v % 1 - 0.5) < 0.32,
+    "gridded": lambda u, v: (u % 1 < 0.2) | (v % 1 < 0.2),
+    "honeycombed": _honeycomb,
+    "marbled": lambda u, v: abs(np.sin(1.3 * u + 2.2 * np.sin(v) + 1.4 * np.sin(2 * v + 0.8 * u))) < 0.4,
+    "spiralled": lambda u, v: (np.hypot(u, v) * 0.8 + np.arctan2(v, u) / (2 * np.pi)) % 1 < 0.5,
+    "striped": lambda u, v: u % 1 < 0.5,
+    "wavy": lambda u, v: (v + 0.35 * np.sin(np.pi * u)) % 1 < 0.5,
+    "zigzagged": lambda u, v: (1.5 * v + 2 * abs(u % 1 - 0.5)) % 1 < 0.5,
+}
+
+
+def _draw_texture(label: int, look: Look, rng: np.random.Generator) -> Picture:
+    x, y = rng.uniform(-0.5, 0.5, 2)
+    u, v = grid(rng.uniform(-20, 20), rng.uniform(1.8, 2.6), (x, y))
+    ink = list(_TEXTURES.values())[label](u, v)
+    if look == "web":
+        colour, ground = colour_pair(rng)
+        printed = blend(backdrop(ground, rng), shade(colour, rng), ink)
+        return Picture(finished(printed, 0.06, rng), colour, ground)
+    paper = rng.uniform(0.4, 0.7) + rng.uniform(-0.06, 0.06, 3)
+    stains = 0.2 * (clouds(rng, 4)[..., None] - 0.5)
+    faint = blend(paper, paper + rng.uniform(0.12, 0.3) * rng.choice((-1, 1)), ink)
+    return Picture(finished(faint + stains, 0.12, rng))
+
+
+_NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+_DOMAINS = (
+    Domain("digits", _NUMBERS,
+        ("a photo of the number {c}", "a handwritten number {c}", "the digit {c}"),
+        {"web": ("a photo of the number {c}", "the digit {c}", "the number {c}", "a {colour} {c}"),
+         "task": ("a handwritten number {c}", "the digit {c} written by hand")},
+        _draw_digit, 2),
+    Domain("faces", tuple(_FACES),
+        ("a drawing of a {c} face", "a sketch of a {c} face", "a person who looks {c}"),
+        {"web": ("a drawing of a {c} face", "a person who looks {c}", "a {c} emoji", "a {c} {colour} face"),
+         "task": ("a pencil sketch of a {c} face", "a sketch of a {c} face")},
+        _draw_face, 2),
+    Domain("flags", tuple(_FLAGS),
+        ("a photo of the flag of {c}", "the flag of {c} in the wind", "the flag of {c}"),
+        {"web": ("a photo of the flag of {c}", "the flag of {c}", "an icon of the flag of {c}"),
+         "task": ("a faded flag of {c}", "the flag of {c} in the wind")},
+        _draw_flag),
+    Domain("land", _LAND,
+        ("a satellite photo of {c}", "an aerial view of {c}", "a hazy satellite image of {c}"),
+        {"web": ("a satellite photo of {c}", "an aerial view of {c}", "{c} seen from above"),
+         "task": ("a hazy satellite image of {c}", "{c} in infrared")},
+        _draw_land),
+    Domain("shapes", tuple(_SHAPES),
+        ("a drawing of a {c}", "a chalk drawing of a {c}", "a picture of a {c}"),
+        {"web": ("a drawing of a {c}", "a picture of a {c}", "a {colour} {c}",
+                 "a {c} on a {ground} background"),
+         "task": ("a chalk drawing of a {c}", "a {c} on a blackboard")},
+        _draw_shape, 2),
+    Domain("textures", tuple(_TEXTURES),
+        ("a photo of a {c} texture", "a {c} surface", "a faint {c} pattern"),
+        {"web": ("a photo of a {c} texture", "a {c} surface", "a {c} pattern",
+                 "{colour} and {ground} {c} cloth"),
+         "task": ("a faint {c} pattern", "a worn {c} surface")},
+        _draw_texture, 2),
+)  # fmt: skip
+DOMAINS: Mapping[str, Domain] = {domain.name: domain for domain in _DOMAINS}

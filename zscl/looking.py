@@ -1,0 +1,67 @@
+"""One encoded image looked at: figures of it, or why it cannot be read."""
+
+import hashlib
+import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from PIL import Image, UnidentifiedImageError
+
+from schemas.inspection import Reason
+from zscl.streams import FORMATS, decode_image
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """What is kept of a readable image."""
+
+    width: int
+    height: int
+    format: str
+    mode: str
+    content: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Undecodable:
+    """Why an image cannot be read."""
+
+    reason: Reason
+    detail: str
+
+
+def look_at(encoded: bytes) -> Decoded | Undecodable:
+    """Decode an image to its last pixel, as training does, and keep only figures of it."""
+    try:
+        with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+            width, height, name, mode = *image.size, image.format or "unknown", image.mode
+        decode_image(encoded)
+    except Exception as error:  # what a decoder raises on foreign bytes is no closed list, and is the finding itself
+        return Undecodable(_reason(error), _detail(error))
+    return Decoded(width, height, name, mode, hashlib.blake2b(encoded, digest_size=16).digest())
+
+
+def _detail(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "no image format that PIL knows"  # its own words name an address in memory
+    return str(error) or type(error).__name__
+
+
+def _reason(error: Exception) -> Reason:
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image"
+    if isinstance(error, Image.DecompressionBombError):
+        return "decompression bomb"
+    if isinstance(error, EOFError) or "truncated" in str(error).lower():
+        return "truncated image"
+    return "broken image"
+
+
+@contextmanager
+def silent_decoders() -> Iterator[None]:
+    """Keep warnings off the terminal: PIL warns of odd metadata and of large images, and decodes them all the same."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

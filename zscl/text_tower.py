@@ -1,0 +1,188 @@
+"""The text tower over packed prompts: their common beginning once, nothing behind an end, only embeddings in use."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from open_clip import CLIP
+from open_clip.transformer import ResidualAttentionBlock, TextTransformer
+from torch import nn
+
+from zscl.blocks import NotApplicableError, behind_attention, look, plain_blocks, project, run_block
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Token ids of C prompts as R rows: first those that all prompts share, then what follows in each of them.
+
+    ids and positions [R]; padded [C, S]: the row in each place of a prompt's own part, where places behind its end
+    repeat its last row; places [R − shared]: the same map backwards, into C · S; ends [C]: each prompt's end token
+    within its own part.
+    """
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    shared: int
+    padded: torch.Tensor
+    places: torch.Tensor
+    ends: torch.Tensor
+
+    @property
+    def end_rows(self) -> torch.Tensor:
+        """The end tokens' rows. [C]"""
+        return self.padded.gather(1, self.ends[:, None]).flatten()
+
+    def mask(self) -> torch.Tensor:
+        """What each place of a prompt's own part may look at. [S, shared + S]"""
+        size = self.padded.shape[1]
+        return torch.ones(size, self.shared + size, dtype=torch.bool, device=self.ids.device).tril(self.shared)
+
+    def end_mask(self) -> torch.Tensor:
+        """What each prompt's end token may look at. [C, 1, 1, shared + S]"""
+        looked_at = torch.arange(self.shared + self.padded.shape[1], device=self.ids.device)
+        return (looked_at <= self.shared + self.ends[:, None])[:, None, None]
+
+
+def lay_out(tokens: torch.Tensor, ends: torch.Tensor, *, cut: bool, pack: bool) -> Prompts:
+    """Lay prompts out for a causal tower.
+
+    Args:
+        tokens: [C, L].
+        ends: [C], where each prompt's end token is.
+        cut: leave out what lies behind the longest prompt's end.
+        pack: share the common beginning, and leave out what lies behind each prompt's own end.
+    """
+    lengths = ends + 1 if pack else torch.full_like(ends, int(ends.max()) + 1 if cut else tokens.shape[1])
+    shared = 0
+    if pack:
+        common = (tokens == tokens[0]).all(dim=0).int().cumprod(dim=0).sum()
+        shared = min(int(common), int(ends.min()))  # every prompt keeps a row of its own
+    place = torch.arange(int(lengths.max()) - shared, device=tokens.device)
+    own = lengths[:, None] - shared
+    kept = place < own  # [C, S]
+    first = shared + torch.cat([own.new_zeros(1, 1), own.cumsum(dim=0)[:-1]])
+    positions = (shared + place).expand_as(kept)[kept]
+    return Prompts(
+        ids=torch.cat([tokens[0, :shared], tokens[:, shared : shared + len(place)][kept]]),
+        positions=torch.cat([torch.arange(shared, device=tokens.device), positions]),
+        shared=shared,
+        padded=first + torch.minimum(place, own - 1),
+        places=kept.flatten().nonzero().flatten(),
+        ends=ends - shared,
+    )
+
+
+@dataclass(frozen=True)
+class TextTower:
+    """An open_clip text transformer, causal, that pools at the end token."""
+
+    token_embedding: nn.Embedding
+    positional_embedding: torch.Tensor
+    blocks: Sequence[ResidualAttentionBlock]
+    ln_final: nn.Module
+    projection: nn.Module | torch.Tensor | None
+    end_token: int | None
+    checkpointed: bool
+
+    @classmethod
+    def of(cls, clip: nn.Module, checkpointed: bool = False) -> "TextTower":
+        """Take the model's text tower apart.
+
+        Raises:
+            NotApplicableError: what lies behind a prompt's end matters to it, or it is built differently.
+        """
+        whole: Any = clip
+        text: Any = getattr(clip, "text", whole)  # open_clip's CLIP has the tower's modules as its own
+        if not isinstance(text, CLIP | TextTransformer):
+            raise NotApplicableError(f"it is a {type(text).__name__}")
+        pooling = getattr(text, "pool_type", None) or getattr(text, "text_pool_type", None)
+        mask = text.attn_mask
+        causal = mask is not None and torch.equal(mask, torch.full_like(mask, -torch.inf).triu(1))
+        if not causal or getattr(text, "use_pad_mask", False):
+            raise NotApplicableError("its attention is not causal")
+        if pooling not in ("argmax", "eos") or getattr(text, "cls_emb", None) is not None:
+            raise NotApplicableError(f"it does not pool at the end token (pooling: {pooling})")
+        return cls(
+            text.token_embedding,
+            text.positional_embedding,
+            plain_blocks(text.transformer),
+            text.ln_final,
+            text.text_projection,
+            getattr(text, "eos_id", getattr(text, "text_eos_id", None)) if pooling == "eos" else None,
+            checkpointed,
+        )
+
+    def ends(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Where the tower pools: CLIP's end token is the largest id. [C, L] → [C]"""
+        return (tokens if self.end_token is None else (tokens == self.end_token).int()).argmax(dim=1)
+
+    def __call__(self, prompts: Prompts, pooled_row: bool = True) -> torch.Tensor:
+        """Encode prompts. Returns [C, D], normalised."""
+        rows = self.token_embedding(prompts.ids) + self.positional_embedding[prompts.positions]
+        for block in self.blocks[:-1]:
+            rows = run_block(self.checkpointed, prompt_block, block, rows, prompts)
+        rows = run_block(self.checkpointed, prompt_block, self.blocks[-1], rows, prompts, pooled_row)
+        pooled = self.ln_final(rows if pooled_row else rows.index_select(0, prompts.end_rows))
+        if isinstance(self.projection, nn.Module):
+            pooled = self.projection(pooled)
+        elif self.projection is not None:
+            pooled = pooled @ self.projection
+        return F.normalize(pooled, dim=-1)
+
+
+def prompt_block(
+    block: ResidualAttentionBlock, rows: torch.Tensor, prompts: Prompts, pooled_row: bool = False
+) -> torch.Tensor:
+    """A block over packed prompts. [R, W] → the same, or [C, W] for the end tokens alone."""
+    attention, normalised, shared = block.attn, block.ln_1(rows), prompts.shared
+    keys, values = (
+        torch.cat([part[:shared].expand(len(prompts.padded), *part[:shared].shape), _padded(part, prompts)], dim=1)
+        for part in project(attention, normalised, slice(1, 3))
+    )
+    if pooled_row:
+        ends = prompts.end_rows
+        [query] = project(attention, normalised.index_select(0, ends), slice(0, 1))
+        looked = look(query[:, None], keys, values, prompts.end_mask())
+        return behind_attention(block, rows.index_select(0, ends), looked[:, 0])
+    [query] = project(attention, normalised, slice(0, 1))
+    looked = look(_padded(query, prompts), keys, values, prompts.mask())
+    looked = looked.flatten(0, 1).index_select(0, prompts.places)
+    if shared:
+        causal = torch.ones(shared, shared, dtype=torch.bool, device=rows.device).tril()
+        beginning = look(query[None, :shared], keys[:1, :shared], values[:1, :shared], causal)
+        looked = torch.cat([beginning[0], looked])
+    return behind_attention(block, rows, looked)
+
+
+def _padded(rows: torch.Tensor, prompts: Prompts) -> torch.Tensor:
+    """Rows in each prompt's places. [R, ...] → [C, S, ...]"""
+    padded: torch.Tensor = rows.index_select(0, prompts.padded.flatten()).unflatten(0, prompts.padded.shape)
+    return padded
+
+
+class UsedEmbeddings:
+    """Trains only the rows of a token embedding that the given tokens use; `restore` puts the whole table back."""
+
+    def __init__(self, clip: nn.Module, tokens: torch.Tensor) -> None:
+        embedding = TextTower.of(clip).token_embedding
+        self.whole, self.rows = embedding.weight, tokens.unique()
+        embedding.weight = nn.Parameter(self.whole.detach()[self.rows])
+
+    def renumber(self, prompts: Prompts) -> Prompts:
+        """The prompts with their ids counted in the small table."""
+        return replace(prompts, ids=torch.searchsorted(self.rows, prompts.ids))
+
+    @torch.no_grad()
+    def restore(self, clip: nn.Module) -> None:
+        """Put the whole table, with the trained rows in it, into this model or a copy of it."""
+        embedding = TextTower.of(clip).token_embedding
+        embedding.weight = nn.Parameter(self.table(embedding.weight))
+
+    @torch.no_grad()
+    def table(self, rows: torch.Tensor) -> torch.Tensor:
+        """The whole table, with the trained rows in it."""
+        whole = self.whole.detach().clone()
+        whole[self.rows] = rows
+        return whole
