@@ -16,7 +16,7 @@ from schemas.results import Result
 from schemas.secrets import mask
 from zscl.files import whole_folder
 from zscl.model import CONFIG
-from zscl.tasks import MANIFEST, text_of
+from zscl.rows import model_folder
 
 CARD = """---
 {{ card_data }}
@@ -88,7 +88,7 @@ def export(run: Path, stage: int | None, out: Path) -> Path:
         raise InputError(f"--stage {number}: found a run of {stages} stages in {run}, expected {expected}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out}: found something there, expected a folder that is not there yet")
-    model = run / "stages" / f"{number}-{result.tasks[number - 1].name}" / "model"
+    model = model_folder(run, number, result.tasks[number - 1].name)
     if not (model / CONFIG).is_file():
         raise InputError(f"{model}: found no model, expected the weights of stage {number} (keep_models)")
     experiment = load_experiment(run / places.EXPERIMENT)
@@ -135,7 +135,7 @@ def _card(result: Result, experiment: Experiment, stage: int) -> ModelCard:
         device=result.device,
         versions=", ".join(f"{library} {version}" for library, version in result.versions.items()),
         data="\n".join(
-            f"| {task.name} | `{task.digest[:16]}` | {_split_family(task.path)} | {task.test_images} |"
+            f"| {task.name} | `{task.digest[:16]}` | {task.split_family or 'unknown'} | {task.test_images} |"
             for task in result.tasks
         ),
         warnings="\n".join(f"- {warning}" for warning in result.warnings),
@@ -155,9 +155,3 @@ def _table(columns: Mapping[str, Sequence[object]]) -> str:
         for row in zip(*columns.values(), strict=True)
     ]
     return "\n".join(f"| {' | '.join(row)} |" for row in [*head, *rows])
-
-
-def _split_family(path: str) -> str:
-    """How the task's manifest says that train and test were told apart."""
-    manifest = text_of(f"{path}/{MANIFEST}")
-    return str(json.loads(manifest).get("split_family", "unknown")) if manifest else "unknown"

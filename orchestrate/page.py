@@ -12,6 +12,7 @@ import vl_convert
 from jinja2 import Environment, PackageLoader, select_autoescape
 
 from orchestrate.report import ZERO_SHOT
+from zscl.rows import stage_folder
 
 if TYPE_CHECKING:
     from orchestrate.comparison import Comparison, Row
@@ -229,9 +230,7 @@ def _losses(comparison: "Comparison") -> Any | None:
     values: list[dict[str, Any]] = []
     for run in comparison.runs:
         for number, task in enumerate(run.result.tasks, start=1):
-            values += _curve(
-                run.folder / "stages" / f"{number}-{task.name}" / "losses.csv", run.name, run.label, number
-            )
+            values += _curve(stage_folder(run.folder, number, task.name) / "losses.csv", run.name, run.label, number)
     if not values:
         return None
     stages = sorted({value["stage"] for value in values})

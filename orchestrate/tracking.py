@@ -55,6 +55,7 @@ from schemas.results import (
 )
 from schemas.secrets import mask
 from zscl.opened import open_tasks
+from zscl.rows import model_folder
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)
 # It prints the traceback of every attempt at a locked database.
@@ -308,7 +309,7 @@ class Record:
     def _log_model(self, child: str, trained: StageResult) -> None:
         """Log what the stage hands on as one of MLflow's models, where the recipe asks for it and it is there still."""
         wanted, last = self.experiment.tracking.models, trained.stage == len(self.experiment.tasks)
-        folder = self.folder / "stages" / f"{trained.stage}-{trained.task}" / "model"
+        folder = model_folder(self.folder, trained.stage, trained.task)
         if self.search is not None or wanted == "none" or (wanted == "last" and not last) or not folder.is_dir():
             return
         from orchestrate.stage_models import log_model  # takes seconds to import
