@@ -14,7 +14,7 @@ from schemas.base import InputError, InterruptedRunError
 from schemas.secrets import mask
 
 if TYPE_CHECKING:
-    from orchestrate.search import Prepared
+    from orchestrate.search_preflight import Prepared
     from schemas.experiment import Experiment
     from schemas.results import Result
 
@@ -148,13 +148,12 @@ def search(
 
     Example: zscl search experiments/search-embedded.yaml --set search.trials=4 --set optimisation.steps=30
     """
-    from orchestrate import recipes
-    from orchestrate import search as searching
+    from orchestrate import recipes, search_preflight
 
-    prepared = searching.prepare(recipe, overrides)
-    folder = searching.folder_of(prepared, out)
+    prepared = search_preflight.prepare(recipe, overrides)
+    folder = search_preflight.folder_of(prepared, out)
     if dry_run:
-        content: dict[str, Any] = {"plan": searching.plan(prepared, folder)}
+        content: dict[str, Any] = {"plan": search_preflight.plan(prepared, folder)}
         emit(content, as_json, [recipes.dump(content)])
         return
     _searched(prepared, folder, offline, as_json)
@@ -199,9 +198,9 @@ def resume(
 
     folder = folder.absolute()
     if (folder / places.SEARCH).is_file():
-        from orchestrate import search as searching
+        from orchestrate import search_preflight
 
-        _searched(searching.resumable(folder, overrides), folder, offline, as_json)
+        _searched(search_preflight.resumable(folder, overrides), folder, offline, as_json)
         return
     opened = preflight.prepare(running.resumable(folder, overrides))
     content, lines = _ended(opened.experiment, folder, running.run(opened, folder, progress_console, offline), offline)

@@ -15,6 +15,7 @@ from mlflow.entities import Metric, Param
 
 from orchestrate import places, recipes, search_report
 from orchestrate.ownership import owned
+from orchestrate.search_trials import load_found
 from orchestrate.shipping import PATIENCE_SECONDS, Shipper, sync
 from orchestrate.state import read_state
 from orchestrate.tracking import (
@@ -36,7 +37,7 @@ from schemas.secrets import mask
 from zscl.journal import JOURNAL
 
 if TYPE_CHECKING:
-    from orchestrate.search import Prepared
+    from orchestrate.search_preflight import Prepared
 
 TABLE = "trials.json"
 TRIAL_SECONDS = 120.0  # for a trial's records to arrive, beside what goes on
@@ -86,7 +87,7 @@ class SearchRecord:
         """Record how the search stands, as its folder says. Returns the status."""
         state = read_state(folder)
         if (folder / places.FOUND).is_file():
-            self.finish(SearchResult.model_validate_json((folder / places.FOUND).read_text(encoding="utf-8")), folder)
+            self.finish(load_found(folder), folder)
             return "FINISHED"
         if state is None or state.status in ("RUNNING", "FINISHED"):  # and yet nobody works on it
             state = RunState(status="KILLED", reason="the process is gone", time=time.time_ns() // 1_000_000)
