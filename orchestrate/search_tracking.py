@@ -14,11 +14,7 @@ from typing import TYPE_CHECKING
 from mlflow.entities import Metric, Param
 
 from orchestrate import places, recipes, search_report
-from orchestrate.ownership import owned
-from orchestrate.search_trials import load_found
-from orchestrate.shipping import PATIENCE_SECONDS, Shipper, sync
-from orchestrate.state import read_state
-from orchestrate.tracking import (
+from orchestrate.mlflow_store import (
     FAILURES,
     KEY,
     LEVEL,
@@ -31,6 +27,10 @@ from orchestrate.tracking import (
     runs_with_key,
     unreachable,
 )
+from orchestrate.ownership import owned
+from orchestrate.search_trials import load_found
+from orchestrate.shipping import PATIENCE_SECONDS, Shipper, sync
+from orchestrate.state import read_state
 from schemas.results import RunState, Synced
 from schemas.search import Search, SearchResult, TrialEnded, TrialNews, TrialStarted
 from schemas.secrets import mask
@@ -44,7 +44,7 @@ TRIAL_SECONDS = 120.0  # for a trial's records to arrive, beside what goes on
 
 
 class SearchRecord:
-    """A search in a store. Every method raises one of `tracking.FAILURES` where the store does not answer."""
+    """A search in a store. Every method raises one of `mlflow_store.FAILURES` where the store does not answer."""
 
     def __init__(self, search: Search, experiment: str, fingerprint: str, folder: Path, uri: str) -> None:
         """Find the search in the store, or make it.
