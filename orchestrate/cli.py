@@ -124,12 +124,12 @@ def run(
     if dry_run:
         lines = [recipes.dump(content)]
     elif len(contents) > 1:
-        from orchestrate import comparison
+        from orchestrate import compare as comparing
 
         folders = {each["folder"]: Path(each["folder"]) for each in contents}
         place = Path(contents[0]["folder"]).parent / "comparison"
         note = None if offline else _note
-        compared, written = comparison.compare(folders, place, None if as_json else Console(), note=note)
+        compared, written = comparing.compare(folders, place, None if as_json else Console(), note=note)
         content["comparison"] = compared
         lines += written
     emit(content, as_json, lines)
@@ -299,13 +299,14 @@ def compare(
 
     Example: zscl compare runs/demo/finetune runs/demo/zscl
     """
-    from orchestrate import comparison, finding
+    from orchestrate import compare as comparing
+    from orchestrate import finding
 
     found = finding.find(runs or [], where, uri)
     first = next((place for place in found.values() if isinstance(place, Path)), Path.cwd() / "runs/run")
     folder = out or first.parent / "comparison"
     console, note = None if as_json else Console(), None if offline else _note
-    content, lines = comparison.compare(found, folder.absolute(), console, published, baseline, note)
+    content, lines = comparing.compare(found, folder.absolute(), console, published, baseline, note)
     emit(content, as_json, lines)
 
 
@@ -598,14 +599,15 @@ def demo(
 
     Example: zscl demo --out runs/demo
     """
-    from orchestrate import comparison, places
+    from orchestrate import compare as comparing
     from orchestrate import demo as demonstration
+    from orchestrate import places
 
     runs, uri = demonstration.demo(recipe, out.absolute(), overrides, progress_console, offline)
     progress_console.rule("comparison")
     found_runs = {str(run): run for run in runs}
     console, note = None if as_json else Console(), None if offline else _note
-    content, lines = comparison.compare(found_runs, out.absolute() / "comparison", console, note=note)
+    content, lines = comparing.compare(found_runs, out.absolute() / "comparison", console, note=note)
     browse = f"zscl sync {' '.join(map(str, runs))}" if offline else places.browse_command(uri)
     lines.append(f"MLflow    {browse}")
     shown = None if offline else mask(uri)

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -123,7 +122,7 @@ def _card(result: Result, experiment: Experiment, stage: int) -> ModelCard:
         changes=", ".join(f"{path} = {json.dumps(value)}" for path, value in result.method_changes.items()),
         paper=PAPER,
         judged_on="held-out training" if _held_out(result) else "test",
-        matrix=_table(report.matrix_columns(result)),
+        matrix=_matrix(result),
         figures=f"Over the whole sequence of {len(result.stages)} stages: {figures} (per cent).",
         model=mask(experiment.model.name),
         seed=result.seed,
@@ -147,11 +146,8 @@ def _held_out(result: Result) -> bool:
     return result.held_out is not None and result.held_out.judged_on == "held_out"
 
 
-def _table(columns: Mapping[str, Sequence[object]]) -> str:
-    """A Markdown table of accuracies."""
-    head = [list(columns), ["---"] + ["---:"] * (len(columns) - 1)]
-    rows = [
-        [each if isinstance(each, str) else percent(each) for each in row]
-        for row in zip(*columns.values(), strict=True)
-    ]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [*head, *rows])
+def _matrix(result: Result) -> str:
+    """The accuracy matrix in Markdown."""
+    columns = report.matrix_columns(result)
+    rows = [[report.cell(each) for each in row] for row in zip(*columns.values(), strict=True)]
+    return report.markdown_table([list(columns), *rows], left=1)
