@@ -109,6 +109,12 @@ def runs_with_key(client: MlflowClient, experiment: str, key: str, level: str) -
     return list(client.search_runs([experiment], query, order_by=["attributes.start_time DESC"]))
 
 
+def forget_reason(client: MlflowClient, run: str) -> None:
+    """Forget why an earlier attempt at a run, or search, ended."""
+    if REASON in client.get_run(run).data.tags:
+        client.delete_tag(run, REASON)
+
+
 def log_table(client: MlflowClient, run: str, columns: Mapping[str, Sequence[Any]], file: str) -> None:
     """Log columns as a table that MLflow's pages show; what was logged before is replaced."""
     # A dot in a column's name would be a path to these pages; `client.log_table` would append.

@@ -21,6 +21,7 @@ from orchestrate.mlflow_store import (
     LONGEST_VALUE,
     REASON,
     flat,
+    forget_reason,
     log_table,
     open_store,
     provenance,
@@ -81,7 +82,7 @@ class SearchRecord:
     def resume(self) -> None:
         """Say that the search is under way."""
         self.client.update_run(self.run_id, status="RUNNING")
-        self._forget_reason()
+        forget_reason(self.client, self.run_id)
 
     def settle(self, folder: Path) -> str:
         """Record how the search stands, as its folder says. Returns the status."""
@@ -116,12 +117,8 @@ class SearchRecord:
         for picture in sorted(folder.glob("*.png")):
             self.client.log_artifact(self.run_id, str(picture), "figures")
         self.client.set_tag(self.run_id, "zscl.chosen", str(found.chosen))
-        self._forget_reason()
+        forget_reason(self.client, self.run_id)
         self.client.set_terminated(self.run_id, "FINISHED", now or None)
-
-    def _forget_reason(self) -> None:
-        if REASON in self.client.get_run(self.run_id).data.tags:
-            self.client.delete_tag(self.run_id, REASON)
 
 
 class SearchRecording:

@@ -25,6 +25,7 @@ from orchestrate.mlflow_store import (
     PARENT,
     REASON,
     flat,
+    forget_reason,
     log_table,
     open_store,
     provenance,
@@ -94,7 +95,7 @@ class Record:
     def resume(self) -> None:
         """Say that the run is under way."""
         self.client.update_run(self.parent, status="RUNNING")
-        self._forget_reason()
+        forget_reason(self.client, self.parent)
 
     def send(self, entries: Sequence[JournalEntry]) -> None:
         """Send the entries behind those that were taken, and note how many that makes."""
@@ -140,7 +141,7 @@ class Record:
         self.client.log_figure(self.parent, report.draw_accuracies(result), "figures/accuracy_by_stage.png")
         if result.warnings:
             self.client.set_tag(self.parent, "zscl.warnings", "\n".join(result.warnings)[:LONGEST_VALUE])
-        self._forget_reason()
+        forget_reason(self.client, self.parent)
         self.client.set_terminated(self.parent, "FINISHED", ended)
 
     def _log_data(self, result: Result) -> None:
@@ -174,11 +175,6 @@ class Record:
             self.client.set_terminated(stage.info.run_id, state.status, state.time)
         self.client.set_tag(self.parent, REASON, state.reason[:LONGEST_VALUE])
         self.client.set_terminated(self.parent, state.status, state.time)
-
-    def _forget_reason(self) -> None:
-        """Of an earlier attempt."""
-        if REASON in self.client.get_run(self.parent).data.tags:
-            self.client.delete_tag(self.parent, REASON)
 
     def _find(self, key: str) -> Run | None:
         for run in runs_with_key(self.client, self.experiment_id, key, self._level):

@@ -151,8 +151,8 @@ def test_every_file_of_the_tree_is_shown_and_there() -> None:
     [tree] = re.findall(r"## The house\n\n```\n(.*?)```", README, flags=re.S)
     for package in ("schemas", "zscl", "orchestrate"):
         assert f"{package}/" in tree
-    for module in (ROOT / "zscl").glob("[a-z]*.py"):
-        assert module.stem in tree or module.stem in ("distributed", "files"), module.stem
+    for module in [*(ROOT / "zscl").glob("[a-z]*.py"), *(ROOT / "orchestrate").glob("**/[a-z]*.py")]:
+        assert module.stem in tree or module.stem in ("distributed", "files", "shared"), module.stem
 
 
 def test_the_table_of_scale_is_what_its_script_prints() -> None:
