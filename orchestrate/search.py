@@ -212,7 +212,7 @@ def _conclude(
             "; ".join(dict.fromkeys(trial.reason for trial in trials if trial.reason)) or "all were given up early"
         )
         raise InputError(f"{folder}: found no trial of {len(trials)} that finished ({reasons})")
-    chosen = max(front, key=lambda trial: (goodness_of(trial, search.objectives), -trial.number))
+    chosen = max(front, key=lambda trial: (goodness_of(trial.objectives), -trial.number))
     recipe = recipes.at(search, prepared.content, chosen.values, prepared.file, judged_on=None)
     recipes.write_experiment(recipe.model_copy(update={"name": f"{prepared.file.stem}-chosen"}), folder / places.CHOSEN)
     test = _judged_on_test(chosen, prepared, common, interruption)

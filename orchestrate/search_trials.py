@@ -1,7 +1,7 @@
 """What became of a search's trials: as Ray Tune or a finished search tells it, which are best, what they cost."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -58,7 +58,7 @@ def _last_line(error: Exception) -> str:
 def front_of(trials: Sequence[Trial], objectives: Sequence[str]) -> list[Trial]:
     """The finished trials that no other one beats: better in one objective, and worse in none."""
     done = [trial for trial in trials if trial.status in ("finished", "read") and trial.objectives]
-    goodness = {trial.number: tuple(goodness_of(trial, [name]) for name in objectives) for trial in done}
+    goodness = {trial.number: [goodness_of({name: trial.objectives[name]}) for name in objectives] for trial in done}
 
     def beaten(trial: Trial) -> bool:
         mine = goodness[trial.number]
@@ -70,9 +70,9 @@ def front_of(trials: Sequence[Trial], objectives: Sequence[str]) -> list[Trial]:
     return [trial for trial in done if not beaten(trial)]
 
 
-def goodness_of(trial: Trial, objectives: Sequence[str]) -> float:
+def goodness_of(objectives: Mapping[str, float]) -> float:
     """The mean of a trial's objectives, each the larger the better; all are differences or means of accuracies."""
-    return fmean(trial.objectives[name] * (1 if direction_of(name) == "max" else -1) for name in objectives)
+    return fmean(value if direction_of(name) == "max" else -value for name, value in objectives.items())
 
 
 def stage_trainings(trials: Sequence[Trial], stages: int) -> StageTrainings:
