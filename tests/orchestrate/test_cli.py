@@ -1,5 +1,6 @@
 """What the command line says of itself: versions for a report of a bug, and completions for a shell."""
 
+import os
 import platform
 import subprocess
 import sys
@@ -46,15 +47,17 @@ def test_versions_are_looked_up_and_torch_alone_is_imported() -> None:
     assert found.stdout == "torch\n"
 
 
-def test_a_shell_completes_what_is_typed(zscl: Zscl, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shell_completes_what_is_typed() -> None:
+    script = Path(sys.executable).parent / "zscl"  # by its own name, which completion goes by
+
+    def said(*arguments: str, **environment: str) -> str:
+        command, variables = [script, *arguments], os.environ | environment
+        return subprocess.run(command, capture_output=True, text=True, check=True, env=variables).stdout
+
     # The shell is named, for there may be none above a test.
-    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
-    script = zscl("--show-completion", "bash")
-    assert script.code == 0, script.error
-    assert "_ZSCL_COMPLETE=complete_bash" in script.out
-    # What this script asks when somebody presses the tabulator.
-    monkeypatch.setenv("_ZSCL_COMPLETE", "complete_bash")
-    monkeypatch.setenv("COMP_CWORD", "1")
+    shown = said("--show-completion", "bash", _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1")
+    assert "_ZSCL_COMPLETE=complete_bash" in shown
+    # What this asks when somebody presses the tabulator.
     for typed, completed in (("zscl ex", "export"), ("zscl --vers", "--version")):
-        monkeypatch.setenv("COMP_WORDS", typed)
-        assert zscl().out.split() == [completed]
+        asked = {"_ZSCL_COMPLETE": "complete_bash", "COMP_CWORD": "1", "COMP_WORDS": typed}
+        assert said(**asked).split() == [completed]
