@@ -5,7 +5,9 @@ python docs/reference.py --check    # exit code 1 where they are not what this w
 """
 
 import argparse
+import ast
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,7 +20,21 @@ from pydantic_core import PydanticUndefined
 from schemas.experiment import Experiment
 from schemas.search import Search
 
-FOLDER = Path(__file__).parent / "reference"
+ROOT = Path(__file__).parent.parent
+FOLDER, README = ROOT / "docs/reference", ROOT / "README.md"
+PACKAGES = {
+    "schemas": "WHAT an experiment is: pydantic models, light enough to import in a linter",
+    "zscl": "HOW it learns, on torch, open_clip and webdataset alone; runs a sequence in one plain process",
+    "orchestrate": "WHERE it runs and what people see of it, on Ray and MLflow",
+}
+BESIDE = {
+    "deploy": "clusters of other kinds than ray_cluster.yaml's",
+    "experiments": "recipes, each headed by its command, cost and expected result",
+    "examples": "complete ones: own folders, a loss of one's own, results in pandas",
+    "benchmarks": "what is claimed about speed, runnable",
+    "docs": "the pages that this one points at",
+    "tests": "mirrors the packages; clusters and faults of its own",
+}
 LIMITS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 HEAD = """# The recipe, field by field
 
@@ -110,6 +126,27 @@ def commands() -> str:
     return "\n".join(line.rstrip() for line in made.splitlines()).strip() + "\n"
 
 
+def tree() -> str:
+    """The packages' files, each with the first sentence that it says about itself."""
+    lines = []
+    for package, caption in PACKAGES.items():
+        lines.append(f"{package + '/':13} {caption}")
+        files = [file for file in sorted((ROOT / package).rglob("*.py")) if file.stem != "__init__"]
+        for file in files:
+            name = file.relative_to(ROOT / package).with_suffix("").as_posix()
+            first = (ast.get_docstring(ast.parse(file.read_text())) or "").partition("\n\n")[0]
+            sentence = re.split(r"(?<=\w)[.;](?=\s|$)", " ".join(first.split()))[0]
+            is_word = sentence[1:2].islower() or sentence[1:2] == " "
+            lines.append(f"  {name:20} {sentence[0].lower() if is_word else sentence[0]}{sentence[1:]}")
+    return "\n".join(lines + [f"{folder + '/':13} {caption}" for folder, caption in BESIDE.items()])
+
+
+def readme() -> str:
+    """The README with its tree as it is."""
+    before, head, rest = README.read_text().partition("## The house\n\n```\n")
+    return f"{before}{head}{tree()}\n```{rest.partition('```')[2]}"
+
+
 def main() -> None:
     """Write the pages, or compare them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -117,8 +154,8 @@ def main() -> None:
         "--check", action="store_true", help="write nothing; exit code 1 where a page is not as it should be"
     )
     check = parser.parse_args().check
-    for name, text in {"recipe.md": recipe(), "commands.md": commands()}.items():
-        file = FOLDER / name
+    pages = {FOLDER / "recipe.md": recipe(), FOLDER / "commands.md": commands(), README: readme()}
+    for file, text in pages.items():
         if check and (not file.is_file() or file.read_text() != text):
             sys.exit(f"{file}: found another page than its sources make, expected the one of: python docs/reference.py")
         if not check:

@@ -38,7 +38,7 @@ def attach(
     from mlflow.entities import Metric
     from mlflow.tracking import MlflowClient
 
-    from orchestrate.tracking import folder_query
+    from orchestrate.mlflow_store import folder_query
 
     try:
         client = MlflowClient(tracking_uri=uri)

@@ -27,6 +27,7 @@ from zscl.evaluation import accuracies, embed_classes, head
 from zscl.files import whole_file, write_text
 from zscl.model import Clip, load
 from zscl.opened import open_tasks
+from zscl.rows import model_folder
 from zscl.snapshots import interval, place_of, replay
 from zscl.streams import Loader
 from zscl.tasks import TaskFolder
@@ -115,7 +116,7 @@ class Stage:
         if not 1 <= number <= len(tasks):
             raise InputError(f"--stage {number}: found a run of {len(tasks)} stages, expected 1 to {len(tasks)}")
         every = interval(place_of(run, number, tasks[number - 1].name))
-        before = run / "stages" / f"{number - 1}-{tasks[number - 2].name}" / "model"
+        before = model_folder(run, number - 1, tasks[number - 2].name)
         start = Model(name=f"{LOCAL_MODEL}{before}") if number > 1 else experiment.model
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return cls(run, experiment, tasks, number, start, every, device)

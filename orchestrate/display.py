@@ -2,7 +2,6 @@
 
 import time
 from itertools import accumulate
-from statistics import fmean
 
 from pydantic import BaseModel
 from rich.console import Console
@@ -16,6 +15,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from orchestrate.search_trials import goodness_of
 from schemas.experiment import Experiment
 from schemas.results import (
     ImagesEmbedded,
@@ -27,7 +27,7 @@ from schemas.results import (
     TaskEvaluated,
     WorkersUsed,
 )
-from schemas.search import Search, TrialEnded, TrialNews, TrialStarted, direction_of
+from schemas.search import Search, TrialEnded, TrialNews, TrialStarted
 
 LINE_EVERY_SECONDS = 15.0
 # Evaluations interrupt the steps: the time left is judged by the speed over many minutes.
@@ -200,8 +200,7 @@ class SearchDisplay:
         self._over.add(number)
         figures = ", ".join(f"{name} {100 * value:.1f}" for name, value in end.objectives.items())
         if end.status in ("finished", "read"):
-            signs = [1 if direction_of(name) == "max" else -1 for name in end.objectives]
-            goodness = fmean(sign * value for sign, value in zip(signs, end.objectives.values(), strict=True))
+            goodness = goodness_of(end.objectives)
             self._best = max(self._best or (goodness, -number), (goodness, number))
         said = {"stopped": f"given up early behind stage {end.stages}", "failed": f"failed: {end.reason}"}
         self._stages[number] = len(self.tasks)  # none of it is left

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -16,7 +15,7 @@ from schemas.results import Result
 from schemas.secrets import mask
 from zscl.files import whole_folder
 from zscl.model import CONFIG
-from zscl.tasks import MANIFEST, text_of
+from zscl.rows import model_folder
 
 CARD = """---
 {{ card_data }}
@@ -88,7 +87,7 @@ def export(run: Path, stage: int | None, out: Path) -> Path:
         raise InputError(f"--stage {number}: found a run of {stages} stages in {run}, expected {expected}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out}: found something there, expected a folder that is not there yet")
-    model = run / "stages" / f"{number}-{result.tasks[number - 1].name}" / "model"
+    model = model_folder(run, number, result.tasks[number - 1].name)
     if not (model / CONFIG).is_file():
         raise InputError(f"{model}: found no model, expected the weights of stage {number} (keep_models)")
     experiment = load_experiment(run / places.EXPERIMENT)
@@ -123,7 +122,7 @@ def _card(result: Result, experiment: Experiment, stage: int) -> ModelCard:
         changes=", ".join(f"{path} = {json.dumps(value)}" for path, value in result.method_changes.items()),
         paper=PAPER,
         judged_on="held-out training" if _held_out(result) else "test",
-        matrix=_table(report.matrix_columns(result)),
+        matrix=_matrix(result),
         figures=f"Over the whole sequence of {len(result.stages)} stages: {figures} (per cent).",
         model=mask(experiment.model.name),
         seed=result.seed,
@@ -135,7 +134,7 @@ def _card(result: Result, experiment: Experiment, stage: int) -> ModelCard:
         device=result.device,
         versions=", ".join(f"{library} {version}" for library, version in result.versions.items()),
         data="\n".join(
-            f"| {task.name} | `{task.digest[:16]}` | {_split_family(task.path)} | {task.test_images} |"
+            f"| {task.name} | `{task.digest[:16]}` | {task.split_family or 'unknown'} | {task.test_images} |"
             for task in result.tasks
         ),
         warnings="\n".join(f"- {warning}" for warning in result.warnings),
@@ -147,17 +146,8 @@ def _held_out(result: Result) -> bool:
     return result.held_out is not None and result.held_out.judged_on == "held_out"
 
 
-def _table(columns: Mapping[str, Sequence[object]]) -> str:
-    """A Markdown table of accuracies."""
-    head = [list(columns), ["---"] + ["---:"] * (len(columns) - 1)]
-    rows = [
-        [each if isinstance(each, str) else percent(each) for each in row]
-        for row in zip(*columns.values(), strict=True)
-    ]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [*head, *rows])
-
-
-def _split_family(path: str) -> str:
-    """How the task's manifest says that train and test were told apart."""
-    manifest = text_of(f"{path}/{MANIFEST}")
-    return str(json.loads(manifest).get("split_family", "unknown")) if manifest else "unknown"
+def _matrix(result: Result) -> str:
+    """The accuracy matrix in Markdown."""
+    columns = report.matrix_columns(result)
+    rows = [[report.cell(each) for each in row] for row in zip(*columns.values(), strict=True)]
+    return report.markdown_table([list(columns), *rows], left=1)

@@ -50,7 +50,7 @@ class _Store:
     def __init__(self, uri: str | None) -> None:
         from mlflow.tracking import MlflowClient
 
-        from orchestrate.tracking import FAILURES, unreachable
+        from orchestrate.mlflow_store import FAILURES, unreachable
 
         default = f"{SQLITE}{Path.cwd() / 'runs/mlflow.db'}"
         self.uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or default

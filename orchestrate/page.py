@@ -5,18 +5,17 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import altair as alt
 import vl_convert
 from jinja2 import Environment, PackageLoader, select_autoescape
 
-from orchestrate.report import ZERO_SHOT
+from orchestrate.comparison import Comparison
+from orchestrate.comparison_tables import Row, group_table
+from orchestrate.report import MAIN, ZERO_SHOT
+from zscl.rows import stage_folder
 
-if TYPE_CHECKING:
-    from orchestrate.comparison import Comparison, Row
-
-MAIN = ("transfer", "avg", "last", "forgetting")
 MOST_POINTS = 60  # of a loss curve
 HEIGHT = 150  # pixels of a small chart
 # Colours that can be told apart by whoever sees few of them (Okabe & Ito), on light and on dark.
@@ -38,7 +37,7 @@ THEME = {
 }
 
 
-def page(comparison: "Comparison", rows: Sequence["Row"], baseline: str | None) -> str:
+def page(comparison: Comparison, rows: Sequence[Row], baseline: str | None) -> str:
     """The page as HTML.
 
     Args:
@@ -46,8 +45,6 @@ def page(comparison: "Comparison", rows: Sequence["Row"], baseline: str | None) 
         rows: a run each, published ones among them.
         baseline: from which differences are shown in the table.
     """
-    from orchestrate.comparison import group_table
-
     charts = {
         "figures": _figures(comparison),
         "accuracy": _accuracy_by_stage(comparison),
@@ -83,11 +80,11 @@ def _embeddable(chart: Any) -> str:
     return json.dumps(chart.configure(**THEME).to_dict()).replace("</", "<\\/")
 
 
-def _cost(rows: Sequence["Row"], run: str) -> "Row":
+def _cost(rows: Sequence[Row], run: str) -> Row:
     return next(row for row in rows if row["run"] == run)
 
 
-def _figures(comparison: "Comparison") -> Any:
+def _figures(comparison: Comparison) -> Any:
     """Transfer, Avg, Last and forgetting as bars with their deviations; the zero-shot figures as lines."""
     values = []
     for label in comparison.groups:
@@ -135,12 +132,12 @@ def _figures(comparison: "Comparison") -> Any:
     )
 
 
-def _zero_shot(comparison: "Comparison", figure: str) -> float | None:
+def _zero_shot(comparison: Comparison, figure: str) -> float | None:
     found = [getattr(run.result.zero_shot_metrics, figure) for run in comparison.runs]
     return 100 * fmean(found) if figure != "forgetting" and None not in found else None
 
 
-def _accuracy_by_stage(comparison: "Comparison") -> Any:
+def _accuracy_by_stage(comparison: Comparison) -> Any:
     """Accuracy of each task over the stages, a line a method; the stage that trains it is marked."""
     values = []
     for run in comparison.runs:
@@ -173,7 +170,7 @@ def _accuracy_by_stage(comparison: "Comparison") -> Any:
     )
 
 
-def _colour(comparison: "Comparison") -> Any:
+def _colour(comparison: Comparison) -> Any:
     """A colour a method, which it keeps whatever else is shown."""
     return alt.Color("method:N", sort=None, title=None, scale=alt.Scale(domain=list(comparison.groups)))
 
@@ -183,7 +180,7 @@ def _shown() -> list[Any]:
     return [alt.param(name=name, value=None) for name in ("shown_method", "shown_task")]
 
 
-def _matrices(comparison: "Comparison") -> Any:
+def _matrices(comparison: Comparison) -> Any:
     """The accuracy matrix of each run, the trained cells framed."""
     values = []
     for run in comparison.runs:
@@ -224,14 +221,12 @@ def _matrices(comparison: "Comparison") -> Any:
     )
 
 
-def _losses(comparison: "Comparison") -> Any | None:
+def _losses(comparison: Comparison) -> Any | None:
     """Loss curves of every stage, thinned out; nothing where no run has any left."""
     values: list[dict[str, Any]] = []
     for run in comparison.runs:
         for number, task in enumerate(run.result.tasks, start=1):
-            values += _curve(
-                run.folder / "stages" / f"{number}-{task.name}" / "losses.csv", run.name, run.label, number
-            )
+            values += _curve(stage_folder(run.folder, number, task.name) / "losses.csv", run.name, run.label, number)
     if not values:
         return None
     stages = sorted({value["stage"] for value in values})

@@ -10,7 +10,7 @@ from schemas.experiment import Experiment, Model
 from zscl.indexed_samples import IndexedSamples
 from zscl.model import load, open_clip_name
 from zscl.opened import Opened, open_experiment
-from zscl.rows import refuse_other_run
+from zscl.rows import refuse_other_run, stage_folder
 from zscl.snapshots import LAST, SUFFIX, place_of
 from zscl.teaching import way_of_features
 from zscl.towers import left_in_full
@@ -88,7 +88,7 @@ def megabytes_needed(opened: Opened, folder: Path) -> float:
     needed = 0.0
     for stage, task in enumerate(experiment.tasks, start=1):
         steps = experiment.stage_steps(task)
-        if not steps or (folder / "stages" / f"{stage}-{task.name}").is_dir():
+        if not steps or stage_folder(folder, stage, task.name).is_dir():
             continue
         place = place_of(folder, stage, task.name)
         kept = len(list(place.glob(f"*{SUFFIX}")))

@@ -1,4 +1,4 @@
-"""The figures that Zheng et al. (ICCV 2023) print for MTIL: Transfer, Avg, Last, in per cent, by task order."""
+"""The figures that the paper (ICCV 2023) prints for MTIL: Transfer, Avg, Last, in per cent, by task order."""
 
 from collections.abc import Mapping
 

@@ -22,7 +22,7 @@ from zscl.sequence import RESULT
 from zscl.stages import TRAINING
 from zscl.tasks import TaskFolder
 
-FIGURES = ("transfer", "avg", "last", "forgetting")
+MAIN = ("transfer", "avg", "last", "forgetting")  # of the figures: those that are always shown
 ZERO_SHOT = "zero-shot"
 
 
@@ -200,8 +200,8 @@ def _run_label(result: Result) -> str:
 def draw_comparison(results: Sequence[Result]) -> Figure:
     """Transfer, Avg, Last and forgetting as bars, the zero-shot figures as lines."""
     figure = Figure(figsize=(10, 3.4), layout="constrained")
-    grid = figure.subplots(1, len(FIGURES), sharey=True)
-    for axes, name in zip(grid, FIGURES, strict=True):
+    grid = figure.subplots(1, len(MAIN), sharey=True)
+    for axes, name in zip(grid, MAIN, strict=True):
         values = [getattr(result.metrics, name) for result in results]
         bars = axes.bar(
             range(len(values)),
@@ -227,3 +227,15 @@ def draw_comparison(results: Sequence[Result]) -> Figure:
 def percent(value: float | None) -> str:
     """A fraction in per cent, to one decimal."""
     return "–" if value is None else f"{100 * value:.1f}"
+
+
+def cell(value: str | float | None) -> str:
+    """What stands in a table: a text as it is, a fraction in per cent."""
+    return value if isinstance(value, str) else percent(value)
+
+
+def markdown_table(rows: Sequence[Sequence[str]], left: int) -> str:
+    """A Markdown table, heads first; the first `left` columns are words, the others numbers, flush right."""
+    head, *body = rows
+    rule = ["---"] * left + ["---:"] * (len(head) - left)
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, rule, *body])

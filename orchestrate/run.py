@@ -13,19 +13,17 @@ from orchestrate.display import Bar, Display
 from orchestrate.interruption import signals_taken
 from orchestrate.kept import Following, kept
 from orchestrate.ownership import owned
-from orchestrate.state import read_state, write_state
-from schemas.base import InputError, InterruptedRunError
+from orchestrate.state import outcome_told, read_state, write_state
+from schemas.base import InputError
 from schemas.experiment import Experiment
 from schemas.results import Embedded, Result
-from schemas.secrets import MASK, mask
+from schemas.secrets import MASK
 from zscl.opened import Opened
 from zscl.rows import refuse_other_run
 from zscl.teaching import check_embeddable
 
 if TYPE_CHECKING:
     from orchestrate.shipping import Shipper
-
-HASTE_SECONDS = 2.0  # for MLflow to take the rest, after a signal
 
 
 def prepare_variants(
@@ -148,24 +146,11 @@ def _run(opened: Opened, folder: Path, console: Console, offline: bool, followin
     bar = Bar(console, total=sum(map(experiment.stage_steps, experiment.tasks)) or None)
     with signals_taken() as interruption:
         shipper = None if offline else _shipper(opened, folder, console)
-        killed = False
-        try:
+        with outcome_told(folder, shipper):
             recipes.write_experiment(experiment, folder / places.EXPERIMENT)
             write_state(folder, "RUNNING")
             with bar, following():
                 result = train(experiment, folder, Display(experiment, bar), interruption)
-            write_state(folder, "FINISHED")
-        except BaseException as error:
-            killed = isinstance(error, InterruptedRunError | KeyboardInterrupt | SystemExit)
-            told = isinstance(error, InterruptedRunError | InputError)  # in a sentence
-            reason = str(error) if told else " ".join(f"{type(error).__name__}: {error}".split())
-            write_state(folder, "KILLED" if killed else "FAILED", mask(reason))
-            raise
-        finally:
-            if shipper and killed:
-                shipper.end(HASTE_SECONDS)
-            elif shipper:
-                shipper.end()
     return result
 
 

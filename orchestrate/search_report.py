@@ -13,7 +13,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from orchestrate.report import percent
+from orchestrate.report import MAIN, percent
 from schemas.search import Search, SearchResult, Trial
 from zscl.files import whole_file
 
@@ -68,7 +68,7 @@ def terminal_tables(found: SearchResult) -> Group:
 
 def _figures(found: SearchResult) -> str:
     figures = found.test.metrics
-    return ", ".join(f"{name} {percent(getattr(figures, name))}" for name in ("transfer", "avg", "last", "forgetting"))
+    return ", ".join(f"{name} {percent(getattr(figures, name))}" for name in MAIN)
 
 
 def shown(value: Any) -> str:

@@ -14,36 +14,38 @@ from typing import TYPE_CHECKING
 from mlflow.entities import Metric, Param
 
 from orchestrate import places, recipes, search_report
-from orchestrate.ownership import owned
-from orchestrate.shipping import PATIENCE_SECONDS, Shipper, sync
-from orchestrate.state import read_state
-from orchestrate.tracking import (
+from orchestrate.mlflow_store import (
     FAILURES,
     KEY,
     LEVEL,
     LONGEST_VALUE,
     REASON,
     flat,
+    forget_reason,
     log_table,
     open_store,
     provenance,
     runs_with_key,
     unreachable,
 )
+from orchestrate.ownership import owned
+from orchestrate.search_trials import load_found
+from orchestrate.shipping import PATIENCE_SECONDS, Shipper, sync
+from orchestrate.state import read_state
 from schemas.results import RunState, Synced
 from schemas.search import Search, SearchResult, TrialEnded, TrialNews, TrialStarted
 from schemas.secrets import mask
 from zscl.journal import JOURNAL
 
 if TYPE_CHECKING:
-    from orchestrate.search import Prepared
+    from orchestrate.search_preflight import Prepared
 
 TABLE = "trials.json"
 TRIAL_SECONDS = 120.0  # for a trial's records to arrive, beside what goes on
 
 
 class SearchRecord:
-    """A search in a store. Every method raises one of `tracking.FAILURES` where the store does not answer."""
+    """A search in a store. Every method raises one of `mlflow_store.FAILURES` where the store does not answer."""
 
     def __init__(self, search: Search, experiment: str, fingerprint: str, folder: Path, uri: str) -> None:
         """Find the search in the store, or make it.
@@ -80,13 +82,13 @@ class SearchRecord:
     def resume(self) -> None:
         """Say that the search is under way."""
         self.client.update_run(self.run_id, status="RUNNING")
-        self._forget_reason()
+        forget_reason(self.client, self.run_id)
 
     def settle(self, folder: Path) -> str:
         """Record how the search stands, as its folder says. Returns the status."""
         state = read_state(folder)
         if (folder / places.FOUND).is_file():
-            self.finish(SearchResult.model_validate_json((folder / places.FOUND).read_text(encoding="utf-8")), folder)
+            self.finish(load_found(folder), folder)
             return "FINISHED"
         if state is None or state.status in ("RUNNING", "FINISHED"):  # and yet nobody works on it
             state = RunState(status="KILLED", reason="the process is gone", time=time.time_ns() // 1_000_000)
@@ -115,12 +117,8 @@ class SearchRecord:
         for picture in sorted(folder.glob("*.png")):
             self.client.log_artifact(self.run_id, str(picture), "figures")
         self.client.set_tag(self.run_id, "zscl.chosen", str(found.chosen))
-        self._forget_reason()
+        forget_reason(self.client, self.run_id)
         self.client.set_terminated(self.run_id, "FINISHED", now or None)
-
-    def _forget_reason(self) -> None:
-        if REASON in self.client.get_run(self.run_id).data.tags:
-            self.client.delete_tag(self.run_id, REASON)
 
 
 class SearchRecording:

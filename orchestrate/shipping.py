@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+from orchestrate.mlflow_store import FAILURES, unreachable
 from orchestrate.ownership import owned
 from orchestrate.places import store_uri, unmasked
 from orchestrate.recipes import load_experiment
 from orchestrate.report import load_result
 from orchestrate.state import read_state
-from orchestrate.tracking import FAILURES, Record, unreachable
+from orchestrate.tracking import Record
 from schemas.base import InputError
 from schemas.experiment import Experiment
 from schemas.results import JournalEntry, RunStarted, RunState, Synced

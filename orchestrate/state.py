@@ -1,16 +1,20 @@
 """How a run stands, as its folder says it."""
 
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 from pydantic import ValidationError
 
+from schemas.base import InputError, InterruptedRunError
 from schemas.results import RunState
+from schemas.secrets import mask
 from zscl.files import write_text
 
 STATE = "state.json"
+HASTE_SECONDS = 2.0  # for MLflow to take the rest, after a signal
 
 
 def write_state(folder: Path, status: Literal["RUNNING", "FINISHED", "FAILED", "KILLED"], reason: str = "") -> None:
@@ -26,3 +30,35 @@ def read_state(folder: Path) -> RunState | None:
         return RunState.model_validate_json((folder / STATE).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValidationError):
         return None
+
+
+class Records(Protocol):
+    """What is sent to MLflow beside the work."""
+
+    def end(self, patience: float = ...) -> object:
+        """Let everything arrive, within so many seconds."""
+
+
+@contextmanager
+def outcome_told(folder: Path, records: Records | None) -> Iterator[None]:
+    """Say in a folder, and then to MLflow, how the block ended: FINISHED, KILLED by a signal, or FAILED, and why.
+
+    Args:
+        folder: of the run, or search, that the block works on.
+        records: of it, which end with the block, in haste after a signal; offline, there are none.
+    """
+    killed = False
+    try:
+        yield
+        write_state(folder, "FINISHED")
+    except BaseException as error:
+        killed = isinstance(error, InterruptedRunError | KeyboardInterrupt | SystemExit)
+        told = isinstance(error, InterruptedRunError | InputError)  # in a sentence
+        reason = str(error) if told else " ".join(f"{type(error).__name__}: {error}".split())
+        write_state(folder, "KILLED" if killed else "FAILED", mask(reason))
+        raise
+    finally:
+        if records and killed:
+            records.end(HASTE_SECONDS)
+        elif records:
+            records.end()

@@ -7,39 +7,30 @@ Everything can be sent twice and is there once: runs are found again, and a metr
 entry is, for the stores of MLflow, the one they have.
 """
 
-import getpass
 import json
 import logging
-import os
 import re
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
-from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
-# Who sends again is `orchestrate.shipping`, after longer and longer pauses. A request that MLflow itself repeats, since
-# the answer to it was lost, would make a second run. A silent server is noticed in seconds, not in two minutes.
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-# Standard output holds results alone.
-os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-
-from filelock import FileLock
-from git import GitError, Repo
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
-from mlflow.exceptions import MlflowException
-from mlflow.store.db.db_types import DATABASE_ENGINES
-from mlflow.tracking import MlflowClient
-from sqlalchemy import NullPool, create_engine
-from sqlalchemy.exc import SQLAlchemyError
 
 from orchestrate import report
-from orchestrate.places import SQLITE
+from orchestrate.mlflow_store import (
+    KEY,
+    LEVEL,
+    LONGEST_VALUE,
+    PARENT,
+    REASON,
+    flat,
+    forget_reason,
+    log_table,
+    open_store,
+    provenance,
+    runs_with_key,
+)
 from schemas.base import InputError
 from schemas.experiment import Experiment
 from schemas.results import (
@@ -55,78 +46,18 @@ from schemas.results import (
 )
 from schemas.secrets import mask
 from zscl.opened import open_tasks
-
-logging.getLogger("mlflow").setLevel(logging.WARNING)
-# It prints the traceback of every attempt at a locked database.
-logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+from zscl.rows import model_folder
 
 log = logging.getLogger(__name__)
 
-PARENT = "mlflow.parentRunId"
-KEY = "zscl.key"
-LEVEL = "zscl.level"  # search, trial or sequence, stage
 STAGE = "zscl.stage"
 TAKEN = "zscl.journal"
-REASON = "zscl.reason"
-TABLES = "mlflow.loggedArtifacts"  # which artefacts MLflow's pages show as tables
-FAILURES = (MlflowException, SQLAlchemyError, OSError, ImportError)
 METRICS_AT_ONCE = 1_000  # MLflow's limit for one call
-LONGEST_VALUE = 6_000  # of a parameter
 LONGEST_DIGEST = 36
-# The kind of experiment whose page opens with charts for training instead of those for language models.
-KIND = {"mlflow.experimentKind": "custom_model_development"}
-
-
-def unreachable(uri: str, error: Exception) -> InputError:
-    """What to say of a store that cannot be opened."""
-    shown = mask(" ".join(str(error).split()), uri)[:200]
-    return InputError(
-        f"tracking.uri: found no reachable MLflow store at {mask(uri)}, expected a server "
-        f"that answers or sqlite:///FILE ({shown})"
-    )
-
-
-def open_store(uri: str, experiment: str) -> tuple[MlflowClient, str]:
-    """Open a store, and in it the experiment of this name, which is made where there is none. Returns its id, too.
-
-    Raises:
-        Exception: one of `FAILURES`.
-    """
-    if uri.partition("://")[0].partition("+")[0] in DATABASE_ENGINES and not uri.startswith(SQLITE):
-        # MLflow asks a database that does not answer again for a hundred seconds.
-        create_engine(uri, poolclass=NullPool).connect().close()
-    with _alone(uri):
-        client = MlflowClient(tracking_uri=uri)
-        found = client.get_experiment_by_name(experiment)
-        if found is not None:
-            return client, str(found.experiment_id)
-        # Beside an SQLite store lie its artefacts; a server has a place of its own.
-        local = uri.startswith(SQLITE)
-        place = str(Path(uri.removeprefix(SQLITE)).absolute().parent / "mlflow-artifacts") if local else None
-        try:
-            return client, str(client.create_experiment(experiment, artifact_location=place, tags=KIND))
-        except MlflowException:
-            made = client.get_experiment_by_name(experiment)  # by another run, in between
-            if made is None:
-                raise
-            return client, str(made.experiment_id)
-
-
-def folder_query(folder: Path) -> str:
-    """The search expression for the run, or trial, in a folder; the newest comes first."""
-    quoted = mask(str(folder.absolute())).replace("'", "\\'")
-    return f"tags.`zscl.folder` = '{quoted}' and tags.`{LEVEL}` != 'search'"
-
-
-def runs_with_key(client: MlflowClient, experiment: str, key: str, level: str) -> list[Run]:
-    """The runs of a level that have a key, the newest first."""
-    quoted = key.replace("'", "\\'")
-    query = f"tags.`{KEY}` = '{quoted}' and tags.`{LEVEL}` = '{level}'"
-    return list(client.search_runs([experiment], query, order_by=["attributes.start_time DESC"]))
 
 
 class Record:
-    """One run in a store. Every method raises one of `FAILURES` where the store does not answer as it should."""
+    """One run in a store. Every method raises one of `mlflow_store.FAILURES` where the store does not answer."""
 
     def __init__(
         self,
@@ -164,7 +95,7 @@ class Record:
     def resume(self) -> None:
         """Say that the run is under way."""
         self.client.update_run(self.parent, status="RUNNING")
-        self._forget_reason()
+        forget_reason(self.client, self.parent)
 
     def send(self, entries: Sequence[JournalEntry]) -> None:
         """Send the entries behind those that were taken, and note how many that makes."""
@@ -210,7 +141,7 @@ class Record:
         self.client.log_figure(self.parent, report.draw_accuracies(result), "figures/accuracy_by_stage.png")
         if result.warnings:
             self.client.set_tag(self.parent, "zscl.warnings", "\n".join(result.warnings)[:LONGEST_VALUE])
-        self._forget_reason()
+        forget_reason(self.client, self.parent)
         self.client.set_terminated(self.parent, "FINISHED", ended)
 
     def _log_data(self, result: Result) -> None:
@@ -244,11 +175,6 @@ class Record:
             self.client.set_terminated(stage.info.run_id, state.status, state.time)
         self.client.set_tag(self.parent, REASON, state.reason[:LONGEST_VALUE])
         self.client.set_terminated(self.parent, state.status, state.time)
-
-    def _forget_reason(self) -> None:
-        """Of an earlier attempt."""
-        if REASON in self.client.get_run(self.parent).data.tags:
-            self.client.delete_tag(self.parent, REASON)
 
     def _find(self, key: str) -> Run | None:
         for run in runs_with_key(self.client, self.experiment_id, key, self._level):
@@ -308,7 +234,7 @@ class Record:
     def _log_model(self, child: str, trained: StageResult) -> None:
         """Log what the stage hands on as one of MLflow's models, where the recipe asks for it and it is there still."""
         wanted, last = self.experiment.tracking.models, trained.stage == len(self.experiment.tasks)
-        folder = self.folder / "stages" / f"{trained.stage}-{trained.task}" / "model"
+        folder = model_folder(self.folder, trained.stage, trained.task)
         if self.search is not None or wanted == "none" or (wanted == "last" and not last) or not folder.is_dir():
             return
         from orchestrate.stage_models import log_model  # takes seconds to import
@@ -342,59 +268,6 @@ class Record:
     def _log(self, run: str, metrics: Sequence[Metric]) -> None:
         for start in range(0, len(metrics), METRICS_AT_ONCE):
             self.client.log_batch(run, metrics=metrics[start : start + METRICS_AT_ONCE])
-
-
-def provenance() -> dict[str, str]:
-    """Tags that say who runs this, with what, from where."""
-    source = {"mlflow.source.name": f"zscl {version('zscl')}", "mlflow.source.type": "JOB"}
-    return {**_user(), **source, **_commit(), **_ray_job()}
-
-
-def log_table(client: MlflowClient, run: str, columns: Mapping[str, Sequence[Any]], file: str) -> None:
-    """Log columns as a table that MLflow's pages show; what was logged before is replaced."""
-    # A dot in a column's name would be a path to these pages; `client.log_table` would append.
-    names = [name.replace(".", "/") for name in columns]
-    rows = [list(row) for row in zip(*columns.values(), strict=True)]
-    client.log_dict(run, {"columns": names, "data": rows}, file)
-    client.set_tag(run, TABLES, json.dumps([{"path": file, "type": "table"}]))
-
-
-def _user() -> dict[str, str]:
-    """Who runs this, where the machine knows."""
-    try:
-        return {"mlflow.user": getpass.getuser()}
-    except (OSError, KeyError):  # a container whose user has no name
-        return {}
-
-
-def _commit() -> dict[str, str]:
-    """The commit that the current folder is at, where it is a repository's."""
-    try:
-        return {"mlflow.source.git.commit": Repo(Path.cwd(), search_parent_directories=True).head.commit.hexsha}
-    except (GitError, ValueError, OSError):
-        return {}
-
-
-def _ray_job() -> dict[str, str]:
-    """The submission id of the Ray job that this process is, or Ray's id of it."""
-    if "ray" not in sys.modules or not sys.modules["ray"].is_initialized():
-        return {}
-    job = sys.modules["ray"].get_runtime_context().get_job_id()
-    return {"zscl.ray_job": os.environ.get("RAY_JOB_SUBMISSION_ID", job)}
-
-
-@contextmanager
-def _alone(uri: str) -> Iterator[None]:
-    """Let one process at a time open an SQLite store: two that create it at once break it."""
-    if not uri.startswith(SQLITE):
-        yield
-        return
-    file = Path(uri.removeprefix(SQLITE))
-    if file.is_dir():
-        raise OSError(f"{file} is a folder")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(file.with_name(f".{file.name}.lock")):
-        yield
 
 
 def _position(run: Run) -> tuple[int, int | None]:
@@ -441,11 +314,3 @@ def _usage(used: WorkersUsed, time: int) -> list[Metric]:
 def _row(accuracy: dict[str, float], time: int, stage: int) -> list[Metric]:
     cells = [Metric(f"accuracy/{task}", value, time, stage) for task, value in accuracy.items()]
     return [*cells, Metric("accuracy_mean", sum(accuracy.values()) / len(accuracy), time, stage)]
-
-
-def flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Every value of a tree, by dotted path."""
-    rows: list[tuple[str, Any]] = []
-    for name, value in tree.items():
-        rows += flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
-    return rows

@@ -213,18 +213,6 @@ def test_the_method_shown_is_the_preset_itself() -> None:
     assert Method.model_validate(yaml.safe_load(shown)["method"]) == Method.model_validate("zscl")
 
 
-def test_every_file_of_the_tree_is_shown_and_there() -> None:
-    [tree] = re.findall(r"## The house\n.*?```\n(.*?)```", README, flags=re.S)
-    shown = set(re.findall(r"^  (\w+) ", tree, flags=re.M))
-    there = {
-        file.stem
-        for package in ("schemas", "zscl", "orchestrate")
-        for file in (ROOT / package).rglob("*.py")
-        if file.stem != "__init__"
-    }
-    assert shown == there, (shown - there, there - shown)
-
-
 def test_the_table_of_scale_is_what_its_script_prints() -> None:
     printed = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks/scale.py")], capture_output=True, text=True, check=True

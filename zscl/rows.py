@@ -50,7 +50,17 @@ def part_of(row: Path) -> Path:
 
 def place_of(opened: Opened, folder: Path, stage: int) -> Path:
     """A stage's folder in that of its run."""
-    return folder / "stages" / f"{stage}-{opened.tasks[stage - 1].name}"
+    return stage_folder(folder, stage, opened.tasks[stage - 1].name)
+
+
+def stage_folder(run: Path, stage: int, task: str) -> Path:
+    """The folder of a stage, counted from 1, that trains a task, in that of its run."""
+    return run / "stages" / f"{stage}-{task}"
+
+
+def model_folder(run: Path, stage: int, task: str) -> Path:
+    """Where the model lies that such a stage hands on, as open_clip's `local-dir:` reads it."""
+    return stage_folder(run, stage, task) / "model"
 
 
 def refuse_other_run(folder: Path, fingerprint: str) -> None:

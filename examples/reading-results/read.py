@@ -29,7 +29,14 @@ def figures(store: str) -> pd.DataFrame:
     """Transfer, Avg, Last and forgetting of all finished runs of a store, in per cent."""
     mlflow.set_tracking_uri(store)
     runs = mlflow.search_runs(search_all_experiments=True, filter_string="tags.`zscl.level` = 'sequence'")
-    columns = ["params.method.name", "params.seed", "metrics.transfer", "metrics.avg", "metrics.last", "metrics.forgetting"]
+    columns = [
+        "params.method.name",
+        "params.seed",
+        "metrics.transfer",
+        "metrics.avg",
+        "metrics.last",
+        "metrics.forgetting",
+    ]
     table = runs[[column for column in columns if column in runs]].rename(columns=lambda name: name.partition(".")[2])
     numbers = table.select_dtypes("number").columns
     return table.assign(**{name: (100 * table[name]).round(1) for name in numbers})

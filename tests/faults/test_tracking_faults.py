@@ -22,9 +22,9 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from orchestrate import recipes, shipping
+from orchestrate.mlflow_store import PARENT
 from orchestrate.shipping import Shipper
 from orchestrate.state import write_state
-from orchestrate.tracking import PARENT
 from schemas.experiment import Experiment
 from schemas.results import RowMeasured, RunStarted, StageResult, StageStarted, StageTrained, StepLosses, StepsTaken
 from zscl.journal import JOURNAL, Journal

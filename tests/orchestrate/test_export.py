@@ -41,6 +41,7 @@ def test_a_stage_is_exported_with_its_card(run: Path, zscl: Zscl, tmp_path: Path
     assert "The row of this model is **2-second**" in card.text
     assert "- Method: zscl, with average.every = 2" in card.text
     assert card.text.count("| 2-second |") == 1
+    assert card.text.count("` | own | 10 |") == 3  # a row a task: digest, split family, test images
     assert "Warnings" in card.text  # a tiny model is at chance, and says so
     for picture in ("accuracy_matrix.png", "accuracy_by_stage.png"):
         assert f"({picture})" in card.text

@@ -187,14 +187,14 @@ def test_what_a_search_will_do(write: Callable[..., Path], zscl: Zscl) -> None:
 
 
 def test_a_single_task_leaves_transfer_undefined(write: Callable[..., Path], tasks: list[str]) -> None:
-    from orchestrate.search import prepare
+    from orchestrate.search_preflight import prepare
 
     with pytest.raises(InputError, match="found transfer, which a single task leaves undefined"):
         prepare(write({"domains": DOMAINS, "trials": 1}, tasks=tasks[:1]))
 
 
 def test_the_front_is_what_nobody_beats() -> None:
-    from orchestrate.search import front_of
+    from orchestrate.search_trials import front_of
 
     def trial(number: int, transfer: float, forgetting: float, status: Any = "finished") -> Trial:
         objectives = {"transfer": transfer, "forgetting": forgetting}

@@ -14,11 +14,12 @@ from conftest import Command
 from mlflow.tracking import MlflowClient
 
 from orchestrate import recipes, shipping
+from orchestrate.mlflow_store import KEY, PARENT, REASON
 from orchestrate.ownership import owned
 from orchestrate.places import unmasked
 from orchestrate.shipping import Shipper
 from orchestrate.state import write_state
-from orchestrate.tracking import KEY, PARENT, REASON, TAKEN
+from orchestrate.tracking import TAKEN
 from schemas.base import InputError
 from schemas.experiment import Experiment
 from schemas.results import (

@@ -1,0 +1,61 @@
+"""Verbs that make folders of models: of a run's stage, for the Hugging Face hub, and of a small CLIP from nothing."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from orchestrate.commands.shared import AsJson, Overrides, Recipe, emit, progress_console
+
+
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
+    out: Annotated[Path, typer.Option(help="Folder of the model; it must not be there yet.")],
+    stage: Annotated[int | None, typer.Option(help="Which stage's model, from 1. Default: the last.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a stage's model a folder for the Hugging Face hub: open_clip's layout, and a card made from the run.
+
+    Example: zscl export runs/demo/zscl --stage 6 --out runs/demo-zscl-model
+    """
+    from orchestrate import export as exporting
+
+    folder = exporting.export(run.absolute(), stage, out.absolute())
+    lines = [f"model   {folder}  (open_clip: local-dir:{folder})", f"upload  hf upload OWNER/NAME {folder}"]
+    emit({"folder": str(folder)}, as_json, lines)
+
+
+def pretrain(
+    recipe: Recipe,
+    out: Annotated[Path, typer.Option(help="Folder of the model.")],
+    overrides: Overrides = [],  # noqa: B006
+    as_json: AsJson = False,
+) -> None:
+    """Train a small CLIP from nothing, contrastively, and write it as an open_clip folder.
+
+    Example: zscl pretrain experiments/pretrain-embedded.yaml --out runs/embedded-model
+    """
+    from orchestrate import recipes
+    from orchestrate.display import Bar
+    from schemas.pretraining import Pretraining
+
+    checked = recipes.parse(Pretraining, {"name": recipe.stem, **recipes.read(recipe, overrides)}, recipe)
+    import torch
+
+    from zscl.pretraining import pretrain as train
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with Bar(progress_console) as bar:
+        made = train(
+            checked,
+            out.absolute(),
+            lambda step, steps, loss: bar.update("pre-training", step, steps, f"loss {loss:.3f}"),
+            device,
+        )
+    lines = [f"zero-shot {task} {100 * value:.1f}" for task, value in made.zero_shot.items()]
+    lines.append(f"model   {made.folder}  (open_clip: local-dir:{made.folder})")
+    emit(
+        {"folder": str(made.folder), "steps": made.steps, "loss": made.loss, "zero_shot": made.zero_shot},
+        as_json,
+        lines,
+    )

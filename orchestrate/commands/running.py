@@ -1,0 +1,270 @@
+"""Verbs that run recipes, here or as a job of a cluster, that search, and that say what a recipe may hold."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from orchestrate.commands.shared import (
+    AsJson,
+    Offline,
+    Out,
+    Overrides,
+    Recipe,
+    Variant,
+    compared,
+    emit,
+    note,
+    one_or_all,
+    progress_console,
+)
+from schemas.base import InputError
+from schemas.secrets import mask
+
+if TYPE_CHECKING:
+    from orchestrate.search_preflight import Prepared
+    from schemas.experiment import Experiment
+    from schemas.results import Result
+
+MUCH = 10.0  # megabytes to upload with a job: recipes take up less
+
+
+def run(
+    recipe: Recipe,
+    overrides: Overrides = [],  # noqa: B006 - typer reads the default and nobody writes to it
+    out: Out = None,
+    variant: Variant = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Run with so many seeds, from the recipe's own on.")] = 1,
+    orders: Annotated[
+        str, typer.Option(help="Run in these task orders: given, reversed, I, II (MTIL's), random:N; by commas.")
+    ] = "",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done, stop.")] = False,
+    probe: Annotated[
+        bool,
+        typer.Option("--probe", help="With --dry-run: train for a minute there, say how long all of it takes."),
+    ] = False,
+    offline: Offline = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run a recipe; one that was interrupted goes on from its last checkpoint. Several runs are compared at the end.
+
+    Example: zscl run experiments/embedded.yaml --set method=finetune --set seed=1
+    """
+    from orchestrate import recipes
+    from orchestrate import run as running
+
+    if probe and not dry_run:
+        raise InputError("--probe: found it without --dry-run, expected both: a run says itself how long it takes")
+
+    contents: list[dict[str, Any]] = []
+    lines: list[str] = []
+    for opened, folder in running.prepare_variants(recipe, overrides, variant, out, seeds, orders):
+        if dry_run:
+            plan = running.plan(opened, folder, progress_console)
+            if probe:
+                from orchestrate import probe as probing
+
+                plan["estimate"] = probing.probe(opened, folder, progress_console)
+            contents.append({"experiment": recipes.shown(opened.experiment), "plan": plan})
+            continue
+        content, said = _ended(
+            opened.experiment, folder, running.run(opened, folder, progress_console, offline), offline
+        )
+        contents.append(content)
+        lines += said
+    content = one_or_all(contents, "variants")
+    if dry_run:
+        lines = [recipes.dump(content)]
+    elif len(contents) > 1:
+        folders = {each["folder"]: Path(each["folder"]) for each in contents}
+        place = Path(contents[0]["folder"]).parent / "comparison"
+        content["comparison"], written = compared(folders, place, as_json, offline)
+        lines += written
+    emit(content, as_json, lines)
+
+
+def _ended(experiment: "Experiment", folder: Path, result: "Result", offline: bool) -> tuple[dict[str, Any], list[str]]:
+    """What a finished run has made and where, for programs and for people."""
+    from orchestrate import places, report
+
+    uri = None if offline else places.store_uri(experiment, folder)
+    shown = {"folder": str(folder), "tracking_uri": uri and mask(uri)}
+    figures = "  ".join(f"{name} {report.percent(value)}" for name, value in result.metrics.model_dump().items())
+    lines = [
+        *(f"warning: {sentence}" for sentence in result.warnings),
+        f"{figures}  (zero-shot transfer {report.percent(result.zero_shot_metrics.transfer)})",
+        f"time    {report.where_time_went(result, beside=experiment.compute.evaluation == 'overlapped')}",
+        f"run     {folder}",
+        f"models  {folder}/stages/<k>-<task>/model  (open_clip: local-dir:…)",
+        f"MLflow  {places.browse_command(uri) if uri else f'zscl sync {folder}'}",
+    ]
+    return {**shown, "result": result.model_dump(mode="json")}, lines
+
+
+def search(
+    recipe: Annotated[Path, typer.Argument(help="Recipe of a search (YAML).")],
+    overrides: Overrides = [],  # noqa: B006
+    out: Annotated[Path | None, typer.Option(help="The search's folder. Default: runs/NAME-FINGERPRINT.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done, stop.")] = False,
+    offline: Offline = False,
+    as_json: AsJson = False,
+) -> None:
+    """Search a recipe's values: many sequences, judged on held-out training images, the chosen one on test, once.
+
+    Example: zscl search experiments/search-embedded.yaml --set search.trials=4 --set optimisation.steps=30
+    """
+    from orchestrate import recipes, search_preflight
+
+    prepared = search_preflight.prepare(recipe, overrides)
+    folder = search_preflight.folder_of(prepared, out)
+    if dry_run:
+        content: dict[str, Any] = {"plan": search_preflight.plan(prepared, folder)}
+        emit(content, as_json, [recipes.dump(content)])
+        return
+    _searched(prepared, folder, offline, as_json)
+
+
+def _searched(prepared: "Prepared", folder: Path, offline: bool, as_json: bool) -> None:
+    """Run a search, or go on with it, and show what it found."""
+    from orchestrate import places
+    from orchestrate import search as searching
+
+    found = searching.search(prepared, folder, progress_console, offline)
+    if not as_json:
+        from orchestrate.search_report import terminal_tables
+
+        Console().print(terminal_tables(found))
+    uri = None if offline else places.store_uri(prepared.base.experiment, folder)
+    lines = [
+        f"search  {folder}",
+        f"MLflow  {places.browse_command(uri) if uri else f'zscl sync {folder}'}",
+        f"run the chosen recipe on all training images: zscl run {folder / places.CHOSEN}",
+    ]
+    shown = {"folder": str(folder), "tracking_uri": uri and mask(uri)}
+    emit({**shown, "search": found.model_dump(mode="json")}, as_json, lines)
+
+
+def resume(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder, or a search's.")],
+    overrides: Annotated[
+        list[str],
+        typer.Option("--set", metavar="a.b.c=value", help="Change a field of compute or tracking; repeatable."),
+    ] = [],  # noqa: B006
+    offline: Offline = False,
+    as_json: AsJson = False,
+) -> None:
+    """Go on with a run or a search that was interrupted, from its last checkpoint, to the same numbers.
+
+    Example: zscl resume runs/embedded-zscl-1a2b3c4d --set compute.workers=1
+    """
+    from orchestrate import places, preflight
+    from orchestrate import run as running
+
+    folder = folder.absolute()
+    if (folder / places.SEARCH).is_file():
+        from orchestrate import search_preflight
+
+        _searched(search_preflight.resumable(folder, overrides), folder, offline, as_json)
+        return
+    opened = preflight.prepare(running.resumable(folder, overrides))
+    content, lines = _ended(opened.experiment, folder, running.run(opened, folder, progress_console, offline), offline)
+    emit(content, as_json, lines)
+
+
+def embed(
+    recipe: Recipe,
+    overrides: Overrides = [],  # noqa: B006
+    out: Out = None,
+    variant: Variant = None,
+    as_json: AsJson = False,
+) -> None:
+    """Let the teacher embed the reference set ahead of training, on all workers; runs beside each other share it.
+
+    Example: zscl embed experiments/embedded.yaml --set compute.workers=2
+    """
+    from orchestrate import run as running
+
+    contents: list[dict[str, Any]] = []
+    lines: list[str] = []
+    for opened, folder in running.prepare_variants(recipe, overrides, variant, out):
+        done = running.embed(opened, folder, progress_console)
+        contents.append(done.model_dump())
+        lines.append(f"{done.images} images, {done.texts} texts; {done.megabytes:.1f} MB of features in {done.folder}")
+    emit(one_or_all(contents, "variants"), as_json, lines)
+
+
+def submit(
+    recipe: Recipe,
+    overrides: Overrides = [],  # noqa: B006
+    out: Annotated[
+        str | None, typer.Option(help="The run's folder, as the cluster sees it: one that all its nodes share.")
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(help="Of the cluster's dashboard. Default: RAY_API_SERVER_ADDRESS, or http://127.0.0.1:8265."),
+    ] = None,
+    working_dir: Annotated[
+        Path, typer.Option(help="Uploaded, but for what .gitignore and .rayignore name; holds the recipe.")
+    ] = Path(),
+    wait: Annotated[bool, typer.Option(help="Follow the job's output to its end.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Run a recipe as a job of a Ray cluster; submitted again with the same --out, it goes on.
+
+    Example: zscl submit experiments/mtil-order-1.yaml --out /shared/runs/mtil --address http://127.0.0.1:8265
+    """
+    from orchestrate import recipes
+    from orchestrate import submit as submitting
+
+    place = working_dir.resolve()
+    command = submitting.entrypoint(recipe, overrides, out, place)
+    size = submitting.megabytes_uploaded(place)
+    note(f"uploads {size:.1f} MB" + (": .rayignore may name what the run does not need" if size > MUCH else ""))
+    grace = max(each.compute.grace_seconds for each in recipes.load_variants(recipe, overrides).values())
+    job, follow = submitting.submit(command, place, address, grace)
+    note(f"job {job.id}: {mask(command)}\nstop it: ray job stop --address {job.address} {job.id}")
+    emit({"job": job.id, "address": job.address}, as_json, [] if wait else [job.id])
+    if wait and (code := follow(sys.stderr if as_json else sys.stdout)):
+        raise typer.Exit(code)
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder of the demo's data and runs.")] = Path("runs/demo"),
+    recipe: Annotated[Path, typer.Option(help="Recipe of the embedded suite.")] = Path("experiments/embedded.yaml"),
+    overrides: Overrides = [],  # noqa: B006
+    offline: Offline = False,
+    as_json: AsJson = False,
+) -> None:
+    """Watch a CLIP forget, and not forget: fine-tuning against ZSCL, offline, in a few minutes.
+
+    Example: zscl demo --out runs/demo
+    """
+    from orchestrate import demo as demonstration
+    from orchestrate import places
+
+    runs, uri = demonstration.demo(recipe, out.absolute(), overrides, progress_console, offline)
+    progress_console.rule("comparison")
+    found_runs = {str(run): run for run in runs}
+    content, lines = compared(found_runs, out.absolute() / "comparison", as_json, offline)
+    browse = f"zscl sync {' '.join(map(str, runs))}" if offline else places.browse_command(uri)
+    lines.append(f"MLflow    {browse}")
+    shown = None if offline else mask(uri)
+    found = {"runs": [str(run) for run in runs], "tracking_uri": shown, **content}
+    emit(found, as_json, lines)
+
+
+def schema(
+    of_search: Annotated[bool, typer.Option("--search", help="Of a recipe's section `search` instead.")] = False,
+    as_json: AsJson = True,
+) -> None:
+    """Print the recipe's JSON Schema, for editors.
+
+    Example: zscl schema > recipe.schema.json
+    """
+    from schemas.experiment import Experiment
+    from schemas.search import Search
+
+    print(json.dumps((Search if of_search else Experiment).model_json_schema(), indent=1))

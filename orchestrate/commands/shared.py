@@ -1,0 +1,59 @@
+"""What verbs share: options that mean the same everywhere, and how results and remarks are printed."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from schemas.base import InputError
+
+progress_console = Console(stderr=True)
+
+Recipe = Annotated[Path, typer.Argument(help="Recipe (YAML).")]
+Overrides = Annotated[
+    list[str], typer.Option("--set", metavar="a.b.c=value", help="Override a field of the recipe; repeatable.")
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        help="The run's folder; with --variant all, the folder of theirs. Default: runs/NAME-METHOD-FINGERPRINT."
+    ),
+]
+Variant = Annotated[str | None, typer.Option(help="Which row of a recipe that is a table of variants, or 'all'.")]
+Offline = Annotated[bool, typer.Option("--offline", help="Without MLflow: `zscl sync` sends everything later.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+
+
+def emit(content: dict[str, Any], as_json: bool, lines: list[str]) -> None:
+    """End a command: what it made and where, for people or for programs."""
+    if as_json:
+        print(json.dumps(content, indent=1))
+    elif lines:
+        print("\n".join(lines))
+
+
+def note(text: str) -> None:
+    """Say something beside the results."""
+    progress_console.print(text, highlight=False, soft_wrap=True)
+
+
+def one_or_all(contents: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
+    """What programs get of several things of a kind: all under its name, and one alone as it is."""
+    return contents[0] if len(contents) == 1 else {name: list(contents)}
+
+
+def compared(
+    runs: Mapping[str, Path | InputError],
+    folder: Path,
+    as_json: bool,
+    offline: bool,
+    published: str | None = None,
+    baseline: str | None = None,
+) -> tuple[dict[str, Any], list[str]]:
+    """Compare runs (see `orchestrate.compare`): the tables are for people, and offline no page is left in MLflow."""
+    from orchestrate.compare import compare
+
+    return compare(runs, folder, None if as_json else Console(), published, baseline, None if offline else note)

@@ -1,0 +1,109 @@
+"""`zscl compare`: runs compared, shown on a terminal, written as files, and left as a page in MLflow."""
+
+import csv
+import io
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from orchestrate import page, report
+from orchestrate.attaching import attach
+from orchestrate.comparison import Comparison, gather
+from orchestrate.comparison_tables import (
+    FIGURES,
+    Row,
+    latex,
+    markdown,
+    published_rows,
+    run_rows,
+    terminal_tables,
+)
+from orchestrate.places import EXPERIMENT
+from schemas.base import InputError
+from zscl.files import whole_file, write_text
+
+
+def compare(
+    found: Mapping[str, Path | InputError],
+    folder: Path,
+    console: Console | None,
+    published: str | None = None,
+    baseline: str | None = None,
+    note: Callable[[str], None] | None = None,
+) -> tuple[dict[str, Any], list[str]]:
+    """Compare runs: print the tables to a console, if any, write the files, and leave the page in MLflow.
+
+    Args:
+        found: by what the user gave: a run's folder, or why there is none.
+        folder: where to write.
+        console: for tables.
+        published: order of MTIL whose published figures stand beside.
+        baseline: the method from which the others' differences are shown; default: the first, where there are several.
+        note: told which store of MLflow cannot take the page; without it, none is asked.
+
+    Returns the content for programs, and lines that say what was written where.
+
+    Raises:
+        InputError: nothing is left to compare, or there is no such baseline or order.
+    """
+    comparison = gather(found)
+    labels = list(comparison.groups)
+    if baseline is not None and baseline not in labels:
+        raise InputError(f"--baseline {baseline}: found the methods {', '.join(labels)}, expected one of them")
+    against = baseline or (labels[0] if len(labels) > 1 else None)
+    rows = run_rows(comparison)
+    if published:
+        rows += published_rows(published, comparison.tasks)
+    written = write_comparison(comparison, rows, folder, against)
+    if console is not None:
+        console.print(terminal_tables(comparison, rows, against))
+    if note is not None:
+        for run in comparison.runs:
+            if (run.folder / EXPERIMENT).is_file():
+                attach(run.folder, [Path(written["page"])], "comparison", note)
+    lines = [f"left out: {reason}" for reason in comparison.left_out.values()]
+    content = {
+        "rows": rows,
+        "groups": _groups(comparison, against),
+        "left_out": dict(comparison.left_out),
+        "files": written,
+    }
+    return content, [*lines, *(f"{kind:9} {file}" for kind, file in written.items())]
+
+
+def _groups(comparison: Comparison, baseline: str | None) -> dict[str, Any]:
+    """What programs get of the groups."""
+    found: dict[str, Any] = {}
+    for label, runs in comparison.groups.items():
+        figures: dict[str, Any] = {}
+        for figure in FIGURES:
+            summary = comparison.summary(label, figure)
+            figures[figure] = None if summary is None else {"mean": summary.mean, "deviation": summary.deviation}
+            if summary is not None and baseline is not None and label != baseline:
+                difference = comparison.difference(label, baseline, figure)
+                if difference is not None:
+                    figures[figure] |= {"difference": difference.mean, "interval": difference.interval}
+        found[label] = {"runs": [run.name for run in runs], "figures": figures}
+    return found
+
+
+def write_comparison(comparison: Comparison, rows: Sequence[Row], folder: Path, baseline: str | None) -> dict[str, str]:
+    """Write the comparison: CSV (fractions), Markdown and LaTeX (per cent), pictures, and the page."""
+    table = io.StringIO()
+    writer = csv.DictWriter(table, rows[0].keys(), lineterminator="\n", restval="")
+    writer.writeheader()
+    writer.writerows(rows)
+    names = {"csv": "csv", "markdown": "md", "latex": "tex", "page": "html", "picture": "png"}
+    written = {kind: folder / f"comparison.{suffix}" for kind, suffix in names.items()}
+    written["curves"] = folder / "accuracy_by_stage.png"
+    write_text(written["csv"], table.getvalue())
+    write_text(written["markdown"], markdown(comparison, rows, baseline))
+    write_text(written["latex"], latex(comparison))
+    write_text(written["page"], page.page(comparison, rows, baseline))
+    results = [run.result for run in comparison.runs]
+    for kind, figure in (("picture", report.draw_comparison(results)), ("curves", report.draw_accuracies(*results))):
+        with whole_file(written[kind]) as temporary:
+            figure.savefig(temporary, format="png", dpi=120)
+    return {kind: str(file) for kind, file in written.items()}

@@ -1,0 +1,214 @@
+"""A comparison as tables: rows for programs, text for a terminal, Markdown, and LaTeX for a paper."""
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+
+from orchestrate.comparison import Comparison, Difference, Summary
+from orchestrate.published import MTIL
+from orchestrate.report import MAIN, ZERO_SHOT, cell, markdown_table, percent
+from schemas.base import InputError
+from schemas.results import Result
+
+FIGURES = ("transfer", "avg", "last", "learned", "forgetting", "backward_transfer", "forward_transfer")
+SMALLER_IS_BETTER = ("forgetting",)
+Row = dict[str, str | float | None]
+
+
+def run_rows(comparison: Comparison) -> list[Row]:
+    """One row for each zero-shot baseline and one a run: figures, then each task's final accuracy, as fractions."""
+    rows: list[Row] = []
+    names = comparison.tasks
+    for run in comparison.runs:
+        result, of_task = run.result, [task.name for task in run.result.tasks]
+        zero_shot = _row(
+            "",
+            ZERO_SHOT,
+            "",
+            "",
+            result.zero_shot_metrics.model_dump(),
+            dict(zip(of_task, result.zero_shot, strict=True)),
+        )
+        row = _row(
+            run.name,
+            run.label,
+            str(result.seed),
+            run.order,
+            run.figures,
+            dict(zip(of_task, result.accuracy_matrix[-1], strict=True)),
+        ) | _costs(result)
+        if not any(
+            all(zero_shot[name] == other[name] for name in (*MAIN, *names)) for other in rows if not other["run"]
+        ):
+            rows.append(zero_shot | dict.fromkeys(_costs(result)))
+        rows.append(row)
+    columns = ["run", "method", "seed", "order", *FIGURES, *names, *_costs(comparison.runs[0].result)]
+    return [{column: row.get(column) for column in columns} for row in rows]
+
+
+def _row(
+    run: str, method: str, seed: str, order: str, figures: Mapping[str, float | None], tasks: Mapping[str, float]
+) -> Row:
+    return {"run": run, "method": method, "seed": seed, "order": order, **figures, **tasks}
+
+
+def _costs(result: Result) -> dict[str, float]:
+    """What a run cost: worker hours of training, images a second, megabytes at most."""
+    seconds = sum(stage.train_seconds for stage in result.stages)
+    images = sum(stage.images_seen for stage in result.stages)
+    memory = [stage.peak_memory_megabytes for stage in result.stages if stage.peak_memory_megabytes is not None]
+    return {
+        "worker_hours": result.workers * seconds / 3600,
+        "images_per_second": images / seconds if seconds else math.nan,
+        "peak_memory_megabytes": max(memory, default=math.nan),
+    }
+
+
+def published_rows(order: str, tasks: Sequence[str]) -> list[Row]:
+    """The paper's figures for MTIL in a task order, as rows of a comparison; it prints none for single tasks.
+
+    Raises:
+        InputError: there is no such order.
+    """
+    if order not in MTIL:
+        raise InputError(f"--published: found the order '{order}', expected {' or '.join(MTIL)}")
+    rows: list[Row] = []
+    for method, figures in MTIL[order].items():
+        shown = dict(zip(("transfer", "avg", "last"), (figure / 100 for figure in figures), strict=True))
+        rows.append({"run": f"published, MTIL order {order}", "method": method, "seed": "", "order": "", **shown})
+    return rows
+
+
+def group_table(comparison: Comparison, baseline: str | None = None) -> list[list[str]]:
+    """The groups as text, heads first: mean ± standard deviation in per cent; differences from a baseline, if any."""
+    head = ["method", "runs", *MAIN]
+    rows = [[ZERO_SHOT, "", *(percent(value) for value in _zero_shot_means(comparison))]]
+    for label, runs in comparison.groups.items():
+        cells = [_plus_minus(comparison.summary(label, figure)) for figure in MAIN]
+        if baseline is not None and label != baseline:
+            changes = [_change(comparison.difference(label, baseline, figure)) for figure in MAIN]
+            cells = [f"{figure} {change}".rstrip() for figure, change in zip(cells, changes, strict=True)]
+        rows.append([label, str(len(runs)), *cells])
+    return [head, *rows]
+
+
+def _zero_shot_means(comparison: Comparison) -> list[float | None]:
+    found = [run.result.zero_shot_metrics.model_dump() for run in comparison.runs]
+    values = [[each[figure] for each in found if each[figure] is not None] for figure in MAIN]
+    return [fmean(each) if each else None for each in values]
+
+
+def _plus_minus(summary: Summary | None) -> str:
+    if summary is None:
+        return percent(None)
+    return percent(summary.mean) + ("" if summary.deviation is None else f" ± {percent(summary.deviation)}")
+
+
+def _change(difference: Difference | None) -> str:
+    """A difference as text: in points, with its interval."""
+    if difference is None:
+        return ""
+    if difference.interval is None:
+        return f"({100 * difference.mean:+.1f})"
+    low, high = difference.interval
+    return f"({100 * difference.mean:+.1f}; {100 * low:+.1f} to {100 * high:+.1f})"
+
+
+def terminal_tables(comparison: Comparison, rows: Sequence[Row], baseline: str | None) -> Group:
+    """The comparison for a terminal: groups, runs, then each task's final accuracy with a column a run."""
+    tables: list[Any] = []
+    head, *body = group_table(comparison, baseline)
+    title = "Figures of the accuracy matrix, %"
+    if baseline is not None:
+        title += f"; in brackets: paired difference from {baseline}, with a 95 % interval"
+    groups = Table(title=title)
+    for column in head:
+        groups.add_column(column, justify="left" if column == "method" else "right")
+    for line in body:
+        groups.add_row(*line)
+    words = ("run", "method", "seed")
+    if any(len(runs) > 1 for runs in comparison.groups.values()) or any(
+        not row["order"] and row["run"] for row in rows
+    ):
+        tables.append(groups)
+    figures = Table(title="Each run, %")
+    for column in (*words, *MAIN):
+        figures.add_column(column, justify="left" if column in words else "right")
+    for row in rows:
+        figures.add_row(*(cell(row.get(column)) for column in (*words, *MAIN)))
+    names = comparison.tasks
+    measured = [row for row in rows if row.get(names[0]) is not None]
+    tasks = Table(title="Accuracy on each task after the last stage, %")
+    tasks.add_column("task")
+    for row in measured:
+        tasks.add_column(str(row["run"] or row["method"]), justify="right")
+    for name in names:
+        tasks.add_row(name, *(cell(row[name]) for row in measured))
+    return Group(*tables, figures, tasks)
+
+
+def markdown(comparison: Comparison, rows: Sequence[Row], baseline: str | None) -> str:
+    """Groups and runs as Markdown tables."""
+    columns = [
+        name for name in rows[0] if name not in ("order", "worker_hours", "images_per_second", "peak_memory_megabytes")
+    ]
+    runs = [columns, *([cell(row.get(column)) for column in columns] for row in rows)]
+    parts = [
+        "## Methods\n",
+        markdown_table(group_table(comparison, baseline), left=1),
+        "\n## Runs\n",
+        markdown_table(runs, left=3),
+    ]
+    if comparison.left_out:
+        parts += ["\n## Left out\n", *(f"- {reason}" for reason in comparison.left_out.values())]
+    return "\n".join(parts) + "\n"
+
+
+def latex(comparison: Comparison) -> str:
+    """The groups as a LaTeX table for the package booktabs, the best mean of each figure in bold."""
+    groups = comparison.groups
+    means = {figure: {label: comparison.summary(label, figure) for label in groups} for figure in MAIN}
+    best = {
+        figure: (min if figure in SMALLER_IS_BETTER else max)(
+            (summary.mean for summary in found.values() if summary), default=math.nan
+        )
+        for figure, found in means.items()
+    }
+
+    def best_in_bold(label: str, figure: str) -> str:
+        summary = means[figure][label]
+        if summary is None:
+            return "--"
+        value = f"{100 * summary.mean:.1f}"
+        value = f"\\textbf{{{value}}}" if summary.mean == best[figure] else value
+        return value + ("" if summary.deviation is None else f" {{\\small $\\pm$ {100 * summary.deviation:.1f}}}")
+
+    lines = [[_escaped(label), *(best_in_bold(label, figure) for figure in MAIN)] for label in groups]
+    zero_shot = [
+        ZERO_SHOT,
+        *("--" if value is None else f"{100 * value:.1f}" for value in _zero_shot_means(comparison)),
+    ]
+    return "\n".join(
+        [
+            "% needs \\usepackage{booktabs}",
+            f"\\begin{{tabular}}{{l{'r' * len(MAIN)}}}",
+            "\\toprule",
+            " & ".join(["Method", *(figure.capitalize() for figure in MAIN)]) + " \\\\",
+            "\\midrule",
+            " & ".join(zero_shot) + " \\\\",
+            *(" & ".join(line) + " \\\\" for line in lines),
+            "\\bottomrule",
+            "\\end{tabular}",
+            "",
+        ]
+    )
+
+
+def _escaped(text: str) -> str:
+    for sign in "\\&%$#_{}":
+        text = text.replace(sign, "\\textbackslash{}" if sign == "\\" else f"\\{sign}")
+    return text.replace("~", "\\textasciitilde{}").replace("^", "\\textasciicircum{}")

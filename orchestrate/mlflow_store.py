@@ -1,0 +1,162 @@
+"""MLflow's store: opened or found unreachable, searched for runs, and told what every run of ours says of itself."""
+
+import getpass
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+# Who sends again is `orchestrate.shipping`, after longer and longer pauses. A request that MLflow itself repeats, since
+# the answer to it was lost, would make a second run. A silent server is noticed in seconds, not in two minutes.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+# Standard output holds results alone.
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+
+from filelock import FileLock
+from git import GitError, Repo
+from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
+from mlflow.store.db.db_types import DATABASE_ENGINES
+from mlflow.tracking import MlflowClient
+from sqlalchemy import NullPool, create_engine
+from sqlalchemy.exc import SQLAlchemyError
+
+from orchestrate.places import SQLITE
+from schemas.base import InputError
+from schemas.secrets import mask
+
+logging.getLogger("mlflow").setLevel(logging.WARNING)
+# It prints the traceback of every attempt at a locked database.
+logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+
+PARENT = "mlflow.parentRunId"
+KEY = "zscl.key"
+LEVEL = "zscl.level"  # search, trial or sequence, stage
+REASON = "zscl.reason"
+TABLES = "mlflow.loggedArtifacts"  # which artefacts MLflow's pages show as tables
+FAILURES = (MlflowException, SQLAlchemyError, OSError, ImportError)
+LONGEST_VALUE = 6_000  # of a parameter
+# The kind of experiment whose page opens with charts for training instead of those for language models.
+KIND = {"mlflow.experimentKind": "custom_model_development"}
+
+
+def unreachable(uri: str, error: Exception) -> InputError:
+    """What to say of a store that cannot be opened."""
+    shown = mask(" ".join(str(error).split()), uri)[:200]
+    return InputError(
+        f"tracking.uri: found no reachable MLflow store at {mask(uri)}, expected a server "
+        f"that answers or sqlite:///FILE ({shown})"
+    )
+
+
+def open_store(uri: str, experiment: str) -> tuple[MlflowClient, str]:
+    """Open a store, and in it the experiment of this name, which is made where there is none. Returns its id, too.
+
+    Raises:
+        Exception: one of `FAILURES`.
+    """
+    if uri.partition("://")[0].partition("+")[0] in DATABASE_ENGINES and not uri.startswith(SQLITE):
+        # MLflow asks a database that does not answer again for a hundred seconds.
+        create_engine(uri, poolclass=NullPool).connect().close()
+    with _alone(uri):
+        client = MlflowClient(tracking_uri=uri)
+        found = client.get_experiment_by_name(experiment)
+        if found is not None:
+            return client, str(found.experiment_id)
+        # Beside an SQLite store lie its artefacts; a server has a place of its own.
+        local = uri.startswith(SQLITE)
+        place = str(Path(uri.removeprefix(SQLITE)).absolute().parent / "mlflow-artifacts") if local else None
+        try:
+            return client, str(client.create_experiment(experiment, artifact_location=place, tags=KIND))
+        except MlflowException:
+            made = client.get_experiment_by_name(experiment)  # by another run, in between
+            if made is None:
+                raise
+            return client, str(made.experiment_id)
+
+
+@contextmanager
+def _alone(uri: str) -> Iterator[None]:
+    """Let one process at a time open an SQLite store: two that create it at once break it."""
+    if not uri.startswith(SQLITE):
+        yield
+        return
+    file = Path(uri.removeprefix(SQLITE))
+    if file.is_dir():
+        raise OSError(f"{file} is a folder")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(file.with_name(f".{file.name}.lock")):
+        yield
+
+
+def folder_query(folder: Path) -> str:
+    """The search expression for the run, or trial, in a folder; the newest comes first."""
+    quoted = mask(str(folder.absolute())).replace("'", "\\'")
+    return f"tags.`zscl.folder` = '{quoted}' and tags.`{LEVEL}` != 'search'"
+
+
+def runs_with_key(client: MlflowClient, experiment: str, key: str, level: str) -> list[Run]:
+    """The runs of a level that have a key, the newest first."""
+    quoted = key.replace("'", "\\'")
+    query = f"tags.`{KEY}` = '{quoted}' and tags.`{LEVEL}` = '{level}'"
+    return list(client.search_runs([experiment], query, order_by=["attributes.start_time DESC"]))
+
+
+def forget_reason(client: MlflowClient, run: str) -> None:
+    """Forget why an earlier attempt at a run, or search, ended."""
+    if REASON in client.get_run(run).data.tags:
+        client.delete_tag(run, REASON)
+
+
+def log_table(client: MlflowClient, run: str, columns: Mapping[str, Sequence[Any]], file: str) -> None:
+    """Log columns as a table that MLflow's pages show; what was logged before is replaced."""
+    # A dot in a column's name would be a path to these pages; `client.log_table` would append.
+    names = [name.replace(".", "/") for name in columns]
+    rows = [list(row) for row in zip(*columns.values(), strict=True)]
+    client.log_dict(run, {"columns": names, "data": rows}, file)
+    client.set_tag(run, TABLES, json.dumps([{"path": file, "type": "table"}]))
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Every value of a tree, by dotted path."""
+    rows: list[tuple[str, Any]] = []
+    for name, value in tree.items():
+        rows += flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
+    return rows
+
+
+def provenance() -> dict[str, str]:
+    """Tags that say who runs this, with what, from where."""
+    source = {"mlflow.source.name": f"zscl {version('zscl')}", "mlflow.source.type": "JOB"}
+    return {**_user(), **source, **_commit(), **_ray_job()}
+
+
+def _user() -> dict[str, str]:
+    """Who runs this, where the machine knows."""
+    try:
+        return {"mlflow.user": getpass.getuser()}
+    except (OSError, KeyError):  # a container whose user has no name
+        return {}
+
+
+def _commit() -> dict[str, str]:
+    """The commit that the current folder is at, where it is a repository's."""
+    try:
+        return {"mlflow.source.git.commit": Repo(Path.cwd(), search_parent_directories=True).head.commit.hexsha}
+    except (GitError, ValueError, OSError):
+        return {}
+
+
+def _ray_job() -> dict[str, str]:
+    """The submission id of the Ray job that this process is, or Ray's id of it."""
+    if "ray" not in sys.modules or not sys.modules["ray"].is_initialized():
+        return {}
+    job = sys.modules["ray"].get_runtime_context().get_job_id()
+    return {"zscl.ray_job": os.environ.get("RAY_JOB_SUBMISSION_ID", job)}

@@ -1,0 +1,63 @@
+"""What the command line says of itself: versions for a report of a bug, and completions for a shell."""
+
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Command
+
+from orchestrate import versions
+
+Zscl = Callable[..., Command]
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_versions_that_a_report_of_a_bug_needs(zscl: Zscl, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = zscl("--version")
+    assert shown.code == 0, shown.error
+    lines = dict(line.split(maxsplit=1) for line in shown.out.splitlines())
+    libraries = ("torch", "open_clip_torch", "ray", "mlflow", "webdataset", "pydantic")
+    assert list(lines) == ["zscl", "python", *libraries, "CUDA", "platform"]
+    assert lines["python"] == platform.python_version()
+    assert {library: lines[library] for library in libraries} == {library: version(library) for library in libraries}
+
+    # With a GPU, and without a library, or with a torch that is broken.
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: f"GPU {number}")
+    monkeypatch.setattr(versions, "LIBRARIES", ("torch", "no-such-library"))
+    found = versions.versions()
+    assert (found["CUDA"], found["no-such-library"]) == ("12.8, GPU 0, GPU 1", "not installed")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert versions.versions()["CUDA"].startswith("torch cannot be imported")
+
+
+def test_versions_are_looked_up_and_torch_alone_is_imported() -> None:
+    code = (
+        "from orchestrate.versions import versions; versions(); import sys; print(*{name.partition('.')[0] for "
+        "name in sys.modules} & {'torch', 'open_clip', 'ray', 'mlflow', 'webdataset', 'pydantic'})"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert found.stdout == "torch\n"
+
+
+def test_a_shell_completes_what_is_typed() -> None:
+    script = Path(sys.executable).parent / "zscl"  # by its own name, which completion goes by
+
+    def said(*arguments: str, **environment: str) -> str:
+        command, variables = [script, *arguments], os.environ | environment
+        return subprocess.run(command, capture_output=True, text=True, check=True, env=variables).stdout
+
+    # The shell is named, for there may be none above a test.
+    shown = said("--show-completion", "bash", _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1")
+    assert "_ZSCL_COMPLETE=complete_bash" in shown
+    # What this asks when somebody presses the tabulator.
+    for typed, completed in (("zscl ex", "export"), ("zscl --vers", "--version")):
+        asked = {"_ZSCL_COMPLETE": "complete_bash", "COMP_CWORD": "1", "COMP_WORDS": typed}
+        assert said(**asked).split() == [completed]

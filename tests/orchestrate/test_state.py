@@ -1,0 +1,52 @@
+"""How a run or a search stands, as its folder says when the work on it has ended."""
+
+from pathlib import Path
+
+import pytest
+
+from orchestrate.state import HASTE_SECONDS, outcome_told, read_state, write_state
+from schemas.base import InputError, InterruptedRunError
+
+
+class Records:
+    """What would go to MLflow: which state it ended with, and how long it was waited for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.ended: list[tuple[str, float | None]] = []
+
+    def end(self, patience: float | None = None) -> None:
+        state = read_state(self.folder)
+        assert state is not None
+        self.ended.append((state.status, patience))
+
+
+def test_what_ends_well_is_finished(tmp_path: Path) -> None:
+    records = Records(tmp_path)
+    with outcome_told(tmp_path, records):
+        write_state(tmp_path, "RUNNING")
+    assert records.ended == [("FINISHED", None)]
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "reason", "patience"),
+    [
+        (InputError("found this, expected that"), "FAILED", "found this, expected that", None),
+        (RuntimeError("what\n  a library said"), "FAILED", "RuntimeError: what a library said", None),
+        (OSError("s3://key:password@bucket"), "FAILED", "OSError: s3://key:***@bucket", None),
+        (InterruptedRunError("it goes on", exit_code=143), "KILLED", "it goes on", HASTE_SECONDS),
+        (KeyboardInterrupt(), "KILLED", "KeyboardInterrupt:", HASTE_SECONDS),
+    ],
+)
+def test_what_ends_otherwise_says_why(
+    tmp_path: Path, error: BaseException, status: str, reason: str, patience: float | None
+) -> None:
+    records = Records(tmp_path)
+    with pytest.raises(type(error)), outcome_told(tmp_path, records):
+        raise error
+    state = read_state(tmp_path)
+    assert state is not None
+    assert (state.status, state.reason) == (status, reason)
+    assert records.ended == [(status, patience)]
+    with pytest.raises(type(error)), outcome_told(tmp_path, None):  # offline
+        raise error
