@@ -69,3 +69,29 @@ def test_without_a_part_the_last_weights_are_handed_on() -> None:
     student = nn.Linear(1, 1)
     assert hand_on(None, student).model is student
     assert hand_on(Average(every=1), student).model is not student
+
+
+def test_what_is_handed_on_knows_the_start() -> None:
+    student = nn.Linear(1, 1, bias=False)
+    start = [parameter.detach().clone() for parameter in student.parameters()]
+    following = hand_on(Average(every=1, start_share=0.5), student, start)
+    with torch.no_grad():
+        student.weight += 2.0
+    following.after_step(0)
+    # The mean of start and start + 2 is start + 1, of which half is drawn back.
+    assert float(following.model.weight) == pytest.approx(float(start[0]) + 0.5)  # type: ignore[arg-type]
+
+
+def test_it_goes_on_from_its_state() -> None:
+    student = nn.Linear(1, 1, bias=False)
+    whole, other = (WeightEnsemble(student, Average(every=1), ()) for _ in range(2))
+    with torch.no_grad():
+        student.weight += 3.0
+    whole.after_step(0)
+    other.load_state_dict(whole.state_dict())
+    assert other.merges == whole.merges == 2
+    with torch.no_grad():
+        student.weight += 3.0
+    for each in (whole, other):
+        each.after_step(1)
+    assert float(other.model.weight) == float(whole.model.weight)  # type: ignore[arg-type]

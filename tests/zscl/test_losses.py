@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from zscl.losses import classification, distillation, squared_distance
+from zscl.losses import classification, distillation, feature_distance, similarity_distillation, squared_distance
 
 torch.manual_seed(0)
 IMAGES = torch.nn.functional.normalize(torch.randn(3, 4, dtype=torch.float64), dim=1)
@@ -56,3 +56,30 @@ def test_squared_distance_has_no_half_and_pulls_back() -> None:
     distance.backward()
     assert float(distance) == 1 + 4
     assert [parameter.grad.tolist() for parameter in parameters if parameter.grad is not None] == [[2.0, 0.0], [[4.0]]]
+
+
+@pytest.mark.parametrize("multi_tensor", [True, False])
+def test_squared_distance_under_a_weight(multi_tensor: bool) -> None:
+    own = [torch.tensor([3.0, 1.0], requires_grad=True), torch.tensor([[2.0]], requires_grad=True)]
+    anchors = [torch.tensor([1.0, 1.0]), torch.tensor([[5.0]])]
+    (3 * squared_distance(own, anchors, multi_tensor)).backward()
+    assert [each.grad.tolist() for each in own if each.grad is not None] == [[12.0, 0.0], [[-18.0]]]
+    with pytest.raises((ValueError, RuntimeError)):
+        squared_distance(own, anchors[:1], multi_tensor)
+
+
+def test_similarities_are_distilled_without_those_to_oneself() -> None:
+    student, teacher = (torch.nn.functional.normalize(torch.randn(3, 4), dim=1) for _ in range(2))
+    scale, temperature, expected = torch.tensor(5.0), 2.0, 0.0
+    for row in range(3):
+        others = [column for column in range(3) if column != row]
+        ours, theirs = (
+            torch.stack([5 * features[row] @ features[column] / temperature for column in others])
+            for features in (student, teacher)
+        )
+        expected += float(-(theirs.softmax(0) * ours.log_softmax(0)).sum()) * temperature**2 / 3
+    assert float(similarity_distillation(student, teacher, scale, temperature)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_feature_distance_is_the_mean_over_all_entries() -> None:
+    assert float(feature_distance(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 3.0]]))) == pytest.approx(5.0)

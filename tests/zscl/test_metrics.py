@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from orchestrate.published import MTIL
-from zscl.metrics import metrics
+from zscl.metrics import at_chance, forward_transfer, metrics
 
 MATRIX = [[0.9, 0.5, 0.4], [0.7, 0.8, 0.2], [0.6, 0.7, 1.0]]
 ZERO_SHOT = [0.5, 0.45, 0.3]
@@ -56,3 +56,17 @@ def test_recomputes_the_printed_figures_from_the_published_matrices() -> None:
             assert (found.transfer, found.avg, found.last) == pytest.approx(printed, abs=0.11), (method, order)
             compared += 1
     assert compared == 14
+
+
+def test_forward_transfer_of_a_sequence_under_way() -> None:
+    # One stage done: only the second task was looked at right before its own stage.
+    assert forward_transfer([[0.9, 0.6, 0.1]], [0.5, 0.5, 0.5]) == pytest.approx(0.1)
+    assert forward_transfer([[0.9, 0.6, 0.1], [0.9, 0.9, 0.2]], [0.5, 0.5, 0.5]) == pytest.approx((0.1 - 0.3) / 2)
+
+
+def test_what_guessing_gives() -> None:
+    assert at_chance(0.1, classes=10, images=1000)
+    assert at_chance(0.11, classes=10, images=1000)  # one deviation off
+    assert not at_chance(0.2, classes=10, images=1000)
+    assert at_chance(0.2, classes=10, images=20)  # of few images, more is luck
+    assert not at_chance(1.0, classes=1, images=20)  # nothing to guess
