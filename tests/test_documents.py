@@ -139,6 +139,7 @@ ELSEWHERE = {  # shown to be right by other tests
     "zscl --version": "test_cli.py",
     "zscl run --help": "test_walls.py",
     "mlflow ui": "test_mlflow_page.py",
+    ".venv/bin/mlflow ui": "test_mlflow_page.py",
 }
 
 

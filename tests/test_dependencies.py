@@ -1,0 +1,51 @@
+"""What is imported is declared, and the documents say what for."""
+
+import ast
+import re
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+OURS = {"schemas", "zscl", "orchestrate"}
+
+
+def named(requirement: str) -> str:
+    """A distribution's name as all spellings of it agree."""
+    return re.sub(r"[-_.]+", "-", re.split(r"[\s\[<>=!~;]", requirement)[0]).lower()
+
+
+def imported(package: str) -> set[str]:
+    """Top-level modules that a package imports anywhere."""
+    found = set()
+    for file in (ROOT / package).rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                found.add(node.module.partition(".")[0])
+    return found - OURS - set(sys.stdlib_module_names)
+
+
+def test_nothing_is_imported_that_is_not_declared() -> None:
+    declared = {named(each) for each in PROJECT["dependencies"]} | {"pydantic-core"}  # pydantic names its one version
+    providers = packages_distributions()
+    for package in OURS:
+        for module in imported(package):
+            provided_by = {named(each) for each in providers[module]}
+            assert provided_by & declared, f"{package} imports {module} of {provided_by}, which pyproject.toml lacks"
+
+
+def test_every_dependency_is_in_the_table() -> None:
+    table = (ROOT / "docs/dependencies.md").read_text().lower()
+    shown = {named(word) for word in re.findall(r"[a-z][a-z0-9_.\-]+", table)}
+    for requirement in PROJECT["dependencies"]:
+        assert named(requirement) in shown, requirement
+
+
+def test_both_files_of_constraints_allow_what_is_declared() -> None:
+    for file in ("constraints.txt", "constraints-oldest.txt"):
+        pinned = {named(line) for line in (ROOT / file).read_text().splitlines() if line and line[0] != "#"}
+        assert {named(each) for each in PROJECT["dependencies"]} <= pinned, file
