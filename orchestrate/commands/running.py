@@ -233,7 +233,9 @@ def submit(
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder of the demo's data and runs.")] = Path("runs/demo"),
-    recipe: Annotated[Path, typer.Option(help="Recipe of the embedded suite.")] = Path("experiments/embedded.yaml"),
+    recipe: Annotated[
+        Path, typer.Option(help="Recipe of the embedded suite.", show_default="the one that comes with the package")
+    ] = Path(__file__).parent.parent / "embedded.yaml",
     overrides: Overrides = [],  # noqa: B006
     offline: Offline = False,
     as_json: AsJson = False,
