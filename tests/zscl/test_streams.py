@@ -16,7 +16,7 @@ from schemas.base import InputError
 from zscl.indexed_samples import IndexedSamples
 from zscl.samples import Sample
 from zscl.shards import open_samples
-from zscl.streams import Decode, EvaluationImages, Label, Loader, TrainingImages
+from zscl.streams import Decode, DecodedImages, EvaluationImages, Label, Loader, TrainingImages
 from zscl.writing import write_shards
 
 AUGMENT = Compose([RandomResizedCrop(8, scale=(0.3, 1.0)), ToTensor()])
@@ -35,8 +35,10 @@ def samples(tmp_path: Path) -> IndexedSamples:
     return found
 
 
-def batches(samples: IndexedSamples, own: range, processes: int = 0, first_step: int = 0, count: int = 5) -> Batches:
-    images = TrainingImages(samples, Decode(AUGMENT, label_of), 3, 6, own, first_step)
+def batches(
+    samples: IndexedSamples, own: range, processes: int = 0, first_step: int = 0, count: int = 5, seed: int = 3
+) -> Batches:
+    images = TrainingImages(samples, Decode(AUGMENT, label_of), seed, 6, own, first_step)
     stream: Iterator[tuple[torch.Tensor, torch.Tensor]] = images.batches(Loader(torch.device("cpu"), processes))
     return list(islice(stream, count))
 
@@ -63,6 +65,38 @@ def test_loader_processes_change_nothing(samples: IndexedSamples, processes: int
 def test_goes_on_from_any_step(samples: IndexedSamples, processes: int, first_step: int) -> None:
     whole = batches(samples, range(6), count=6)
     assert same(batches(samples, range(6), processes, first_step, count=6 - first_step), whole[first_step:])
+
+
+def test_seed_and_position_draw_order_and_augmentation(samples: IndexedSamples, tmp_path: Path) -> None:
+    labels = [torch.cat([label for _, label in batches(samples, range(6), seed=seed)]) for seed in (3, 4)]
+    assert not torch.equal(*labels)
+    one = samples.only([0])  # of one image, all that differs is its augmentation
+    first, other = (torch.cat([images for images, _ in batches(one, range(6), seed=seed)]) for seed in (3, 4))
+    assert len(first.unique(dim=0)) > 0.8 * len(first)  # crops of few pixels may be the same by chance
+    assert len(torch.cat([first, other]).unique(dim=0)) > 1.6 * len(first)
+
+
+def test_decoded_images_give_way_to_those_that_are_read(samples: IndexedSamples) -> None:
+    kept, decode = DecodedImages(), Decode(AUGMENT, label_of)
+    shown = list(samples.once(0, 1))
+    size = 3 * 16 * 16  # bytes of an image
+
+    def again(name: str, number: int, budget: int, total: int) -> bool:
+        """Whether an image of a set is the very one that was decoded before."""
+        first, second = (kept.read(name, shown[number], decode, budget, total) for _ in range(2))
+        return first is second
+
+    assert not again("none", 0, 0, 10 * size)
+    with kept.opened("first"):
+        assert [again("first", number, 2 * size, 10 * size) for number in range(3)] == [
+            True,
+            True,
+            False,
+        ]  # its own budget
+        with kept.opened("second"):  # all sets' budget; the first is being read, so it stays
+            assert [again("second", number, 9 * size, 3 * size) for number in range(2)] == [True, False]
+    with kept.opened("third"):  # nobody reads the others any more
+        assert [again("third", number, 9 * size, 3 * size) for number in range(4)] == [True, True, True, False]
 
 
 def test_the_callers_random_state_is_left_alone(samples: IndexedSamples) -> None:
