@@ -26,7 +26,7 @@ test-slow: install
 # The documents as a site in build/site; fails at a broken link, and where a reference page is not as its sources make it.
 docs: install
 	$(BIN)/python docs/reference.py --check
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Lines of schemas/ and zscl/ that the tests run, without those that start Ray's own processes.
 coverage: install
