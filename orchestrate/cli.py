@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from orchestrate.commands import data, looking, models, running
+from orchestrate.interruption import end_on_signals
 from schemas.base import InputError, InterruptedRunError
 from schemas.secrets import mask
 
@@ -69,6 +70,7 @@ app.add_typer(data_app, name="data")
 def main() -> None:
     """Run the command line; what the user got wrong is a sentence and exit code 2, not a traceback."""
     try:
+        end_on_signals()
         app()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -13,7 +13,7 @@ from ray.exceptions import AuthenticationError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrate.access import loopback_alone, use_token
-from orchestrate.interruption import end_on_sigterm
+from orchestrate.interruption import end_on_signals
 from schemas.base import InputError
 from schemas.compute import Compute
 from zscl.files import remove
@@ -54,7 +54,7 @@ def connect(compute: Compute, note: Callable[[str], None]) -> None:
     try:
         with loopback_alone() if starts_here else nullcontext():
             ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **local)
-        end_on_sigterm()
+        end_on_signals()
     except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
         raise InputError(
             f"compute.address: found no Ray cluster at {compute.address or os.environ.get('RAY_ADDRESS')} "

@@ -1,8 +1,9 @@
 """Runs read to be compared: by method, over seeds and orders; what is not alike is marked and never averaged in."""
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
 from statistics import fmean, stdev
 
 import numpy as np
@@ -145,7 +146,8 @@ def gather(found: Mapping[str, Path | InputError]) -> Comparison:
             result = report.load_result_so_far(place)
             if runs:
                 _refuse_other_tasks(result, runs[0].result, given)
-            runs.append(Compared(place.name, place, result, _mark(result, runs[0].result if runs else result)))
+            mark = _mark(result, runs[0].result) if runs else ""
+            runs.append(_told_apart(Compared(place.name, place, result, mark), runs))
         except InputError as error:
             left_out[given] = str(error)
     if not runs:
@@ -162,9 +164,24 @@ def _refuse_other_tasks(result: Result, first: Result, given: str) -> None:
         )
 
 
+def _told_apart(run: Compared, others: Sequence[Compared]) -> Compared:
+    """The run, marked where its group has its seed and order already: it is no further sample of its method."""
+    of_key = {(other.label, other.order, other.result.seed): other for other in others}
+    while other := of_key.get((run.label, run.order, run.result.seed)):
+        again = f"same seed and order as {other.name}"
+        run = replace(run, mark="; ".join(filter(None, (run.mark, again))))
+    return run
+
+
 def _mark(result: Result, first: Result) -> str:
     """What makes a run's figures no measure of its method beside the first run's."""
-    marks = []
+    marks = [
+        f"{path.removeprefix('optimisation.').removeprefix('tasks.')}={json.dumps(value)}"
+        for path, value in result.settings.items()
+        if path in first.settings and first.settings[path] != value  # the first run's method may not read it
+    ]
+    if result.model_digest and first.model_digest and result.model_digest != first.model_digest:
+        marks.append(f"model {PurePosixPath(result.model).name}")
     if len(result.accuracy_matrix) < len(result.tasks):
         marks.append(f"{len(result.accuracy_matrix)} of {len(result.tasks)} stages")
     theirs = {task.name: task for task in first.tasks}

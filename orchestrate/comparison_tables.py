@@ -187,7 +187,7 @@ def latex(comparison: Comparison) -> str:
         value = f"\\textbf{{{value}}}" if summary.mean == best[figure] else value
         return value + ("" if summary.deviation is None else f" {{\\small $\\pm$ {100 * summary.deviation:.1f}}}")
 
-    lines = [[_escaped(label), *(best_in_bold(label, figure) for figure in MAIN)] for label in groups]
+    lines = [[escaped(label), *(best_in_bold(label, figure) for figure in MAIN)] for label in groups]
     zero_shot = [
         ZERO_SHOT,
         *("--" if value is None else f"{100 * value:.1f}" for value in _zero_shot_means(comparison)),
@@ -208,7 +208,12 @@ def latex(comparison: Comparison) -> str:
     )
 
 
-def _escaped(text: str) -> str:
-    for sign in "\\&%$#_{}":
-        text = text.replace(sign, "\\textbackslash{}" if sign == "\\" else f"\\{sign}")
-    return text.replace("~", "\\textasciitilde{}").replace("^", "\\textasciicircum{}")
+_ESCAPES = str.maketrans(
+    {sign: f"\\{sign}" for sign in "&%$#_{}"}
+    | {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}"}
+)
+
+
+def escaped(text: str) -> str:
+    """A text as LaTeX sets it."""
+    return text.translate(_ESCAPES)

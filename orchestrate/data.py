@@ -158,7 +158,7 @@ def run_tasks(
                 outcomes = _one_after_another(work, tasks, arguments, bars)
             else:
                 outcomes = _side_by_side(work, tasks, arguments, jobs, bars)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, InterruptedRunError):
             kept = "tasks that were finished are kept; the same command goes on"
             raise InterruptedRunError(kept, exit_code=128 + signal.SIGINT) from None
     failed = [task for task, outcome in outcomes.items() if isinstance(outcome, InputError)]

@@ -70,7 +70,7 @@ class Bar:
         self._first = done if self._first is None else self._first
         if time.monotonic() - self._spoken >= LINE_EVERY_SECONDS and done > self._first and self.total:
             minutes = (time.monotonic() - self._started) * (self.total - done) / (done - self._first) / 60
-            self.log(f"{what}: step {done} of {self.total}, about {minutes:.1f} min left  {detail}".rstrip())
+            self.log(f"{what}: {done} of {self.total} steps in all, about {minutes:.1f} min left  {detail}".rstrip())
 
     def aside(self, what: str, done: int, total: int) -> None:
         """Show other work than the steps, on a bar of its own while it lasts."""

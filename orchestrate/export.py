@@ -1,6 +1,5 @@
 """A stage's model as a folder ready for the Hugging Face hub: open_clip's own layout, and a card made from the run."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -119,7 +118,7 @@ def _card(result: Result, experiment: Experiment, stage: int) -> ModelCard:
         trained=tasks[:stage],
         row=f"{stage}-{tasks[stage - 1]}",
         method=result.method,
-        changes=", ".join(f"{path} = {json.dumps(value)}" for path, value in result.method_changes.items()),
+        changes=report.changes_of(result),
         paper=PAPER,
         judged_on="held-out training" if _held_out(result) else "test",
         matrix=_matrix(result),

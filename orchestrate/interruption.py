@@ -28,14 +28,15 @@ class Interruption:
         self.signal = number
 
 
-def end_on_sigterm() -> None:
-    """Have SIGTERM end this process as the command line does, where Ray would have it exit with 15."""
+def end_on_signals() -> None:
+    """Have SIGTERM and Ctrl-C end this process with a sentence: Ray would have it exit with 15, Python say nothing."""
 
     def end(number: int, frame: FrameType | None) -> None:
-        raise InterruptedRunError("the same command goes on from what was kept", exit_code=128 + number)
+        raise InterruptedRunError("the same command goes on from what was kept, if anything", exit_code=128 + number)
 
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, end)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, end)
 
 
 @contextmanager

@@ -154,7 +154,9 @@ def _accuracy_by_stage(comparison: Comparison) -> Any:
         alt.Tooltip("stage:Q", title="stages trained"),
         alt.Tooltip("accuracy:Q", format=".1f", title="accuracy, %"),
     ]
-    x = alt.X("stage:Q", title="stages trained", axis=alt.Axis(tickMinStep=1, format="d"))
+    x = alt.X(
+        "stage:Q", title="stages trained", axis=alt.Axis(values=list(range(len(comparison.tasks) + 1)), format="d")
+    )
     y = alt.Y("accuracy:Q", title="%", scale=alt.Scale(domain=[0, 100]))
     colour = _colour(comparison)
     lines = base.mark_line(strokeWidth=1.6).encode(x=x, y=y, color=colour, detail="run:N")

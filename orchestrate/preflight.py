@@ -4,6 +4,7 @@ import shutil
 from functools import lru_cache
 from pathlib import Path
 
+from orchestrate import places, recipes
 from schemas.base import InputError
 from schemas.compute import Savings
 from schemas.experiment import Experiment, Model
@@ -15,6 +16,8 @@ from zscl.snapshots import LAST, SUFFIX, place_of
 from zscl.teaching import way_of_features
 from zscl.towers import left_in_full
 
+NO_PART = ("name", "compute.", "tracking.")  # of what is computed
+MOST_NAMED = 3  # differences, in a sentence
 LONGEST_PROMPTS = 20  # of a task, that are counted in tokens
 
 
@@ -27,7 +30,7 @@ def plan(opened: Opened, folder: Path) -> dict[str, object]:
     experiment = opened.experiment
     steps = sum(map(experiment.stage_steps, experiment.tasks))
     test = {task.name: _count(task.test) for task in opened.tasks}
-    refuse_other_run(folder, opened.fingerprint)
+    refuse_other(opened, folder)
     return {
         "warnings": warnings(opened),
         "fingerprint": opened.fingerprint,
@@ -46,6 +49,32 @@ def plan(opened: Opened, folder: Path) -> dict[str, object]:
         "megabytes_needed": round(megabytes_needed(opened, folder)),
         "megabytes_free": round(megabytes_free(folder)),
     }
+
+
+def refuse_other(opened: Opened, folder: Path) -> None:
+    """Refuse the folder of another experiment's run, and say which fields are others there.
+
+    Raises:
+        InputError: it is one.
+    """
+    try:
+        refuse_other_run(folder, opened.fingerprint)
+    except InputError as error:
+        raise InputError(f"{error}{_how_it_differs(opened.experiment, folder)}") from error
+
+
+def _how_it_differs(experiment: Experiment, folder: Path) -> str:
+    """The end of a sentence about another experiment's folder: which fields are others there."""
+    try:
+        there = recipes.load_experiment(folder / places.EXPERIMENT)
+    except InputError:
+        return ""
+    found = recipes.differences(recipes.shown(there), recipes.shown(experiment))
+    unlike = [f"{path} {was} there, {now} here" for path, (was, now) in found.items() if not path.startswith(NO_PART)]
+    if not unlike:
+        return " (the recipe is alike: the data, the model or a further loss's code is another)"
+    more = f", and {len(unlike) - MOST_NAMED} more" if len(unlike) > MOST_NAMED else ""
+    return f" ({'; '.join(unlike[:MOST_NAMED])}{more})"
 
 
 def images_through_student(experiment: Experiment) -> int:

@@ -3,7 +3,7 @@
 import io
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -43,6 +43,7 @@ SchemaT = TypeVar("SchemaT", bound=Strict)
 ALL = "all"
 # A recipe is written by hand: what is larger is none, or means to keep us busy.
 MOST_BYTES, MOST_VALUES = 1_000_000, 100_000
+LONGEST_SHOWN = 60  # characters of a value, in a sentence
 
 
 def load_experiment(file: Path, overrides: Sequence[str] = (), variant: str | None = None) -> Experiment:
@@ -70,7 +71,7 @@ def load_variants(file: Path, overrides: Sequence[str] = (), variant: str | None
             raise InputError(f"--variant {variant}: found no variants in {file}, expected a recipe that has some")
         for override in overrides:
             _override(table, override)
-        return {"": parse(Experiment, {"name": file.stem, **table}, file)}
+        return {"": parse(Experiment, {"name": file.stem, **table}, file, overrides=overrides)}
     if table.keys() != {"base", "variants"} or not isinstance(table["variants"], dict):
         raise InputError(
             f"{file}: found the fields {', '.join(map(str, table))}, expected base and variants (a row each) alone"
@@ -99,7 +100,7 @@ def _vary(file: Path, base: Path, name: str, changes: Any, overrides: Sequence[s
         _set(content, str(path), value, f"{file}: variants.{name}: {path}")
     for override in overrides:
         _override(content, override)
-    return parse(Experiment, {**content, "name": f"{file.stem}-{name}"}, file)
+    return parse(Experiment, {**content, "name": f"{file.stem}-{name}"}, file, overrides=overrides)
 
 
 def load_search(file: Path, overrides: Sequence[str] = ()) -> tuple[Search, dict[str, Any]]:
@@ -131,7 +132,8 @@ def load_search(file: Path, overrides: Sequence[str] = ()) -> tuple[Search, dict
     for override in overrides:
         _override(searched if override.startswith("search.") else content, override)
     section["root"] = str(Path.cwd() / str(section.get("root", "")))
-    return parse(Searched, searched, file).search, {**content, "name": content.get("name") or file.stem}
+    named = {**content, "name": content.get("name") or file.stem}
+    return parse(Searched, searched, file, overrides=overrides).search, named
 
 
 def at(
@@ -203,12 +205,32 @@ def read(file: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     return content
 
 
-def parse(schema: type[SchemaT], content: dict[str, Any], file: Path, root: Path | None = None) -> SchemaT:
-    """Check a recipe's content against a schema; relative paths count from `root`, or the current folder."""
+def parse(
+    schema: type[SchemaT],
+    content: dict[str, Any],
+    file: Path,
+    root: Path | None = None,
+    overrides: Sequence[str] = (),
+) -> SchemaT:
+    """Check a recipe's content against a schema; relative paths count from `root`, or the current folder.
+
+    What is wrong is said to be an override's where one gave it, else the file's.
+    """
     try:
         return schema.model_validate(content, context={"root": root or Path.cwd()})
     except ValidationError as error:
-        raise InputError("\n".join(f"{file}: {line}" for line in explain(error).splitlines())) from error
+        lines = explain(error).splitlines()
+        raise InputError("\n".join(f"{_whose(line, overrides) or file}: {line}" for line in lines)) from error
+
+
+def _whose(line: str, overrides: Sequence[str]) -> str | None:
+    """The override that a sentence about a field is about."""
+    field = line.partition(":")[0]
+    for override in reversed(overrides):
+        path = override.partition("=")[0]
+        if f"{field}.".startswith(f"{path}."):
+            return f"--set {override}"
+    return None
 
 
 def write_experiment(experiment: Experiment, file: Path) -> None:
@@ -222,6 +244,25 @@ def shown(experiment: Experiment) -> dict[str, Any]:
     if experiment.class_incremental is not None:
         del content["tasks"]  # they follow from it
     return masked(content)
+
+
+def differences(one: Any, other: Any, path: str = "") -> dict[str, tuple[str, str]]:
+    """Where two recipes' contents are not alike, by dotted path: each's value, as YAML has it in a line."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        keys: Iterable[Any] = dict.fromkeys([*one, *other])
+        pairs = [(key, one.get(key), other.get(key)) for key in keys]
+    elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        pairs = [(index, mine, theirs) for index, (mine, theirs) in enumerate(zip(one, other, strict=True))]
+    else:
+        return {} if one == other else {path.removesuffix("."): (_in_a_line(one), _in_a_line(other))}
+    return {
+        name: pair for key, mine, theirs in pairs for name, pair in differences(mine, theirs, f"{path}{key}.").items()
+    }
+
+
+def _in_a_line(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
 
 
 def dump(content: dict[str, Any]) -> str:

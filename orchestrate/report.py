@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import MaxNLocator
 from pydantic import ValidationError
 
 from orchestrate.places import EXPERIMENT
@@ -24,6 +25,7 @@ from zscl.tasks import TaskFolder
 
 MAIN = ("transfer", "avg", "last", "forgetting")  # of the figures: those that are always shown
 ZERO_SHOT = "zero-shot"
+FURTHER = "further_losses."
 
 
 def load_result(run: Path) -> Result:
@@ -72,6 +74,7 @@ def load_result_so_far(run: Path) -> Result:
         name=experiment.name,
         method=experiment.method.name,
         method_changes=experiment.method.changes,
+        settings=experiment.settings,
         seed=experiment.seed,
         fingerprint=zero_shot.fingerprint,
         tasks=tuple(
@@ -102,8 +105,22 @@ def load_result_so_far(run: Path) -> Result:
 
 def label_of(result: Result) -> str:
     """The method's name and what was changed in its preset."""
-    changes = ", ".join(f"{path}={json.dumps(value)}" for path, value in result.method_changes.items())
+    changes = changes_of(result)
     return f"{result.method} ({changes})" if changes else result.method
+
+
+def changes_of(result: Result) -> str:
+    """What was changed in its method's preset, if anything."""
+    return ", ".join(_change(path, value) for path, value in result.method_changes.items())
+
+
+def _change(path: str, value: object) -> str:
+    """A change as it is read: `distill.image_weight=2.0`, a further loss as its call, `spread.Spread(weight=0.5)`."""
+    if not path.startswith(FURTHER):
+        return f"{path}={json.dumps(value)}"
+    settings = json.loads(str(value))
+    given = ", ".join(f"{name}={json.dumps(setting)}" for name, setting in settings.items())
+    return f"{path.removeprefix(FURTHER)}({given})"
 
 
 def where_time_went(result: Result, beside: bool = False) -> str:
@@ -191,6 +208,7 @@ def _draw_task(axes: Axes, task: str, results: Sequence[Result]) -> None:
         axes.plot([100 * row[index] for row in rows], marker="o", markersize=3, label=_run_label(result))
     axes.set_title(task)
     axes.set_ylim(0, 100)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _run_label(result: Result) -> str:
@@ -208,7 +226,9 @@ def draw_comparison(results: Sequence[Result]) -> Figure:
             [0 if value is None else 100 * value for value in values],
             color=[f"C{index}" for index in range(len(values))],
         )
-        axes.bar_label(bars, [percent(value) for value in values])
+        axes.bar_label(
+            bars, [percent(value) for value in values], bbox={"facecolor": "white", "linewidth": 0, "pad": 1}
+        )
         zero_shot = getattr(results[0].zero_shot_metrics, name)
         if zero_shot is not None and name != "forgetting":
             axes.axhline(100 * zero_shot, color="grey", linestyle="--", linewidth=1)

@@ -19,7 +19,6 @@ from schemas.experiment import Experiment
 from schemas.results import Embedded, Result
 from schemas.secrets import MASK
 from zscl.opened import Opened
-from zscl.rows import refuse_other_run
 from zscl.teaching import check_embeddable
 
 if TYPE_CHECKING:
@@ -124,7 +123,7 @@ def _made(folder: Path) -> Path:
 
 def _finished(opened: Opened, folder: Path, console: Console, offline: bool) -> Result | None:
     """What a run has come to before, if it is finished."""
-    refuse_other_run(folder, opened.fingerprint)
+    preflight.refuse_other(opened, folder)
     if not (folder / "result.json").is_file():
         return None
     console.print(f"{folder}: finished before, nothing to do", highlight=False)

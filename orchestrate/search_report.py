@@ -14,10 +14,11 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrate.report import MAIN, percent
-from schemas.search import Search, SearchResult, Trial
+from schemas.search import Search, SearchResult, Trial, direction_of
 from zscl.files import whole_file
 
 DPI = 120
+IMPORTANCE_FROM = 10  # trials: of fewer, a share of variance explained says little
 
 
 def trial_columns(found: SearchResult) -> dict[str, list[Any]]:
@@ -49,21 +50,28 @@ def terminal_tables(found: SearchResult) -> Group:
     columns = trial_columns(found)
     table = Table(title="Trials, judged on held-out training images, %")
     for name in columns:
-        table.add_column(Text(_short(name)), justify="left" if name in ("status", "note") else "right")
+        table.add_column(Text(_short(name)), justify="left" if name in ("status", "note") else "right", overflow="fold")
     for number, row in enumerate(zip(*columns.values(), strict=True), start=1):
         cells = [
             Text(percent(value) if name in found.objectives else shown(value))
             for name, value in zip(columns, row, strict=True)
         ]
         table.add_row(*cells, style="bold" if number == found.chosen else None)
+    trainings = [f"{number} {name.replace('_', ' ')}" for name, number in found.stage_trainings.model_dump().items()]
     lines = [
-        Text(f"importance: {', '.join(f'{path} {value:.2f}' for path, value in found.importance.items())}")
-        if found.importance
-        else Text("importance: fewer than two different trials"),
-        Text(f"stage trainings: {', '.join(f'{n} {name}' for name, n in found.stage_trainings.model_dump().items())}"),
+        Text(_importance(found)),
+        Text(f"stage trainings: {', '.join(trainings)}"),
         Text(f"chosen: trial {found.chosen}; judged on the test images, once: {_figures(found)}"),
     ]
     return Group(table, *lines)
+
+
+def _importance(found: SearchResult) -> str:
+    if not found.importance:
+        return "importance: fewer than two different trials"
+    finished = sum(trial.status in ("finished", "read") for trial in found.trials)
+    doubt = f" (of {finished} trials: a hint at most)" if finished < IMPORTANCE_FROM else ""
+    return f"importance{doubt}: {', '.join(f'{path} {value:.2f}' for path, value in found.importance.items())}"
 
 
 def _figures(found: SearchResult) -> str:
@@ -96,6 +104,9 @@ def draw(search: Search, trials: Sequence[Trial], folder: Path) -> list[Path]:
             axes = drawing.plot_parallel_coordinate(study, target=value_of, target_name=f"{objective}, %")
             axes.set_xticks(axes.get_xticks(), [f"{objective}, %", *map(_short, sorted(search.domains))])
             axes.set_title("Trials, judged on held-out training images")
+            best_is_dark = "viridis_r" if direction_of(objective) == "max" else "viridis"
+            for lines in axes.collections:
+                lines.set(cmap=best_is_dark, linewidth=2, clip_on=False)  # Optuna's own has white for the best
             drawn[f"parallel-{objective.replace('/', '-')}"] = axes
         if 1 < len(search.objectives) < 4:
             axes = drawing.plot_pareto_front(study, target_names=[f"{name}, %" for name in search.objectives])

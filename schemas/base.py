@@ -97,9 +97,14 @@ class Abbreviable(Strict):
 
 
 def _unknown(field: str, allowed: Iterable[str]) -> str:
-    nearest = get_close_matches(field, allowed, n=1)
-    hint = f"did you mean '{nearest[0]}'?" if nearest else "allowed: " + ", ".join(allowed)
-    return f"unknown field {_short(field)}; {hint}"
+    hint = did_you_mean(field, allowed) or "; allowed: " + ", ".join(allowed)
+    return f"unknown field {_short(field)}{hint}"
+
+
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """The end of a sentence that guesses what was meant; empty where nothing known is like it."""
+    nearest = get_close_matches(given, known, n=1)
+    return f"; did you mean '{nearest[0]}'?" if nearest else ""
 
 
 def explain(error: ValidationError) -> str:
@@ -122,15 +127,29 @@ def explain(error: ValidationError) -> str:
 
 def _explain_one(problem: Any) -> str:
     field = ".".join(str(part)[:LONGEST_NAME] for part in problem["loc"]) or "the recipe"
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] in ("unknown_field", "value_error", "missing"):
-        return f"{field}: {message}"
-    found = problem["input"]
-    if problem["type"] in ("int_type", "float_type") and isinstance(found, str) and _NUMBER.fullmatch(found):
+    kind, found, context = problem["type"], problem["input"], problem.get("ctx", {})
+    if kind in ("unknown_field", "value_error"):
+        return f"{field}: {problem['msg'].removeprefix('Value error, ')}"
+    if kind == "missing":
+        return f"{field}: found nothing, expected a value"
+    if kind in ("int_type", "float_type") and isinstance(found, str) and _NUMBER.fullmatch(found):
         return f"{field}: found {_short(found)} in quotes, which make it a text, expected a number without them"
-    return f"{field}: {message}, found {_short(found)}"
+    expected = _EXPECTED.get(kind) or _PYDANTIC_WORDS.sub("", problem["msg"])
+    if kind.startswith(("greater_", "less_")):
+        expected = f"a value {expected}"
+    if kind == "string_pattern_mismatch" and (signs := _ONLY_SIGNS.fullmatch(context["pattern"])):
+        expected = f"nothing but letters, digits and any of {signs[1]}"
+    hint = did_you_mean(str(found), re.findall(r"'([^']*)'", expected)) if kind == "literal_error" else ""
+    return f"{field}: found {'nothing' if found is None else _short(found)}, expected {expected}{hint}"
 
 
+# What pydantic says, without its own words for what a recipe's reader calls otherwise.
+_EXPECTED = {
+    "tuple_type": "a list", "list_type": "a list", "dict_type": "fields, each with its value",
+    "model_type": "fields, each with its value", "model_attributes_type": "fields, each with its value",
+}  # fmt: skip
+_PYDANTIC_WORDS = re.compile(r"^\w+ should (?:be|have|match) | after validation, not \d+$")
+_ONLY_SIGNS = re.compile(r"\^\[A-Za-z0-9(.*)\]\*\$")
 _NUMBER = re.compile(r"\s*[+-]?[0-9][0-9_]*(\.[0-9]*)?([eE][+-]?[0-9]+)?\s*")
 _shortener = reprlib.Repr()
 _shortener.maxstring = _shortener.maxother = _shortener.maxlong = 120

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationInfo, model_validator
 
-from schemas.base import Abbreviable, Many, Share, Strict, anchor
+from schemas.base import Abbreviable, Many, Share, Strict, anchor, did_you_mean
 from schemas.compute import Compute, Tracking
 from schemas.data import ClassIncremental, Reference, Task, check_names
 from schemas.method import Method
@@ -47,6 +47,7 @@ class Model(Abbreviable):
         if not self_contained and not self.pretrained:
             raise ValueError(
                 f"'{self.name}' alone has random weights, expected pretrained beside it (openai, laion2b_s34b_b88k, …)"
+                + did_you_mean(self.name, ["embedded"])
             )
         return self
 
@@ -171,7 +172,8 @@ class Experiment(Strict):
         every = self.method.average.every if self.method.average else 0
         return [
             f"method.average.every is {every}, but stage '{task.name}' has {self.stage_steps(task)} steps: what it "
-            "hands on is the mean of its start and its first step"
+            "hands on is the mean of its start and its first step; expected fewer, "
+            f"{max(1, self.stage_steps(task) // 10)}, say"
             for task in self.tasks
             if self.stage_steps(task) < every
         ]
@@ -179,6 +181,28 @@ class Experiment(Strict):
     def stage_steps(self, task: Task) -> int:
         """Updates of the task's stage."""
         return (task.steps or self.optimisation.steps) if self.method.task_loss else 0
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What is trained by beside the method's parts, by dotted path: alike where methods are compared.
+
+        Settings that this method does not read are left out.
+        """
+        if self.method.task_loss is None:
+            return {}
+        found = self.optimisation.model_dump(mode="json", exclude=self._unread_optimisation)
+        settings = {f"optimisation.{field}": value for field, value in found.items()}
+        if self.class_incremental is not None:
+            stages = self.class_incremental.model_dump(mode="json", include={"first", "increment", "epochs"})
+            return settings | {f"class_incremental.{field}": value for field, value in stages.items()}
+        for task in self.tasks:
+            own = task.model_dump(mode="json", include={"learning_rate", "steps", "shots"})
+            settings |= {f"tasks.{task.name}.{field}": value for field, value in own.items()}
+        return settings
+
+    @property
+    def _unread_optimisation(self) -> set[str]:
+        return {"reference_batch_size"} if self.method.distill is None else set()
 
     def fingerprint(self, contents: Mapping[str, str]) -> str:
         """Identify what is computed, wherever it runs and however it is called. Returns 16 hexadecimal digits.

@@ -7,9 +7,17 @@ method: {name: mine, task_loss: {}, distill: {}}  # a composition of one's own
 
 import json
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from schemas.base import Abbreviable, Many, Strict
 
@@ -110,6 +118,12 @@ class Merge(Strict):
     share: float = Field(0.2, gt=0, lt=1, description="Share of the anchor")
 
 
+def _dotted(path: str) -> str:
+    if "." not in path or not all(map(str.isidentifier, path.split("."))):
+        raise ValueError(f"found {path!r}, expected MODULE.NAME, the dotted name of a class or a function")
+    return path
+
+
 class FurtherLoss(Abbreviable):
     """A term of the loss that is not ours. A bare dotted name will do. **The code that it names is run.**
 
@@ -118,8 +132,7 @@ class FurtherLoss(Abbreviable):
 
     main_field: ClassVar[str] = "path"
 
-    path: str = Field(
-        pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)+$",
+    path: Annotated[str, AfterValidator(_dotted)] = Field(
         description="Dotted name MODULE.NAME of a class or a function, installed or in a folder of PYTHONPATH",
     )
     settings: dict[str, Any] = Field(default_factory=dict, description="Its keyword arguments")
@@ -215,12 +228,12 @@ class Method(Abbreviable):
 
     @property
     def changes(self) -> dict[str, Any]:
-        """What differs from the preset, by dotted path; empty for the preset as it is."""
+        """What differs from the preset, by dotted path, its name aside; empty for the preset as it is."""
         if self.preset is None:
             return {}
         mine, preset = self.model_dump(), Method.model_validate(self.preset).model_dump()
         mine["further_losses"] = {loss.path: json.dumps(loss.settings) for loss in self.further_losses}
-        return _difference(mine, preset)
+        return _difference(mine, preset | {"name": self.name})
 
 
 def _laid_over(preset: Mapping[str, Any], given: Any) -> Any:

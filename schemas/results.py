@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, AllowInfNan, Field, NonNegativeInt
+from pydantic import AfterValidator, AllowInfNan, Field, JsonValue, NonNegativeInt
 
 from schemas.base import Many, Strict
 from schemas.experiment import HeldOut
@@ -74,6 +74,11 @@ class Result(Strict):
     method_changes: dict[str, str | float | int | bool | None] = Field(
         description="What differs from the method's preset, by dotted path"
     )
+    settings: dict[str, JsonValue] = Field(
+        default_factory=dict, description="What training went by beside the method, by dotted path of the recipe"
+    )
+    model: Shown = Field("", description="The initial model, as the recipe names it")
+    model_digest: str = Field("", description="Content hash of its weights")
     seed: int
     fingerprint: str
     tasks: Many[TaskName]

@@ -42,7 +42,10 @@ def accuracies(
         correct, images = count_correct(clip, task, heads, loader, precision, batch_size)
     clip.model.train(was_training)
     if images == 0:
-        raise InputError(f"{task.path}/test: found no image that can be used, expected some to judge '{task.name}' by")
+        raise InputError(
+            f"{task.path}/test: found no image that can be used, expected some to judge '{task.name}' by; "
+            f"zscl data check {task.path} lists what is wrong"
+        )
     return [each / images for each in correct], images
 
 

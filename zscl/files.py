@@ -1,4 +1,4 @@
-"""Writes that are whole or not there, and digests."""
+"""Writes that are whole or not there, names that are nearly right, and digests."""
 
 import hashlib
 import os
@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from filelock import FileLock, Timeout
+
+from schemas.base import did_you_mean
 
 PATIENCE_SECONDS = 300.0  # with storage that fails: a server that restarts is back by then
 T = TypeVar("T")
@@ -101,6 +103,13 @@ def read_if_there(file: Path, within: Path) -> str:
             return ""
 
     return patiently(read)
+
+
+def nearest(path: Path) -> str:
+    """The end of a sentence about a path that is not there: what is called nearly so, if anything."""
+    with suppress(OSError):
+        return did_you_mean(path.name, [each.name for each in path.parent.iterdir()])
+    return ""
 
 
 def link_folder(

@@ -2,15 +2,22 @@
 
 import inspect
 import pkgutil
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+import torch
 
 from schemas.base import InputError
 from schemas.method import FurtherLoss
+from zscl.distributed import world_size
 from zscl.files import digest
 
 if TYPE_CHECKING:
-    from zscl.objective import Part, Stage
+    from zscl.objective import Batch, Features, Part, Stage
 
 
 def find(loss: FurtherLoss) -> Callable[..., "Part"]:
@@ -57,12 +64,60 @@ def bind(loss: FurtherLoss, stage: "Stage") -> "Part":
     """Bind a loss to a stage.
 
     Raises:
-        InputError: what it gives is no part.
+        InputError: it fails, or what it gives is no part.
     """
-    part = find(loss)(stage, **loss.settings)
+    with _failure_told(loss):
+        part = find(loss)(stage, **loss.settings)
     if not callable(part):
         raise InputError(
             f"method.further_losses: '{loss.path}' gives {type(part).__name__}, expected a part: something that is "
             "called with features and batch, and gives losses by name"
         )
-    return part
+    return Checked(loss, part)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Another's part, whose mistakes are said in a sentence: starting again would not mend them."""
+
+    loss: FurtherLoss
+    part: "Part"
+
+    def __call__(self, features: "Features", batch: "Batch") -> dict[str, torch.Tensor]:
+        """Return the part's losses by name.
+
+        Raises:
+            InputError: it fails, or gives something else than scalars by name.
+        """
+        with _failure_told(self.loss):
+            found = self.part(features, batch)
+        if not isinstance(found, dict):
+            raise InputError(self._expected(f"gives {type(found).__name__}"))
+        for name, value in found.items():
+            if not isinstance(value, torch.Tensor):
+                raise InputError(self._expected(f"gives {type(value).__name__} as '{name}'"))
+            if value.ndim:
+                raise InputError(self._expected(f"gives a tensor of shape {list(value.shape)} as '{name}'"))
+        return found
+
+    def _expected(self, gives: str) -> str:
+        return (
+            f"method.further_losses: '{self.loss.path}' {gives}, expected a dict of losses by name, each a tensor of "
+            "shape []"
+        )
+
+
+@contextmanager
+def _failure_told(loss: FurtherLoss) -> Iterator[None]:
+    try:
+        yield
+    except (InputError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error, RuntimeError) and world_size() > 1:
+            raise  # a worker that died makes the others' collectives fail, and the group starts again
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise InputError(
+            f"method.further_losses: '{loss.path}' fails in {Path(place.filename).name}, line {place.lineno} "
+            f"({type(error).__name__}: {' '.join(str(error).split())}), expected a part of the loss"
+        ) from error

@@ -1,14 +1,17 @@
 """Trees of images, a folder a class → tasks."""
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
 
 from schemas.base import InputError
+from zscl.looking import has_header
 from zscl.members import IMAGE_SUFFIXES
 from zscl.sources import SPLIT_SEED, File, Prepared, random_split, write_files
 from zscl.writing import image_suffix
 
 DEFAULT_TEMPLATE = "a photo of a {c}."
+MOST_NAMED = 8  # classes or files, in a sentence
 
 
 def prepare_folder(images: Path, folder: Path, templates: Sequence[str], seed: int = SPLIT_SEED) -> Prepared:
@@ -32,7 +35,52 @@ def prepare_folder(images: Path, folder: Path, templates: Sequence[str], seed: i
     for name in classnames:
         if classnames.count(name) > 1:
             raise InputError(f"{images}: found two folders for the class '{name}', expected one folder a class")
-    return write_files(folder, classnames, templates, splits, str(images), family)
+    unreadable: list[str] = []
+    looked_at = {split: [_looked_at(file, unreadable) for file in files] for split, files in splits.items()}
+    prepared = write_files(folder, classnames, templates, looked_at, str(images), family)
+    notes = [_names(classnames), *_folders_in_classes(images, splits), *_unreadable(unreadable, folder)]
+    return replace(prepared, notes=tuple(notes))
+
+
+def _looked_at(file: File, unreadable: list[str]) -> File:
+    """The file, which joins the unreadable ones when it is read and its header is none that PIL knows."""
+
+    def read() -> bytes:
+        content = file.read()
+        if not has_header(content):
+            unreadable.append(file.name)
+        return content
+
+    return file._replace(read=read)
+
+
+def _names(classnames: Sequence[str]) -> str:
+    more = ", …" if len(classnames) > MOST_NAMED else ""
+    return f"{len(classnames)} classes, named after their folders: {', '.join(classnames[:MOST_NAMED])}{more}"
+
+
+def _folders_in_classes(images: Path, splits: Mapping[str, Sequence[File]]) -> list[str]:
+    """A warning where a class's folder holds folders: these may be the classes that were meant."""
+    depth = 2 if (images / "train").is_dir() and (images / "test").is_dir() else 1
+    for files in splits.values():
+        for file in files:
+            places = PurePosixPath(file.name).parts[depth - 1 : -1]
+            if len(places) > 1:
+                return [
+                    f"warning: found the folder {places[1]} in that of the class {places[0]}, whose images it joined; "
+                    "if it is a class, one folder further down is what to give"
+                ]
+    return []
+
+
+def _unreadable(names: Sequence[str], folder: Path) -> list[str]:
+    if not names:
+        return []
+    more = ", …" if len(names) > MOST_NAMED else ""
+    return [
+        f"warning: found {len(names)} files that are no images ({', '.join(names[:MOST_NAMED])}{more}), which training "
+        f"will skip; zscl data check {folder} looks at every sample to its last pixel"
+    ]
 
 
 def _folder_splits(images: Path, seed: int) -> tuple[str, list[str], dict[str, list[File]]]:

@@ -102,7 +102,10 @@ class Tally:
         of_class, right = confusion.sum(dim=1), confusion.diagonal()
         images, count = int(of_class.sum()), len(self.space.names)
         if images == 0:
-            raise InputError(f"{task.path}: found no image that can be used, expected some to judge '{task.name}' by")
+            raise InputError(
+                f"{task.path}: found no image that can be used, expected some to judge '{task.name}' by; "
+                f"zscl data check {task.path} lists what is wrong"
+            )
         found = of_class.nonzero().flatten().tolist()
         names = _told_apart(self.space.names)
         in_bin, confidence, accurate = self.bins.cpu()

@@ -43,6 +43,15 @@ def look_at(encoded: bytes) -> Decoded | Undecodable:
     return Decoded(width, height, name, mode, hashlib.blake2b(encoded, digest_size=16).digest())
 
 
+def has_header(encoded: bytes) -> bool:
+    """Whether something begins like an image that training decodes; the rest of it is not looked at."""
+    try:
+        with Image.open(io.BytesIO(encoded), formats=FORMATS):
+            return True
+    except Exception:  # as in look_at
+        return False
+
+
 def _detail(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "no image format that PIL knows"  # its own words name an address in memory

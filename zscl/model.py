@@ -18,7 +18,7 @@ from torch import nn
 
 from schemas.base import InputError
 from schemas.experiment import LOCAL_MODEL, Model
-from zscl.files import digest, file_digest, patiently, whole_folder
+from zscl.files import digest, file_digest, nearest, patiently, whole_folder
 
 EMBEDDED_MODEL = Path(__file__).parent / "embedded_model"
 WEIGHTS = "open_clip_model.safetensors"
@@ -102,7 +102,7 @@ def load(model: Model, device: torch.device | str = "cpu") -> Clip:
 
 def _refuse_without_safetensors(folder: Path, shown: str) -> None:
     if not folder.is_dir():
-        raise InputError(f"{shown}: found no such folder, expected an open_clip folder")
+        raise InputError(f"{shown}: found no such folder, expected an open_clip folder{nearest(folder)}")
     if not any(folder.glob("*.safetensors")):
         raise InputError(f"{shown}: found no .safetensors in the folder, expected {CONFIG} and {WEIGHTS}")
     pickled = sorted(file.name for pattern in ("*.bin", "*.pth") for file in folder.glob(pattern))

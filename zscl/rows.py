@@ -203,14 +203,17 @@ class Rows:
         self.report(TaskEvaluated(stage=stage, task=task.name, accuracy=found[0], images=images))
 
     def _doubt(self, stage: int, row: AccuracyRow) -> None:
-        """Warn of a task that the model is at chance on right after it was trained."""
+        """Warn of a task that the model is at chance on right after its training, no better than the initial model."""
         tasks = self.opened.tasks
         task = tasks[stage - 1]
         classes = sum(len(each.classnames) for each in (tasks[:stage] if self.one_head else [task]))
-        if at_chance(row.accuracy[task.name], classes, row.images[task.name]):
+        accuracy, images = row.accuracy[task.name], row.images[task.name]
+        better = 0 in self.found and accuracy > self.found[0].accuracy[task.name]
+        if at_chance(accuracy, classes, images) and not better:
             self._warn(
-                f"stage {stage} {task.name}: found an accuracy of {100 * row.accuracy[task.name]:.1f} right after "
-                f"training it, what guessing among {classes} classes gives: this stage has failed"
+                f"stage {stage} {task.name}: found an accuracy of {100 * accuracy:.1f} on {images} images right after "
+                f"training it, which cannot be told from guessing among {classes} classes ({100 / classes:.1f}); "
+                "look at its losses: more steps or another learning rate may help, or more test images tell more"
             )
 
     def _warn(self, sentence: str) -> None:

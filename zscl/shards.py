@@ -14,7 +14,7 @@ from filelock import FileLock
 
 from schemas.base import InputError
 from schemas.secrets import mask_urls
-from zscl.files import digest, whole_file
+from zscl.files import digest, nearest, whole_file
 from zscl.indexed_samples import IndexedSamples
 from zscl.members import IMAGE_SUFFIXES
 from zscl.streamed_samples import StreamedSamples
@@ -127,7 +127,7 @@ def _found_files(path: Path) -> list[Path]:
             raise InputError(f"{path}: found no file of that pattern, expected at least one shard")
         return files
     if not path.is_file():
-        raise InputError(f"{path}: found no such file, expected a shard")
+        raise InputError(f"{path}: found no such file, expected a shard{nearest(path)}")
     return [path]
 
 

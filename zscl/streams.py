@@ -256,7 +256,10 @@ class TrainingImages:
                 decoded = self.decode.transform(image), label
             yield decoded
             return
-        raise InputError(f"{draw(0).shard}: found no usable sample in {ATTEMPTS} attempts, expected readable images")
+        raise InputError(
+            f"{draw(0).shard}: found no usable sample in {ATTEMPTS} attempts, expected readable images; zscl data "
+            "check lists what is wrong"
+        )
 
     def _positions(self) -> Iterator[int]:
         process, processes = _process()

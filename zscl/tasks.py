@@ -17,7 +17,7 @@ import fsspec
 from schemas.base import InputError
 from schemas.data import Reference, Task
 from schemas.experiment import HeldOut
-from zscl.files import digest
+from zscl.files import digest, nearest
 from zscl.holdout import few_of_each, split_off
 from zscl.indexed_samples import IndexedSamples
 from zscl.samples import BrokenSampleError, Sample, decoded_label
@@ -92,7 +92,8 @@ class TaskFolder:
             InputError: the folder, a file of it or the template's `{c}` is missing.
         """
         if "://" not in task.path and not Path(task.path).is_dir():
-            raise InputError(f"{task.path}: found no such folder, expected a task (task '{task.name}')")
+            near = nearest(Path(task.path))
+            raise InputError(f"{task.path}: found no such folder, expected a task (task '{task.name}'){near}")
         classnames = lines_of(f"{task.path}/classnames.txt", "class names")
         if "" in classnames:
             raise InputError(

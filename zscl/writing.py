@@ -14,6 +14,8 @@ from zscl.files import file_digest, whole_folder, write_text
 from zscl.members import IMAGE_SUFFIXES
 from zscl.tasks import MANIFEST
 
+FILES = "files.txt"  # of a split: what each sample was called at its source
+
 
 class LabelledImage(NamedTuple):
     """An encoded image of a task to write."""
@@ -24,10 +26,14 @@ class LabelledImage(NamedTuple):
 
 
 class FileList:
-    """SHA-256 over a split's file names and labels, in order: who has the same hash has the same split."""
+    """SHA-256 over a split's file names and labels, in order: who has the same hash has the same split.
+
+    names: those of files at the source; the line number, from 0, is the sample's key.
+    """
 
     def __init__(self) -> None:
         self._hash = hashlib.sha256()
+        self.names: list[str] = []
 
     def add(self, name: str, label: int) -> None:
         """Append a file."""
@@ -76,6 +82,8 @@ def write_task(
                 raise InputError(f"{folder}: found no image for its {split} split in {source}, expected at least one")
             write_text(temporary / split / "nshards.txt", f"{len(shards[split])}\n")
             file_lists[split] = files.sha256
+            if files.names:
+                write_text(temporary / split / FILES, "\n".join(files.names) + "\n")
         manifest = {"source": source, "split_family": split_family, "file_lists": file_lists, "splits": shards}
         write_text(temporary / MANIFEST, json.dumps(manifest, indent=1) + "\n")
 
@@ -87,6 +95,8 @@ def _labelled(
         image, label = sample[:2]
         name = sample.name if isinstance(sample, LabelledImage) else f"{number:07d}.{suffix}"
         files.add(name, label)
+        if isinstance(sample, LabelledImage):
+            files.names.append(name)
         yield {image_suffix(name): image, "cls": str(label).encode()}
 
 

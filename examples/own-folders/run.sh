@@ -11,7 +11,6 @@ zscl data prepare folder "$work/photos/digits" --out "$work/tasks/digits" \
 zscl data prepare folder "$work/photos/scenes" --out "$work/tasks/scenes" --template "a photo of {c}"
 zscl data check "$work/tasks/digits" --picture "$work/digits.png"
 
-for method in finetune zscl; do
-    zscl run "$here/own.yaml" --out "$work/$method" --set "method.preset=$method" "$@"
-done
+zscl run "$here/own.yaml" --out "$work/zscl" "$@"
+zscl run "$here/own.yaml" --out "$work/finetune" --set method=finetune "$@"
 zscl compare "$work/finetune" "$work/zscl" --out "$work/comparison"

@@ -46,7 +46,8 @@ def main(folder: Path) -> None:
     """Show the runs in a folder."""
     for run in sorted(file.parent for file in folder.glob("*/result.json")):
         print(f"\n{run.name}: accuracy\n{matrix(run)}")
-        print(f"\n{run.name}: mean losses of each stage\n{curves(run).groupby('stage').mean().round(3).to_string()}")
+        losses = curves(run).drop(columns=["step", "learning_rate"]).groupby("stage").mean().round(3)
+        print(f"\n{run.name}: mean losses and gradient norm of each stage\n{losses.to_string()}")
     print(f"\nin MLflow\n{figures(f'sqlite:///{folder}/mlflow.db').to_string(index=False)}")
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from orchestrate.commands.shared import (
     AsJson,
@@ -20,6 +19,7 @@ from orchestrate.commands.shared import (
     note,
     one_or_all,
     progress_console,
+    table_console,
 )
 from schemas.base import InputError
 from schemas.secrets import mask
@@ -92,9 +92,11 @@ def _ended(experiment: "Experiment", folder: Path, result: "Result", offline: bo
 
     uri = None if offline else places.store_uri(experiment, folder)
     shown = {"folder": str(folder), "tracking_uri": uri and mask(uri)}
-    figures = "  ".join(f"{name} {report.percent(value)}" for name, value in result.metrics.model_dump().items())
+    figures = "  ".join(
+        f"{name.replace('_', ' ')} {report.percent(value)}" for name, value in result.metrics.model_dump().items()
+    )
     lines = [
-        *(f"warning: {sentence}" for sentence in result.warnings),
+        *([f"warnings {len(result.warnings)}, said above and in {folder}/result.json"] if result.warnings else []),
         f"{figures}  (zero-shot transfer {report.percent(result.zero_shot_metrics.transfer)})",
         f"time    {report.where_time_went(result, beside=experiment.compute.evaluation == 'overlapped')}",
         f"run     {folder}",
@@ -136,7 +138,7 @@ def _searched(prepared: "Prepared", folder: Path, offline: bool, as_json: bool) 
     if not as_json:
         from orchestrate.search_report import terminal_tables
 
-        Console().print(terminal_tables(found))
+        table_console().print(terminal_tables(found))
     uri = None if offline else places.store_uri(prepared.base.experiment, folder)
     lines = [
         f"search  {folder}",

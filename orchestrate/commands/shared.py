@@ -1,6 +1,7 @@
 """What verbs share: options that mean the same everywhere, and how results and remarks are printed."""
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +12,14 @@ from rich.console import Console
 from schemas.base import InputError
 
 progress_console = Console(stderr=True)
+
+WIDE = 200  # columns, where a table goes to a file or another program
+
+
+def table_console() -> Console:
+    """Standard output for tables: no column is cut where no terminal ends."""
+    return Console(markup=False, width=None if sys.stdout.isatty() else WIDE)
+
 
 Recipe = Annotated[Path, typer.Argument(help="Recipe (YAML).")]
 Overrides = Annotated[
@@ -56,4 +65,4 @@ def compared(
     """Compare runs (see `orchestrate.compare`): the tables are for people, and offline no page is left in MLflow."""
     from orchestrate.compare import compare
 
-    return compare(runs, folder, None if as_json else Console(), published, baseline, None if offline else note)
+    return compare(runs, folder, None if as_json else table_console(), published, baseline, None if offline else note)

@@ -43,7 +43,33 @@ def test_a_misspelt_key(refused: Callable[..., str]) -> None:
 
 
 def test_a_wrong_type(refused: Callable[..., str]) -> None:
-    assert "seed: Input should be a valid integer, found 'one'" in refused("--set", "seed=one")
+    assert "--set seed=one: seed: found 'one', expected a valid integer" in refused("--set", "seed=one")
+    assert "recipe.yaml: seed: found 'one', expected a valid integer" in refused(seed="one")
+
+
+@pytest.mark.parametrize(
+    ("field", "given", "sentence"),
+    [
+        ("tasks", "x", "tasks: found 'x', expected a list"),
+        ("optimisation", 5, "optimisation: found 5, expected fields, each with its value"),
+        ("method", "zcsl", "did you mean 'zscl'?"),
+        ("model", "embeded", "did you mean 'embedded'?"),
+        ("model", None, "model: found nothing, expected fields, each with its value"),
+        ("name", "a b", "name: found 'a b', expected nothing but letters, digits and any of _.-"),
+        ("tasks", [], "tasks: found none, expected at least one"),
+        ("method", {"preset": "finetune", "further_losses": [{"path": "Spread"}]}, "expected MODULE.NAME"),
+    ],
+)
+def test_what_is_no_such_value(refused: Callable[..., str], field: str, given: object, sentence: str) -> None:
+    assert sentence in refused(**{field: given})
+
+
+def test_a_location_that_is_nearly_right(refused: Callable[..., str], place: Path) -> None:
+    make_task(place / "animals", seed=0)
+    assert f"{place}/animels: found no such folder, expected a task (task 'animels'); did you mean 'animals'?" in (
+        refused(tasks=["animels"])
+    )
+    assert "expected a shard; did you mean 'reference'?" in refused(reference="referense", method="zscl")
 
 
 def test_a_missing_recipe(place: Path, zscl: Zscl) -> None:

@@ -16,8 +16,11 @@ from mlflow.tracking import MlflowClient
 
 from orchestrate import recipes
 from orchestrate.comparison import difference_of
+from orchestrate.comparison_tables import escaped
+from orchestrate.report import label_of
 from orchestrate.shipping import Shipper
 from schemas.experiment import Experiment
+from schemas.method import Method
 from schemas.results import Result
 from zscl.opened import open_experiment
 from zscl.sequence import run_sequence
@@ -88,6 +91,9 @@ def test_the_table_for_a_paper(runs: dict[str, Path], zscl: Zscl, tmp_path: Path
     table = (tmp_path / "comparison.tex").read_text()
     for command in ("\\toprule", "\\midrule", "\\bottomrule", "\\textbf{"):
         assert command in table
+    assert escaped(r'a_b=["{x}\y"] 5 % ~^') == (
+        r'a\_b=["\{x\}\textbackslash{}y"] 5 \% \textasciitilde{}\textasciicircum{}'
+    )
     rows = [line for line in table.splitlines() if line.endswith("\\\\")]
     assert [row.partition(" & ")[0] for row in rows] == ["Method", "zero-shot", "finetune", "zscl"]
     assert all(row.count("&") == 4 for row in rows)
@@ -140,6 +146,39 @@ def test_what_is_not_alike_is_marked_and_never_averaged_in(
     assert groups["finetune [2 of 3 stages]"]["figures"]["last"]["mean"] == pytest.approx(fmean(matrix[1]))
 
 
+def test_other_training_settings_are_marked(
+    runs: dict[str, Path], zscl: Zscl, tmp_path: Path, experiment: Make
+) -> None:
+    optimisation = {**recipes.load_experiment(runs["zscl-1"] / "experiment.yaml").optimisation.model_dump(), "steps": 3}
+    made = experiment(method="zscl", seed=1, optimisation=optimisation)
+    run_sequence(made, tmp_path / "shorter", device=torch.device("cpu"))
+    groups = compared(zscl, runs["zscl-0"], runs["zscl-1"], tmp_path / "shorter", "--out", tmp_path / "out")["groups"]
+    assert {label: group["runs"] for label, group in groups.items()} == {
+        "zscl": ["zscl-0", "zscl-1"],
+        "zscl [steps=3]": ["shorter"],
+    }
+
+
+def test_a_run_counts_once(runs: dict[str, Path], zscl: Zscl, tmp_path: Path) -> None:
+    copies = [shutil.copytree(runs["zscl-0"], tmp_path / name) for name in ("again", "and-again")]
+    groups = compared(zscl, *runs.values(), *copies, "--out", tmp_path / "out")["groups"]
+    again = "same seed and order as zscl-0"
+    assert {label: group["runs"] for label, group in groups.items()} == {
+        "finetune": ["finetune-0", "finetune-1"],
+        "zscl": ["zscl-0", "zscl-1"],
+        f"zscl [{again}]": ["again"],
+        f"zscl [{again}; same seed and order as again]": ["and-again"],
+    }
+
+
+def test_what_only_one_of_two_methods_reads_is_no_difference(experiment: Make) -> None:
+    """Fine-tuning reads no reference images: their batch sets it apart from nothing."""
+    settings = {name: experiment(method=name).settings for name in ("zscl", "finetune", "zero-shot")}
+    assert settings["zscl"].items() - settings["finetune"].items() == {("optimisation.reference_batch_size", 4)}
+    assert settings["zero-shot"] == {}
+    assert "tasks.second.shots" in settings["zscl"]
+
+
 def test_orders_are_compared_task_by_task(
     runs: dict[str, Path], zscl: Zscl, tmp_path: Path, experiment: Make, tasks: list[str]
 ) -> None:
@@ -174,6 +213,15 @@ def test_runs_are_found_in_mlflow(
         refused = zscl("compare", "--where", where, *store)
         assert (refused.code, sentence in refused.error) == (2, True)
     assert MlflowClient(f"sqlite:///{place}/mlflow.db").get_run(ids[0]).info.status == "FINISHED"
+
+
+def test_a_method_is_called_by_what_was_changed_in_it(runs: dict[str, Path]) -> None:
+    settings = '{"weight": 0.5, "kind": "soft"}'
+    changes = {"distill.text_weight": 0.0, "average": None, "further_losses.spread.Spread": settings}
+    result = result_of(runs["zscl-0"]).model_copy(update={"method_changes": changes})
+    assert label_of(result) == ('zscl (distill.text_weight=0.0, average=null, spread.Spread(weight=0.5, kind="soft"))')
+    named = Method.model_validate({"preset": "zscl", "name": "mine", "distill": {"text_weight": 0.0}})
+    assert named.changes == {"distill.text_weight": 0.0}
 
 
 def test_a_difference_has_an_interval_where_there_are_pairs() -> None:
@@ -220,3 +268,5 @@ def test_the_page_draws_itself_without_a_network(runs: dict[str, Path], zscl: Zs
     assert all(name in whole for name in ("zscl-0", "finetune-0", ">first<", ">second<"))
     assert all(name in one for name in ("finetune-0", ">second<"))
     assert not any(name in one for name in ("zscl-0", ">first<"))
+    beginning = drawn("?method=fine").partition('id="chart-matrices"')[2].partition("</section>")[0]
+    assert ("finetune-0" in beginning, "zscl-0" in beginning) == (True, False)

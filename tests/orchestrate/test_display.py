@@ -33,7 +33,7 @@ def test_a_log_tells_stage_step_time_left_and_losses(
     assert lines[0] == "stage 1/3: first 50.0  second 25.0"
     assert lines[1] == "stage 2/3 second: 5 steps"
     # 5 steps in 30 s, 5 left
-    assert lines[2] == "stage 2/3 second: step 10 of 15, about 0.5 min left  40 images/s  classification 1.250"
+    assert lines[2] == "stage 2/3 second: 10 of 15 steps in all, about 0.5 min left  40 images/s  classification 1.250"
     assert "\r" not in stream.getvalue()
     assert "\x1b" not in stream.getvalue()
 

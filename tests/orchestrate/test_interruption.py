@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +24,20 @@ def test_resume_refuses_what_is_no_run_or_would_be_another(tmp_path: Path, zscl:
     assert (found.code, found.error) == (
         2, "error: --set seed=1: expected a field of compute or tracking; all else is what the run is\n",
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_command_that_is_ended_early_says_so(number: int, code: int, tmp_path: Path) -> None:
+    """While it still reads its recipe, here from a pipe that nobody writes to."""
+    os.mkfifo(tmp_path / "recipe.yaml")
+    main = "from orchestrate.cli import main; main()"
+    command = [sys.executable, "-c", main, "run", str(tmp_path / "recipe.yaml")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    with process, (tmp_path / "recipe.yaml").open("w"):  # opens when the other end does
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert said == "interrupted: the same command goes on from what was kept, if anything\n"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

@@ -143,6 +143,16 @@ def test_dry_run_refuses_the_folder_of_another_run(file: Path, tmp_path: Path, z
     found = zscl("run", file, "--dry-run", "--out", tmp_path / "other")
     assert found.code == 2
     assert "found a run of another experiment" in found.error
+    changes = ["seed=3", "optimisation.steps=7", "method=we", "compute.workers=1"]
+    recipes.write_experiment(recipes.load_experiment(file, changes), tmp_path / "other/experiment.yaml")
+    found = zscl("run", file, "--dry-run", "--out", tmp_path / "other", "--set", "seed=4")
+    assert "; choose another folder (method." in found.error
+    assert found.error.count(" there, ") == 3
+    assert "and " in found.error.rpartition("; ")[2]
+    alike = ["name=another", "compute.workers=1"]
+    recipes.write_experiment(recipes.load_experiment(file, alike), tmp_path / "other/experiment.yaml")
+    found = zscl("run", file, "--dry-run", "--out", tmp_path / "other")
+    assert "(the recipe is alike: the data, the model or a further loss's code is another)" in found.error
 
 
 @pytest.mark.parametrize("shipped", SHIPPED, ids=lambda file: file.stem)

@@ -159,11 +159,11 @@ def test_trials_that_fail_or_do_badly_end_nothing(
         ),
         (
             {"domains": {"optimisation.learning_rate": {"uniform": [0, 1]}}},
-            "optimisation.learning_rate: Input should be greater than 0, found 0.0 "
+            "optimisation.learning_rate: found 0.0, expected a value greater than 0 "
             "(search.domains.optimisation.learning_rate at 0.0)",
         ),
         ({"objectives": "accuracy/tenth"}, "found accuracy/tenth, expected accuracy/ and one of first, second, third"),
-        ({"trials": 0}, "search.trials: Input should be greater than 0, found 0"),
+        ({"trials": 0}, "search.trials: found 0, expected a value greater than 0"),
         ({"validation_share": 0.99}, "evaluation.held_out.share is 0.99, which leaves the class 'red' without"),
         ({"domains": {"tasks.0.path": {"choice": ["nowhere"]}}}, "nowhere: found no such folder, expected a task"),
     ],

@@ -31,11 +31,15 @@ def refused(content: dict[str, Any]) -> str:
             {"method": {"preset": "zscl", "distill": {"temprature": 1}}},
             "method.distill: unknown field 'temprature'; did you mean 'temperature'?",
         ),
-        ({"method": "zcl"}, "'lwf-vr', 'icarl', 'zscl*' or 'zscl', found 'zcl'"),
+        (
+            {"method": "zcl"},
+            "found 'zcl', expected 'zero-shot', 'finetune', 'we', 'wc', 'we+wc', 'wise-ft', 'lwf', "
+            "'lwf-vr', 'icarl', 'zscl*' or 'zscl'; did you mean 'zscl'?",
+        ),
         ({"optimisation": {"steps": "10"}}, "optimisation.steps: found '10' in quotes"),
         (
             {"optimisation": {"learning_rate": 0.0}},
-            "optimisation.learning_rate: Input should be greater than 0, found 0.0",
+            "optimisation.learning_rate: found 0.0, expected a value greater than 0",
         ),
         ({"tasks": []}, "tasks: found none, expected at least one (or class_incremental)"),
         ({"tasks": ["a/b", "c/b"]}, "found the name 'b' twice"),
@@ -95,7 +99,7 @@ def refused(content: dict[str, Any]) -> str:
             },
             "found temperature 3.0, which nothing reads, expected another weight than feature_weight beside it",
         ),
-        ({"compute": {"savings": {"context_cut": "yes"}}}, "compute.savings.context_cut: Input should be 'auto'"),
+        ({"compute": {"savings": {"context_cut": "yes"}}}, "compute.savings.context_cut: found 'yes', expected 'auto'"),
         (
             {"method": {"preset": "zscl", "distill": {"image_weight": 0.0, "text_weight": 0.0}}},
             "image_weight, text_weight, similarity_weight, feature_weight are all 0",

@@ -22,9 +22,9 @@ def refused(**changes: Any) -> str:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"trials": 0}, "trials: Input should be greater than 0, found 0"),
+        ({"trials": 0}, "trials: found 0, expected a value greater than 0"),
         ({"trials": None}, "trials: found none with sampler tpe, expected how many, at least 1"),
-        ({"domains": {}}, "domains: Dictionary should have at least 1 item"),
+        ({"domains": {}}, "domains: found {}, expected at least 1 item"),
         ({"domains": {"a": {}}}, "domains.a: found none, expected exactly one of uniform, log_uniform, integer"),
         (
             {"domains": {"a": {"uniform": [0, 1], "choice": [1]}}},
@@ -47,8 +47,8 @@ def refused(**changes: Any) -> str:
         ({"sampler": "grid", "trials": None}, "domains.method.distill.image_weight: expected a choice or at most 16"),
         ({"sampler": "nsga2"}, "sampler is nsga2 with one objective, expected several (or tpe)"),
         ({"early_stopping": "asha", "objectives": ["last", "avg"]}, "early_stopping with several objectives"),
-        ({"early_stopping": "hyperband"}, "early_stopping.kind: Input should be 'asha' or 'median', found 'hyperband'"),
-        ({"validation_share": 1.0}, "validation_share: Input should be less than 1, found 1.0"),
+        ({"early_stopping": "hyperband"}, "early_stopping.kind: found 'hyperband', expected 'asha' or 'median'"),
+        ({"validation_share": 1.0}, "validation_share: found 1.0, expected a value less than 1"),
     ],
 )
 def test_what_is_refused(changes: dict[str, Any], sentence: str) -> None:

@@ -101,8 +101,31 @@ def test_settings_and_names_that_do_not_fit(module: Path, experiment: Make, tmp_
         run_sequence(taken, tmp_path / "run", device=CPU)
 
 
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        ("return lambda features, batch: features.images.mean()", r"gives Tensor, expected a dict of losses by name"),
+        ("return lambda features, batch: {'mine': 1.0}", r"gives float as 'mine', expected"),
+        ("return lambda features, batch: {'mine': features.images}", r"gives a tensor of shape \[6, \d+\] as 'mine'"),
+        (
+            "return lambda features, batch: features.image",
+            r"line 2 \(AttributeError: 'Features' object has no attribute",
+        ),
+        ("return lambda features, batch: features.images @ features.images", r"line 2 \(RuntimeError: mat1 and mat2"),
+        ("raise KeyError('weight')", r"fails in losses_of_mine.py, line 2 \(KeyError: 'weight'\), expected a part"),
+        ("return 3", r"gives int, expected a part"),
+    ],
+)
+def test_a_loss_that_is_none_is_said_in_a_sentence(
+    module: Path, experiment: Make, tmp_path: Path, body: str, sentence: str
+) -> None:
+    module.write_text(f"def broken(stage):\n    {body}\n")
+    with pytest.raises(InputError, match=rf"^method.further_losses: 'losses_of_mine\.broken' .*{sentence}"):
+        run_sequence(with_losses(experiment, "losses_of_mine.broken"), tmp_path / "run", device=CPU)
+
+
 def test_a_name_without_a_module(experiment: Make) -> None:
-    with pytest.raises(ValidationError, match="String should match pattern"):
+    with pytest.raises(ValidationError, match=r"expected MODULE\.NAME"):
         with_losses(experiment, "pull")
     with pytest.raises(ValidationError, match="found further_losses without task_loss"):
         with_losses(experiment, "losses_of_mine.pull", preset="zero-shot")

@@ -35,6 +35,30 @@ def test_a_folder_with_splits(tmp_path: Path) -> None:
             prepare_folder(tmp_path / "photos", tmp_path / "task", templates)
 
 
+def test_says_what_is_odd_about_a_folder(tmp_path: Path) -> None:
+    sorted_by_class(tmp_path / "photos/colours", 8)
+    sorted_by_class(tmp_path / "photos/others", 8)
+    (tmp_path / "photos/others/blue/broken.png").write_bytes(b"no image")
+    prepared = prepare_folder(tmp_path / "photos", tmp_path / "task", ["{c}"])
+    classes, folders, unreadable = prepared.notes
+    assert classes == "2 classes, named after their folders: colours, others"
+    assert "in that of the class" in folders
+    assert unreadable.startswith("warning: found 1 files that are no images (others/blue/broken.png)")
+    names = [line for split in ("train", "test") for line in (tmp_path / "task" / split / "files.txt").open()]
+    assert len(names) == 17
+    assert "others/blue/broken.png\n" in names
+
+
+def test_a_key_is_the_line_of_its_file(tmp_path: Path) -> None:
+    sorted_by_class(tmp_path / "photos", 12)
+    assert len(prepare_folder(tmp_path / "photos", tmp_path / "task", ["{c}"]).notes) == 1
+    task = opened(tmp_path / "task")
+    for split, samples in (("train", task.train), ("test", task.test)):
+        names = (tmp_path / "task" / split / "files.txt").read_text().splitlines()
+        for sample in samples.once(0, 1):
+            assert (tmp_path / "photos" / names[int(sample.key)]).read_bytes() == sample.image
+
+
 def test_a_folder_without_splits(tmp_path: Path) -> None:
     sorted_by_class(tmp_path / "photos", 20)
     found = {}

@@ -57,7 +57,7 @@ def test_a_stage_at_chance_is_said_to_have_failed(experiment: Make, tmp_path: Pa
     assert [sentence.split(":")[0] for sentence in result.warnings] == [
         f"stage {('first', 'second', 'third').index(task) + 1} {task}" for task in guessed
     ]
-    assert "what guessing among 4 classes gives: this stage has failed" in result.warnings[0]
+    assert "which cannot be told from guessing among 4 classes (25.0)" in result.warnings[0]
     assert f"warning: {result.warnings[0]}" in [each.text for each in said if isinstance(each, Note)]
 
 
