@@ -69,6 +69,7 @@ def test_a_location_that_is_nearly_right(refused: Callable[..., str], place: Pat
     assert f"{place}/animels: found no such folder, expected a task (task 'animels'); did you mean 'animals'?" in (
         refused(tasks=["animels"])
     )
+    (place / "reference").mkdir()
     assert "expected a shard; did you mean 'reference'?" in refused(reference="referense", method="zscl")
 
 

@@ -174,7 +174,8 @@ def test_a_run_counts_once(runs: dict[str, Path], zscl: Zscl, tmp_path: Path) ->
 def test_what_only_one_of_two_methods_reads_is_no_difference(experiment: Make) -> None:
     """Fine-tuning reads no reference images: their batch sets it apart from nothing."""
     settings = {name: experiment(method=name).settings for name in ("zscl", "finetune", "zero-shot")}
-    assert settings["zscl"].items() - settings["finetune"].items() == {("optimisation.reference_batch_size", 4)}
+    assert settings["zscl"].keys() - settings["finetune"].keys() == {"optimisation.reference_batch_size"}
+    assert all(settings["zscl"][path] == value for path, value in settings["finetune"].items())
     assert settings["zero-shot"] == {}
     assert "tasks.second.shots" in settings["zscl"]
 

@@ -66,7 +66,10 @@ def test_a_folder_of_images(place: Path, zscl: Zscl) -> None:
         (place / "photos" / f"class_{label}" / f"{number}.png").write_bytes(image)
     arguments = ["photos", "--out", "tasks/mine", "--template", "a {c}", "--template", "the {c}", "--seed", 3]
     found = zscl("data", "prepare", "folder", *arguments)
-    assert (found.code, found.out) == (0, f"{place}/tasks/mine  9 train, 3 test images, split folder-seed3\n")
+    assert (found.code, found.out.splitlines()) == (0, [
+        f"{place}/tasks/mine  9 train, 3 test images, split folder-seed3",
+        "  mine: 4 classes, named after their folders: class 0, class 1, class 2, class 3",
+    ])  # fmt: skip
     assert (place / "tasks/mine/zeroshot_classification_templates.txt").read_text() == "a {c}\nthe {c}\n"
     assert (place / "tasks/mine/classnames.txt").read_text().splitlines()[0] == "class 0"
 

@@ -39,7 +39,7 @@ def test_a_stage_is_exported_with_its_card(run: Path, zscl: Zscl, tmp_path: Path
     assert "fine-tuned on 2 tasks one after another" in card.text
     assert "(first, second) by **zscl**" in card.text
     assert "The row of this model is **2-second**" in card.text
-    assert "- Method: zscl, with average.every = 2" in card.text
+    assert "- Method: zscl, with average.every=2" in card.text
     assert card.text.count("| 2-second |") == 1
     assert card.text.count("` | own | 10 |") == 3  # a row a task: digest, split family, test images
     assert "Warnings" in card.text  # a tiny model is at chance, and says so
