@@ -184,7 +184,7 @@ def latex(comparison: Comparison) -> str:
         if summary is None:
             return "--"
         value = f"{100 * summary.mean:.1f}"
-        value = f"\\textbf{{{value}}}" if summary.mean == best[figure] else value
+        value = f"\\textbf{{{value}}}" if value == f"{100 * best[figure]:.1f}" else value  # as far as is shown
         return value + ("" if summary.deviation is None else f" {{\\small $\\pm$ {100 * summary.deviation:.1f}}}")
 
     lines = [[escaped(label), *(best_in_bold(label, figure) for figure in MAIN)] for label in groups]

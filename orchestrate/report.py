@@ -226,9 +226,9 @@ def draw_comparison(results: Sequence[Result]) -> Figure:
             [0 if value is None else 100 * value for value in values],
             color=[f"C{index}" for index in range(len(values))],
         )
-        axes.bar_label(
-            bars, [percent(value) for value in values], bbox={"facecolor": "white", "linewidth": 0, "pad": 1}
-        )
+        background = {"facecolor": "white", "linewidth": 0, "pad": 0.5}  # against the dashed line
+        axes.bar_label(bars, [percent(value) for value in values], padding=3, bbox=background)
+        axes.margins(y=0.15)
         zero_shot = getattr(results[0].zero_shot_metrics, name)
         if zero_shot is not None and name != "forgetting":
             axes.axhline(100 * zero_shot, color="grey", linestyle="--", linewidth=1)
