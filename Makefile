@@ -1,8 +1,10 @@
 # Two commands do everything on a machine with Python 3.11 or newer: `make demo` and `make test`.
 PYTHON ?= python3
-BIN := .venv/bin
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow faults cluster docs coverage install lint clean
+.PHONY: demo test test-slow test-oldest faults cluster docs coverage install lint clean
 
 demo: install
 	$(BIN)/zscl demo --out runs/demo
@@ -23,6 +25,11 @@ cluster: install
 test-slow: install
 	$(BIN)/python -m pytest -m slow
 
+# With the oldest versions that are allowed, in an environment of its own.
+test-oldest:
+	$(MAKE) install VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+	.venv-oldest/bin/python -m pytest -m "not slow and not faults" -n 2 --dist loadfile --no-loadscope-reorder
+
 # The documents as a site in build/site; fails at a broken link, and where a reference page is not as its sources make it.
 docs: install
 	$(BIN)/python docs/reference.py --check
@@ -37,16 +44,16 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-install: .venv/.installed
+install: $(VENV)/.installed
 
-.venv/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: found Python %d.%d, expected 3.11 or newer; try make PYTHON=python3.11 $(MAKECMDGOALS)" % sys.version_info[:2])'
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[test]'
 	@# Outside judges, for the halves of them that need nothing we lack; what their other halves need is a hundred
 	@# megabytes, and would double the time that open_clip takes to import.
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps clip-benchmark continuum
+	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --no-deps clip-benchmark continuum
 	@touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-oldest build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,5 +1,6 @@
 """What the documents show, run."""
 
+import importlib.metadata
 import re
 import shlex
 import subprocess
@@ -154,6 +155,10 @@ def test_every_command_shown_is_run() -> None:
             assert known or of_cluster or not words, (page.name, line)
 
 
+PINNED = f"typer=={importlib.metadata.version('typer')}\n" in (ROOT / "constraints.txt").read_text()
+
+
+@pytest.mark.skipif(not PINNED, reason="another typer prints the commands' page in its own way")
 def test_reference_pages_are_what_their_sources_make() -> None:
     subprocess.run([sys.executable, str(ROOT / "docs/reference.py"), "--check"], check=True, cwd=ROOT)
 
