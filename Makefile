@@ -28,7 +28,7 @@ test-slow: install
 # With the oldest versions that are allowed, in an environment of its own.
 test-oldest:
 	$(MAKE) install VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
-	.venv-oldest/bin/python -m pytest -m "not slow and not faults" -n 2 --dist loadfile --no-loadscope-reorder
+	.venv-oldest/bin/python -m pytest -m "not slow and not faults" -n 2 --dist loadfile
 
 # The documents as a site in build/site; fails at a broken link, and where a reference page is not as its sources make it.
 docs: install
