@@ -9,14 +9,25 @@ from typing import ClassVar
 import pytest
 import torch
 from conftest import coloured
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torchvision.transforms import Compose, RandomResizedCrop, ToTensor
 
 from schemas.base import InputError
 from zscl.indexed_samples import IndexedSamples
 from zscl.samples import Sample
 from zscl.shards import open_samples
-from zscl.streams import Decode, DecodedImages, EvaluationImages, Label, Loader, TrainingImages
+from zscl.streams import (
+    FORMATS,
+    LONGEST_SIDES,
+    Batched,
+    Decode,
+    DecodedImages,
+    EvaluationImages,
+    Label,
+    Loader,
+    TrainingImages,
+    decode_image,
+)
 from zscl.writing import write_shards
 
 AUGMENT = Compose([RandomResizedCrop(8, scale=(0.3, 1.0)), ToTensor()])
@@ -242,3 +253,51 @@ def test_images_are_decoded_once_within_the_budget(samples: IndexedSamples, keep
     found = list(islice(kept.batches(Loader(torch.device("cpu"))), 10))  # six epochs of ten images
     assert len(CountingDecode.decoded) == decoded
     assert same(found, batches(samples, range(6), count=10))
+
+
+@pytest.mark.parametrize(("share", "refused"), [(0.15, False), (0.13, True)])
+def test_a_set_of_unknown_size_is_judged_by_what_was_drawn_so_far(
+    share: float, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of seven: 0.14 of them."""
+    monkeypatch.setattr("zscl.streams.FEW", 0)
+    image = (torch.zeros(3, 8, 8), 0)
+    loader = Loader(torch.device("cpu"), max_broken_share=share)
+    read = loader(Batched(lambda: iter([image, image, image, image, "one is broken", image, image]), 3), total=None)
+    next(read)
+    if refused:
+        with pytest.raises(InputError, match="one is broken; found 1 such samples of 7, expected at most a share"):
+            next(read)
+    else:
+        assert len(next(read)[0]) == 3
+
+
+@pytest.mark.parametrize("labels_stay", [False, True])
+def test_batches_go_where_they_are_wanted(samples: IndexedSamples, labels_stay: bool) -> None:
+    loader = Loader(torch.device("meta"), labels_stay=labels_stay)
+    images, labels = next(EvaluationImages(samples, Decode(AUGMENT, label_of), 0, 1).batches(4, loader))
+    assert images.is_meta
+    assert labels.is_meta != labels_stay
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF"])
+@pytest.mark.parametrize("mode", ["L", "P", "RGB"])
+def test_what_shards_hold_is_decoded_as_rgb_and_nothing_else_is(form: str, mode: str) -> None:
+    encoded = io.BytesIO()
+    Image.new(mode if form != "JPEG" or mode != "P" else "L", (4, 4), 7).save(encoded, form)
+    if form in FORMATS:
+        assert decode_image(encoded.getvalue()).mode == "RGB"
+    else:
+        with pytest.raises(UnidentifiedImageError):
+            decode_image(encoded.getvalue())
+
+
+def test_an_image_may_be_long_to_a_limit() -> None:
+    for length, fits in ((LONGEST_SIDES, True), (LONGEST_SIDES + 1, False)):
+        encoded = io.BytesIO()
+        Image.new("L", (length, 1)).save(encoded, "PNG")
+        if fits:
+            assert decode_image(encoded.getvalue()).size == (length, 1)
+        else:
+            with pytest.raises(ValueError, match=rf"found {length} x 1 pixels, expected no side over {LONGEST_SIDES}"):
+                decode_image(encoded.getvalue())
