@@ -220,7 +220,21 @@ def test_a_broken_training_sample_is_said_once(tmp_path: Path) -> None:
     loader, said = bearing(0.1)
     images = TrainingImages(with_broken(tmp_path, {3: b"no image"}), Decode(AUGMENT, label_of), 3, 6, range(6))
     list(islice(images.batches(loader), 40))  # six epochs
-    assert len(said) == len(loader.broken) == 1
+    assert said == [f"skipped {sentence}" for sentence in loader.broken]
+    assert [sentence.partition(": ")[2] for sentence in loader.broken] == [
+        "sample '0000003' is no readable image (found 8 bytes of no known format)"
+    ]
+
+
+def test_training_bears_a_share_of_the_set(tmp_path: Path) -> None:
+    samples = with_broken(tmp_path, dict.fromkeys(range(3), b"no image"), count=20)
+    for share, refused in ((0.15, False), (0.14, True)):
+        read = TrainingImages(samples, Decode(AUGMENT, label_of), 3, 6, range(6)).batches(bearing(share)[0])
+        if refused:
+            with pytest.raises(InputError, match=r"found 3 such samples of 20, expected at most a share of 0\.14"):
+                list(islice(read, 8))
+        else:
+            assert len(list(islice(read, 8))) == 8
 
 
 def test_a_set_with_nothing_usable_ends(tmp_path: Path) -> None:
@@ -301,3 +315,13 @@ def test_an_image_may_be_long_to_a_limit() -> None:
         else:
             with pytest.raises(ValueError, match=rf"found {length} x 1 pixels, expected no side over {LONGEST_SIDES}"):
                 decode_image(encoded.getvalue())
+
+
+def test_a_batch_that_only_skips_has_no_image() -> None:
+    [(images, labels, skipped)] = Batched(lambda: iter(["one is broken"]), 3)()
+    assert (len(images), len(labels), skipped) == (0, 0, ["one is broken"])
+
+
+def test_evaluation_comes_in_batches(samples: IndexedSamples) -> None:
+    images = EvaluationImages(samples, Decode(ToTensor(), label_of), 0, 1)
+    assert [len(labels) for _, labels in images.batches(4, Loader(torch.device("cpu")))] == [4, 4, 2]
