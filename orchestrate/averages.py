@@ -61,7 +61,8 @@ def wanted(every: str, kinds: str, decay: float, shares: str, anchor: str) -> Wa
             try:
                 averages.append(Average.model_validate(given))
             except ValidationError as error:
-                raise InputError(f"--every {every} --kind {kinds}: {explain(error)}") from error
+                said = explain(error).replace("'mean' or", "'none', 'mean' or")
+                raise InputError(f"--every {every} --kind {kinds}: {said}") from error
     found = tuple(_fraction(share) for share in shares.split(","))
     try:
         Merge.model_validate({"anchor": anchor})
@@ -273,6 +274,9 @@ def _draw_intervals(axes: Axes, found: TriedAverages) -> None:
                 colour = "C0" if kind == "mean" else "C1"
                 axes.plot(*zip(*points, strict=True), style, marker="o", color=colour, label=f"{kind}: {name} tasks")
     axes.set(xscale="log", xlabel="steps from one merge to the next", ylabel="top-1 accuracy, %")
+    intervals = sorted({each.every for each in found.tried if each.every})
+    axes.set_xticks(intervals, map(str, intervals))
+    axes.minorticks_off()
     axes.legend(fontsize="x-small")
 
 

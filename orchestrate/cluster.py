@@ -95,8 +95,9 @@ def check_resources(compute: Compute) -> bool:
     for kind, amount in wanted.items():
         if amount > cluster.get(kind, 0.0):
             raise InputError(
-                f"compute.{field}: {workers} workers{beside} need {amount:g} {kind}s, found {cluster.get(kind, 0.0):g} "
-                "in the Ray cluster; expected fewer workers, less for each, or a larger cluster"
+                f"compute.{field}: {workers} {'worker' if workers == 1 else 'workers'}{beside} would need {amount:g} "
+                f"{kind}{'' if amount == 1 else 's'}, found {cluster.get(kind, 0.0):g} in the Ray cluster; expected fewer workers, less for each, "
+                f"{'compute.device=cpu, ' if kind == 'GPU' else ''}or a larger cluster"
             )
     return use_gpu
 

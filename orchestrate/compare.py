@@ -103,7 +103,12 @@ def write_comparison(comparison: Comparison, rows: Sequence[Row], folder: Path, 
     write_text(written["latex"], latex(comparison))
     write_text(written["page"], page.page(comparison, rows, baseline))
     results = [run.result for run in comparison.runs]
-    for kind, figure in (("picture", report.draw_comparison(results)), ("curves", report.draw_accuracies(*results))):
+    labels = [f"{run.label}, seed {run.result.seed}" for run in comparison.runs]
+    pictures = {
+        "picture": report.draw_comparison(results, labels),
+        "curves": report.draw_accuracies(*results, labels=labels),
+    }
+    for kind, figure in pictures.items():
         with whole_file(written[kind]) as temporary:
             figure.savefig(temporary, format="png", dpi=120)
     return {kind: str(file) for kind, file in written.items()}

@@ -41,10 +41,12 @@ def run_rows(comparison: Comparison) -> list[Row]:
             run.figures,
             dict(zip(of_task, result.accuracy_matrix[-1], strict=True)),
         ) | _costs(result)
-        if not any(
-            all(zero_shot[name] == other[name] for name in (*MAIN, *names)) for other in rows if not other["run"]
-        ):
-            rows.append(zero_shot | dict.fromkeys(_costs(result)))
+        whole = len(result.accuracy_matrix) == len(result.tasks)  # of a part, the figures are of fewer rows
+        alike = (*MAIN, *names) if whole else names
+        before = [other for other in rows if not other["run"]]
+        if not any(all(zero_shot[name] == other[name] for name in alike) for other in before):
+            told_apart = {"method": f"{ZERO_SHOT} of {run.name}"} if before else {}
+            rows.append(zero_shot | told_apart | dict.fromkeys(_costs(result)))
         rows.append(row)
     columns = ["run", "method", "seed", "order", *FIGURES, *names, *_costs(comparison.runs[0].result)]
     return [{column: row.get(column) for column in columns} for row in rows]

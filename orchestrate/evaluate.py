@@ -122,6 +122,8 @@ def subject(
     if not (folder / places.EXPERIMENT).is_file():
         if stage is not None:
             raise InputError(f"--stage {stage}: found '{what}', which is no run's folder, expected one that has stages")
+        if "/" in what and "://" not in what and ":" not in what and not folder.exists():
+            raise InputError(f"{what}: found no such folder, expected a run's, or a model that open_clip knows")
         if not tasks:
             raise InputError(f"--task: found none for the model '{what}', expected tasks to judge it on")
         name = f"{LOCAL_MODEL}{folder}" if (folder / CONFIG).is_file() else what
@@ -320,7 +322,7 @@ def _draw_calibration(model: JudgedModel) -> Figure:
                 [line] = axes.plot([one.confidence for one in filled], [one.accuracy for one in filled], label=label)
                 x, y = line.get_data()
                 axes.scatter(x, y, s=sizes, color=line.get_color())
-        axes.set(title=name, xlim=(0, 1), ylim=(0, 1))
+        axes.set(title=name, xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy")
         axes.legend(fontsize="x-small")
     return figure
 

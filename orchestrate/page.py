@@ -128,7 +128,6 @@ def _figures(comparison: Comparison) -> Any:
         .facet(facet=alt.Facet("figure:N", title=None, sort=list(MAIN)), columns=2)
         .transform_filter(SHOWN_METHOD)
         .add_params(*_shown())
-        .resolve_scale(x="independent")
     )
 
 

@@ -1,23 +1,29 @@
 """Looked at before anything is started: data, model, prompts, disk; and what a run will do, in numbers."""
 
+import json
 import shutil
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from orchestrate import places, recipes
+from orchestrate.state import STATE
 from schemas.base import InputError
 from schemas.compute import Savings
 from schemas.experiment import Experiment, Model
+from zscl.checkpoint import CHECKPOINT
 from zscl.indexed_samples import IndexedSamples
 from zscl.model import load, open_clip_name
 from zscl.opened import Opened, open_experiment
-from zscl.rows import refuse_other_run, stage_folder
+from zscl.rows import ZERO_SHOT, part_of, refuse_other_run, stage_folder
 from zscl.snapshots import LAST, SUFFIX, place_of
 from zscl.teaching import way_of_features
 from zscl.towers import left_in_full
 
 NO_PART = ("name", "compute.", "tracking.")  # of what is computed
-MOST_NAMED = 3  # differences, in a sentence
+OF_A_RUN = (places.EXPERIMENT, STATE, ZERO_SHOT, part_of(Path(ZERO_SHOT)).name, "stages", CHECKPOINT)
+MOST_NAMED, LONGEST_SHOWN = 3, 60  # differences in a sentence, and characters of a value
 LONGEST_PROMPTS = 20  # of a task, that are counted in tokens
 
 
@@ -52,11 +58,18 @@ def plan(opened: Opened, folder: Path) -> dict[str, object]:
 
 
 def refuse_other(opened: Opened, folder: Path) -> None:
-    """Refuse the folder of another experiment's run, and say which fields are others there.
+    """Refuse a place for a run where something else lies; of another experiment's run, say which fields are others.
 
     Raises:
-        InputError: it is one.
+        InputError: it is a file, the folder of a search or of another run, or one of something else.
     """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: found a file, expected a run's folder, or none yet")
+    if (folder / places.SEARCH).is_file():
+        raise InputError(f"{folder}: found a search, expected a run's folder, an empty or a new one")
+    others = [each.name for each in folder.glob("[!.]*")]
+    if others and not any((folder / name).exists() for name in OF_A_RUN):
+        raise InputError(f"{folder}: found {others[0]} in it, expected a run's folder, an empty or a new one")
     try:
         refuse_other_run(folder, opened.fingerprint)
     except InputError as error:
@@ -69,12 +82,31 @@ def _how_it_differs(experiment: Experiment, folder: Path) -> str:
         there = recipes.load_experiment(folder / places.EXPERIMENT)
     except InputError:
         return ""
-    found = recipes.differences(recipes.shown(there), recipes.shown(experiment))
+    found = _differences(recipes.shown(there), recipes.shown(experiment))
     unlike = [f"{path} {was} there, {now} here" for path, (was, now) in found.items() if not path.startswith(NO_PART)]
     if not unlike:
         return " (the recipe is alike: the data, the model or a further loss's code is another)"
     more = f", and {len(unlike) - MOST_NAMED} more" if len(unlike) > MOST_NAMED else ""
     return f" ({'; '.join(unlike[:MOST_NAMED])}{more})"
+
+
+def _differences(one: Any, other: Any, path: str = "") -> dict[str, tuple[str, str]]:
+    """Where two recipes' contents are not alike, by dotted path: each's value, as YAML has it in a line."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        keys: Iterable[Any] = dict.fromkeys([*one, *other])
+        pairs = [(key, one.get(key), other.get(key)) for key in keys]
+    elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        pairs = [(index, mine, theirs) for index, (mine, theirs) in enumerate(zip(one, other, strict=True))]
+    else:
+        return {} if one == other else {path.removesuffix("."): (_in_a_line(one), _in_a_line(other))}
+    return {
+        name: pair for key, mine, theirs in pairs for name, pair in _differences(mine, theirs, f"{path}{key}.").items()
+    }
+
+
+def _in_a_line(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
 
 
 def images_through_student(experiment: Experiment) -> int:

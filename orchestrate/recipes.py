@@ -3,7 +3,7 @@
 import io
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -43,7 +43,6 @@ SchemaT = TypeVar("SchemaT", bound=Strict)
 ALL = "all"
 # A recipe is written by hand: what is larger is none, or means to keep us busy.
 MOST_BYTES, MOST_VALUES = 1_000_000, 100_000
-LONGEST_SHOWN = 60  # characters of a value, in a sentence
 
 
 def load_experiment(file: Path, overrides: Sequence[str] = (), variant: str | None = None) -> Experiment:
@@ -71,6 +70,10 @@ def load_variants(file: Path, overrides: Sequence[str] = (), variant: str | None
             raise InputError(f"--variant {variant}: found no variants in {file}, expected a recipe that has some")
         for override in overrides:
             _override(table, override)
+        if "search" in table:
+            raise InputError(f"{file}: found a search, expected a run's recipe; to search: zscl search {file}")
+        if "base" in table:
+            raise InputError(f"{file}: found base alone, expected variants beside it, a row each")
         return {"": parse(Experiment, {"name": file.stem, **table}, file, overrides=overrides)}
     if table.keys() != {"base", "variants"} or not isinstance(table["variants"], dict):
         raise InputError(
@@ -198,7 +201,7 @@ def read(file: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         ) from error
     content = _parsed(text, f"{file}: found no readable YAML")
     if not isinstance(content, dict):
-        found = "nothing" if content is None else f"a {type(content).__name__}"
+        found = {type(None): "nothing", str: "a text", list: "a list"}.get(type(content), "a single value")
         raise InputError(f"{file}: found {found}, expected fields such as 'model:' and 'tasks:'")
     for override in overrides:
         _override(content, override)
@@ -223,9 +226,14 @@ def parse(
         raise InputError("\n".join(f"{_whose(line, overrides) or file}: {line}" for line in lines)) from error
 
 
+_UNKNOWN_FIELD = re.compile(r"unknown field '([^']*)'")
+
+
 def _whose(line: str, overrides: Sequence[str]) -> str | None:
     """The override that a sentence about a field is about."""
-    field = line.partition(":")[0]
+    field, _, problem = line.partition(": ")
+    if unknown := _UNKNOWN_FIELD.match(problem):
+        field = unknown[1] if field == "the recipe" else f"{field}.{unknown[1]}"
     for override in reversed(overrides):
         path = override.partition("=")[0]
         if f"{field}.".startswith(f"{path}."):
@@ -244,25 +252,6 @@ def shown(experiment: Experiment) -> dict[str, Any]:
     if experiment.class_incremental is not None:
         del content["tasks"]  # they follow from it
     return masked(content)
-
-
-def differences(one: Any, other: Any, path: str = "") -> dict[str, tuple[str, str]]:
-    """Where two recipes' contents are not alike, by dotted path: each's value, as YAML has it in a line."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        keys: Iterable[Any] = dict.fromkeys([*one, *other])
-        pairs = [(key, one.get(key), other.get(key)) for key in keys]
-    elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
-        pairs = [(index, mine, theirs) for index, (mine, theirs) in enumerate(zip(one, other, strict=True))]
-    else:
-        return {} if one == other else {path.removesuffix("."): (_in_a_line(one), _in_a_line(other))}
-    return {
-        name: pair for key, mine, theirs in pairs for name, pair in differences(mine, theirs, f"{path}{key}.").items()
-    }
-
-
-def _in_a_line(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
 
 
 def dump(content: dict[str, Any]) -> str:

@@ -26,6 +26,7 @@ from zscl.tasks import TaskFolder
 MAIN = ("transfer", "avg", "last", "forgetting")  # of the figures: those that are always shown
 ZERO_SHOT = "zero-shot"
 FURTHER = "further_losses."
+SIGNS_AN_INCH, SIGNS_OF_A_HANDLE, LEGEND_LINE_INCHES = 12, 8, 0.25  # of a legend, at matplotlib's font size
 
 
 def load_result(run: Path) -> Result:
@@ -38,6 +39,8 @@ def load_result(run: Path) -> Result:
     if not run.is_dir():
         raise InputError(f"{run}: found no such folder, expected a run's folder")
     if not file.is_file():
+        if within := sorted(file.parent for file in run.glob(f"*/{RESULT}")):
+            raise InputError(f"{run}: found {len(within)} runs in it, expected one, {within[0]} say, or all: {run}/*")
         done = len(list(run.glob("stages/*/accuracy.json")))
         raise InputError(f"{run}: found no {RESULT} ({done} stages finished), expected a finished run")
     try:
@@ -52,7 +55,7 @@ def load_result_so_far(run: Path) -> Result:
     Raises:
         InputError: the folder has no run that has finished a stage.
     """
-    if not run.is_dir() or (run / RESULT).is_file():
+    if not run.is_dir() or (run / RESULT).is_file() or any(run.glob(f"*/{RESULT}")):
         return load_result(run)
     rows = sorted(run.glob("stages/*/accuracy.json"), key=lambda file: int(file.parent.name.partition("-")[0]))
     if not rows:
@@ -180,8 +183,13 @@ def _frame(column: int, row: int) -> Patch:
     return Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=1.5)
 
 
-def draw_accuracies(*results: Result) -> Figure:
-    """Accuracy of each task against the stage, a line a run; the stage that trains the task is marked."""
+def draw_accuracies(*results: Result, labels: Sequence[str] = ()) -> Figure:
+    """Accuracy of each task against the stage, a line a run; the stage that trains the task is marked.
+
+    Args:
+        results: of runs.
+        labels: what they are called; default: method and seed.
+    """
     tasks = [task.name for task in results[0].tasks]
     columns = min(3, len(tasks))
     lines = -(-len(tasks) // columns)
@@ -191,21 +199,29 @@ def draw_accuracies(*results: Result) -> Figure:
         if index >= len(tasks):
             axes.set_visible(False)
             continue
-        _draw_task(axes, tasks[index], results)
+        _draw_task(axes, tasks[index], results, labels or [*map(_run_label, results)])
     figure.supxlabel("stages trained")
     figure.supylabel("top-1 accuracy, %")
-    handles, labels = grid.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(labels)))
+    handles, shown = grid.flat[0].get_legend_handles_labels()
+    _draw_legend(figure, handles, shown, place="outside upper center")
     return figure
 
 
-def _draw_task(axes: Axes, task: str, results: Sequence[Result]) -> None:
-    for result in results:
+def _draw_legend(figure: Figure, handles: Sequence[Artist], labels: Sequence[str], place: str) -> None:
+    """A legend of as many columns as the figure's width has room for."""
+    room = int(SIGNS_AN_INCH * figure.get_figwidth() / (max(map(len, labels)) + SIGNS_OF_A_HANDLE))
+    columns = max(1, min(room, len(labels)))
+    figure.set_figheight(figure.get_figheight() + LEGEND_LINE_INCHES * (-(-len(labels) // columns) - 1))
+    figure.legend(handles, labels, loc=place, ncols=columns)
+
+
+def _draw_task(axes: Axes, task: str, results: Sequence[Result], labels: Sequence[str]) -> None:
+    for result, label in zip(results, labels, strict=True):
         index = [each.name for each in result.tasks].index(task)
         axes.axvline(index + 1, color="grey", linestyle=":", linewidth=1)
         axes.axhline(100 * result.zero_shot[index], color="grey", linewidth=0.8)
         rows = [result.zero_shot, *result.accuracy_matrix]
-        axes.plot([100 * row[index] for row in rows], marker="o", markersize=3, label=_run_label(result))
+        axes.plot([100 * row[index] for row in rows], marker="o", markersize=3, label=label, clip_on=False)
     axes.set_title(task)
     axes.set_ylim(0, 100)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -215,8 +231,8 @@ def _run_label(result: Result) -> str:
     return f"{label_of(result)}, seed {result.seed}"
 
 
-def draw_comparison(results: Sequence[Result]) -> Figure:
-    """Transfer, Avg, Last and forgetting as bars, the zero-shot figures as lines."""
+def draw_comparison(results: Sequence[Result], labels: Sequence[str]) -> Figure:
+    """Transfer, Avg, Last and forgetting as bars, the zero-shot figures as lines; `labels` are the runs'."""
     figure = Figure(figsize=(10, 3.4), layout="constrained")
     grid = figure.subplots(1, len(MAIN), sharey=True)
     for axes, name in zip(grid, MAIN, strict=True):
@@ -236,11 +252,11 @@ def draw_comparison(results: Sequence[Result]) -> Figure:
         axes.set_xticks([])
     figure.supylabel("%")
     handles: list[Artist] = [Rectangle((0, 0), 1, 1, color=f"C{index}") for index in range(len(results))]
-    labels = [_run_label(result) for result in results]
+    lines = []
     if results[0].zero_shot_metrics.transfer is not None:
         handles.append(Line2D([], [], color="grey", linestyle="--"))
-        labels.append(ZERO_SHOT)
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)))
+        lines.append(ZERO_SHOT)
+    _draw_legend(figure, handles, [*labels, *lines], place="outside lower center")
     return figure
 
 

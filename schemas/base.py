@@ -121,8 +121,9 @@ def explain(error: ValidationError) -> str:
             for place in places
         )
     ]
+    lines = list(dict.fromkeys(map(_explain_one, real[:MOST_PROBLEMS])))
     more = [f"and {len(real) - MOST_PROBLEMS} more problems"] if len(real) > MOST_PROBLEMS else []
-    return "\n".join([*map(_explain_one, real[:MOST_PROBLEMS]), *more])
+    return "\n".join([*lines, *more])
 
 
 def _explain_one(problem: Any) -> str:

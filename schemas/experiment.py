@@ -46,8 +46,8 @@ class Model(Abbreviable):
             raise ValueError(f"'{self.name}' brings its weights, expected no pretrained beside it")
         if not self_contained and not self.pretrained:
             raise ValueError(
-                f"'{self.name}' alone has random weights, expected pretrained beside it (openai, laion2b_s34b_b88k, …)"
-                + did_you_mean(self.name, ["embedded"])
+                f"found no pretrained beside '{self.name}', expected the weights that open_clip has for it (openai, "
+                "laion2b_s34b_b88k, …) or a file of them" + did_you_mean(self.name, ["embedded"])
             )
         return self
 

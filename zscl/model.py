@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from schemas.base import InputError
+from schemas.base import InputError, did_you_mean
 from schemas.experiment import LOCAL_MODEL, Model
 from zscl.files import digest, file_digest, nearest, patiently, whole_folder
 
@@ -78,6 +78,7 @@ def load(model: Model, device: torch.device | str = "cpu") -> Clip:
     shown = f"model: '{model.name}'" + (f" with pretrained '{model.pretrained}'" if model.pretrained else "")
     if name.startswith(LOCAL_MODEL) and not (Path(name.removeprefix(LOCAL_MODEL)) / WEIGHTS).is_file():
         _refuse_without_safetensors(Path(name.removeprefix(LOCAL_MODEL)), shown)
+    _refuse_unknown_weights(model, shown)
     try:
         with warnings.catch_warnings(), _weights_alone():
             warnings.filterwarnings("error", message="QuickGELU mismatch")
@@ -98,6 +99,15 @@ def load(model: Model, device: torch.device | str = "cpu") -> Clip:
             "which images share a batch or a worker (any ViT)"
         )
     return Clip(network, tokenizer, train_transform, evaluation_transform, config)
+
+
+def _refuse_unknown_weights(model: Model, shown: str) -> None:
+    known = open_clip.list_pretrained_tags_by_model(model.name)
+    if known and model.pretrained and model.pretrained not in known and not Path(model.pretrained).exists():
+        raise InputError(
+            f"{shown}: found neither a file nor a tag of that name, expected {', '.join(known)} or a file"
+            f"{did_you_mean(model.pretrained, known)}"
+        )
 
 
 def _refuse_without_safetensors(folder: Path, shown: str) -> None:

@@ -260,8 +260,8 @@ class _Run:
             )
         except NotFiniteError as error:
             raise InputError(
-                f"{error}; the last good model is {start.name}; a lower optimisation.learning_rate or "
-                "optimisation.max_gradient_norm may help"
+                f"{error}; the last good model is {'the initial one, ' if stage == 1 else ''}{start.name}; a lower "
+                "optimisation.learning_rate or optimisation.max_gradient_norm may help"
             ) from error
         if merge is not None:
             anchor = frozen(experiment.model if merge.anchor == "initial" else start, self.device)

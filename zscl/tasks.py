@@ -94,6 +94,11 @@ class TaskFolder:
         if "://" not in task.path and not Path(task.path).is_dir():
             near = nearest(Path(task.path))
             raise InputError(f"{task.path}: found no such folder, expected a task (task '{task.name}'){near}")
+        if "://" not in task.path and not Path(task.path, "classnames.txt").exists():
+            raise InputError(
+                f"{task.path}/classnames.txt: found no such file, expected class names, one a line; a folder of images "
+                "becomes a task with: zscl data prepare folder"
+            )
         classnames = lines_of(f"{task.path}/classnames.txt", "class names")
         if "" in classnames:
             raise InputError(

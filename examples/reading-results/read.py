@@ -44,7 +44,10 @@ def figures(store: str) -> pd.DataFrame:
 
 def main(folder: Path) -> None:
     """Show the runs in a folder."""
-    for run in sorted(file.parent for file in folder.glob("*/result.json")):
+    runs = sorted(file.parent for file in folder.glob("*/result.json"))
+    if not runs:
+        sys.exit(f"{folder}: found no run in it, expected the folder that holds runs' folders")
+    for run in runs:
         print(f"\n{run.name}: accuracy\n{matrix(run)}")
         losses = curves(run).drop(columns=["step", "learning_rate"]).groupby("stage").mean().round(3)
         print(f"\n{run.name}: mean losses and gradient norm of each stage\n{losses.to_string()}")

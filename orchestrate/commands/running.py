@@ -62,6 +62,8 @@ def run(
     contents: list[dict[str, Any]] = []
     lines: list[str] = []
     for opened, folder in running.prepare_variants(recipe, overrides, variant, out, seeds, orders):
+        if variant == recipes.ALL or seeds > 1 or orders:
+            note(f"run {len(contents) + 1}: {folder}")
         if dry_run:
             plan = running.plan(opened, folder, progress_console)
             if probe:

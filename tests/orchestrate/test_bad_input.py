@@ -44,6 +44,7 @@ def test_a_misspelt_key(refused: Callable[..., str]) -> None:
 
 def test_a_wrong_type(refused: Callable[..., str]) -> None:
     assert "--set seed=one: seed: found 'one', expected a valid integer" in refused("--set", "seed=one")
+    assert "--set optimisation.step=5: optimisation: unknown field 'step'" in refused("--set", "optimisation.step=5")
     assert "recipe.yaml: seed: found 'one', expected a valid integer" in refused(seed="one")
 
 
@@ -54,6 +55,8 @@ def test_a_wrong_type(refused: Callable[..., str]) -> None:
         ("optimisation", 5, "optimisation: found 5, expected fields, each with its value"),
         ("method", "zcsl", "did you mean 'zscl'?"),
         ("model", "embeded", "did you mean 'embedded'?"),
+        ("model", {"name": "ViT-B-16", "pretrained": "opnai"}, "a file; did you mean 'openai'?"),
+        ("model", "ViT-B16", "found no pretrained beside 'ViT-B16', expected the weights that open_clip has for it"),
         ("model", None, "model: found nothing, expected fields, each with its value"),
         ("name", "a b", "name: found 'a b', expected nothing but letters, digits and any of _.-"),
         ("tasks", [], "tasks: found none, expected at least one"),
@@ -62,6 +65,35 @@ def test_a_wrong_type(refused: Callable[..., str]) -> None:
 )
 def test_what_is_no_such_value(refused: Callable[..., str], field: str, given: object, sentence: str) -> None:
     assert sentence in refused(**{field: given})
+
+
+def test_a_place_that_is_no_runs(place: Path, zscl: Zscl, recipe: Callable[..., dict[str, Any]]) -> None:
+    YAML(typ="safe").dump(recipe(), place / "recipe.yaml")
+    for name, file in (("search", "search.yaml"), ("photos", "one.png")):
+        (place / name).mkdir()
+        (place / name / file).write_text("")
+    for out, sentence in (
+        ("recipe.yaml", "found a file, expected a run's folder, or none yet"),
+        ("search", "found a search, expected a run's folder, an empty or a new one"),
+        ("photos", "found one.png in it, expected a run's folder, an empty or a new one"),
+    ):
+        for dry in ((), ("--dry-run",)):
+            found = zscl("run", "recipe.yaml", "--out", out, *dry)
+            assert (found.code, found.out, found.error) == (2, "", f"error: {place / out}: {sentence}\n")
+    assert sorted(file.name for file in (place / "photos").iterdir()) == ["one.png"]
+
+
+def test_a_recipe_of_another_kind(place: Path, zscl: Zscl) -> None:
+    (place / "search.yaml").write_text("base: recipe.yaml\nsearch: {}\n")
+    (place / "alone.yaml").write_text("base: recipe.yaml\n")
+    (place / "words.yaml").write_text("words\n")
+    for file, sentence in (
+        ("search.yaml", "found a search, expected a run's recipe; to search: zscl search search.yaml"),
+        ("alone.yaml", "found base alone, expected variants beside it, a row each"),
+        ("words.yaml", "found a text, expected fields such as 'model:' and 'tasks:'"),
+    ):
+        found = zscl("run", file)
+        assert (found.code, found.error) == (2, f"error: {file}: {sentence}\n")
 
 
 def test_a_location_that_is_nearly_right(refused: Callable[..., str], place: Path) -> None:
@@ -149,13 +181,13 @@ def test_a_reference_set_without_texts(refused: Callable[..., str], tasks: list[
 
 
 def test_more_workers_than_the_cluster_has(refused: Callable[..., str], ray_cluster: None) -> None:
-    assert "compute.workers: 5 workers need 5 CPUs, found 4 in the Ray cluster" in refused(
+    assert "compute.workers: 5 workers would need 5 CPUs, found 4 in the Ray cluster" in refused(
         compute={"workers": 5, "device": "cpu"}
     )
 
 
 def test_a_gpu_where_there_is_none(refused: Callable[..., str], ray_cluster: None) -> None:
-    assert "need 1 GPUs, found 0" in refused(compute={"device": "gpu"})
+    assert "1 worker would need 1 GPU, found 0" in refused(compute={"device": "gpu"})
 
 
 def test_an_unreachable_tracking_server(refused: Callable[..., str], ray_cluster: None) -> None:

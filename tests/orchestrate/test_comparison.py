@@ -144,6 +144,10 @@ def test_what_is_not_alike_is_marked_and_never_averaged_in(
     ]
     matrix = result_of(runs["finetune-1"]).accuracy_matrix
     assert groups["finetune [2 of 3 stages]"]["figures"]["last"]["mean"] == pytest.approx(fmean(matrix[1]))
+    rows = [row["method"] for row in csv.DictReader((tmp_path / "out/comparison.csv").open()) if not row["run"]]
+    assert rows == ["zero-shot", "zero-shot of held"]  # the part's is the first run's
+    inside = zscl("compare", runs["finetune-0"].parent, "--out", tmp_path / "none")
+    assert (inside.code, "runs in it, expected one, " in inside.error) == (2, True)
 
 
 def test_other_training_settings_are_marked(

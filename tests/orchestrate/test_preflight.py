@@ -98,7 +98,7 @@ def test_a_dry_run_looks_at_a_cluster_that_is_named(
     found = running.plan(open_experiment(experiment()), tmp_path / "run", console)
     assert found["cluster"] == {"nodes": 1, "CPU": 4.0}
     many = experiment(compute={"device": "cpu", "workers": 5})
-    with pytest.raises(InputError, match=r"compute\.workers: 5 workers need 5 CPUs, found 4"):
+    with pytest.raises(InputError, match=r"compute\.workers: 5 workers would need 5 CPUs, found 4"):
         running.plan(open_experiment(many), tmp_path / "run", console)
 
 

@@ -44,7 +44,7 @@ def refused(content: dict[str, Any]) -> str:
         ({"tasks": []}, "tasks: found none, expected at least one (or class_incremental)"),
         ({"tasks": ["a/b", "c/b"]}, "found the name 'b' twice"),
         ({"reference": None}, "method.distill needs reference"),
-        ({"model": "ViT-B-16"}, "'ViT-B-16' alone has random weights, expected pretrained beside it"),
+        ({"model": "ViT-B-16"}, "found no pretrained beside 'ViT-B-16', expected the weights"),
         ({"model": {"name": "embedded", "pretrained": "openai"}}, "'embedded' brings its weights"),
         ({"compute": {"workers": 7}}, "compute.workers is 7, expected at most 5"),
         ({"method": {"distill": {}}}, "found distill without task_loss"),

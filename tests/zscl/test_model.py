@@ -57,7 +57,10 @@ def test_the_digest_follows_weights_and_configuration(folder: Path, tmp_path: Pa
     ("model", "sentence"),
     [
         (Model(name="ViT-Z-1", pretrained="openai"), "'ViT-Z-1' with pretrained 'openai' cannot be loaded"),
-        (Model(name="ViT-B-32", pretrained="nowhere"), "'ViT-B-32' with pretrained 'nowhere' cannot be loaded"),
+        (
+            Model(name="ViT-B-32", pretrained="nowhere"),
+            "'ViT-B-32' with pretrained 'nowhere': found neither a file nor a tag of that name",
+        ),
         (Model(name="local-dir:/no/such/folder"), "found no such folder"),
     ],
 )

@@ -261,7 +261,10 @@ class CountingDecode(Decode):
 
 
 @pytest.mark.parametrize(("keep_bytes", "decoded"), [(10**6, 10), (5 * 3 * 16 * 16, 5 + 5 * 6), (0, 60)])
-def test_images_are_decoded_once_within_the_budget(samples: IndexedSamples, keep_bytes: int, decoded: int) -> None:
+def test_images_are_decoded_once_within_the_budget(
+    samples: IndexedSamples, keep_bytes: int, decoded: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zscl.streams._decoded", DecodedImages())  # nothing that other tests still read
     CountingDecode.decoded.clear()
     kept = TrainingImages(samples, CountingDecode(AUGMENT, label_of), 3, 6, range(6), keep_bytes=keep_bytes)
     found = list(islice(kept.batches(Loader(torch.device("cpu"))), 10))  # six epochs of ten images
