@@ -94,10 +94,12 @@ def check_resources(compute: Compute) -> bool:
     beside = " and one task beside them (compute.evaluation: overlapped)" if evaluators else ""
     for kind, amount in wanted.items():
         if amount > cluster.get(kind, 0.0):
+            who = "1 worker" if workers == 1 else f"{workers} workers"
+            what = f"{amount:g} {kind}{'' if amount == 1 else 's'}"
+            without = "compute.device=cpu, " if kind == "GPU" else ""
             raise InputError(
-                f"compute.{field}: {workers} {'worker' if workers == 1 else 'workers'}{beside} would need {amount:g} "
-                f"{kind}{'' if amount == 1 else 's'}, found {cluster.get(kind, 0.0):g} in the Ray cluster; expected fewer workers, less for each, "
-                f"{'compute.device=cpu, ' if kind == 'GPU' else ''}or a larger cluster"
+                f"compute.{field}: {who}{beside} would need {what}, found {cluster.get(kind, 0.0):g} in the Ray "
+                f"cluster; expected fewer workers, less for each, {without}or a larger cluster"
             )
     return use_gpu
 

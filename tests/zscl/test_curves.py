@@ -39,7 +39,7 @@ def test_a_run_that_diverges_ends_with_the_step_and_the_last_good_model(experime
         run_sequence(made, tmp_path, device=CPU)
     sentence = str(refused.value)
     assert sentence.startswith("stage 1 first: found the loss classification nan at step 1, expected a finite one")
-    assert f"the last good model is {made.model.name}" in sentence
+    assert f"the last good model is the initial one, {made.model.name}" in sentence
     assert "a lower optimisation.learning_rate or optimisation.max_gradient_norm may help" in sentence
     assert not list(tmp_path.glob("stages/*/model"))
     if (tmp_path / CHECKPOINT).exists():  # of the step before
