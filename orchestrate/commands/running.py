@@ -41,7 +41,9 @@ def run(
     orders: Annotated[
         str, typer.Option(help="Run in these task orders: given, reversed, I, II (MTIL's), random:N; by commas.")
     ] = "",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done, stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check recipe, data, model, disk; say what would be done.")
+    ] = False,
     probe: Annotated[
         bool,
         typer.Option("--probe", help="With --dry-run: train for a minute there, say how long all of it takes."),
@@ -112,7 +114,9 @@ def search(
     recipe: Annotated[Path, typer.Argument(help="Recipe of a search (YAML).")],
     overrides: Overrides = [],  # noqa: B006
     out: Annotated[Path | None, typer.Option(help="The search's folder. Default: runs/NAME-FINGERPRINT.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done, stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check recipe, data, model, disk; say what would be done.")
+    ] = False,
     offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:
