@@ -77,8 +77,9 @@ def test_a_job_is_stopped(ray: Ray, tmp_path: Path, tiny_model: str) -> None:
         "job", "submit", "--no-wait", "--runtime-env-json", json.dumps(environment), "--",
         str(SCRIPTS / "zscl"), "run", str(recipe), "--out", str(run),
     ]  # fmt: skip
-    said = ray(*submit[:2], "--submission-id=first", *submit[2:])
-    assert "submitted successfully" in said, said
+    first = [*submit[:2], "--submission-id=first", *submit[2:]]
+    # A cluster that has just begun has no agent yet that takes jobs, and says so.
+    until(lambda: "submitted successfully" in ray(*first), "the cluster takes the job")
     until(trained(run, 30), "it trains")
     ray("job", "stop", "first")
     until(lambda: (run / "state.json").read_text().find("KILLED") > 0, "the run is marked")
