@@ -6,6 +6,7 @@ import io
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import get_args
 
 import torch
 from matplotlib.axes import Axes
@@ -45,6 +46,9 @@ class Wanted:
     anchor: str
 
 
+KINDS: tuple[str, ...] = get_args(Average.model_fields["kind"].annotation)
+
+
 def wanted(every: str, kinds: str, decay: float, shares: str, anchor: str) -> Wanted:
     """Read what the command line was given.
 
@@ -56,13 +60,14 @@ def wanted(every: str, kinds: str, decay: float, shares: str, anchor: str) -> Wa
         if kind == "none":
             averages.append(None)
             continue
+        if kind not in KINDS:
+            raise InputError(f"--kind {kinds}: found '{kind}', expected none, {' or '.join(KINDS)}")
         for steps in every.split(","):
             given = {"every": _whole(steps), "kind": kind, **({"decay": decay} if kind == "exponential" else {})}
             try:
                 averages.append(Average.model_validate(given))
             except ValidationError as error:
-                said = explain(error).replace("'mean' or", "'none', 'mean' or")
-                raise InputError(f"--every {every} --kind {kinds}: {said}") from error
+                raise InputError(f"--every {every} --kind {kinds}: {explain(error)}") from error
     found = tuple(_fraction(share) for share in shares.split(","))
     try:
         Merge.model_validate({"anchor": anchor})

@@ -122,8 +122,8 @@ def subject(
     if not (folder / places.EXPERIMENT).is_file():
         if stage is not None:
             raise InputError(f"--stage {stage}: found '{what}', which is no run's folder, expected one that has stages")
-        if "/" in what and "://" not in what and ":" not in what and not folder.exists():
-            raise InputError(f"{what}: found no such folder, expected a run's, or a model that open_clip knows")
+        if not tasks and "/" in what and not folder.exists():
+            raise InputError(f"{what}: found no such folder, expected a run's, or --task for a model of that name")
         if not tasks:
             raise InputError(f"--task: found none for the model '{what}', expected tasks to judge it on")
         name = f"{LOCAL_MODEL}{folder}" if (folder / CONFIG).is_file() else what

@@ -47,8 +47,11 @@ def _readable(line: str) -> str:
     return line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE * 2 // 3]} … {line[-LONGEST_LINE // 3 :]}"
 
 
-class InterruptedRunError(Exception):
-    """A run was stopped from outside. The command line says how to go on and exits with 128 + the signal's number."""
+class InterruptedRunError(BaseException):
+    """A run was stopped from outside. The command line says how to go on and exits with 128 + the signal's number.
+
+    Like KeyboardInterrupt, it is no Exception: a signal may come while a decoder's or a library's errors are caught.
+    """
 
     def __init__(self, how_to_go_on: str, exit_code: int) -> None:
         super().__init__(how_to_go_on)

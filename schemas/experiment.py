@@ -190,7 +190,8 @@ class Experiment(Strict):
         """
         if self.method.task_loss is None:
             return {}
-        found = self.optimisation.model_dump(mode="json", exclude=self._unread_optimisation)
+        unread = {"reference_batch_size"} if self.method.distill is None else set()
+        found = self.optimisation.model_dump(mode="json", exclude=unread)
         settings = {f"optimisation.{field}": value for field, value in found.items()}
         if self.class_incremental is not None:
             stages = self.class_incremental.model_dump(mode="json", include={"first", "increment", "epochs"})
@@ -199,10 +200,6 @@ class Experiment(Strict):
             own = task.model_dump(mode="json", include={"learning_rate", "steps", "shots"})
             settings |= {f"tasks.{task.name}.{field}": value for field, value in own.items()}
         return settings
-
-    @property
-    def _unread_optimisation(self) -> set[str]:
-        return {"reference_batch_size"} if self.method.distill is None else set()
 
     def fingerprint(self, contents: Mapping[str, str]) -> str:
         """Identify what is computed, wherever it runs and however it is called. Returns 16 hexadecimal digits.

@@ -63,7 +63,7 @@ def test_averages_of_a_stage_are_judged(run: Path, zscl: Zscl) -> None:
     [
         (["--every", "two"], "--every: found 'two', expected whole numbers"),
         (["--every", "0"], "--every 0 --kind mean,none: every: found 0, expected a value greater than 0"),
-        (["--every", "2", "--kind", "median"], "kind: found 'median', expected 'none', 'mean' or 'exponential'"),
+        (["--every", "2", "--kind", "median"], "--kind median: found 'median', expected none, mean or exponential"),
         (["--every", "2", "--share", "1.5"], "--share: found '1.5', expected numbers from 0 to 1"),
         (["--every", "2", "--anchor", "end"], "--anchor: anchor: found 'end', expected 'stage_start' or 'initial'"),
         (["--every", "2", "--stage", "4"], "--stage 4: found a run of 3 stages, expected 1 to 3"),

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Command
+from conftest import Command, coloured
 
-from orchestrate.interruption import signals_taken
+from orchestrate.interruption import end_on_signals, signals_taken
 from schemas.base import InterruptedRunError
+from zscl.looking import look_at
 
 
 def test_resume_refuses_what_is_no_run_or_would_be_another(tmp_path: Path, zscl: Callable[..., Command]) -> None:
@@ -24,6 +25,19 @@ def test_resume_refuses_what_is_no_run_or_would_be_another(tmp_path: Path, zscl:
     assert (found.code, found.error) == (
         2, "error: --set seed=1: expected a field of compute or tracking; all else is what the run is\n",
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_not_taken_for_a_broken_image(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    handlers = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
+    monkeypatch.setattr("zscl.looking.decode_image", lambda encoded: os.kill(os.getpid(), number))
+    end_on_signals()
+    try:
+        with pytest.raises(InterruptedRunError):
+            look_at(next(coloured(1, 0))[0])
+    finally:
+        for each, handler in handlers.items():
+            signal.signal(each, handler)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
