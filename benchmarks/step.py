@@ -1,7 +1,7 @@
 """What a training step costs: this project's, against the floor and against one written the authors' way.
 
     python benchmarks/step.py                                      # about three CPU minutes a row, three rows
-    python benchmarks/step.py --model ViT-B-16 --device cuda --precision bf16 --classes 10 100 397 --captions 13000
+    python benchmarks/step.py --model ViT-B-16 --batch 64 --device cuda --precision bf16 --captions 13000
 
 Three steps on the same images, prompts and captions, taken in turn, each for as many rounds as asked; every ratio is
 the median over rounds of the ratio within a round, so that a machine that slows down slows all three.
@@ -195,6 +195,12 @@ def clock(device: torch.device) -> float:
     return time.process_time()
 
 
+def set_float32_precision(precision: str) -> None:
+    """Let float32 matrix products and convolutions use TF32, or not; bf16 leaves them as torch has them."""
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+
+
 def timed(step: Callable[[], None], device: torch.device) -> float:
     """Seconds that a step takes."""
     started = clock(device)
@@ -202,33 +208,60 @@ def timed(step: Callable[[], None], device: torch.device) -> float:
     return clock(device) - started
 
 
-def peak(device: torch.device, precision: str) -> float:
+def peak(device: torch.device, precision: str, size: int | None = None) -> float:
     """FLOP/s of a large matrix product, which is as fast as the device gets."""
-    size, dtype = (8192 if device.type == "cuda" else 1024), torch.bfloat16 if precision == "bf16" else torch.float32
+    size = size or (8192 if device.type == "cuda" else 1024)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     square = torch.randn(size, size, device=device, dtype=dtype)
     square @ square
     return 2 * size**3 / min(timed(lambda: square @ square, device) for _ in range(10))
 
 
-def measure(classes: int, captions: int, model: Any, options: argparse.Namespace, flops_peak: float) -> dict[str, Any]:
-    """One row: the three steps in turn."""
+def make_inputs(classes: int, captions: int, model: Any, options: argparse.Namespace) -> Inputs:
+    """Make random images and texts on the device."""
     device, size = torch.device(options.device), open_clip.utils.to_2tuple(model.visual.image_size)
     context = model.context_length
-    inputs = Inputs(
+    return Inputs(
         torch.randn(options.batch, 3, *size, device=device),
         torch.randint(classes, (options.batch,), device=device),
         torch.randn(options.batch, 3, *size, device=device),
         texts(classes, 4, 1, 4, context).to(device),
         texts(captions, 0, 6, 20, context).to(device),
     )
-    steps = {
-        "ours": ours(model, inputs, options, online=False),
-        "ours_online": ours(model, inputs, options, online=True),
-        "floor": floor(model, inputs, options),
-        "authors": authors(model, inputs, options),
+
+
+def build_and_warm(
+    build_step: Callable[[], Callable[[], None]], device: torch.device
+) -> tuple[Callable[[], None], float | None]:
+    """Build a step and run it once, so that memory, kernels and compilation are ready.
+
+    Returns:
+        The step, and the peak of the GPU memory that it took, its copies of the model included, in MB; `None` on a CPU.
+    """
+    if device.type != "cuda":
+        step = build_step()
+        step()
+        return step, None
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    step = build_step()
+    for _ in range(2):
+        step()
+    return step, (torch.cuda.max_memory_allocated(device) - before) / 1e6
+
+
+def measure(classes: int, captions: int, model: Any, options: argparse.Namespace, flops_peak: float) -> dict[str, Any]:
+    """One row: the steps in turn."""
+    device = torch.device(options.device)
+    inputs = make_inputs(classes, captions, model, options)
+    built = {
+        "ours": build_and_warm(lambda: ours(model, inputs, options, online=False), device),
+        "ours_online": build_and_warm(lambda: ours(model, inputs, options, online=True), device),
+        "floor": build_and_warm(lambda: floor(model, inputs, options), device),
+        "authors": build_and_warm(lambda: authors(model, inputs, options), device),
     }
-    for step in steps.values():
-        step()  # warm: memory, kernels, compilation
+    steps = {name: step for name, (step, _) in built.items()}
     with FlopCounterMode(display=False) as counter:
         steps["ours"]()
     rounds = [{name: timed(step, device) for name, step in steps.items()} for _ in range(options.rounds)]
@@ -246,6 +279,9 @@ def measure(classes: int, captions: int, model: Any, options: argparse.Namespace
         "over_floor_teacher_online": median(each["ours_online"] / each["floor"] for each in rounds),
         "faster_than_authors": median(each["authors"] / each["ours"] for each in rounds),
         "seconds": seconds,
+        "images_per_second": {name: 2 * options.batch / each for name, each in seconds.items()},
+        "peak_megabytes": {name: megabytes for name, (_, megabytes) in built.items()},
+        "compile": options.compile,
         "teraflops_per_second": rate / 1e12,
         "share_of_peak": rate / flops_peak,
     }
@@ -260,12 +296,13 @@ def main() -> None:
     parser.add_argument("--captions", type=int, nargs="+", default=[1000])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--precision", choices=["fp32", "tf32", "bf16"], default="fp32")
     parser.add_argument("--compile", action="store_true", help="torch.compile our image tower")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--json", action="store_true", help="rows as JSON on standard output")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    set_float32_precision(options.precision)
     model = build(options.model).to(options.device)
     flops_peak = peak(torch.device(options.device), options.precision)
     rows = []
