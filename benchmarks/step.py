@@ -255,12 +255,13 @@ def measure(classes: int, captions: int, model: Any, options: argparse.Namespace
     """One row: the steps in turn."""
     device = torch.device(options.device)
     inputs = make_inputs(classes, captions, model, options)
-    built = {
-        "ours": build_and_warm(lambda: ours(model, inputs, options, online=False), device),
-        "ours_online": build_and_warm(lambda: ours(model, inputs, options, online=True), device),
-        "floor": build_and_warm(lambda: floor(model, inputs, options), device),
-        "authors": build_and_warm(lambda: authors(model, inputs, options), device),
+    ways = {
+        "ours": lambda: ours(model, inputs, options, online=False),
+        "ours_online": lambda: ours(model, inputs, options, online=True),
+        "floor": lambda: floor(model, inputs, options),
+        "authors": lambda: authors(model, inputs, options),
     }
+    built = {name: build_and_warm(way, device) for name, way in ways.items()}
     steps = {name: step for name, (step, _) in built.items()}
     with FlopCounterMode(display=False) as counter:
         steps["ours"]()

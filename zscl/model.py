@@ -71,9 +71,12 @@ def open_clip_name(model: Model) -> str:
 def load(model: Model, device: torch.device | str = "cpu") -> Clip:
     """Load a model, its tokenizer and its two image transforms, with float32 weights; nothing in its files is run.
 
+    On a GPU, the process computes reproducibly from then on (see `use_reproducible_kernels`).
+
     Raises:
         InputError: open_clip knows no such model, or its weights cannot be had or read.
     """
+    use_reproducible_kernels(torch.device(device))
     name = open_clip_name(model)
     shown = f"model: '{model.name}'" + (f" with pretrained '{model.pretrained}'" if model.pretrained else "")
     if name.startswith(LOCAL_MODEL) and not (Path(name.removeprefix(LOCAL_MODEL)) / WEIGHTS).is_file():
@@ -180,6 +183,23 @@ def freeze(model: nn.Module) -> nn.Module:
 def at_least_float32(features: torch.Tensor) -> torch.Tensor:
     """Bring what a tower gave under autocast to float32; leave float64 alone."""
     return features.to(torch.promote_types(features.dtype, torch.float32))
+
+
+def use_reproducible_kernels(device: torch.device) -> None:
+    """Make a GPU give the same bits in every run, and compute float32 in float32.
+
+    By default, the backward passes of attention and of indexing add up in an order that changes between runs, and
+    convolutions round their float32 inputs to TF32. The switches are those of the process. A CPU needs none of them.
+
+    Args:
+        device: where the process computes.
+    """
+    if device.type != "cuda":
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the process first uses cuBLAS
+    torch.backends.cudnn.allow_tf32 = False
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def precision_context(precision: str, device: torch.device) -> AbstractContextManager[object]:
