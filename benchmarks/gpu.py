@@ -89,8 +89,8 @@ class Sizes:
     rounds: int = 3
     images: int = 4_096
     photo: tuple[int, int] = (400, 300)
-    processes: tuple[int, ...] = (16, 8, 4)
-    training_steps: int = 50
+    processes: tuple[int, ...] = (8, 16, 4)
+    training_steps: int = 36
     evaluation_batch: int = 256
 
 
@@ -417,7 +417,7 @@ def measure_variants(context: Context, model: Any, precision: str) -> None:
         return step_benchmark.build_and_warm(lambda: step_benchmark.ours(model, inputs, options, False), device)[0]
 
     def seconds(step: Callable[[], None], deterministic: bool) -> float:
-        torch.use_deterministic_algorithms(deterministic, warn_only=True)
+        torch.use_deterministic_algorithms(deterministic)
         torch.utils.deterministic.fill_uninitialized_memory = False
         step()  # the allocator's blocks of the other variant do not fit
         taken = step_benchmark.timed(step, device)

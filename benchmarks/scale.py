@@ -1,4 +1,4 @@
-"""What a sequence costs on so many GPUs, counted: nothing is measured here, and `docs/scale.md` says what it rests on.
+"""Count what a sequence costs on a number of GPUs, from speeds that were measured on one (`docs/gpu.md`).
 
     python benchmarks/scale.py
 
@@ -8,14 +8,15 @@ features stored, all rows of the matrix measured.
 
 from dataclasses import dataclass
 
-# FLOP a second that such models get out of an H100 SXM (its data sheet's 67 and 989 TFLOP/s by 0.7 and 0.4), with 16
-# images or more on it at once; below, it falls with them. float32 is meant: torch's default, without TF32.
-SPEED = {"fp32": 67e12 * 0.7, "bf16": 989e12 * 0.4}
+# FLOP a second, counted as below, at the images a second that ViT-B/16 reached on an H100 (docs/gpu.md): in a training
+# step of 64 + 64 images and 100 classes, and in the forward pass of evaluation. With fewer than 16 images on a GPU,
+# they fall with their number.
+VIT_B_16_FLOP = 35e9  # an image's forward pass
+TRAINING_SPEED = {"fp32": 371 * 3 * VIT_B_16_FLOP, "bf16": 1311 * 3 * VIT_B_16_FLOP}
+EVALUATION_SPEED = {"fp32": 1275 * VIT_B_16_FLOP, "bf16": 6650 * VIT_B_16_FLOP}
 FULL = 16
-NVLINK, NETWORK = (
-    350e9,
-    40e9,
-)  # bytes a second that an all-reduce gets out of a node's links, and of 400 Gb/s between nodes
+# Bytes a second that an all-reduce gets out of a node's links, and of 400 Gb/s between nodes.
+NVLINK, NETWORK = 350e9, 40e9
 GPUS_A_NODE, CORES_A_GPU = 8, 16
 LATENCY = 100e-6  # seconds of a step's six gathers together, among nodes
 DECODE = 6.5e-3  # core-seconds to decode, crop and resize an image of about 0.2 megapixels (measured on a CPU)
@@ -32,13 +33,13 @@ class Model:
     parameters: float
 
 
-MODELS = (Model("ViT-B/16", 35e9, 124e6), Model("ViT-L/14", 162e9, 390e6))
+MODELS = (Model("ViT-B/16", VIT_B_16_FLOP, 124e6), Model("ViT-L/14", 162e9, 390e6))
 
 
 def step_seconds(model: Model, gpus: int, precision: str) -> dict[str, float]:
     """Parts of a step: forward and backward pass, gradients over the network, gathers; and the decoding beside them."""
     own = IMAGES / gpus
-    speed = SPEED[precision] * min(1.0, own / FULL)
+    speed = TRAINING_SPEED[precision] * min(1.0, own / FULL)
     inside, nodes = min(gpus, GPUS_A_NODE), -(-gpus // GPUS_A_NODE)
     gradients = 2 * 4 * model.parameters * ((inside - 1) / inside / NVLINK + (nodes - 1) / nodes / NETWORK)
     return {
@@ -54,7 +55,7 @@ def hours(model: Model, gpus: int, precision: str) -> dict[str, float]:
     parts = step_seconds(model, gpus, precision)
     training = STAGES * STEPS * max(parts["student"] + parts["gradients"] + parts["gathers"], parts["decoding"])
     images = (STAGES + 1) * TEST_IMAGES / gpus
-    evaluation = images * max(model.flop / SPEED[precision], DECODE / CORES_A_GPU)
+    evaluation = images * max(model.flop / EVALUATION_SPEED[precision], DECODE / CORES_A_GPU)
     return {"training": training / 3600, "evaluation": evaluation / 3600}
 
 
@@ -63,7 +64,7 @@ def table() -> str:
     head = ["model", "precision", "GPUs", "step, ms", "of it student", "training, min", "evaluation, min", "GPU hours"]
     rows = ["| " + " | ".join(head) + " |", "|---|---|" + "---:|" * 6]
     for model in MODELS:
-        for precision in SPEED:
+        for precision in TRAINING_SPEED:
             rows += [_row(model, precision, gpus) for gpus in (1, 8, 64)]
     return "\n".join(rows)
 

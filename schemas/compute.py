@@ -101,6 +101,9 @@ class Compute(Strict):
         "as images are met, or never stored; auto: ahead where the run meets nearly all of them anyway, else as_met",
     )
     savings: Savings = Field(Savings(), description="Exact savings of a training step")
+    deterministic: bool = Field(
+        True, description="GPU: kernels that give the same bits in every run; a CPU's always do"
+    )
     images_at_once: PositiveInt | None = Field(
         None,
         description="Gradient accumulation: a worker's images pass the student in parts of so many, computed again in "

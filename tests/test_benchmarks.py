@@ -1,7 +1,10 @@
 """The benchmarks run and print what they promise; how fast they find us is for people to read."""
 
+import importlib.metadata
 import importlib.util
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +53,52 @@ def test_checkpoints_beside_the_training(monkeypatch: pytest.MonkeyPatch, capsys
     assert found["megabytes"] > 70  # weights, and two moments of those that are trained
     for figure in ("seconds_a_step", "beside_over_none", "waited_over_none"):
         assert found[figure] > 0
+
+
+def link_packages(names: list[str], folder: Path) -> None:
+    """Link distributions and all that they require, extras left out, into a folder that can stand for site-packages."""
+    linked: set[str] = set()
+    while names:
+        name = re.sub(r"[-_.]+", "-", names.pop()).lower()
+        try:
+            distribution = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:  # for another platform
+            continue
+        if name in linked:
+            continue
+        linked.add(name)
+        for file in distribution.files or []:
+            link = folder / file.parts[0]
+            if file.parts[0] != ".." and not link.exists():
+                link.symlink_to(Path(str(distribution.locate_file(file.parts[0]))))
+        requirements = [each for each in distribution.requires or [] if "extra ==" not in each]
+        names += [re.split(r"[^A-Za-z0-9_.-]", each, maxsplit=1)[0] for each in requirements]
+
+
+@pytest.mark.timeout(900)  # a minute of a core's time
+def test_the_gpu_check_runs_every_section_with_four_packages(tmp_path: Path) -> None:
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    link_packages(["torch", "open_clip_torch", "webdataset", "pydantic"], packages)
+    assert not (packages / "ray").exists()
+    out = tmp_path / "gpu.jsonl"
+    python = [sys.executable, "-S", str(BENCHMARKS / "gpu.py")]  # -S: without this environment's packages
+    environment = os.environ | {"PYTHONPATH": str(packages)}
+    done = subprocess.run(
+        [*python, "--smoke", "--out", str(out)], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    results = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [result for result in results if "error" in result] == []
+    finished = [result["section"] for result in results if result["kind"] == "section"]
+    assert finished == ["device", "correctness", "step", "data", "profile"]
+    comparisons = [result for result in results if result["kind"] == "comparison"]
+    assert len(comparisons) == 6
+    assert all(result["passed"] for result in comparisons)
+    kinds = {result["kind"] for result in results}
+    assert kinds >= {"facts", "matrix_product", "step", "deterministic", "compiled", "evaluation_jpeg", "training_jpeg"}
+    assert kinds >= {"kernel", "synchronisations"}
+    assert "## correctness: comparison" in done.stdout
 
 
 @pytest.mark.slow

@@ -71,12 +71,13 @@ def open_clip_name(model: Model) -> str:
 def load(model: Model, device: torch.device | str = "cpu") -> Clip:
     """Load a model, its tokenizer and its two image transforms, with float32 weights; nothing in its files is run.
 
-    On a GPU, the process computes reproducibly from then on (see `use_reproducible_kernels`).
+    On a GPU, the process computes float32 convolutions in float32 from then on, not in TF32 as torch does by default.
 
     Raises:
         InputError: open_clip knows no such model, or its weights cannot be had or read.
     """
-    use_reproducible_kernels(torch.device(device))
+    if torch.device(device).type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False
     name = open_clip_name(model)
     shown = f"model: '{model.name}'" + (f" with pretrained '{model.pretrained}'" if model.pretrained else "")
     if name.startswith(LOCAL_MODEL) and not (Path(name.removeprefix(LOCAL_MODEL)) / WEIGHTS).is_file():
@@ -185,21 +186,25 @@ def at_least_float32(features: torch.Tensor) -> torch.Tensor:
     return features.to(torch.promote_types(features.dtype, torch.float32))
 
 
-def use_reproducible_kernels(device: torch.device) -> None:
-    """Make a GPU give the same bits in every run, and compute float32 in float32.
+def use_deterministic_kernels(device: torch.device, wanted: bool = True) -> None:
+    """Make training on a GPU give the same bits in every run.
 
-    By default, the backward passes of attention and of indexing add up in an order that changes between runs, and
-    convolutions round their float32 inputs to TF32. The switches are those of the process. A CPU needs none of them.
+    By default, the backward passes of attention and of indexing add up in an order that changes between runs. The
+    switches are those of the process. A CPU needs none of them.
 
     Args:
-        device: where the process computes.
+        device: where the process trains.
+        wanted: as the recipe says (`compute.deterministic`).
     """
-    if device.type != "cuda":
-        return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the process first uses cuBLAS
-    torch.backends.cudnn.allow_tf32 = False
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    if device.type == "cuda" and wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the process first uses cuBLAS
+        torch.use_deterministic_algorithms(True)  # with `warn_only`, attention stays nondeterministic
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def has_no_deterministic_kernel(error: RuntimeError) -> bool:
+    """Whether torch raised `error` for an operation that has no deterministic implementation on the device."""
+    return "does not have a deterministic implementation" in str(error)
 
 
 def precision_context(precision: str, device: torch.device) -> AbstractContextManager[object]:

@@ -50,7 +50,7 @@ from zscl.files import patiently, read_if_there, remove, whole_folder, write_tex
 from zscl.journal import JOURNAL, Journal
 from zscl.metrics import metrics
 from zscl.mirror import Mirror
-from zscl.model import Clip, load, load_weights
+from zscl.model import Clip, has_no_deterministic_kernel, load, load_weights, use_deterministic_kernels
 from zscl.opened import Opened, open_experiment
 from zscl.rows import AccuracyRow, Elsewhere, Rows, RowsElsewhere, claim, place_of, refuse_other_run, write_whole
 from zscl.seeds import seed_of
@@ -106,6 +106,7 @@ def run_sequence(
     experiment = opened.experiment
     run.report(RunStarted(fingerprint=opened.fingerprint))
     run.note_what_is_there()
+    use_deterministic_kernels(device, experiment.compute.deterministic)
     clip = load(experiment.model, device)
     run.rows.measure(0, clip)
     if experiment.method.task_loss is None:
@@ -262,6 +263,15 @@ class _Run:
             raise InputError(
                 f"{error}; the last good model is {'the initial one, ' if stage == 1 else ''}{start.name}; a lower "
                 "optimisation.learning_rate or optimisation.max_gradient_norm may help"
+            ) from error
+        except RuntimeError as error:
+            if not has_no_deterministic_kernel(error):
+                raise
+            operation = str(error).partition(" does not have")[0]
+            raise InputError(
+                f"compute.deterministic: found a model or a loss with an operation that has no deterministic GPU "
+                f"implementation ({operation}), expected compute.deterministic=false for it: results then differ by "
+                "round-off from run to run"
             ) from error
         if merge is not None:
             anchor = frozen(experiment.model if merge.anchor == "initial" else start, self.device)

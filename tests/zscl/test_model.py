@@ -10,7 +10,7 @@ import torch
 
 from schemas.base import InputError
 from schemas.experiment import Model
-from zscl.model import load, weights_digest
+from zscl.model import has_no_deterministic_kernel, load, weights_digest
 
 
 @pytest.fixture
@@ -101,3 +101,14 @@ def test_refuses_a_model_that_normalises_over_the_batch(folder: Path) -> None:
     save_file(model.state_dict(), folder / "open_clip_model.safetensors")
     with pytest.raises(InputError, match="BatchNorm"):
         load(named(folder))
+
+
+def test_an_operation_without_a_deterministic_kernel_is_recognised() -> None:
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pytest.raises(RuntimeError) as raised:
+            torch.zeros(2).put_(torch.tensor([0]), torch.tensor([1.0]))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert has_no_deterministic_kernel(raised.value)
+    assert not has_no_deterministic_kernel(RuntimeError("CUDA out of memory"))
