@@ -1,5 +1,6 @@
 """Trees of images, a folder a class → tasks."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -31,8 +32,11 @@ def prepare_folder(images: Path, folder: Path, templates: Sequence[str], seed: i
         if "{c}" not in template:
             raise InputError(f"--template: found {template!r}, expected a {{c}} for the class name in it")
     family, classes, splits = _folder_splits(images, seed)
-    classnames = [name.replace("_", " ").replace("-", " ") for name in classes]
-    for name in classnames:
+    # Line separators too: a class name is a line of classnames.txt.
+    classnames = [" ".join(re.sub("[_-]", " ", name).splitlines()).strip() for name in classes]
+    for folder_name, name in zip(classes, classnames, strict=True):
+        if not name:
+            raise InputError(f"{images}: found the folder {folder_name!r}, expected one named after its class")
         if classnames.count(name) > 1:
             raise InputError(f"{images}: found two folders for the class '{name}', expected one folder a class")
     unreadable: list[str] = []

@@ -17,6 +17,7 @@ import fsspec
 from schemas.base import InputError
 from schemas.data import Reference, Task
 from schemas.experiment import HeldOut
+from zscl.caption_formats import read_captions
 from zscl.files import digest, nearest
 from zscl.holdout import few_of_each, split_off
 from zscl.indexed_samples import IndexedSamples
@@ -32,7 +33,8 @@ def text_of(location: str) -> str | None:
     try:
         if "://" not in location and Path(location).exists() and not Path(location).is_file():
             raise InputError(f"{location}: found no file but a folder or device, expected a text file")
-        with fsspec.open(location, "rt", encoding="utf-8") as stream:
+        # Only \n ends a line: the number of a line may be a label.
+        with fsspec.open(location, "rt", encoding="utf-8-sig", newline="\n") as stream:
             return str(stream.read())
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -45,17 +47,21 @@ def text_of(location: str) -> str | None:
 
 
 def lines_of(location: str, what: str) -> list[str]:
-    """Read a file's lines.
+    """Read a file's lines. Only \\n and \\r\\n end a line: other line separators of Unicode are part of it.
 
     Raises:
-        InputError: there is no such file, or it is empty.
+        InputError: there is no such file, it is empty, or it holds NUL bytes.
     """
     text = text_of(location)
     if text is None:
         raise InputError(f"{location}: found no such file, expected {what}, one a line")
-    lines = [line.strip() for line in text.rstrip().splitlines()]
-    if not lines:
+    if not text.strip():
         raise InputError(f"{location}: found an empty file, expected {what}, one a line")
+    lines = [line.strip() for line in text.rstrip().split("\n")]
+    for number, line in enumerate(lines, start=1):
+        if "\0" in line or "\r" in line:
+            what_ends = "a NUL byte" if "\0" in line else "a carriage return within a line"
+            raise InputError(f"{location}: found {what_ends} on line {number}, expected {what}, one a line, in UTF-8")
     return lines
 
 
@@ -310,10 +316,10 @@ class ReferenceSet:
 
     def _texts(self, reference: Reference) -> list[str]:
         if reference.texts is not None:
-            return [text for text in lines_of(reference.texts, "captions") if text]
+            return list(read_captions(reference.texts, lenient=True))
         for location in reference.images:
             if "://" not in location and Path(location, "captions.txt").is_file():
-                return [text for text in lines_of(f"{location}/captions.txt", "captions") if text]
+                return list(read_captions(f"{location}/captions.txt", lenient=True))
         return [text for text in self.images.texts() if text]
 
     @cached_property

@@ -96,3 +96,14 @@ def test_a_folder_is_never_replaced_by_its_own_task(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="photos: found something that is no task"):
         prepare_folder(tmp_path / "photos", tmp_path / "photos", ["{c}"])
     assert len(list((tmp_path / "photos").rglob("*.png"))) == 4
+
+
+def test_a_folder_name_becomes_one_line(tmp_path: Path) -> None:
+    sorted_by_class(tmp_path / "photos", 12)
+    (tmp_path / "photos/blue").rename(tmp_path / "photos/_b\u2028l\nue")
+    prepare_folder(tmp_path / "photos", tmp_path / "task", ["{c}"])
+    assert opened(tmp_path / "task").classnames == ("b l ue", "green ish", "rusty red", "yellow")
+    assert prepare_folder(tmp_path / "photos", tmp_path / "task", ["{c}"]).kept
+    (tmp_path / "photos/yellow").rename(tmp_path / "photos/_-")
+    with pytest.raises(InputError, match="found the folder '_-', expected one named after its class"):
+        prepare_folder(tmp_path / "photos", tmp_path / "other", ["{c}"])
