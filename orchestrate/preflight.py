@@ -10,7 +10,7 @@ from typing import Any
 from orchestrate import places, recipes
 from orchestrate.state import STATE
 from schemas.base import InputError
-from schemas.compute import Savings
+from schemas.compute import Compute, Savings
 from schemas.experiment import Experiment, Model
 from zscl.checkpoint import CHECKPOINT
 from zscl.indexed_samples import IndexedSamples
@@ -19,7 +19,7 @@ from zscl.opened import Opened, open_experiment
 from zscl.rows import ZERO_SHOT, part_of, refuse_other_run, stage_folder
 from zscl.snapshots import LAST, SUFFIX, place_of
 from zscl.teaching import way_of_features
-from zscl.towers import left_in_full
+from zscl.towers import Towers, left_in_full
 
 NO_PART = ("name", "compute.", "tracking.")  # of what is computed
 OF_A_RUN = (places.EXPERIMENT, STATE, ZERO_SHOT, part_of(Path(ZERO_SHOT)).name, "stages", CHECKPOINT)
@@ -127,15 +127,19 @@ def _looked_at(opened: Opened) -> tuple[float, tuple[str, ...]]:
     Raises:
         InputError: the model cannot be loaded, or does not allow a saving that is asked for.
     """
-    experiment = opened.experiment
-    return _load_and_look(experiment.model, opened.weights, experiment.compute.savings)
+    experiment, compute = opened.experiment, opened.experiment.compute
+    return _load_and_look(experiment.model, opened.weights, compute.savings, compute.gradient_checkpointing)
 
 
 @lru_cache(maxsize=8)
-def _load_and_look(model: Model, weights: str, savings: Savings) -> tuple[float, tuple[str, ...]]:
+def _load_and_look(model: Model, weights: str, savings: Savings, checkpointing: bool) -> tuple[float, tuple[str, ...]]:
     """Load a model once, whatever is asked of it; `weights`, their digest, tells it from one of the same name."""
-    network = load(model).model
+    clip = load(model)
+    network = clip.model
     values = sum(weight.numel() for weight in network.state_dict().values())
+    if checkpointing:  # as a stage does
+        compute, tokens = Compute(savings=savings, gradient_checkpointing=True), clip.tokenizer(["a text"])
+        Towers(network, tokens, range(1), compute, unused_embeddings_stay=False)
     return 4 * values / 1e6, tuple(left_in_full(network, savings))  # written as float32
 
 

@@ -54,8 +54,8 @@ class ClassIncremental(Abbreviable):
     increment: PositiveInt = Field(10, description="Classes of each further stage")
     order: NonNegativeInt | Location = Field(
         0,
-        description="Order of the classes: a seed, or a file of class names (also where they are numbers) or of labels, one "
-        "a line",
+        description="Order of the classes: a seed, or a file of class names (also where they are numbers) or of "
+        "labels, one a line",
     )
     epochs: PositiveInt = Field(1, description="Times a stage sees its images")
     template: str | None = Field(None, description="The one prompt, with {c}; default: the folder's first template")
