@@ -16,6 +16,7 @@ from zscl.checkpoint import CHECKPOINT
 from zscl.indexed_samples import IndexedSamples
 from zscl.model import load, open_clip_name
 from zscl.opened import Opened, open_experiment
+from zscl.prompt_checks import prompt_warnings
 from zscl.rows import ZERO_SHOT, part_of, refuse_other_run, stage_folder
 from zscl.snapshots import LAST, SUFFIX, place_of
 from zscl.teaching import way_of_features
@@ -24,7 +25,6 @@ from zscl.towers import Towers, left_in_full
 NO_PART = ("name", "compute.", "tracking.")  # of what is computed
 OF_A_RUN = (places.EXPERIMENT, STATE, ZERO_SHOT, part_of(Path(ZERO_SHOT)).name, "stages", CHECKPOINT)
 MOST_NAMED, LONGEST_SHOWN = 3, 60  # differences in a sentence, and characters of a value
-LONGEST_PROMPTS = 20  # of a task, that are counted in tokens
 
 
 def plan(opened: Opened, folder: Path) -> dict[str, object]:
@@ -184,42 +184,17 @@ def check_disk(opened: Opened, folder: Path) -> None:
 
 def warnings(opened: Opened) -> list[str]:
     """What is allowed but hardly meant, a sentence each: of the recipe, of prompts, of what is read again and again."""
-    return [*opened.experiment.warnings, *_cut_prompts(opened), *_same_prompts(opened), *_read_again(opened)]
+    return [*opened.experiment.warnings, *_prompts(opened), *_read_again(opened)]
 
 
-def _cut_prompts(opened: Opened) -> list[str]:
-    """A sentence a task whose longest prompts fill the model's context to its end: what lies behind is not read."""
+def _prompts(opened: Opened) -> list[str]:
+    """A sentence for prompts that the model does not read to their end, and for classes that it cannot tell apart."""
     import open_clip
 
     tokenizer = open_clip.get_tokenizer(open_clip_name(opened.experiment.model))
-    found = []
-    for task in opened.tasks:
-        prompts = sorted((prompt for each in task.templates for prompt in task.prompts(each)), key=len)
-        longest = prompts[-LONGEST_PROMPTS:]
-        tokens = tokenizer(longest)
-        full = [prompt for prompt, row in zip(longest, tokens, strict=True) if row[-1] != 0]
-        if full:
-            found.append(
-                f"task '{task.name}': found the prompt {full[-1]!r} to fill the {tokens.shape[1]} tokens that the "
-                "model reads; what lies behind them is cut off"
-            )
-    return found
-
-
-def _same_prompts(opened: Opened) -> list[str]:
-    """A sentence a task of which two classes have one name, and so one prompt."""
-    found = []
-    for task in opened.tasks:
-        labels: dict[str, list[int]] = {}
-        for label, name in enumerate(task.classnames):
-            labels.setdefault(name, []).append(label)
-        found += [
-            f"task '{task.name}': found {name!r} to be the name of the classes {', '.join(map(str, same))}; no prompt "
-            "tells them apart"
-            for name, same in labels.items()
-            if len(same) > 1
-        ]
-    return found
+    one_head = opened.experiment.class_incremental is not None
+    judged = dict.fromkeys(task.whole or task if one_head else task for task in opened.tasks)
+    return [sentence for task in judged for sentence in prompt_warnings(task, tokenizer)]
 
 
 def _read_again(opened: Opened) -> list[str]:

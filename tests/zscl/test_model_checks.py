@@ -2,12 +2,11 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import open_clip
 import pytest
 import torch
@@ -168,11 +167,13 @@ def test_weights_that_do_not_fit_are_named(changes: Any, sentence: str, folder: 
 
 
 def test_a_weights_file_of_another_architecture_is_named(folder: Path) -> None:
-    file = folder / WEIGHTS
-    with pytest.raises(
-        InputError, match=r"of another architecture in .*, expected those of ViT-B-32 \(.*missing: .*, …"
-    ):
-        load(Model(name="ViT-B-32", pretrained=str(file)))
+    config = json.loads(json.dumps(TINY_MODEL))
+    config["vision_cfg"]["layers"] = 2
+    (folder / "deeper-in-this-test.json").write_text(json.dumps(config))
+    open_clip.add_model_config(folder / "deeper-in-this-test.json")
+    sentence = r"of another architecture in .*, expected those of deeper-in-this-test \(12 missing: visual\..*, …\)"
+    with pytest.raises(InputError, match=sentence):
+        load(Model(name="deeper-in-this-test", pretrained=str(folder / WEIGHTS)))
 
 
 def test_a_model_that_needs_transformers_says_what_to_install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,27 +189,27 @@ def test_a_model_that_needs_transformers_says_what_to_install(folder: Path, monk
     model_checks.refuse_missing_packages(open_clip.get_model_config("ViT-B-32"), "local-dir:/siglip/clip", "it")
 
 
-def test_weights_that_cannot_be_downloaded_are_refused_at_once(tmp_path: Path) -> None:
-    code = """
-import sys
-from schemas.experiment import Model
-from zscl.model import load
-for model in (Model(name="ViT-B-32-quickgelu", pretrained="openai"), Model(name="hf-hub:somebody/something")):
-    try:
+@pytest.mark.parametrize(
+    ("model", "call"),
+    [
+        (Model(name="ViT-B-32-quickgelu", pretrained="openai"), "('ViT-B-32-quickgelu', pretrained='openai')"),
+        (Model(name="hf-hub:somebody/something"), "('hf-hub:somebody/something')"),
+    ],
+)
+def test_weights_that_cannot_be_downloaded_are_refused_at_once(
+    model: Model, call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    nobody = "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", nobody)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(InputError) as found:
         load(model)
-    except ValueError as error:
-        print(error)
-"""
-    environment = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HOME": str(tmp_path)}
-    environment |= {"PATH": "", "PYTHONPATH": str(Path(model_checks.__file__).parent.parent)}
-    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert "Retrying" not in ended.stderr
-    openai, hub = ended.stdout.strip().splitlines()
-    for sentence in (openai, hub):
-        assert "its weights are not on this machine, and the hub cannot be reached; expected a network" in sentence
-        assert f"copy its folder {tmp_path}/hub" in sentence
-        assert sentence.endswith("refused)")
-    assert "open_clip.create_model('ViT-B-32-quickgelu', pretrained='openai')" in openai
+    sentence = str(found.value)
+    assert "its weights are not on this machine, and the hub cannot be reached; expected a network" in sentence
+    assert f"open_clip.create_model{call}" in sentence
+    assert f"copy its folder {tmp_path} here" in sentence
+    assert sentence.endswith("refused)")  # the cause, whole
+    assert "Retrying" not in caplog.text
 
 
 def test_features_that_are_no_numbers_are_no_accuracy(folder: Path, tasks: list[str]) -> None:
