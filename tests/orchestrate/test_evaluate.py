@@ -110,7 +110,7 @@ def test_what_cannot_be_judged(run: Path, zscl: Zscl, tasks: list[str], argument
 def test_classes_and_prompts_that_the_model_does_not_tell_apart(zscl: Zscl, tiny_model: str, tmp_path: Path) -> None:
     splits = {split: list(coloured(8, 0)) for split in ("train", "test")}
     templates = ["a {c}", "a picture of a very small and nearly square patch of {c}"]
-    write_task(tmp_path / "letters", ["A", "b", "a", "c"], templates, splits, suffix="png", source="")
+    write_task(tmp_path / "letters", ["A", "b", "a", r"$\no{$ $x$"], templates, splits, suffix="png", source="")
     model = tiny_model.removeprefix("local-dir:")
     said = zscl("evaluate", model, "--task", tmp_path / "letters", "--offline", "--out", tmp_path / "out")
     warnings = evaluation(tmp_path / "out").warnings
