@@ -78,7 +78,8 @@ class Reference(Abbreviable):
     )
     texts: Location | None = Field(
         None,
-        description="Caption file, one a line; default: captions.txt or the .txt members beside the images",
+        description="Caption file: one a line, or TSV, CSV, JSON with one column or key of captions; default: "
+        "captions.txt or the .txt members beside the images",
     )
     max_texts: PositiveInt | None = Field(None, description="Use only the first so many texts")
 

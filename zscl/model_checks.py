@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 HUB_MODEL = "hf-hub:"
 HUB_TIMEOUT_SECONDS = 10.0
 NAMED = 5  # weights in a sentence
+SAME = 1e-6  # between features, each number: no difference
 TEXTS = ["a photo of a cat.", "two red circles on a blue wall"]
 
 
@@ -214,6 +215,8 @@ def _encode(model: Any, encode: str, inputs: torch.Tensor, tower: str) -> torch.
     refuse_not_finite(features, f"{tower} returns")
     if not bool((features.norm(dim=1) > 0).all()):
         raise InputError(f"{tower} returns features that are all zero, {expected} and of length 1")
+    if bool((features[0] - features[1]).abs().max() < SAME):
+        raise InputError(f"{tower} returns the same features for unlike inputs, {expected} that tell them apart")
     return features
 
 

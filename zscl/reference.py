@@ -127,7 +127,7 @@ def _stored(file: Path, count: int, note: Callable[[str], None]) -> torch.Tensor
             raise ValueError("other numbers than embeddings")
         return torch.from_numpy(array)
     except Exception as error:  # what numpy raises on foreign bytes is no closed list
-        note(f"{file}: found no embeddings of {count} texts ({str(error)[:100]}); they are computed again")
+        note(f"{file}: found no embeddings of {count} texts ({error}); they are computed again")
         return None
 
 

@@ -94,6 +94,7 @@ def test_a_model_whose_features_are_no_numbers_is_refused(changes: Any, sentence
         ({"vision": {"pool_type": "none"}}, r"its image tower returns torch\.float32 of shape \[2, 5, 16\]"),
         ({"text": {"output_tokens": True}, "custom_text": True}, "its text tower fails on inputs"),
         ({"text": {"pool_type": "none"}}, r"its text tower returns torch\.float32 of shape \[2, 12, 16\]"),
+        ({"text": {"pool_type": "first"}}, "its text tower returns the same features for unlike inputs"),
         ({"text": {"vocab_size": 1000}}, "found the token 49407 from its tokenizer and 1000 token embeddings"),
     ],
 )
@@ -132,10 +133,10 @@ def test_towers_of_different_widths_are_refused(folder: Path, monkeypatch: pytes
             self.logit_scale = nn.Parameter(torch.ones([]))
 
         def encode_image(self, images: torch.Tensor, normalize: bool) -> torch.Tensor:
-            return torch.ones(len(images), 8)
+            return torch.eye(len(images), 8)
 
         def encode_text(self, tokens: torch.Tensor, normalize: bool) -> torch.Tensor:
-            return torch.ones(len(tokens), 4)
+            return torch.eye(len(tokens), 4)
 
     narrow = Clip(Narrow(), clip.tokenizer, clip.train_transform, clip.evaluation_transform, {})
     with pytest.raises(InputError, match="found features of 8 numbers an image and 4 a text"):
