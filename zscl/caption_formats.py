@@ -65,7 +65,7 @@ DECOMPRESSORS: Mapping[bytes, Callable[[Any], Any]] = {
     b"\xfd7zXZ\0": lzma.open,
 }
 URL = re.compile(r"([a-z][a-z0-9+]*://|www\.)\S+", re.IGNORECASE)
-IMAGE_FILE = re.compile(r"(\S+|.*/.*)\.(jpe?g|png|webp|gif|bmp|tiff?)(#\d+)?", re.IGNORECASE)
+IMAGE_FILE = re.compile(r"(\S+|.*/.*)\.(jpe?g|png|webp|gif|bmp|tiff?)(#\d+)?(\s+\d+)*", re.IGNORECASE)  # and labels
 NUMBER = re.compile(r"[+-]?\d[\d.,:eE/+-]*")
 IDENTIFIER = re.compile(r"(?=\S*\d)[\w.\-/#]+")
 NO_TEXT = ("URLs", "file names", "JSON")  # refused as captions, whatever the user says
@@ -142,6 +142,8 @@ class Detector:
         Args:
             sample: the first lines that are not empty.
         """
+        if any("\r" in line.strip() for line in sample):
+            raise InputError(f"{self.location}: found a carriage return within a line, expected lines that end in \\n")
         first = sample[0].strip()
         named = self.column not in (None, "1")
         if named and _name(self.column or "") != _name(first):

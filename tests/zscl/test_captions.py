@@ -163,6 +163,8 @@ def tar() -> bytes:
     [
         ("urls.txt", b"http://a/1.jpg\nhttp://a/2.jpg\n", "found URLs in its lines"),
         ("files.txt", b"val/1/1.jpg\nval/1/2.jpg\n", "found file names in its lines"),
+        ("labels.txt", b"a/1.JPEG 0\na/2.JPEG 1\n", "found file names in its lines"),
+        ("mac.txt", b"a cat\ra dog\r", "found a carriage return within a line"),
         ("numbers.txt", b"1\n2\n3\n", "found numbers in its lines"),
         ("ids.tsv", b"n01440764\t12\nn01443537\t13\n", "found 0 columns that look like captions"),
         ("two.tsv", b"a title\ta caption here\nmore of it\tand of it\n", r"found 2 columns .*1: 'a title'; 2: 'a cap"),
