@@ -68,6 +68,7 @@ URL = re.compile(r"([a-z][a-z0-9+]*://|www\.)\S+", re.IGNORECASE)
 IMAGE_FILE = re.compile(r"(\S+|.*/.*)\.(jpe?g|png|webp|gif|bmp|tiff?)(#\d+)?(\s+\d+)*", re.IGNORECASE)  # and labels
 NUMBER = re.compile(r"[+-]?\d[\d.,:eE/+-]*")
 IDENTIFIER = re.compile(r"(?=\S*\d)[\w.\-/#]+")
+HALF_PAIR = re.compile("[\ud800-\udfff]")
 NO_TEXT = ("URLs", "file names", "JSON")  # refused as captions, whatever the user says
 HARDLY_TEXT = ("numbers", "identifiers")  # captions only if the user says so
 
@@ -91,7 +92,9 @@ class Captions:
     def __iter__(self) -> Iterator[str]:
         for value in self.values:
             # A caption may have line separators of its own (\n, U+2028, ...), and captions.txt has one caption a line.
-            caption = " ".join((value or "").replace("\t", " ").splitlines()).strip()
+            # JSON may hold what no UTF-8 file can: halves of surrogate pairs.
+            plain = HALF_PAIR.sub("\N{REPLACEMENT CHARACTER}", (value or "").replace("\t", " ").replace("\0", " "))
+            caption = " ".join(plain.splitlines()).strip()
             if caption:
                 self.count += 1
                 yield caption

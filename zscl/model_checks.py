@@ -1,7 +1,7 @@
 """Checks of a model when it is loaded: its name, its packages, its weights, and one forward pass of both towers."""
 
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,7 +42,7 @@ def refuse_unknown_name(model: Model, shown: str) -> None:
     if name not in known:
         raise InputError(
             f"{shown}: found no model of that name, expected one of open_clip.list_models(), '{LOCAL_MODEL}FOLDER', "
-            f"'{HUB_MODEL}OWNER/NAME' or 'embedded'{did_you_mean(name, known)}"
+            f"'{HUB_MODEL}OWNER/NAME' or 'embedded'{did_you_mean(_spelt(name, known), known)}"
         )
     tags = open_clip.list_pretrained_tags_by_model(name)
     if not open_clip.get_pretrained_cfg(name, model.pretrained or "") and not Path(model.pretrained or "").is_file():
@@ -50,6 +50,11 @@ def refuse_unknown_name(model: Model, shown: str) -> None:
             f"{shown}: found neither a file nor a tag of that name, expected {', '.join([*tags, 'a file'])}"
             f"{did_you_mean(model.pretrained or '', tags)}"
         )
+
+
+def _spelt(name: str, known: Sequence[str]) -> str:
+    """The name as a known one is spelt, where they differ in capitals alone."""
+    return next((each for each in known if each.lower() == name.lower()), name)
 
 
 def refuse_missing_packages(config: Mapping[str, Any] | None, name: str, shown: str) -> None:

@@ -133,9 +133,10 @@ def test_compressed_captions_are_read(compress: Any, tmp_path: Path) -> None:
 
 def test_separators_within_a_caption_become_spaces(tmp_path: Path) -> None:
     odd = "one\u2028two\x85three\x0bfour\x0cfive\u2029six\x1cseven"
-    (tmp_path / "captions.json").write_text(json.dumps([odd, "tab\tand\nline"]))
+    (tmp_path / "captions.json").write_text(json.dumps([odd, "tab\tand\nline", "nul\0 and half\ud800"]))
     write_captions(tmp_path / "captions.json", tmp_path / "set")
-    assert (tmp_path / "set/captions.txt").read_text() == "one two three four five six seven\ntab and line\n"
+    lines = "one two three four five six seven", "tab and line", "nul  and half\ufffd"
+    assert (tmp_path / "set/captions.txt").read_text().split("\n") == [*lines, ""]
     (tmp_path / "captions.txt").write_text(f"{odd}\nanother one\n")
     assert write_captions(tmp_path / "captions.txt", tmp_path / "plain").captions == 2
 

@@ -60,6 +60,7 @@ def test_the_digest_follows_weights_and_configuration(folder: Path, tmp_path: Pa
             Model(name="ViT-B-33", pretrained="openai"),
             r"'ViT-B-33' with pretrained 'openai': found no model of that name.* did you mean 'ViT-B-32'\?$",
         ),
+        (Model(name="vit-l-14-336", pretrained="openai"), r"did you mean 'ViT-L-14-336'\?$"),
         (Model(name="ViT-B/32", pretrained="opena1"), r"found neither a file nor a tag.*did you mean 'openai'\?$"),
         (
             Model(name="ViT-B-32", pretrained="nowhere"),
