@@ -31,6 +31,12 @@ def folder_of(experiment: Experiment, fingerprint: str, out: Path | None, name: 
     return Path.cwd() / "runs" / f"{experiment.name}-{method}-{fingerprint[:8]}"
 
 
+def search_identity(folder: Path) -> tuple[str, str]:
+    """Read a search's fingerprint and the version of the algorithm that computed it; empty if older than versions."""
+    fingerprint, _, version = (folder / FINGERPRINT).read_text(encoding="utf-8").strip().partition(" ")
+    return fingerprint, version
+
+
 def store_uri(experiment: Experiment, folder: Path) -> str:
     """The recipe's tracking URI, else MLFLOW_TRACKING_URI, else an SQLite file beside the run's folder."""
     given = experiment.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")

@@ -77,9 +77,11 @@ def load_result_so_far(run: Path) -> Result:
         name=experiment.name,
         method=experiment.method.name,
         method_changes=experiment.method.changes,
+        method_settings=experiment.method.settings,
         settings=experiment.settings,
         seed=experiment.seed,
         fingerprint=zero_shot.fingerprint,
+        algorithm=zero_shot.algorithm,
         tasks=tuple(
             TaskName(
                 name=task.name,

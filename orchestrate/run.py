@@ -127,10 +127,18 @@ def _finished(opened: Opened, folder: Path, console: Console, offline: bool) -> 
     if not (folder / "result.json").is_file():
         return None
     console.print(f"{folder}: finished before, nothing to do", highlight=False)
+    result = report.load_result(folder)
+    if result.method != opened.experiment.method.name:  # what a method is called is no part of what is computed
+        console.print(
+            f"{folder}: the recipe calls the method '{opened.experiment.method.name}', the result keeps the name "
+            f"'{result.method}' that it was computed under",
+            highlight=False,
+            soft_wrap=True,
+        )
     state = read_state(folder)
     if not offline and state is not None and state.status != "FINISHED":  # killed behind its last step
         console.print(f"MLflow may lack its end; send it with: zscl sync {folder}", highlight=False, soft_wrap=True)
-    return report.load_result(folder)
+    return result
 
 
 def _run(opened: Opened, folder: Path, console: Console, offline: bool, following: Following) -> Result:

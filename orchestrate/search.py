@@ -32,11 +32,12 @@ from orchestrate.ownership import owned
 from orchestrate.search_preflight import Prepared
 from orchestrate.search_trials import front_of, goodness_of, load_found, stage_trainings, trials_of
 from orchestrate.state import outcome_told, write_state
+from schemas.algorithm import algorithm
 from schemas.base import InputError
 from schemas.results import Result
 from schemas.search import SearchResult, Trial, TrialNews
 from zscl.files import link_folder, write_text
-from zscl.rows import write_whole
+from zscl.rows import named, write_whole
 from zscl.stages import TRAINING
 
 if TYPE_CHECKING:
@@ -67,7 +68,12 @@ def search(prepared: Prepared, folder: Path, console: Console, offline: bool = F
 
 def _refuse_other_search(prepared: Prepared, folder: Path) -> None:
     file = folder / places.FINGERPRINT
-    found = file.read_text().strip() if file.is_file() else prepared.fingerprint
+    found, version = places.search_identity(folder) if file.is_file() else (prepared.fingerprint, algorithm())
+    if version != algorithm():
+        raise InputError(
+            f"{folder}: found a search that was computed by {named(version)}, expected {named(algorithm())}, which is "
+            "what this version of zscl computes: the two may give different numbers. Choose another folder"
+        )
     if found != prepared.fingerprint:
         raise InputError(
             f"{folder}: found another search (fingerprint {found}), expected {prepared.fingerprint} or an empty "
@@ -92,7 +98,7 @@ def _search(prepared: Prepared, folder: Path, console: Console, offline: bool) -
     with signals_taken() as interruption:
         recording = None if offline else _recording(prepared, folder, say)
         with outcome_told(folder, recording):
-            write_text(folder / places.FINGERPRINT, prepared.fingerprint + "\n")
+            write_text(folder / places.FINGERPRINT, f"{prepared.fingerprint} {algorithm()}\n")
             if not (folder / places.SEARCH).is_file():
                 recipes.write_search(prepared.search, prepared.content, folder / places.SEARCH)
             write_state(folder, "RUNNING")

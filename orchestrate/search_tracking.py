@@ -197,7 +197,7 @@ def sync_search(folder: Path, uri: str | None, on_sent: Callable[[str, int, int]
         search, content = recipes.load_search(folder / places.SEARCH)
         experiment = recipes.at(search, content, {}, folder / places.SEARCH)
         uri = uri or places.unmasked(places.store_uri(experiment, folder))
-        fingerprint = (folder / places.FINGERPRINT).read_text(encoding="utf-8").strip()
+        fingerprint = places.search_identity(folder)[0]
         try:
             record = SearchRecord(search, experiment.tracking.experiment, fingerprint, folder, uri)
             sent = 0
