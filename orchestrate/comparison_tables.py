@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from statistics import fmean
 from typing import Any
 
 from rich.console import Group
@@ -16,6 +15,10 @@ from schemas.results import Result
 
 FIGURES = ("transfer", "avg", "last", "learned", "forgetting", "backward_transfer", "forward_transfer")
 SMALLER_IS_BETTER = ("forgetting",)
+CHANGES = (
+    "difference from {baseline} over pairs of one seed and order, its 95 % confidence interval (paired t), and the "
+    "sample it is of"
+)
 Row = dict[str, str | float | None]
 
 
@@ -88,7 +91,7 @@ def published_rows(order: str, tasks: Sequence[str]) -> list[Row]:
 def group_table(comparison: Comparison, baseline: str | None = None) -> list[list[str]]:
     """The groups as text, heads first: mean ± standard deviation in per cent; differences from a baseline, if any."""
     head = ["method", "runs", *MAIN]
-    rows = [[ZERO_SHOT, "", *(percent(value) for value in _zero_shot_means(comparison))]]
+    rows = [[ZERO_SHOT, "", *(percent(comparison.zero_shot(figure)) for figure in MAIN)]]
     for label, runs in comparison.groups.items():
         cells = [_plus_minus(comparison.summary(label, figure)) for figure in MAIN]
         if baseline is not None and label != baseline:
@@ -98,12 +101,6 @@ def group_table(comparison: Comparison, baseline: str | None = None) -> list[lis
     return [head, *rows]
 
 
-def _zero_shot_means(comparison: Comparison) -> list[float | None]:
-    found = [run.result.zero_shot_metrics.model_dump() for run in comparison.runs]
-    values = [[each[figure] for each in found if each[figure] is not None] for figure in MAIN]
-    return [fmean(each) if each else None for each in values]
-
-
 def _plus_minus(summary: Summary | None) -> str:
     if summary is None:
         return percent(None)
@@ -111,13 +108,14 @@ def _plus_minus(summary: Summary | None) -> str:
 
 
 def _change(difference: Difference | None) -> str:
-    """A difference as text: in points, with its interval."""
+    """A difference as text: in points, with its interval if it has one, and the size of the sample."""
     if difference is None:
         return ""
+    of = f"{difference.size} {difference.unit if difference.size > 1 else difference.unit.removesuffix('s')}"
     if difference.interval is None:
-        return f"({100 * difference.mean:+.1f})"
+        return f"({100 * difference.mean:+.1f}; {of})"
     low, high = difference.interval
-    return f"({100 * difference.mean:+.1f}; {100 * low:+.1f} to {100 * high:+.1f})"
+    return f"({100 * difference.mean:+.1f}; {100 * low:+.1f} to {100 * high:+.1f}; {of})"
 
 
 def terminal_tables(comparison: Comparison, rows: Sequence[Row], baseline: str | None) -> Group:
@@ -126,7 +124,7 @@ def terminal_tables(comparison: Comparison, rows: Sequence[Row], baseline: str |
     head, *body = group_table(comparison, baseline)
     title = "Figures of the accuracy matrix, %"
     if baseline is not None:
-        title += f"; in brackets: paired difference from {baseline}, with a 95 % interval"
+        title += f"; mean ± standard deviation; in brackets: {CHANGES.format(baseline=baseline)}"
     groups = Table(title=title)
     for column in head:
         groups.add_column(column, justify="left" if column == "method" else "right")
@@ -161,6 +159,9 @@ def markdown(comparison: Comparison, rows: Sequence[Row], baseline: str | None) 
     runs = [columns, *([cell(row.get(column)) for column in columns] for row in rows)]
     parts = [
         "## Methods\n",
+        "In per cent, mean ± standard deviation over the runs."
+        + (f" In brackets: {CHANGES.format(baseline=baseline)}." if baseline else "")
+        + "\n",
         markdown_table(group_table(comparison, baseline), left=1),
         "\n## Runs\n",
         markdown_table(runs, left=3),
@@ -192,7 +193,7 @@ def latex(comparison: Comparison) -> str:
     lines = [[escaped(label), *(best_in_bold(label, figure) for figure in MAIN)] for label in groups]
     zero_shot = [
         ZERO_SHOT,
-        *("--" if value is None else f"{100 * value:.1f}" for value in _zero_shot_means(comparison)),
+        *("--" if (value := comparison.zero_shot(figure)) is None else f"{100 * value:.1f}" for figure in MAIN),
     ]
     return "\n".join(
         [

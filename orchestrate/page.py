@@ -4,7 +4,6 @@ import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import altair as alt
@@ -12,7 +11,7 @@ import vl_convert
 from jinja2 import Environment, PackageLoader, select_autoescape
 
 from orchestrate.comparison import Comparison
-from orchestrate.comparison_tables import Row, group_table
+from orchestrate.comparison_tables import CHANGES, Row, group_table
 from orchestrate.report import MAIN, ZERO_SHOT
 from zscl.rows import stage_folder
 
@@ -60,7 +59,7 @@ def page(comparison: Comparison, rows: Sequence[Row], baseline: str | None) -> s
         bundle=_bundle(),
         head=head,
         groups=groups,
-        baseline=baseline,
+        changes=CHANGES.format(baseline=baseline) if baseline else None,
         methods=list(comparison.groups),
         published=[row for row in rows if str(row["run"]).startswith("published")],
         costs=[(run, _cost(rows, run.name)) for run in comparison.runs],
@@ -132,8 +131,8 @@ def _figures(comparison: Comparison) -> Any:
 
 
 def _zero_shot(comparison: Comparison, figure: str) -> float | None:
-    found = [getattr(run.result.zero_shot_metrics, figure) for run in comparison.runs]
-    return 100 * fmean(found) if figure != "forgetting" and None not in found else None
+    found = comparison.zero_shot(figure)
+    return 100 * found if found is not None and figure != "forgetting" else None
 
 
 def _accuracy_by_stage(comparison: Comparison) -> Any:

@@ -1,7 +1,7 @@
 """Results as people look at them: read from a run's folder, and drawn."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.artist import Artist
@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from orchestrate.places import EXPERIMENT
 from orchestrate.recipes import load_experiment
 from schemas.base import InputError
+from schemas.method import PRESETS
 from schemas.results import Result, StageResult, TaskName
 from zscl.metrics import metrics
 from zscl.rows import ZERO_SHOT as ROW_BEFORE
@@ -109,17 +110,17 @@ def load_result_so_far(run: Path) -> Result:
 
 
 def label_of(result: Result) -> str:
-    """The method's name and what was changed in its preset."""
-    changes = changes_of(result)
+    """The method's name; where that is the name of a preset, with what was changed in it."""
+    changes = changes_of(result) if result.method in PRESETS else ""
     return f"{result.method} ({changes})" if changes else result.method
 
 
 def changes_of(result: Result) -> str:
     """What was changed in its method's preset, if anything."""
-    return ", ".join(_change(path, value) for path, value in result.method_changes.items())
+    return ", ".join(change(path, value) for path, value in result.method_changes.items())
 
 
-def _change(path: str, value: object) -> str:
+def change(path: str, value: object) -> str:
     """A change as it is read: `distill.image_weight=2.0`, a further loss as its call, `spread.Spread(weight=0.5)`."""
     if not path.startswith(FURTHER):
         return f"{path}={json.dumps(value)}"
@@ -233,8 +234,14 @@ def _run_label(result: Result) -> str:
     return f"{label_of(result)}, seed {result.seed}"
 
 
-def draw_comparison(results: Sequence[Result], labels: Sequence[str]) -> Figure:
-    """Transfer, Avg, Last and forgetting as bars, the zero-shot figures as lines; `labels` are the runs'."""
+def draw_comparison(results: Sequence[Result], labels: Sequence[str], zero_shot: Mapping[str, float | None]) -> Figure:
+    """Draw Transfer, Avg, Last and forgetting as bars, a bar a run, and the zero-shot figures as lines.
+
+    Args:
+        results: of the runs.
+        labels: what the runs are called.
+        zero_shot: the initial model's figures, by name.
+    """
     figure = Figure(figsize=(10, 3.4), layout="constrained")
     grid = figure.subplots(1, len(MAIN), sharey=True)
     for axes, name in zip(grid, MAIN, strict=True):
@@ -247,15 +254,15 @@ def draw_comparison(results: Sequence[Result], labels: Sequence[str]) -> Figure:
         background = {"facecolor": "white", "linewidth": 0, "pad": 0.5}  # against the dashed line
         axes.bar_label(bars, [percent(value) for value in values], padding=3, bbox=background)
         axes.margins(y=0.15)
-        zero_shot = getattr(results[0].zero_shot_metrics, name)
-        if zero_shot is not None and name != "forgetting":
-            axes.axhline(100 * zero_shot, color="grey", linestyle="--", linewidth=1)
+        untrained = zero_shot[name]
+        if untrained is not None and name != "forgetting":
+            axes.axhline(100 * untrained, color="grey", linestyle="--", linewidth=1)
         axes.set_title(name.capitalize() if name != "avg" else "Avg")
         axes.set_xticks([])
     figure.supylabel("%")
     handles: list[Artist] = [Rectangle((0, 0), 1, 1, color=f"C{index}") for index in range(len(results))]
     lines = []
-    if results[0].zero_shot_metrics.transfer is not None:
+    if zero_shot["transfer"] is not None:
         handles.append(Line2D([], [], color="grey", linestyle="--"))
         lines.append(ZERO_SHOT)
     _draw_legend(figure, handles, [*labels, *lines], place="outside lower center")

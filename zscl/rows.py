@@ -173,8 +173,8 @@ class Rows:
             return row
 
     def _measure(self, stage: int, clip: Clip, file: Path) -> AccuracyRow:
-        made_by = {"fingerprint": self.opened.fingerprint, "algorithm": algorithm()}
-        nothing = AccuracyRow(**made_by, accuracy={}, images={}, seconds=0.0)
+        fingerprint = self.opened.fingerprint
+        nothing = AccuracyRow(fingerprint=fingerprint, algorithm=algorithm(), accuracy={}, images={}, seconds=0.0)
         row = self.read(part_of(file)) or nothing
         started = time.perf_counter() - row.seconds
         unmeasured = [index for index, task in enumerate(self.opened.tasks) if task.name not in row.accuracy]
