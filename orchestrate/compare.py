@@ -64,9 +64,10 @@ def compare(
     if console is not None:
         console.print(terminal_tables(comparison, rows, against))
     if note is not None:
+        place = "comparison" if folder.name == "comparison" else f"comparison/{folder.name}"
         for run in comparison.runs:
             if (run.folder / EXPERIMENT).is_file():
-                attach(run.folder, [Path(written["page"])], "comparison", note)
+                attach(run.folder, [Path(written["page"])], place, note)
     lines = [f"left out: {reason}" for reason in comparison.left_out.values()]
     if against is not None and baseline is None:
         lines.append(f"baseline  {against} (by default finetune, else zero-shot, else the first; --baseline METHOD)")

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from orchestrate.places import EXPERIMENT
 from orchestrate.recipes import load_experiment
-from schemas.base import InputError
+from schemas.base import InputError, command
 from schemas.method import PRESETS
 from schemas.results import Result, StageResult, TaskName
 from zscl.metrics import metrics
@@ -41,7 +41,9 @@ def load_result(run: Path) -> Result:
         raise InputError(f"{run}: found no such folder, expected a run's folder")
     if not file.is_file():
         if within := sorted(file.parent for file in run.glob(f"*/{RESULT}")):
-            raise InputError(f"{run}: found {len(within)} runs in it, expected one, {within[0]} say, or all: {run}/*")
+            raise InputError(
+                f"{run}: found {len(within)} runs in it, expected one, {within[0]} say, or all: {command(run)}/*"
+            )
         done = len(list(run.glob("stages/*/accuracy.json")))
         raise InputError(f"{run}: found no {RESULT} ({done} stages finished), expected a finished run")
     try:

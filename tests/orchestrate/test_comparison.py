@@ -20,6 +20,8 @@ from scipy.stats import ttest_rel
 from orchestrate import recipes
 from orchestrate.comparison import Comparison, Difference, gather, paired_interval
 from orchestrate.comparison_tables import escaped, run_rows
+from orchestrate.finding import place_of
+from orchestrate.mlflow_store import PARENT
 from orchestrate.report import label_of
 from orchestrate.shipping import Shipper
 from schemas.experiment import Experiment
@@ -117,7 +119,6 @@ def test_what_cannot_be_compared_is_named_and_the_rest_is_compared(
     content = compared(
         zscl,
         runs["zscl-0"],
-        tmp_path / "nowhere",
         tmp_path / "empty",
         other,
         runs["finetune-0"],
@@ -126,14 +127,31 @@ def test_what_cannot_be_compared_is_named_and_the_rest_is_compared(
     )
     assert [row["run"] for row in content["rows"]] == ["", "zscl-0", "finetune-0"]
     reasons = list(content["left_out"].values())
-    assert "found no such folder, expected a run's folder" in reasons[0]
-    assert "found 0 finished stages and no result.json" in reasons[1]
-    assert "found the tasks first, second, expected those of the first run: first, second, third" in reasons[2]
+    assert "found 0 finished stages and no result.json" in reasons[0]
+    assert "found the tasks first, second, expected those of the first run: first, second, third" in reasons[1]
     assert "## Left out" in (tmp_path / "out/comparison.md").read_text()
-    nothing = zscl("compare", tmp_path / "nowhere", "--out", tmp_path / "none")
+    nothing = zscl("compare", tmp_path / "empty", "--out", tmp_path / "none")
     assert nothing.code == 2
     assert not (tmp_path / "none").exists()
     assert zscl("compare").error == "error: found no runs, expected folders, run ids, or --where EXPRESSION\n"
+
+
+def test_a_mistyped_run_is_refused_with_a_guess(runs: dict[str, Path], zscl: Zscl, tmp_path: Path) -> None:
+    near, digits = runs["zscl-0"].with_name("zscl-O"), "0" * 31
+    refused = zscl("compare", runs["zscl-0"], near, digits, "--out", tmp_path / "none")
+    assert refused.code == 2
+    first, second = refused.error.splitlines()
+    assert f"{near}: found no such folder, expected a run's folder or its id in MLflow; did you mean 'zscl-" in first
+    assert f"{digits}: found no such folder and no run id, expected a folder, or the 32 digits" in second
+    assert not (tmp_path / "none").exists()
+
+
+def test_each_choice_of_runs_has_a_folder_of_its_own(tmp_path: Path) -> None:
+    a, b, c = (tmp_path / name for name in "abc")
+    chosen = [place_of({str(run): run for run in runs}) for runs in ((a, b), (a, c), (a, b), (b, a), (a,))]
+    assert chosen[0] == chosen[2]
+    assert len(set(chosen)) == 4
+    assert {place.parent for place in chosen} == {tmp_path / "comparison"}
 
 
 def test_what_is_not_alike_is_marked_and_never_averaged_in(
@@ -221,8 +239,24 @@ def test_runs_are_found_in_mlflow(
     moved = runs["zscl-0"].rename(place / "moved")  # what is not on this machine comes from the artefacts
     assert [row["last"] for row in compared(zscl, *ids, *store)["rows"]] == [row["last"] for row in by_id["rows"]]
     moved.rename(runs["zscl-0"])
-    unknown = compared(zscl, "0" * 32, ids[0], *store)
-    assert "found no such run in sqlite:///" in unknown["left_out"]["0" * 32]
+    other = shutil.copytree(runs["zscl-1"], tmp_path / "other")
+    aside = runs["zscl-0"].rename(place / "aside")  # another run lies in the recorded folder by now
+    other.rename(runs["zscl-0"])
+    instead = [row["seed"] for row in compared(zscl, ids[1], *store)["rows"] if row["run"]]
+    shutil.rmtree(runs["zscl-0"])
+    aside.rename(runs["zscl-0"])
+    assert instead == ["0"]
+    unknown = zscl("compare", ids[0][:-1] + ("1" if ids[0][-1] == "0" else "0"), ids[0], *store)
+    assert (unknown.code, "found no such run in sqlite:///" in unknown.error) == (2, True)
+    assert f"did you mean '{ids[0]}'?" in unknown.error
+    client = MlflowClient(f"sqlite:///{place}/mlflow.db")
+    stage = next(
+        run.info.run_id
+        for run in client.search_runs([client.get_run(ids[0]).info.experiment_id], f"tags.`{PARENT}` = '{ids[0]}'")
+    )
+    refused = zscl("compare", stage, *store)
+    assert (refused.code, f"found a single stage, expected the id of a run over all its stages (that of its whole run "
+            f"is {ids[0]})" in refused.error) == (2, True)  # fmt: skip
     for where, sentence in (("tags.x = 'y'", "found no run in"), ("what?", "found no expression that MLflow takes")):
         refused = zscl("compare", "--where", where, *store)
         assert (refused.code, sentence in refused.error) == (2, True)
