@@ -62,7 +62,7 @@ def compare(
         rows += published_rows(published, comparison.tasks)
     written = write_comparison(comparison, rows, folder, against)
     if console is not None:
-        console.print(terminal_tables(comparison, rows, against))
+        console.print(terminal_tables(comparison, rows, against, console.width))
     if note is not None:
         place = "comparison" if folder.name == "comparison" else f"comparison/{folder.name}"
         for run in comparison.runs:

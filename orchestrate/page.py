@@ -10,6 +10,7 @@ import altair as alt
 import vl_convert
 from jinja2 import Environment, PackageLoader, select_autoescape
 
+from orchestrate import report
 from orchestrate.comparison import Comparison
 from orchestrate.comparison_tables import CHANGES, Row, group_table
 from orchestrate.report import MAIN, ZERO_SHOT
@@ -17,8 +18,6 @@ from zscl.rows import stage_folder
 
 MOST_POINTS = 60  # of a loss curve
 HEIGHT = 150  # pixels of a small chart
-# Colours that can be told apart by whoever sees few of them (Okabe & Ito), on light and on dark.
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6BB1", "#7F7F7F"]
 # What the page's two lists choose, in every chart.
 SHOWN_METHOD = "shown_method == null || datum.method == shown_method"
 SHOWN_TASK = "shown_task == null || datum.task == shown_task"
@@ -32,7 +31,6 @@ THEME = {
     "header": {"labelColor": INK, "titleColor": INK, "labelFontSize": 12},
     "title": {"color": INK},
     "text": {"color": INK},
-    "range": {"category": COLOURS},
 }
 
 
@@ -172,7 +170,10 @@ def _accuracy_by_stage(comparison: Comparison) -> Any:
 
 def _colour(comparison: Comparison) -> Any:
     """A colour a method, which it keeps whatever else is shown."""
-    return alt.Color("method:N", sort=None, title=None, scale=alt.Scale(domain=list(comparison.groups)))
+    methods = list(comparison.groups)
+    return alt.Color(
+        "method:N", sort=None, title=None, scale=alt.Scale(domain=methods, range=report.colours(len(methods)))
+    )
 
 
 def _shown() -> list[Any]:
