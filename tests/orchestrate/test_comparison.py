@@ -1,6 +1,7 @@
 """Runs compared by method, over seeds and orders; what is not alike is marked; tables, LaTeX, and a page."""
 
 import csv
+import io
 import json
 import math
 import shutil
@@ -15,14 +16,15 @@ import pytest
 import torch
 from conftest import Command
 from mlflow.tracking import MlflowClient
+from rich.console import Console
 from scipy.stats import ttest_rel
 
 from orchestrate import recipes
 from orchestrate.comparison import Comparison, Difference, gather, paired_interval
-from orchestrate.comparison_tables import escaped, run_rows
+from orchestrate.comparison_tables import escaped, run_rows, terminal_tables
 from orchestrate.finding import place_of
 from orchestrate.mlflow_store import PARENT
-from orchestrate.report import label_of
+from orchestrate.report import colours, label_of
 from orchestrate.shipping import Shipper
 from schemas.experiment import Experiment
 from schemas.method import Method
@@ -392,6 +394,20 @@ def test_zero_shot_figures_of_other_models_are_never_averaged(runs: dict[str, Pa
     better = one.zero_shot_metrics.model_copy(update={"last": 1.0})
     other = one.model_copy(update={"model_digest": "other", "model": "ViT", "zero_shot_metrics": better})
     assert gathered(tmp_path, {"one": one, "other": other}).zero_shot("last") == one.zero_shot_metrics.last
+
+
+@pytest.mark.parametrize(("count", "width"), [(12, 80), (60, 200)])
+def test_tables_of_many_runs_show_every_number(runs: dict[str, Path], tmp_path: Path, count: int, width: int) -> None:
+    result = result_of(runs["zscl-0"])
+    found = gathered(tmp_path, {f"r{seed:02}": result.model_copy(update={"seed": seed}) for seed in range(count)})
+    out = io.StringIO()
+    Console(file=out, width=width).print(terminal_tables(found, run_rows(found), None, width))
+    shown = out.getvalue().partition("Accuracy on each task")[2]
+    assert "…" not in shown
+    last = f"{100 * result.accuracy_matrix[-1][0]:.1f} "
+    assert sum(line.count(last) for line in shown.splitlines() if "│ first" in line) >= count
+    assert all(f" r{seed:02} " in shown for seed in range(count))
+    assert len(set(colours(count))) == count
 
 
 def test_runs_whose_folders_have_one_name_are_told_apart(runs: dict[str, Path], tmp_path: Path) -> None:
