@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import shlex
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from rich.console import Console
 from scipy.stats import ttest_rel
 
 from orchestrate import recipes
+from orchestrate.commands.running import _ended
 from orchestrate.comparison import Comparison, Difference, gather, paired_interval
 from orchestrate.comparison_tables import escaped, run_rows, terminal_tables
 from orchestrate.finding import place_of
@@ -394,6 +396,15 @@ def test_zero_shot_figures_of_other_models_are_never_averaged(runs: dict[str, Pa
     better = one.zero_shot_metrics.model_copy(update={"last": 1.0})
     other = one.model_copy(update={"model_digest": "other", "model": "ViT", "zero_shot_metrics": better})
     assert gathered(tmp_path, {"one": one, "other": other}).zero_shot("last") == one.zero_shot_metrics.last
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_a_shown_command_is_one_that_a_shell_takes(runs: dict[str, Path], tmp_path: Path, offline: bool) -> None:
+    run = shutil.copytree(runs["zscl-0"], tmp_path / "my runs/it's")
+    _, lines = _ended(recipes.load_experiment(run / "experiment.yaml"), run, result_of(run), offline)
+    shown = shlex.split(next(line for line in lines if line.startswith("MLflow")))[1:]
+    assert shown[-1] == (str(run) if offline else f"sqlite:///{run.parent}/mlflow.db")
+    assert len(shown) == (3 if offline else 4)
 
 
 @pytest.mark.parametrize(("count", "width"), [(12, 80), (60, 200)])
