@@ -130,13 +130,17 @@ def recorded(
         begun: when what lies in it began, if it has begun.
         begun_in: gives the same of another folder, if there is one.
     """
-    began = [(run, Path(run.data.tags.get(FOLDER, "")), begun_of(run)) for run in runs]
-    here = Path(mask(str(folder)))
+
+    def is_here(place: Path) -> bool:
+        """Whether a recorded place is this folder, by whatever path."""
+        return str(place) == mask(str(folder)) or (place.exists() and folder.exists() and place.samefile(folder))
+
+    began = [(run, Path(run.data.tags.get(FOLDER, "/")), begun_of(run)) for run in runs]
     alike = [(run, place) for run, place, when in began if when == begun]
-    choices = [run for run, place in alike if place == here]
+    choices = [run for run, place in alike if is_here(place)]
     if begun is not None:
         choices += [run for run, place in alike if begun_in(place) != begun]
-        choices += [run for run, place, when in began if when is None and place == here]  # killed before it sent any
+        choices += [run for run, place, when in began if when is None and is_here(place)]  # killed before it sent any
     return choices[0] if choices else None
 
 

@@ -407,6 +407,13 @@ def test_a_copied_project_leaves_its_original_alone(folder: Path, experiment: Ma
     assert len(list((tmp_path / "copy/mlflow-artifacts").rglob("note.txt"))) == 2
 
 
+def test_a_run_by_another_path_is_the_same_run(folder: Path, experiment: Make, tmp_path: Path) -> None:
+    first = killed(folder, experiment(), *BEGINNING)
+    (tmp_path / "link").symlink_to(folder)
+    linked = experiment(tracking={"uri": sqlite_uri(tmp_path / "mlflow.db")})
+    assert killed(tmp_path / "link", linked, started(1)) == first
+
+
 def test_a_copied_run_is_another_run(folder: Path, experiment: Make) -> None:
     first = killed(folder, experiment(), *BEGINNING)
     shutil.copytree(folder, folder.with_name("copy"))
