@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from schemas.base import InputError
+from schemas.base import InputError, command
 from zscl.looking import has_header
 from zscl.members import IMAGE_SUFFIXES
 from zscl.sources import SPLIT_SEED, File, Prepared, random_split, write_files
@@ -83,7 +83,7 @@ def _unreadable(names: Sequence[str], folder: Path) -> list[str]:
     more = ", …" if len(names) > MOST_NAMED else ""
     return [
         f"warning: found {len(names)} files that are no images ({', '.join(names[:MOST_NAMED])}{more}), which training "
-        f"will skip; zscl data check {folder} looks at every sample to its last pixel"
+        f"will skip; {command('zscl', 'data', 'check', folder)} looks at every sample to its last pixel"
     ]
 
 
