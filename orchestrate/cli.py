@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from orchestrate import terminal
 from orchestrate.commands import data, looking, models, running
 from orchestrate.interruption import end_on_signals
 from schemas.base import InputError, InterruptedRunError
@@ -58,6 +59,7 @@ def options(
     ] = False,
 ) -> None:
     """Take the options that go before a verb."""
+    terminal.refuse_undecodable_names()
 
 
 for verb in VERBS:
@@ -69,6 +71,8 @@ app.add_typer(data_app, name="data")
 
 def main() -> None:
     """Run the command line; what the user got wrong is a sentence and exit code 2, not a traceback."""
+    terminal.use_utf8_mode()
+    terminal.print_any_character()
     try:
         end_on_signals()
         app()

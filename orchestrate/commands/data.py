@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from orchestrate.commands.shared import AsJson, emit, progress_console
+from orchestrate.terminal import tables_on_stdout
 
 
 def prepare(
@@ -97,8 +97,7 @@ def check(
 
     finding = checking.check(folder, picture, per_class, progress_console)
     if not as_json:
-        # Class names and keys are the user's: no markup in them is meant.
-        checking.show(finding, Console(markup=False, emoji=False, highlight=False))
+        checking.show(finding, tables_on_stdout())
     emit(finding.model_dump(mode="json"), as_json, [f"picture {picture}"] if picture else [])
     if finding.problems:
         raise typer.Exit(1)

@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from orchestrate.commands.shared import AsJson, compared, emit, note, one_or_all, progress_console, table_console
+from orchestrate.commands.shared import AsJson, compared, emit, note, one_or_all, progress_console
+from orchestrate.terminal import tables_on_stdout
 
 
 def sync(
@@ -104,7 +105,7 @@ def evaluate(
     folder = (out or (subject.run / "evaluation" if subject.run else Path("runs/evaluation"))).absolute()
     written = judging.write_evaluation(found, folder)
     if not as_json:
-        table_console().print(judging.terminal_tables(found))
+        tables_on_stdout().print(judging.terminal_tables(found))
     if subject.run is not None and not offline:
         judging.record(found, subject, options, list(written.values()), note)
     lines = [f"{kind:11} {file}" for kind, file in written.items()]
@@ -137,7 +138,7 @@ def average(
     place = f"averages/{found.stage}-{found.task}"
     written = averages.write_averages(found, (out or run / place).absolute())
     if not as_json:
-        table_console().print(averages.terminal_table(found))
+        tables_on_stdout().print(averages.terminal_table(found))
     emit(
         {"averages": found.model_dump(mode="json"), "files": written},
         as_json,

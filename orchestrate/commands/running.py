@@ -19,8 +19,8 @@ from orchestrate.commands.shared import (
     note,
     one_or_all,
     progress_console,
-    table_console,
 )
+from orchestrate.terminal import tables_on_stdout
 from schemas.base import InputError
 from schemas.secrets import mask
 
@@ -144,7 +144,7 @@ def _searched(prepared: "Prepared", folder: Path, offline: bool, as_json: bool) 
     if not as_json:
         from orchestrate.search_report import terminal_tables
 
-        table_console().print(terminal_tables(found))
+        tables_on_stdout().print(terminal_tables(found))
     uri = None if offline else places.store_uri(prepared.base.experiment, folder)
     lines = [
         f"search  {folder}",
