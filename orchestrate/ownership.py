@@ -14,6 +14,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
+from orchestrate.places import refuse_unwritable
 from schemas.base import InputError, Strict
 from zscl.files import remove, write_text
 
@@ -30,20 +31,24 @@ class Owner(Strict):
 
 
 @contextmanager
-def owned(folder: Path, note: Callable[[str], None] = lambda text: None) -> Iterator[None]:
+def owned(
+    folder: Path,
+    note: Callable[[str], None] = lambda text: None,
+    advice: str = "choose another place with --out",
+) -> Iterator[None]:
     """Keep a run's folder for this process.
 
     Args:
         folder: the run's; it need not exist.
         note: told when a killed process had it before.
+        advice: what to do where it cannot be written.
 
     Raises:
-        InputError: another process has it.
+        InputError: another process has it, or it cannot be written.
     """
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be made ({error.strerror}), expected a place for a run's folder") from error
+    refuse_unwritable(folder, advice)
+    refuse_unwritable(folder.parent, advice)  # where the lock lies
+    folder.parent.mkdir(parents=True, exist_ok=True)
     name = folder.with_name(f".{folder.name}.owner.json")
     try:
         with FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0):

@@ -110,6 +110,7 @@ def embed(opened: Opened, folder: Path, console: Console) -> Embedded:
             "compute.storage: found it in `zscl embed`, expected a folder that all nodes see: nothing else "
             "lets them share the features"
         )
+    places.refuse_unwritable(folder.parent)
     connect(opened.experiment.compute, note=lambda text: console.print(text, highlight=False))
     scratch = tempfile.TemporaryDirectory(prefix=".embedding-", dir=_made(folder.parent), ignore_cleanup_errors=True)
     with scratch, Bar(console) as bar, signals_taken() as interruption:

@@ -1,5 +1,6 @@
 """What every schema shares: strictness, the error a user sees, and locations."""
 
+import os
 import re
 import reprlib
 from collections.abc import Iterable, Mapping
@@ -173,24 +174,57 @@ Many = Annotated[tuple[T, ...], Field(strict=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
-def anchor(location: str, info: ValidationInfo) -> str:
-    """Make a relative path absolute against the context's `root`; leave URLs alone."""
-    if not location.strip():
-        raise ValueError("found an empty path, expected a file, a folder or a URL")
-    if not location.isprintable():
-        raise ValueError(f"found {_short(location)}, expected a path or a URL of printable characters")
-    if "://" in location:
+_VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})", flags=re.ASCII)
+
+
+def expand(location: str, root: Path | None = None) -> str:
+    """Expand `~` and environment variables (`$NAME`, `${NAME}`) in a path; a path that exists as it is stays.
+
+    In a URL, variables that are set are expanded, and everything else stays.
+
+    Args:
+        location: a path, a pattern of paths, or a URL.
+        root: the folder that relative paths count from; default: the current one.
+
+    Raises:
+        ValueError: a variable is not set, or there is no such user.
+    """
+    is_url = "://" in location
+    if not is_url and "$" in location and os.path.lexists(Path(root or "", location)):
         return location
-    if len(location.encode()) > LONGEST_PATH or any(len(part.encode()) > LONGEST_NAME for part in Path(location).parts):
-        raise ValueError(f"found {_short(location)}, expected a path that a file system can hold")
-    root = (info.context or {}).get("root")
-    if root is None:
-        return location
+
+    def value(variable: re.Match[str]) -> str:
+        name = variable[1] or variable[2]
+        if name not in os.environ and not is_url:
+            raise ValueError(
+                f"found {_short(location)}, in which the environment variable {name} is not set, expected one that is, "
+                "or the path itself"
+            )
+        return os.environ.get(name, variable[0])
+
+    expanded = _VARIABLE.sub(value, location)
     try:
-        return str(Path(root) / Path(location).expanduser())
+        return expanded if is_url or not expanded.startswith("~") else str(Path(expanded).expanduser())
     except RuntimeError as error:  # ~someone
         raise ValueError(f"found {_short(location)}, expected the home of a user that there is ({error})") from error
 
 
-# A file, folder, glob, brace range or URL. Relative paths count from where the command is run.
+def anchor(location: str, info: ValidationInfo) -> str:
+    """Expand variables and `~`, and make a relative path absolute against the context's `root`; URLs stay URLs."""
+    if not location.strip():
+        raise ValueError("found an empty path, expected a file, a folder or a URL")
+    if not location.isprintable():
+        raise ValueError(f"found {_short(location)}, expected a path or a URL of printable characters")
+    root = (info.context or {}).get("root")
+    if root is not None:
+        location = expand(location, Path(root))
+    if "://" in location:
+        return location
+    if len(location.encode()) > LONGEST_PATH or any(len(part.encode()) > LONGEST_NAME for part in Path(location).parts):
+        raise ValueError(f"found {_short(location)}, expected a path that a file system can hold")
+    return location if root is None else str(Path(root) / location)
+
+
+# A file, folder, glob, brace range or URL. Relative paths count from where the command is run; `~` and environment
+# variables are expanded.
 Location = Annotated[str, AfterValidator(anchor)]

@@ -46,18 +46,20 @@ def prepare(
     Example: zscl data prepare mtil --out data/mtil --root ~/torchvision
     """
     from orchestrate import data as making
+    from orchestrate import places
 
     options = {
-        "root": root and root.expanduser().absolute(),
+        "root": root and root.absolute(),
         "jobs": jobs,
         "template": template or None,
         "seed": seed,
-        "classes": classes and classes.expanduser().absolute(),
+        "classes": classes and classes.absolute(),
         "corpus": corpus or None,
         "column": column,
     }
     given = {name: value for name, value in options.items() if value is not None}
-    content, lines = making.prepare(names, out.expanduser().absolute(), given, progress_console)
+    places.refuse_unwritable(out.absolute())
+    content, lines = making.prepare(names, out.absolute(), given, progress_console)
     emit(content, as_json, lines)
 
 
@@ -78,8 +80,10 @@ def fetch(
     Example: zscl data fetch Aircraft Food --out data/copies
     """
     from orchestrate import data as making
+    from orchestrate import places
 
-    content, lines = making.fetch(names, out.expanduser().absolute(), jobs, progress_console)
+    places.refuse_unwritable(out.absolute())
+    content, lines = making.fetch(names, out.absolute(), jobs, progress_console)
     emit(content, as_json, lines)
 
 
@@ -94,7 +98,10 @@ def check(
     Example: zscl data check runs/demo/data/digits --picture digits.png
     """
     from orchestrate import check as checking
+    from orchestrate import places
 
+    if picture is not None:
+        places.refuse_unwritable(picture.absolute().parent, "choose another file with --picture")
     finding = checking.check(folder, picture, per_class, progress_console)
     if not as_json:
         checking.show(finding, tables_on_stdout())

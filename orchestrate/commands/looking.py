@@ -59,12 +59,13 @@ def compare(
 
     Example: zscl compare runs/demo/finetune runs/demo/zscl
     """
-    from orchestrate import finding
+    from orchestrate import finding, places
 
     found = finding.find(runs or [], where, uri)
     first = next((place for place in found.values() if isinstance(place, Path)), Path.cwd() / "runs/run")
-    folder = out or first.parent / "comparison"
-    content, lines = compared(found, folder.absolute(), as_json, offline, published, baseline)
+    folder = (out or first.parent / "comparison").absolute()
+    places.refuse_unwritable(folder)
+    content, lines = compared(found, folder, as_json, offline, published, baseline)
     emit(content, as_json, lines)
 
 
@@ -98,11 +99,13 @@ def evaluate(
     Example: zscl evaluate runs/demo/zscl --stage all
     """
     from orchestrate import evaluate as judging
+    from orchestrate import places
 
     options = judging.options(protocol, templates, precision, batch_size, loader_processes)
     subject = judging.subject(what, pretrained, stage, task, suite)
-    found = judging.evaluate(subject, options, progress_console)
     folder = (out or (subject.run / "evaluation" if subject.run else Path("runs/evaluation"))).absolute()
+    places.refuse_unwritable(folder)
+    found = judging.evaluate(subject, options, progress_console)
     written = judging.write_evaluation(found, folder)
     if not as_json:
         tables_on_stdout().print(judging.terminal_tables(found))
@@ -129,11 +132,12 @@ def average(
 
     Example: zscl average runs/own-snapshots --every 5,10 --kind mean,exponential,none --share 0,0.3
     """
-    from orchestrate import averages
+    from orchestrate import averages, places
 
     wanted = averages.wanted(every, kind, decay, share, anchor)
     found_stage = averages.Stage.of(run.absolute(), stage)
     found_stage.check(wanted)
+    places.refuse_unwritable((out or run).absolute())
     found = averages.explore(found_stage, wanted, progress_console)
     place = f"averages/{found.stage}-{found.task}"
     written = averages.write_averages(found, (out or run / place).absolute())

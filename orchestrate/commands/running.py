@@ -255,6 +255,7 @@ def demo(
     from orchestrate import demo as demonstration
     from orchestrate import places
 
+    places.refuse_unwritable(out.absolute())
     runs, uri = demonstration.demo(recipe, out.absolute(), overrides, progress_console, offline)
     progress_console.rule("comparison")
     found_runs = {str(run): run for run in runs}
