@@ -114,7 +114,7 @@ def _unusable_places_told() -> Iterator[None]:
             raise
         place = os.fsdecode(error.filename)
         raise InputError(
-            f"{place}: cannot be read or written ({error.strerror}), expected another place, or the right to use this one"
+            f"{place}: cannot be read or written ({error.strerror}), expected another place, or rights to this one"
         ) from error
 
 

@@ -49,7 +49,7 @@ def owned(
     refuse_unwritable(folder, advice)
     refuse_unwritable(folder.parent, advice)  # where the lock lies
     folder.parent.mkdir(parents=True, exist_ok=True)
-    name = folder.with_name(f".{folder.name}.owner.json")
+    name = _name(folder)
     try:
         with FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0):
             if killed := _read(name):
@@ -61,10 +61,17 @@ def owned(
             finally:
                 remove(name)
     except Timeout as error:
-        raise InputError(
-            f"{folder}: found another process at work on this run ({_read(name) or 'unknown'}), expected none; end it, "
-            "or choose another folder"
-        ) from error
+        raise InputError(at_work(folder)) from error
+
+
+def at_work(folder: Path) -> str:
+    """Return the sentence about a run that another process is at work on."""
+    found = f"{folder}: found another process at work on this run ({_read(_name(folder)) or 'unknown'})"
+    return f"{found}, expected none; end it, or choose another folder"
+
+
+def _name(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.owner.json")
 
 
 def _read(file: Path) -> Owner | None:

@@ -73,6 +73,11 @@ def store_uri(experiment: Experiment, folder: Path) -> str:
     return given or f"{SQLITE}{folder.parent / 'mlflow.db'}"
 
 
+def sqlite_file(uri: str) -> Path | None:
+    """Return the file of an SQLite store; `None` for any other store."""
+    return Path(uri.removeprefix(SQLITE)).absolute() if uri.startswith(SQLITE) else None
+
+
 def unmasked(uri: str) -> str:
     """The URI of a recipe that was written down, without the password.
 

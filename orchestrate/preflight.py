@@ -19,7 +19,7 @@ from zscl.opened import Opened, open_experiment
 from zscl.prompt_checks import prompt_warnings
 from zscl.rows import ZERO_SHOT, part_of, refuse_other_run, stage_folder
 from zscl.snapshots import LAST, SUFFIX, place_of
-from zscl.teaching import way_of_features
+from zscl.teaching import store_beside, way_of_features
 from zscl.towers import Towers, left_in_full
 
 NO_PART = ("name", "compute.", "tracking.")  # of what is computed
@@ -174,12 +174,33 @@ def check_disk(opened: Opened, folder: Path) -> None:
     Raises:
         InputError: saying how much is free, and how much is needed.
     """
-    needed, free = megabytes_needed(opened, folder), megabytes_free(folder)
+    refuse_full_disk(folder, megabytes_needed(opened, folder))
+
+
+def refuse_full_disk(folder: Path, needed: float) -> None:
+    """Refuse a folder whose disk has no room for so many megabytes.
+
+    Raises:
+        InputError: saying how much is free, and how much is needed.
+    """
+    free = megabytes_free(folder)
     if needed > free:
         raise InputError(
             f"{folder}: found {free:.0f} MB free on its disk, expected {needed:.0f} MB for the stages' models, their "
             "snapshots if any, and a checkpoint; choose another place with --out"
         )
+
+
+def check_places(experiment: Experiment, folder: Path) -> None:
+    """Refuse folders that a run could not write: its own, the teacher's store beside it, the shards' cache.
+
+    Raises:
+        InputError: naming the folder, and the option or field to change.
+    """
+    for each in (folder, folder.parent, store_beside(folder)):
+        places.refuse_unwritable(each)
+    if experiment.compute.shard_cache is not None:
+        places.refuse_unwritable(Path(experiment.compute.shard_cache).absolute(), "change compute.shard_cache")
 
 
 def warnings(opened: Opened) -> list[str]:

@@ -264,6 +264,7 @@ def dump(content: dict[str, Any]) -> str:
 def _yaml() -> YAML:
     yaml = YAML(typ="safe", pure=True)  # pure: YAML 1.2, where 1e-5 is a number
     yaml.default_flow_style = False
+    yaml.width = MOST_BYTES  # a sentence stays on its line
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     return yaml
 

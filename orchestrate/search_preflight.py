@@ -134,6 +134,11 @@ def folder_of(prepared: Prepared, out: Path | None) -> Path:
     return Path.cwd() / "runs" / f"{prepared.file.stem}-{prepared.fingerprint[:8]}"
 
 
+def megabytes_of_models(prepared: Prepared) -> float:
+    """What the trials' models take up on disk."""
+    return prepared.trials * prepared.stages * preflight.model_megabytes(prepared.base)
+
+
 def plan(prepared: Prepared, folder: Path) -> dict[str, object]:
     """What a search will do, in numbers."""
     experiment, trials = prepared.base.experiment, prepared.trials
@@ -149,5 +154,5 @@ def plan(prepared: Prepared, folder: Path) -> dict[str, object]:
         "images_through_student": trials * preflight.images_through_student(experiment),
         "held_out_images": held_out,
         "first_stage_shared_by_averages": len(prepared.averages),
-        "megabytes_of_models": round(trials * prepared.stages * preflight.model_megabytes(prepared.base)),
+        "megabytes_of_models": round(megabytes_of_models(prepared)),
     }
