@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Iterable
 from functools import lru_cache
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from zscl.towers import Towers, left_in_full
 
 NO_PART = ("name", "compute.", "tracking.")  # of what is computed
 OF_A_RUN = (places.EXPERIMENT, STATE, ZERO_SHOT, part_of(Path(ZERO_SHOT)).name, "stages", CHECKPOINT)
-MOST_NAMED, LONGEST_SHOWN = 3, 60  # differences in a sentence, and characters of a value
+LONGEST_SHOWN = 60  # characters of a value, where two values differ
 
 
 def plan(opened: Opened, folder: Path) -> dict[str, object]:
@@ -86,8 +87,7 @@ def _how_it_differs(experiment: Experiment, folder: Path) -> str:
     unlike = [f"{path} {was} there, {now} here" for path, (was, now) in found.items() if not path.startswith(NO_PART)]
     if not unlike:
         return " (the recipe is alike: the data, the model or a further loss's code is another)"
-    more = f", and {len(unlike) - MOST_NAMED} more" if len(unlike) > MOST_NAMED else ""
-    return f" ({'; '.join(unlike[:MOST_NAMED])}{more})"
+    return f" ({'; '.join(unlike)})"
 
 
 def _differences(one: Any, other: Any, path: str = "") -> dict[str, tuple[str, str]]:
@@ -95,18 +95,25 @@ def _differences(one: Any, other: Any, path: str = "") -> dict[str, tuple[str, s
     if isinstance(one, dict) and isinstance(other, dict):
         keys: Iterable[Any] = dict.fromkeys([*one, *other])
         pairs = [(key, one.get(key), other.get(key)) for key in keys]
-    elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
-        pairs = [(index, mine, theirs) for index, (mine, theirs) in enumerate(zip(one, other, strict=True))]
+    elif isinstance(one, list) and isinstance(other, list):
+        pairs = [(index, mine, theirs) for index, (mine, theirs) in enumerate(zip_longest(one, other))]
     else:
-        return {} if one == other else {path.removesuffix("."): (_in_a_line(one), _in_a_line(other))}
+        return {} if one == other else {path.removesuffix("."): _around_the_difference(one, other)}
     return {
         name: pair for key, mine, theirs in pairs for name, pair in _differences(mine, theirs, f"{path}{key}.").items()
     }
 
 
-def _in_a_line(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
+def _around_the_difference(one: Any, other: Any) -> tuple[str, str]:
+    """Two values, each in a line; of long ones, the part in which they begin to differ."""
+    lines = ["nothing" if value is None else json.dumps(value, ensure_ascii=False) for value in (one, other)]
+    alike = next((place for place, (a, b) in enumerate(zip(*lines, strict=False)) if a != b), min(map(len, lines)))
+    start = max(alike - LONGEST_SHOWN // 3, 0) if max(map(len, lines)) > LONGEST_SHOWN else 0
+    mine, theirs = (
+        f"{'…' if start else ''}{line[start : start + LONGEST_SHOWN]}{'…' if len(line) > start + LONGEST_SHOWN else ''}"
+        for line in lines
+    )
+    return mine, theirs
 
 
 def images_through_student(experiment: Experiment) -> int:

@@ -131,7 +131,7 @@ def folder_of(prepared: Prepared, out: Path | None) -> Path:
     """Where a search's folder is."""
     if out is not None:
         return out.absolute()
-    return Path.cwd() / "runs" / f"{prepared.file.stem}-{prepared.fingerprint[:8]}"
+    return Path.cwd() / "runs" / f"{recipes.name_of(prepared.file)}-{prepared.fingerprint[:8]}"
 
 
 def megabytes_of_models(prepared: Prepared) -> float:

@@ -6,7 +6,7 @@ import reprlib
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -18,6 +18,7 @@ from pydantic import (
     ValidationInfo,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError
 
@@ -71,9 +72,7 @@ class Strict(BaseModel):
     def _refuse_unknown_fields(cls, data: Any) -> Any:
         for field in data if isinstance(data, Mapping) else ():
             if field not in cls.model_fields:
-                raise PydanticCustomError(
-                    "unknown_field", "{problem}", {"problem": _unknown(str(field), cls.model_fields)}
-                )
+                raise PydanticCustomError("unknown_field", "{problem}", {"problem": _unknown(str(field), cls)})
         return data
 
 
@@ -100,9 +99,26 @@ class Abbreviable(Strict):
         return reference
 
 
-def _unknown(field: str, allowed: Iterable[str]) -> str:
-    hint = did_you_mean(field, allowed) or "; allowed: " + ", ".join(allowed)
+def _unknown(field: str, model: type[BaseModel]) -> str:
+    allowed = model.model_fields
+    inside = [name for name, info in allowed.items() if any(field in each.model_fields for each in _sections(info))]
+    hint = (
+        f"; did you mean '{inside[0]}.{field}'? Then indent it below '{inside[0]}:'"
+        if inside
+        else did_you_mean(field, allowed) or "; allowed: " + ", ".join(allowed)
+    )
     return f"unknown field {_short(field)}{hint}"
+
+
+def _sections(info: FieldInfo) -> list[type[BaseModel]]:
+    """The sections that a field may be."""
+    annotations = (info.annotation, *get_args(info.annotation)) if get_origin(info.annotation) is not tuple else ()
+    return [each for each in annotations if isinstance(each, type) and issubclass(each, BaseModel)]
+
+
+def one_line(error: object) -> str:
+    """Return an error's message as part of a sentence, whole: the cause often stands at its end."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:
@@ -137,8 +153,15 @@ def _explain_one(problem: Any) -> str:
         return f"{field}: {problem['msg'].removeprefix('Value error, ')}"
     if kind == "missing":
         return f"{field}: found nothing, expected a value"
-    if kind in ("int_type", "float_type") and isinstance(found, str) and _NUMBER.fullmatch(found):
-        return f"{field}: found {_short(found)} in quotes, which make it a text, expected a number without them"
+    if kind in ("int_type", "float_type") and isinstance(found, str):
+        if _NUMBER.fullmatch(found):
+            return f"{field}: found {_short(found)} in quotes, which make it a text, expected a number without them"
+        if _DECIMAL_COMMA.fullmatch(found):
+            return f"{field}: found {_short(found)}, expected a decimal point: {found.replace(',', '.')}"
+    if kind == "int_type" and isinstance(found, float) and found.is_integer():
+        return f"{field}: found {_short(found)}, expected a whole number: {int(found)}"
+    if kind == "string_type" and found is not None and not isinstance(found, list | dict):
+        return f"{field}: found {found}, expected a text: put it in quotes"
     expected = _EXPECTED.get(kind) or _PYDANTIC_WORDS.sub("", problem["msg"])
     if kind.startswith(("greater_", "less_")):
         expected = f"a value {expected}"
@@ -152,10 +175,12 @@ def _explain_one(problem: Any) -> str:
 _EXPECTED = {
     "tuple_type": "a list", "list_type": "a list", "dict_type": "fields, each with its value",
     "model_type": "fields, each with its value", "model_attributes_type": "fields, each with its value",
+    "bool_type": "true or false",
 }  # fmt: skip
 _PYDANTIC_WORDS = re.compile(r"^\w+ should (?:be|have|match) | after validation, not \d+$")
 _ONLY_SIGNS = re.compile(r"\^\[A-Za-z0-9(.*)\]\*\$")
 _NUMBER = re.compile(r"\s*[+-]?[0-9][0-9_]*(\.[0-9]*)?([eE][+-]?[0-9]+)?\s*")
+_DECIMAL_COMMA = re.compile(r"[+-]?[0-9]+,[0-9]+([eE][+-]?[0-9]+)?")
 _shortener = reprlib.Repr()
 _shortener.maxstring = _shortener.maxother = _shortener.maxlong = 120
 _shortener.maxlist = _shortener.maxtuple = _shortener.maxdict = 6

@@ -41,7 +41,7 @@ def pretrain(
     from orchestrate.display import Bar
     from schemas.pretraining import Pretraining
 
-    checked = recipes.parse(Pretraining, {"name": recipe.stem, **recipes.read(recipe, overrides)}, recipe)
+    checked = recipes.parse(Pretraining, {"name": recipes.name_of(recipe), **recipes.read(recipe, overrides)}, recipe)
     places.refuse_unwritable(out.absolute())
     import torch
 
