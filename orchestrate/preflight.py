@@ -12,7 +12,7 @@ from orchestrate import places, recipes
 from orchestrate.state import STATE
 from schemas.base import InputError
 from schemas.compute import Compute, Savings
-from schemas.experiment import Experiment, Model
+from schemas.experiment import LOCAL_MODEL, Experiment, Model
 from zscl.checkpoint import CHECKPOINT
 from zscl.indexed_samples import IndexedSamples
 from zscl.model import load, open_clip_name
@@ -259,12 +259,46 @@ def _count(samples: object) -> int | None:
     return len(samples) if isinstance(samples, IndexedSamples) else None
 
 
-def prepare(experiment: Experiment) -> Opened:
+def prepare(experiment: Experiment, recipe: Path | None = None, root: Path | None = None) -> Opened:
     """Look at everything the experiment names before anything is started.
+
+    Args:
+        experiment: checked against its schema.
+        recipe: the file that it was read from.
+        root: the folder that its relative paths counted from; default: the current one.
 
     Raises:
         InputError: something is missing or wrong.
     """
+    try:
+        return _prepare(experiment)
+    except InputError as error:
+        hint = _beside(experiment, recipe.absolute().parent, root or Path.cwd()) if recipe else ""
+        raise InputError(f"{error}{hint}") from error
+
+
+def _beside(experiment: Experiment, beside: Path, root: Path) -> str:
+    """The end of a sentence, where a path that is missing is there if it counts from the recipe's own folder."""
+    scenario, reference, model = experiment.class_incremental, experiment.reference, experiment.model
+    locations = [task.path for task in experiment.tasks]
+    locations += [scenario.path, str(scenario.order)] if scenario else []
+    locations += [*reference.images, reference.texts or ""] if reference else []
+    locations += [model.name.removeprefix(LOCAL_MODEL), model.pretrained or ""]
+    for path in map(Path, locations):
+        if path.is_relative_to(root) and not _matches(path) and _matches(beside / path.relative_to(root)):
+            return (
+                f"; '{path.relative_to(root)}' is beside the recipe, but a recipe's paths count from the current "
+                f"folder: start the command in {beside}, or give the whole path"
+            )
+    return ""
+
+
+def _matches(path: Path) -> bool:
+    """Whether a path, or a pattern of paths, is there."""
+    return path.exists() or any(path.parent.glob(path.name))
+
+
+def _prepare(experiment: Experiment) -> Opened:
     opened = open_experiment(experiment)
     for task in {task.whole or task for task in opened.tasks}:
         task.check(experiment.compute.max_broken_share)

@@ -48,7 +48,7 @@ def prepare_variants(
     """
     experiments = group.members(recipes.load_variants(recipe, overrides, variant), seeds, orders)
     for name, experiment in experiments.items():
-        opened = preflight.prepare(experiment)
+        opened = preflight.prepare(experiment, recipe)
         yield opened, places.folder_of(experiment, opened.fingerprint, out, name if len(experiments) > 1 else "")
 
 

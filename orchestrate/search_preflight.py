@@ -77,7 +77,7 @@ def prepare(file: Path, overrides: Sequence[str] = ()) -> Prepared:
         raise InputError(
             f"{file}: compute.evaluation is overlapped, expected inline: a trial's stage is judged before its next one"
         )
-    base = preflight.prepare(experiment)
+    base = preflight.prepare(experiment, file, Path(search.root) if search.root else None)
     _check_objectives(search, base, file)
     return Prepared(search, content, file, base, search.fingerprint(base.fingerprint), _averages(search, content, file))
 
