@@ -184,6 +184,9 @@ def test_variables_and_the_home_folder_are_expanded_in_paths(
         "s3://b/$NOWHERE/six",
     ]  # fmt: skip
     assert made.model.name == "local-dir:/data/m"
+    uris = {"sqlite:///~/a.db": "sqlite:////home/me/a.db", "http://u:pa$DATA@h": "http://u:pa$DATA@h"}
+    for uri, expanded in uris.items():
+        assert Experiment.model_validate(recipe(tracking={"uri": uri})).tracking.uri == expanded
     for path in ("x/$NOWHERE/y", "${NOWHERE}"):
         with pytest.raises(ValidationError, match="in which the environment variable NOWHERE is not set"):
             Experiment.model_validate(recipe(tasks=[path]), context={"root": str(tmp_path)})
