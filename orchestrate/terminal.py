@@ -13,8 +13,8 @@ from schemas.base import InputError
 
 WIDE = 200  # columns, where a table goes to a file or another program
 NARROW = 80  # columns that a table gets on any terminal: a narrower terminal wraps lines, and nothing is cut
-# ASCII characters of the same width for what our own output uses.
-PLAIN = {"–": "-", "—": "-", "−": "-", "→": ">", "·": ".", "…": "~", "±": "~", "×": "x", "½": "/"}
+# ASCII for the characters that our own output uses.
+PLAIN = {"–": "-", "—": "-", "−": "-", "→": ">", "·": ".", "…": "...", "±": "+-", "×": "x", "½": "/"}
 ERRORS = "zscl.plain"
 
 
