@@ -163,7 +163,7 @@ def _answer(asked: Any) -> str | None:
     except ray.exceptions.GetTimeoutError:
         return None
     except ray.exceptions.RayError as error:
-        return " ".join(str(error).split())[:160]
+        return " ".join(str(error).split())
 
 
 def _mark(file: Path) -> str:

@@ -200,7 +200,7 @@ class Mirror:
             except OSError:
                 raise
             except Exception as error:
-                reason = mask(one_line(error))
+                reason = mask(" ".join(str(error).split()))[:200]
                 raise OSError(f"{mask(self.url)}: {type(error).__name__}: {reason}") from error
 
         return patiently(tried)
