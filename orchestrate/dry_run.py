@@ -195,7 +195,8 @@ def _tracking(experiment: Experiment, folder: Path, offline: bool) -> str:
     uri = places.store_uri(experiment, folder)
     file = places.sqlite_file(uri)
     if file is not None:
-        places.refuse_unwritable(file.parent, "set tracking.uri to another store, or run with --offline")
+        for made in (file.parent, file.parent / "mlflow-artifacts"):  # the files of runs lie beside the database
+            places.refuse_unwritable(made, "set tracking.uri to another store, or run with --offline")
         if not file.exists():
             return f"{mask(uri)} will be made"
         if file.is_dir() or not os.access(file, os.W_OK):

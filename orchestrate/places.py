@@ -57,7 +57,7 @@ def refuse_unwritable(folder: Path, advice: str = "choose another place with --o
             os.lstat(folder)  # a path that no file system can hold
         existing = next(each for each in (folder, *folder.parents) if os.path.lexists(each))
         if not existing.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, "no folder")
+            raise NotADirectoryError(errno.ENOTDIR, "is no folder")
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:

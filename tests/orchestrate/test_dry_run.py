@@ -144,6 +144,8 @@ def test_a_store_that_cannot_record_the_run(
     from mlflow.tracking import MlflowClient
 
     (tmp_path / "folder.db").mkdir()
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken/mlflow-artifacts").write_text("")
     (tmp_path / "words.db").write_text("these are words" * 100)
     shutil.copy(empty_store, tmp_path / "mlflow.db")
     uri = f"sqlite:///{tmp_path}/mlflow.db"
@@ -154,6 +156,7 @@ def test_a_store_that_cannot_record_the_run(
     for tracking, sentence in (
         ({"uri": f"sqlite:///{tmp_path}/folder.db"}, "folder.db to be no file that can be written"),
         ({"uri": f"sqlite:///{tmp_path}/words.db"}, "tracking.uri: "),
+        ({"uri": f"sqlite:///{tmp_path}/taken/mlflow.db"}, "taken/mlflow-artifacts: cannot be written (is no folder)"),
         ({"uri": uri, "experiment": "gone"}, "tracking.experiment: found 'gone' deleted"),
         ({"uri": "http://127.0.0.1:9"}, "tracking.uri: "),
         ({"uri": f"http://127.0.0.1:{listening}"}, "did not answer within 2 s, expected one that does"),
@@ -193,7 +196,7 @@ def test_all_failures_are_told_with_the_list_and_exit_code_2(
         assert [line.partition(": ")[2].partition(" ")[0] for line in checks] == [
             "ok", "ok", "failed", "skipped", "ok", "failed", "ok",
         ]  # fmt: skip
-        assert first.startswith(f"error: {tmp_path}/file: cannot be written (no folder)")
+        assert first.startswith(f"error: {tmp_path}/file: cannot be written (is no folder)")
         assert second.startswith(f"tracking.uri: found {tmp_path} to be no file")
         fine = zscl(*command, "--dry-run", "--out", "runs/mine", "--offline", "--set", "compute.shard_cache=null")
         assert (fine.code, fine.error) == (0, "")

@@ -45,7 +45,7 @@ def test_every_command_refuses_a_place_that_cannot_be_written(
     found = zscl(verb, *arguments[verb], "--out", "file/out/mine")
     assert (found.code, found.out) == (2, "")
     assert found.error.startswith(f"error: {place}/file/out")
-    assert f"cannot be written ({place}/file: no folder), expected a folder that this user may write" in found.error
+    assert f"cannot be written ({place}/file: is no folder), expected a folder that this user may write" in found.error
     assert "Traceback" not in found.error
 
 
@@ -64,14 +64,14 @@ def test_data_is_not_made_for_a_place_that_cannot_be_written(
     found = zscl("data", *arguments)
     assert found.code == 2
     assert "cannot be written (" in found.error
-    assert "no folder), expected a folder that this user may write; choose another" in found.error
+    assert "is no folder), expected a folder that this user may write; choose another" in found.error
 
 
 @pytest.mark.parametrize(
     ("folder", "reason"),
     [
         ("/proc/run", "/proc: No such file or directory"),
-        ("link", "no folder"),
+        ("link", "is no folder"),
         ("n" * 250, "a name of 250 bytes, where 200 leave room for files beside it"),
         ("deep/" * 900, "File name too long"),
     ],
