@@ -75,5 +75,5 @@ def progress_on_stderr() -> Console:
 def tables_on_stdout() -> Console:
     """Make the console for tables. No column is cut where no terminal ends."""
     console = Console(markup=False, emoji=False, highlight=False)
-    console.width = max(console.width, NARROW) if sys.stdout.isatty() else WIDE
+    console.width = max(console.width, NARROW) if console.is_terminal else WIDE
     return console
