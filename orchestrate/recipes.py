@@ -179,7 +179,8 @@ def at(
         held_out = {"share": search.validation_share, "seed": search.seed, "judged_on": judged_on}
         _set(varied, "evaluation.held_out", held_out, "evaluation.held_out")
     try:
-        return parse(Experiment, varied, file, None if search.root is None else Path(search.root))
+        root = None if search.root is None else Path(search.root)
+        return parse(Experiment, varied, file, root, as_written=not values)
     except InputError as error:
         if not values:
             raise
@@ -228,15 +229,17 @@ def parse(
     file: Path,
     root: Path | None = None,
     overrides: Sequence[str] = (),
+    as_written: bool = True,
 ) -> SchemaT:
     """Check a recipe's content against a schema; relative paths count from `root`, or the current folder.
 
-    What is wrong is said to be an override's where one gave it, else the file's, with line and column.
+    What is wrong is said to be an override's where one gave it, else the file's, with line and column where the content
+    is `as_written` there.
     """
     try:
         return schema.model_validate(content, context={"root": root or Path.cwd()})
     except ValidationError as error:
-        tree = _tree(file)
+        tree = _tree(file) if as_written else None
         lines = [
             f"{override}: {line}"
             if (override := _whose(line, overrides))
