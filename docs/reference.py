@@ -40,7 +40,8 @@ HEAD = """# The recipe, field by field
 
 Made from `schemas/` by `docs/reference.py`. Unknown fields are refused, with the nearest known name; `zscl schema`
 gives the same as JSON Schema, for editors. `--set a.b.c=value` overrides any field. Paths count from where the command
-is run.
+is run, but `base` from its own file; `~`, `$NAME` and `${NAME}` are expanded, and a variable that is not set is refused
+(in a URL, it is left as it is).
 """
 
 

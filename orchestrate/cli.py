@@ -1,15 +1,21 @@
 """The command line: one verb each. Nothing heavy is imported before a verb is known."""
 
+import errno
+import os
 import sys
 import traceback
-from collections.abc import Callable
-from typing import Annotated
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
+from orchestrate import terminal
 from orchestrate.commands import data, looking, models, running
 from orchestrate.interruption import end_on_signals
-from schemas.base import InputError, InterruptedRunError
+from schemas.base import InputError, InterruptedRunError, expand
 from schemas.secrets import mask
 
 VERBS: tuple[Callable[..., None], ...] = (  # in the order of `zscl --help`
@@ -27,7 +33,33 @@ VERBS: tuple[Callable[..., None], ...] = (  # in the order of `zscl --help`
     models.pretrain,
     running.demo,
 )
+UNUSABLE = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG, errno.ELOOP,
+)  # fmt: skip
 VERBS_OF_DATA: tuple[Callable[..., None], ...] = (data.prepare, data.fetch, data.check)
+
+
+def expanding(verb: Callable[..., None]) -> Callable[..., None]:
+    """Have a verb get its paths with `~` and environment variables expanded, whatever the shell has left in them.
+
+    Raises:
+        InputError: when it is called, if a variable is not set, or there is no such user.
+    """
+
+    def expanded(name: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return [expanded(name, each) for each in value]
+        try:
+            return Path(expand(str(value))) if isinstance(value, Path) else value
+        except ValueError as error:
+            raise InputError(f"{name}: {error}") from error
+
+    @wraps(verb)
+    def run(**arguments: Any) -> None:
+        verb(**{name: expanded(name, value) for name, value in arguments.items()})
+
+    return run
+
 
 app = typer.Typer(
     help="Continual fine-tuning of CLIP that keeps its zero-shot ability, on Ray, recorded in MLflow.\n\n"
@@ -58,20 +90,42 @@ def options(
     ] = False,
 ) -> None:
     """Take the options that go before a verb."""
+    terminal.refuse_undecodable_names()
 
 
 for verb in VERBS:
-    app.command()(verb)
+    app.command()(expanding(verb))
 for verb in VERBS_OF_DATA:
-    data_app.command()(verb)
+    data_app.command()(expanding(verb))
 app.add_typer(data_app, name="data")
+
+
+@contextmanager
+def _unusable_places_told() -> Iterator[None]:
+    """Turn an error of the file system that no retry and no other code would mend into a sentence.
+
+    Raises:
+        InputError: naming the file, for one of the errors in `UNUSABLE`.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in UNUSABLE or error.filename is None:
+            raise
+        place = os.fsdecode(error.filename)
+        raise InputError(
+            f"{place}: cannot be read or written ({error.strerror}), expected another place, or rights to this one"
+        ) from error
 
 
 def main() -> None:
     """Run the command line; what the user got wrong is a sentence and exit code 2, not a traceback."""
+    terminal.use_utf8_mode()
+    terminal.print_any_character()
     try:
         end_on_signals()
-        app()
+        with _unusable_places_told():
+            app()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

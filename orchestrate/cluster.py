@@ -2,13 +2,14 @@
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.exceptions
+import torch
 from ray.exceptions import AuthenticationError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -75,13 +76,24 @@ def slots_of(compute: Compute) -> int:
     return max(1, min(int(cluster.get(kind, 0.0) / amount + 1e-9) for kind, amount in wanted.items()))
 
 
-def check_resources(compute: Compute) -> bool:
+def resources_here() -> dict[str, float]:
+    """Return what Ray would find on this machine, or has found."""
+    if ray.is_initialized():
+        return {kind: ray.cluster_resources().get(kind, 0.0) for kind in ("CPU", "GPU")}
+    return {"CPU": float(len(os.sched_getaffinity(0))), "GPU": float(torch.cuda.device_count())}
+
+
+def check_resources(compute: Compute, cluster: Mapping[str, float] | None = None) -> bool:
     """Tell whether the workers get GPUs.
+
+    Args:
+        compute: what is asked for.
+        cluster: what there is; default: what the cluster that this process is connected to has.
 
     Raises:
         InputError: the cluster cannot hold the workers, or the fewest of them that will do.
     """
-    cluster = ray.cluster_resources()
+    cluster = ray.cluster_resources() if cluster is None else cluster
     gpus = cluster.get("GPU", 0.0)
     use_gpu = compute.device == "gpu" or (compute.device == "auto" and gpus > 0)
     field, workers = (
@@ -151,7 +163,7 @@ def _answer(asked: Any) -> str | None:
     except ray.exceptions.GetTimeoutError:
         return None
     except ray.exceptions.RayError as error:
-        return " ".join(str(error).split())[:160]
+        return " ".join(str(error).split())
 
 
 def _mark(file: Path) -> str:

@@ -29,7 +29,7 @@ def demo(
     content["reference"] = str(data / "reference")
     experiments = {}
     for method, parts in METHODS.items():
-        named = {"name": recipe.stem, **content, "method": parts or content["method"]}
+        named = {"name": recipes.name_of(recipe), **content, "method": parts or content["method"]}
         experiments[folder / method] = recipes.parse(Experiment, named, recipe)
     write_embedded(data, corpus=False, note=lambda text: console.print(text, highlight=False))
     for run, experiment in experiments.items():

@@ -42,7 +42,7 @@ class Bar:
         self._first: int | None = None  # a resumed run does not begin at 0
         self._started = self._spoken = time.monotonic()
         self._bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("·"),
@@ -50,7 +50,7 @@ class Bar:
             TextColumn("· left"),
             TimeRemainingColumn(),
             console=console,
-            disable=not console.is_terminal,
+            disable=not console.is_interactive,
             speed_estimate_period=SPEED_OVER_SECONDS,
         )
         self._task = self._bar.add_task("starting", total=total)
@@ -86,7 +86,7 @@ class Bar:
     def log(self, line: str) -> None:
         """A line where there is no bar to say it."""
         self._spoken = time.monotonic()
-        if not self.console.is_terminal:
+        if not self.console.is_interactive:
             self.say(line)
 
     def say(self, line: str) -> None:

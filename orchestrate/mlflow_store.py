@@ -21,7 +21,7 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 from filelock import FileLock
 from git import GitError, Repo
-from mlflow.entities import Run
+from mlflow.entities import LifecycleStage, Run
 from mlflow.exceptions import MlflowException
 from mlflow.store.db.db_types import DATABASE_ENGINES
 from mlflow.tracking import MlflowClient
@@ -94,6 +94,26 @@ def open_client(uri: str) -> MlflowClient:
     if file := sqlite_file(uri):
         follow_artefacts(file)
     return MlflowClient(tracking_uri=uri)
+
+
+def check_store(uri: str, experiment: str) -> str:
+    """See, without making anything, that a store answers and that its experiment takes runs. Returns what it has.
+
+    Raises:
+        InputError: it does not.
+    """
+    try:
+        if uri.partition("://")[0].partition("+")[0] in DATABASE_ENGINES and sqlite_file(uri) is None:
+            create_engine(uri, poolclass=NullPool).connect().close()
+        found = open_client(uri).get_experiment_by_name(experiment)
+    except FAILURES as error:
+        raise unreachable(uri, error) from error
+    if found is not None and found.lifecycle_stage == LifecycleStage.DELETED:
+        raise InputError(
+            f"tracking.experiment: found '{experiment}' deleted in {mask(uri)}, expected one that takes runs; restore "
+            "it, or set tracking.experiment to another name"
+        )
+    return f"experiment '{experiment}' {'will be made' if found is None else 'is there'}"
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
+from orchestrate.places import refuse_unwritable
 from schemas.base import InputError, Strict
 from zscl.files import remove, write_text
 
@@ -30,21 +31,25 @@ class Owner(Strict):
 
 
 @contextmanager
-def owned(folder: Path, note: Callable[[str], None] = lambda text: None) -> Iterator[None]:
+def owned(
+    folder: Path,
+    note: Callable[[str], None] = lambda text: None,
+    advice: str = "choose another place with --out",
+) -> Iterator[None]:
     """Keep a run's folder for this process.
 
     Args:
         folder: the run's; it need not exist.
         note: told when a killed process had it before.
+        advice: what to do where it cannot be written.
 
     Raises:
-        InputError: another process has it.
+        InputError: another process has it, or it cannot be written.
     """
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be made ({error.strerror}), expected a place for a run's folder") from error
-    name = folder.with_name(f".{folder.name}.owner.json")
+    refuse_unwritable(folder, advice)
+    refuse_unwritable(folder.parent, advice)  # where the lock lies
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    name = _name(folder)
     try:
         with FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0):
             if killed := _read(name):
@@ -56,10 +61,17 @@ def owned(folder: Path, note: Callable[[str], None] = lambda text: None) -> Iter
             finally:
                 remove(name)
     except Timeout as error:
-        raise InputError(
-            f"{folder}: found another process at work on this run ({_read(name) or 'unknown'}), expected none; end it, "
-            "or choose another folder"
-        ) from error
+        raise InputError(at_work(folder)) from error
+
+
+def at_work(folder: Path) -> str:
+    """Return the sentence about a run that another process is at work on."""
+    found = f"{folder}: found another process at work on this run ({_read(_name(folder)) or 'unknown'})"
+    return f"{found}, expected none; end it, or choose another folder"
+
+
+def _name(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.owner.json")
 
 
 def _read(file: Path) -> Owner | None:

@@ -1,8 +1,11 @@
 """Where things lie when a recipe does not say, and how they are shown."""
 
+import errno
 import os
 import shutil
 import sys
+import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -13,6 +16,7 @@ from schemas.secrets import MASK, mask
 
 SQLITE = "sqlite:///"
 LEVELS = ("sequence", "trial")  # of MLflow's runs: those that are a run of ours
+LONGEST_NAME = 200  # bytes of a folder's name: the names of locks and temporary files beside it are longer
 EXPERIMENT = "experiment.yaml"  # of a run's folder: the recipe, with every default spelt out
 # Of a search's folder: its recipe, its identity, what it found, and the recipe that it chose.
 SEARCH, FINGERPRINT, FOUND, CHOSEN = "search.yaml", "fingerprint", "search.json", "chosen.yaml"
@@ -55,6 +59,38 @@ def search_identity(folder: Path) -> SearchIdentity:
     """Read a search's identity from its folder."""
     fingerprint, *rest = (folder / FINGERPRINT).read_text(encoding="utf-8").split()
     return SearchIdentity(fingerprint, rest[0], int(rest[1])) if rest else SearchIdentity(fingerprint)
+
+
+def refuse_unwritable(folder: Path, advice: str = "choose another place with --out") -> None:
+    """Refuse a folder that cannot be made or written. Nothing is left there, nor made.
+
+    Args:
+        folder: absolute; it need not exist.
+        advice: the end of the sentence: what to do.
+
+    Raises:
+        InputError: naming what is in the way.
+    """
+    existing = folder
+    try:
+        for part in folder.parts:
+            if len(os.fsencode(part)) > LONGEST_NAME:
+                raise OSError(
+                    errno.ENAMETOOLONG,
+                    f"a name of {len(os.fsencode(part))} bytes, where {LONGEST_NAME} leave room for files beside it",
+                )
+        with suppress(FileNotFoundError, NotADirectoryError):
+            os.lstat(folder)  # a path that no file system can hold
+        existing = next(each for each in (folder, *folder.parents) if os.path.lexists(each))
+        if not existing.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "is no folder")
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        at = "" if existing == folder else f"{existing}: "
+        raise InputError(
+            f"{folder}: cannot be written ({at}{error.strerror}), expected a folder that this user may write; {advice}"
+        ) from error
 
 
 def store_uri(experiment: Experiment, folder: Path) -> str:

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Iterable
 from functools import lru_cache
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from orchestrate import places, recipes
 from orchestrate.state import STATE
 from schemas.base import InputError
 from schemas.compute import Compute, Savings
-from schemas.experiment import Experiment, Model
+from schemas.experiment import LOCAL_MODEL, Experiment, Model
 from zscl.checkpoint import CHECKPOINT
 from zscl.indexed_samples import IndexedSamples
 from zscl.model import load, open_clip_name
@@ -19,12 +20,12 @@ from zscl.opened import Opened, open_experiment
 from zscl.prompt_checks import prompt_warnings
 from zscl.rows import ZERO_SHOT, OtherAlgorithmError, part_of, refuse_other_run, stage_folder
 from zscl.snapshots import LAST, SUFFIX, place_of
-from zscl.teaching import way_of_features
+from zscl.teaching import store_beside, way_of_features
 from zscl.towers import Towers, left_in_full
 
 NO_PART = ("name", "compute.", "tracking.")  # of what is computed
 OF_A_RUN = (places.EXPERIMENT, STATE, ZERO_SHOT, part_of(Path(ZERO_SHOT)).name, "stages", CHECKPOINT)
-MOST_NAMED, LONGEST_SHOWN = 3, 60  # differences in a sentence, and characters of a value
+LONGEST_SHOWN = 60  # characters of a value, where two values differ
 
 
 def plan(opened: Opened, folder: Path) -> dict[str, object]:
@@ -88,8 +89,7 @@ def _how_it_differs(experiment: Experiment, folder: Path) -> str:
     unlike = [f"{path} {was} there, {now} here" for path, (was, now) in found.items() if not path.startswith(NO_PART)]
     if not unlike:
         return " (the recipe is alike: the data, the model or a further loss's code is another)"
-    more = f", and {len(unlike) - MOST_NAMED} more" if len(unlike) > MOST_NAMED else ""
-    return f" ({'; '.join(unlike[:MOST_NAMED])}{more})"
+    return f" ({'; '.join(unlike)})"
 
 
 def _differences(one: Any, other: Any, path: str = "") -> dict[str, tuple[str, str]]:
@@ -97,18 +97,25 @@ def _differences(one: Any, other: Any, path: str = "") -> dict[str, tuple[str, s
     if isinstance(one, dict) and isinstance(other, dict):
         keys: Iterable[Any] = dict.fromkeys([*one, *other])
         pairs = [(key, one.get(key), other.get(key)) for key in keys]
-    elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
-        pairs = [(index, mine, theirs) for index, (mine, theirs) in enumerate(zip(one, other, strict=True))]
+    elif isinstance(one, list) and isinstance(other, list):
+        pairs = [(index, mine, theirs) for index, (mine, theirs) in enumerate(zip_longest(one, other))]
     else:
-        return {} if one == other else {path.removesuffix("."): (_in_a_line(one), _in_a_line(other))}
+        return {} if one == other else {path.removesuffix("."): _around_the_difference(one, other)}
     return {
         name: pair for key, mine, theirs in pairs for name, pair in _differences(mine, theirs, f"{path}{key}.").items()
     }
 
 
-def _in_a_line(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
+def _around_the_difference(one: Any, other: Any) -> tuple[str, str]:
+    """Two values, each in a line; of long ones, the part in which they begin to differ."""
+    lines = ["nothing" if value is None else json.dumps(value, ensure_ascii=False) for value in (one, other)]
+    alike = next((place for place, (a, b) in enumerate(zip(*lines, strict=False)) if a != b), min(map(len, lines)))
+    start = max(alike - LONGEST_SHOWN // 3, 0) if max(map(len, lines)) > LONGEST_SHOWN else 0
+    mine, theirs = (
+        f"{'…' if start else ''}{line[start : start + LONGEST_SHOWN]}{'…' if len(line) > start + LONGEST_SHOWN else ''}"
+        for line in lines
+    )
+    return mine, theirs
 
 
 def images_through_student(experiment: Experiment) -> int:
@@ -176,12 +183,33 @@ def check_disk(opened: Opened, folder: Path) -> None:
     Raises:
         InputError: saying how much is free, and how much is needed.
     """
-    needed, free = megabytes_needed(opened, folder), megabytes_free(folder)
+    refuse_full_disk(folder, megabytes_needed(opened, folder))
+
+
+def refuse_full_disk(folder: Path, needed: float) -> None:
+    """Refuse a folder whose disk has no room for so many megabytes.
+
+    Raises:
+        InputError: saying how much is free, and how much is needed.
+    """
+    free = megabytes_free(folder)
     if needed > free:
         raise InputError(
             f"{folder}: found {free:.0f} MB free on its disk, expected {needed:.0f} MB for the stages' models, their "
             "snapshots if any, and a checkpoint; choose another place with --out"
         )
+
+
+def check_places(experiment: Experiment, folder: Path) -> None:
+    """Refuse folders that a run could not write: its own, the teacher's store beside it, the shards' cache.
+
+    Raises:
+        InputError: naming the folder, and the option or field to change.
+    """
+    for each in (folder, folder.parent, store_beside(folder)):
+        places.refuse_unwritable(each)
+    if experiment.compute.shard_cache is not None:
+        places.refuse_unwritable(Path(experiment.compute.shard_cache).absolute(), "change compute.shard_cache")
 
 
 def warnings(opened: Opened) -> list[str]:
@@ -233,12 +261,46 @@ def _count(samples: object) -> int | None:
     return len(samples) if isinstance(samples, IndexedSamples) else None
 
 
-def prepare(experiment: Experiment) -> Opened:
+def prepare(experiment: Experiment, recipe: Path | None = None, root: Path | None = None) -> Opened:
     """Look at everything the experiment names before anything is started.
+
+    Args:
+        experiment: checked against its schema.
+        recipe: the file that it was read from.
+        root: the folder that its relative paths counted from; default: the current one.
 
     Raises:
         InputError: something is missing or wrong.
     """
+    try:
+        return _prepare(experiment)
+    except InputError as error:
+        hint = _beside(experiment, recipe.absolute().parent, root or Path.cwd()) if recipe else ""
+        raise InputError(f"{error}{hint}") from error
+
+
+def _beside(experiment: Experiment, beside: Path, root: Path) -> str:
+    """The end of a sentence, where a path that is missing is there if it counts from the recipe's own folder."""
+    scenario, reference, model = experiment.class_incremental, experiment.reference, experiment.model
+    locations = [task.path for task in experiment.tasks]
+    locations += [scenario.path, str(scenario.order)] if scenario else []
+    locations += [*reference.images, reference.texts or ""] if reference else []
+    locations += [model.name.removeprefix(LOCAL_MODEL), model.pretrained or ""]
+    for path in map(Path, locations):
+        if path.is_relative_to(root) and not _matches(path) and _matches(beside / path.relative_to(root)):
+            return (
+                f"; '{path.relative_to(root)}' is beside the recipe, but a recipe's paths count from the current "
+                f"folder: start the command in {beside}, or give the whole path"
+            )
+    return ""
+
+
+def _matches(path: Path) -> bool:
+    """Whether a path, or a pattern of paths, is there."""
+    return path.exists() or any(path.parent.glob(path.name))
+
+
+def _prepare(experiment: Experiment) -> Opened:
     opened = open_experiment(experiment)
     for task in {task.whole or task for task in opened.tasks}:
         task.check(experiment.compute.max_broken_share)

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -10,13 +11,13 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import ValidationError
 from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from ruamel.yaml.reader import ReaderError
 
-from schemas.base import Abbreviable, InputError, Strict, command, explain
+from schemas.base import Abbreviable, InputError, Strict, command, explain, one_line
 from schemas.data import ClassIncremental, Reference, Task
-from schemas.experiment import Experiment, Model
+from schemas.experiment import LONGEST_NAME, Experiment, Model
 from schemas.method import Method
 from schemas.search import Search
 from schemas.secrets import masked
@@ -41,6 +42,7 @@ class Searched(Strict):
 SchemaT = TypeVar("SchemaT", bound=Strict)
 
 ALL = "all"
+_VARIANT = re.compile(r"[A-Za-z0-9_.-]*[A-Za-z0-9][A-Za-z0-9_.-]*")
 # A recipe is written by hand: what is larger is none, or means to keep us busy.
 MOST_BYTES, MOST_VALUES = 1_000_000, 100_000
 
@@ -76,7 +78,7 @@ def load_variants(file: Path, overrides: Sequence[str] = (), variant: str | None
             )
         if "base" in table:
             raise InputError(f"{file}: found base alone, expected variants beside it, a row each")
-        return {"": parse(Experiment, {"name": file.stem, **table}, file, overrides=overrides)}
+        return {"": parse(Experiment, {"name": name_of(file), **table}, file, overrides=overrides)}
     if table.keys() != {"base", "variants"} or not isinstance(table["variants"], dict):
         raise InputError(
             f"{file}: found the fields {', '.join(map(str, table))}, expected base and variants (a row each) alone"
@@ -84,6 +86,12 @@ def load_variants(file: Path, overrides: Sequence[str] = (), variant: str | None
     rows = {str(name): changes or {} for name, changes in table["variants"].items()}
     if not rows:
         raise InputError(f"{file}: variants: found none, expected a row each")
+    for name in rows:
+        if not _VARIANT.fullmatch(name):
+            raise InputError(
+                f"{file}: variants: found the name {name!r}, expected nothing but letters, digits and any of _.-: "
+                "folders are named after it"
+            )
     if variant != ALL and variant not in rows:
         given = f"--variant {variant}" if variant else f"{file}: found a table of variants"
         raise InputError(f"{given}, expected --variant {', '.join(rows)} or {ALL}")
@@ -92,6 +100,12 @@ def load_variants(file: Path, overrides: Sequence[str] = (), variant: str | None
         for name, changes in rows.items()
         if variant in (name, ALL)
     }
+
+
+def name_of(file: Path) -> str:
+    """Name an experiment after its recipe's file, with the characters that a name may have."""
+    plain = unicodedata.normalize("NFKD", file.stem).encode("ascii", "ignore").decode()
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", plain).strip("-")[:LONGEST_NAME] or "recipe"
 
 
 def _vary(file: Path, base: Path, name: str, changes: Any, overrides: Sequence[str]) -> Experiment:
@@ -105,7 +119,7 @@ def _vary(file: Path, base: Path, name: str, changes: Any, overrides: Sequence[s
         _set(content, str(path), value, f"{file}: variants.{name}: {path}")
     for override in overrides:
         _override(content, override)
-    return parse(Experiment, {**content, "name": f"{file.stem}-{name}"}, file, overrides=overrides)
+    return parse(Experiment, {**content, "name": f"{name_of(file)}-{name}"}, file, overrides=overrides)
 
 
 def load_search(file: Path, overrides: Sequence[str] = ()) -> tuple[Search, dict[str, Any]]:
@@ -137,7 +151,7 @@ def load_search(file: Path, overrides: Sequence[str] = ()) -> tuple[Search, dict
     for override in overrides:
         _override(searched if override.startswith("search.") else content, override)
     section["root"] = str(Path.cwd() / str(section.get("root", "")))
-    named = {**content, "name": content.get("name") or file.stem}
+    named = {**content, "name": content.get("name") or name_of(file)}
     return parse(Searched, searched, file, overrides=overrides).search, named
 
 
@@ -167,7 +181,8 @@ def at(
         held_out = {"share": search.validation_share, "seed": search.seed, "judged_on": judged_on}
         _set(varied, "evaluation.held_out", held_out, "evaluation.held_out")
     try:
-        return parse(Experiment, varied, file, None if search.root is None else Path(search.root))
+        root = None if search.root is None else Path(search.root)
+        return parse(Experiment, varied, file, root, as_written=not values)
     except InputError as error:
         if not values:
             raise
@@ -216,26 +231,70 @@ def parse(
     file: Path,
     root: Path | None = None,
     overrides: Sequence[str] = (),
+    as_written: bool = True,
 ) -> SchemaT:
     """Check a recipe's content against a schema; relative paths count from `root`, or the current folder.
 
-    What is wrong is said to be an override's where one gave it, else the file's.
+    What is wrong is said to be an override's where one gave it, else the file's, with line and column where the content
+    is `as_written` there.
     """
     try:
         return schema.model_validate(content, context={"root": root or Path.cwd()})
     except ValidationError as error:
-        lines = explain(error).splitlines()
-        raise InputError("\n".join(f"{_whose(line, overrides) or file}: {line}" for line in lines)) from error
+        tree = _tree(file) if as_written else None
+        lines = [
+            f"{override}: {line}"
+            if (override := _whose(line, overrides))
+            else f"{file}: {line}{_line_and_column(tree, _field_of(line))}"
+            for line in explain(error).splitlines()
+        ]
+        raise InputError("\n".join(lines)) from error
 
 
 _UNKNOWN_FIELD = re.compile(r"unknown field '([^']*)'")
 
 
-def _whose(line: str, overrides: Sequence[str]) -> str | None:
-    """The override that a sentence about a field is about."""
+def _field_of(line: str) -> str:
+    """The dotted path of the field that a sentence is about."""
     field, _, problem = line.partition(": ")
     if unknown := _UNKNOWN_FIELD.match(problem):
         field = unknown[1] if field == "the recipe" else f"{field}.{unknown[1]}"
+    return field
+
+
+def _tree(file: Path) -> Node | None:
+    """What a recipe's file holds, with its places; nothing where it cannot be read, or is a table of variants."""
+    try:
+        tree = _yaml().compose(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, YAMLError):
+        return None
+    keys = {key.value for key, _ in tree.value} if isinstance(tree, MappingNode) else set()
+    return tree if keys and "base" not in keys else None
+
+
+def _line_and_column(tree: Node | None, field: str) -> str:
+    """The end of a sentence about a field: where it stands, or the innermost section around it that is there."""
+    mark = None
+    for part in field.split("."):
+        if isinstance(tree, MappingNode):
+            found = next(((key, value) for key, value in tree.value if key.value == part), None)
+        elif isinstance(tree, SequenceNode) and part.isdecimal() and int(part) < len(tree.value):
+            found = (tree.value[int(part)],) * 2
+        else:
+            found = None
+        if found is None:
+            break
+        mark, tree = found[0].start_mark, found[1]
+    return "" if mark is None else f" ({_place(mark)})"
+
+
+def _place(mark: Any) -> str:
+    return f"line {mark.line + 1}, column {mark.column + 1}"
+
+
+def _whose(line: str, overrides: Sequence[str]) -> str | None:
+    """The override that a sentence about a field is about."""
+    field = _field_of(line)
     for override in reversed(overrides):
         path = override.partition("=")[0]
         if f"{field}.".startswith(f"{path}."):
@@ -251,6 +310,7 @@ def write_experiment(experiment: Experiment, file: Path) -> None:
 def shown(experiment: Experiment) -> dict[str, Any]:
     """Every field, as it may be written down: without the secrets that its URLs hold."""
     content = experiment.model_dump(mode="json")
+    content["optimisation"]["warmup_steps"] = experiment.warmup_steps
     if experiment.class_incremental is not None:
         del content["tasks"]  # they follow from it
     return masked(content)
@@ -266,6 +326,7 @@ def dump(content: dict[str, Any]) -> str:
 def _yaml() -> YAML:
     yaml = YAML(typ="safe", pure=True)  # pure: YAML 1.2, where 1e-5 is a number
     yaml.default_flow_style = False
+    yaml.width = MOST_BYTES  # a sentence stays on its line
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     return yaml
 
@@ -309,10 +370,11 @@ def _child(node: Any, key: str, path: str) -> Any:
 def _position(node: list[Any], key: str, path: str) -> int:
     if key not in map(str, range(len(node))):
         expected = f"0 to {len(node) - 1}" if node else "a list with something in it"
-        raise InputError(f"{path}: found position '{key[:40]}', expected {expected}")
+        raise InputError(f"{path}: found position '{key}', expected {expected}")
     return int(key)
 
 
+_ODD_SPACE = re.compile(r"(?:^|:)[ \t]*([\u00a0\u2000-\u200b\u202f\u3000])", flags=re.MULTILINE)
 _DEEP = re.compile(r"(?:[\[{]\s*){50}")
 
 
@@ -324,6 +386,12 @@ def _parsed(text: str, refusal: str) -> Any:
     """
     if _DEEP.search(text):  # the parser would take seconds to find out
         raise InputError(f"{refusal} (it is nested too deep), expected a recipe's few levels")
+    if odd := _ODD_SPACE.search(text):
+        line, column = text.count("\n", 0, odd.start(1)) + 1, odd.start(1) - text.rfind("\n", 0, odd.start(1))
+        raise InputError(
+            f"{refusal} (line {line}, column {column}: found the character U+{ord(odd[1]):04X}, which looks like a "
+            "space; expected a plain one)"
+        )
     try:
         yaml = _yaml()
         node = yaml.compose(text)
@@ -339,7 +407,7 @@ def _parsed(text: str, refusal: str) -> Any:
         line = text.count("\n", 0, error.position) + 1
         raise InputError(f"{refusal} (line {line} has a character that YAML does not allow)") from error
     except Exception as error:  # a value that its type does not have: the 32nd of a month, a number of 10,000 digits
-        raise InputError(f"{refusal} ({_one_line(error)})") from error
+        raise InputError(f"{refusal} ({one_line(error)})") from error
 
 
 def _count(node: Node | None, known: dict[int, int], refusal: str) -> int:
@@ -347,6 +415,8 @@ def _count(node: Node | None, known: dict[int, int], refusal: str) -> int:
     if node is None:
         return 0
     line = f"line {node.start_mark.line + 1}"
+    if isinstance(node, MappingNode) and node.flow_style:
+        _refuse_slips(node, refusal)
     if id(node) in known:
         if known[id(node)] < 0:
             raise InputError(f"{refusal} (what is at {line} is part of itself)")
@@ -363,6 +433,23 @@ def _count(node: Node | None, known: dict[int, int], refusal: str) -> int:
     return values
 
 
+def _refuse_slips(node: MappingNode, refusal: str) -> None:
+    """Refuse what YAML takes for a field without a value in `{…}`: a decimal comma, a colon without a space."""
+    before = ""
+    for key, value in node.value:
+        if isinstance(key, ScalarNode) and isinstance(value, ScalarNode) and value.value == "" and not value.style:
+            if key.value.isdecimal() and before.lstrip("+-").isdecimal():
+                raise InputError(
+                    f"{refusal} ({_place(key.start_mark)}: found the number {before},{key.value}, expected a decimal "
+                    f"point, {before}.{key.value}, or no comma, {before}{key.value})"
+                )
+            if ":" in key.value:
+                raise InputError(
+                    f"{refusal} ({_place(key.start_mark)}: found '{key.value}', expected a space behind the colon)"
+                )
+        before = value.value if isinstance(value, ScalarNode) else ""
+
+
 def _refuse_broken_characters(text: str, refusal: str) -> None:
     try:
         text.encode()
@@ -370,14 +457,40 @@ def _refuse_broken_characters(text: str, refusal: str) -> None:
         raise InputError(refusal) from error
 
 
+# What to do about a problem, by words of the parser's. The first that fits is said.
+_ADVICE = (
+    ("'\\t'", "spaces: YAML takes no tabs"),
+    ("cannot start any token", "quotes around a value that begins so"),
+    ("escape character", "single quotes around a text with backslashes"),
+    ("quoted scalar", "a closing quote"),
+    ("alias", "quotes around a value that begins with *"),
+    ("anchor", "quotes around a value that begins with &"),
+    ("tag", "quotes around a value that begins with !"),
+    (
+        "flow sequence",
+        "commas between values, a closing ], and quotes around a value with any of , : [ ] { } in it",
+    ),
+    ("flow mapping", "commas between fields, a closing }, and quotes around a value with any of , : [ ] { } in it"),
+    ("duplicate key", "every field once"),
+    ("another document", "one document, without a line of ---"),
+    ("unhashable", "a field's name"),
+    ("expected ':'", "a colon and a space behind a field's name"),
+    (
+        "mapping values are not allowed",
+        "a space behind every colon, the fields of a section indented alike, and quotes around a value with ': ' in it",
+    ),
+    (
+        "expected <block end>",
+        "the fields of a section indented alike, and quotes around a value that begins with [ or { but does not end so",
+    ),
+)
+
+
 def _where_and_what(error: MarkedYAMLError) -> str:
-    """Where something is wrong, and what: not where the parser noticed it, lines below, if it began before."""
+    """Where something is wrong, what, and what to do: not where the parser noticed it, if it began lines before."""
     context, problem = str(error.context or ""), str(error.problem or error.context)
     began = context.startswith("while scanning") or "flow" in context
     mark = (error.context_mark if began else None) or error.problem_mark or error.context_mark
-    where = f"line {mark.line + 1}: " if mark else ""
-    return where + _one_line(f"{problem} {context}" if began else problem)
-
-
-def _one_line(error: object) -> str:
-    return " ".join(str(error).split())[:200]
+    said = one_line(f"{problem} {context}" if began else problem)
+    advice = next((f"; expected {each}" for words, each in _ADVICE if words in said), "")
+    return f"{_place(mark)}: {said}{advice}" if mark else f"{said}{advice}"

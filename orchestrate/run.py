@@ -48,7 +48,7 @@ def prepare_variants(
     """
     experiments = group.members(recipes.load_variants(recipe, overrides, variant), seeds, orders)
     for name, experiment in experiments.items():
-        opened = preflight.prepare(experiment)
+        opened = preflight.prepare(experiment, recipe)
         yield opened, places.folder_of(experiment, opened.fingerprint, out, name if len(experiments) > 1 else "")
 
 
@@ -111,6 +111,7 @@ def embed(opened: Opened, folder: Path, console: Console) -> Embedded:
             "compute.storage: found it in `zscl embed`, expected a folder that all nodes see: nothing else "
             "lets them share the features"
         )
+    places.refuse_unwritable(folder.parent)
     connect(opened.experiment.compute, note=lambda text: console.print(text, highlight=False))
     scratch = tempfile.TemporaryDirectory(prefix=".embedding-", dir=_made(folder.parent), ignore_cleanup_errors=True)
     with scratch, Bar(console) as bar, signals_taken() as interruption:
@@ -150,8 +151,9 @@ def _run(opened: Opened, folder: Path, console: Console, offline: bool, followin
     experiment = opened.experiment
     for warning in preflight.warnings(opened):
         console.print(f"warning: {warning}", highlight=False, soft_wrap=True)
+    preflight.check_places(experiment, folder)
     preflight.check_disk(opened, folder)
-    _connect(experiment, folder, console)
+    connect_cluster(experiment, folder, console)
     bar = Bar(console, total=sum(map(experiment.stage_steps, experiment.tasks)) or None)
     with signals_taken() as interruption:
         shipper = None if offline else _shipper(opened, folder, console)
@@ -163,21 +165,26 @@ def _run(opened: Opened, folder: Path, console: Console, offline: bool, followin
     return result
 
 
-def plan(opened: Opened, folder: Path, console: Console) -> dict[str, object]:
-    """What a run would do, in numbers; on a cluster that somebody has started, also what that has.
+def plan(opened: Opened, folder: Path, console: Console, offline: bool = False) -> dict[str, object]:
+    """What a run would do, in numbers, and what was checked; on a cluster that somebody has started, what that has.
 
     Raises:
-        InputError: the cluster or the folder is not as expected.
+        InputError: the run would fail as soon as it is started.
     """
-    from orchestrate.cluster import is_named
+    from orchestrate import dry_run
 
-    found = preflight.plan(opened, folder)
-    if is_named(opened.experiment.compute):
-        found["cluster"] = _connect(opened.experiment, folder, console)
-    return found
+    found, cluster = preflight.plan(opened, folder), dict[str, float]()
+
+    def connect() -> dict[str, float]:
+        cluster.update(connect_cluster(opened.experiment, folder, console))
+        return cluster
+
+    checklist = dry_run.check_run(opened, folder, offline, connect)
+    checklist.refuse_failures(console.print)
+    return {**found, **({"cluster": cluster} if cluster else {}), "checked": checklist.lines}
 
 
-def _connect(experiment: Experiment, folder: Path, console: Console) -> dict[str, float]:
+def connect_cluster(experiment: Experiment, folder: Path, console: Console) -> dict[str, float]:
     """Connect to the cluster. Returns its resources.
 
     Raises:

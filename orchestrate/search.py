@@ -58,7 +58,7 @@ def search(prepared: Prepared, folder: Path, console: Console, offline: bool = F
         InputError: the cluster, the tracking store or the folder is not as expected, or all trials failed.
         InterruptedRunError: a signal ended it; it can go on.
     """
-    _refuse_other_search(prepared, folder)
+    refuse_other_search(prepared, folder)
     if (folder / places.FOUND).is_file():
         console.print(f"{folder}: finished before, nothing to do", highlight=False)
         return load_found(folder)
@@ -66,7 +66,12 @@ def search(prepared: Prepared, folder: Path, console: Console, offline: bool = F
         return _search(prepared, folder, console, offline)
 
 
-def _refuse_other_search(prepared: Prepared, folder: Path) -> None:
+def refuse_other_search(prepared: Prepared, folder: Path) -> None:
+    """Refuse a folder that holds another search, or a run.
+
+    Raises:
+        InputError: it does.
+    """
     file = folder / places.FINGERPRINT
     if file.is_file():
         found = places.search_identity(folder)

@@ -77,7 +77,7 @@ def prepare(file: Path, overrides: Sequence[str] = ()) -> Prepared:
         raise InputError(
             f"{file}: compute.evaluation is overlapped, expected inline: a trial's stage is judged before its next one"
         )
-    base = preflight.prepare(experiment)
+    base = preflight.prepare(experiment, file, Path(search.root) if search.root else None)
     _check_objectives(search, base, file)
     return Prepared(search, content, file, base, search.fingerprint(base.fingerprint), _averages(search, content, file))
 
@@ -131,7 +131,12 @@ def folder_of(prepared: Prepared, out: Path | None) -> Path:
     """Where a search's folder is."""
     if out is not None:
         return out.absolute()
-    return Path.cwd() / "runs" / f"{prepared.file.stem}-{prepared.fingerprint[:8]}"
+    return Path.cwd() / "runs" / f"{recipes.name_of(prepared.file)}-{prepared.fingerprint[:8]}"
+
+
+def megabytes_of_models(prepared: Prepared) -> float:
+    """What the trials' models take up on disk."""
+    return prepared.trials * prepared.stages * preflight.model_megabytes(prepared.base)
 
 
 def plan(prepared: Prepared, folder: Path) -> dict[str, object]:
@@ -149,5 +154,5 @@ def plan(prepared: Prepared, folder: Path) -> dict[str, object]:
         "images_through_student": trials * preflight.images_through_student(experiment),
         "held_out_images": held_out,
         "first_stage_shared_by_averages": len(prepared.averages),
-        "megabytes_of_models": round(trials * prepared.stages * preflight.model_megabytes(prepared.base)),
+        "megabytes_of_models": round(megabytes_of_models(prepared)),
     }

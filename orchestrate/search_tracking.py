@@ -208,7 +208,7 @@ def sync_search(folder: Path, uri: str | None, on_sent: Callable[[str, int, int]
     Raises:
         InputError: it is under way, or the store cannot be reached.
     """
-    with owned(folder):
+    with owned(folder, advice="copy the run to such a folder, and sync the copy"):
         search, content = recipes.load_search(folder / places.SEARCH)
         experiment = recipes.at(search, content, {}, folder / places.SEARCH)
         uri = uri or places.unmasked(places.store_uri(experiment, folder))

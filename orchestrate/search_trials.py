@@ -52,7 +52,7 @@ def trials_of(grid: "ResultGrid", search: Search) -> list[Trial]:
 
 
 def _last_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[-1][:500]
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
 def front_of(trials: Sequence[Trial], objectives: Sequence[str]) -> list[Trial]:

@@ -179,7 +179,7 @@ def sync(folder: Path, uri: str | None, on_sent: Callable[[int, int], None], sea
     folder = folder.absolute()
     if not folder.is_dir():
         raise InputError(f"{folder}: found no such folder, expected a run's folder")
-    with owned(folder):
+    with owned(folder, advice="copy the run to such a folder, and sync the copy"):
         fingerprint = _fingerprint(folder)
         experiment = load_experiment(folder / "experiment.yaml")
         uri = uri or unmasked(store_uri(experiment, folder))

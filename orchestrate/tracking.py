@@ -94,6 +94,7 @@ class Record:
         self._children: dict[int, str] = {}
         if not found.data.params:
             what = experiment.model_dump(mode="json", exclude={"compute", "tracking", "tasks"})
+            what["optimisation"]["warmup_steps"] = experiment.warmup_steps
             params = [Param(name, mask(str(value))[:LONGEST_VALUE]) for name, value in flat(what)]
             self.client.log_batch(self.parent, params=params)
 

@@ -1,12 +1,13 @@
 """What every schema shares: strictness, the error a user sees, and locations."""
 
+import os
 import re
 import reprlib
 import shlex
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -18,6 +19,7 @@ from pydantic import (
     ValidationInfo,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError
 
@@ -71,9 +73,7 @@ class Strict(BaseModel):
     def _refuse_unknown_fields(cls, data: Any) -> Any:
         for field in data if isinstance(data, Mapping) else ():
             if field not in cls.model_fields:
-                raise PydanticCustomError(
-                    "unknown_field", "{problem}", {"problem": _unknown(str(field), cls.model_fields)}
-                )
+                raise PydanticCustomError("unknown_field", "{problem}", {"problem": _unknown(str(field), cls)})
         return data
 
 
@@ -100,14 +100,31 @@ class Abbreviable(Strict):
         return reference
 
 
-def _unknown(field: str, allowed: Iterable[str]) -> str:
-    hint = did_you_mean(field, allowed) or "; allowed: " + ", ".join(allowed)
+def _unknown(field: str, model: type[BaseModel]) -> str:
+    allowed = model.model_fields
+    inside = [name for name, info in allowed.items() if any(field in each.model_fields for each in _sections(info))]
+    hint = (
+        f"; did you mean '{inside[0]}.{field}'? Then indent it below '{inside[0]}:'"
+        if inside
+        else did_you_mean(field, allowed) or "; allowed: " + ", ".join(allowed)
+    )
     return f"unknown field {_short(field)}{hint}"
 
 
 def command(*words: object) -> str:
     """Return a command as a user can type or paste it: quoted for a shell, without secrets."""
     return shlex.join(mask(str(word)) for word in words)
+
+
+def _sections(info: FieldInfo) -> list[type[BaseModel]]:
+    """The sections that a field may be."""
+    annotations = (info.annotation, *get_args(info.annotation)) if get_origin(info.annotation) is not tuple else ()
+    return [each for each in annotations if isinstance(each, type) and issubclass(each, BaseModel)]
+
+
+def one_line(error: object) -> str:
+    """Return an error's message as part of a sentence, whole: the cause often stands at its end."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:
@@ -142,8 +159,15 @@ def _explain_one(problem: Any) -> str:
         return f"{field}: {problem['msg'].removeprefix('Value error, ')}"
     if kind == "missing":
         return f"{field}: found nothing, expected a value"
-    if kind in ("int_type", "float_type") and isinstance(found, str) and _NUMBER.fullmatch(found):
-        return f"{field}: found {_short(found)} in quotes, which make it a text, expected a number without them"
+    if kind in ("int_type", "float_type") and isinstance(found, str):
+        if _NUMBER.fullmatch(found):
+            return f"{field}: found {_short(found)} in quotes, which make it a text, expected a number without them"
+        if _DECIMAL_COMMA.fullmatch(found):
+            return f"{field}: found {_short(found)}, expected a decimal point: {found.replace(',', '.')}"
+    if kind == "int_type" and isinstance(found, float) and found.is_integer():
+        return f"{field}: found {_short(found)}, expected a whole number: {int(found)}"
+    if kind == "string_type" and found is not None and not isinstance(found, list | dict):
+        return f"{field}: found {found}, expected a text: put it in quotes"
     expected = _EXPECTED.get(kind) or _PYDANTIC_WORDS.sub("", problem["msg"])
     if kind.startswith(("greater_", "less_")):
         expected = f"a value {expected}"
@@ -157,10 +181,12 @@ def _explain_one(problem: Any) -> str:
 _EXPECTED = {
     "tuple_type": "a list", "list_type": "a list", "dict_type": "fields, each with its value",
     "model_type": "fields, each with its value", "model_attributes_type": "fields, each with its value",
+    "bool_type": "true or false",
 }  # fmt: skip
 _PYDANTIC_WORDS = re.compile(r"^\w+ should (?:be|have|match) | after validation, not \d+$")
 _ONLY_SIGNS = re.compile(r"\^\[A-Za-z0-9(.*)\]\*\$")
 _NUMBER = re.compile(r"\s*[+-]?[0-9][0-9_]*(\.[0-9]*)?([eE][+-]?[0-9]+)?\s*")
+_DECIMAL_COMMA = re.compile(r"[+-]?[0-9]+,[0-9]+([eE][+-]?[0-9]+)?")
 _shortener = reprlib.Repr()
 _shortener.maxstring = _shortener.maxother = _shortener.maxlong = 120
 _shortener.maxlist = _shortener.maxtuple = _shortener.maxdict = 6
@@ -179,24 +205,57 @@ Many = Annotated[tuple[T, ...], Field(strict=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
-def anchor(location: str, info: ValidationInfo) -> str:
-    """Make a relative path absolute against the context's `root`; leave URLs alone."""
-    if not location.strip():
-        raise ValueError("found an empty path, expected a file, a folder or a URL")
-    if not location.isprintable():
-        raise ValueError(f"found {_short(location)}, expected a path or a URL of printable characters")
-    if "://" in location:
+_VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})", flags=re.ASCII)
+
+
+def expand(location: str, root: Path | None = None) -> str:
+    """Expand `~` and environment variables (`$NAME`, `${NAME}`) in a path; a path that exists as it is stays.
+
+    In a URL, variables that are set are expanded, and everything else stays.
+
+    Args:
+        location: a path, a pattern of paths, or a URL.
+        root: the folder that relative paths count from; default: the current one.
+
+    Raises:
+        ValueError: a variable is not set, or there is no such user.
+    """
+    is_url = "://" in location
+    if not is_url and "$" in location and os.path.lexists(Path(root or "", location)):
         return location
-    if len(location.encode()) > LONGEST_PATH or any(len(part.encode()) > LONGEST_NAME for part in Path(location).parts):
-        raise ValueError(f"found {_short(location)}, expected a path that a file system can hold")
-    root = (info.context or {}).get("root")
-    if root is None:
-        return location
+
+    def value(variable: re.Match[str]) -> str:
+        name = variable[1] or variable[2]
+        if name not in os.environ and not is_url:
+            raise ValueError(
+                f"found {_short(location)}, in which the environment variable {name} is not set, expected one that is, "
+                "or the path itself"
+            )
+        return os.environ.get(name, variable[0])
+
+    expanded = _VARIABLE.sub(value, location)
     try:
-        return str(Path(root) / Path(location).expanduser())
+        return expanded if is_url or not expanded.startswith("~") else str(Path(expanded).expanduser())
     except RuntimeError as error:  # ~someone
         raise ValueError(f"found {_short(location)}, expected the home of a user that there is ({error})") from error
 
 
-# A file, folder, glob, brace range or URL. Relative paths count from where the command is run.
+def anchor(location: str, info: ValidationInfo) -> str:
+    """Expand variables and `~`, and make a relative path absolute against the context's `root`; URLs stay URLs."""
+    if not location.strip():
+        raise ValueError("found an empty path, expected a file, a folder or a URL")
+    if not location.isprintable():
+        raise ValueError(f"found {_short(location)}, expected a path or a URL of printable characters")
+    root = (info.context or {}).get("root")
+    if root is not None:
+        location = expand(location, Path(root))
+    if "://" in location:
+        return location
+    if len(location.encode()) > LONGEST_PATH or any(len(part.encode()) > LONGEST_NAME for part in Path(location).parts):
+        raise ValueError(f"found {_short(location)}, expected a path that a file system can hold")
+    return location if root is None else str(Path(root) / location)
+
+
+# A file, folder, glob, brace range or URL. Relative paths count from where the command is run; `~` and environment
+# variables are expanded.
 Location = Annotated[str, AfterValidator(anchor)]

@@ -1,8 +1,9 @@
 """Where an experiment runs and where it is recorded: never part of its identity."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import (
+    AfterValidator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -12,7 +13,7 @@ from pydantic import (
     model_validator,
 )
 
-from schemas.base import Location, Share, Strict
+from schemas.base import Location, Share, Strict, expand
 
 Saving = Literal["auto", "always", "never"]
 
@@ -135,10 +136,18 @@ class Compute(Strict):
         return self
 
 
+def _expand_file(uri: str) -> str:
+    """Expand `~` and variables in the path of a store that is a file; URIs of servers may hold passwords with a `$`."""
+    scheme, separator, path = uri.partition(":///")
+    return f"{scheme}{separator}{expand(path)}" if separator and scheme in ("sqlite", "file") else uri
+
+
 class Tracking(Strict):
     """The MLflow store."""
 
-    uri: str | None = Field(None, description="Any MLflow tracking URI; default: mlflow.db beside the run's folder")
+    uri: Annotated[str, AfterValidator(_expand_file)] | None = Field(
+        None, description="Any MLflow tracking URI; default: mlflow.db beside the run's folder"
+    )
     experiment: str = Field("zscl", min_length=1, description="MLflow's experiment that runs are filed under")
     models: Literal["all", "last", "none"] = Field(
         "all", description="Which stages' models join MLflow's, as copies; of a search's trials, none do"

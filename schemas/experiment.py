@@ -14,6 +14,8 @@ from schemas.data import ClassIncremental, Reference, Task, check_names
 from schemas.method import Method
 
 LOCAL_MODEL = "local-dir:"
+LONGEST_NAME = 100  # characters: folders, locks and files are named after it, and after the method
+MOST_WARMUP = 100  # steps, where a recipe does not say how many
 
 
 def _anchor_model(name: str, info: ValidationInfo) -> str:
@@ -60,7 +62,10 @@ class Optimisation(Strict):
     batch_size: PositiveInt = Field(64, description="Task images a step, over all workers")
     reference_batch_size: PositiveInt = Field(64, description="Reference images a step, over all workers")
     learning_rate: PositiveFloat = Field(1e-5, description="At its highest, right behind the warm-up")
-    warmup_steps: int = Field(100, ge=0, description="Steps of linear warm-up, of those of the stage")
+    warmup_steps: NonNegativeInt | None = Field(
+        None,
+        description=f"Steps of linear warm-up, of those of the stage; default: a tenth of these, at most {MOST_WARMUP}",
+    )
     betas: Annotated[tuple[Share, Share], Field(strict=False)] = Field(
         (0.9, 0.999), description="AdamW's decay rates of the gradients' mean and mean square"
     )
@@ -91,7 +96,12 @@ class Evaluation(Strict):
 class Experiment(Strict):
     """A sequence of tasks, learnt by one method."""
 
-    name: str = Field("", pattern=r"^[A-Za-z0-9_.-]*$", description="Default: the recipe's file name")
+    name: str = Field(
+        "",
+        pattern=r"^[A-Za-z0-9_.-]*$",
+        max_length=LONGEST_NAME,
+        description="Default: the recipe's file name, with - for other characters than letters, digits and _.-",
+    )
     model: Model = Field(description="What the first stage starts from: the initial model")
     tasks: Many[Task] = Field((), description="The stages, in order")
     class_incremental: ClassIncremental | None = Field(
@@ -112,7 +122,7 @@ class Experiment(Strict):
             part = "distill" if self.method.distill else "task_loss.negatives"
             raise ValueError(f"method.{part} needs reference (images and texts to distil on), found none")
         for task in self.tasks:
-            if self.method.task_loss and self.optimisation.warmup_steps > self.stage_steps(task):
+            if self.method.task_loss and self.stage_warmup(task) > self.stage_steps(task):
                 raise ValueError(
                     f"optimisation.warmup_steps is {self.optimisation.warmup_steps}, expected at most the "
                     f"{self.stage_steps(task)} steps of stage '{task.name}'"
@@ -183,6 +193,17 @@ class Experiment(Strict):
         """Updates of the task's stage."""
         return (task.steps or self.optimisation.steps) if self.method.task_loss else 0
 
+    def stage_warmup(self, task: Task) -> int:
+        """Steps of linear warm-up in the task's stage."""
+        given = self.optimisation.warmup_steps
+        return min(MOST_WARMUP, self.stage_steps(task) // 10) if given is None else given
+
+    @property
+    def warmup_steps(self) -> int | None:
+        """Steps of linear warm-up in every stage; `None` where stages of different lengths have their own."""
+        found = {self.stage_warmup(task) for task in self.tasks}
+        return found.pop() if len(found) == 1 else self.optimisation.warmup_steps
+
     @property
     def settings(self) -> dict[str, Any]:
         """What is trained by beside the method's parts, by dotted path: alike where methods are compared.
@@ -194,6 +215,7 @@ class Experiment(Strict):
         unread = {"reference_batch_size"} if self.method.distill is None else set()
         found = self.optimisation.model_dump(mode="json", exclude=unread)
         settings = {f"optimisation.{field}": value for field, value in found.items()}
+        settings["optimisation.warmup_steps"] = self.warmup_steps
         if self.class_incremental is not None:
             stages = self.class_incremental.model_dump(mode="json", include={"first", "increment", "epochs"})
             return settings | {f"class_incremental.{field}": value for field, value in stages.items()}
@@ -225,6 +247,7 @@ class Experiment(Strict):
         for label in ("name", "preset"):  # `method: zscl` and its parts spelt out compute the same
             del identity["method"][label]
         identity["model"] = contents[self.model.name]
+        identity["optimisation"]["warmup_steps"] = self.warmup_steps
         if self.class_incremental is None:
             del identity["class_incremental"]
         else:  # its tasks say the rest

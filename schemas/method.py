@@ -163,7 +163,10 @@ class Method(Abbreviable):
 
     preset: Preset | None = Field(None, description="Where the parts that are not given come from")
     name: str = Field(
-        "", pattern=r"^[A-Za-z0-9_.*+-]*$", description="What results and runs call it; default: the preset"
+        "",
+        pattern=r"^[A-Za-z0-9_.*+-]*$",
+        max_length=50,
+        description="What results and runs call it; default: the preset",
     )
     task_loss: TaskLoss | None = Field(None, description="None: nothing is trained (zero-shot)")
     distill: Distill | None = Field(None, description="Distillation from a frozen teacher")

@@ -95,6 +95,6 @@ def _regular(tar: tarfile.TarFile, shard: str) -> Iterator[tarfile.TarInfo]:
 
 
 def reason_of(error: Exception) -> str:
-    """What an error says, on one line of at most 200 characters."""
+    """What an error says, on one line, whole."""
     said = error.args[0] if error.args and isinstance(error.args[0], str) else error  # WebDataset appends to it
-    return " ".join(str(said).split())[:200] or type(error).__name__
+    return " ".join(str(said).split()) or type(error).__name__

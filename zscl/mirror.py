@@ -20,7 +20,7 @@ import fsspec
 from filelock import FileLock
 from fsspec.implementations.local import LocalFileSystem
 
-from schemas.base import InputError
+from schemas.base import InputError, one_line
 from schemas.secrets import mask
 from zscl.files import digest, patiently, remove, whole_file, write_text
 
@@ -81,7 +81,7 @@ class Mirror:
             found = self._storage.cat_file(place)
             self._storage.rm_file(place)
         except Exception as error:  # fsspec raises what its stores raise: no credentials, no such bucket, ...
-            reason = mask(" ".join(str(error).split()))[:200]
+            reason = mask(one_line(error))
             raise InputError(
                 f"compute.storage: {mask(self.url)} cannot be written ({type(error).__name__}: {reason}), expected "
                 "storage and credentials that can"

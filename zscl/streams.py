@@ -128,7 +128,7 @@ class Decode:
             return decode_image(sample.image)
         except Exception as error:  # what a decoder raises on foreign bytes is no closed list
             unknown = isinstance(error, UnidentifiedImageError)  # its own words show an address, another each time
-            reason = f"found {len(sample.image)} bytes of no known format" if unknown else str(error)[:200]
+            reason = f"found {len(sample.image)} bytes of no known format" if unknown else str(error)
             raise BrokenSampleError(
                 f"{sample.shard}: sample '{sample.key}' is no readable image ({reason or type(error).__name__})"
             ) from error

@@ -164,7 +164,8 @@ def train_stage(
         precision=optimisation.precision,
     )
     optimizer = adamw(trained, task.learning_rate or optimisation.learning_rate, experiment)
-    schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(step, optimisation.warmup_steps, steps))
+    warmup = experiment.stage_warmup(task)
+    schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(step, warmup, steps))
     handed_on = [hand_on(average, model, start, experiment.compute.savings.multi_tensor) for average in averages]
     followers: list[HandOn | Snapshots] = [*handed_on, *snapshots_of(experiment, stage, checkpoint, towers)]
     curves = Curves(stage, task.name, sum(batch_sizes), report)

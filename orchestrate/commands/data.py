@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from orchestrate.commands.shared import AsJson, emit, progress_console
+from orchestrate.terminal import tables_on_stdout
 
 
 def prepare(
@@ -46,18 +46,20 @@ def prepare(
     Example: zscl data prepare mtil --out data/mtil --root ~/torchvision
     """
     from orchestrate import data as making
+    from orchestrate import places
 
     options = {
-        "root": root and root.expanduser().absolute(),
+        "root": root and root.absolute(),
         "jobs": jobs,
         "template": template or None,
         "seed": seed,
-        "classes": classes and classes.expanduser().absolute(),
+        "classes": classes and classes.absolute(),
         "corpus": corpus or None,
         "column": column,
     }
     given = {name: value for name, value in options.items() if value is not None}
-    content, lines = making.prepare(names, out.expanduser().absolute(), given, progress_console)
+    places.refuse_unwritable(out.absolute())
+    content, lines = making.prepare(names, out.absolute(), given, progress_console)
     emit(content, as_json, lines)
 
 
@@ -78,8 +80,10 @@ def fetch(
     Example: zscl data fetch Aircraft Food --out data/copies
     """
     from orchestrate import data as making
+    from orchestrate import places
 
-    content, lines = making.fetch(names, out.expanduser().absolute(), jobs, progress_console)
+    places.refuse_unwritable(out.absolute())
+    content, lines = making.fetch(names, out.absolute(), jobs, progress_console)
     emit(content, as_json, lines)
 
 
@@ -94,11 +98,13 @@ def check(
     Example: zscl data check runs/demo/data/digits --picture digits.png
     """
     from orchestrate import check as checking
+    from orchestrate import places
 
+    if picture is not None:
+        places.refuse_unwritable(picture.absolute().parent, "choose another file with --picture")
     finding = checking.check(folder, picture, per_class, progress_console)
     if not as_json:
-        # Class names and keys are the user's: no markup in them is meant.
-        checking.show(finding, Console(markup=False, emoji=False, highlight=False))
+        checking.show(finding, tables_on_stdout())
     emit(finding.model_dump(mode="json"), as_json, [f"picture {picture}"] if picture else [])
     if finding.problems:
         raise typer.Exit(1)

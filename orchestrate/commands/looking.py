@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from orchestrate.commands.shared import AsJson, compared, emit, note, one_or_all, progress_console, table_console
+from orchestrate.commands.shared import AsJson, compared, emit, note, one_or_all, progress_console
+from orchestrate.terminal import tables_on_stdout
 
 
 def sync(
@@ -64,11 +65,12 @@ def compare(
 
     Example: zscl compare runs/demo/finetune runs/demo/zscl
     """
-    from orchestrate import finding
+    from orchestrate import finding, places
 
     found = finding.find(runs or [], where, uri)
-    folder = out or finding.place_of(found)
-    content, lines = compared(found, folder.absolute(), as_json, offline, published, baseline)
+    folder = (out or finding.place_of(found)).absolute()
+    places.refuse_unwritable(folder)
+    content, lines = compared(found, folder, as_json, offline, published, baseline)
     emit(content, as_json, lines)
 
 
@@ -102,14 +104,16 @@ def evaluate(
     Example: zscl evaluate runs/demo/zscl --stage all
     """
     from orchestrate import evaluate as judging
+    from orchestrate import places
 
     options = judging.options(protocol, templates, precision, batch_size, loader_processes)
     subject = judging.subject(what, pretrained, stage, task, suite)
-    found = judging.evaluate(subject, options, progress_console)
     folder = (out or (subject.run / "evaluation" if subject.run else Path("runs/evaluation"))).absolute()
+    places.refuse_unwritable(folder)
+    found = judging.evaluate(subject, options, progress_console)
     written = judging.write_evaluation(found, folder)
     if not as_json:
-        table_console().print(judging.terminal_tables(found))
+        tables_on_stdout().print(judging.terminal_tables(found))
     if subject.run is not None and not offline:
         judging.record(found, subject, options, list(written.values()), note)
     lines = [f"{kind:11} {file}" for kind, file in written.items()]
@@ -133,16 +137,17 @@ def average(
 
     Example: zscl average runs/own-snapshots --every 5,10 --kind mean,exponential,none --share 0,0.3
     """
-    from orchestrate import averages
+    from orchestrate import averages, places
 
     wanted = averages.wanted(every, kind, decay, share, anchor)
     found_stage = averages.Stage.of(run.absolute(), stage)
     found_stage.check(wanted)
+    places.refuse_unwritable((out or run).absolute())
     found = averages.explore(found_stage, wanted, progress_console)
     place = f"averages/{found.stage}-{found.task}"
     written = averages.write_averages(found, (out or run / place).absolute())
     if not as_json:
-        table_console().print(averages.terminal_table(found))
+        tables_on_stdout().print(averages.terminal_table(found))
     emit(
         {"averages": found.model_dump(mode="json"), "files": written},
         as_json,

@@ -19,7 +19,9 @@ def export(
     Example: zscl export runs/demo/zscl --stage 6 --out runs/demo-zscl-model
     """
     from orchestrate import export as exporting
+    from orchestrate import places
 
+    places.refuse_unwritable(out.absolute())
     folder = exporting.export(run.absolute(), stage, out.absolute())
     lines = [f"model   {folder}  (open_clip: local-dir:{folder})", f"upload  hf upload OWNER/NAME {folder}"]
     emit({"folder": str(folder)}, as_json, lines)
@@ -35,11 +37,12 @@ def pretrain(
 
     Example: zscl pretrain experiments/pretrain-embedded.yaml --out runs/embedded-model
     """
-    from orchestrate import recipes
+    from orchestrate import places, recipes
     from orchestrate.display import Bar
     from schemas.pretraining import Pretraining
 
-    checked = recipes.parse(Pretraining, {"name": recipe.stem, **recipes.read(recipe, overrides)}, recipe)
+    checked = recipes.parse(Pretraining, {"name": recipes.name_of(recipe), **recipes.read(recipe, overrides)}, recipe)
+    places.refuse_unwritable(out.absolute())
     import torch
 
     from zscl.pretraining import pretrain as train

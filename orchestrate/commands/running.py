@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,8 +20,8 @@ from orchestrate.commands.shared import (
     note,
     one_or_all,
     progress_console,
-    table_console,
 )
+from orchestrate.terminal import tables_on_stdout
 from schemas.base import InputError, command
 from schemas.secrets import mask
 
@@ -42,7 +43,11 @@ def run(
         str, typer.Option(help="Run in these task orders: given, reversed, I, II (MTIL's), random:N; by commas.")
     ] = "",
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check recipe, data, model, disk; say what would be done.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Check recipe, data, model, shards, folders, disk, cluster, tracking; say what would be done.",
+        ),
     ] = False,
     probe: Annotated[
         bool,
@@ -67,7 +72,7 @@ def run(
         if variant == recipes.ALL or seeds > 1 or orders:
             note(f"run {len(contents) + 1}: {folder}")
         if dry_run:
-            plan = running.plan(opened, folder, progress_console)
+            plan = running.plan(opened, folder, progress_console, offline)
             if probe:
                 from orchestrate import probe as probing
 
@@ -115,7 +120,11 @@ def search(
     overrides: Overrides = [],  # noqa: B006
     out: Annotated[Path | None, typer.Option(help="The search's folder. Default: runs/NAME-FINGERPRINT.")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check recipe, data, model, disk; say what would be done.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Check recipe, data, model, shards, folders, disk, cluster, tracking; say what would be done.",
+        ),
     ] = False,
     offline: Offline = False,
     as_json: AsJson = False,
@@ -129,7 +138,15 @@ def search(
     prepared = search_preflight.prepare(recipe, overrides)
     folder = search_preflight.folder_of(prepared, out)
     if dry_run:
-        content: dict[str, Any] = {"plan": search_preflight.plan(prepared, folder)}
+        from orchestrate import dry_run as checks
+        from orchestrate import run as running
+        from orchestrate import search as searching
+
+        searching.refuse_other_search(prepared, folder)
+        connect = partial(running.connect_cluster, prepared.base.experiment, folder, progress_console)
+        checklist = checks.check_search(prepared, folder, offline, connect)
+        checklist.refuse_failures(note)
+        content: dict[str, Any] = {"plan": search_preflight.plan(prepared, folder) | {"checked": checklist.lines}}
         emit(content, as_json, [recipes.dump(content)])
         return
     _searched(prepared, folder, offline, as_json)
@@ -144,7 +161,7 @@ def _searched(prepared: "Prepared", folder: Path, offline: bool, as_json: bool) 
     if not as_json:
         from orchestrate.search_report import terminal_tables
 
-        table_console().print(terminal_tables(found))
+        tables_on_stdout().print(terminal_tables(found))
     uri = None if offline else places.store_uri(prepared.base.experiment, folder)
     lines = [
         f"search  {folder}",
@@ -256,6 +273,7 @@ def demo(
     from orchestrate import demo as demonstration
     from orchestrate import places
 
+    places.refuse_unwritable(out.absolute())
     runs, uri = demonstration.demo(recipe, out.absolute(), overrides, progress_console, offline)
     progress_console.rule("comparison")
     found_runs = {str(run): run for run in runs}

@@ -1,24 +1,16 @@
 """What verbs share: options that mean the same everywhere, and how results and remarks are printed."""
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
+from orchestrate.terminal import progress_on_stderr, tables_on_stdout
 from schemas.base import InputError
 
-progress_console = Console(stderr=True)
-
-WIDE = 200  # columns, where a table goes to a file or another program
-
-
-def table_console() -> Console:
-    """Standard output for tables: no column is cut where no terminal ends."""
-    return Console(markup=False, width=None if sys.stdout.isatty() else WIDE)
+progress_console = progress_on_stderr()
 
 
 Recipe = Annotated[Path, typer.Argument(help="Recipe (YAML).")]
@@ -46,7 +38,7 @@ def emit(content: dict[str, Any], as_json: bool, lines: list[str]) -> None:
 
 def note(text: str) -> None:
     """Say something beside the results."""
-    progress_console.print(text, highlight=False, soft_wrap=True)
+    progress_console.print(text)
 
 
 def one_or_all(contents: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
@@ -65,4 +57,6 @@ def compared(
     """Compare runs (see `orchestrate.compare`): the tables are for people, and offline no page is left in MLflow."""
     from orchestrate.compare import compare
 
-    return compare(runs, folder, None if as_json else table_console(), published, baseline, None if offline else note)
+    return compare(
+        runs, folder, None if as_json else tables_on_stdout(), published, baseline, None if offline else note
+    )

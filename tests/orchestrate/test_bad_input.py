@@ -105,6 +105,34 @@ def test_a_location_that_is_nearly_right(refused: Callable[..., str], place: Pat
     assert "expected a shard; did you mean 'reference'?" in refused(reference="referense", method="zscl")
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "shown"),
+    [
+        ("tasks", ["data/task"], "data/task"),
+        ("reference", "data/*.tar", "data/*.tar"),
+        ("model", "local-dir:data/clip", "data/clip"),
+    ],
+)
+def test_a_path_that_is_there_beside_the_recipe(
+    place: Path, zscl: Zscl, recipe: Callable[..., dict[str, Any]], field: str, value: object, shown: str
+) -> None:
+    beside = place / "recipes"
+    make_task(beside / "data/task", seed=0)
+    (beside / "data/clip").mkdir()
+    shutil.copy(beside / "data/task/train/0.tar", beside / "data/0.tar")
+    content = recipe(**{field: value})
+    search = {"domains": {"seed": {"choice": [0, 1]}}, "sampler": "grid", "objectives": "avg"}
+    YAML(typ="safe").dump(content, beside / "run.yaml")
+    YAML(typ="safe").dump({**content, "search": search}, beside / "search.yaml")
+    for verb in ("run", "search"):
+        found = zscl(verb, f"recipes/{verb}.yaml", "--dry-run", "--offline")
+        assert found.code == 2
+        assert (
+            f"; '{shown}' is beside the recipe, but a recipe's paths count from the current folder: start the command "
+            f"in {beside}, or give the whole path\n"
+        ) in found.error
+
+
 def test_a_missing_recipe(place: Path, zscl: Zscl) -> None:
     found = zscl("run", "missing.yaml")
     assert (found.code, found.error) == (2, "error: missing.yaml: found no such file, expected a recipe (YAML)\n")

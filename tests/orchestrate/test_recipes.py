@@ -11,7 +11,7 @@ import pytest
 from conftest import Command
 from ruamel.yaml import YAML
 
-from orchestrate import recipes
+from orchestrate import preflight, recipes
 from schemas.base import InputError
 from schemas.experiment import Experiment
 from schemas.pretraining import Pretraining
@@ -147,8 +147,7 @@ def test_dry_run_refuses_the_folder_of_another_run(file: Path, tmp_path: Path, z
     recipes.write_experiment(recipes.load_experiment(file, changes), tmp_path / "other/experiment.yaml")
     found = zscl("run", file, "--dry-run", "--out", tmp_path / "other", "--set", "seed=4")
     assert "; choose another folder (method." in found.error
-    assert found.error.count(" there, ") == 3
-    assert "and " in found.error.rpartition("; ")[2]
+    assert "optimisation.steps 7 there, 5 here; seed 3 there, 4 here)" in found.error  # all of them
     alike = ["name=another", "compute.workers=1"]
     recipes.write_experiment(recipes.load_experiment(file, alike), tmp_path / "other/experiment.yaml")
     found = zscl("run", file, "--dry-run", "--out", tmp_path / "other")
@@ -262,7 +261,7 @@ def test_a_recipe_makes_no_python_object(
     text = recipes.dump(recipe())
     file.write_text(text if by_option else f"{text}seed: {tag}\n")
     with pytest.raises(
-        InputError, match=r"line \d+: could not determine a constructor for the tag 'tag:yaml.org,2002:py"
+        InputError, match=r"line \d+, column \d+: could not determine a constructor for the tag 'tag:yaml.org,2002:py"
     ):
         recipes.load_experiment(file, [f"seed={tag}"] if by_option else [])
     assert not (tmp_path / "was-run").exists()
@@ -300,15 +299,15 @@ def test_a_bomb_is_refused_at_once(tmp_path: Path, text: str, sentence: str) -> 
     [
         (
             b"model: embedded\ntasks [a]\nmethod: zscl\n",
-            "line 2: could not find expected ':' while scanning a simple key",
+            "line 2, column 1: could not find expected ':' while scanning a simple key",
         ),
-        (b"seed: 0\ntasks: [a,\n  b\nmethod: zscl\n", "line 2: expected ',' or ']'"),
+        (b"seed: 0\ntasks: [a,\n  b\nmethod: zscl\n", "line 2, column 8: expected ',' or ']'"),
         (
             b"seed: 0\nmodel: 'embedded\nmethod: zscl\n",
-            "line 2: found unexpected end of stream while scanning a quoted",
+            "line 2, column 8: found unexpected end of stream while scanning a quoted",
         ),
-        (b"seed: 0\nmodel: a: b\n", "line 2: mapping values are not allowed here"),
-        (b"seed: 0\nmodel: embedded\nseed: 1\n", 'line 3: found duplicate key "seed"'),
+        (b"seed: 0\nmodel: a: b\n", "line 2, column 9: mapping values are not allowed here"),
+        (b"seed: 0\nmodel: embedded\nseed: 1\n", 'line 3, column 1: found duplicate key "seed"'),
         (b"seed: 0\n# \xff\n", "line 2 has a byte that is no UTF-8"),
         (b"seed: 0\nmodel: \x07\n", "line 2 has a character that YAML does not allow"),
         (b'seed: 0\nmodel: "\\ud800"\n', "line 2 has half a character"),
@@ -322,6 +321,96 @@ def test_says_where_a_recipe_is_wrong(tmp_path: Path, text: bytes, sentence: str
         recipes.load_variants(tmp_path / "recipe.yaml", (), "all" if b"variants" in text else None)
     assert "\n" not in str(refused.value)
     assert "To suppress" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (
+            "optimisation: {learning_rate: 2,5}",
+            "line 4, column 33: found the number 2,5, expected a decimal point, 2.5",
+        ),
+        (
+            "optimisation: {steps: 1,000}",
+            "line 4, column 25: found the number 1,000, expected a decimal point, 1.000, or",
+        ),
+        ("optimisation:\n  learning_rate: 2,5", "found '2,5', expected a decimal point: 2.5 (line 5, column 3)"),
+        ("optimisation: {steps:2}", "line 4, column 16: found 'steps:2', expected a space behind the colon"),
+        (
+            "optimisation:\n  seed: 2\n   steps: 1",
+            "line 6, column 9: mapping values are not allowed here; expected a space",
+        ),
+        ("optimisation:\n  steps: 2\n seed: 1", "the fields of a section indented alike"),
+        (
+            "optimisation:\nsteps: 2",
+            "did you mean 'optimisation.steps'? Then indent it below 'optimisation:' (line 5, col",
+        ),
+        ("optimisation:\n\tsteps: 2", "line 5, column 1: found character '\\t' that cannot start any token while"),
+        ("optimisation:\n\tsteps: 2", "expected spaces: YAML takes no tabs"),
+        (
+            "optimisation:\n\u00a0\u00a0steps: 2",
+            "line 5, column 1: found the character U+00A0, which looks like a space",
+        ),
+        ("seed: 1\nseed: 2", "expected every field once"),
+        ("compute: {compile: yes}", "compute.compile: found 'yes', expected true or false (line 4, column 11)"),
+        ("optimisation: {steps: 1e3}", "found 1000.0, expected a whole number: 1000 (line 4, column 16)"),
+        ("name: 2024-01-01", "name: found 2024-01-01, expected a text: put it in quotes (line 4, column 1)"),
+        ("name: a: b", "line 4, column 8: mapping values are not allowed here"),
+        ("name: @home", "line 4, column 7: found character '@' that cannot start any token"),
+        ("name: %x", "expected quotes around a value that begins so"),
+        ("reference: *.tar", "expected quotes around a value that begins with *"),
+        ("reference: !tar", "expected quotes around a value that begins with !"),
+        ("reference: [a, b", "a closing ]"),
+        ("reference: {0..9}.tar", "quotes around a value that begins with [ or {"),
+        ("compute: {device: cpu", "line 4, column 10: expected ',' or '}'"),
+        ("name: 'x" + "y" * 500, "expected a closing quote"),
+        ('reference: "C:\\photos"', "expected single quotes around a text with backslashes"),
+        ("---\nseed: 1", "expected one document, without a line of ---"),
+    ],
+)
+def test_a_slip_in_yaml_is_told_with_its_place_and_what_to_do(tmp_path: Path, text: str, sentence: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(f"model: embedded\ntasks: [a]\nmethod: finetune\n{text}\n")
+    with pytest.raises(InputError) as refused:
+        recipes.load_experiment(tmp_path / "recipe.yaml")
+    assert sentence in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("own", "own"), ("my recipe (2)", "my-recipe-2"), ("übung [1]", "ubung-1"), ("日本", "recipe"),
+        ("a%20b?c#d", "a-20b-c-d"), ("-x", "x"), ("n" * 240, "n" * 100),
+    ],
+)  # fmt: skip
+def test_any_recipes_file_name_makes_a_name(tmp_path: Path, file: str, name: str) -> None:
+    (tmp_path / f"{file}.yaml").write_text("model: embedded\ntasks: [a]\nmethod: finetune\n")
+    assert recipes.load_experiment(tmp_path / f"{file}.yaml").name == name
+
+
+@pytest.mark.parametrize("name", ["a/b", "a b", "..", "[x]", "ü"])
+def test_a_variants_name_must_do_for_a_folder(table: Path, name: str) -> None:
+    table.write_text(recipes.dump({"base": "tiny.yaml", "variants": {name: {"seed": 1}}}))
+    with pytest.raises(InputError, match="variants: found the name") as refused:
+        recipes.load_variants(table, (), "all")
+    assert "expected nothing but letters, digits and any of _.-: folders are named after it" in str(refused.value)
+
+
+def test_names_that_are_too_long_are_refused_by_their_field(file: Path) -> None:
+    for field in ("name", "method.name"):
+        with pytest.raises(InputError, match=rf": {field}: .*expected .*at most"):
+            recipes.load_experiment(file, [f"{field}={'n' * 101}"])
+
+
+def test_how_long_values_differ_is_shown_where_they_differ() -> None:
+    long = [f"/data/a long name of a folder/task-{number}" for number in range(5)]
+    found = preflight._differences(
+        {"tasks": long, "a": {"b": "x" * 200 + "y"}}, {"tasks": [*long[:4], "/z"], "a": {"b": "x" * 201}}
+    )
+    assert found["tasks.4"] == ('"/data/a long name of a folder/task-4"', '"/z"')
+    was, now = found["a.b"]
+    assert (was, now) == (f'…{"x" * 20}y"', f'…{"x" * 21}"')
+    assert preflight._differences({"tasks": ["a"]}, {"tasks": ["a", "b"]}) == {"tasks.1": ("nothing", '"b"')}
 
 
 def test_quotes_around_a_number_are_said_to_be_the_matter(

@@ -1,6 +1,7 @@
 """What a recipe may say, and what it is told when it says something else."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -165,6 +166,66 @@ def test_relative_paths_count_from_the_root_and_urls_are_left_alone(recipe: Reci
     assert [task.path for task in made.tasks] == ["/here/a/one", "s3://bucket/two"]
     assert [task.name for task in made.tasks] == ["one", "two"]
     assert made.model.name == "local-dir:/here/clip"
+
+
+def test_variables_and_the_home_folder_are_expanded_in_paths(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("DATA", "/data")
+    monkeypatch.setenv("BUCKET", "mine")
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.delenv("NOWHERE", raising=False)
+    (tmp_path / "$NOWHERE").mkdir()  # a folder that is called so
+    paths = ["$DATA/one", "~/two", "${DATA}/{0..9}/three", "s3://$BUCKET/four", "$NOWHERE", "s3://b/$NOWHERE/six"]
+    content = recipe(tasks=[{"path": path, "name": f"t{k}"} for k, path in enumerate(paths)], model="local-dir:$DATA/m")
+    made = Experiment.model_validate(content, context={"root": str(tmp_path)})
+    assert [task.path for task in made.tasks] == [
+        "/data/one", "/home/me/two", "/data/{0..9}/three", "s3://mine/four", f"{tmp_path}/$NOWHERE",
+        "s3://b/$NOWHERE/six",
+    ]  # fmt: skip
+    assert made.model.name == "local-dir:/data/m"
+    uris = {"sqlite:///~/a.db": "sqlite:////home/me/a.db", "http://u:pa$DATA@h": "http://u:pa$DATA@h"}
+    for uri, expanded in uris.items():
+        assert Experiment.model_validate(recipe(tracking={"uri": uri})).tracking.uri == expanded
+    for path in ("x/$NOWHERE/y", "${NOWHERE}"):
+        with pytest.raises(ValidationError, match="in which the environment variable NOWHERE is not set"):
+            Experiment.model_validate(recipe(tasks=[path]), context={"root": str(tmp_path)})
+
+
+class TestWarmUp:
+    """A default that fits every stage, and changes nothing where it fits already."""
+
+    def of(self, recipe: Recipe, optimisation: dict[str, Any], *steps: int | None) -> Experiment:
+        tasks = [{"path": f"/tasks/{k}", "steps": own} for k, own in enumerate(steps)]
+        return Experiment.model_validate(recipe(tasks=tasks, method="finetune", optimisation=optimisation))
+
+    @pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (4, 0), (10, 1), (250, 25), (1000, 100), (5000, 100)])
+    def test_by_default_it_is_a_tenth_of_the_steps(self, recipe: Recipe, steps: int, warmup: int) -> None:
+        made = self.of(recipe, {"steps": steps}, None)
+        assert made.stage_warmup(made.tasks[0]) == made.warmup_steps == warmup
+
+    def test_each_stage_has_its_own(self, recipe: Recipe) -> None:
+        made = self.of(recipe, {}, None, 40)
+        assert [made.stage_warmup(task) for task in made.tasks] == [100, 4]
+        assert made.warmup_steps is None
+        given = self.of(recipe, {"warmup_steps": 7}, None, 40)
+        assert [given.stage_warmup(task) for task in given.tasks] == [7, 7]
+
+    def test_what_is_given_must_fit(self, recipe: Recipe) -> None:
+        with pytest.raises(ValidationError, match="warmup_steps is 41, expected at most the 40 steps of stage '1'"):
+            self.of(recipe, {"warmup_steps": 41}, None, 40)
+
+    def test_the_default_and_the_same_given_are_one_experiment(self) -> None:
+        content = {"model": "embedded", "tasks": ["/here/a"], "method": "finetune"}
+        contents = {"/here/a": "content of a", "embedded": "weights"}
+        made = Experiment.model_validate(content)
+        # As while the default was 100 steps: runs of the default steps are found again.
+        assert made.identity(contents)["optimisation"]["warmup_steps"] == 100
+        given = Experiment.model_validate(content | {"optimisation": {"warmup_steps": 100}})
+        assert given.fingerprint(contents) == made.fingerprint(contents)
+        assert given.settings == made.settings
+        other = Experiment.model_validate(content | {"optimisation": {"warmup_steps": 99}})
+        assert other.fingerprint(contents) != made.fingerprint(contents)
 
 
 class TestFingerprint:

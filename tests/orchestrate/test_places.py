@@ -1,0 +1,114 @@
+"""Places that cannot be written, and paths with variables: a sentence before the work, or a path that works."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Command
+from ruamel.yaml import YAML
+
+from orchestrate.ownership import owned
+from orchestrate.places import refuse_unwritable
+from schemas.base import InputError
+
+Zscl = Callable[..., Command]
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("verb", ["run", "search", "embed", "evaluate", "compare", "export", "pretrain", "demo"])
+def test_every_command_refuses_a_place_that_cannot_be_written(
+    verb: str, place: Path, zscl: Zscl, recipe: Callable[..., dict[str, Any]], tasks: list[str], reference: str
+) -> None:
+    (place / "file").write_text("")
+    YAML(typ="safe").dump(recipe(), place / "recipe.yaml")
+    search = {"domains": {"seed": {"choice": [0, 1]}}, "sampler": "grid", "objectives": ["avg"]}
+    YAML(typ="safe").dump({**recipe(), "search": search}, place / "search.yaml")
+    corpus = {"tasks": tasks, "corpus": reference}
+    YAML(typ="safe").dump(corpus, place / "pretrain.yaml")
+    pretraining = Path(__file__).parents[2] / "experiments/pretrain-embedded.yaml"
+    arguments: dict[str, tuple[object, ...]] = {
+        "run": ("recipe.yaml", "--offline"),
+        "search": ("search.yaml", "--offline"),
+        "embed": ("recipe.yaml",),
+        "evaluate": ("embedded", "--task", tasks[0]),
+        "compare": ("nothing",),
+        "export": ("nothing",),
+        "pretrain": (pretraining,),
+        "demo": (),
+    }
+    found = zscl(verb, *arguments[verb], "--out", "file/out/mine")
+    assert (found.code, found.out) == (2, "")
+    assert found.error.startswith(f"error: {place}/file/out")
+    assert f"cannot be written ({place}/file: is no folder), expected a folder that this user may write" in found.error
+    assert "Traceback" not in found.error
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("prepare", "embedded", "--out", "file/out"),
+        ("fetch", "Food", "--out", "file/out"),
+        ("check", "task", "--picture", "file/picture.png"),
+    ],
+)
+def test_data_is_not_made_for_a_place_that_cannot_be_written(
+    arguments: tuple[str, ...], place: Path, zscl: Zscl
+) -> None:
+    (place / "file").write_text("")
+    found = zscl("data", *arguments)
+    assert found.code == 2
+    assert "cannot be written (" in found.error
+    assert "is no folder), expected a folder that this user may write; choose another" in found.error
+
+
+@pytest.mark.parametrize(
+    ("folder", "reason"),
+    [
+        ("/proc/run", "/proc: No such file or directory"),
+        ("link", "is no folder"),
+        ("n" * 250, "a name of 250 bytes, where 200 leave room for files beside it"),
+        ("deep/" * 900, "File name too long"),
+    ],
+)
+def test_a_folder_that_nothing_can_be_written_to(folder: str, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="cannot be written") as refused:
+        refuse_unwritable(tmp_path / folder)
+    assert reason in str(refused.value)
+    with pytest.raises(InputError, match="cannot be written"), owned(tmp_path / folder):
+        pytest.fail("nobody owns such a run")
+
+
+def test_looking_at_a_place_leaves_nothing_there(tmp_path: Path) -> None:
+    refuse_unwritable(tmp_path / "new [folder] (ü)/x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_names_that_are_too_long_are_refused_wherever_they_are_given(place: Path, zscl: Zscl) -> None:
+    for arguments in (("sync",), ("compare",), ("resume",), ("data", "check"), ("run",)):
+        found = zscl(*arguments, "x" * 300)
+        assert found.code == 2, found.error
+        assert "Traceback" not in found.error
+        assert found.error.startswith("error: ")
+
+
+def test_variables_and_the_home_folder_are_expanded_in_options(
+    place: Path, zscl: Zscl, monkeypatch: pytest.MonkeyPatch, tasks: list[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(place))
+    monkeypatch.setenv("WHERE", "made")
+    monkeypatch.delenv("NOWHERE", raising=False)
+    assert zscl("data", "check", tasks[0], "--picture", "~/$WHERE/${WHERE}.png").code == 0
+    assert (place / "made/made.png").is_file()
+    found = zscl("data", "check", tasks[0], "--picture", "$NOWHERE/a.png")
+    assert (found.code, found.error) == (
+        2,
+        "error: picture: found '$NOWHERE/a.png', in which the environment variable NOWHERE is not set, expected one "
+        "that is, or the path itself\n",
+    )
