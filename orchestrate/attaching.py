@@ -38,7 +38,8 @@ def attach(
     from mlflow.entities import Metric
     from mlflow.tracking import MlflowClient
 
-    from orchestrate.mlflow_store import folder_query
+    from orchestrate.mlflow_store import folder_query, log_metrics
+    from orchestrate.store_errors import reason_of
 
     try:
         client = MlflowClient(tracking_uri=uri)
@@ -55,9 +56,8 @@ def attach(
                 for step, value in values.items()
             ]
             if rows:
-                client.log_batch(where, metrics=rows)
+                log_metrics(client, where, rows)
     except Exception as error:  # also whatever a store of artefacts may raise: the files are on disk
-        reason = mask(" ".join(str(error).split()), uri)[:200]
-        note(f"not left in MLflow at {mask(uri)} ({reason}); the files are in {files[0].parent}")
+        note(f"not left in MLflow at {mask(uri)} ({reason_of(error, uri)}); the files are in {files[0].parent}")
         return False
     return bool(runs)

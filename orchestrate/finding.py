@@ -50,7 +50,7 @@ class _Store:
     def __init__(self, uri: str | None) -> None:
         from mlflow.tracking import MlflowClient
 
-        from orchestrate.mlflow_store import FAILURES, unreachable
+        from orchestrate.store_errors import FAILURES, store_error
 
         default = f"{SQLITE}{Path.cwd() / 'runs/mlflow.db'}"
         self.uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or default
@@ -61,7 +61,7 @@ class _Store:
             self.client = MlflowClient(tracking_uri=self.uri)
             self.experiments = [each.experiment_id for each in self.client.search_experiments()]
         except FAILURES as error:
-            raise unreachable(self.uri, error) from error
+            raise store_error(self.uri, error) from error
 
     def folder(self, run_id: str) -> Path | InputError:
         try:

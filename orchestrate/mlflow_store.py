@@ -4,6 +4,7 @@ import getpass
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,16 +22,17 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 from filelock import FileLock
 from git import GitError, Repo
-from mlflow.entities import Run
+from mlflow.entities import Experiment, LifecycleStage, Metric, Run
 from mlflow.exceptions import MlflowException
 from mlflow.store.db.db_types import DATABASE_ENGINES
 from mlflow.tracking import MlflowClient
-from sqlalchemy import NullPool, create_engine
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy import NullPool, create_engine, make_url
 
+from orchestrate.network import check_port
 from orchestrate.places import SQLITE
 from schemas.base import InputError
 from schemas.secrets import mask
+from zscl.files import digest
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)
 # It prints the traceback of every attempt at a locked database.
@@ -41,35 +43,31 @@ KEY = "zscl.key"
 LEVEL = "zscl.level"  # search, trial or sequence, stage
 REASON = "zscl.reason"
 TABLES = "mlflow.loggedArtifacts"  # which artefacts MLflow's pages show as tables
-FAILURES = (MlflowException, SQLAlchemyError, OSError, ImportError)
+ARTIFACTS = (
+    "zscl.artifacts_missing"  # why the files of a finished run are not in its artefact store, while they are not
+)
 LONGEST_VALUE = 6_000  # of a parameter
+LONGEST_NAME = 250  # of a metric, or a run
+METRICS_AT_ONCE = 1_000  # MLflow's limit for one call
 # The kind of experiment whose page opens with charts for training instead of those for language models.
 KIND = {"mlflow.experimentKind": "custom_model_development"}
-
-
-def unreachable(uri: str, error: Exception) -> InputError:
-    """What to say of a store that cannot be opened."""
-    shown = mask(" ".join(str(error).split()), uri)[:200]
-    return InputError(
-        f"tracking.uri: found no reachable MLflow store at {mask(uri)}, expected a server "
-        f"that answers or sqlite:///FILE ({shown})"
-    )
 
 
 def open_store(uri: str, experiment: str) -> tuple[MlflowClient, str]:
     """Open a store, and in it the experiment of this name, which is made where there is none. Returns its id, too.
 
     Raises:
-        Exception: one of `FAILURES`.
+        InputError: somebody deleted the experiment.
+        Exception: one of `store_errors.FAILURES`.
     """
     if uri.partition("://")[0].partition("+")[0] in DATABASE_ENGINES and not uri.startswith(SQLITE):
         # MLflow asks a database that does not answer again for a hundred seconds.
-        create_engine(uri, poolclass=NullPool).connect().close()
+        _check_database(uri)
     with _alone(uri):
         client = MlflowClient(tracking_uri=uri)
         found = client.get_experiment_by_name(experiment)
         if found is not None:
-            return client, str(found.experiment_id)
+            return client, _active(found, uri)
         # Beside an SQLite store lie its artefacts; a server has a place of its own.
         local = uri.startswith(SQLITE)
         place = str(Path(uri.removeprefix(SQLITE)).absolute().parent / "mlflow-artifacts") if local else None
@@ -79,7 +77,34 @@ def open_store(uri: str, experiment: str) -> tuple[MlflowClient, str]:
             made = client.get_experiment_by_name(experiment)  # by another run, in between
             if made is None:
                 raise
-            return client, str(made.experiment_id)
+            return client, _active(made, uri)
+
+
+def _active(experiment: Experiment, uri: str) -> str:
+    """The id of an experiment that takes runs.
+
+    Raises:
+        InputError: it is deleted.
+    """
+    if experiment.lifecycle_stage == LifecycleStage.DELETED:
+        raise InputError(
+            f"tracking.experiment: found '{experiment.name}' deleted in the MLflow store at {mask(uri)}, expected an "
+            f"experiment that takes runs; restore it (MLFLOW_TRACKING_URI={mask(uri)} mlflow experiments restore "
+            f"--experiment-id {experiment.experiment_id}), or set tracking.experiment to another name"
+        )
+    return str(experiment.experiment_id)
+
+
+def _check_database(uri: str) -> None:
+    """Connect to a database server once; one that does not answer is noticed within seconds.
+
+    Raises:
+        Exception: one of `store_errors.FAILURES`.
+    """
+    place = make_url(uri)
+    if place.host and place.port and not place.host.startswith("/"):  # not a Unix socket
+        check_port(place.host, place.port)
+    create_engine(uri, poolclass=NullPool).connect().close()
 
 
 @contextmanager
@@ -122,6 +147,25 @@ def log_table(client: MlflowClient, run: str, columns: Mapping[str, Sequence[Any
     rows = [list(row) for row in zip(*columns.values(), strict=True)]
     client.log_dict(run, {"columns": names, "data": rows}, file)
     client.set_tag(run, TABLES, json.dumps([{"path": file, "type": "table"}]))
+
+
+def log_metrics(client: MlflowClient, run: str, metrics: Sequence[Metric]) -> None:
+    """Log metrics, as many in a call as MLflow takes, under names that it takes."""
+    for start in range(0, len(metrics), METRICS_AT_ONCE):
+        batch = metrics[start : start + METRICS_AT_ONCE]
+        client.log_batch(run, metrics=[Metric(valid_name(m.key), m.value, m.timestamp, m.step) for m in batch])
+
+
+def valid_name(name: str) -> str:
+    """A name that MLflow takes; names that differ stay different.
+
+    MLflow takes letters, digits and `_-.: /`, 250 of them, and no path that has another, shorter form.
+    """
+    plain = re.sub(r"[^/\w.\-: ]", "_", name)
+    plain = "/".join(part for part in plain.split("/") if part not in ("", ".", ".."))
+    if plain == name and len(name) <= LONGEST_NAME:
+        return name
+    return f"{plain[: LONGEST_NAME - 9]}-{digest(name)[:8]}"
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
