@@ -3,6 +3,7 @@
 import json
 import shutil
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -317,36 +318,51 @@ def artifacts(folder: Path) -> Path:
     return place
 
 
+def sequence(uri: str) -> Any:
+    """The one run of level sequence in a store."""
+    client = MlflowClient(uri)
+    at = [client.get_experiment_by_name("zscl").experiment_id]
+    return client.search_runs(at, "tags.`zscl.level` = 'sequence'")[0]
+
+
 def test_an_artefact_store_that_takes_nothing_leaves_no_run_under_way(
-    folder: Path, experiment: Make, artifacts: Path, zscl: Callable[..., Command]
+    folder: Path, experiment: Make, artifacts: Path
 ) -> None:
     run, uri = Run(folder), f"sqlite:///{folder.parent}/mlflow.db"
     shipper = run.shipper(experiment())
     run.happens(*BEGINNING, *stage_of(1), *stage_of(2))
     run.finished()
-    assert not shipper.end(patience=1.0)
+    ending = threading.Thread(target=shipper.end, args=[200.0], daemon=True)
+    ending.start()
+    until(lambda: bool(run.said), seconds=100.0)
     assert f"its artefact store at {artifacts}" in run.said[0]
     assert "did not take the files (NotADirectoryError" in run.said[0]
-    assert run.said[-1].endswith(f"zscl sync {folder}")
+    assert sequence(uri).info.status == "FINISHED"
+    assert sequence(uri).data.metrics["transfer"] == 0.5
+    artifacts.parent.unlink()
+    ending.join()
+    assert run.said[1:] == ["MLflow takes records again; nothing is lost"]
+    assert ARTIFACTS not in sequence(uri).data.tags
+    assert (Path(sequence(uri).info.artifact_uri) / "result.json").is_file()
 
-    def parent() -> Any:
-        client = MlflowClient(uri)
-        at = [client.get_experiment_by_name("zscl").experiment_id]
-        return client.search_runs(at, "tags.`zscl.level` = 'sequence'")[0]
 
-    assert parent().info.status == "FINISHED"
-    assert parent().data.metrics["transfer"] == 0.5
-    refused = zscl("sync", folder)
-    assert (refused.code, "no reachable" in refused.error) == (2, False)
-    assert f"its artefact store at {artifacts}" in refused.error
-    assert refused.error.rstrip().endswith(f"then repeat: zscl sync {folder}")
-    assert parent().info.status == "FINISHED"
-    assert "its artefact store at" in parent().data.tags[ARTIFACTS]
-
+def test_files_that_an_artefact_store_did_not_take_are_synced_later(
+    folder: Path, artifacts: Path, zscl: Callable[..., Command]
+) -> None:
+    run, uri = Run(folder), f"sqlite:///{folder.parent}/mlflow.db"
+    run.happens(*BEGINNING, *stage_of(1), *stage_of(2))
+    run.finished()
+    for _ in range(2):
+        refused = zscl("sync", folder)
+        assert (refused.code, "no reachable" in refused.error) == (2, False)
+        assert f"its artefact store at {artifacts}" in refused.error
+        assert refused.error.rstrip().endswith(f"then repeat: zscl sync {folder}")
+        assert sequence(uri).info.status == "FINISHED"
+        assert "its artefact store at" in sequence(uri).data.tags[ARTIFACTS]
     artifacts.parent.unlink()
     assert zscl("sync", folder).code == 0
-    assert ARTIFACTS not in parent().data.tags
-    assert (Path(parent().info.artifact_uri) / "result.json").is_file()
+    assert ARTIFACTS not in sequence(uri).data.tags
+    assert (Path(sequence(uri).info.artifact_uri) / "result.json").is_file()
     assert f"{folder}: 0 entries sent to {uri}, FINISHED" in zscl("sync", folder).out
 
 
@@ -359,8 +375,9 @@ def test_a_deleted_experiment_is_told_and_what_belongs_there_is_kept(
     identity = client.get_experiment_by_name("zscl").experiment_id
     client.delete_experiment(identity)
     run.happens(*BEGINNING, *stage_of(1))
+    until(lambda: bool(run.said), seconds=100.0)
     write_state(folder, "KILLED", "enough")
-    assert not shipper.end(patience=1.0)
+    assert not shipper.end(patience=0.1)
     assert "tracking.experiment: found 'zscl' deleted" in run.said[0]
     with pytest.raises(InputError, match=r"restore --experiment-id 1\), or set tracking.experiment .* --offline"):
         Shipper(experiment(), "abc", folder, print)
