@@ -13,6 +13,7 @@ import pytest
 from orchestrate import network
 from orchestrate.cluster import LONGEST_TEMPORARY, local_folder
 from orchestrate.cluster_address import check_dashboard, check_gcs, named_address
+from orchestrate.line import line_from_here, searches_on_cluster
 from schemas.base import InputError
 from schemas.compute import Compute
 
@@ -118,6 +119,17 @@ def test_a_cluster_that_is_there(ray_cluster: None, monkeypatch: pytest.MonkeyPa
     check_gcs(address.replace("127.0.0.1", "localhost"))
     with pytest.raises(InputError, match=f"{address}: found no Ray cluster .* does not speak HTTP"):
         check_dashboard(address)
+
+
+def test_a_search_learns_of_another_one_on_the_cluster(ray_cluster: None) -> None:
+    import ray
+
+    assert searches_on_cluster() == []
+    line = line_from_here(search="/runs/one")
+    assert ray.get(line.refused.remote()) == ""  # it is up
+    [name] = searches_on_cluster()
+    assert name.startswith("/runs/one (")
+    ray.kill(line)
 
 
 @pytest.mark.parametrize(
