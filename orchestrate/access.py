@@ -35,7 +35,7 @@ def use_token(starts_here: bool) -> None:
         return  # the cluster to join says whether it needs one
     os.environ[MODE] = mode
     Config.initialize("")  # Ray reads the mode when it is imported, and again here
-    if (file := token_file()) is not None and _is_file(file):
+    if (file := token_file()) is not None and _can_read(file):
         _keep_to_owner(file)
 
 
@@ -55,8 +55,7 @@ def loopback_alone() -> Iterator[None]:
 
 def given() -> bool:
     """Whether there is a token, in a variable or in its file."""
-    file = token_file()
-    return bool(os.environ.get("RAY_AUTH_TOKEN")) or (file is not None and _is_file(file))
+    return bool(os.environ.get("RAY_AUTH_TOKEN")) or _can_read(token_file())
 
 
 def token_file() -> Path | None:
@@ -67,11 +66,9 @@ def token_file() -> Path | None:
         return None
 
 
-def _is_file(file: Path) -> bool:
-    try:
-        return file.is_file()
-    except OSError:  # somebody else's home
-        return False
+def _can_read(file: Path | None) -> bool:
+    """Whether there is such a file, and it is not somebody else's."""
+    return file is not None and os.access(file, os.R_OK)
 
 
 def _make() -> None:
@@ -82,10 +79,9 @@ def _make() -> None:
             raise FileNotFoundError("no home")
         file.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, OWNER_ALONE)
-    except FileExistsError:  # another run was quicker: its token is as good
-        return
     except OSError:
-        os.environ["RAY_AUTH_TOKEN"] = token
+        if not _can_read(file):  # otherwise another run was quicker: its token is as good
+            os.environ["RAY_AUTH_TOKEN"] = token
         return
     with os.fdopen(descriptor, "w") as stream:
         stream.write(token)

@@ -151,11 +151,12 @@ def _explain_http(uri: str, error: Exception, cause: str) -> str:
             "MLFLOW_TRACKING_SERVER_CERT_PATH to name the file of the authority that signed it"
         )
     through = f" through the proxy {route} (NO_PROXY={host} goes around it)" if route else ""
-    not_found = status == HTTPStatus.NOT_FOUND and _BODY.search(text)  # MLflow itself answers in JSON
-    if not_found or (status is None and "not in a valid JSON format" in text):
+    # MLflow itself says in JSON that something is not found, and sends nobody elsewhere, as to a page for signing in.
+    elsewhere = status is not None and (300 <= status < 400 or (status == HTTPStatus.NOT_FOUND and _BODY.search(text)))
+    if elsewhere or (status is None and "not in a valid JSON format" in text):
         return (
-            f"tracking.uri: found no MLflow server at {shown}{through}, but something else that answers, expected the "
-            "address of `mlflow server`, with its path prefix if it has one"
+            f"tracking.uri: found no MLflow server at {shown}{through}, but something else that answers "
+            f"({status or 200}), expected the address of `mlflow server`, with its path prefix if it has one"
         )
     if status is None:
         return (

@@ -22,7 +22,7 @@ from schemas.compute import Compute
 def web_server() -> Iterator[str]:
     """HOST:PORT of a web server that has nothing."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
     yield f"127.0.0.1:{server.server_port}"
     server.shutdown()
     server.server_close()

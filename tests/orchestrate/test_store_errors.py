@@ -45,7 +45,7 @@ class _Answer(BaseHTTPRequestHandler):
 def answers() -> Iterator[Callable[[int, str], str]]:
     """A server that gives one answer to everything."""
     server: Any = ThreadingHTTPServer(("127.0.0.1", 0), _Answer)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
 
     def answer(code: int, body: str) -> str:
         server.answer = code, body
@@ -68,6 +68,7 @@ REBINDING = "Invalid Host header - possible DNS rebinding attack detected"
         (403, json.dumps({"error_code": "PERMISSION_DENIED", "message": "no"}), "tracking.experiment: found no permi"),
         (404, "<html>nothing here</html>", "found no MLflow server at"),
         (200, "<html>hello</html>", "found no MLflow server at"),
+        (302, "", "found no MLflow server at"),
         (407, "", "NO_PROXY=127.0.0.1 to go around it"),
         (500, "", "that fails (500 Internal Server Error)"),
         (502, "", "that fails (502 Bad Gateway)"),
