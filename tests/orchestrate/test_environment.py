@@ -1,4 +1,4 @@
-"""Usage statistics of the libraries: switched off before they are imported, unless the user wants them."""
+"""What is set before libraries are imported: no usage statistics, unless the user wants them, and a home."""
 
 import importlib
 import os
@@ -37,3 +37,10 @@ def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, "of the user")
     importlib.reload(orchestrate)
     assert {os.environ[name] for name in orchestrate.NO_TELEMETRY} == {"of the user"}
+
+
+def test_a_user_without_a_home_gets_one_that_takes_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", dict[int, object]().__getitem__)  # as in a container, under another number
+    importlib.reload(orchestrate)
+    assert Path.home() == Path("/nonexistent")
