@@ -48,6 +48,7 @@ ARTIFACTS = (
 )
 LONGEST_VALUE = 6_000  # of a parameter
 LONGEST_NAME = 250  # of a metric, or a run
+PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}  # where a URI names none
 METRICS_AT_ONCE = 1_000  # MLflow's limit for one call
 # The kind of experiment whose page opens with charts for training instead of those for language models.
 KIND = {"mlflow.experimentKind": "custom_model_development"}
@@ -102,8 +103,9 @@ def _check_database(uri: str) -> None:
         Exception: one of `store_errors.FAILURES`.
     """
     place = make_url(uri)
-    if place.host and place.port and not place.host.startswith("/"):  # not a Unix socket
-        check_port(place.host, place.port)
+    port = place.port or PORTS.get(place.get_backend_name())
+    if place.host and port and not {"/", ","} & set(place.host):  # neither a Unix socket nor several hosts
+        check_port(place.host, port)
     create_engine(uri, poolclass=NullPool).connect().close()
 
 
