@@ -30,13 +30,13 @@ def use_token(starts_here: bool) -> None:
     if mode != "token":
         return
     if not given() and starts_here:
-        _make(token_file())
+        _make()
     if not given():
         return  # the cluster to join says whether it needs one
     os.environ[MODE] = mode
     Config.initialize("")  # Ray reads the mode when it is imported, and again here
-    if token_file().is_file():
-        _keep_to_owner(token_file())
+    if (file := token_file()) is not None and _can_read(file):
+        _keep_to_owner(file)
 
 
 @contextmanager
@@ -55,22 +55,36 @@ def loopback_alone() -> Iterator[None]:
 
 def given() -> bool:
     """Whether there is a token, in a variable or in its file."""
-    return bool(os.environ.get("RAY_AUTH_TOKEN")) or token_file().is_file()
+    return bool(os.environ.get("RAY_AUTH_TOKEN")) or _can_read(token_file())
 
 
-def token_file() -> Path:
-    """Where Ray looks for the token."""
-    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray/auth_token")
-
-
-def _make(file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
+def token_file() -> Path | None:
+    """Where Ray looks for the token; nowhere for a user without a home."""
     try:
+        return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray/auth_token")
+    except RuntimeError:  # neither HOME nor an entry for the user, as in a container with another user's number
+        return None
+
+
+def _can_read(file: Path | None) -> bool:
+    """Whether there is such a file, and it is not somebody else's."""
+    return file is not None and os.access(file, os.R_OK)
+
+
+def _make() -> None:
+    """Make a token in its file, or for this process and its children alone where the home cannot be written."""
+    token, file = secrets.token_hex(32), token_file()
+    try:
+        if file is None:
+            raise FileNotFoundError("no home")
+        file.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, OWNER_ALONE)
-    except FileExistsError:  # another run was quicker: its token is as good
+    except OSError:
+        if not _can_read(file):  # otherwise another run was quicker: its token is as good
+            os.environ["RAY_AUTH_TOKEN"] = token
         return
     with os.fdopen(descriptor, "w") as stream:
-        stream.write(secrets.token_hex(32))
+        stream.write(token)
 
 
 def _keep_to_owner(file: Path) -> None:

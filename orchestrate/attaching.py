@@ -37,7 +37,8 @@ def attach(
     identity = identity_of(run)
     from mlflow.entities import Metric  # takes seconds to import
 
-    from orchestrate.mlflow_store import open_client, recorded, runs_of
+    from orchestrate.mlflow_store import log_metrics, open_client, recorded, runs_of
+    from orchestrate.store_errors import reason_of
 
     try:
         file = sqlite_file(uri)
@@ -58,9 +59,8 @@ def attach(
                 for step, value in values.items()
             ]
             if rows:
-                client.log_batch(where, metrics=rows)
+                log_metrics(client, where, rows)
     except Exception as error:  # also whatever a store of artefacts may raise: the files are on disk
-        reason = mask(" ".join(str(error).split()), uri)[:200]
-        note(f"not left in MLflow at {mask(uri)} ({reason}); the files are in {files[0].parent}")
+        note(f"not left in MLflow at {mask(uri)} ({reason_of(error, uri)}); the files are in {files[0].parent}")
         return False
     return run_there is not None

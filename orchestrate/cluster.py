@@ -2,8 +2,8 @@
 
 import logging
 import os
+import sys
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from ray.exceptions import AuthenticationError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrate.access import loopback_alone, use_token
+from orchestrate.cluster_address import ADDRESS, check_gcs, named_address
 from orchestrate.interruption import end_on_signals
 from schemas.base import InputError
 from schemas.compute import Compute
@@ -27,40 +28,93 @@ KEEP_MEMORY = {
     "MALLOC_TRIM_THRESHOLD_": str(2**36),
     "MALLOC_TOP_PAD_": str(2**26),
 }
+# Of a path to a Unix socket, Linux takes 107 bytes and macOS 103; Ray adds up to 68 to the temporary folder's name:
+# /ray/session_2026-01-31_23-59-59_123456_4194304/sockets/plasma_store
+LONGEST_TEMPORARY = 107 - 68 if sys.platform == "linux" else 103 - 68
 LOOK_SECONDS = 60.0  # for a node to start a process and say something
 
 
 def is_named(compute: Compute) -> bool:
     """Whether the recipe or the environment names a cluster that somebody has started."""
-    return compute.address is not None or "RAY_ADDRESS" in os.environ
+    return named_address(compute) is not None
 
 
 def connect(compute: Compute, note: Callable[[str], None]) -> None:
     """Connect to the recipe's cluster, to the one of RAY_ADDRESS, or start a local one; `note` is told which.
 
     Raises:
-        InputError: there is no cluster at the address.
+        InputError: there is no cluster at the address, or none can be started here.
     """
     if ray.is_initialized():
         return
     logging.getLogger("ray.train").setLevel(logging.WARNING)
-    starts_here = not is_named(compute)
-    local = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"} if starts_here else {}
-    note("starting Ray on this machine" if starts_here else "connecting to the Ray cluster")
-    use_token(starts_here)
-    if starts_here:
-        for name, value in KEEP_MEMORY.items():
-            os.environ.setdefault(name, value)
-    address = "local" if starts_here else compute.address  # never what somebody else may have started beside us
+    address = named_address(compute)
+    if address is None:
+        _start(note)
+    else:
+        _join(address, compute, note)
+    end_on_signals()
+
+
+def _join(address: str, compute: Compute, note: Callable[[str], None]) -> None:
+    note("connecting to the Ray cluster")
+    field = "compute.address" if compute.address == address else ADDRESS
+    check_gcs(address, field)
+    use_token(starts_here=False)
     try:
-        with loopback_alone() if starts_here else nullcontext():
-            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **local)
-        end_on_signals()
+        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
     except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
         raise InputError(
-            f"compute.address: found no Ray cluster at {compute.address or os.environ.get('RAY_ADDRESS')} "
-            f"({' '.join(str(error).split())[:160]}), expected HOST:PORT of a running one, or none to start one here"
+            f"{field}: found no Ray cluster at {address} that takes this process ({' '.join(str(error).split())}), "
+            "expected HOST:PORT of a running one that this machine is a node of, or none to start one here"
         ) from error
+
+
+def _start(note: Callable[[str], None]) -> None:
+    from joblib import cpu_count  # with regard to CPU affinity and to the limits of a container
+
+    cores, folder = cpu_count(), local_folder()
+    some = f", with the {cores} of its {os.cpu_count()} CPU cores that it may use" if cores != os.cpu_count() else ""
+    note(f"starting Ray on this machine{some}")
+    use_token(starts_here=True)
+    for name, value in KEEP_MEMORY.items():
+        os.environ.setdefault(name, value)
+    try:
+        with loopback_alone():
+            ray.init(
+                address="local",  # never what somebody else may have started beside us
+                num_cpus=cores,
+                include_dashboard=False,
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+                _node_ip_address="127.0.0.1",
+                _temp_dir=folder,
+            )
+    except OSError as error:
+        raise InputError(
+            f"RAY_TMPDIR: cannot start Ray with its files in {folder} ({error}), expected it to name a folder on a "
+            f"local disk that can be written, in at most {LONGEST_TEMPORARY} bytes"
+        ) from error
+
+
+def local_folder() -> str:
+    """The folder that a Ray of this machine keeps its files in; Unix sockets lie below it, whose paths must be short.
+
+    It is Ray's own choice, `ray` in RAY_TMPDIR or TMPDIR; where TMPDIR is too long, or cannot be written, in /tmp.
+
+    Raises:
+        InputError: RAY_TMPDIR is too long.
+    """
+    chosen, given = os.environ.get("RAY_TMPDIR"), os.environ.get("TMPDIR") or "/tmp"
+    if chosen:
+        if len(os.fsencode(chosen)) > LONGEST_TEMPORARY:
+            raise InputError(
+                f"RAY_TMPDIR: found {chosen}, {len(os.fsencode(chosen))} bytes long, expected at most "
+                f"{LONGEST_TEMPORARY}: Ray's Unix sockets lie below it, whose paths the system limits"
+            )
+        return str(Path(chosen, "ray").absolute())
+    usable = len(os.fsencode(given)) <= LONGEST_TEMPORARY and os.access(given, os.W_OK | os.X_OK)
+    return str(Path(given if usable else "/tmp", "ray").absolute())
 
 
 def slots_of(compute: Compute) -> int:
@@ -80,7 +134,9 @@ def resources_here() -> dict[str, float]:
     """Return what Ray would find on this machine, or has found."""
     if ray.is_initialized():
         return {kind: ray.cluster_resources().get(kind, 0.0) for kind in ("CPU", "GPU")}
-    return {"CPU": float(len(os.sched_getaffinity(0))), "GPU": float(torch.cuda.device_count())}
+    from joblib import cpu_count
+
+    return {"CPU": float(cpu_count()), "GPU": float(torch.cuda.device_count())}
 
 
 def check_resources(compute: Compute, cluster: Mapping[str, float] | None = None) -> bool:

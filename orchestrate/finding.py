@@ -94,7 +94,8 @@ class _Store:
     """MLflow, asked for runs."""
 
     def __init__(self, uri: str | None) -> None:
-        from orchestrate.mlflow_store import FAILURES, open_client, unreachable
+        from orchestrate.mlflow_store import open_client
+        from orchestrate.store_errors import FAILURES, store_error
 
         self.uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or sqlite_uri(Path.cwd() / "runs/mlflow.db")
         self.failures = FAILURES
@@ -107,7 +108,7 @@ class _Store:
             self.client = open_client(self.uri)
             self.experiments = [each.experiment_id for each in self.client.search_experiments()]
         except FAILURES as error:
-            raise unreachable(self.uri, error) from error
+            raise store_error(self.uri, error) from error
 
     def folder(self, run_id: str) -> Path:
         try:

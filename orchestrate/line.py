@@ -5,17 +5,20 @@ In a module of its own: it is an actor, whose process would import all that `tra
 
 import asyncio
 import logging
+import secrets
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
+import ray.util
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 log = logging.getLogger(__name__)
 
 LAST_WORDS_SECONDS = 10.0  # of the workers, in the end
+SEARCHES = "zscl-searches"  # Ray's namespace for actors of searches
 _END = "end"
 
 
@@ -52,10 +55,21 @@ class Line:
         return self._stop
 
 
-def line_from_here() -> Any:
-    """A line whose actor lives on this node."""
+def line_from_here(search: str | None = None) -> Any:
+    """A line whose actor lives on this node.
+
+    Args:
+        search: Name of the search that it belongs to, by which others on the cluster learn of it.
+    """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(Line).options(num_cpus=0, scheduling_strategy=here).remote()
+    named = {} if search is None else {"name": f"{search} ({secrets.token_hex(4)})", "namespace": SEARCHES}
+    return ray.remote(Line).options(num_cpus=0, scheduling_strategy=here, **named).remote()
+
+
+def searches_on_cluster() -> list[str]:
+    """The searches that are under way on the cluster, by name."""
+    actors = ray.util.list_named_actors(all_namespaces=True)
+    return [actor["name"] for actor in actors if actor["namespace"] == SEARCHES]
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import getpass
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,17 +22,19 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 from filelock import FileLock
 from git import GitError, Repo
-from mlflow.entities import LifecycleStage, Run
+from mlflow.entities import Experiment, LifecycleStage, Metric, Run
 from mlflow.exceptions import MlflowException
 from mlflow.store.db.db_types import DATABASE_ENGINES
 from mlflow.tracking import MlflowClient
-from sqlalchemy import NullPool, create_engine
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy import NullPool, create_engine, make_url
 
 from orchestrate.local_store import artefacts_beside, follow_artefacts
+from orchestrate.network import check_port
 from orchestrate.places import sqlite_file
+from orchestrate.store_errors import FAILURES, store_error
 from schemas.base import InputError
 from schemas.secrets import mask
+from zscl.files import digest
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)
 # It prints the traceback of every attempt at a locked database.
@@ -44,36 +47,33 @@ TAKEN = "zscl.journal"  # how many of a journal's entries a run has, and when th
 LEVEL = "zscl.level"  # search, trial or sequence, stage
 REASON = "zscl.reason"
 TABLES = "mlflow.loggedArtifacts"  # which artefacts MLflow's pages show as tables
-FAILURES = (MlflowException, SQLAlchemyError, OSError, ImportError)
+ARTIFACTS = (
+    "zscl.artifacts_missing"  # why the files of a finished run are not in its artefact store, while they are not
+)
 LONGEST_VALUE = 6_000  # of a parameter
+LONGEST_NAME = 250  # of a metric, or a run
+PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}  # where a URI names none
+METRICS_AT_ONCE = 1_000  # MLflow's limit for one call
 # The kind of experiment whose page opens with charts for training instead of those for language models.
 KIND = {"mlflow.experimentKind": "custom_model_development"}
-
-
-def unreachable(uri: str, error: Exception) -> InputError:
-    """What to say of a store that cannot be opened."""
-    shown = mask(" ".join(str(error).split()), uri)[:200]
-    return InputError(
-        f"tracking.uri: found no reachable MLflow store at {mask(uri)}, expected a server "
-        f"that answers or sqlite:///FILE ({shown})"
-    )
 
 
 def open_store(uri: str, experiment: str) -> tuple[MlflowClient, str]:
     """Open a store, and in it the experiment of this name, which is made where there is none. Returns its id, too.
 
     Raises:
-        Exception: one of `FAILURES`.
+        InputError: somebody deleted the experiment.
+        Exception: one of `store_errors.FAILURES`.
     """
     if uri.partition("://")[0].partition("+")[0] in set(DATABASE_ENGINES) - {"sqlite"}:
         # MLflow asks a database that does not answer again for a hundred seconds.
-        create_engine(uri, poolclass=NullPool).connect().close()
+        _check_database(uri)
     file = sqlite_file(uri)
     with _alone(file):
         client = open_client(uri)
         found = client.get_experiment_by_name(experiment)
         if found is not None:
-            return client, str(found.experiment_id)
+            return client, _active(found, uri)
         # Beside an SQLite store lie its artefacts; a server has a place of its own.
         place = None if file is None else artefacts_beside(file).as_uri()
         try:
@@ -82,7 +82,35 @@ def open_store(uri: str, experiment: str) -> tuple[MlflowClient, str]:
             made = client.get_experiment_by_name(experiment)  # by another run, in between
             if made is None:
                 raise
-            return client, str(made.experiment_id)
+            return client, _active(made, uri)
+
+
+def _active(experiment: Experiment, uri: str) -> str:
+    """The id of an experiment that takes runs.
+
+    Raises:
+        InputError: it is deleted.
+    """
+    if experiment.lifecycle_stage == LifecycleStage.DELETED:
+        raise InputError(
+            f"tracking.experiment: found '{experiment.name}' deleted in the MLflow store at {mask(uri)}, expected an "
+            f"experiment that takes runs; restore it (MLFLOW_TRACKING_URI={mask(uri)} mlflow experiments restore "
+            f"--experiment-id {experiment.experiment_id}), or set tracking.experiment to another name"
+        )
+    return str(experiment.experiment_id)
+
+
+def _check_database(uri: str) -> None:
+    """Connect to a database server once; one that does not answer is noticed within seconds.
+
+    Raises:
+        Exception: one of `store_errors.FAILURES`.
+    """
+    place = make_url(uri)
+    port = place.port or PORTS.get(place.get_backend_name())
+    if place.host and port and not {"/", ","} & set(place.host):  # neither a Unix socket nor several hosts
+        check_port(place.host, port)
+    create_engine(uri, poolclass=NullPool).connect().close()
 
 
 def open_client(uri: str) -> MlflowClient:
@@ -97,22 +125,22 @@ def open_client(uri: str) -> MlflowClient:
 
 
 def check_store(uri: str, experiment: str) -> str:
-    """See, without making anything, that a store answers and that its experiment takes runs. Returns what it has.
+    """Check, without creating anything, that a store answers and that its experiment takes runs.
+
+    Returns:
+        What is known of the experiment, for people.
 
     Raises:
         InputError: it does not.
     """
     try:
         if uri.partition("://")[0].partition("+")[0] in DATABASE_ENGINES and sqlite_file(uri) is None:
-            create_engine(uri, poolclass=NullPool).connect().close()
+            _check_database(uri)
         found = open_client(uri).get_experiment_by_name(experiment)
     except FAILURES as error:
-        raise unreachable(uri, error) from error
-    if found is not None and found.lifecycle_stage == LifecycleStage.DELETED:
-        raise InputError(
-            f"tracking.experiment: found '{experiment}' deleted in {mask(uri)}, expected one that takes runs; restore "
-            "it, or set tracking.experiment to another name"
-        )
+        raise store_error(uri, error) from error
+    if found is not None:
+        _active(found, uri)
     return f"experiment '{experiment}' {'will be made' if found is None else 'is there'}"
 
 
@@ -183,6 +211,25 @@ def log_table(client: MlflowClient, run: str, columns: Mapping[str, Sequence[Any
     rows = [list(row) for row in zip(*columns.values(), strict=True)]
     client.log_dict(run, {"columns": names, "data": rows}, file)
     client.set_tag(run, TABLES, json.dumps([{"path": file, "type": "table"}]))
+
+
+def log_metrics(client: MlflowClient, run: str, metrics: Sequence[Metric]) -> None:
+    """Log metrics, as many in a call as MLflow takes, under names that it takes."""
+    for start in range(0, len(metrics), METRICS_AT_ONCE):
+        batch = metrics[start : start + METRICS_AT_ONCE]
+        client.log_batch(run, metrics=[Metric(valid_name(m.key), m.value, m.timestamp, m.step) for m in batch])
+
+
+def valid_name(name: str) -> str:
+    """A name that MLflow takes; names that differ stay different.
+
+    MLflow takes letters, digits and `_-.: /`, 250 of them, and no path that has another, shorter form.
+    """
+    plain = re.sub(r"[^/\w.\-: ]", "_", name)
+    plain = "/".join(part for part in plain.split("/") if part not in ("", ".", ".."))
+    if plain == name and len(name) <= LONGEST_NAME:
+        return name
+    return f"{plain[: LONGEST_NAME - 9]}-{digest(name)[:8]}"
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

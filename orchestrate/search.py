@@ -48,6 +48,10 @@ if TYPE_CHECKING:
 
 TEST = "test"
 WAITING_BYTES = 10**6  # Ray wants a trial to ask for something
+ONE_SEARCH = (
+    "Ray Tune does not support several on one cluster: they take each other's workers, and trials may fail for want of "
+    "them; expected one after the other, or a cluster each"
+)
 GRACE_SECONDS = 30.0  # for the trials to stop where they can go on
 
 
@@ -93,12 +97,14 @@ def refuse_other_search(prepared: Prepared, folder: Path) -> None:
 def _search(prepared: Prepared, folder: Path, console: Console, offline: bool) -> SearchResult:
     # Ray and MLflow take seconds to import: only once there is something to run.
     from orchestrate.cluster import connect, slots_of
-    from orchestrate.line import line_from_here, listening
+    from orchestrate.line import line_from_here, listening, searches_on_cluster
     from orchestrate.trial import Common
 
     started, experiment = time.monotonic(), prepared.base.experiment
     say = partial(console.print, highlight=False, soft_wrap=True)
     connect(experiment.compute, note=say)
+    if others := searches_on_cluster():
+        say(f"warning: found another search on this Ray cluster ({others[0]}); {ONE_SEARCH}")
     slots = slots_of(experiment.compute)
     queued = ", the others wait for their turn" if slots < prepared.trials else ""
     say(f"{prepared.trials} trials of {prepared.stages} stages; the cluster holds {slots} at once{queued}")
@@ -112,7 +118,7 @@ def _search(prepared: Prepared, folder: Path, console: Console, offline: bool) -
             if not (folder / places.SEARCH).is_file():
                 recipes.write_search(prepared.search, prepared.content, folder / places.SEARCH)
             write_state(folder, "RUNNING")
-            line = line_from_here()
+            line = line_from_here(search=str(folder))
             common = Common(prepared.search, prepared.content, prepared.file, folder, prepared.averages, line)
             steps = sum(map(experiment.stage_steps, experiment.tasks))
             with Bar(console, total=prepared.trials * steps) as bar:

@@ -15,27 +15,30 @@ from mlflow.entities import Metric, Param
 
 from orchestrate import places, recipes, search_report
 from orchestrate.mlflow_store import (
-    FAILURES,
+    ARTIFACTS,
     FINGERPRINT,
     FOLDER,
     LEVEL,
+    LONGEST_NAME,
     LONGEST_VALUE,
     REASON,
     TAKEN,
     flat,
     forget_reason,
+    log_metrics,
     log_table,
     open_store,
     provenance,
     recorded,
     runs_of,
-    unreachable,
+    valid_name,
 )
 from orchestrate.ownership import owned
 from orchestrate.search_trials import load_found
-from orchestrate.shipping import PATIENCE_SECONDS, Shipper, sync
+from orchestrate.shipping import PATIENCE_SECONDS, Shipper, send_run
 from orchestrate.state import read_state
-from schemas.base import command
+from orchestrate.store_errors import FAILURES, OFFLINE, ArtifactError, artifact_error, store_error
+from schemas.base import InputError, command
 from schemas.results import RunState, Synced
 from schemas.search import Search, SearchResult, TrialEnded, TrialNews, TrialStarted
 from schemas.secrets import mask
@@ -56,7 +59,7 @@ def _begun_in(folder: Path) -> int | None:
 
 
 class SearchRecord:
-    """A search in a store. Every method raises one of `mlflow_store.FAILURES` where the store does not answer."""
+    """A search in a store. Every method raises one of `store_errors.FAILURES` where the store does not answer."""
 
     def __init__(
         self, search: Search, experiment: str, identity: places.SearchIdentity, folder: Path, uri: str
@@ -84,12 +87,14 @@ class SearchRecord:
                 **provenance(),
                 "mlflow.note.content": "Trials are judged on held-out training images; `test/…` on the test images.",
             }
-            found = self.client.create_run(self.experiment_id, run_name=folder.name, tags=tags)
+            found = self.client.create_run(self.experiment_id, run_name=folder.name[:LONGEST_NAME], tags=tags)
             given = flat(search.model_dump(mode="json", exclude_none=True))
             self.client.log_batch(
-                found.info.run_id, params=[Param(name, str(value)[:LONGEST_VALUE]) for name, value in given]
+                found.info.run_id,
+                params=[Param(valid_name(name), str(value)[:LONGEST_VALUE]) for name, value in given],
             )
         self.run_id = str(found.info.run_id)
+        self._uri, self._artifacts = uri, str(found.info.artifact_uri)
         self.status = str(found.info.status)
         self.client.set_tag(self.run_id, FOLDER, mask(str(folder)))  # it may have been moved
 
@@ -98,11 +103,19 @@ class SearchRecord:
         self.client.update_run(self.run_id, status="RUNNING")
         forget_reason(self.client, self.run_id)
 
-    def settle(self, folder: Path) -> str:
-        """Record how the search stands, as its folder says. Returns the status."""
+    def settle(self, folder: Path, files: bool = True) -> str:
+        """Record how the search stands, as its folder says. Returns the status.
+
+        Args:
+            folder: Of the search.
+            files: Also send the files of a search that is finished.
+
+        Raises:
+            ArtifactError: The status is recorded, but the artefact store does not take the files.
+        """
         state = read_state(folder)
         if (folder / places.FOUND).is_file():
-            self.finish(load_found(folder), folder)
+            self.finish(load_found(folder), folder, files)
             return "FINISHED"
         if state is None or state.status in ("RUNNING", "FINISHED"):  # and yet nobody works on it
             state = RunState(status="KILLED", reason="the process is gone", time=time.time_ns() // 1_000_000)
@@ -110,8 +123,17 @@ class SearchRecord:
         self.client.set_terminated(self.run_id, state.status, state.time)
         return state.status
 
-    def finish(self, found: SearchResult, folder: Path) -> None:
-        """Record table, pictures, importances and the chosen recipe, and close the run."""
+    def finish(self, found: SearchResult, folder: Path, files: bool = True) -> None:
+        """Record table, pictures, importances and the chosen recipe, and close the run.
+
+        Args:
+            found: What the search found.
+            folder: Of the search.
+            files: Also send what belongs into the artefact store.
+
+        Raises:
+            ArtifactError: All but the files is recorded.
+        """
         ended = read_state(folder)
         now = ended.time if ended and ended.status == "FINISHED" else 0
         chosen = found.trials[found.chosen - 1]
@@ -124,15 +146,30 @@ class SearchRecord:
         metrics = [Metric(name, value, now, 0) for name, value in figures.items()]
         for trial in found.trials:
             metrics += [Metric(f"trial/{name}", value, now, trial.number) for name, value in trial.objectives.items()]
-        self.client.log_batch(self.run_id, metrics=metrics)
+        log_metrics(self.client, self.run_id, metrics)
+        self.client.set_tag(self.run_id, "zscl.chosen", str(found.chosen))
+        forget_reason(self.client, self.run_id)
+        # The status comes before the files: their store may be another one, which does not answer.
+        sync = command("zscl", "sync", folder)
+        self.client.set_tag(self.run_id, ARTIFACTS, f"not sent yet; this command sends them: {sync}"[:LONGEST_VALUE])
+        self.client.set_terminated(self.run_id, "FINISHED", now or None)
+        if not files:
+            return
+        try:
+            self._log_files(found, folder)
+        except Exception as error:  # whatever the library of an artefact store raises
+            told = artifact_error(self._uri, self._artifacts, error)
+            self.client.set_tag(self.run_id, ARTIFACTS, str(told)[:LONGEST_VALUE])
+            raise told from error
+        self.client.delete_tag(self.run_id, ARTIFACTS)
+
+    def _log_files(self, found: SearchResult, folder: Path) -> None:
+        """Record the table of trials, the recipes and the pictures."""
         log_table(self.client, self.run_id, search_report.trial_columns(found), TABLE)
         for file in (places.SEARCH, places.FOUND, places.CHOSEN):
             self.client.log_artifact(self.run_id, str(folder / file))
         for picture in sorted(folder.glob("*.png")):
             self.client.log_artifact(self.run_id, str(picture), "figures")
-        self.client.set_tag(self.run_id, "zscl.chosen", str(found.chosen))
-        forget_reason(self.client, self.run_id)
-        self.client.set_terminated(self.run_id, "FINISHED", now or None)
 
 
 class SearchRecording:
@@ -152,8 +189,9 @@ class SearchRecording:
         try:
             self._record = SearchRecord(prepared.search, experiment.tracking.experiment, identity, folder, uri)
             self._record.resume()
-        except FAILURES as error:
-            raise unreachable(uri, error) from error
+        except (*FAILURES, InputError) as error:
+            raise store_error(uri, error, OFFLINE) from error
+        self._uri = uri
         self._shippers: dict[int, Shipper] = {}
         self._ending: list[threading.Thread] = []
 
@@ -192,9 +230,10 @@ class SearchRecording:
             thread.join(max(0.0, deadline - time.monotonic()))
         try:
             self._record.settle(self._folder)
-        except FAILURES:
+        except (*FAILURES, ArtifactError) as error:
+            why = error if isinstance(error, ArtifactError) else store_error(self._uri, error)
             rest = command("zscl", "sync", self._folder)
-            self._note(f"MLflow has not taken everything; later, send the rest with: {rest}")
+            self._note(f"MLflow has not taken everything ({why}); later, send the rest with: {rest}")
 
 
 def sync_search(folder: Path, uri: str | None, on_sent: Callable[[str, int, int], None]) -> Synced:
@@ -206,20 +245,27 @@ def sync_search(folder: Path, uri: str | None, on_sent: Callable[[str, int, int]
         on_sent: told how far it is: what is sent, entries sent, and to be sent.
 
     Raises:
-        InputError: it is under way, or the store cannot be reached.
+        InputError: it is under way, or the store or its artefact store cannot be reached.
     """
     with owned(folder, advice="copy the run to such a folder, and sync the copy"):
         search, content = recipes.load_search(folder / places.SEARCH)
         experiment = recipes.at(search, content, {}, folder / places.SEARCH)
         uri = uri or places.unmasked(places.store_uri(experiment, folder))
         identity = places.search_identity(folder)
+        sent, failure = 0, None
         try:
             record = SearchRecord(search, experiment.tracking.experiment, identity, folder, uri)
-            sent = 0
             for trial in sorted((folder / "trials").glob(f"*/{JOURNAL}")):
-                done = sync(trial.parent, uri, partial(on_sent, trial.parent.name), record.run_id)
-                sent += done.entries
-            status = record.settle(folder)
+                told = partial(on_sent, trial.parent.name)
+                try:
+                    sent += send_run(trial.parent, uri, told, record.run_id, files=failure is None).entries
+                except ArtifactError as error:  # the others' metrics and status may be sent nevertheless
+                    failure = error
+            status = record.settle(folder, files=failure is None)
+        except ArtifactError as error:
+            failure = error
         except FAILURES as error:
-            raise unreachable(uri, error) from error
+            raise store_error(uri, error) from error
+    if failure is not None:
+        raise InputError(f"{folder}: {failure}; then repeat: {command('zscl', 'sync', folder)}") from failure
     return Synced(folder=str(folder), tracking_uri=mask(uri), entries=sent, status=status)

@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from orchestrate.mlflow_store import FAILURES, unreachable
 from orchestrate.ownership import owned
 from orchestrate.places import store_uri, unmasked
 from orchestrate.recipes import load_experiment
 from orchestrate.report import load_result
 from orchestrate.state import read_state
+from orchestrate.store_errors import FAILURES, OFFLINE, ArtifactError, reason_of, store_error
 from orchestrate.tracking import Record
 from schemas.base import InputError, command
 from schemas.experiment import Experiment
@@ -56,12 +56,19 @@ class Shipment:
             del self._waiting[:ENTRIES_AT_ONCE]
             yield total - len(self._waiting), total
 
-    def settle(self) -> str:
-        """Record how the run ended, as its folder says. Returns the status."""
+    def settle(self, files: bool = True) -> str:
+        """Record how the run ended, as its folder says. Returns the status.
+
+        Args:
+            files: Also send the files of a run that is finished.
+
+        Raises:
+            ArtifactError: The status is recorded, but the artefact store does not take the files.
+        """
         state = read_state(self.folder)
         if (self.folder / "result.json").is_file():
             ended = state.time if state and state.status == "FINISHED" else self._last
-            self.record.finish(load_result(self.folder), self.folder, self._last, ended)
+            self.record.finish(load_result(self.folder), self.folder, self._last, ended, files)
             return "FINISHED"
         if state is None or state.status == "RUNNING":  # and yet nobody works on it
             state = RunState(status="KILLED", reason="the process is gone", time=self._last)
@@ -100,13 +107,14 @@ class Shipper:
         """
         self.folder, self._note = folder, note
         uri = unmasked(store_uri(experiment, folder if search is None else folder.parents[1]))
+        self._uri, self._failure, self._noted = uri, "", ""
         self._begin = partial(self._shipment, experiment, fingerprint, folder, uri, search)
         shipment = None
         if search is None:
             try:
                 shipment = self._begin()
-            except FAILURES as error:
-                raise unreachable(uri, error) from error
+            except (*FAILURES, InputError) as error:
+                raise store_error(uri, error, OFFLINE) from error
             self.run_id = shipment.record.parent
         self._ending, self._abandoned = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._work, args=[shipment], name="shipper", daemon=True)
@@ -121,8 +129,9 @@ class Shipper:
         self._thread.join(patience)
         if self._thread.is_alive():
             self._abandoned.set()
+            why = f" ({self._failure})" if self._failure != self._noted else ""
             rest = command("zscl", "sync", self.folder)
-            self._note(f"MLflow has not taken everything yet; later, send the rest with: {rest}")
+            self._note(f"MLflow has not taken everything yet{why}; later, send the rest with: {rest}")
         return not self._thread.is_alive()
 
     @staticmethod
@@ -136,6 +145,7 @@ class Shipper:
         pause, away = PAUSES[0], False
         while not self._abandoned.is_set():
             ending = self._ending.is_set()  # asked before the journal is read: nothing comes after the end
+            fresh = shipment is None
             try:
                 shipment = shipment or self._begin()
                 for _ in shipment.send():
@@ -146,15 +156,18 @@ class Shipper:
             except Exception as error:  # also whatever a store of artefacts may raise: training is worth more
                 shipment = None
                 log.debug("MLflow did not take records", exc_info=True)
+                if not fresh:  # the run may be deleted, or its experiment: opening the store again tells
+                    continue
+                self._failure = self._explain(error)
                 if not away:
-                    self._note(
-                        f"MLflow does not take records ({type(error).__name__}); the run goes on, and its journal "
-                        "keeps them"
-                    )
+                    kept = "" if ending else ". The run goes on, and its journal keeps them"
+                    self._note(f"MLflow does not take records: {self._failure}{kept}")
+                    self._noted = self._failure
                 wait, pause, away = pause, min(2 * pause, PAUSES[1]), True
             else:
                 if away:
                     self._note("MLflow takes records again; nothing is lost")
+                self._failure = ""
                 if ending:
                     return
                 wait, pause, away = EVERY_SECONDS, PAUSES[0], False
@@ -163,17 +176,44 @@ class Shipper:
             else:
                 self._ending.wait(wait)
 
+    def _explain(self, error: Exception) -> str:
+        """Why MLflow does not take records, in a sentence."""
+        if isinstance(error, (*FAILURES, InputError)):
+            return str(store_error(self._uri, error))
+        return str(error) if isinstance(error, ArtifactError) else reason_of(error, self._uri)
 
-def sync(folder: Path, uri: str | None, on_sent: Callable[[int, int], None], search: str | None = None) -> Synced:
+
+def sync(folder: Path, uri: str | None, on_sent: Callable[[int, int], None]) -> Synced:
     """Send what a store does not have yet of a run on which nobody works.
 
     Args:
         folder: the run's.
         uri: of the store; default: that of the run.
         on_sent: told how far it is: entries sent, and to be sent.
-        search: the run, in the store, of the search that this one is a trial of.
 
     Raises:
+        InputError: there is no such run, it is under way, or the store or its artefact store cannot be reached.
+    """
+    try:
+        return send_run(folder, uri, on_sent)
+    except ArtifactError as error:
+        raise InputError(f"{folder}: {error}; then repeat: {command('zscl', 'sync', folder)}") from error
+
+
+def send_run(
+    folder: Path, uri: str | None, on_sent: Callable[[int, int], None], search: str | None = None, files: bool = True
+) -> Synced:
+    """Do what `sync` does for a run, or for a trial of a search.
+
+    Args:
+        folder: See `sync`.
+        uri: See `sync`.
+        on_sent: See `sync`.
+        search: the run, in the store, of the search that this one is a trial of.
+        files: Also send what belongs into the artefact store.
+
+    Raises:
+        ArtifactError: Everything but the files is sent.
         InputError: there is no such run, it is under way, or the store cannot be reached.
     """
     folder = folder.absolute()
@@ -188,10 +228,10 @@ def sync(folder: Path, uri: str | None, on_sent: Callable[[int, int], None], sea
             sent = 0
             for sent, total in shipment.send():
                 on_sent(sent, total)
-            known = shipment.record.status == "FINISHED" and not sent
-            status = "FINISHED" if known else shipment.settle()
+            known = shipment.record.complete and not sent
+            status = "FINISHED" if known else shipment.settle(files)
         except FAILURES as error:
-            raise unreachable(uri, error) from error
+            raise store_error(uri, error) from error
     return Synced(folder=str(folder), tracking_uri=mask(uri), entries=sent, status=status)
 
 

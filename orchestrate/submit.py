@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from orchestrate import access, recipes
+from orchestrate.cluster_address import check_dashboard
 from schemas.base import InputError
 from schemas.base import command as shown
 from schemas.secrets import mask
@@ -73,13 +74,14 @@ def submit(
     from ray.job_submission import JobSubmissionClient
 
     where = address or os.environ.get("RAY_API_SERVER_ADDRESS") or ADDRESS
+    check_dashboard(where)
     patience = str(round(grace_seconds) + STOP_MARGIN_SECONDS)
     environment = {"working_dir": str(working_dir), "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": patience}}
     try:
         client = JobSubmissionClient(where)
         job = Job(client.submit_job(entrypoint=command, runtime_env=environment), where, command)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        reason = mask(" ".join(str(error).split()))[:300]
+        reason = mask(" ".join(str(error).split()))
         raise InputError(
             f"--address {mask(where)}: found no Ray cluster that takes the job ({reason}), expected a dashboard's "
             "address; where it asks for a token, RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"

@@ -19,22 +19,27 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run,
 
 from orchestrate import report
 from orchestrate.mlflow_store import (
+    ARTIFACTS,
     FINGERPRINT,
     FOLDER,
     LEVEL,
+    LONGEST_NAME,
     LONGEST_VALUE,
     PARENT,
     REASON,
     TAKEN,
     flat,
     forget_reason,
+    log_metrics,
     log_table,
     open_store,
     provenance,
     recorded,
     runs_of,
+    valid_name,
 )
-from schemas.base import InputError
+from orchestrate.store_errors import artifact_error, reason_of
+from schemas.base import InputError, command
 from schemas.experiment import Experiment
 from schemas.results import (
     JournalEntry,
@@ -55,12 +60,11 @@ from zscl.rows import model_folder
 log = logging.getLogger(__name__)
 
 STAGE = "zscl.stage"
-METRICS_AT_ONCE = 1_000  # MLflow's limit for one call
 LONGEST_DIGEST = 36
 
 
 class Record:
-    """One run in a store. Every method raises one of `mlflow_store.FAILURES` where the store does not answer."""
+    """One run in a store. Every method raises one of `store_errors.FAILURES` where the store does not answer."""
 
     def __init__(
         self,
@@ -88,6 +92,9 @@ class Record:
         found = self._find(fingerprint) or self._make(experiment, fingerprint, folder)
         self.parent = str(found.info.run_id)
         self.status = str(found.info.status)
+        self.complete = self.status == "FINISHED" and ARTIFACTS not in found.data.tags
+        self._uri, self._artifacts = uri, str(found.info.artifact_uri)
+        self._artifacts_failed = False
         self.taken = int(found.data.tags.get(TAKEN, "0").partition(" ")[0])
         if found.data.tags.get(FOLDER) != mask(str(folder)):  # moved since
             self.client.set_tag(self.parent, FOLDER, mask(str(folder)))
@@ -95,7 +102,7 @@ class Record:
         if not found.data.params:
             what = experiment.model_dump(mode="json", exclude={"compute", "tracking", "tasks"})
             what["optimisation"]["warmup_steps"] = experiment.warmup_steps
-            params = [Param(name, mask(str(value))[:LONGEST_VALUE]) for name, value in flat(what)]
+            params = [Param(valid_name(name), mask(str(value))[:LONGEST_VALUE]) for name, value in flat(what)]
             self.client.log_batch(self.parent, params=params)
 
     def resume(self) -> None:
@@ -111,12 +118,12 @@ class Record:
                     self._send_event(entry)
             else:  # neighbouring steps of a stage, in few calls
                 curves = [metric for entry in together for metric in _curves(entry)]
-                self._log(self._child(stage, curves[0].timestamp), curves)
+                log_metrics(self.client, self._child(stage, curves[0].timestamp), curves)
         self.begun = self.begun or entries[0].time
         self.client.set_tag(self.parent, TAKEN, f"{self.taken + len(entries)} since {self.begun}")
         self.taken += len(entries)
 
-    def finish(self, result: Result, folder: Path, measured: int, ended: int) -> None:
+    def finish(self, result: Result, folder: Path, measured: int, ended: int, files: bool = True) -> None:
         """Record figures, matrix, recipe and pictures, and close the parent.
 
         Args:
@@ -124,6 +131,10 @@ class Record:
             folder: of the run.
             measured: the time that the figures get, the same whenever they are sent.
             ended: when the run was finished.
+            files: Also send what belongs into the artefact store.
+
+        Raises:
+            ArtifactError: All but the files is recorded.
         """
         zero_shot = result.zero_shot_metrics
         figures = result.metrics.model_dump() | {
@@ -135,20 +146,36 @@ class Record:
             names = [task.name for task in result.tasks]
             for stage, cells in enumerate(result.accuracy_matrix, start=1):
                 metrics += _row(dict(zip(names, cells, strict=True)), measured, stage)
-        self._log(self.parent, metrics)
+        log_metrics(self.client, self.parent, metrics)
         self._log_data(result)
-        for trained in result.stages:  # again, where the store would not take it at first
-            if child := self._find_child(trained.stage):
-                self._log_model(child.info.run_id, trained)
+        if result.warnings:
+            self.client.set_tag(self.parent, "zscl.warnings", "\n".join(result.warnings)[:LONGEST_VALUE])
+        forget_reason(self.client, self.parent)
+        # The status comes before the files: their store may be another one, which does not answer.
+        sync = command("zscl", "sync", folder)
+        self.client.set_tag(self.parent, ARTIFACTS, f"not sent yet; this command sends them: {sync}"[:LONGEST_VALUE])
+        self.client.set_terminated(self.parent, "FINISHED", ended)
+        if not files:
+            return
+        try:
+            self._log_files(result, folder)
+        except Exception as error:  # whatever the library of an artefact store raises
+            told = artifact_error(self._uri, self._artifacts, error)
+            self.client.set_tag(self.parent, ARTIFACTS, str(told)[:LONGEST_VALUE])
+            raise told from error
+        self.client.delete_tag(self.parent, ARTIFACTS)
+        self.complete = True
+
+    def _log_files(self, result: Result, folder: Path) -> None:
+        """Record matrix, recipe, pictures, and the models that the store would not take before."""
         self.client.log_artifact(self.parent, str(folder / "experiment.yaml"))
         self.client.log_artifact(self.parent, str(folder / "result.json"))
         log_table(self.client, self.parent, report.matrix_columns(result), "accuracy_matrix.json")
         self.client.log_figure(self.parent, report.draw_matrix(result), "figures/accuracy_matrix.png")
         self.client.log_figure(self.parent, report.draw_accuracies(result), "figures/accuracy_by_stage.png")
-        if result.warnings:
-            self.client.set_tag(self.parent, "zscl.warnings", "\n".join(result.warnings)[:LONGEST_VALUE])
-        forget_reason(self.client, self.parent)
-        self.client.set_terminated(self.parent, "FINISHED", ended)
+        for trained in result.stages:
+            if child := self._find_child(trained.stage):
+                self._log_model(child.info.run_id, trained)
 
     def _log_data(self, result: Result) -> None:
         """Name the data, with digests and split families, where MLflow shows a run's datasets."""
@@ -201,7 +228,9 @@ class Record:
             FOLDER: mask(str(folder)),
             **provenance(),
         }
-        return self.client.create_run(self.experiment_id, start_time=self.begun, run_name=folder.name, tags=tags)
+        return self.client.create_run(
+            self.experiment_id, start_time=self.begun, run_name=folder.name[:LONGEST_NAME], tags=tags
+        )
 
     def _child(self, stage: int, time: int, task: str = "") -> str:
         """The run of a stage that is under way; where somebody deleted it, another one."""
@@ -209,7 +238,7 @@ class Record:
             found = self._find_child(stage)
             if found is None:
                 tags = {PARENT: self.parent, LEVEL: "stage", STAGE: str(stage)}
-                name = f"{stage}-{task}".rstrip("-")
+                name = f"{stage}-{task}".rstrip("-")[:LONGEST_NAME]
                 found = self.client.create_run(self.experiment_id, start_time=time, run_name=name, tags=tags)
             elif found.info.status != "RUNNING":  # it goes on
                 self.client.update_run(found.info.run_id, status="RUNNING")
@@ -227,10 +256,10 @@ class Record:
                 self._child(progress.stage, entry.time, progress.task)
             case StageTrained():
                 child = self._child(progress.result.stage, entry.time)
-                self._log(child, [Metric("train_seconds", progress.result.train_seconds, entry.time, 0)])
-                self._log_model(child, progress.result)
+                log_metrics(self.client, child, [Metric("train_seconds", progress.result.train_seconds, entry.time, 0)])
+                self._try_to_log_model(child, progress.result)
             case WorkersUsed():
-                self._log(self._child(progress.stage, entry.time), _usage(progress, entry.time))
+                log_metrics(self.client, self._child(progress.stage, entry.time), _usage(progress, entry.time))
             case RowMeasured():
                 self._send_row(progress, entry.time)
 
@@ -243,10 +272,23 @@ class Record:
         from orchestrate.stage_models import log_model  # takes seconds to import
 
         name = re.sub(r"[/:.%\"']", "_", f"{self.folder.name}-{trained.stage}-{trained.task}")  # not taken by MLflow
+        log_model(self.client, self.experiment_id, child, name, folder, partial(self._words, trained.stage))
+
+    def _try_to_log_model(self, child: str, trained: StageResult) -> None:
+        """Log a stage's model while the run goes on; once that failed, all wait for the end.
+
+        The model is on disk, the curves are worth more, and a store that does not answer may take minutes to say so.
+        """
+        if self._artifacts_failed:
+            return
         try:
-            log_model(self.client, self.experiment_id, child, name, folder, partial(self._words, trained.stage))
-        except Exception as error:  # of a store of artefacts, too: the model is on disk, and the curves are worth more
-            log.warning("MLflow did not take the model %s (%s)", name, mask(" ".join(str(error).split()))[:200])
+            self._log_model(child, trained)
+        except Exception as error:  # whatever the library of an artefact store raises
+            self._artifacts_failed = True
+            log.warning(
+                "MLflow did not take the model of stage %d (%s); it is sent again at the end of the run",
+                trained.stage, reason_of(error, self._uri),
+            )  # fmt: skip
 
     def _words(self, stage: int) -> tuple[Sequence[str], Sequence[str]]:
         """Class names and templates of a stage's task; none where its folder cannot be read from here."""
@@ -258,19 +300,15 @@ class Record:
 
     def _send_row(self, row: RowMeasured, time: int) -> None:
         cells = _row(row.accuracy, time, row.stage)
-        self._log(self.parent, cells)
+        log_metrics(self.client, self.parent, cells)
         if row.stage == 0:
             order = ", ".join(row.accuracy)[:LONGEST_VALUE]
             self.client.log_batch(self.parent, params=[Param("tasks", order)], tags=[RunTag("zscl.order", order)])
         else:
             child = self._child(row.stage, time)
-            self._log(child, cells)
+            log_metrics(self.client, child, cells)
             self.client.set_terminated(child, "FINISHED", time)
             del self._children[row.stage]
-
-    def _log(self, run: str, metrics: Sequence[Metric]) -> None:
-        for start in range(0, len(metrics), METRICS_AT_ONCE):
-            self.client.log_batch(run, metrics=metrics[start : start + METRICS_AT_ONCE])
 
 
 def _stage_of_steps(entry: JournalEntry) -> int | None:

@@ -74,7 +74,9 @@ def _masked_parameter(found: re.Match[str]) -> str:
 
 
 def _of_environment() -> Iterator[str]:
-    for name, value in os.environ.items():
+    # Not items(): another thread may remove a variable between its name and its value (requests does, for proxies).
+    for name in os.environ:
+        value = os.environ.get(name, "")
         if name.upper().endswith(SECRET_VARIABLES) and len(value) >= SHORTEST:
             yield from (value, quote(value, safe=""), quote_plus(value))
 

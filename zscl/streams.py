@@ -6,6 +6,8 @@ that cannot be used is skipped and named (another stands in for it while trainin
 """
 
 import io
+import os
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,7 +34,17 @@ Items = Iterator[Decoded | str]
 # Whatever a file is called: other formats of PIL start other programs, or are read by code that few look at.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM")
 LONGEST_SIDES = 100  # the longer side by the shorter: a strip of one pixel would be enlarged beyond all memory
+LONGEST_TEMPORARY = 107 - 32  # bytes: a path to a Unix socket has 107, of which multiprocessing adds up to 32
 FEW = 10_000  # of an unknown number of samples: judge the share of broken ones by no fewer
+
+
+def _keep_socket_paths_short(process: int) -> None:
+    """Have a loader process put its sockets into /tmp if the temporary folder's name is too long for them.
+
+    Batches that it cannot send are lost: multiprocessing prints the error and goes on.
+    """
+    if len(os.fsencode(tempfile.gettempdir())) > LONGEST_TEMPORARY:
+        tempfile.tempdir = "/tmp"
 
 
 @dataclass(frozen=True)
@@ -71,6 +83,7 @@ class Loader:
             num_workers=self.processes,
             pin_memory=self.device.type == "cuda",
             prefetch_factor=4 if self.processes else None,
+            worker_init_fn=_keep_socket_paths_short,
             generator=torch.Generator(),  # or it would draw from everybody's
         )
         broken: set[str] = set()

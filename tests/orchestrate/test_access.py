@@ -17,6 +17,7 @@ from pathlib import Path
 from orchestrate.cluster import connect
 from schemas.compute import Compute
 os.umask(0o022)  # the usual one, with which others may read what is written
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # as `taskset` and Slurm do
 connect(Compute(), note=print)
 
 import ray, psutil  # Ray brings it
@@ -41,6 +42,7 @@ import subprocess, sys
 environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
 answer = subprocess.run([sys.executable, "-c", stranger], capture_output=True, text=True, env=environment, timeout=100)
 print(json.dumps({
+    "cores": ray.cluster_resources()["CPU"],
     "token": get_authentication_mode() == AuthenticationMode.TOKEN,
     "listening": sorted(listening),
     "dashboard": ray._private.worker._global_node.webui_url or "",
@@ -55,17 +57,20 @@ def test_a_cluster_that_we_start_is_closed(tmp_path: Path) -> None:
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith(("RAY_AUTH", "RAY_ADDRESS"))
     }
+    long = tmp_path / "a_folder_for_temporary_files_with_a_long_name" / "of_a_job_of_slurm"
+    long.mkdir(parents=True)
     ended = subprocess.run(
         [sys.executable, "-c", STARTED],
         capture_output=True,
         text=True,
         check=False,
-        env=environment | {"HOME": str(tmp_path)},
+        env=environment | {"HOME": str(tmp_path), "TMPDIR": str(long)},
         cwd=Path(__file__).parents[2],
         timeout=250,
     )
     assert ended.returncode == 0, ended.stderr[-2_000:]
     found = json.loads(ended.stdout.splitlines()[-1])
+    assert found["cores"] == 1
     assert found["token"] is True
     assert found["mode"] == "0o600"
     assert found["dashboard"] == ""
@@ -96,6 +101,20 @@ def test_a_token_is_made_for_its_owner_alone_and_once(home: Path, monkeypatch: p
     access.use_token(starts_here=False)
     assert (home / ".ray/auth_token").stat().st_mode & 0o777 == 0o600
     assert (home / ".ray/auth_token").read_text() == token
+
+
+@pytest.mark.parametrize("where", ["/proc", "/dev/null", ""])
+def test_a_home_that_takes_no_file_leaves_the_token_in_the_environment(
+    home: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    monkeypatch.setenv("HOME", where)
+    if not where:  # a user without an entry in the system's list, as in a container
+        monkeypatch.delenv("HOME")
+        monkeypatch.setattr("pwd.getpwuid", dict[int, object]().__getitem__)
+    access.use_token(starts_here=True)
+    assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
+    assert os.environ["RAY_AUTH_MODE"] == "token"
+    assert access.given()
 
 
 def test_a_cluster_to_join_gets_a_token_only_where_there_is_one(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

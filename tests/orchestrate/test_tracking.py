@@ -4,6 +4,7 @@ import json
 import shlex
 import shutil
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -16,7 +17,7 @@ from mlflow.tracking import MlflowClient
 
 from orchestrate import recipes, shipping
 from orchestrate.attaching import attach
-from orchestrate.mlflow_store import LEVEL, PARENT, REASON, TAKEN
+from orchestrate.mlflow_store import ARTIFACTS, LEVEL, PARENT, REASON, TAKEN, valid_name
 from orchestrate.ownership import owned
 from orchestrate.places import browse_command, sqlite_file, sqlite_uri, unmasked
 from orchestrate.shipping import Shipper
@@ -309,6 +310,106 @@ def test_a_store_that_is_gone_for_good_holds_nobody_up(
     assert recorded(f"sqlite:///{folder.parent}/other.db")["run"]["status"] == "FINISHED"
 
 
+@pytest.fixture
+def artifacts(folder: Path) -> Path:
+    """The place of the store's artefacts, which cannot be made as long as a file lies beside it."""
+    place = folder.parent / "blocked/artefacts"
+    place.parent.touch()
+    MlflowClient(f"sqlite:///{folder.parent}/mlflow.db").create_experiment("zscl", artifact_location=str(place))
+    return place
+
+
+def sequence(uri: str) -> Any:
+    """The one run of level sequence in a store."""
+    client = MlflowClient(uri)
+    at = [client.get_experiment_by_name("zscl").experiment_id]
+    return client.search_runs(at, "tags.`zscl.level` = 'sequence'")[0]
+
+
+def test_an_artefact_store_that_takes_nothing_leaves_no_run_under_way(
+    folder: Path, experiment: Make, artifacts: Path
+) -> None:
+    run, uri = Run(folder), f"sqlite:///{folder.parent}/mlflow.db"
+    shipper = run.shipper(experiment())
+    run.happens(*BEGINNING, *stage_of(1), *stage_of(2))
+    run.finished()
+    ending = threading.Thread(target=shipper.end, args=[200.0], daemon=True)
+    ending.start()
+    until(lambda: bool(run.said), seconds=100.0)
+    assert f"its artefact store at {artifacts}" in run.said[0]
+    assert "did not take the files (NotADirectoryError" in run.said[0]
+    assert sequence(uri).info.status == "FINISHED"
+    assert sequence(uri).data.metrics["transfer"] == 0.5
+    artifacts.parent.unlink()
+    ending.join()
+    assert run.said[1:] == ["MLflow takes records again; nothing is lost"]
+    assert ARTIFACTS not in sequence(uri).data.tags
+    assert (Path(sequence(uri).info.artifact_uri) / "result.json").is_file()
+
+
+def test_files_that_an_artefact_store_did_not_take_are_synced_later(
+    folder: Path, artifacts: Path, zscl: Callable[..., Command]
+) -> None:
+    run, uri = Run(folder), f"sqlite:///{folder.parent}/mlflow.db"
+    run.happens(*BEGINNING, *stage_of(1), *stage_of(2))
+    run.finished()
+    for _ in range(2):
+        refused = zscl("sync", folder)
+        assert (refused.code, "no reachable" in refused.error) == (2, False)
+        assert f"its artefact store at {artifacts}" in refused.error
+        assert refused.error.rstrip().endswith(f"then repeat: zscl sync {folder}")
+        assert sequence(uri).info.status == "FINISHED"
+        assert "its artefact store at" in sequence(uri).data.tags[ARTIFACTS]
+    artifacts.parent.unlink()
+    assert zscl("sync", folder).code == 0
+    assert ARTIFACTS not in sequence(uri).data.tags
+    assert (Path(sequence(uri).info.artifact_uri) / "result.json").is_file()
+    assert f"{folder}: 0 entries sent to {uri}, FINISHED" in zscl("sync", folder).out
+
+
+def test_a_deleted_experiment_is_told_and_what_belongs_there_is_kept(
+    folder: Path, experiment: Make, zscl: Callable[..., Command]
+) -> None:
+    run = Run(folder)
+    shipper = run.shipper(experiment())
+    client = MlflowClient(f"sqlite:///{folder.parent}/mlflow.db")
+    identity = client.get_experiment_by_name("zscl").experiment_id
+    client.delete_experiment(identity)
+    run.happens(*BEGINNING, *stage_of(1))
+    until(lambda: bool(run.said), seconds=100.0)
+    write_state(folder, "KILLED", "enough")
+    assert not shipper.end(patience=0.1)
+    assert "tracking.experiment: found 'zscl' deleted" in run.said[0]
+    with pytest.raises(InputError, match=r"restore --experiment-id 1\), or set tracking.experiment .* --offline"):
+        Shipper(experiment(), "abc", folder, print)
+    refused = zscl("sync", folder)
+    assert (refused.code, "tracking.experiment: found 'zscl' deleted" in refused.error) == (2, True)
+    client.restore_experiment(identity)
+    assert zscl("sync", folder).code == 0
+    assert recorded(f"sqlite:///{folder.parent}/mlflow.db")["1-first"]["status"] == "FINISHED"
+
+
+def test_names_that_mlflow_refuses_become_others_that_differ() -> None:
+    assert valid_name("accuracy/first-2.0_b c") == "accuracy/first-2.0_b c"
+    odd = ["loss/a(b", "loss/a)b", "loss/../x", "loss//x", "/x", "x/", "a'b", "50 %", "x" * 251, "x" * 252, ".."]
+    names = [valid_name(name) for name in odd]
+    assert len(set(names)) == len(odd)
+    assert [valid_name(name) for name in names] == names
+
+
+def test_a_loss_with_an_odd_name_and_a_task_with_a_long_one_are_recorded(folder: Path, experiment: Make) -> None:
+    run = Run(folder)
+    shipper = run.shipper(experiment())
+    losses = {"my loss (λ=0.5)": 0.5}
+    step = StepLosses(step=0, learning_rate=0.1, losses=losses, gradient_norm=1.0)
+    taken = StepsTaken(stage=1, task="first", steps=(step,), images_per_second=10.0)
+    run.happens(*BEGINNING, started(1), taken, RowMeasured(stage=0, accuracy={"t" * 250: 0.5}))
+    write_state(folder, "KILLED", "enough")
+    assert shipper.end(), run.said
+    store = recorded(f"sqlite:///{folder.parent}/mlflow.db")
+    assert valid_name("loss/my loss (λ=0.5)") in store["1-first"]["histories"]
+
+
 def test_a_stage_that_somebody_deletes_does_not_hold_up_the_rest(folder: Path, experiment: Make) -> None:
     run = Run(folder)
     shipper = run.shipper(experiment())
@@ -446,7 +547,7 @@ def test_whatever_a_folder_is_called_its_store_and_artefacts_lie_in_it(
 
 @pytest.mark.parametrize(
     "uri",
-    ["sqlite:////proc/no/such/place.db", "http://127.0.0.1:9", "nonsense://x", "postgresql+psycopg://127.0.0.1:9/y"],
+    ["sqlite:////proc/no/such/place.db", "http://127.0.0.1:9", "postgresql+psycopg://127.0.0.1:9/y"],
 )
 def test_a_store_that_cannot_be_opened_is_refused(experiment: Make, tmp_path: Path, uri: str) -> None:
     with pytest.raises(InputError, match=r"tracking\.uri: found no reachable MLflow store"):

@@ -1,5 +1,10 @@
 """What is masked, and what is not."""
 
+import os
+import sys
+import threading
+from collections.abc import Iterator
+
 import pytest
 
 from schemas.base import InputError
@@ -76,3 +81,33 @@ def test_a_sentence_of_ours_has_no_secret_in_it_and_steers_no_terminal() -> None
     assert (
         str(InputError("x://u:secret@h: found \x1b[2J\x07\udcff,\nexpected")) == "x://u:***@h: found �[2J��,\nexpected"
     )
+
+
+@pytest.fixture
+def frequent_switches() -> Iterator[None]:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+def test_another_thread_may_change_the_environment_meanwhile(
+    monkeypatch: pytest.MonkeyPatch, frequent_switches: None
+) -> None:
+    monkeypatch.setenv("STAYS_TOKEN", "a-secret-that-stays")
+    ended = threading.Event()
+
+    def change() -> None:
+        while not ended.is_set():
+            for number in range(20):
+                os.environ[f"GOES_{number}_TOKEN"] = "a-secret-that-goes"
+            for number in range(20):
+                del os.environ[f"GOES_{number}_TOKEN"]
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    try:
+        assert {mask("found a-secret-that-stays") for _ in range(300)} == {"found ***"}
+    finally:
+        ended.set()
+        thread.join()

@@ -71,6 +71,16 @@ def test_loader_processes_change_nothing(samples: IndexedSamples, processes: int
     assert same(batches(samples, range(6), processes), batches(samples, range(6)))
 
 
+def test_loader_processes_send_batches_whatever_the_temporary_folder_is_called(
+    samples: IndexedSamples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = tmp_path / ("a_folder_of_a_job_of_slurm" * 4)
+    long.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(long))
+    images = EvaluationImages(samples, Decode(ToTensor(), label_of), 0, 1)
+    assert sum(len(found) for _, found in images.batches(4, Loader(torch.device("cpu"), 1))) == 10
+
+
 @pytest.mark.parametrize("processes", [0, 1, 4])
 @pytest.mark.parametrize("first_step", [1, 2, 5])
 def test_goes_on_from_any_step(samples: IndexedSamples, processes: int, first_step: int) -> None:

@@ -1,0 +1,130 @@
+"""The address of a Ray cluster that is named: checked within seconds, where Ray would wait for minutes or for ever."""
+
+import os
+from http.client import HTTPException, InvalidURL
+from urllib.error import HTTPError, URLError
+from urllib.parse import urlsplit
+from urllib.request import urlopen
+
+import grpc
+
+from orchestrate.network import check_port
+from schemas.base import InputError
+from schemas.compute import Compute
+from schemas.secrets import mask
+
+ADDRESS = "RAY_ADDRESS"
+ANSWER_SECONDS = 10.0
+CLUSTER_ID = "/ray.rpc.NodeInfoGcsService/GetClusterId"  # what every Ray client asks a GCS first
+
+
+def named_address(compute: Compute) -> str | None:
+    """The cluster that the recipe or the environment names, or None where a local one is to be started.
+
+    As in `ray.init`: RAY_ADDRESS takes the place of no address, and of `auto`; `local` starts one.
+    """
+    address = compute.address
+    if address in (None, "", "auto"):
+        address = os.environ.get(ADDRESS) or address
+    return None if address in (None, "", "local") else address
+
+
+def check_gcs(address: str, field: str = "compute.address") -> None:
+    """See that the head process of a Ray cluster, its GCS, answers at an address.
+
+    Args:
+        address: As `ray.init` takes it.
+        field: Where the user gave it.
+
+    Raises:
+        InputError: It does not, and why.
+    """
+    found = f"{field}: found no Ray cluster at {mask(address)}"
+    expected = "expected HOST:PORT of a running cluster's GCS (port 6379 by default), or none to start one here"
+    scheme, separator, rest = address.partition("://")
+    if separator and scheme != "ray":
+        hint = "; jobs go to a dashboard: zscl submit --address" if scheme in ("http", "https") else ""
+        raise InputError(f"{found}: {scheme}:// is no address of a GCS, {expected}{hint}")
+    meant = rest if separator else _meant(address, found, expected)
+    if meant != address and not separator:
+        found += f", which is {meant} to Ray"
+    host, port = _host_and_port(meant, found, expected)
+    try:
+        check_port(host, port)
+    except OSError as error:
+        raise InputError(f"{found} ({error}), {expected}") from error
+    if not separator and os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true"):
+        _check_service(meant, found, expected)
+
+
+def _meant(address: str, found: str, expected: str) -> str:
+    """The address that Ray connects to: the running cluster for `auto`, this node's own address for localhost."""
+    from ray._private.services import canonicalize_bootstrap_address
+
+    if address != "auto":
+        _host_and_port(address, found, expected)
+    try:
+        return str(canonicalize_bootstrap_address(address))
+    except ConnectionError as error:
+        raise InputError(f"{found}: none runs on this machine, {expected}") from error
+    except (ValueError, OSError) as error:
+        raise InputError(f"{found} ({error}), {expected}") from error
+
+
+def _host_and_port(address: str, found: str, expected: str) -> tuple[str, int]:
+    try:
+        parts = urlsplit(f"//{address}")
+        host, port, path = parts.hostname, parts.port, parts.path
+    except ValueError:
+        host, port, path = None, None, ""
+    if not host or not port or path or (address.count(":") > 1 and not address.startswith("[")):
+        raise InputError(f"{found}: it is not HOST:PORT ([HOST]:PORT for IPv6), {expected}")
+    return host, port
+
+
+def _check_service(target: str, found: str, expected: str) -> None:
+    """Call a GCS, which other processes of Ray's, too, do not know; a refusal for want of a token is an answer."""
+    with grpc.insecure_channel(target, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        try:
+            channel.unary_unary(CLUSTER_ID)(b"", timeout=ANSWER_SECONDS)
+        except grpc.RpcError as error:
+            if error.code() not in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
+                raise InputError(
+                    f"{found}: something answers there, but not as a Ray GCS does ({error.code().name}), {expected}"
+                ) from error
+
+
+def check_dashboard(address: str) -> None:
+    """See that a Ray dashboard, which takes jobs, answers at an address.
+
+    Args:
+        address: `http://HOST:PORT`; without a scheme, Ray takes it for HTTP.
+
+    Raises:
+        InputError: It does not, and why.
+    """
+    found = f"--address {mask(address)}: found no Ray cluster that takes the job"
+    expected = "expected a dashboard's address, http://HOST:8265 by default"
+    url = address if "://" in address else f"http://{address}"
+    if address == "auto":
+        raise InputError(f"{found}, {expected}")
+    if urlsplit(url).scheme not in ("http", "https"):
+        raise InputError(f"{found}: {urlsplit(url).scheme}:// is no dashboard's, {expected}")
+    try:
+        with urlopen(f"{url.rstrip('/')}/api/version", timeout=ANSWER_SECONDS) as answer:
+            is_ray = b"ray_version" in answer.read(10_000)
+    except HTTPError as error:
+        is_ray = error.code in (401, 403)  # it asks for a token, which Ray's client has
+        if not is_ray:
+            reason = f"it answers {error.code} {error.reason}"
+            raise InputError(f"{found} ({reason}), {expected}") from error
+    except (UnicodeError, ValueError, InvalidURL) as error:
+        raise InputError(f"{found} ({error}), {expected}") from error
+    except HTTPException as error:
+        reason = f"what answers there does not speak HTTP ({type(error).__name__})"
+        raise InputError(f"{found}: {reason}; a GCS is at port 6379, its dashboard at 8265; {expected}") from error
+    except OSError as error:
+        reason = mask(str(error.reason if isinstance(error, URLError) else error))
+        raise InputError(f"{found} ({reason}), {expected}") from error
+    if not is_ray:
+        raise InputError(f"{found} (another web server answers there), {expected}")

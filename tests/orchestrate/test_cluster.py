@@ -1,0 +1,192 @@
+"""The Ray cluster that is named, or started here: what is checked before Ray would wait for it."""
+
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from orchestrate import network
+from orchestrate.cluster import LONGEST_TEMPORARY, local_folder
+from orchestrate.cluster_address import check_dashboard, check_gcs, named_address
+from orchestrate.line import line_from_here, searches_on_cluster
+from schemas.base import InputError
+from schemas.compute import Compute
+
+
+@contextmanager
+def web_server() -> Iterator[str]:
+    """HOST:PORT of a web server that has nothing."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
+    threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+    yield f"127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@contextmanager
+def silent_server() -> Iterator[str]:
+    """HOST:PORT of a server that takes connections and says nothing."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        yield f"127.0.0.1:{listening.getsockname()[1]}"
+
+
+@pytest.fixture(autouse=True)
+def loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have Ray take 127.0.0.1 for what it is; on a cluster of several nodes it is this node's other address."""
+    monkeypatch.setattr("ray._private.ray_constants.ENABLE_RAY_CLUSTER", False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("address", "variable", "named"),
+    [
+        (None, None, None),
+        (None, "", None),
+        (None, "host:1", "host:1"),
+        ("other:2", "host:1", "other:2"),
+        ("auto", "host:1", "host:1"),
+        ("auto", None, "auto"),
+        ("local", "host:1", None),
+        (None, "local", None),
+    ],
+)
+def test_which_cluster_is_named(
+    monkeypatch: pytest.MonkeyPatch, address: str | None, variable: str | None, named: str | None
+) -> None:
+    if variable is not None:
+        monkeypatch.setenv("RAY_ADDRESS", variable)
+    assert named_address(Compute(address=address)) == named
+
+
+@pytest.mark.parametrize(
+    ("address", "reason"),
+    [
+        ("127.0.0.1:9", "Connection refused"),
+        ("ray://127.0.0.1:9", "Connection refused"),
+        ("no-such-host.invalid:6379", "Name or service not known"),
+        ("a..b:6379", "a..b"),
+        ("[::1]:9", "found no Ray cluster at [::1]:9"),
+        ("::1:6379", "[HOST]:PORT for IPv6"),
+        ("127.0.0.1", "it is not HOST:PORT"),
+        ("127.0.0.1:x", "it is not HOST:PORT"),
+        ("127.0.0.1:99999", "it is not HOST:PORT"),
+        ("127.0.0.1:6379/x", "it is not HOST:PORT"),
+        ("http://127.0.0.1:8265", "jobs go to a dashboard: zscl submit --address"),
+        ("redis://127.0.0.1:6379", "redis:// is no address of a GCS"),
+    ],
+)
+def test_an_address_without_a_cluster_is_refused_at_once(address: str, reason: str) -> None:
+    with pytest.raises(InputError) as refused:
+        check_gcs(address, "RAY_ADDRESS")
+    assert str(refused.value).startswith(f"RAY_ADDRESS: found no Ray cluster at {address}")
+    assert reason in str(refused.value)
+    assert "expected HOST:PORT of a running cluster's GCS" in str(refused.value)
+
+
+@pytest.mark.parametrize("serve", [web_server, silent_server])
+def test_another_server_is_no_cluster(monkeypatch: pytest.MonkeyPatch, serve: Callable[[], Iterator[str]]) -> None:
+    monkeypatch.setattr("orchestrate.cluster_address.ANSWER_SECONDS", 0.5)
+    with serve() as address:  # type: ignore[attr-defined]
+        with pytest.raises(InputError, match="something answers there, but not as a Ray GCS does"):
+            check_gcs(address)
+        with pytest.raises(InputError, match=f"--address {address}: found no Ray cluster that takes the job"):
+            check_dashboard(address)
+
+
+def test_auto_names_a_cluster_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray._private.services.find_gcs_addresses", frozenset)  # whatever else runs on this machine
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    with pytest.raises(InputError, match="at auto: none runs on this machine"):
+        check_gcs("auto")
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray/ray_current_cluster").write_text("127.0.0.1:9")
+    with pytest.raises(InputError, match=r"at auto, which is 127\.0\.0\.1:9 to Ray .*Connection refused"):
+        check_gcs("auto")
+
+
+def test_a_cluster_that_is_there(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    check_gcs(address)
+    check_gcs(address.replace("127.0.0.1", "localhost"))
+    with pytest.raises(InputError, match=f"{address}: found no Ray cluster .* does not speak HTTP"):
+        check_dashboard(address)
+
+
+def test_a_search_learns_of_another_one_on_the_cluster(ray_cluster: None) -> None:
+    import ray
+
+    assert searches_on_cluster() == []
+    line = line_from_here(search="/runs/one")
+    assert ray.get(line.refused.remote()) == ""  # it is up
+    [name] = searches_on_cluster()
+    assert name.startswith("/runs/one (")
+    ray.kill(line)
+
+
+@pytest.mark.parametrize(
+    ("address", "reason"),
+    [
+        ("http://127.0.0.1:9", "Connection refused"),
+        ("127.0.0.1:9", "Connection refused"),
+        ("http://no-such-host.invalid:8265", "Name or service not known"),
+        ("ray://127.0.0.1:10001", "ray:// is no dashboard's"),
+        ("http://host:port", "nonnumeric port"),
+        ("auto", "expected a dashboard's address"),
+    ],
+)
+def test_an_address_without_a_dashboard_is_refused_at_once(address: str, reason: str) -> None:
+    with pytest.raises(InputError) as refused:
+        check_dashboard(address)
+    assert str(refused.value).startswith(f"--address {address}: found no Ray cluster that takes the job")
+    assert reason in str(refused.value)
+    assert "expected a dashboard's address, http://HOST:8265 by default" in str(refused.value)
+
+
+def test_a_host_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(network, "CONNECT_SECONDS", 0.2)
+    with socket.socket() as full:  # takes no connection: its queue is full
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        waiting = [socket.socket() for _ in range(4)]
+        for each in waiting:
+            each.setblocking(False)
+            each.connect_ex(full.getsockname())
+        with pytest.raises(TimeoutError, match=r"no answer from 127\.0\.0\.1:\d+ within 0\.2 s"):
+            network.check_port("127.0.0.1", full.getsockname()[1])
+        for each in waiting:
+            each.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "length", "folder"),
+    [("TMPDIR", LONGEST_TEMPORARY, None), ("TMPDIR", LONGEST_TEMPORARY + 1, "/tmp/ray"), ("RAY_TMPDIR", 30, None)],
+)
+def test_sockets_of_a_local_ray_have_short_paths(
+    monkeypatch: pytest.MonkeyPatch, name: str, length: int, folder: str | None
+) -> None:
+    for other in ("TMPDIR", "RAY_TMPDIR"):
+        monkeypatch.delenv(other, raising=False)
+    assert local_folder() == "/tmp/ray"
+    monkeypatch.setenv(name, given := f"/tmp/{'x' * (length - 5)}")
+    monkeypatch.setattr(os, "access", lambda path, mode: path in (given, "/tmp"))
+    assert local_folder() == (folder or f"{given}/ray")
+    longest = f"{local_folder()}/session_2026-01-31_23-59-59_123456_4194304/sockets/plasma_store"
+    assert len(longest) <= 107
+
+
+def test_a_temporary_folder_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setenv("TMPDIR", "/proc/nowhere")
+    assert local_folder() == "/tmp/ray"
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp/" + "x" * 60)
+    with pytest.raises(InputError, match=r"RAY_TMPDIR: found /tmp/x*, 65 bytes long, expected at most"):
+        local_folder()

@@ -1,0 +1,157 @@
+"""Why an MLflow store was not of use: each cause in a sentence of its own, with what to do."""
+
+import json
+import shutil
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrate.mlflow_store import open_store
+from orchestrate.store_errors import FAILURES, LONGEST_REASON, artifact_error, store_error
+from schemas.base import InputError
+
+
+def said(uri: str, experiment: str = "zscl") -> str:
+    """What is said of a store that cannot be opened."""
+    with pytest.raises((*FAILURES, InputError)) as error:
+        open_store(uri, experiment)
+    return str(store_error(uri, error.value))  # type: ignore[arg-type]
+
+
+class _Answer(BaseHTTPRequestHandler):
+    server: Any
+
+    def do_GET(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        code, body = self.server.answer
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body.encode())
+
+    do_POST = do_GET  # noqa: N815
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def answers() -> Iterator[Callable[[int, str], str]]:
+    """A server that gives one answer to everything."""
+    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), _Answer)
+    threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+
+    def answer(code: int, body: str) -> str:
+        server.answer = code, body
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield answer
+    server.shutdown()
+    server.server_close()
+
+
+REBINDING = "Invalid Host header - possible DNS rebinding attack detected"
+
+
+@pytest.mark.parametrize(
+    ("code", "body", "expected"),
+    [
+        (401, "You are not authenticated.", "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"),
+        (403, REBINDING, "started with --allowed-hosts 127.0.0.1"),
+        (403, "Permission denied", "tracking.experiment: found no permission"),
+        (403, json.dumps({"error_code": "PERMISSION_DENIED", "message": "no"}), "tracking.experiment: found no permi"),
+        (404, "<html>nothing here</html>", "found no MLflow server at"),
+        (200, "<html>hello</html>", "found no MLflow server at"),
+        (302, "", "found no MLflow server at"),
+        (407, "", "NO_PROXY=127.0.0.1 to go around it"),
+        (500, "", "that fails (500 Internal Server Error)"),
+        (502, "", "that fails (502 Bad Gateway)"),
+        (503, "", "that fails (503 Service Unavailable)"),
+    ],
+)
+def test_an_answer_is_told_by_its_cause(
+    answers: Callable[[int, str], str], code: int, body: str, expected: str
+) -> None:
+    sentence = said(answers(code, body))
+    assert expected in sentence
+    assert "no reachable" not in sentence
+
+
+def test_a_way_that_ends_before_the_server(answers: Callable[[int, str], str], monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = answers(200, "{}")
+    assert "expected http:// instead of https://" in said(plain.replace("http://", "https://"))
+    assert "(ConnectionRefusedError: [Errno 111] Connection refused)" in said("http://127.0.0.1:9")
+    assert "Name or service not known" in said("http://no-such-host.invalid:5000")
+    monkeypatch.setenv("http_proxy", "http://me:secret@127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    sentence = said("http://mlflow.example:5000")
+    assert "through the proxy http://me:***@127.0.0.1:9 (ConnectionRefusedError" in sentence
+    assert "NO_PROXY=mlflow.example" in sentence
+
+
+@pytest.mark.parametrize(
+    ("uri", "expected"),
+    [
+        ("nonsense://x", "which names no MLflow store, expected http://HOST:PORT, sqlite:///FILE"),
+        ("s3://bucket/x", "which names no MLflow store"),
+        ("localhost:5000", "expected http://localhost:5000"),
+        ("sqlite://x.db", "which names no MLflow store"),
+        ("http://host:port", "expected http://HOST:PORT"),
+        ("http://", "expected http://HOST:PORT"),
+        ("./mlruns", "mlflow migrate-filestore converts a folder"),
+        ("file:///tmp/mlruns", "mlflow migrate-filestore converts a folder"),
+        ("mssql+pyodbc://127.0.0.1/x", "whose driver pyodbc is not installed, expected it: pip install 'pyodbc'"),
+    ],
+)
+def test_a_uri_that_names_no_store(uri: str, expected: str) -> None:
+    assert expected in said(uri)
+
+
+@pytest.mark.parametrize(
+    ("version", "expected"),
+    [("bd07f7e963c5", "an older MLflow, expected"), ("ffffffffffff", "use the version of MLflow that made it")],
+)
+def test_a_database_of_another_version(empty_store: Path, tmp_path: Path, version: str, expected: str) -> None:
+    file = Path(shutil.copy(empty_store, tmp_path / "mlflow.db"))
+    with closing(sqlite3.connect(file)) as database:
+        database.execute("update alembic_version set version_num = ?", [version])
+        database.commit()
+    sentence = said(f"sqlite:///{file}")
+    assert expected in sentence
+    assert ("mlflow db upgrade sqlite:///" in sentence) == (version == "bd07f7e963c5")
+
+
+def test_an_experiment_name_that_is_too_long(empty_store: Path, tmp_path: Path) -> None:
+    file = shutil.copy(empty_store, tmp_path / "mlflow.db")
+    assert said(f"sqlite:///{file}", "x" * 501).startswith("tracking.experiment: found a name that MLflow does not ta")
+
+
+@pytest.mark.parametrize(
+    ("location", "uri", "error", "advice"),
+    [
+        ("s3://bucket/x", "http://host", ImportError("No module named 'boto3'"), "install the library"),
+        ("s3://bucket/x", "http://host", RuntimeError("Unable to locate credentials"), "the credentials for it"),
+        ("/mlruns", "http://host", PermissionError(13, "Permission denied"), "--serve-artifacts"),
+        ("file:///x", "sqlite:///x.db", PermissionError(13, "Permission denied"), "make that folder writable"),
+        ("mlflow-artifacts:/x", "http://host", OSError("507"), "--artifacts-destination"),
+    ],
+)
+def test_an_artefact_store_is_told_from_the_tracking_store(
+    location: str, uri: str, error: Exception, advice: str
+) -> None:
+    sentence = str(artifact_error(uri, location, error))
+    assert f"its artefact store at {location} did not take the files ({type(error).__name__}: " in sentence
+    assert advice in sentence
+
+
+def test_a_long_reason_cuts_off_no_advice() -> None:
+    sentence = str(artifact_error("http://host", "s3://bucket/x", RuntimeError("x" * 10 * LONGEST_REASON)))
+    assert sentence.endswith("in the environment of this process")
+    assert len(sentence) < 2 * LONGEST_REASON
