@@ -99,5 +99,6 @@ def count_correct(
         for number, head in enumerate(heads):
             correct[number] += int((features @ head.T).argmax(dim=1).eq(labels).sum())
         seen += len(labels)
+    loader.check_over_workers()
     *correct_everywhere, seen_everywhere = map(int, sum_over_workers(*correct, seen))
     return correct_everywhere, seen_everywhere

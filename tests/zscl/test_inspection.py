@@ -123,9 +123,11 @@ def test_duplicates_between_and_within_splits(task: Path) -> None:
 
 
 def change_a_byte(file: Path) -> None:
-    """Same size, same members, another padding."""
+    """Same size, same members, another byte in the padding of the first header."""
     content = bytearray(file.read_bytes())
-    content[-1] ^= 1
+    content[511] ^= 1  # behind the fields of a header, which its checksum covers
+    total = int(content[148:154], 8) + 1
+    content[148:154] = f"{total:06o}".encode()
     file.write_bytes(content)
 
 
