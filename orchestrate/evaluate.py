@@ -24,7 +24,6 @@ from schemas.data import Task
 from schemas.experiment import LOCAL_MODEL, Experiment, Model
 from schemas.judgement import PROTOCOLS, Evaluation, Judged, JudgedModel, Protocol
 from schemas.results import Metrics
-from zscl import verdict
 from zscl.files import whole_file, write_text
 from zscl.indexed_samples import IndexedSamples
 from zscl.judging import judge
@@ -185,8 +184,8 @@ def evaluate(subject: Subject, options: Options, console: Console) -> Evaluation
     with Bar(console, total=images or None) as bar:
         loader = Loader(device, options.loader_processes, max_broken_share=share, note=bar.say)
         for task in (*subject.tasks, *subject.suites):
-            if uncounted := task.uncounted_shards("test"):
-                bar.say(f"warning: task '{task.name}', {verdict.uncounted('test', uncounted)}")
+            for sentence in task.oddities("test"):
+                bar.say(f"warning: task '{task.name}', {sentence}")
         for stage, model in subject.models:
             name = subject.place(stage, model)
             bar.update(f"judging {name}", bar.done)

@@ -204,8 +204,7 @@ def _left_out(opened: Opened) -> list[str]:
     for task in _whole_tasks(opened):
         for split, broken in task.broken.items():
             found += [f"task '{task.name}', {split}: {_skipped(broken)}"] if broken else []
-            if uncounted := task.uncounted_shards(split):
-                found.append(f"task '{task.name}', {verdict.uncounted(split, uncounted)}")
+            found += [f"task '{task.name}', {sentence}" for sentence in task.oddities(split)]
     if broken := _broken_references(opened):
         found.append(f"reference.images: {_skipped(broken)}")
     return found

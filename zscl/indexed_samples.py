@@ -105,6 +105,12 @@ class IndexedSamples:
         with _Descriptors() as descriptors:
             return [self._read(descriptors, index, ()) for index in indices]
 
+    def dotted_keys(self) -> list[str]:
+        """The keys that have a dot in them, where WebDataset's own reader ends a key."""
+        ends = self._key_ends.tolist()
+        keys = (self._keys[ends[row] : ends[row + 1]] for row in self._rows.tolist())
+        return [key.decode() for key in keys if b"." in key.rpartition(b"/")[2]]
+
     @property
     def layout(self) -> str:
         """What tells these samples from others on this machine, at no cost: where their members lie."""

@@ -1,7 +1,7 @@
 """The members of tar shards: each one is checked before it is read, and members of one key make a sample.
 
-A shard is a tar of samples KEY.(jpg|jpeg|png|webp|bmp|gif|ppm|pgm) + KEY.cls or KEY.txt. KEY is everything before the
-last dot. Nothing here unpickles: only image, label and text members are ever read.
+A shard is a tar of samples KEY.(jpg|jpeg|png|webp) + KEY.cls or KEY.txt. KEY is everything before the last dot.
+Nothing here unpickles: only image, label and text members are ever read.
 """
 
 import re
@@ -15,13 +15,13 @@ from schemas.base import InputError
 from zscl.files import is_hidden
 from zscl.samples import Fault, Sample, printable_name
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "ppm", "pgm")
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 EXPECTED_SUFFIXES = f"expected one of {', '.join(f'.{suffix}' for suffix in IMAGE_SUFFIXES)}"
 KINDS = {**dict.fromkeys(IMAGE_SUFFIXES, "image"), "cls": "label", "txt": "text"}  # no other member is ever read
 # Images of other formats. They are never decoded, but a user takes them for data, so they are named and counted.
 OTHER_IMAGE_SUFFIXES = frozenset(
-    {"arw", "avif", "cr2", "dng", "heic", "heif", "ico", "jfif", "jp2", "jpe", "jxl", "nef", "pbm", "pnm", "psd"}
-    | {"raw", "svg", "tga", "tif", "tiff"}
+    {"arw", "avif", "bmp", "cr2", "dng", "gif", "heic", "heif", "ico", "jfif", "jp2", "jpe", "jxl", "nef", "pbm", "pgm"}
+    | {"pnm", "ppm", "psd", "raw", "svg", "tga", "tif", "tiff"}
 )
 # How files begin that are often found under the name of a shard.
 FOREIGN_FILES = {

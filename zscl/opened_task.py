@@ -91,6 +91,10 @@ def _open_shards(opened: OpenedTask, progress: Progress) -> None:
         progress("indexing shards", done, len(promised))
         record = records.pop(_place(split, file), None)
         opened.shards.append(_open_shard(split, file, record, opened.manifest is not None))
+    for split in SPLITS:
+        found = [shard.samples.dotted_keys() for shard in opened.shards if shard.split == split and shard.samples]
+        if keys := [key for each in found for key in each]:
+            opened.warnings.append(verdict.dotted(split, keys))
     opened.problems += [
         f"{MANIFEST}: found {place} in it, expected only shards that nshards.txt promises" for place in records
     ]

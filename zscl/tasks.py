@@ -17,6 +17,7 @@ import fsspec
 from schemas.base import InputError
 from schemas.data import Reference, Task
 from schemas.experiment import HeldOut
+from zscl import verdict
 from zscl.files import digest, is_hidden, nearest
 from zscl.holdout import few_of_each, split_off
 from zscl.indexed_samples import IndexedSamples
@@ -206,6 +207,16 @@ class TaskFolder:
         if shards is None or not 1 <= shards <= MOST_SHARDS:
             raise InputError(f"{file}: found {count[:40]!r}, expected the number of shards, at least 1")
         return [f"{self.path}/{split}/{index}.tar" for index in range(shards)]
+
+    def oddities(self, split: str) -> list[str]:
+        """Sentences about a local split that is read otherwise than it may be meant."""
+        sentences = []
+        samples = self.train if split == "train" else self.test
+        if isinstance(samples, IndexedSamples) and (keys := samples.dotted_keys()):
+            sentences.append(verdict.dotted(split, keys))
+        if shards := self.uncounted_shards(split):
+            sentences.append(verdict.uncounted(split, shards))
+        return sentences
 
     def uncounted_shards(self, split: str) -> list[Path]:
         """The shards in a local split's folder that nshards.txt does not count: they are never read."""

@@ -67,6 +67,12 @@ def trait_warnings(traits: Mapping[str, int]) -> Iterator[str]:
         yield f"found {counted(images, 'image')} with {trait}"
 
 
+def dotted(split: str, keys: Sequence[str]) -> str:
+    """A sentence about keys that other readers of such shards cut."""
+    found = named(keys, "sample whose key has a dot", "samples whose keys have dots")
+    return f"{split}: found {found}: they are read here up to the last dot, WebDataset's own tools cut at the first"
+
+
 def uncounted(split: str, shards: Sequence[Path]) -> str:
     """A sentence about shards that are there and not counted."""
     found = named([printable_name(file.name) for file in shards], "shard")

@@ -74,7 +74,7 @@ def test_a_folder_without_splits(tmp_path: Path) -> None:
         (lambda photos: shutil.rmtree(photos), "found no such folder, expected images sorted into a folder a class"),
         (lambda photos: shutil.rmtree(photos / "test"), "found train/ alone, expected both train/ and test/"),
         (lambda photos: shutil.rmtree(photos / "test/blue"), "found the class 'blue' in train/ and not in test/"),
-        (lambda photos: (photos / "train/blue/new.tif").touch(), r"blue/new\.tif: found no image file that"),
+        (lambda photos: (photos / "train/blue/new.bmp").touch(), r"blue/new\.bmp: found no image file that"),
         (lambda photos: [f.unlink() for f in (photos / "train/blue").iterdir()], "train/blue: found no image"),
         (lambda photos: [shutil.rmtree(photos / split) for split in ("train", "test")], "found no folder with images"),
         (lambda photos: [shutil.copytree(photos / split / "green-ish", photos / split / "green_ish")
