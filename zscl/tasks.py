@@ -31,8 +31,10 @@ MANIFEST = "zscl.json"
 def text_of(location: str) -> str | None:
     """Read a small text file, local or remote; `None` where there is none."""
     try:
-        if "://" not in location and Path(location).exists() and not Path(location).is_file():
-            raise InputError(f"{location}: found no file but a folder or device, expected a text file")
+        if "://" not in location:
+            if Path(location).exists() and not Path(location).is_file():
+                raise InputError(f"{location}: found no file but a folder or device, expected a text file")
+            return Path(location).read_text(encoding="utf-8")  # fsspec would take `::` in a path for a chain of URLs
         with fsspec.open(location, "rt", encoding="utf-8") as stream:
             return str(stream.read())
     except (FileNotFoundError, NotADirectoryError):
