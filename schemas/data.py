@@ -30,9 +30,7 @@ def name_of_folder(path: str) -> str:
     letters = "".join(sign for sign in unicodedata.normalize("NFKD", folder) if not unicodedata.combining(sign))
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", letters).strip("-")[:LONGEST_TASK_NAME]
     if not name:
-        raise ValueError(
-            f"found the folder {folder!r}, whose name makes no task's name, expected one in the field name"
-        )
+        raise ValueError(f"found the folder {folder!r}, which makes no task's name, expected name: beside path:")
     return name
 
 

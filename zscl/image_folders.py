@@ -137,11 +137,10 @@ def _images(files: Sequence[File], classes: Sequence[str], left_out: list[str]) 
             images.append(file)
         else:
             left_out.append(file.name)
-    without = [name for label, name in enumerate(classes) if label not in {file.label for file in images}]
-    if without:
-        raise InputError(
-            f"{without[0]}: found no file that is an image ({left_out[-1]} is none), expected at least one"
-        )
+    labels = {file.label for file in images}
+    for label, name in enumerate(classes):
+        if label not in labels:
+            raise InputError(f"{name}: found no file with an image in it, expected at least one a class")
     return images
 
 

@@ -133,19 +133,17 @@ def odd_task(tmp_path: Path) -> Path:
 
 
 def test_what_would_be_skipped_is_said_before_anything_starts(experiment: Make, odd_task: Path) -> None:
-    changes: dict[str, Any] = {
-        "tasks": [str(odd_task)],
-        "reference": {"images": [str(odd_task / "train/0.tar")], "texts": str(odd_task / "classnames.txt")},
-    }
+    images, texts = str(odd_task / "train/0.tar"), str(odd_task / "classnames.txt")
+    changes: dict[str, Any] = {"tasks": [str(odd_task)], "reference": {"images": [images], "texts": texts}}
     borne = experiment(**changes, compute={"device": "cpu", "max_broken_share": 0.1})
     opened = preflight.prepare(borne)
-    dotted, uncounted, skipped, references = sorted(preflight.warnings(opened))
+    skipped, dotted, uncounted, references = preflight.warnings(opened)
     assert "train: found 1 sample whose key has a dot (v1.0): they are read here up to the last dot" in dotted
     assert "train: found 1 shard (1.tar) that nshards.txt does not count: never read" in uncounted
     assert "found 2 samples to be skipped: " in skipped
     assert "odd/train/0.tar: sample 'x' cannot be used (unsupported image format: found x.bmp" in skipped
     assert "odd/train/0.tar: sample 'y' has no .cls member, expected its label in y.cls" in skipped
-    assert references.startswith("reference.images: found 2 samples to be skipped: ")
+    assert references.startswith("reference.images: found 1 sample to be skipped: ")
     with pytest.raises(InputError, match=r"found 2 such samples of 24, expected at most a share of 0\.01"):
         preflight.prepare(experiment(**changes))
 
