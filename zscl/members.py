@@ -1,4 +1,4 @@
-"""The members of tar shards: each one is checked before it is read, and members of one key make a sample.
+"""The members of tar shards: what would be read of one is looked at first.
 
 A shard is a tar of samples KEY.(jpg|jpeg|png|webp) + KEY.cls or KEY.txt. KEY is everything before the last dot.
 Nothing here unpickles: only image, label and text members are ever read.
