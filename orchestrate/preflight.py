@@ -195,7 +195,8 @@ def warnings(opened: Opened) -> list[str]:
 
 def _whole_tasks(opened: Opened) -> list[TaskFolder]:
     """The tasks as their folders hold them: a sample that cannot be used belongs to no class, and is drawn nowhere."""
-    return list(dict.fromkeys(replace(task.whole or task, shots=None) for task in opened.tasks))
+    wholes = (task.whole or (replace(task, shots=None) if task.shots else task) for task in opened.tasks)
+    return list(dict.fromkeys(wholes))
 
 
 def _left_out(opened: Opened) -> list[str]:

@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from schemas.base import did_you_mean
 
 PATIENCE_SECONDS = 300.0  # with storage that fails: a server that restarts is back by then
+LONGEST_BESIDE = 200  # bytes of a name that are part of a temporary one's
 SYSTEM_FILES = frozenset({"thumbs.db", "desktop.ini"})  # of Windows; those of macOS begin with a dot
 T = TypeVar("T")
 
@@ -68,7 +69,8 @@ def whole_file(file: Path) -> Iterator[Path]:
 
 def _beside(path: Path) -> Path:
     """A name that no other process takes, on whatever machine."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    name = os.fsdecode(os.fsencode(path.name)[:LONGEST_BESIDE])  # a file system takes 255 bytes
+    return path.with_name(f".{name}.{secrets.token_hex(4)}.partial")
 
 
 def _flush(path: Path) -> None:

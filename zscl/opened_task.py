@@ -11,6 +11,7 @@ from schemas.inspection import SPLITS, Manifest, ManifestShard, ShardFinding, Sp
 from zscl import verdict
 from zscl.files import file_digest
 from zscl.indexed_samples import IndexedSamples
+from zscl.samples import printable_name
 from zscl.tasks import MANIFEST, TaskFolder, lines_of, text_of
 
 Progress = Callable[[str, int, int], None]  # what, done, total
@@ -48,6 +49,8 @@ def open_task(folder: str, progress: Progress = no_progress) -> OpenedTask:
     """
     if "://" in folder:
         raise InputError(f"{folder}: found a remote folder, expected a local one: copy the task here to check it")
+    if not folder.isprintable():
+        raise InputError(f"{printable_name(folder)}: found a path that is no text, expected printable characters")
     if not Path(folder).is_dir():
         raise InputError(f"{folder}: found no such folder, expected a task")
     classnames = lines_of(f"{folder}/classnames.txt", "class names")

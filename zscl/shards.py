@@ -136,9 +136,8 @@ def _found_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     if any(mark in path.name for mark in "*?["):
-        files = sorted(
-            (file for file in path.parent.glob(path.name) if not is_hidden(file.name) and file.is_file()), key=_natural
-        )
+        found = sorted((file for file in path.parent.glob(path.name) if not is_hidden(file.name)), key=_natural)
+        files = [each for file in found for each in (_files_of(file) if file.is_dir() else [file])]
         if not files:
             raise InputError(f"{path}: found no file of that pattern, expected at least one shard")
         return files

@@ -222,7 +222,7 @@ class TaskFolder:
 
     def uncounted_shards(self, split: str) -> list[Path]:
         """The shards in a local split's folder that nshards.txt does not count: they are never read."""
-        if "://" in self.path:
+        if "://" in self.path or not Path(self.path, split, "nshards.txt").is_file():
             return []
         promised = {Path(shard) for shard in self.promised_shards(split)}
         files = Path(self.path, split).iterdir()

@@ -97,6 +97,14 @@ def test_linked_folders_are_followed_and_do_not_go_round(tmp_path: Path) -> None
     assert [sample.image for sample in open_samples([f"{tmp_path}/here"]).once(0, 1)] == images
 
 
+def test_a_pattern_may_mean_folders_too(shards: list[str], tmp_path: Path) -> None:
+    for name, shard in (("a", shards[0]), ("b", shards[1])):
+        (tmp_path / "sets" / name).mkdir(parents=True)
+        shutil.copy(shard, tmp_path / "sets" / name)
+    (tmp_path / "sets/.DS_Store").write_bytes(b"x")
+    assert labels(open_samples([f"{tmp_path}/sets/*"]).once(0, 1)) == list(range(8))
+
+
 def test_loose_files_that_look_like_images_are_named(tmp_path: Path) -> None:
     image = next(coloured(1, 0))[0]
     for name in ("0.png", "1.tif", "2.BMP", "3.heic", "plain", "4.JPG", "notes.md", "LICENSE", "x.json"):
