@@ -226,7 +226,8 @@ def read_samples(stream: Tail, url: str) -> Iterator[Sample]:
             if member.key in done:
                 raise InputError(
                     f"{url}: found the members of the sample '{printable_name(member.key)}' apart, expected them one "
-                    "after another in a shard that is streamed; with compute.shard_cache it is read like a local one"
+                    "after another in a shard that is streamed: pack it with tar --sort=name, or let compute.shard_cache "
+                    "copy it here"
                 )
             opened = tar.extractfile(info) if member.is_read else None
             group.append((member, opened.read() if opened else b""))
