@@ -226,8 +226,8 @@ def read_samples(stream: Tail, url: str) -> Iterator[Sample]:
             if member.key in done:
                 raise InputError(
                     f"{url}: found the members of the sample '{printable_name(member.key)}' apart, expected them one "
-                    "after another in a shard that is streamed: pack it with tar --sort=name, or let compute.shard_cache "
-                    "copy it here"
+                    "after another in a streamed shard: pack it with tar --sort=name, or let compute.shard_cache "
+                    "copy it"
                 )
             opened = tar.extractfile(info) if member.is_read else None
             group.append((member, opened.read() if opened else b""))
