@@ -4,6 +4,7 @@ import re
 import unicodedata
 from pathlib import PurePosixPath
 from typing import Annotated, Any, ClassVar
+from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -25,6 +26,9 @@ def name_of_folder(path: str) -> str:
         ValueError: there is no letter or digit in it.
     """
     folder = PurePosixPath(path).name
+    if "://" in path:  # user information and a query may be secrets: they are no part of a name
+        url = urlsplit(path)
+        folder = PurePosixPath(url.path).name or url.hostname or ""
     if _NAME.fullmatch(folder) and len(folder) <= LONGEST_TASK_NAME:
         return folder
     letters = "".join(sign for sign in unicodedata.normalize("NFKD", folder) if not unicodedata.combining(sign))

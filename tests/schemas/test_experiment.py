@@ -212,6 +212,9 @@ class TestFingerprint:
         ("a[b]{c}%20?", "a-b-c-20"),
         ("n" * 250, "n" * 100),
         ("s3://bucket/my task", "my-task"),
+        ("https://me:secret@host/a/birds?sig=secret&x=secret", "birds"),
+        ("https://me:secret@host", "host"),
+        ("s3://bucket", "bucket"),
     ],
 )
 def test_a_task_is_named_after_its_folder_as_far_as_a_name_goes(folder: str, name: str) -> None:
