@@ -30,7 +30,7 @@ OPTIONS: Mapping[str, set[str]] = {
     "folder": {"template", "seed"},
     "tinyimagenet": set(),
     "imagenet": {"classes"},
-    "captions": set(),
+    "captions": {"column"},
     ALL: {"root", "jobs"},
 }
 
@@ -62,8 +62,7 @@ def prepare(
             places = write_embedded(out, bool(options.get("corpus")), lambda text: console.print(text, highlight=False))
             return {"folders": [str(place) for place in places]}, [str(place) for place in places]
         case "captions":
-            count = captions.write_captions(Path(rest[0]).expanduser(), out)
-            return {"file": f"{out}/captions.txt", "captions": count}, [f"{out}/captions.txt  {count} captions"]
+            return _captions(captions.write_captions(Path(rest[0]).expanduser(), out, options.get("column")), out)
         case "folder":
             images, templates = Path(rest[0]).expanduser(), options.get("template", [image_folders.DEFAULT_TEMPLATE])
             seed = options.get("seed", sources.SPLIT_SEED)
@@ -98,6 +97,13 @@ def task_names(what: str, names: Sequence[str], others: Collection[str] = ()) ->
     allowed = [*MTIL, ALL, *others]
     tasks = [task for name in names for task in (MTIL if known(what, name, allowed) == ALL else [name])]
     return list(dict.fromkeys(tasks))
+
+
+def _captions(written: captions.Written, out: Path) -> tuple[dict[str, Any], list[str]]:
+    """What was taken for captions: a wrong column shows in the first ones."""
+    empty = f", {written.empty} empty ones left out" if written.empty else ""
+    lines = [f"{out}/captions.txt  {written.captions} captions: {written.origin}{empty}; the first:"]
+    return {"file": f"{out}/captions.txt", **asdict(written)}, [*lines, *(f"  {text}" for text in written.first)]
 
 
 def _described(prepared: Sequence[Prepared]) -> tuple[dict[str, Any], list[str]]:

@@ -30,6 +30,7 @@ from zscl.judging import judge
 from zscl.metrics import metrics
 from zscl.model import CONFIG, load, weights_digest
 from zscl.opened import open_tasks
+from zscl.prompt_checks import prompt_warnings
 from zscl.sequence import LIBRARIES
 from zscl.stages import TRAINING
 from zscl.streams import Loader
@@ -180,7 +181,7 @@ def evaluate(subject: Subject, options: Options, console: Console) -> Evaluation
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sets = [task.test for task in (*subject.tasks, *subject.suites)]
     images = sum(len(each) for each in sets if isinstance(each, IndexedSamples)) * len(subject.models)
-    judged_models = []
+    judged_models, warnings = [], list[str]()
     with Bar(console, total=images or None) as bar:
         loader = Loader(device, options.loader_processes, max_broken_share=share, note=bar.say)
         for task in (*subject.tasks, *subject.suites):
@@ -189,8 +190,14 @@ def evaluate(subject: Subject, options: Options, console: Console) -> Evaluation
         for stage, model in subject.models:
             name = subject.place(stage, model)
             bar.update(f"judging {name}", bar.done)
+            clip = load(model, device)
+            for task in (*subject.tasks, *subject.suites):
+                new = [each for each in prompt_warnings(task, clip.tokenizer) if each not in warnings]
+                warnings += new
+                for sentence in new:
+                    bar.say(f"warning: {sentence}")
             judged = judge(
-                load(model, device),
+                clip,
                 subject.tasks,
                 subject.suites,
                 options.protocols,
@@ -213,6 +220,7 @@ def evaluate(subject: Subject, options: Options, console: Console) -> Evaluation
         if subject.whole
         else {},
         versions={library: version(library) for library in LIBRARIES},
+        warnings=tuple(warnings),
     )
 
 

@@ -261,9 +261,10 @@ def _curve(file: Path, run: str, method: str, stage: int) -> list[dict[str, Any]
     if not file.is_file():
         return []
     with file.open(encoding="utf-8", newline="") as stream:
-        steps = list(csv.DictReader(stream))
-    every = max(1, -(-len(steps) // MOST_POINTS))
-    names = [name for name in (steps[0] if steps else {}) if name not in ("step", "learning_rate")]
+        table = csv.DictReader(stream)
+        steps = list(table)
+    names = [name for name in table.fieldnames or () if name not in ("step", "learning_rate")]
+    curves = {name: [step for step in steps if step[name]] for name in names}  # not every step has every loss
     return [
         {
             "run": run,
@@ -273,6 +274,6 @@ def _curve(file: Path, run: str, method: str, stage: int) -> list[dict[str, Any]
             "step": int(step["step"]),
             "value": float(step[name]),
         }
-        for step in steps[::every]
-        for name in names
+        for name, points in curves.items()
+        for step in points[:: max(1, -(-len(points) // MOST_POINTS))]
     ]

@@ -11,24 +11,24 @@ from typing import Any
 from orchestrate import places, recipes
 from orchestrate.state import STATE
 from schemas.base import InputError
-from schemas.compute import Savings
+from schemas.compute import Compute, Savings
 from schemas.experiment import Experiment, Model
 from zscl import verdict
 from zscl.checkpoint import CHECKPOINT
 from zscl.indexed_samples import IndexedSamples
 from zscl.model import load, open_clip_name
 from zscl.opened import Opened, open_experiment
+from zscl.prompt_checks import prompt_warnings
 from zscl.rows import ZERO_SHOT, part_of, refuse_other_run, stage_folder
 from zscl.samples import refuse_broken
 from zscl.snapshots import LAST, SUFFIX, place_of
 from zscl.tasks import TaskFolder
 from zscl.teaching import way_of_features
-from zscl.towers import left_in_full
+from zscl.towers import Towers, left_in_full
 
 NO_PART = ("name", "compute.", "tracking.")  # of what is computed
 OF_A_RUN = (places.EXPERIMENT, STATE, ZERO_SHOT, part_of(Path(ZERO_SHOT)).name, "stages", CHECKPOINT)
 MOST_NAMED, LONGEST_SHOWN = 3, 60  # differences in a sentence, and characters of a value
-LONGEST_PROMPTS = 20  # of a task, that are counted in tokens
 
 
 def plan(opened: Opened, folder: Path) -> dict[str, object]:
@@ -131,15 +131,19 @@ def _looked_at(opened: Opened) -> tuple[float, tuple[str, ...]]:
     Raises:
         InputError: the model cannot be loaded, or does not allow a saving that is asked for.
     """
-    experiment = opened.experiment
-    return _load_and_look(experiment.model, opened.weights, experiment.compute.savings)
+    experiment, compute = opened.experiment, opened.experiment.compute
+    return _load_and_look(experiment.model, opened.weights, compute.savings, compute.gradient_checkpointing)
 
 
 @lru_cache(maxsize=8)
-def _load_and_look(model: Model, weights: str, savings: Savings) -> tuple[float, tuple[str, ...]]:
+def _load_and_look(model: Model, weights: str, savings: Savings, checkpointing: bool) -> tuple[float, tuple[str, ...]]:
     """Load a model once, whatever is asked of it; `weights`, their digest, tells it from one of the same name."""
-    network = load(model).model
+    clip = load(model)
+    network = clip.model
     values = sum(weight.numel() for weight in network.state_dict().values())
+    if checkpointing:  # as a stage does
+        compute, tokens = Compute(savings=savings, gradient_checkpointing=True), clip.tokenizer(["a text"])
+        Towers(network, tokens, range(1), compute, unused_embeddings_stay=False)
     return 4 * values / 1e6, tuple(left_in_full(network, savings))  # written as float32
 
 
@@ -186,8 +190,7 @@ def warnings(opened: Opened) -> list[str]:
     """What is allowed but hardly meant, a sentence each: of the recipe, of prompts, of what is read again and again."""
     return [
         *opened.experiment.warnings,
-        *_cut_prompts(opened),
-        *_same_prompts(opened),
+        *_prompts(opened),
         *_read_again(opened),
         *_left_out(opened),
     ]
@@ -224,39 +227,14 @@ def _broken_references(opened: Opened) -> list[str]:
     return [str(sample.error()) for sample in faulty]
 
 
-def _cut_prompts(opened: Opened) -> list[str]:
-    """A sentence a task whose longest prompts fill the model's context to its end: what lies behind is not read."""
+def _prompts(opened: Opened) -> list[str]:
+    """A sentence for prompts that the model does not read to their end, and for classes that it cannot tell apart."""
     import open_clip
 
     tokenizer = open_clip.get_tokenizer(open_clip_name(opened.experiment.model))
-    found = []
-    for task in opened.tasks:
-        prompts = sorted((prompt for each in task.templates for prompt in task.prompts(each)), key=len)
-        longest = prompts[-LONGEST_PROMPTS:]
-        tokens = tokenizer(longest)
-        full = [prompt for prompt, row in zip(longest, tokens, strict=True) if row[-1] != 0]
-        if full:
-            found.append(
-                f"task '{task.name}': found the prompt {full[-1]!r} to fill the {tokens.shape[1]} tokens that the "
-                "model reads; what lies behind them is cut off"
-            )
-    return found
-
-
-def _same_prompts(opened: Opened) -> list[str]:
-    """A sentence a task of which two classes have one name, and so one prompt."""
-    found = []
-    for task in opened.tasks:
-        labels: dict[str, list[int]] = {}
-        for label, name in enumerate(task.classnames):
-            labels.setdefault(name, []).append(label)
-        found += [
-            f"task '{task.name}': found {name!r} to be the name of the classes {', '.join(map(str, same))}; no prompt "
-            "tells them apart"
-            for name, same in labels.items()
-            if len(same) > 1
-        ]
-    return found
+    one_head = opened.experiment.class_incremental is not None
+    judged = dict.fromkeys(task.whole or task if one_head else task for task in opened.tasks)
+    return [sentence for task in judged for sentence in prompt_warnings(task, tokenizer)]
 
 
 def _read_again(opened: Opened) -> list[str]:

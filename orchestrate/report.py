@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import matplotlib as mpl
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -23,6 +24,7 @@ from zscl.sequence import RESULT
 from zscl.stages import TRAINING
 from zscl.tasks import TaskFolder
 
+mpl.rcParams["text.parse_math"] = False  # a name with two dollar signs is no formula
 MAIN = ("transfer", "avg", "last", "forgetting")  # of the figures: those that are always shown
 ZERO_SHOT = "zero-shot"
 FURTHER = "further_losses."

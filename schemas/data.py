@@ -84,7 +84,9 @@ class ClassIncremental(Abbreviable):
     first: PositiveInt = Field(10, description="Classes of the first stage")
     increment: PositiveInt = Field(10, description="Classes of each further stage")
     order: NonNegativeInt | Location = Field(
-        0, description="Order of the classes: a seed, or a file of class names or labels, one a line"
+        0,
+        description="Order of the classes: a seed, or a file of class names (also where they are numbers) or of "
+        "labels, one a line",
     )
     epochs: PositiveInt = Field(1, description="Times a stage sees its images")
     template: str | None = Field(None, description="The one prompt, with {c}; default: the folder's first template")
@@ -107,7 +109,8 @@ class Reference(Abbreviable):
     )
     texts: Location | None = Field(
         None,
-        description="Caption file, one a line; default: captions.txt or the .txt members beside the images",
+        description="Caption file: one a line, or TSV, CSV, JSON with one column or key of captions; default: "
+        "captions.txt or the .txt members beside the images",
     )
     max_texts: PositiveInt | None = Field(None, description="Use only the first so many texts")
 

@@ -66,6 +66,7 @@ class Evaluation(Strict):
         description="Of the accuracy matrix under each protocol, where all stages of a run were judged on its tasks"
     )
     versions: dict[str, str]
+    warnings: Many[str] = Field((), description="Prompts that are cut, and classes that a model cannot tell apart")
 
 
 class TriedAverage(Strict):

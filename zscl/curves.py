@@ -59,11 +59,17 @@ class Curves:
         """
         if not self._pending:
             return
-        names = list(self._pending[0][2])
-        rows = [torch.stack([*(named[name] for name in names), norm]) for *_, named, norm in self._pending]
+        # Steps may have losses of different names; the device is read once.
+        scalars = [scalar for *_, named, norm in self._pending for scalar in (*named.values(), norm)]
+        values = iter(torch.stack(scalars).tolist())
         taken = [
-            StepLosses(step=step, learning_rate=rate, losses=dict(zip(names, losses, strict=True)), gradient_norm=norm)
-            for (step, rate, *_), (*losses, norm) in zip(self._pending, torch.stack(rows).tolist(), strict=True)
+            StepLosses(
+                step=step,
+                learning_rate=rate,
+                losses={name: next(values) for name in named},
+                gradient_norm=next(values),
+            )
+            for step, rate, named, _ in self._pending
         ]
         for step in taken:
             self._refuse_what_is_no_number(step)

@@ -8,6 +8,7 @@ from open_clip import build_zero_shot_classifier
 from schemas.base import InputError
 from zscl.distributed import gather, rank, share, sum_over_workers, world_size
 from zscl.model import Clip, at_least_float32, precision_context
+from zscl.model_checks import refuse_not_finite
 from zscl.streams import Decode, EvaluationImages, Loader
 from zscl.tasks import TaskFolder
 
@@ -84,7 +85,9 @@ def class_embeddings(clip: Clip, task: TaskFolder, templates: str, device: torch
     embedded = build_zero_shot_classifier(
         clip.model, clip.tokenizer, names, formats, num_classes_per_batch=CLASSES_AT_ONCE, device=device
     ).T[: len(own)]
-    return gather(at_least_float32(embedded).contiguous(), len(task.classnames))
+    gathered = gather(at_least_float32(embedded).contiguous(), len(task.classnames))
+    refuse_not_finite(gathered, f"task '{task.name}': the model gives its class prompts")
+    return gathered
 
 
 def count_correct(
@@ -92,13 +95,16 @@ def count_correct(
 ) -> tuple[list[int], int]:
     """Classify every test image once over all workers. Returns (correct under each head, images)."""
     images = EvaluationImages(task.test, Decode(clip.evaluation_transform, task.label_of), rank(), world_size())
-    correct, seen = [0] * len(heads), 0
+    correct, seen, finite = [0] * len(heads), 0, True
     for batch, labels in images.batches(batch_size, loader):
         with precision_context(precision, loader.device):
             features = at_least_float32(clip.model.encode_image(batch, normalize=True))  # type: ignore[operator]
+        finite &= bool(features.isfinite().all())
         for number, head in enumerate(heads):
             correct[number] += int((features @ head.T).argmax(dim=1).eq(labels).sum())
         seen += len(labels)
     loader.check_over_workers()
-    *correct_everywhere, seen_everywhere = map(int, sum_over_workers(*correct, seen))
+    *correct_everywhere, seen_everywhere, finite_everywhere = map(int, sum_over_workers(*correct, seen, finite))
+    if finite_everywhere < world_size():  # all workers raise
+        raise InputError(f"{task.path}/test: the model gives its images features that are NaN or Inf, expected numbers")
     return correct_everywhere, seen_everywhere

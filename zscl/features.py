@@ -29,6 +29,7 @@ from zscl.distributed import barrier, rank, share, sum_over_workers, world_size
 from zscl.files import digest
 from zscl.indexed_samples import IndexedSamples
 from zscl.model import Clip, at_least_float32, precision_context
+from zscl.model_checks import refuse_not_finite
 from zscl.samples import Sample
 from zscl.streams import Decode, EvaluationImages, Loader
 
@@ -43,7 +44,9 @@ def encoder(teacher: Callable[[], nn.Module], precision: str) -> Encode:
     @torch.no_grad()
     def encode(images: torch.Tensor) -> torch.Tensor:
         with precision_context(precision, images.device):
-            return at_least_float32(teacher().encode_image(images, normalize=True))  # type: ignore[operator]
+            features = at_least_float32(teacher().encode_image(images, normalize=True))  # type: ignore[operator]
+        refuse_not_finite(features, "the teacher gives reference images")  # or they would be stored
+        return features
 
     return encode
 

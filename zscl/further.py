@@ -2,6 +2,7 @@
 
 import inspect
 import pkgutil
+import re
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,9 @@ from zscl.files import digest
 
 if TYPE_CHECKING:
     from zscl.objective import Batch, Features, Part, Stage
+
+NAME = re.compile(r"[A-Za-z0-9_:-][A-Za-z0-9_.: -]*(/[A-Za-z0-9_:-][A-Za-z0-9_.: -]*)*")  # of an MLflow metric
+COLUMNS = ("step", "learning_rate", "gradient_norm")  # of losses.csv, beside the losses
 
 
 def find(loss: FurtherLoss) -> Callable[..., "Part"]:
@@ -94,16 +98,23 @@ class Checked:
         if not isinstance(found, dict):
             raise InputError(self._expected(f"gives {type(found).__name__}"))
         for name, value in found.items():
+            if not isinstance(name, str) or not NAME.fullmatch(name) or name in COLUMNS:
+                raise InputError(
+                    f"method.further_losses: '{self.loss.path}' gives a loss called {name!r}, expected a name of "
+                    f"letters, digits and any of _.:-/ that is none of {', '.join(COLUMNS)}"
+                )
             if not isinstance(value, torch.Tensor):
                 raise InputError(self._expected(f"gives {type(value).__name__} as '{name}'"))
             if value.ndim:
                 raise InputError(self._expected(f"gives a tensor of shape {list(value.shape)} as '{name}'"))
+            if not value.is_floating_point() or value.device != features.images.device:
+                raise InputError(self._expected(f"gives {value.dtype} on {value.device} as '{name}'"))
         return found
 
     def _expected(self, gives: str) -> str:
         return (
             f"method.further_losses: '{self.loss.path}' {gives}, expected a dict of losses by name, each a tensor of "
-            "shape []"
+            "shape [], of floating-point numbers on the model's device"
         )
 
 

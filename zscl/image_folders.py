@@ -60,7 +60,7 @@ def _class_name(images: Path, folder: str) -> str:
     name = " ".join(folder.replace("_", " ").replace("-", " ").splitlines()).strip()
     if not name or not name.replace("\xa0", " ").isprintable():
         raise InputError(
-            f"{images}: found the folder '{printable_name(folder)}', expected a name that a class can have; rename it"
+            f"{images}: found the folder '{printable_name(folder)}', expected one named after its class; rename it"
         )
     return name
 

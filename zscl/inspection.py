@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 
+import open_clip
+
 from schemas.base import InputError
 from schemas.inspection import (
     SPLITS,
@@ -31,6 +33,7 @@ from schemas.inspection import (
 from zscl import verdict
 from zscl.looking import Decoded, Undecodable, look_at, silent_decoders
 from zscl.opened_task import OpenedTask, Progress, Shard, no_progress
+from zscl.prompt_checks import prompt_warnings
 from zscl.samples import Sample, decoded_label
 from zscl.tasks import TaskFolder
 
@@ -199,8 +202,15 @@ def _finding(opened: OpenedTask, gathered: _Gathered) -> Inspection:
             *opened.warnings,
             *verdict.warnings_of(classnames, templates, within, splits),
             *verdict.trait_warnings(traits),
+            *_prompts_of_clip(opened.task),
         ),
     )
+
+
+def _prompts_of_clip(task: TaskFolder) -> list[str]:
+    """What CLIP's own tokenizer makes of the prompts; which model will read them is not known here."""
+    sentences = prompt_warnings(task, open_clip.get_tokenizer("ViT-B-32"), same_names=False)
+    return [f"{sentence} (as CLIP's own tokenizer reads them)" for sentence in sentences]
 
 
 def _split_finding(split: Split, opened: OpenedTask, tally: _Tally) -> SplitFinding:

@@ -14,6 +14,7 @@ from schemas.base import InputError
 from schemas.judgement import Bin, Confused, Judged, Protocol
 from zscl.evaluation import embed_classes
 from zscl.model import Clip, at_least_float32, precision_context
+from zscl.model_checks import refuse_not_finite
 from zscl.streams import Decode, EvaluationImages, Loader
 from zscl.tasks import TaskFolder
 
@@ -180,6 +181,7 @@ def judge(
             for batch, labels in images.batches(batch_size, loader):
                 with precision_context(precision, loader.device):
                     features = at_least_float32(clip.model.encode_image(batch, normalize=True))  # type: ignore[operator]
+                refuse_not_finite(features, f"{task.path}/test: the model gives its images")
                 for tally, classes in tallies.values():
                     tally.add(features, classes[labels])
                 on_images(len(labels))

@@ -16,9 +16,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from schemas.base import InputError, did_you_mean
+from schemas.base import InputError
 from schemas.experiment import LOCAL_MODEL, Model
 from zscl.files import digest, file_digest, nearest, patiently, whole_folder
+from zscl.model_checks import (
+    HUB_MODEL,
+    check_features,
+    differences,
+    mismatch,
+    refuse_missing_packages,
+    refuse_unknown_name,
+    refuse_unreachable_weights,
+)
 
 EMBEDDED_MODEL = Path(__file__).parent / "embedded_model"
 WEIGHTS = "open_clip_model.safetensors"
@@ -56,25 +65,34 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     Raises:
         InputError: they are damaged, or another architecture's.
     """
+    file = folder / WEIGHTS
     try:
-        model.load_state_dict(patiently(lambda: load_file(folder / WEIGHTS)))
-    except Exception as error:  # safetensors and torch raise what they meet
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{folder / WEIGHTS}: found no readable weights ({reason}), expected a model's") from error
+        weights = patiently(lambda: load_file(file))
+    except Exception as error:  # safetensors raises what it meets
+        reason = " ".join(str(error).split())
+        raise InputError(f"{file}: found no readable weights, expected a model's ({reason})") from error
+    if wrong := differences(model, weights):
+        raise InputError(f"{file}: found weights of another architecture, expected the model's own ({wrong})")
+    model.load_state_dict(weights)
 
 
 def open_clip_name(model: Model) -> str:
     """The name open_clip knows the model by."""
-    return f"{LOCAL_MODEL}{EMBEDDED_MODEL}" if model.name == "embedded" else model.name
+    if model.name == "embedded":
+        return f"{LOCAL_MODEL}{EMBEDDED_MODEL}"
+    return model.name if model.name.startswith((LOCAL_MODEL, HUB_MODEL)) else model.name.replace("/", "-")
 
 
 def load(model: Model, device: torch.device | str = "cpu") -> Clip:
     """Load a model, its tokenizer and its two image transforms, with float32 weights; nothing in its files is run.
 
+    Two images and two texts are encoded, so that a model whose features are unusable is refused.
+
     On a GPU, the process computes float32 convolutions in float32 from then on, not in TF32 as torch does by default.
 
     Raises:
-        InputError: open_clip knows no such model, or its weights cannot be had or read.
+        InputError: open_clip knows no such model, its weights cannot be had, read or fitted, or its features are not
+            finite and of shape [n, D].
     """
     if torch.device(device).type == "cuda":
         torch.backends.cudnn.allow_tf32 = False
@@ -82,36 +100,51 @@ def load(model: Model, device: torch.device | str = "cpu") -> Clip:
     shown = f"model: '{model.name}'" + (f" with pretrained '{model.pretrained}'" if model.pretrained else "")
     if name.startswith(LOCAL_MODEL) and not (Path(name.removeprefix(LOCAL_MODEL)) / WEIGHTS).is_file():
         _refuse_without_safetensors(Path(name.removeprefix(LOCAL_MODEL)), shown)
-    _refuse_unknown_weights(model, shown)
+    refuse_unknown_name(model, shown)
     try:
+        refuse_unreachable_weights(model, shown)
+        refuse_missing_packages(open_clip.get_model_config(name), name, shown)
         with warnings.catch_warnings(), _weights_alone():
             warnings.filterwarnings("error", message="QuickGELU mismatch")
-            network, train_transform, evaluation_transform = open_clip.create_model_and_transforms(
-                name, pretrained=model.pretrained, device=device, output_dict=True, require_pretrained=True
-            )
+            network, train_transform, evaluation_transform = _created(name, model, device, shown)
         config = open_clip.get_model_config(name)
         _refuse_code(config)
         tokenizer = open_clip.get_tokenizer(name)
+    except (InputError, torch.OutOfMemoryError):
+        raise
     except UserWarning as error:
         raise InputError(f"{shown} has the wrong activation, expected '{model.name}-quickgelu' ({error})") from error
     except Exception as error:  # open_clip raises what its sources raise: any of them means an unreadable model
-        first_line = str(error).strip().partition("\n")[0][:200] or type(error).__name__
-        raise InputError(f"{shown} cannot be loaded, expected an open_clip model ({first_line})") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{shown} cannot be loaded, expected an open_clip model ({reason})") from error
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
         raise InputError(
             f"{shown} normalises over the batch (BatchNorm), expected a model whose features do not depend on "
             "which images share a batch or a worker (any ViT)"
         )
-    return Clip(network, tokenizer, train_transform, evaluation_transform, config)
+    clip = Clip(network, tokenizer, train_transform, evaluation_transform, config)
+    check_features(clip, shown, device)
+    return clip
 
 
-def _refuse_unknown_weights(model: Model, shown: str) -> None:
-    known = open_clip.list_pretrained_tags_by_model(model.name)
-    if known and model.pretrained and model.pretrained not in known and not Path(model.pretrained).exists():
-        raise InputError(
-            f"{shown}: found neither a file nor a tag of that name, expected {', '.join(known)} or a file"
-            f"{did_you_mean(model.pretrained, known)}"
+def _created(name: str, model: Model, device: torch.device | str, shown: str) -> tuple[nn.Module, Any, Any]:
+    """The model with its weights, and its two transforms."""
+    if name.startswith(HUB_MODEL):  # create_model does not say why it has no weights
+        open_clip.pretrained.download_pretrained_from_hf(name.removeprefix(HUB_MODEL))
+    try:
+        network, train_transform, evaluation_transform = open_clip.create_model_and_transforms(
+            name, pretrained=model.pretrained, device=device, output_dict=True, require_pretrained=True
         )
+    except (RuntimeError, AssertionError, KeyError, AttributeError) as error:  # of weights that do not fit, too
+        folder = Path(name.removeprefix(LOCAL_MODEL))
+        file = folder / WEIGHTS if name.startswith(LOCAL_MODEL) else Path(model.pretrained or "")
+        if not file.is_file() or not (wrong := mismatch(name, file)):
+            raise
+        raise InputError(
+            f"{shown}: found weights of another architecture in {file}, expected those of "
+            f"{folder / CONFIG if name.startswith(LOCAL_MODEL) else name} ({wrong})"
+        ) from error
+    return network, train_transform, evaluation_transform
 
 
 def _refuse_without_safetensors(folder: Path, shown: str) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from pydantic import ValidationError
 
-from schemas.base import InputError, explain
+from schemas.base import InputError, did_you_mean, explain
 from schemas.data import ClassIncremental, Task
 from schemas.experiment import Experiment
 from zscl import further, memory
@@ -113,7 +113,9 @@ def spell_out(experiment: Experiment, scenario: ClassIncremental, whole: TaskFol
 
 
 def class_order(scenario: ClassIncremental, whole: TaskFolder) -> Sequence[int]:
-    """The order in which classes are learnt: drawn from a seed, or read from a file of names or labels.
+    """The order in which classes are learnt: drawn from a seed, or read from a file of class names, or of labels.
+
+    Class names may be numbers. They are labels only if the file has nothing but numbers, of which some are no names.
 
     Raises:
         InputError: the file does not name every class once.
@@ -122,11 +124,21 @@ def class_order(scenario: ClassIncremental, whole: TaskFolder) -> Sequence[int]:
     if isinstance(scenario.order, int):
         return random.Random(seed_of(scenario.order, "class order")).sample(range(count), count)
     lines = lines_of(scenario.order, "class names or labels")
-    labels = {name: label for label, name in enumerate(whole.classnames)}
-    labels |= {str(label): label for label in range(count)}
-    for line in lines:
+    names = {name: label for label, name in enumerate(whole.classnames)}
+    labels = {str(label): label for label in range(count)}
+    only_labels = all(map(str.isdecimal, lines)) and not names.keys() >= set(lines)
+    labels = labels if only_labels else labels | names
+    for number, line in enumerate(lines, start=1):
+        if not only_labels and whole.classnames.count(line) > 1:
+            raise InputError(
+                f"{scenario.order}: found {line!r} on line {number}, the name of several classes of {whole.path}, "
+                "expected their labels"
+            )
         if line not in labels:
-            raise InputError(f"{scenario.order}: found {line!r}, expected a class name or label of {whole.path}")
+            raise InputError(
+                f"{scenario.order}: found {line!r} on line {number}, expected the class names of {whole.path}, or "
+                f"labels from 0 to {count - 1}, one a line{did_you_mean(line, whole.classnames)}"
+            )
     found = [labels[line] for line in lines]
     if sorted(found) != list(range(count)):
         raise InputError(f"{scenario.order}: found {len(set(found))} classes, expected each of the {count} once")

@@ -14,6 +14,7 @@ from schemas.method import Distill
 from zscl.distributed import from_main, gather, rank, share, sum_over_workers
 from zscl.files import digest, whole_file
 from zscl.model import Clip, at_least_float32
+from zscl.model_checks import refuse_not_finite
 from zscl.seeds import seed_of
 from zscl.tasks import ReferenceSet, TaskFolder
 
@@ -99,14 +100,14 @@ def text_embeddings(
     Returns [N, D], normalised, float32 (float64 for a float64 teacher).
     """
     if weights is None:
-        return gather(_encode(teacher(), tokens, device), len(tokens))
+        return _embedded(teacher(), tokens, device)
     file = store / f"texts-{digest(weights, tokens.numpy().tobytes())[:24]}.npy"
     stored = _stored(file, len(tokens), note) if rank() == 0 else None
     [found] = sum_over_workers(stored is not None)  # the main worker's answer, for all
     if found:
         return from_main(stored.to(device) if stored is not None else None, like=torch.empty(0, device=device))
     note(f"Teacher embeds {len(tokens)} reference texts, once")
-    embedded = gather(_encode(teacher(), tokens, device), len(tokens))
+    embedded = _embedded(teacher(), tokens, device)
     if rank() == 0:
         try:
             with whole_file(file) as temporary, temporary.open("wb") as stream:
@@ -126,8 +127,15 @@ def _stored(file: Path, count: int, note: Callable[[str], None]) -> torch.Tensor
             raise ValueError("other numbers than embeddings")
         return torch.from_numpy(array)
     except Exception as error:  # what numpy raises on foreign bytes is no closed list
-        note(f"{file}: found no embeddings of {count} texts ({str(error)[:100]}); they are computed again")
+        note(f"{file}: found no embeddings of {count} texts ({error}); they are computed again")
         return None
+
+
+def _embedded(teacher: nn.Module, tokens: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The embeddings of all workers' tokens. [N, D]"""
+    embedded = gather(_encode(teacher, tokens, device), len(tokens))
+    refuse_not_finite(embedded, "the teacher gives reference texts")
+    return embedded
 
 
 @torch.no_grad()  # not inference_mode: the losses save these embeddings for their backward pass

@@ -15,7 +15,9 @@ A run's folder is its own checkpoint. Every file in it appears whole, and what i
     result.json                         everything; with it, the run is finished
 """
 
+import csv
 import importlib.metadata
+import io
 import random
 import shutil
 from collections.abc import Callable
@@ -366,12 +368,15 @@ class _Run:
 
 
 def _losses_table(steps: list[StepLosses]) -> str:
-    names = list(steps[0].losses)
-    lines = [
-        ",".join(map(repr, [step.step, step.learning_rate, *step.losses.values(), step.gradient_norm]))
-        for step in steps
-    ]
-    return "\n".join([",".join(["step", "learning_rate", *names, "gradient_norm"]), *lines]) + "\n"
+    """CSV with a column for every loss that any step has; empty where a step does not have it."""
+    names = dict.fromkeys(name for step in steps for name in step.losses)
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["step", "learning_rate", *names, "gradient_norm"])
+    for step in steps:
+        losses = (step.losses.get(name) for name in names)
+        table.writerow([step.step, step.learning_rate, *losses, step.gradient_norm])
+    return text.getvalue()
 
 
 def _device_name(device: torch.device) -> str:

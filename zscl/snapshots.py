@@ -120,5 +120,5 @@ def _load(student: nn.Module, file: Path) -> None:
         for name, parameter in parameters.items():
             parameter.copy_(kept[name])
     except Exception as error:  # safetensors and torch raise what they meet
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())
         raise InputError(f"{file}: found no readable snapshot ({reason}), expected the stage's weights") from error

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from schemas.base import InputError
-from zscl.tasks import MANIFEST
+from zscl.tasks import MANIFEST, lines_of
 from zscl.writing import FileList, LabelledImage, write_task
 
 SPLIT_SEED = 42  # of the authors' random splits
@@ -122,7 +122,7 @@ def _check_same(
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     words = {"classnames.txt": classnames, "zeroshot_classification_templates.txt": templates}
     same_words = all(
-        (folder / file).read_text(encoding="utf-8").splitlines() == list(lines) for file, lines in words.items()
+        lines_of(str(folder / file), "lines") == [line.strip() for line in lines] for file, lines in words.items()
     )
     if manifest.get("file_lists") != lists or not same_words:
         raise InputError(f"{folder}: found a task of other files, classes or templates, expected a new folder")

@@ -18,6 +18,7 @@ from schemas.base import InputError
 from schemas.data import Reference, Task
 from schemas.experiment import HeldOut
 from zscl import verdict
+from zscl.caption_formats import read_captions
 from zscl.files import digest, is_hidden, nearest
 from zscl.holdout import few_of_each, split_off
 from zscl.indexed_samples import IndexedSamples
@@ -31,11 +32,14 @@ MANIFEST = "zscl.json"
 def text_of(location: str) -> str | None:
     """Read a small text file, local or remote; `None` where there is none."""
     try:
+        # Only \n ends a line: the number of a line may be a label.
         if "://" not in location:
             if Path(location).exists() and not Path(location).is_file():
                 raise InputError(f"{location}: found no file but a folder or device, expected a text file")
-            return Path(location).read_text(encoding="utf-8")  # fsspec would take `::` in a path for a chain of URLs
-        with fsspec.open(location, "rt", encoding="utf-8") as stream:
+            # Not through fsspec, which would take `::` in a path for a chain of URLs.
+            with Path(location).open(encoding="utf-8-sig", newline="\n") as file:
+                return file.read()
+        with fsspec.open(location, "rt", encoding="utf-8-sig", newline="\n") as stream:
             return str(stream.read())
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -48,17 +52,21 @@ def text_of(location: str) -> str | None:
 
 
 def lines_of(location: str, what: str) -> list[str]:
-    """Read a file's lines.
+    """Read a file's lines. Only \\n and \\r\\n end a line: other line separators of Unicode are part of it.
 
     Raises:
-        InputError: there is no such file, or it is empty.
+        InputError: there is no such file, it is empty, or it holds NUL bytes.
     """
     text = text_of(location)
     if text is None:
         raise InputError(f"{location}: found no such file, expected {what}, one a line")
-    lines = [line.strip() for line in text.rstrip().splitlines()]
-    if not lines:
+    if not text.strip():
         raise InputError(f"{location}: found an empty file, expected {what}, one a line")
+    lines = [line.strip() for line in text.rstrip().split("\n")]
+    for number, line in enumerate(lines, start=1):
+        if "\0" in line or "\r" in line:
+            what_ends = "a NUL byte" if "\0" in line else "a carriage return within a line"
+            raise InputError(f"{location}: found {what_ends} on line {number}, expected {what}, one a line, in UTF-8")
     return lines
 
 
@@ -353,10 +361,10 @@ class ReferenceSet:
 
     def _texts(self, reference: Reference) -> list[str]:
         if reference.texts is not None:
-            return [text for text in lines_of(reference.texts, "captions") if text]
+            return list(read_captions(reference.texts, lenient=True))
         for location in reference.images:
             if "://" not in location and Path(location, "captions.txt").is_file():
-                return [text for text in lines_of(f"{location}/captions.txt", "captions") if text]
+                return list(read_captions(f"{location}/captions.txt", lenient=True))
         return [text for text in self.images.texts() if text]
 
     @cached_property

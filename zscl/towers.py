@@ -15,6 +15,7 @@ seen to agree with open_clip's own; elsewhere the model runs as it is:
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -60,11 +61,11 @@ class Towers(nn.Module):
         self._used: UsedEmbeddings | None = None
         self._prompts: Prompts | None = None
         savings, checkpointed = compute.savings, compute.gradient_checkpointing
-        if checkpointed:  # some of open_clip's towers take any answer for yes
-            clip.set_grad_checkpointing(True)  # type: ignore[operator]
         self.notes: list[str] = []
         self._image_tower = _image_tower(clip, savings, checkpointed, self.notes)
         self._text_tower = _text_tower(clip, tokens, savings, checkpointed, self.notes)
+        if checkpointed:
+            _enable_gradient_checkpointing(clip, tokens[:1], self._image_tower is None, self._text_tower is None)
         self._pooled_row = savings.pooled_row != "never"
         if self._text_tower is not None:
             self._prompts = _lay_out(self._text_tower, self._tokens, savings)
@@ -192,6 +193,41 @@ def _check(
     [agreeing] = sum_over_workers(difference <= TOLERANCE)
     if agreeing < world_size():
         raise OutputsDifferError(f"its features would differ by {difference:.1g}")
+
+
+def _enable_gradient_checkpointing(clip: nn.Module, tokens: torch.Tensor, image_tower: bool, text_tower: bool) -> None:
+    """Switch on open_clip's gradient checkpointing, and run its towers forward and backward once with it.
+
+    Args:
+        clip: the model.
+        tokens: of a text, [1, L].
+        image_tower: whether open_clip's image tower is used.
+        text_tower: whether open_clip's text tower is used.
+
+    Raises:
+        InputError: the model's blocks cannot be checkpointed.
+    """
+    model: Any = clip
+    image = torch.zeros(1, 3, *image_size(clip)).to(next(clip.parameters()))
+    was_training = clip.training
+    clip.train()
+    for name, used, encode, example in (
+        ("image", image_tower, model.encode_image, image),
+        ("text", text_tower, model.encode_text, tokens),
+    ):
+        try:
+            model.set_grad_checkpointing(True)
+            if used and (features := encode(example)).requires_grad:
+                features.sum().backward()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a model's code raises what it meets
+            raise InputError(
+                f"compute.gradient_checkpointing: found true, but the model's {name} tower cannot do it, expected "
+                f"false ({type(error).__name__}: {' '.join(str(error).split())})"
+            ) from error
+    clip.zero_grad()
+    clip.train(was_training)
 
 
 def left_in_full(clip: nn.Module, savings: Savings) -> list[str]:

@@ -69,8 +69,11 @@ def write_task(
         shard_images: images a shard.
 
     Raises:
-        InputError: a split has no image, or an image's file is none that a shard may hold.
+        InputError: a split has no image, an image's file is none that a shard may hold, or a class name or template
+            does not fit on a line.
     """
+    _refuse_several_lines(folder, "class name", classnames)
+    _refuse_several_lines(folder, "template", templates)
     with whole_folder(folder) as temporary:
         write_text(temporary / "classnames.txt", "\n".join(classnames) + "\n")
         write_text(temporary / "zeroshot_classification_templates.txt", "\n".join(templates) + "\n")
@@ -83,9 +86,18 @@ def write_task(
             write_text(temporary / split / "nshards.txt", f"{len(shards[split])}\n")
             file_lists[split] = files.sha256
             if files.names:
-                write_text(temporary / split / FILES, "\n".join(files.names) + "\n")
+                # A name may hold line separators; the number of a line is a sample's key.
+                lines = (name if name.splitlines() == [name] else ascii(name) for name in files.names)
+                write_text(temporary / split / FILES, "\n".join(lines) + "\n")
         manifest = {"source": source, "split_family": split_family, "file_lists": file_lists, "splits": shards}
         write_text(temporary / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+
+
+def _refuse_several_lines(folder: Path, what: str, lines: Sequence[str]) -> None:
+    """A class name's line number is its label, so that a name is one line, and not an empty one."""
+    for number, line in enumerate(lines):
+        if line.splitlines() != [line] or not line.strip() or "\0" in line:
+            raise InputError(f"{folder}: found {line!r} as {what} {number}, expected text on a single line")
 
 
 def _labelled(

@@ -33,6 +33,12 @@ def prepare(
     corpus: Annotated[
         bool, typer.Option("--corpus", help="With 'embedded': also the captioned corpus for pre-training.")
     ] = False,
+    column: Annotated[
+        str | None,
+        typer.Option(
+            help="With 'captions': name or number (from 1) of the caption column, or key in JSON. Default: detected."
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Make tasks and reference sets; what is there already is kept.
@@ -48,6 +54,7 @@ def prepare(
         "seed": seed,
         "classes": classes and classes.expanduser().absolute(),
         "corpus": corpus or None,
+        "column": column,
     }
     given = {name: value for name, value in options.items() if value is not None}
     content, lines = making.prepare(names, out.expanduser().absolute(), given, progress_console)

@@ -171,7 +171,7 @@ def test_a_demo_of_a_wrong_recipe_draws_nothing(place: Path, zscl: Zscl) -> None
 
 
 def test_an_unknown_model(refused: Callable[..., str]) -> None:
-    assert "model: 'ViT-Z' with pretrained 'openai' cannot be loaded" in refused(
+    assert "model: 'ViT-Z' with pretrained 'openai': found no model of that name" in refused(
         model={"name": "ViT-Z", "pretrained": "openai"}
     )
 

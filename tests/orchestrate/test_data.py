@@ -77,7 +77,15 @@ def test_a_folder_of_images(place: Path, zscl: Zscl) -> None:
 def test_captions(place: Path, zscl: Zscl) -> None:
     (place / "Validation.tsv").write_text("a dog\thttp://one\na cat\thttp://two\n")
     found = zscl("data", "prepare", "captions", "Validation.tsv", "--out", "reference", "--json")
-    assert json.loads(found.out) == {"file": f"{place}/reference/captions.txt", "captions": 2}
+    taken = {"origin": "column 1 of 2 (tab-separated)", "first": ["a dog", "a cat"], "empty": 0}
+    assert json.loads(found.out) == {"file": f"{place}/reference/captions.txt", "captions": 2, **taken}
+    (place / "named.csv").write_text("title,caption\na title here,a dog in fog\n")
+    assert (
+        "expected one; name it: zscl data prepare captions named.csv --column"
+        in zscl("data", "prepare", "captions", "named.csv", "--out", "named").error
+    )
+    found = zscl("data", "prepare", "captions", "named.csv", "--out", "named", "--column", "caption")
+    assert found.out.endswith("1 captions: column 2 of 2, 'caption' (comma-separated); the first:\n  a dog in fog\n")
 
 
 def test_fetch_says_how_a_copy_differs(place: Path, zscl: Zscl, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +119,7 @@ def test_fetch_says_how_a_copy_differs(place: Path, zscl: Zscl, monkeypatch: pyt
         (["prepare", "embedded", "--seed", "1"], "--seed: found it with 'embedded', expected it only with 'folder'"),
         (["prepare", "folder", "x", "--root", "y"], "--root: found it with 'folder', expected it only with tasks"),
         (["prepare", "folder", "x", "--template", "y"], "--template: found 'y', expected a {c} for the class name"),
-        (["prepare", "captions", "none.tsv"], "none.tsv: found no such file, expected captions"),
+        (["prepare", "captions", "none.tsv"], "none.tsv: found no such file, expected a caption file"),
     ],
 )  # fmt: skip
 def test_refuses_in_one_sentence(arguments: list[str], sentence: str, place: Path, zscl: Zscl) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Command, make_task
+from conftest import Command, coloured, make_task
 from mlflow.tracking import MlflowClient
 
 from orchestrate import recipes
@@ -16,6 +16,7 @@ from orchestrate.shipping import sync
 from schemas.experiment import Experiment
 from schemas.judgement import Evaluation
 from zscl.sequence import run_sequence
+from zscl.writing import write_task
 
 Zscl = Callable[..., Command]
 
@@ -96,7 +97,7 @@ def test_one_model_in_detail(run: Path, zscl: Zscl, tasks: list[str], tmp_path: 
         (["embedded"], "--task: found none for the model 'embedded'"),
         (["embedded", "--stage", "1", "--task", "TASK"], "which is no run's folder, expected one that has stages"),
         (["nothing", "--task", "TASK"], "nothing: found no run's folder, no open_clip folder and no name"),
-        (["ViT-B-33", "--pretrained", "openai", "--task", "TASK"], "model: 'ViT-B-33' with pretrained 'openai' cannot"),
+        (["ViT-B-33", "--pretrained", "openai", "--task", "TASK"], "found no model of that name"),
         (["embedded", "--task", "missing"], "missing: found no such folder, expected a task"),
     ],
 )
@@ -134,3 +135,17 @@ def test_a_task_folder_that_names_no_task_is_refused(zscl: Zscl, tmp_path: Path,
         said = zscl("evaluate", tiny_model.removeprefix("local-dir:"), "--task", tmp_path / name)
         assert said.code == 2, said.error
         assert len(said.error.splitlines()) == 1
+
+
+def test_classes_and_prompts_that_the_model_does_not_tell_apart(zscl: Zscl, tiny_model: str, tmp_path: Path) -> None:
+    splits = {split: list(coloured(8, 0)) for split in ("train", "test")}
+    templates = ["a {c}", "a picture of a very small and nearly square patch of {c}"]
+    write_task(tmp_path / "letters", ["A", "b", "a", r"$\no{$ $x$"], templates, splits, suffix="png", source="")
+    model = tiny_model.removeprefix("local-dir:")
+    said = zscl("evaluate", model, "--task", tmp_path / "letters", "--offline", "--out", tmp_path / "out")
+    warnings = evaluation(tmp_path / "out").warnings
+    assert (said.code, len(warnings)) == (0, 2)
+    assert all(f"warning: {sentence}" in said.error for sentence in warnings)
+    assert "found the classes 'A' (0), 'a' (2) to have the same tokens" in said.error
+    checked = zscl("data", "check", tmp_path / "letters")
+    assert "found the classes 'A' (0), 'a' (2) to have the same tokens" in checked.out

@@ -52,9 +52,10 @@ def test_a_prompt_that_is_cut_is_named(experiment: Make, tmp_path: Path) -> None
     long = "a picture of a very small and nearly square patch of {c}"  # the model reads twelve tokens
     splits = {split: list(coloured(8, 0)) for split in ("train", "test")}
     write_task(tmp_path / "long", ["red", "green", "blue", "yellow"], [long, "{c}"], splits, suffix="png", source="")
-    [sentence] = preflight.warnings(open_experiment(experiment(tasks=[str(tmp_path / "long")])))
+    [sentence, equal] = preflight.warnings(open_experiment(experiment(tasks=[str(tmp_path / "long")])))
     assert "task 'long': found the prompt 'a picture of a very small" in sentence
-    assert "to fill the 12 tokens that the model reads" in sentence
+    assert "to have more than the 12 tokens that the model reads" in sentence
+    assert "found the classes 'red' (0), 'green' (1), 'blue' (2), 'yellow' (3) to have the same tokens" in equal
 
 
 def test_classes_of_one_name_are_named(experiment: Make, tmp_path: Path) -> None:
@@ -62,6 +63,24 @@ def test_classes_of_one_name_are_named(experiment: Make, tmp_path: Path) -> None
     write_task(tmp_path / "birds", ["crane", "heron", "crane", "owl"], ["a {c}"], splits, suffix="png", source="")
     [sentence] = preflight.warnings(open_experiment(experiment(tasks=[str(tmp_path / "birds")])))
     assert sentence == ("task 'birds': found 'crane' to be the name of the classes 0, 2; no prompt tells them apart")
+
+
+@pytest.mark.parametrize("class_incremental", [False, True])
+def test_classes_that_the_tokenizer_makes_equal_are_named(
+    experiment: Make, tmp_path: Path, class_incremental: bool
+) -> None:
+    splits = {split: list(coloured(8, 0)) for split in ("train", "test")}
+    write_task(tmp_path / "letters", ["A", "b", "a", " \u00a0B "], ["a {c}"], splits, suffix="png", source="")
+    place = str(tmp_path / "letters")
+    scenario = {"path": place, "first": 2, "increment": 2, "order": 0}
+    own = {"class_incremental": scenario, "tasks": []} if class_incremental else {"tasks": [place]}
+    own["optimisation"] = {"steps": 1, "warmup_steps": 1, "batch_size": 4, "reference_batch_size": 4}
+    sentences = preflight.warnings(open_experiment(experiment(method="finetune", **own)))
+    found = [sentence for sentence in sentences if "the same tokens" in sentence]
+    assert [sentence.partition("found the ")[2] for sentence in found] == [
+        f"classes {classes} to have the same tokens in the prompt 'a {{c}}'; the model cannot tell them apart"
+        for classes in ("'A' (0), 'a' (2)", "'b' (1), 'B' (3)")
+    ]
 
 
 def test_remote_shards_for_several_readers(experiment: Make, bucket: Any, tasks: list[str]) -> None:

@@ -4,6 +4,7 @@ import importlib
 import io
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +14,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from conftest import coloured, opened
 from PIL import Image
 
 from orchestrate import recipes
@@ -25,6 +27,7 @@ from zscl.model import load
 from zscl.opened import class_order, open_experiment
 from zscl.sequence import run_sequence
 from zscl.shards import open_samples
+from zscl.writing import write_task
 
 CPU = torch.device("cpu")
 Make = Callable[..., Experiment]
@@ -76,7 +79,7 @@ def test_the_order_comes_from_a_seed_or_a_file(incremental: Make, tasks: list[st
     file.write_text("blue\nred\n3\n1\n")
     assert order(str(file)) == [2, 0, 3, 1]
     for content, sentence in (
-        ("blue\nrde\n", "found 'rde', expected a class name"),
+        ("blue\nrde\n", "found 'rde' on line 2, expected the class names"),
         ("0\n1\n2\n2\n", "found 3 classes"),
     ):
         file.write_text(content)
@@ -282,3 +285,30 @@ def test_a_written_recipe_still_follows_its_scenario(incremental: Make, tmp_path
 def test_what_is_not_trained_has_no_steps_in_its_identity(incremental: Make) -> None:
     few, many = (incremental(method="zero-shot", optimisation={"batch_size": size}) for size in (4, 8))
     assert open_experiment(few).fingerprint == open_experiment(many).fingerprint
+
+
+def test_class_names_that_are_numbers_are_names_in_an_order(tmp_path: Path) -> None:
+    names = sorted(map(str, range(12)))  # as of folders: 0, 1, 10, 11, 2, ...
+    images = [(image, number % 12) for number, (image, _) in enumerate(coloured(24, 0))]
+    splits = dict.fromkeys(("train", "test"), images)
+    write_task(tmp_path / "numbers", names, ["a {c}"], splits, suffix="png", source="")
+    whole, file = opened(tmp_path / "numbers"), tmp_path / "order.txt"
+
+    def order(lines: list[str]) -> list[int]:
+        file.write_text("\n".join(lines))
+        return list(class_order(ClassIncremental(path=whole.path, order=str(file)), whole))
+
+    assert [names[label] for label in order([str(label) for label in range(12)])] == [str(label) for label in range(12)]
+    crane = replace(whole, classnames=("crane", "heron", "crane"))
+
+    def of_crane(lines: list[str]) -> list[int]:
+        file.write_text("\n".join(lines))
+        return list(class_order(ClassIncremental(path=whole.path, order=str(file)), crane))
+
+    assert of_crane(["2", "0", "1"]) == [2, 0, 1]
+    with pytest.raises(
+        InputError, match=r"found 'crane' on line 1, the name of several classes .*expected their labels"
+    ):
+        of_crane(["crane", "heron"])
+    with pytest.raises(InputError, match=r"found 'hern' on line 2, expected the class names .*did you mean 'heron'"):
+        of_crane(["2", "hern"])

@@ -1,5 +1,6 @@
 """Losses from other code, named in a recipe."""
 
+import csv
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from orchestrate import page
 from schemas.base import InputError
 from schemas.experiment import Experiment
 from zscl.opened import open_experiment
@@ -114,6 +116,23 @@ def test_settings_and_names_that_do_not_fit(module: Path, experiment: Make, tmp_
         ("return lambda features, batch: features.images @ features.images", r"line 2 \(RuntimeError: mat1 and mat2"),
         ("raise KeyError('weight')", r"fails in losses_of_mine.py, line 2 \(KeyError: 'weight'\), expected a part"),
         ("return 3", r"gives int, expected a part"),
+        (
+            "return lambda features, batch: {'mine': features.images.mean().long()}",
+            r"gives torch\.int64 on cpu as 'mine'",
+        ),
+        ("return lambda features, batch: {3: features.images.mean()}", r"gives a loss called 3, expected a name"),
+        (
+            "return lambda features, batch: {'a,b': features.images.mean()}",
+            r"gives a loss called 'a,b', expected a name",
+        ),
+        (
+            "return lambda features, batch: {'step': features.images.mean()}",
+            r"gives a loss called 'step', expected a name",
+        ),
+        (
+            "return lambda features, batch: {'../up': features.images.mean()}",
+            r"gives a loss called '\.\./up', expected",
+        ),
     ],
 )
 def test_a_loss_that_is_none_is_said_in_a_sentence(
@@ -122,6 +141,42 @@ def test_a_loss_that_is_none_is_said_in_a_sentence(
     module.write_text(f"def broken(stage):\n    {body}\n")
     with pytest.raises(InputError, match=rf"^method.further_losses: 'losses_of_mine\.broken' .*{sentence}"):
         run_sequence(with_losses(experiment, "losses_of_mine.broken"), tmp_path / "run", device=CPU)
+
+
+VARYING = """
+class Varying:
+    def __init__(self, stage):
+        self.calls = 0
+
+    def __call__(self, features, batch):
+        self.calls += 1
+        one, two = 1 + 0 * features.images.mean(), 2 + 0 * features.images.mean()
+        return [{}, {"two": two}, {"one": one, "two": two}, {"two": two, "one": one}, {"one": one}][self.calls - 1]
+"""
+
+
+@pytest.mark.parametrize("every_steps", [1, 2, 100])
+def test_losses_that_not_every_step_has_keep_their_columns(
+    module: Path, experiment: Make, tmp_path: Path, every_steps: int
+) -> None:
+    module.write_text(VARYING)
+    method = {"preset": "finetune", "further_losses": ["losses_of_mine.Varying"]}
+    compute = {"device": "cpu", "checkpoint": {"every_steps": every_steps}}
+    run_sequence(experiment(method=method, compute=compute), tmp_path / "run", device=CPU)
+    file = tmp_path / "run/stages/1-first/losses.csv"
+    with file.open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert list(rows[0]) == ["step", "learning_rate", "classification", "two", "one", "gradient_norm"]
+    assert [(row["one"], row["two"]) for row in rows] == [
+        ("", ""),
+        ("", "2.0"),
+        ("1.0", "2.0"),
+        ("1.0", "2.0"),
+        ("1.0", ""),
+    ]
+    assert all(float(row["classification"]) > 0 and float(row["gradient_norm"]) > 0 for row in rows)
+    drawn = [(point["loss"], point["step"], point["value"]) for point in page._curve(file, "run", "method", 1)]
+    assert [point for point in drawn if point[0] == "one"] == [("one", 2, 1.0), ("one", 3, 1.0), ("one", 4, 1.0)]
 
 
 def test_a_name_without_a_module(experiment: Make) -> None:

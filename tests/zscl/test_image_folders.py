@@ -143,7 +143,7 @@ def test_class_folders_and_files_may_have_any_name(tmp_path: Path) -> None:
 def test_a_folder_whose_name_makes_no_class_name_is_refused(tmp_path: Path, name: str) -> None:
     sorted_by_class(tmp_path / "photos", 8)
     (tmp_path / "photos/blue").rename(tmp_path / "photos" / name)
-    with pytest.raises(InputError, match=r"photos: found the folder '.*', expected a name that a class can have"):
+    with pytest.raises(InputError, match=r"photos: found the folder '.*', expected one named after its class"):
         prepare_folder(tmp_path / "photos", tmp_path / "task", ["{c}"])
 
 
@@ -159,3 +159,14 @@ def test_a_class_of_files_that_are_no_images_is_refused(tmp_path: Path) -> None:
         file.write_bytes(b"no image")
     with pytest.raises(InputError, match="blue: found no file with an image in it"):
         prepare_folder(tmp_path / "photos", tmp_path / "task", ["{c}"])
+
+
+def test_a_folder_name_becomes_one_line(tmp_path: Path) -> None:
+    sorted_by_class(tmp_path / "photos", 12)
+    (tmp_path / "photos/blue").rename(tmp_path / "photos/_b\u2028l\nue")
+    prepare_folder(tmp_path / "photos", tmp_path / "task", ["{c}"])
+    assert opened(tmp_path / "task").classnames == ("b l ue", "green ish", "rusty red", "yellow")
+    assert prepare_folder(tmp_path / "photos", tmp_path / "task", ["{c}"]).kept
+    (tmp_path / "photos/yellow").rename(tmp_path / "photos/_-")
+    with pytest.raises(InputError, match="found the folder '_-', expected one named after its class"):
+        prepare_folder(tmp_path / "photos", tmp_path / "other", ["{c}"])

@@ -56,7 +56,12 @@ def test_the_digest_follows_weights_and_configuration(folder: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("model", "sentence"),
     [
-        (Model(name="ViT-Z-1", pretrained="openai"), "'ViT-Z-1' with pretrained 'openai' cannot be loaded"),
+        (
+            Model(name="ViT-B-33", pretrained="openai"),
+            r"'ViT-B-33' with pretrained 'openai': found no model of that name.* did you mean 'ViT-B-32'\?$",
+        ),
+        (Model(name="vit-l-14-336", pretrained="openai"), r"did you mean 'ViT-L-14-336'\?$"),
+        (Model(name="ViT-B/32", pretrained="opena1"), r"found neither a file nor a tag.*did you mean 'openai'\?$"),
         (
             Model(name="ViT-B-32", pretrained="nowhere"),
             "'ViT-B-32' with pretrained 'nowhere': found neither a file nor a tag of that name",

@@ -133,3 +133,17 @@ def test_names_a_store_that_cannot_be_read(path: str) -> None:
 def test_refuses_a_reference_set_without_texts(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"reference: found no texts in .*expected \.txt members"):
         ReferenceSet(Reference.model_validate(captioned(tmp_path / "without", False)))
+
+
+def test_only_a_newline_ends_a_class_name(tmp_path: Path) -> None:
+    folder = make_task(tmp_path / "task", seed=0)
+    names = ["r\u2028ed", "gr\x85een", "bl\x0bu\x0ce", "yel\x1clow"]
+    (folder / "classnames.txt").write_bytes(("\ufeff" + "\r\n".join(names) + "\r\n\r\n").encode())
+    assert opened(folder).classnames == tuple(names)
+    for content, found in (
+        (b"red\0\ngreen\n", "a NUL byte on line 1"),
+        (b"red\ngr\reen\n", "a carriage return .*line 2"),
+    ):
+        (folder / "classnames.txt").write_bytes(content)
+        with pytest.raises(InputError, match=rf"classnames\.txt: found {found}"):
+            opened(folder)

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from conftest import coloured, make_task, opened
 
-from zscl.writing import write_task
+from schemas.base import InputError
+from zscl.writing import LabelledImage, write_task
 
 
 def test_writes_the_layout_that_clip_benchmark_reads(tmp_path: Path) -> None:
@@ -41,3 +42,24 @@ def test_the_manifest_counts(tmp_path: Path) -> None:
     manifest = json.loads((make_task(tmp_path / "task", seed=0) / "zscl.json").read_text())
     assert [shard["samples"] for shard in manifest["splits"]["train"]] == [9, 9, 6]
     assert manifest["source"] == "made by a test"
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "two\u2028lines", "two\x85lines", "", " ", "nul\0"])
+def test_a_class_name_or_template_that_is_no_line_is_refused(name: str, tmp_path: Path) -> None:
+    splits = {split: coloured(4, 0) for split in ("train", "test")}
+    for names, templates in (["red", name], ["{c}"]), (["red"], ["{c}", name]):
+        with pytest.raises(InputError, match="expected text on a single line"):
+            write_task(tmp_path / "task", names, templates, splits, suffix="png", source="test")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_name_is_one_line_of_the_list(tmp_path: Path) -> None:
+    image, _ = next(coloured(1, 0))
+    files = [LabelledImage(image, 0, name) for name in ("a\nb.png", "c\u2028d.png", "e.png")]
+    write_task(tmp_path / "task", ["red"], ["{c}"], {"train": files, "test": files}, source="test")
+    assert (tmp_path / "task/train/files.txt").read_text().split("\n") == [
+        r"'a\nb.png'",
+        r"'c\u2028d.png'",
+        "e.png",
+        "",
+    ]
