@@ -3,10 +3,11 @@
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from orchestrate.places import EXPERIMENT, SQLITE, store_uri, unmasked
+from orchestrate.places import EXPERIMENT, LEVELS, sqlite_file, store_uri, unmasked
 from orchestrate.recipes import load_experiment
 from schemas.base import InputError
 from schemas.secrets import mask
+from zscl.journal import begun_in, identity_of
 
 
 def attach(
@@ -33,24 +34,26 @@ def attach(
     except InputError as error:
         note(f"not left in MLflow: {error}")
         return False
-    if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).is_file():
-        return False  # an offline run: `zscl sync` makes the store
-    from mlflow.entities import Metric
-    from mlflow.tracking import MlflowClient
+    identity = identity_of(run)
+    from mlflow.entities import Metric  # takes seconds to import
 
-    from orchestrate.mlflow_store import folder_query
+    from orchestrate.mlflow_store import open_client, recorded, runs_of
 
     try:
-        client = MlflowClient(tracking_uri=uri)
+        file = sqlite_file(uri)
+        if identity is None or (file is not None and not file.is_file()):
+            return False  # a copy of a result, or an offline run: `zscl sync` makes the store
+        client = open_client(uri)
         found = client.get_experiment_by_name(experiment.tracking.experiment)
-        runs = client.search_runs([found.experiment_id], folder_query(run), max_results=1) if found else []
-        for recorded in runs:
-            where = recorded.info.run_id
-            for file in files:
-                client.log_artifact(where, str(file), place)
+        runs = runs_of(client, [found.experiment_id], identity.fingerprint, LEVELS) if found else []
+        run_there = recorded(runs, run.absolute(), identity.begun, begun_in)
+        if run_there is not None:
+            where = run_there.info.run_id
+            for each in files:
+                client.log_artifact(where, str(each), place)
             rows = [
                 # The time of the run's end: sent again, it is the same metric.
-                Metric(name, value, recorded.info.end_time or recorded.info.start_time, step)
+                Metric(name, value, run_there.info.end_time or run_there.info.start_time, step)
                 for name, values in (metrics or {}).items()
                 for step, value in values.items()
             ]
@@ -60,4 +63,4 @@ def attach(
         reason = mask(" ".join(str(error).split()), uri)[:200]
         note(f"not left in MLflow at {mask(uri)} ({reason}); the files are in {files[0].parent}")
         return False
-    return bool(runs)
+    return run_there is not None

@@ -3,6 +3,7 @@
 import csv
 import io
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from rich.console import Console
 
 from orchestrate import page, report
 from orchestrate.attaching import attach
-from orchestrate.comparison import Comparison, gather
+from orchestrate.comparison import Comparison, Difference, gather
 from orchestrate.comparison_tables import (
     FIGURES,
     Row,
@@ -21,7 +22,7 @@ from orchestrate.comparison_tables import (
     terminal_tables,
 )
 from orchestrate.places import EXPERIMENT
-from schemas.base import InputError
+from schemas.base import InputError, did_you_mean
 from zscl.files import whole_file, write_text
 
 
@@ -40,7 +41,7 @@ def compare(
         folder: where to write.
         console: for tables.
         published: order of MTIL whose published figures stand beside.
-        baseline: the method from which the others' differences are shown; default: the first, where there are several.
+        baseline: the method from which the others' differences are shown; default: `Comparison.default_baseline`.
         note: told which store of MLflow cannot take the page; without it, none is asked.
 
     Returns the content for programs, and lines that say what was written where.
@@ -51,21 +52,28 @@ def compare(
     comparison = gather(found)
     labels = list(comparison.groups)
     if baseline is not None and baseline not in labels:
-        raise InputError(f"--baseline {baseline}: found the methods {', '.join(labels)}, expected one of them")
-    against = baseline or (labels[0] if len(labels) > 1 else None)
+        raise InputError(
+            f"--baseline {baseline}: found the methods {', '.join(labels)}, expected one of them"
+            f"{did_you_mean(baseline, labels)}"
+        )
+    against = baseline or comparison.default_baseline
     rows = run_rows(comparison)
     if published:
         rows += published_rows(published, comparison.tasks)
     written = write_comparison(comparison, rows, folder, against)
     if console is not None:
-        console.print(terminal_tables(comparison, rows, against))
+        console.print(terminal_tables(comparison, rows, against, console.width))
     if note is not None:
+        place = "comparison" if folder.name == "comparison" else f"comparison/{folder.name}"
         for run in comparison.runs:
             if (run.folder / EXPERIMENT).is_file():
-                attach(run.folder, [Path(written["page"])], "comparison", note)
+                attach(run.folder, [Path(written["page"])], place, note)
     lines = [f"left out: {reason}" for reason in comparison.left_out.values()]
+    if against is not None and baseline is None:
+        lines.append(f"baseline  {against} (by default finetune, else zero-shot, else the first; --baseline METHOD)")
     content = {
         "rows": rows,
+        "baseline": against,
         "groups": _groups(comparison, against),
         "left_out": dict(comparison.left_out),
         "files": written,
@@ -80,13 +88,19 @@ def _groups(comparison: Comparison, baseline: str | None) -> dict[str, Any]:
         figures: dict[str, Any] = {}
         for figure in FIGURES:
             summary = comparison.summary(label, figure)
-            figures[figure] = None if summary is None else {"mean": summary.mean, "deviation": summary.deviation}
+            figures[figure] = None if summary is None else asdict(summary)
             if summary is not None and baseline is not None and label != baseline:
-                difference = comparison.difference(label, baseline, figure)
-                if difference is not None:
-                    figures[figure] |= {"difference": difference.mean, "interval": difference.interval}
+                figures[figure] |= _difference(comparison.difference(label, baseline, figure))
         found[label] = {"runs": [run.name for run in runs], "figures": figures}
     return found
+
+
+def _difference(difference: Difference | None) -> dict[str, Any]:
+    """Give a difference to programs; where no two runs make a pair, there is none, of no pairs."""
+    if difference is None:
+        return {"difference": None, "interval": None, "pairs": 0}
+    names = {"mean": "difference"}
+    return {names.get(name, name): value for name, value in asdict(difference).items()}
 
 
 def write_comparison(comparison: Comparison, rows: Sequence[Row], folder: Path, baseline: str | None) -> dict[str, str]:
@@ -105,7 +119,7 @@ def write_comparison(comparison: Comparison, rows: Sequence[Row], folder: Path, 
     results = [run.result for run in comparison.runs]
     labels = [f"{run.label}, seed {run.result.seed}" for run in comparison.runs]
     pictures = {
-        "picture": report.draw_comparison(results, labels),
+        "picture": report.draw_comparison(results, labels, {name: comparison.zero_shot(name) for name in report.MAIN}),
         "curves": report.draw_accuracies(*results, labels=labels),
     }
     for kind, figure in pictures.items():

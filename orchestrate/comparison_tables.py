@@ -1,12 +1,12 @@
 """A comparison as tables: rows for programs, text for a terminal, Markdown, and LaTeX for a paper."""
 
 import math
-from collections.abc import Mapping, Sequence
-from statistics import fmean
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from orchestrate.comparison import Comparison, Difference, Summary
 from orchestrate.published import MTIL
@@ -16,6 +16,11 @@ from schemas.results import Result
 
 FIGURES = ("transfer", "avg", "last", "learned", "forgetting", "backward_transfer", "forward_transfer")
 SMALLER_IS_BETTER = ("forgetting",)
+CHANGES = (
+    "difference from {baseline} over pairs of one seed and order, its 95 % confidence interval (paired t), and the "
+    "sample it is of"
+)
+NUMBER_WIDTH, LONGEST_HEADING = 5, 16  # columns of a terminal
 Row = dict[str, str | float | None]
 
 
@@ -88,7 +93,7 @@ def published_rows(order: str, tasks: Sequence[str]) -> list[Row]:
 def group_table(comparison: Comparison, baseline: str | None = None) -> list[list[str]]:
     """The groups as text, heads first: mean ± standard deviation in per cent; differences from a baseline, if any."""
     head = ["method", "runs", *MAIN]
-    rows = [[ZERO_SHOT, "", *(percent(value) for value in _zero_shot_means(comparison))]]
+    rows = [[ZERO_SHOT, "", *(percent(comparison.zero_shot(figure)) for figure in MAIN)]]
     for label, runs in comparison.groups.items():
         cells = [_plus_minus(comparison.summary(label, figure)) for figure in MAIN]
         if baseline is not None and label != baseline:
@@ -98,12 +103,6 @@ def group_table(comparison: Comparison, baseline: str | None = None) -> list[lis
     return [head, *rows]
 
 
-def _zero_shot_means(comparison: Comparison) -> list[float | None]:
-    found = [run.result.zero_shot_metrics.model_dump() for run in comparison.runs]
-    values = [[each[figure] for each in found if each[figure] is not None] for figure in MAIN]
-    return [fmean(each) if each else None for each in values]
-
-
 def _plus_minus(summary: Summary | None) -> str:
     if summary is None:
         return percent(None)
@@ -111,46 +110,75 @@ def _plus_minus(summary: Summary | None) -> str:
 
 
 def _change(difference: Difference | None) -> str:
-    """A difference as text: in points, with its interval."""
+    """A difference as text: in points, with its interval if it has one, and the size of the sample."""
     if difference is None:
         return ""
+    of = f"{difference.size} {difference.unit if difference.size > 1 else difference.unit.removesuffix('s')}"
     if difference.interval is None:
-        return f"({100 * difference.mean:+.1f})"
+        return f"({100 * difference.mean:+.1f}; {of})"
     low, high = difference.interval
-    return f"({100 * difference.mean:+.1f}; {100 * low:+.1f} to {100 * high:+.1f})"
+    return f"({100 * difference.mean:+.1f}; {100 * low:+.1f} to {100 * high:+.1f}; {of})"
 
 
-def terminal_tables(comparison: Comparison, rows: Sequence[Row], baseline: str | None) -> Group:
-    """The comparison for a terminal: groups, runs, then each task's final accuracy with a column a run."""
+def terminal_tables(comparison: Comparison, rows: Sequence[Row], baseline: str | None, width: int) -> Group:
+    """Show the comparison on a terminal: groups, runs, then each task's final accuracy with a column a run.
+
+    Args:
+        comparison: what is shown.
+        rows: of it.
+        baseline: from which the groups' differences are.
+        width: of the terminal, in columns: runs that do not fit beside each other go into tables below each other.
+    """
     tables: list[Any] = []
     head, *body = group_table(comparison, baseline)
     title = "Figures of the accuracy matrix, %"
     if baseline is not None:
-        title += f"; in brackets: paired difference from {baseline}, with a 95 % interval"
-    groups = Table(title=title)
-    for column in head:
-        groups.add_column(column, justify="left" if column == "method" else "right")
-    for line in body:
-        groups.add_row(*line)
-    words = ("run", "method", "seed")
+        title += f"; mean ± standard deviation; in brackets: {CHANGES.format(baseline=baseline)}"
     if any(len(runs) > 1 for runs in comparison.groups.values()) or any(
         not row["order"] and row["run"] for row in rows
     ):
-        tables.append(groups)
-    figures = Table(title="Each run, %")
-    for column in (*words, *MAIN):
-        figures.add_column(column, justify="left" if column in words else "right")
-    for row in rows:
-        figures.add_row(*(cell(row.get(column)) for column in (*words, *MAIN)))
+        tables.append(_table(title, head, body, ("method",)))
+    words = ("run", "method", "seed")
+    columns = (*words, *MAIN)
+    tables.append(_table("Each run, %", columns, [[cell(row.get(name)) for name in columns] for row in rows], words))
     names = comparison.tasks
     measured = [row for row in rows if row.get(names[0]) is not None]
-    tasks = Table(title="Accuracy on each task after the last stage, %")
-    tasks.add_column("task")
-    for row in measured:
-        tasks.add_column(str(row["run"] or row["method"]), justify="right")
-    for name in names:
-        tasks.add_row(name, *(cell(row[name]) for row in measured))
-    return Group(*tables, figures, tasks)
+    for part in _fitting(measured, width - max(map(len, ["task", *names])) - 4):
+        head = ["task", *(_heading(row) for row in part)]
+        body = [[name, *(cell(row[name]) for row in part)] for name in names]
+        tables.append(_table("Accuracy on each task after the last stage, %", head, body, ("task",)))
+    return Group(*tables)
+
+
+def _table(title: str, head: Sequence[str], body: Sequence[Sequence[str]], words: Sequence[str]) -> Table:
+    """Lay out a table whose numbers are never cut; columns of words are flush left and folded where they must be."""
+    table = Table(title=title)
+    for number, column in enumerate(head):
+        left = number == 0 or column in words
+        table.add_column(
+            Text(column), justify="left" if left else "right", overflow="fold", min_width=None if left else NUMBER_WIDTH
+        )
+    for line in body:
+        table.add_row(*map(Text, line))
+    return table
+
+
+def _heading(row: Row) -> str:
+    return str(row["run"] or row["method"])
+
+
+def _fitting(rows: Sequence[Row], width: int) -> Iterator[list[Row]]:
+    """Cut rows into parts whose columns fit beside each other."""
+    part: list[Row] = []
+    left = width
+    for row in rows:
+        needed = 3 + max(NUMBER_WIDTH, min(len(_heading(row)), LONGEST_HEADING))
+        if part and needed > left:
+            yield part
+            part, left = [], width
+        part.append(row)
+        left -= needed
+    yield part
 
 
 def markdown(comparison: Comparison, rows: Sequence[Row], baseline: str | None) -> str:
@@ -161,6 +189,9 @@ def markdown(comparison: Comparison, rows: Sequence[Row], baseline: str | None) 
     runs = [columns, *([cell(row.get(column)) for column in columns] for row in rows)]
     parts = [
         "## Methods\n",
+        "In per cent, mean ± standard deviation over the runs."
+        + (f" In brackets: {CHANGES.format(baseline=baseline)}." if baseline else "")
+        + "\n",
         markdown_table(group_table(comparison, baseline), left=1),
         "\n## Runs\n",
         markdown_table(runs, left=3),
@@ -192,7 +223,7 @@ def latex(comparison: Comparison) -> str:
     lines = [[escaped(label), *(best_in_bold(label, figure) for figure in MAIN)] for label in groups]
     zero_shot = [
         ZERO_SHOT,
-        *("--" if value is None else f"{100 * value:.1f}" for value in _zero_shot_means(comparison)),
+        *("--" if (value := comparison.zero_shot(figure)) is None else f"{100 * value:.1f}" for figure in MAIN),
     ]
     return "\n".join(
         [

@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -28,7 +28,8 @@ from mlflow.tracking import MlflowClient
 from sqlalchemy import NullPool, create_engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from orchestrate.places import SQLITE
+from orchestrate.local_store import artefacts_beside, follow_artefacts
+from orchestrate.places import sqlite_file
 from schemas.base import InputError
 from schemas.secrets import mask
 
@@ -37,7 +38,9 @@ logging.getLogger("mlflow").setLevel(logging.WARNING)
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
 PARENT = "mlflow.parentRunId"
-KEY = "zscl.key"
+FINGERPRINT = "zscl.fingerprint"
+FOLDER = "zscl.folder"  # where the run lay when it was last recorded
+TAKEN = "zscl.journal"  # how many of a journal's entries a run has, and when that journal begins
 LEVEL = "zscl.level"  # search, trial or sequence, stage
 REASON = "zscl.reason"
 TABLES = "mlflow.loggedArtifacts"  # which artefacts MLflow's pages show as tables
@@ -62,17 +65,17 @@ def open_store(uri: str, experiment: str) -> tuple[MlflowClient, str]:
     Raises:
         Exception: one of `FAILURES`.
     """
-    if uri.partition("://")[0].partition("+")[0] in DATABASE_ENGINES and not uri.startswith(SQLITE):
+    if uri.partition("://")[0].partition("+")[0] in set(DATABASE_ENGINES) - {"sqlite"}:
         # MLflow asks a database that does not answer again for a hundred seconds.
         create_engine(uri, poolclass=NullPool).connect().close()
-    with _alone(uri):
-        client = MlflowClient(tracking_uri=uri)
+    file = sqlite_file(uri)
+    with _alone(file):
+        client = open_client(uri)
         found = client.get_experiment_by_name(experiment)
         if found is not None:
             return client, str(found.experiment_id)
         # Beside an SQLite store lie its artefacts; a server has a place of its own.
-        local = uri.startswith(SQLITE)
-        place = str(Path(uri.removeprefix(SQLITE)).absolute().parent / "mlflow-artifacts") if local else None
+        place = None if file is None else artefacts_beside(file).as_uri()
         try:
             return client, str(client.create_experiment(experiment, artifact_location=place, tags=KIND))
         except MlflowException:
@@ -82,13 +85,23 @@ def open_store(uri: str, experiment: str) -> tuple[MlflowClient, str]:
             return client, str(made.experiment_id)
 
 
+def open_client(uri: str) -> MlflowClient:
+    """Open a store; where that is an SQLite file that was moved, with its artefacts where they lie now.
+
+    Raises:
+        Exception: one of `FAILURES`.
+    """
+    if file := sqlite_file(uri):
+        follow_artefacts(file)
+    return MlflowClient(tracking_uri=uri)
+
+
 @contextmanager
-def _alone(uri: str) -> Iterator[None]:
+def _alone(file: Path | None) -> Iterator[None]:
     """Let one process at a time open an SQLite store: two that create it at once break it."""
-    if not uri.startswith(SQLITE):
+    if file is None:
         yield
         return
-    file = Path(uri.removeprefix(SQLITE))
     if file.is_dir():
         raise OSError(f"{file} is a folder")
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -96,17 +109,45 @@ def _alone(uri: str) -> Iterator[None]:
         yield
 
 
-def folder_query(folder: Path) -> str:
-    """The search expression for the run, or trial, in a folder; the newest comes first."""
-    quoted = mask(str(folder.absolute())).replace("'", "\\'")
-    return f"tags.`zscl.folder` = '{quoted}' and tags.`{LEVEL}` != 'search'"
+def runs_of(client: MlflowClient, experiments: Sequence[str], fingerprint: str, levels: Sequence[str]) -> list[Run]:
+    """Return the runs, of some levels, of what has a fingerprint, the newest first."""
+    query = f"tags.`{FINGERPRINT}` = '{fingerprint}'"
+    found = client.search_runs(list(experiments), query, order_by=["attributes.start_time DESC"])
+    return [run for run in found if run.data.tags.get(LEVEL) in levels]
 
 
-def runs_with_key(client: MlflowClient, experiment: str, key: str, level: str) -> list[Run]:
-    """The runs of a level that have a key, the newest first."""
-    quoted = key.replace("'", "\\'")
-    query = f"tags.`{KEY}` = '{quoted}' and tags.`{LEVEL}` = '{level}'"
-    return list(client.search_runs([experiment], query, order_by=["attributes.start_time DESC"]))
+def recorded(
+    runs: Sequence[Run], folder: Path, begun: int | None, begun_in: Callable[[Path], int | None]
+) -> Run | None:
+    """Choose, among the runs of one fingerprint, the record of what lies in a folder.
+
+    It is known by when it began, so that it is found again after its folder was moved. A copy, whose original is still
+    where it was recorded, is not its original.
+
+    Args:
+        runs: of one fingerprint, level and search, the newest first.
+        folder: absolute.
+        begun: when what lies in it began, if it has begun.
+        begun_in: gives the same of another folder, if there is one.
+    """
+
+    def is_here(place: Path) -> bool:
+        """Whether a recorded place is this folder, by whatever path."""
+        return str(place) == mask(str(folder)) or (place.exists() and folder.exists() and place.samefile(folder))
+
+    began = [(run, Path(run.data.tags.get(FOLDER, "/")), begun_of(run)) for run in runs]
+    alike = [(run, place) for run, place, when in began if when == begun]
+    choices = [run for run, place in alike if is_here(place)]
+    if begun is not None:
+        choices += [run for run, place in alike if begun_in(place) != begun]
+        choices += [run for run, place, when in began if when is None and is_here(place)]  # killed before it sent any
+    return choices[0] if choices else None
+
+
+def begun_of(run: Run) -> int | None:
+    """Return when what a run records began, if it says so."""
+    begun = run.data.tags.get(TAKEN, "").partition(" since ")[2]
+    return int(begun) if begun else None
 
 
 def forget_reason(client: MlflowClient, run: str) -> None:

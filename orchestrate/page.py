@@ -4,22 +4,20 @@ import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import altair as alt
 import vl_convert
 from jinja2 import Environment, PackageLoader, select_autoescape
 
+from orchestrate import report
 from orchestrate.comparison import Comparison
-from orchestrate.comparison_tables import Row, group_table
+from orchestrate.comparison_tables import CHANGES, Row, group_table
 from orchestrate.report import MAIN, ZERO_SHOT
 from zscl.rows import stage_folder
 
 MOST_POINTS = 60  # of a loss curve
 HEIGHT = 150  # pixels of a small chart
-# Colours that can be told apart by whoever sees few of them (Okabe & Ito), on light and on dark.
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6BB1", "#7F7F7F"]
 # What the page's two lists choose, in every chart.
 SHOWN_METHOD = "shown_method == null || datum.method == shown_method"
 SHOWN_TASK = "shown_task == null || datum.task == shown_task"
@@ -33,7 +31,6 @@ THEME = {
     "header": {"labelColor": INK, "titleColor": INK, "labelFontSize": 12},
     "title": {"color": INK},
     "text": {"color": INK},
-    "range": {"category": COLOURS},
 }
 
 
@@ -60,7 +57,7 @@ def page(comparison: Comparison, rows: Sequence[Row], baseline: str | None) -> s
         bundle=_bundle(),
         head=head,
         groups=groups,
-        baseline=baseline,
+        changes=CHANGES.format(baseline=baseline) if baseline else None,
         methods=list(comparison.groups),
         published=[row for row in rows if str(row["run"]).startswith("published")],
         costs=[(run, _cost(rows, run.name)) for run in comparison.runs],
@@ -132,8 +129,8 @@ def _figures(comparison: Comparison) -> Any:
 
 
 def _zero_shot(comparison: Comparison, figure: str) -> float | None:
-    found = [getattr(run.result.zero_shot_metrics, figure) for run in comparison.runs]
-    return 100 * fmean(found) if figure != "forgetting" and None not in found else None
+    found = comparison.zero_shot(figure)
+    return 100 * found if found is not None and figure != "forgetting" else None
 
 
 def _accuracy_by_stage(comparison: Comparison) -> Any:
@@ -173,7 +170,10 @@ def _accuracy_by_stage(comparison: Comparison) -> Any:
 
 def _colour(comparison: Comparison) -> Any:
     """A colour a method, which it keeps whatever else is shown."""
-    return alt.Color("method:N", sort=None, title=None, scale=alt.Scale(domain=list(comparison.groups)))
+    methods = list(comparison.groups)
+    return alt.Color(
+        "method:N", sort=None, title=None, scale=alt.Scale(domain=methods, range=report.colours(len(methods)))
+    )
 
 
 def _shown() -> list[Any]:

@@ -3,14 +3,16 @@
 import os
 import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from schemas.base import InputError
+from schemas.base import InputError, command
 from schemas.experiment import Experiment
 from schemas.secrets import MASK, mask
 
 SQLITE = "sqlite:///"
+LEVELS = ("sequence", "trial")  # of MLflow's runs: those that are a run of ours
 EXPERIMENT = "experiment.yaml"  # of a run's folder: the recipe, with every default spelt out
 # Of a search's folder: its recipe, its identity, what it found, and the recipe that it chose.
 SEARCH, FINGERPRINT, FOUND, CHOSEN = "search.yaml", "fingerprint", "search.json", "chosen.yaml"
@@ -31,10 +33,56 @@ def folder_of(experiment: Experiment, fingerprint: str, out: Path | None, name: 
     return Path.cwd() / "runs" / f"{experiment.name}-{method}-{fingerprint[:8]}"
 
 
+@dataclass(frozen=True)
+class SearchIdentity:
+    """What tells a search from all others, wherever its folder lies.
+
+    Attributes:
+        fingerprint: of the search.
+        algorithm: version that computed it; empty in a folder older than versions.
+        begun: when, in milliseconds; `None` in such a folder.
+    """
+
+    fingerprint: str
+    algorithm: str = ""
+    begun: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.fingerprint} {self.algorithm} {self.begun}"
+
+
+def search_identity(folder: Path) -> SearchIdentity:
+    """Read a search's identity from its folder."""
+    fingerprint, *rest = (folder / FINGERPRINT).read_text(encoding="utf-8").split()
+    return SearchIdentity(fingerprint, rest[0], int(rest[1])) if rest else SearchIdentity(fingerprint)
+
+
 def store_uri(experiment: Experiment, folder: Path) -> str:
     """The recipe's tracking URI, else MLFLOW_TRACKING_URI, else an SQLite file beside the run's folder."""
     given = experiment.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
-    return given or f"{SQLITE}{folder.parent / 'mlflow.db'}"
+    return given or sqlite_uri(folder.parent / "mlflow.db")
+
+
+def sqlite_uri(file: Path) -> str:
+    """Return the URI of an SQLite file: `%` and `?` have a meaning in a URI and are quoted."""
+    path = str(file)
+    quoted = path.replace("%", "%25").replace("?", "%3F")
+    # Of `sqlite:///…`, MLflow makes the parent folder of the path as it is quoted; of this, SQLAlchemy finds the file.
+    return f"{SQLITE}{path}" if quoted == path else f"sqlite+pysqlite:///{quoted}"
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """Return the absolute path of the file that an SQLite URI means; `None` for any other store.
+
+    Raises:
+        ArgumentError: of SQLAlchemy; it cannot be read as a URI.
+    """
+    if uri.partition(":")[0].partition("+")[0] != "sqlite":
+        return None
+    from sqlalchemy import make_url
+
+    database = make_url(uri).database
+    return Path(database).absolute() if database and database != ":memory:" else None
 
 
 def unmasked(uri: str) -> str:
@@ -60,4 +108,4 @@ def browse_command(uri: str) -> str:
     if uri.startswith(("http://", "https://")):
         return mask(uri)
     mlflow = "mlflow" if shutil.which("mlflow") else str(Path(sys.executable).parent / "mlflow")
-    return f"{mlflow} ui --backend-store-uri {mask(uri)}"
+    return command(mlflow, "ui", "--backend-store-uri", uri)

@@ -19,7 +19,7 @@ from zscl.indexed_samples import IndexedSamples
 from zscl.model import load, open_clip_name
 from zscl.opened import Opened, open_experiment
 from zscl.prompt_checks import prompt_warnings
-from zscl.rows import ZERO_SHOT, part_of, refuse_other_run, stage_folder
+from zscl.rows import ZERO_SHOT, OtherAlgorithmError, part_of, refuse_other_run, stage_folder
 from zscl.samples import refuse_broken
 from zscl.snapshots import LAST, SUFFIX, place_of
 from zscl.tasks import TaskFolder
@@ -76,6 +76,8 @@ def refuse_other(opened: Opened, folder: Path) -> None:
         raise InputError(f"{folder}: found {others[0]} in it, expected a run's folder, an empty or a new one")
     try:
         refuse_other_run(folder, opened.fingerprint)
+    except OtherAlgorithmError:
+        raise
     except InputError as error:
         raise InputError(f"{error}{_how_it_differs(opened.experiment, folder)}") from error
 

@@ -14,7 +14,7 @@ from ruamel.yaml.error import MarkedYAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from ruamel.yaml.reader import ReaderError
 
-from schemas.base import Abbreviable, InputError, Strict, explain
+from schemas.base import Abbreviable, InputError, Strict, command, explain
 from schemas.data import ClassIncremental, Reference, Task
 from schemas.experiment import Experiment, Model
 from schemas.method import Method
@@ -71,7 +71,9 @@ def load_variants(file: Path, overrides: Sequence[str] = (), variant: str | None
         for override in overrides:
             _override(table, override)
         if "search" in table:
-            raise InputError(f"{file}: found a search, expected a run's recipe; to search: zscl search {file}")
+            raise InputError(
+                f"{file}: found a search, expected a run's recipe; to search: {command('zscl', 'search', file)}"
+            )
         if "base" in table:
             raise InputError(f"{file}: found base alone, expected variants beside it, a row each")
         return {"": parse(Experiment, {"name": file.stem, **table}, file, overrides=overrides)}

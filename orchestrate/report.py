@@ -1,21 +1,24 @@
 """Results as people look at them: read from a run's folder, and drawn."""
 
 import json
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
+from matplotlib import colormaps
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 from pydantic import ValidationError
 
 from orchestrate.places import EXPERIMENT
 from orchestrate.recipes import load_experiment
-from schemas.base import InputError
+from schemas.base import InputError, command
+from schemas.method import PRESETS
 from schemas.results import Result, StageResult, TaskName
 from zscl.metrics import metrics
 from zscl.rows import ZERO_SHOT as ROW_BEFORE
@@ -28,6 +31,9 @@ mpl.rcParams["text.parse_math"] = False  # a name with two dollar signs is no fo
 MAIN = ("transfer", "avg", "last", "forgetting")  # of the figures: those that are always shown
 ZERO_SHOT = "zero-shot"
 FURTHER = "further_losses."
+# Colours that can be told apart by whoever sees few of them (Okabe & Ito), on light and on dark.
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6BB1", "#7F7F7F"]
+SIGNS_OF_A_ROW, ROW_LINE_INCHES = 40, 0.17  # of the runs beside the bars of a comparison
 SIGNS_AN_INCH, SIGNS_OF_A_HANDLE, LEGEND_LINE_INCHES = 12, 8, 0.25  # of a legend, at matplotlib's font size
 
 
@@ -42,7 +48,9 @@ def load_result(run: Path) -> Result:
         raise InputError(f"{run}: found no such folder, expected a run's folder")
     if not file.is_file():
         if within := sorted(file.parent for file in run.glob(f"*/{RESULT}")):
-            raise InputError(f"{run}: found {len(within)} runs in it, expected one, {within[0]} say, or all: {run}/*")
+            raise InputError(
+                f"{run}: found {len(within)} runs in it, expected one, {within[0]} say, or all: {command(run)}/*"
+            )
         done = len(list(run.glob("stages/*/accuracy.json")))
         raise InputError(f"{run}: found no {RESULT} ({done} stages finished), expected a finished run")
     try:
@@ -79,9 +87,11 @@ def load_result_so_far(run: Path) -> Result:
         name=experiment.name,
         method=experiment.method.name,
         method_changes=experiment.method.changes,
+        method_settings=experiment.method.settings,
         settings=experiment.settings,
         seed=experiment.seed,
         fingerprint=zero_shot.fingerprint,
+        algorithm=zero_shot.algorithm,
         tasks=tuple(
             TaskName(
                 name=task.name,
@@ -109,17 +119,17 @@ def load_result_so_far(run: Path) -> Result:
 
 
 def label_of(result: Result) -> str:
-    """The method's name and what was changed in its preset."""
-    changes = changes_of(result)
+    """The method's name; where that is the name of a preset, with what was changed in it."""
+    changes = changes_of(result) if result.method in PRESETS else ""
     return f"{result.method} ({changes})" if changes else result.method
 
 
 def changes_of(result: Result) -> str:
     """What was changed in its method's preset, if anything."""
-    return ", ".join(_change(path, value) for path, value in result.method_changes.items())
+    return ", ".join(change(path, value) for path, value in result.method_changes.items())
 
 
-def _change(path: str, value: object) -> str:
+def change(path: str, value: object) -> str:
     """A change as it is read: `distill.image_weight=2.0`, a further loss as its call, `spread.Spread(weight=0.5)`."""
     if not path.startswith(FURTHER):
         return f"{path}={json.dumps(value)}"
@@ -205,25 +215,26 @@ def draw_accuracies(*results: Result, labels: Sequence[str] = ()) -> Figure:
     figure.supxlabel("stages trained")
     figure.supylabel("top-1 accuracy, %")
     handles, shown = grid.flat[0].get_legend_handles_labels()
-    _draw_legend(figure, handles, shown, place="outside upper center")
+    _draw_legend(figure, handles, shown)
     return figure
 
 
-def _draw_legend(figure: Figure, handles: Sequence[Artist], labels: Sequence[str], place: str) -> None:
+def _draw_legend(figure: Figure, handles: Sequence[Artist], labels: Sequence[str]) -> None:
     """A legend of as many columns as the figure's width has room for."""
     room = int(SIGNS_AN_INCH * figure.get_figwidth() / (max(map(len, labels)) + SIGNS_OF_A_HANDLE))
     columns = max(1, min(room, len(labels)))
     figure.set_figheight(figure.get_figheight() + LEGEND_LINE_INCHES * (-(-len(labels) // columns) - 1))
-    figure.legend(handles, labels, loc=place, ncols=columns)
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns)
 
 
 def _draw_task(axes: Axes, task: str, results: Sequence[Result], labels: Sequence[str]) -> None:
-    for result, label in zip(results, labels, strict=True):
+    for result, label, colour in zip(results, labels, colours(len(results)), strict=True):
         index = [each.name for each in result.tasks].index(task)
         axes.axvline(index + 1, color="grey", linestyle=":", linewidth=1)
         axes.axhline(100 * result.zero_shot[index], color="grey", linewidth=0.8)
         rows = [result.zero_shot, *result.accuracy_matrix]
-        axes.plot([100 * row[index] for row in rows], marker="o", markersize=3, label=label, clip_on=False)
+        values = [100 * row[index] for row in rows]
+        axes.plot(values, marker="o", markersize=3, label=label, color=colour, clip_on=False)
     axes.set_title(task)
     axes.set_ylim(0, 100)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -233,33 +244,39 @@ def _run_label(result: Result) -> str:
     return f"{label_of(result)}, seed {result.seed}"
 
 
-def draw_comparison(results: Sequence[Result], labels: Sequence[str]) -> Figure:
-    """Transfer, Avg, Last and forgetting as bars, the zero-shot figures as lines; `labels` are the runs'."""
-    figure = Figure(figsize=(10, 3.4), layout="constrained")
+def draw_comparison(results: Sequence[Result], labels: Sequence[str], zero_shot: Mapping[str, float | None]) -> Figure:
+    """Draw Transfer, Avg, Last and forgetting as bars, a row a run, and the zero-shot figures as dashed lines.
+
+    Args:
+        results: of the runs.
+        labels: what the runs are called.
+        zero_shot: the initial model's figures, by name.
+    """
+    rows = ["\n".join(textwrap.wrap(label, SIGNS_OF_A_ROW)) for label in labels]
+    lines = sum(row.count("\n") + 2 for row in rows)
+    figure = Figure(figsize=(12, 1.2 + ROW_LINE_INCHES * lines), layout="constrained")
     grid = figure.subplots(1, len(MAIN), sharey=True)
     for axes, name in zip(grid, MAIN, strict=True):
         values = [getattr(result.metrics, name) for result in results]
-        bars = axes.bar(
-            range(len(values)),
-            [0 if value is None else 100 * value for value in values],
-            color=[f"C{index}" for index in range(len(values))],
-        )
+        bars = axes.barh(range(len(values)), [0 if value is None else 100 * value for value in values], height=0.7)
         background = {"facecolor": "white", "linewidth": 0, "pad": 0.5}  # against the dashed line
         axes.bar_label(bars, [percent(value) for value in values], padding=3, bbox=background)
-        axes.margins(y=0.15)
-        zero_shot = getattr(results[0].zero_shot_metrics, name)
-        if zero_shot is not None and name != "forgetting":
-            axes.axhline(100 * zero_shot, color="grey", linestyle="--", linewidth=1)
+        axes.margins(x=0.3)
+        untrained = zero_shot[name]
+        if untrained is not None and name != "forgetting":
+            axes.axvline(100 * untrained, color="grey", linestyle="--", linewidth=1)
         axes.set_title(name.capitalize() if name != "avg" else "Avg")
-        axes.set_xticks([])
-    figure.supylabel("%")
-    handles: list[Artist] = [Rectangle((0, 0), 1, 1, color=f"C{index}") for index in range(len(results))]
-    lines = []
-    if results[0].zero_shot_metrics.transfer is not None:
-        handles.append(Line2D([], [], color="grey", linestyle="--"))
-        lines.append(ZERO_SHOT)
-    _draw_legend(figure, handles, [*labels, *lines], place="outside lower center")
+        axes.set_yticks(range(len(values)), rows)
+    grid[0].invert_yaxis()  # the first run on top
+    figure.supxlabel("%; dashed: zero-shot")
     return figure
+
+
+def colours(count: int) -> list[str]:
+    """Return so many colours, no two alike."""
+    if count <= len(COLOURS):
+        return COLOURS[:count]
+    return [to_hex(colormaps["turbo"](0.05 + 0.9 * number / (count - 1))) for number in range(count)]
 
 
 def percent(value: float | None) -> str:

@@ -14,7 +14,7 @@ from orchestrate.interruption import signals_taken
 from orchestrate.kept import Following, kept
 from orchestrate.ownership import owned
 from orchestrate.state import outcome_told, read_state, write_state
-from schemas.base import InputError
+from schemas.base import InputError, command
 from schemas.experiment import Experiment
 from schemas.results import Embedded, Result
 from schemas.secrets import MASK
@@ -89,7 +89,8 @@ def resumable(folder: Path, overrides: Sequence[str]) -> Experiment:
     experiment = recipes.load_experiment(file, overrides)
     if MASK in experiment.model_dump_json(exclude={"tracking"}):
         raise InputError(
-            f"{file}: found {MASK} where the recipe has secrets, expected the recipe: zscl run RECIPE --out {folder}"
+            f"{file}: found {MASK} where the recipe has secrets, expected the recipe: "
+            + command("zscl", "run", "RECIPE", "--out", folder)
         )
     return experiment
 
@@ -127,10 +128,19 @@ def _finished(opened: Opened, folder: Path, console: Console, offline: bool) -> 
     if not (folder / "result.json").is_file():
         return None
     console.print(f"{folder}: finished before, nothing to do", highlight=False)
+    result = report.load_result(folder)
+    if result.method != opened.experiment.method.name:  # what a method is called is no part of what is computed
+        console.print(
+            f"{folder}: the recipe calls the method '{opened.experiment.method.name}', the result keeps the name "
+            f"'{result.method}' that it was computed under",
+            highlight=False,
+            soft_wrap=True,
+        )
     state = read_state(folder)
     if not offline and state is not None and state.status != "FINISHED":  # killed behind its last step
-        console.print(f"MLflow may lack its end; send it with: zscl sync {folder}", highlight=False, soft_wrap=True)
-    return report.load_result(folder)
+        rest = command("zscl", "sync", folder)
+        console.print(f"MLflow may lack its end; send it with: {rest}", highlight=False, soft_wrap=True)
+    return result
 
 
 def _run(opened: Opened, folder: Path, console: Console, offline: bool, following: Following) -> Result:

@@ -32,11 +32,12 @@ from orchestrate.ownership import owned
 from orchestrate.search_preflight import Prepared
 from orchestrate.search_trials import front_of, goodness_of, load_found, stage_trainings, trials_of
 from orchestrate.state import outcome_told, write_state
+from schemas.algorithm import algorithm
 from schemas.base import InputError
 from schemas.results import Result
 from schemas.search import SearchResult, Trial, TrialNews
 from zscl.files import link_folder, write_text
-from zscl.rows import write_whole
+from zscl.rows import named, write_whole
 from zscl.stages import TRAINING
 
 if TYPE_CHECKING:
@@ -67,12 +68,19 @@ def search(prepared: Prepared, folder: Path, console: Console, offline: bool = F
 
 def _refuse_other_search(prepared: Prepared, folder: Path) -> None:
     file = folder / places.FINGERPRINT
-    found = file.read_text().strip() if file.is_file() else prepared.fingerprint
-    if found != prepared.fingerprint:
-        raise InputError(
-            f"{folder}: found another search (fingerprint {found}), expected {prepared.fingerprint} or an empty "
-            "folder; choose another folder"
-        )
+    if file.is_file():
+        found = places.search_identity(folder)
+        if found.algorithm != algorithm():
+            raise InputError(
+                f"{folder}: found a search that was computed by {named(found.algorithm)}, expected "
+                f"{named(algorithm())}, which is what this version of zscl computes: the two may give different "
+                "numbers. Choose another folder"
+            )
+        if found.fingerprint != prepared.fingerprint:
+            raise InputError(
+                f"{folder}: found another search (fingerprint {found.fingerprint}), expected {prepared.fingerprint} or "
+                "an empty folder; choose another folder"
+            )
     if not file.is_file() and (folder / places.EXPERIMENT).is_file():
         raise InputError(f"{folder}: found a run, expected a search or an empty folder; choose another folder")
 
@@ -89,10 +97,13 @@ def _search(prepared: Prepared, folder: Path, console: Console, offline: bool) -
     slots = slots_of(experiment.compute)
     queued = ", the others wait for their turn" if slots < prepared.trials else ""
     say(f"{prepared.trials} trials of {prepared.stages} stages; the cluster holds {slots} at once{queued}")
+    identity = places.SearchIdentity(prepared.fingerprint, algorithm(), time.time_ns() // 1_000_000)
+    if (folder / places.FINGERPRINT).is_file():
+        identity = places.search_identity(folder)
     with signals_taken() as interruption:
-        recording = None if offline else _recording(prepared, folder, say)
+        recording = None if offline else _recording(prepared, folder, say, identity)
         with outcome_told(folder, recording):
-            write_text(folder / places.FINGERPRINT, prepared.fingerprint + "\n")
+            write_text(folder / places.FINGERPRINT, f"{identity}\n")
             if not (folder / places.SEARCH).is_file():
                 recipes.write_search(prepared.search, prepared.content, folder / places.SEARCH)
             write_state(folder, "RUNNING")
@@ -109,10 +120,12 @@ def _search(prepared: Prepared, folder: Path, console: Console, offline: bool) -
     return found
 
 
-def _recording(prepared: Prepared, folder: Path, note: Callable[[str], None]) -> "SearchRecording":
+def _recording(
+    prepared: Prepared, folder: Path, note: Callable[[str], None], identity: places.SearchIdentity
+) -> "SearchRecording":
     from orchestrate.search_tracking import SearchRecording
 
-    return SearchRecording(prepared, folder, note)
+    return SearchRecording(prepared, folder, note, identity)
 
 
 def _hear(listeners: "Sequence[Callable[[TrialNews], None]]", message: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrate import places, preflight, recipes
-from schemas.base import InputError
+from schemas.base import InputError, command
 from schemas.search import TASK_ACCURACY, Search
 from schemas.secrets import MASK
 from zscl.opened import Opened
@@ -94,8 +94,8 @@ def resumable(folder: Path, overrides: Sequence[str]) -> Prepared:
     prepared = prepare(folder / places.SEARCH, overrides)
     if MASK in prepared.base.experiment.model_dump_json(exclude={"tracking"}):
         raise InputError(
-            f"{folder / places.SEARCH}: found {MASK} where the recipe has secrets, expected the recipe: zscl search "
-            f"RECIPE --out {folder}"
+            f"{folder / places.SEARCH}: found {MASK} where the recipe has secrets, expected the recipe: "
+            + command("zscl", "search", "RECIPE", "--out", folder)
         )
     return prepared
 

@@ -16,22 +16,26 @@ from mlflow.entities import Metric, Param
 from orchestrate import places, recipes, search_report
 from orchestrate.mlflow_store import (
     FAILURES,
-    KEY,
+    FINGERPRINT,
+    FOLDER,
     LEVEL,
     LONGEST_VALUE,
     REASON,
+    TAKEN,
     flat,
     forget_reason,
     log_table,
     open_store,
     provenance,
-    runs_with_key,
+    recorded,
+    runs_of,
     unreachable,
 )
 from orchestrate.ownership import owned
 from orchestrate.search_trials import load_found
 from orchestrate.shipping import PATIENCE_SECONDS, Shipper, sync
 from orchestrate.state import read_state
+from schemas.base import command
 from schemas.results import RunState, Synced
 from schemas.search import Search, SearchResult, TrialEnded, TrialNews, TrialStarted
 from schemas.secrets import mask
@@ -44,40 +48,50 @@ TABLE = "trials.json"
 TRIAL_SECONDS = 120.0  # for a trial's records to arrive, beside what goes on
 
 
+def _begun_in(folder: Path) -> int | None:
+    """Return when the search in a folder began, if there is one and it says so."""
+    if not (folder / places.FINGERPRINT).is_file():
+        return None
+    return places.search_identity(folder).begun
+
+
 class SearchRecord:
     """A search in a store. Every method raises one of `mlflow_store.FAILURES` where the store does not answer."""
 
-    def __init__(self, search: Search, experiment: str, fingerprint: str, folder: Path, uri: str) -> None:
+    def __init__(
+        self, search: Search, experiment: str, identity: places.SearchIdentity, folder: Path, uri: str
+    ) -> None:
         """Find the search in the store, or make it.
 
         Args:
             search: what is looked for.
             experiment: of MLflow's.
-            fingerprint: of the search.
+            identity: of the search.
             folder: of the search, absolute.
             uri: of the store.
         """
         self.search = search
         self.client, self.experiment_id = open_store(uri, experiment)
-        key = mask(f"{fingerprint} {folder}")
-        found = runs_with_key(self.client, self.experiment_id, key, "search")
-        if not found:
+        known, begun = runs_of(self.client, [self.experiment_id], identity.fingerprint, ["search"]), identity.begun
+        found = recorded(known, folder, begun, _begun_in)
+        if found is None:
             tags = {
-                KEY: key,
                 LEVEL: "search",
-                "zscl.fingerprint": fingerprint,
-                "zscl.folder": mask(str(folder)),
+                FINGERPRINT: identity.fingerprint,
+                FOLDER: mask(str(folder)),
+                TAKEN: f"0 since {begun}" if begun else "0",  # of a journal: a search has none
                 "zscl.objectives": ", ".join(search.objectives),
                 **provenance(),
                 "mlflow.note.content": "Trials are judged on held-out training images; `test/…` on the test images.",
             }
-            found = [self.client.create_run(self.experiment_id, run_name=folder.name, tags=tags)]
+            found = self.client.create_run(self.experiment_id, run_name=folder.name, tags=tags)
             given = flat(search.model_dump(mode="json", exclude_none=True))
             self.client.log_batch(
-                found[0].info.run_id, params=[Param(name, str(value)[:LONGEST_VALUE]) for name, value in given]
+                found.info.run_id, params=[Param(name, str(value)[:LONGEST_VALUE]) for name, value in given]
             )
-        self.run_id = str(found[0].info.run_id)
-        self.status = str(found[0].info.status)
+        self.run_id = str(found.info.run_id)
+        self.status = str(found.info.status)
+        self.client.set_tag(self.run_id, FOLDER, mask(str(folder)))  # it may have been moved
 
     def resume(self) -> None:
         """Say that the search is under way."""
@@ -124,7 +138,9 @@ class SearchRecord:
 class SearchRecording:
     """Sends a search and its trials while it goes on; nobody waits for it until the end."""
 
-    def __init__(self, prepared: "Prepared", folder: Path, note: Callable[[str], None]) -> None:
+    def __init__(
+        self, prepared: "Prepared", folder: Path, note: Callable[[str], None], identity: places.SearchIdentity
+    ) -> None:
         """Open the store.
 
         Raises:
@@ -134,9 +150,7 @@ class SearchRecording:
         experiment = prepared.base.experiment
         uri = places.unmasked(places.store_uri(experiment, folder))
         try:
-            self._record = SearchRecord(
-                prepared.search, experiment.tracking.experiment, prepared.fingerprint, folder, uri
-            )
+            self._record = SearchRecord(prepared.search, experiment.tracking.experiment, identity, folder, uri)
             self._record.resume()
         except FAILURES as error:
             raise unreachable(uri, error) from error
@@ -179,7 +193,8 @@ class SearchRecording:
         try:
             self._record.settle(self._folder)
         except FAILURES:
-            self._note(f"MLflow has not taken everything; later, send the rest with: zscl sync {self._folder}")
+            rest = command("zscl", "sync", self._folder)
+            self._note(f"MLflow has not taken everything; later, send the rest with: {rest}")
 
 
 def sync_search(folder: Path, uri: str | None, on_sent: Callable[[str, int, int], None]) -> Synced:
@@ -197,9 +212,9 @@ def sync_search(folder: Path, uri: str | None, on_sent: Callable[[str, int, int]
         search, content = recipes.load_search(folder / places.SEARCH)
         experiment = recipes.at(search, content, {}, folder / places.SEARCH)
         uri = uri or places.unmasked(places.store_uri(experiment, folder))
-        fingerprint = (folder / places.FINGERPRINT).read_text(encoding="utf-8").strip()
+        identity = places.search_identity(folder)
         try:
-            record = SearchRecord(search, experiment.tracking.experiment, fingerprint, folder, uri)
+            record = SearchRecord(search, experiment.tracking.experiment, identity, folder, uri)
             sent = 0
             for trial in sorted((folder / "trials").glob(f"*/{JOURNAL}")):
                 done = sync(trial.parent, uri, partial(on_sent, trial.parent.name), record.run_id)

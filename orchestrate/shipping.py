@@ -18,7 +18,7 @@ from orchestrate.recipes import load_experiment
 from orchestrate.report import load_result
 from orchestrate.state import read_state
 from orchestrate.tracking import Record
-from schemas.base import InputError
+from schemas.base import InputError, command
 from schemas.experiment import Experiment
 from schemas.results import JournalEntry, RunStarted, RunState, Synced
 from schemas.secrets import mask
@@ -121,7 +121,8 @@ class Shipper:
         self._thread.join(patience)
         if self._thread.is_alive():
             self._abandoned.set()
-            self._note(f"MLflow has not taken everything yet; later, send the rest with: zscl sync {self.folder}")
+            rest = command("zscl", "sync", self.folder)
+            self._note(f"MLflow has not taken everything yet; later, send the rest with: {rest}")
         return not self._thread.is_alive()
 
     @staticmethod

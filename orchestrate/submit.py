@@ -12,6 +12,7 @@ from typing import IO
 
 from orchestrate import access, recipes
 from schemas.base import InputError
+from schemas.base import command as shown
 from schemas.secrets import mask
 
 ADDRESS = "http://127.0.0.1:8265"
@@ -94,7 +95,7 @@ def submit(
         except Exception as error:  # of the connection: the job does not need us
             raise InputError(
                 f"job {job.id}: found its output cut off ({type(error).__name__}), expected it to its end; the job may "
-                f"go on: ray job logs --follow --address {where} {job.id}"
+                f"go on: {shown('ray', 'job', 'logs', '--follow', '--address', where, job.id)}"
             ) from error
         return EXIT_CODES.get(str(client.get_job_status(job.id)), 1)
 

@@ -19,17 +19,20 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run,
 
 from orchestrate import report
 from orchestrate.mlflow_store import (
-    KEY,
+    FINGERPRINT,
+    FOLDER,
     LEVEL,
     LONGEST_VALUE,
     PARENT,
     REASON,
+    TAKEN,
     flat,
     forget_reason,
     log_table,
     open_store,
     provenance,
-    runs_with_key,
+    recorded,
+    runs_of,
 )
 from schemas.base import InputError
 from schemas.experiment import Experiment
@@ -45,13 +48,13 @@ from schemas.results import (
     WorkersUsed,
 )
 from schemas.secrets import mask
+from zscl.journal import begun_in
 from zscl.opened import open_tasks
 from zscl.rows import model_folder
 
 log = logging.getLogger(__name__)
 
 STAGE = "zscl.stage"
-TAKEN = "zscl.journal"
 METRICS_AT_ONCE = 1_000  # MLflow's limit for one call
 LONGEST_DIGEST = 36
 
@@ -82,10 +85,12 @@ class Record:
         self.begun, self.search = begun, search
         self.experiment, self.folder = experiment, folder
         self.client, self.experiment_id = open_store(uri, experiment.tracking.experiment)
-        found = self._find(mask(f"{fingerprint} {folder}")) or self._make(experiment, fingerprint, folder)
+        found = self._find(fingerprint) or self._make(experiment, fingerprint, folder)
         self.parent = str(found.info.run_id)
         self.status = str(found.info.status)
-        self.taken = _position(found)[0]
+        self.taken = int(found.data.tags.get(TAKEN, "0").partition(" ")[0])
+        if found.data.tags.get(FOLDER) != mask(str(folder)):  # moved since
+            self.client.set_tag(self.parent, FOLDER, mask(str(folder)))
         self._children: dict[int, str] = {}
         if not found.data.params:
             what = experiment.model_dump(mode="json", exclude={"compute", "tracking", "tasks"})
@@ -176,12 +181,10 @@ class Record:
         self.client.set_tag(self.parent, REASON, state.reason[:LONGEST_VALUE])
         self.client.set_terminated(self.parent, state.status, state.time)
 
-    def _find(self, key: str) -> Run | None:
-        for run in runs_with_key(self.client, self.experiment_id, key, self._level):
-            same_search = run.data.tags.get(PARENT) == self.search
-            if same_search and _position(run)[1] in (None, self.begun):
-                return run
-        return None
+    def _find(self, fingerprint: str) -> Run | None:
+        runs = runs_of(self.client, [self.experiment_id], fingerprint, [self._level])
+        of_search = [run for run in runs if run.data.tags.get(PARENT) == self.search]
+        return recorded(of_search, self.folder, self.begun, begun_in)
 
     @property
     def _level(self) -> str:
@@ -190,12 +193,11 @@ class Record:
     def _make(self, experiment: Experiment, fingerprint: str, folder: Path) -> Run:
         tags = {
             **({} if self.search is None else {PARENT: self.search}),
-            KEY: mask(f"{fingerprint} {folder}"),
             LEVEL: self._level,
             "zscl.method": experiment.method.name,
             "zscl.seed": str(experiment.seed),
-            "zscl.fingerprint": fingerprint,
-            "zscl.folder": mask(str(folder)),
+            FINGERPRINT: fingerprint,
+            FOLDER: mask(str(folder)),
             **provenance(),
         }
         return self.client.create_run(self.experiment_id, start_time=self.begun, run_name=folder.name, tags=tags)
@@ -268,12 +270,6 @@ class Record:
     def _log(self, run: str, metrics: Sequence[Metric]) -> None:
         for start in range(0, len(metrics), METRICS_AT_ONCE):
             self.client.log_batch(run, metrics=metrics[start : start + METRICS_AT_ONCE])
-
-
-def _position(run: Run) -> tuple[int, int | None]:
-    """How many entries of a journal a run has taken, and when that journal begins."""
-    taken, _, begun = run.data.tags.get(TAKEN, "0").partition(" since ")
-    return int(taken), int(begun) if begun else None
 
 
 def _stage_of_steps(entry: JournalEntry) -> int | None:

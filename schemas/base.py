@@ -2,6 +2,7 @@
 
 import re
 import reprlib
+import shlex
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -102,6 +103,11 @@ class Abbreviable(Strict):
 def _unknown(field: str, allowed: Iterable[str]) -> str:
     hint = did_you_mean(field, allowed) or "; allowed: " + ", ".join(allowed)
     return f"unknown field {_short(field)}{hint}"
+
+
+def command(*words: object) -> str:
+    """Return a command as a user can type or paste it: quoted for a shell, without secrets."""
+    return shlex.join(mask(str(word)) for word in words)
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationInfo, model_validator
 
+from schemas.algorithm import algorithm
 from schemas.base import Abbreviable, Many, Share, Strict, anchor, did_you_mean
 from schemas.compute import Compute, Tracking
 from schemas.data import ClassIncremental, Reference, Task, check_names
@@ -211,13 +212,18 @@ class Experiment(Strict):
         return hashlib.sha256(identity.encode()).hexdigest()[:16]
 
     def identity(self, contents: Mapping[str, str]) -> dict[str, Any]:
-        """Everything that the numbers depend on. Settings that this method does not read do not count.
+        """Everything that the numbers depend on, the version of the algorithm among it.
+
+        Settings that this method does not read do not count, nor what the method is called.
 
         Args:
             contents: maps each location in the recipe (a task's path, the reference set, the model, the path of a
                 further loss) to a digest of what lies there.
         """
         identity = self.model_dump(mode="json", exclude={"name", "compute", "tracking"})
+        identity["algorithm"] = algorithm()
+        for label in ("name", "preset"):  # `method: zscl` and its parts spelt out compute the same
+            del identity["method"][label]
         identity["model"] = contents[self.model.name]
         if self.class_incremental is None:
             del identity["class_incremental"]

@@ -227,6 +227,13 @@ class Method(Abbreviable):
         return distilled or (self.task_loss is not None and self.task_loss.negatives > 0)
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """All settings, by dotted path, but what the method is called; a part that is left out is null."""
+        found = self.model_dump(mode="json", exclude={"name", "preset"})
+        found["further_losses"] = {loss.path: json.dumps(loss.settings) for loss in self.further_losses}
+        return _difference(found, {})
+
+    @property
     def changes(self) -> dict[str, Any]:
         """What differs from the preset, by dotted path, its name aside; empty for the preset as it is."""
         if self.preset is None:

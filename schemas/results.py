@@ -74,6 +74,9 @@ class Result(Strict):
     method_changes: dict[str, str | float | int | bool | None] = Field(
         description="What differs from the method's preset, by dotted path"
     )
+    method_settings: dict[str, JsonValue] = Field(
+        default_factory=dict, description="All settings of the method but its name and preset, by dotted path"
+    )
     settings: dict[str, JsonValue] = Field(
         default_factory=dict, description="What training went by beside the method, by dotted path of the recipe"
     )
@@ -81,6 +84,7 @@ class Result(Strict):
     model_digest: str = Field("", description="Content hash of its weights")
     seed: int
     fingerprint: str
+    algorithm: str = Field("", description="Version of the algorithm that computed it; empty: older than versions")
     tasks: Many[TaskName]
     held_out: HeldOut | None = Field(
         None, description="The part of the training images that was not trained on; judged_on says what the rows are of"

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from open_clip import build_zero_shot_classifier
 
-from schemas.base import InputError
+from schemas.base import InputError, command
 from zscl.distributed import gather, rank, share, sum_over_workers, world_size
 from zscl.model import Clip, at_least_float32, precision_context
 from zscl.model_checks import refuse_not_finite
@@ -45,7 +45,7 @@ def accuracies(
     if images == 0:
         raise InputError(
             f"{task.path}/test: found no image that can be used, expected some to judge '{task.name}' by; "
-            f"zscl data check {task.path} lists what is wrong"
+            f"{command('zscl', 'data', 'check', task.path)} lists what is wrong"
         )
     return [each / images for each in correct], images
 

@@ -6,8 +6,8 @@ A store is a folder of two memory-mapped files, filled as images are met or ahea
     checks.npy    [N, 2]  of each row: a hash of the encoded image it belongs to (0: none yet), and a checksum
 
 A row counts only if both agree with what is asked for and what is read, so neither a changed image nor a row that was
-being written when a machine died is ever used. The folder's name is a hash of the teacher's weights and transform, of
-the precision, and of the set's layout.
+being written when a machine died is ever used. The folder's name is a hash of the version of the computation (see
+`schemas.algorithm`), of the teacher's weights and transform, of the precision, and of the set's layout.
 """
 
 import os
@@ -25,6 +25,7 @@ import torch
 from numpy.lib.format import open_memmap
 from torch import nn
 
+from schemas.algorithm import FEATURES_VERSION
 from zscl.distributed import barrier, rank, share, sum_over_workers, world_size
 from zscl.files import digest
 from zscl.indexed_samples import IndexedSamples
@@ -157,7 +158,8 @@ def store_of(
     """
     transform = re.sub(r" at 0x[0-9a-f]+", "", str(clip.evaluation_transform))  # a function shows its address
     dtype = torch.promote_types(next(clip.model.parameters()).dtype, torch.float32)
-    folder = root / f"images-{digest(weights, transform, precision, str(dtype), images.digest)[:24]}"
+    made_by = str(FEATURES_VERSION), weights, transform, precision, str(dtype), images.digest
+    folder = root / f"images-{digest(*made_by)[:24]}"
     opened = _open_or_remake(folder, len(images), width, dtype, note) if rank() == 0 else None
     barrier()  # who shares the main worker's folder finds its store there
     opened = opened or _open_or_remake(folder, len(images), width, dtype, note)

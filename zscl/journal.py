@@ -6,6 +6,7 @@ interruption it says some things again; reading leaves out what was said before.
 
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
@@ -14,6 +15,7 @@ from schemas.results import (
     ImagesEmbedded,
     JournalEntry,
     RowMeasured,
+    RunStarted,
     StageStarted,
     StageTrained,
     StepsTaken,
@@ -22,6 +24,45 @@ from schemas.results import (
 from zscl.files import patiently
 
 JOURNAL = "journal.jsonl"
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """What tells a run from all others, wherever its folder lies.
+
+    Attributes:
+        fingerprint: of the experiment.
+        begun: time of the journal's first entry, in milliseconds.
+    """
+
+    fingerprint: str
+    begun: int
+
+
+def identity_of(run: Path) -> RunIdentity | None:
+    """Read whose journal a folder holds; `None` where there is none that tells of a run."""
+    begun, fingerprint = None, None
+    try:
+        lines = (run / JOURNAL).read_bytes().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        if begun is not None and b'"run_started"' not in line:
+            continue
+        try:
+            entry = JournalEntry.model_validate_json(line)
+        except ValidationError:  # what a killed process left of a line
+            continue
+        begun = entry.time if begun is None else begun
+        if isinstance(entry.progress, RunStarted):  # the last one counts: a folder in which nothing came about is taken
+            fingerprint = entry.progress.fingerprint
+    return None if begun is None or fingerprint is None else RunIdentity(fingerprint, begun)
+
+
+def begun_in(run: Path) -> int | None:
+    """Return when the run in a folder began, in milliseconds, if there is one."""
+    found = identity_of(run)
+    return found.begun if found else None
 
 
 class Journal:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from schemas.base import InputError
+from schemas.base import InputError, command
 from schemas.judgement import Bin, Confused, Judged, Protocol
 from zscl.evaluation import embed_classes
 from zscl.model import Clip, at_least_float32, precision_context
@@ -105,7 +105,7 @@ class Tally:
         if images == 0:
             raise InputError(
                 f"{task.path}: found no image that can be used, expected some to judge '{task.name}' by; "
-                f"zscl data check {task.path} lists what is wrong"
+                f"{command('zscl', 'data', 'check', task.path)} lists what is wrong"
             )
         found = of_class.nonzero().flatten().tolist()
         names = _told_apart(self.space.names)

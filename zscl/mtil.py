@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from schemas.base import InputError
+from schemas.base import InputError, command
 from zscl.files import whole_folder
 from zscl.sources import SPLIT_SEED, File, Prepared, kept_task, random_split, read_images, said_in_one_sentence
 from zscl.tasks import MANIFEST
@@ -190,7 +190,8 @@ def check_copies(tasks: Sequence[str], out: Path, root: Path | None) -> None:
             if not MTIL[task].downloads:
                 raise InputError(
                     f"{task}: torchvision can no longer download it, expected a local copy: "
-                    f"zscl data prepare {task} --out {out} --root FOLDER, where FOLDER holds {MTIL[task].folder}/"
+                    f"{command('zscl', 'data', 'prepare', task, '--out', out, '--root', 'FOLDER')}, where FOLDER holds "
+                    f"{MTIL[task].folder}/"
                 )
         return
     absent = [MTIL[task].folder for task in missing if not (root / MTIL[task].folder).is_dir()]

@@ -32,6 +32,12 @@ class Opened:
     contents: Mapping[str, str]
     fingerprint: str
 
+    @property
+    def further_code(self) -> dict[str, str]:
+        """The beginning of the digest of each further loss's code, by the name under which results record it."""
+        losses = self.experiment.method.further_losses
+        return {f"code of {loss.path}": self.contents[loss.path][:8] for loss in losses}
+
 
 def open_experiment(experiment: Experiment) -> Opened:
     """Find all that the experiment names, and cut the stages of class-incremental learning.

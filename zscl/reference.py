@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from schemas.algorithm import FEATURES_VERSION
 from schemas.base import InputError
 from schemas.method import Distill
 from zscl.distributed import from_main, gather, rank, share, sum_over_workers
@@ -101,7 +102,7 @@ def text_embeddings(
     """
     if weights is None:
         return _embedded(teacher(), tokens, device)
-    file = store / f"texts-{digest(weights, tokens.numpy().tobytes())[:24]}.npy"
+    file = store / f"texts-{digest(str(FEATURES_VERSION), weights, tokens.numpy().tobytes())[:24]}.npy"
     stored = _stored(file, len(tokens), note) if rank() == 0 else None
     [found] = sum_over_workers(stored is not None)  # the main worker's answer, for all
     if found:

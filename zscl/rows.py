@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from pydantic import BaseModel, Field
 
+from schemas.algorithm import algorithm
 from schemas.base import InputError, Strict
 from schemas.results import Note, RowMeasured, TaskEvaluated
 from zscl.checkpoint import CHECKPOINT, StoppedError
@@ -36,6 +37,7 @@ class AccuracyRow(Strict):
     """`zero_shot.json`, `accuracy.json`: a row of the matrix and what it cost."""
 
     fingerprint: str
+    algorithm: str = ""  # before there were versions
     accuracy: dict[str, float]
     images: dict[str, int]
     under_later_heads: dict[str, list[float]] = Field(default_factory=dict)
@@ -63,10 +65,20 @@ def model_folder(run: Path, stage: int, task: str) -> Path:
     return stage_folder(run, stage, task) / "model"
 
 
+class OtherAlgorithmError(InputError):
+    """A folder holds results of another version of the algorithm (see `schemas.algorithm`)."""
+
+
+def named(version: str) -> str:
+    """Return a version of the algorithm as messages name it; empty stands for runs older than the versions."""
+    return f"algorithm version {version}" if version else "an algorithm older than version 1.1"
+
+
 def refuse_other_run(folder: Path, fingerprint: str) -> None:
     """Refuse to mix two experiments in one folder; one that has come to nothing yet may be taken.
 
     Raises:
+        OtherAlgorithmError: the folder holds a run that another version of the algorithm computed.
         InputError: the folder holds a run of another experiment.
     """
     row = _first_row(folder)
@@ -74,6 +86,12 @@ def refuse_other_run(folder: Path, fingerprint: str) -> None:
         return
     kept = (folder / ZERO_SHOT, folder / CHECKPOINT, *folder.glob(f"stages/*/{TRAINING}"))
     if row.accuracy or any(file.is_file() for file in kept):
+        if row.algorithm != algorithm():
+            raise OtherAlgorithmError(
+                f"{folder}: found a run that was computed by {named(row.algorithm)}, expected {named(algorithm())}, "
+                "which is what this version of zscl computes: the two may give different numbers. Choose another "
+                "folder; the results there stay as they are, for `zscl compare` for example"
+            )
         raise InputError(
             f"{folder}: found a run of another experiment (fingerprint {row.fingerprint}), expected {fingerprint} or "
             "an empty folder; choose another folder"
@@ -85,7 +103,8 @@ def claim(folder: Path, fingerprint: str) -> None:
     row = _first_row(folder)
     if row is None or row.fingerprint != fingerprint:
         write_whole(
-            part_of(folder / ZERO_SHOT), AccuracyRow(fingerprint=fingerprint, accuracy={}, images={}, seconds=0.0)
+            part_of(folder / ZERO_SHOT),
+            AccuracyRow(fingerprint=fingerprint, algorithm=algorithm(), accuracy={}, images={}, seconds=0.0),
         )
 
 
@@ -154,7 +173,8 @@ class Rows:
             return row
 
     def _measure(self, stage: int, clip: Clip, file: Path) -> AccuracyRow:
-        nothing = AccuracyRow(fingerprint=self.opened.fingerprint, accuracy={}, images={}, seconds=0.0)
+        fingerprint = self.opened.fingerprint
+        nothing = AccuracyRow(fingerprint=fingerprint, algorithm=algorithm(), accuracy={}, images={}, seconds=0.0)
         row = self.read(part_of(file)) or nothing
         started = time.perf_counter() - row.seconds
         unmeasured = [index for index, task in enumerate(self.opened.tasks) if task.name not in row.accuracy]

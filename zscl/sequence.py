@@ -29,6 +29,7 @@ import torch
 from pydantic import BaseModel
 from torch import nn
 
+from schemas.algorithm import algorithm
 from schemas.base import InputError
 from schemas.experiment import LOCAL_MODEL, Experiment, Model
 from schemas.results import (
@@ -327,11 +328,13 @@ class _Run:
             name=experiment.name,
             method=experiment.method.name,
             method_changes=experiment.method.changes,
-            settings=experiment.settings,
+            method_settings=experiment.method.settings,
+            settings=experiment.settings | self.opened.further_code,
             model=experiment.model.name,
             model_digest=opened.weights,
             seed=experiment.seed,
             fingerprint=opened.fingerprint,
+            algorithm=algorithm(),
             held_out=experiment.evaluation.held_out,
             tasks=tuple(
                 TaskName(

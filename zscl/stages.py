@@ -17,6 +17,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from schemas.algorithm import algorithm
 from schemas.method import Average
 from schemas.results import StageResult
 from zscl.checkpoint import StoppedError
@@ -157,10 +158,8 @@ class StageStore:
 
     @property
     def _method(self) -> dict[str, Any]:
-        """The parts that have to do with a stage's steps, whatever the method is called."""
-        return {
-            name: part for name, part in self._identity["method"].items() if name not in ("name", "preset", "average")
-        }
+        """The parts that have to do with a stage's steps."""
+        return {name: part for name, part in self._identity["method"].items() if name != "average"}
 
     def _tasks(self, stage: int) -> Any:
         """The tasks up to a stage; all of them where prompts of the others are distilled on."""
@@ -170,4 +169,4 @@ class StageStore:
 
 
 def _key(kind: str, content: Mapping[str, Any]) -> str:
-    return f"{kind}-{digest(json.dumps(content, sort_keys=True))[:24]}"
+    return f"{kind}-{digest(algorithm(), json.dumps(content, sort_keys=True))[:24]}"

@@ -40,7 +40,10 @@ def compare(
     runs: Annotated[
         list[str] | None, typer.Argument(help="Folders of runs, or their ids in MLflow.", show_default=False)
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Where to write. Default: comparison/ beside the first run.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Where to write. Default: beside the first run, comparison/ID, with an ID for these runs."),
+    ] = None,
     where: Annotated[
         str | None, typer.Option(help="Also the runs in MLflow that this search expression finds.")
     ] = None,
@@ -48,7 +51,10 @@ def compare(
         str | None, typer.Option(help="MLflow tracking URI. Default: MLFLOW_TRACKING_URI, or runs/mlflow.db.")
     ] = None,
     baseline: Annotated[
-        str | None, typer.Option(help="Method that the others' differences are from. Default: the first.")
+        str | None,
+        typer.Option(
+            help="Method that the others' differences are from. Default: finetune, else zero-shot, else the first."
+        ),
     ] = None,
     published: Annotated[str | None, typer.Option(help="Beside the paper's figures for MTIL, order I or II.")] = None,
     offline: Annotated[bool, typer.Option("--offline", help="Do not leave the page with the runs in MLflow.")] = False,
@@ -61,8 +67,7 @@ def compare(
     from orchestrate import finding
 
     found = finding.find(runs or [], where, uri)
-    first = next((place for place in found.values() if isinstance(place, Path)), Path.cwd() / "runs/run")
-    folder = out or first.parent / "comparison"
+    folder = out or finding.place_of(found)
     content, lines = compared(found, folder.absolute(), as_json, offline, published, baseline)
     emit(content, as_json, lines)
 

@@ -21,7 +21,7 @@ from orchestrate.commands.shared import (
     progress_console,
     table_console,
 )
-from schemas.base import InputError
+from schemas.base import InputError, command
 from schemas.secrets import mask
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def _ended(experiment: "Experiment", folder: Path, result: "Result", offline: bo
         f"time    {report.where_time_went(result, beside=experiment.compute.evaluation == 'overlapped')}",
         f"run     {folder}",
         f"models  {folder}/stages/<k>-<task>/model  (open_clip: local-dir:…)",
-        f"MLflow  {places.browse_command(uri) if uri else f'zscl sync {folder}'}",
+        f"MLflow  {places.browse_command(uri) if uri else command('zscl', 'sync', folder)}",
     ]
     return {**shown, "result": result.model_dump(mode="json")}, lines
 
@@ -148,8 +148,8 @@ def _searched(prepared: "Prepared", folder: Path, offline: bool, as_json: bool) 
     uri = None if offline else places.store_uri(prepared.base.experiment, folder)
     lines = [
         f"search  {folder}",
-        f"MLflow  {places.browse_command(uri) if uri else f'zscl sync {folder}'}",
-        f"run the chosen recipe on all training images: zscl run {folder / places.CHOSEN}",
+        f"MLflow  {places.browse_command(uri) if uri else command('zscl', 'sync', folder)}",
+        f"run the chosen recipe on all training images: {command('zscl', 'run', folder / places.CHOSEN)}",
     ]
     shown = {"folder": str(folder), "tracking_uri": uri and mask(uri)}
     emit({**shown, "search": found.model_dump(mode="json")}, as_json, lines)
@@ -228,12 +228,13 @@ def submit(
     from orchestrate import submit as submitting
 
     place = working_dir.resolve()
-    command = submitting.entrypoint(recipe, overrides, out, place)
+    entrypoint = submitting.entrypoint(recipe, overrides, out, place)
     size = submitting.megabytes_uploaded(place)
     note(f"uploads {size:.1f} MB" + (": .rayignore may name what the run does not need" if size > MUCH else ""))
     grace = max(each.compute.grace_seconds for each in recipes.load_variants(recipe, overrides).values())
-    job, follow = submitting.submit(command, place, address, grace)
-    note(f"job {job.id}: {mask(command)}\nstop it: ray job stop --address {job.address} {job.id}")
+    job, follow = submitting.submit(entrypoint, place, address, grace)
+    stop = command("ray", "job", "stop", "--address", job.address, job.id)
+    note(f"job {job.id}: {mask(entrypoint)}\nstop it: {stop}")
     emit({"job": job.id, "address": job.address}, as_json, [] if wait else [job.id])
     if wait and (code := follow(sys.stderr if as_json else sys.stdout)):
         raise typer.Exit(code)
@@ -259,7 +260,7 @@ def demo(
     progress_console.rule("comparison")
     found_runs = {str(run): run for run in runs}
     content, lines = compared(found_runs, out.absolute() / "comparison", as_json, offline)
-    browse = f"zscl sync {' '.join(map(str, runs))}" if offline else places.browse_command(uri)
+    browse = command("zscl", "sync", *runs) if offline else places.browse_command(uri)
     lines.append(f"MLflow    {browse}")
     shown = None if offline else mask(uri)
     found = {"runs": [str(run) for run in runs], "tracking_uri": shown, **content}

@@ -1,7 +1,10 @@
 """Runs compared by method, over seeds and orders; what is not alike is marked; tables, LaTeX, and a page."""
 
 import csv
+import io
 import json
+import math
+import shlex
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -9,15 +12,21 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import Command
 from mlflow.tracking import MlflowClient
+from rich.console import Console
+from scipy.stats import ttest_rel
 
 from orchestrate import recipes
-from orchestrate.comparison import difference_of
-from orchestrate.comparison_tables import escaped
-from orchestrate.report import label_of
+from orchestrate.commands.running import _ended
+from orchestrate.comparison import Comparison, Difference, gather, paired_interval
+from orchestrate.comparison_tables import escaped, run_rows, terminal_tables
+from orchestrate.finding import place_of
+from orchestrate.mlflow_store import PARENT
+from orchestrate.report import colours, label_of
 from orchestrate.shipping import Shipper
 from schemas.experiment import Experiment
 from schemas.method import Method
@@ -72,8 +81,10 @@ def test_methods_over_seeds(runs: dict[str, Path], zscl: Zscl, tmp_path: Path) -
     assert group["figures"]["last"]["deviation"] == pytest.approx(stdev(ours))
     pairs = [lasts[f"zscl-{seed}"] - lasts[f"finetune-{seed}"] for seed in (0, 1)]
     assert group["figures"]["last"]["difference"] == pytest.approx(fmean(pairs))
-    low, high = group["figures"]["last"]["interval"]
-    assert min(pairs) - 1e-9 <= low <= fmean(pairs) <= high <= max(pairs) + 1e-9
+    theirs = [lasts[f"finetune-{seed}"] for seed in (0, 1)]
+    assert group["figures"]["last"]["interval"] == pytest.approx(tuple(ttest_rel(ours, theirs).confidence_interval()))
+    assert (group["figures"]["last"]["pairs"], group["figures"]["last"]["unit"]) == (2, "seeds")
+    assert content["baseline"] == "finetune"
     matrix = result_of(runs["zscl-0"]).accuracy_matrix
     with (tmp_path / "comparison.csv").open() as stream:
         row = next(row for row in csv.DictReader(stream) if row["run"] == "zscl-0")
@@ -82,6 +93,10 @@ def test_methods_over_seeds(runs: dict[str, Path], zscl: Zscl, tmp_path: Path) -
     assert float(row["peak_memory_megabytes"]) > 50
     shown = zscl("compare", *runs.values(), "--out", tmp_path)
     assert " ± " in shown.out
+    assert "baseline  finetune (by default finetune, else zero-shot, else the first; --baseline METHOD)" in shown.out
+    assert "95 % confidence interval (paired t)" in " ".join((tmp_path / "comparison.md").read_text().split())
+    wrong = zscl("compare", *runs.values(), "--out", tmp_path, "--baseline", "finetine")
+    assert (wrong.code, "did you mean 'finetune'?" in wrong.error) == (2, True)
     other = compared(zscl, *runs.values(), "--out", tmp_path, "--baseline", "zscl")
     assert other["groups"]["finetune"]["figures"]["last"]["difference"] == pytest.approx(-fmean(pairs))
 
@@ -108,7 +123,6 @@ def test_what_cannot_be_compared_is_named_and_the_rest_is_compared(
     content = compared(
         zscl,
         runs["zscl-0"],
-        tmp_path / "nowhere",
         tmp_path / "empty",
         other,
         runs["finetune-0"],
@@ -117,14 +131,31 @@ def test_what_cannot_be_compared_is_named_and_the_rest_is_compared(
     )
     assert [row["run"] for row in content["rows"]] == ["", "zscl-0", "finetune-0"]
     reasons = list(content["left_out"].values())
-    assert "found no such folder, expected a run's folder" in reasons[0]
-    assert "found 0 finished stages and no result.json" in reasons[1]
-    assert "found the tasks first, second, expected those of the first run: first, second, third" in reasons[2]
+    assert "found 0 finished stages and no result.json" in reasons[0]
+    assert "found the tasks first, second, expected those of the first run: first, second, third" in reasons[1]
     assert "## Left out" in (tmp_path / "out/comparison.md").read_text()
-    nothing = zscl("compare", tmp_path / "nowhere", "--out", tmp_path / "none")
+    nothing = zscl("compare", tmp_path / "empty", "--out", tmp_path / "none")
     assert nothing.code == 2
     assert not (tmp_path / "none").exists()
     assert zscl("compare").error == "error: found no runs, expected folders, run ids, or --where EXPRESSION\n"
+
+
+def test_a_mistyped_run_is_refused_with_a_guess(runs: dict[str, Path], zscl: Zscl, tmp_path: Path) -> None:
+    near, digits = runs["zscl-0"].with_name("zscl-O"), "0" * 31
+    refused = zscl("compare", runs["zscl-0"], near, digits, "--out", tmp_path / "none")
+    assert refused.code == 2
+    first, second = refused.error.splitlines()
+    assert f"{near}: found no such folder, expected a run's folder or its id in MLflow; did you mean 'zscl-" in first
+    assert f"{digits}: found no such folder and no run id, expected a folder, or the 32 digits" in second
+    assert not (tmp_path / "none").exists()
+
+
+def test_each_choice_of_runs_has_a_folder_of_its_own(tmp_path: Path) -> None:
+    a, b, c = (tmp_path / name for name in "abc")
+    chosen = [place_of({str(run): run for run in runs}) for runs in ((a, b), (a, c), (a, b), (b, a), (a,))]
+    assert chosen[0] == chosen[2]
+    assert len(set(chosen)) == 4
+    assert {place.parent for place in chosen} == {tmp_path / "comparison"}
 
 
 def test_what_is_not_alike_is_marked_and_never_averaged_in(
@@ -212,8 +243,24 @@ def test_runs_are_found_in_mlflow(
     moved = runs["zscl-0"].rename(place / "moved")  # what is not on this machine comes from the artefacts
     assert [row["last"] for row in compared(zscl, *ids, *store)["rows"]] == [row["last"] for row in by_id["rows"]]
     moved.rename(runs["zscl-0"])
-    unknown = compared(zscl, "0" * 32, ids[0], *store)
-    assert "found no such run in sqlite:///" in unknown["left_out"]["0" * 32]
+    other = shutil.copytree(runs["zscl-1"], tmp_path / "other")
+    aside = runs["zscl-0"].rename(place / "aside")  # another run lies in the recorded folder by now
+    other.rename(runs["zscl-0"])
+    instead = [row["seed"] for row in compared(zscl, ids[1], *store)["rows"] if row["run"]]
+    shutil.rmtree(runs["zscl-0"])
+    aside.rename(runs["zscl-0"])
+    assert instead == ["0"]
+    unknown = zscl("compare", ids[0][:-1] + ("1" if ids[0][-1] == "0" else "0"), ids[0], *store)
+    assert (unknown.code, "found no such run in sqlite:///" in unknown.error) == (2, True)
+    assert f"did you mean '{ids[0]}'?" in unknown.error
+    client = MlflowClient(f"sqlite:///{place}/mlflow.db")
+    stage = next(
+        run.info.run_id
+        for run in client.search_runs([client.get_run(ids[0]).info.experiment_id], f"tags.`{PARENT}` = '{ids[0]}'")
+    )
+    refused = zscl("compare", stage, *store)
+    assert (refused.code, f"found a single stage, expected the id of a run over all its stages (that of its whole run "
+            f"is {ids[0]})" in refused.error) == (2, True)  # fmt: skip
     for where, sentence in (("tags.x = 'y'", "found no run in"), ("what?", "found no expression that MLflow takes")):
         refused = zscl("compare", "--where", where, *store)
         assert (refused.code, sentence in refused.error) == (2, True)
@@ -229,18 +276,164 @@ def test_a_method_is_called_by_what_was_changed_in_it(runs: dict[str, Path]) -> 
     assert named.changes == {"distill.text_weight": 0.0}
 
 
-def test_a_difference_has_an_interval_where_there_are_pairs() -> None:
-    assert difference_of([]) is None
-    alone = difference_of([0.5])
-    assert alone is not None
-    assert (alone.mean, alone.interval) == (0.5, None)
-    several = difference_of([0.1, 0.2, 0.3, 0.4])
-    assert several is not None
-    assert several.interval is not None
-    low, high = several.interval
-    assert several.mean == pytest.approx(0.25)
-    assert 0.1 <= low < several.mean < high <= 0.4
-    assert several == difference_of([0.1, 0.2, 0.3, 0.4])
+@pytest.mark.parametrize("count", [2, 3, 5, 10])
+def test_an_interval_covers_the_mean_in_95_of_100_cases(count: int) -> None:
+    draw, repeats, mean = np.random.default_rng(count), 500, 0.02
+    intervals = [paired_interval(draw.normal(mean, 0.05, count).tolist()) for _ in range(repeats)]
+    covered = sum(found is not None and found[0] <= mean <= found[1] for found in intervals) / repeats
+    assert covered == pytest.approx(0.95, abs=0.04)  # four standard errors
+
+
+def test_an_interval_is_that_of_a_paired_t_test() -> None:
+    ours, theirs = [0.61, 0.67, 0.72, 0.55], [0.51, 0.59, 0.70, 0.41]
+    expected = ttest_rel(ours, theirs).confidence_interval(0.95)
+    found = paired_interval([one - other for one, other in zip(ours, theirs, strict=True)])
+    assert found == pytest.approx(tuple(expected))
+
+
+@pytest.mark.parametrize("differences", [[], [0.5], [0.1, 0.1, 0.1], [0.1 + 0.2 - 0.3, 0.0], [0.1, math.nan]])
+def test_there_is_no_interval_where_nothing_says_how_wide_it_is(differences: list[float]) -> None:
+    assert paired_interval(differences) is None
+
+
+def of_figures(result: Result, last: float, **changes: Any) -> Result:
+    metrics = result.metrics.model_copy(update={"last": last})
+    return result.model_copy(update={"metrics": metrics, **changes})
+
+
+def gathered(folder: Path, results: dict[str, Result]) -> Comparison:
+    for name, result in results.items():
+        (folder / name).mkdir(parents=True)
+        (folder / name / "result.json").write_text(result.model_dump_json())
+    return gather({name: folder / name for name in results})
+
+
+def reordered(result: Result) -> Result:
+    return result.model_copy(update={"tasks": result.tasks[::-1]})
+
+
+def test_pairs_of_one_seed_or_order_are_averaged_before(runs: dict[str, Path], tmp_path: Path) -> None:
+    """Three seeds in two orders are a sample of three; so are three orders with one seed."""
+    base = result_of(runs["finetune-0"])
+    lasts = {(seed, order): 0.3 + 0.05 * seed**2 + 0.02 * order for seed in range(3) for order in range(2)}
+    results = {}
+    for (seed, order), last in lasts.items():
+        for method, figure in (("finetune", 0.2), ("wc", last)):
+            made = of_figures(base, figure, seed=seed, method=method)
+            results[f"{method}-{seed}-{order}"] = reordered(made) if order else made
+    found = gathered(tmp_path, results).difference("wc", "finetune", "last")
+    by_seed = [fmean(lasts[seed, order] for order in range(2)) - 0.2 for seed in range(3)]
+    assert found == Difference(pytest.approx(fmean(by_seed)), paired_interval(by_seed), 6, 3, "seeds")  # type: ignore[arg-type]
+    one_seed = {name: result for name, result in results.items() if result.seed == 0}
+    found = gathered(tmp_path / "one", one_seed).difference("wc", "finetune", "last")
+    assert found is not None
+    assert (found.pairs, found.size, found.unit) == (2, 2, "orders")
+
+
+def test_runs_that_make_no_pair_have_no_difference(runs: dict[str, Path], tmp_path: Path) -> None:
+    base = result_of(runs["finetune-0"])
+    results = {
+        "finetune-0": base,
+        "wc-0": reordered(base).model_copy(update={"method": "wc"}),
+        "wc-1": base.model_copy(update={"method": "wc", "seed": 1}),
+    }
+    assert gathered(tmp_path, results).difference("wc", "finetune", "last") is None
+
+
+def test_a_baseline_is_chosen_by_a_rule_and_not_by_the_alphabet(runs: dict[str, Path], tmp_path: Path) -> None:
+    base = result_of(runs["finetune-0"])
+
+    def chosen(*methods: str) -> str | None:
+        results = {name: base.model_copy(update={"method": name}) for name in methods}
+        return gathered(tmp_path / "-".join(methods), results).default_baseline
+
+    assert chosen("aaa", "zero-shot", "finetune") == "finetune"
+    assert chosen("aaa", "zero-shot") == "zero-shot"
+    assert chosen("zscl", "aaa") == "zscl"
+    assert chosen("zscl") is None
+
+
+def test_a_method_with_a_name_of_its_own_is_called_by_it(runs: dict[str, Path], tmp_path: Path) -> None:
+    """Its settings are added where another method has the same name: the two are no sample of one method."""
+
+    def of(base: str, **method: Any) -> Result:
+        made = Method.model_validate(method)
+        settings = {"method": made.name, "method_changes": made.changes, "method_settings": made.settings}
+        return result_of(runs[base]).model_copy(update=settings)
+
+    parts: dict[str, Any] = {"name": "mine", "task_loss": {}, "consolidate": {}}
+    alone = gathered(tmp_path / "alone", {"a": of("zscl-0", preset="zscl", name="mine", average=None)})
+    assert list(alone.groups) == ["mine"]
+    two = {
+        "a": of("zscl-0", **parts),
+        "b": of("zscl-1", **parts | {"consolidate": {"weight": 2.0}}),
+        "c": of("finetune-1", **parts | {"consolidate": None}),
+    }
+    assert list(gathered(tmp_path / "two", two).groups) == [
+        "mine (consolidate.weight=1.0)",
+        "mine (consolidate.weight=2.0)",
+        "mine (consolidate=null)",
+    ]
+
+
+def test_settings_that_the_first_run_does_not_read_tell_later_runs_apart(runs: dict[str, Path], tmp_path: Path) -> None:
+    """A zero-shot run reads no learning rate: two of fine-tuning are no sample all the same."""
+    zero_shot = result_of(runs["zscl-0"]).model_copy(update={"method": "zero-shot", "settings": {}, "reference": ""})
+    one, two = result_of(runs["zscl-0"]), result_of(runs["zscl-1"])
+    two = two.model_copy(update={"settings": two.settings | {"optimisation.learning_rate": 0.5}, "reference": "other"})
+    found = gathered(tmp_path, {"zero-shot": zero_shot, "one": one, "two": two})
+    assert list(found.groups) == ["zero-shot", "zscl", "zscl [learning_rate=0.5; other reference set]"]
+
+
+def test_results_of_another_version_of_the_algorithm_are_marked(runs: dict[str, Path], tmp_path: Path) -> None:
+    new, old = result_of(runs["zscl-0"]), result_of(runs["zscl-1"]).model_copy(update={"algorithm": ""})
+    marked = "zscl [computed by an algorithm older than version 1.1]"
+    assert list(gathered(tmp_path, {"new": new, "old": old}).groups) == ["zscl", marked]
+
+
+def test_zero_shot_figures_of_other_models_are_never_averaged(runs: dict[str, Path], tmp_path: Path) -> None:
+    one = result_of(runs["finetune-0"])
+    better = one.zero_shot_metrics.model_copy(update={"last": 1.0})
+    other = one.model_copy(update={"model_digest": "other", "model": "ViT", "zero_shot_metrics": better})
+    assert gathered(tmp_path, {"one": one, "other": other}).zero_shot("last") == one.zero_shot_metrics.last
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_a_shown_command_is_one_that_a_shell_takes(runs: dict[str, Path], tmp_path: Path, offline: bool) -> None:
+    run = shutil.copytree(runs["zscl-0"], tmp_path / "my runs/it's")
+    _, lines = _ended(recipes.load_experiment(run / "experiment.yaml"), run, result_of(run), offline)
+    shown = shlex.split(next(line for line in lines if line.startswith("MLflow")))[1:]
+    assert shown[-1] == (str(run) if offline else f"sqlite:///{run.parent}/mlflow.db")
+    assert len(shown) == (3 if offline else 4)
+
+
+@pytest.mark.parametrize(("count", "width"), [(12, 80), (60, 200)])
+def test_tables_of_many_runs_show_every_number(runs: dict[str, Path], tmp_path: Path, count: int, width: int) -> None:
+    result = result_of(runs["zscl-0"])
+    found = gathered(tmp_path, {f"r{seed:02}": result.model_copy(update={"seed": seed}) for seed in range(count)})
+    out = io.StringIO()
+    Console(file=out, width=width).print(terminal_tables(found, run_rows(found), None, width))
+    shown = out.getvalue().partition("Accuracy on each task")[2]
+    assert "…" not in shown
+    last = f"{100 * result.accuracy_matrix[-1][0]:.1f} "
+    assert sum(line.count(last) for line in shown.splitlines() if "│ first" in line) >= count
+    assert all(f" r{seed:02} " in shown for seed in range(count))
+    assert len(set(colours(count))) == count
+
+
+def test_runs_whose_folders_have_one_name_are_told_apart(runs: dict[str, Path], tmp_path: Path) -> None:
+    places = [tmp_path / "a/zscl", tmp_path / "b/zscl", tmp_path / "b/other"]
+    for number, place in enumerate(places):
+        shutil.copytree(runs["zscl-1"], place)
+        seeded = result_of(place).model_copy(update={"workers": 1 + number, "seed": number})
+        (place / "result.json").write_text(seeded.model_dump_json())
+    found = gather({str(place): place for place in [*places, tmp_path / "a/../a/zscl"]})
+    assert [run.name for run in found.runs] == ["a/zscl", "b/zscl", "other"]
+    assert [row["worker_hours"] for row in run_rows(found) if row["run"]] == sorted(
+        row["worker_hours"] or 0 for row in run_rows(found) if row["run"]
+    )
+    [again] = found.left_out.values()
+    assert "it counts once" in again
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")

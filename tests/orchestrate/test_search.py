@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 from conftest import Command
+from rich.console import Console
 from ruamel.yaml import YAML
 
-from orchestrate import recipes
+from orchestrate import places, recipes, search_preflight
+from orchestrate.search import search
+from schemas.algorithm import algorithm
 from schemas.base import InputError
-from schemas.search import SearchResult, Trial
+from schemas.search import Search, SearchResult, Trial
 
 Zscl = Callable[..., Command]
 DOMAINS = {
@@ -209,3 +212,34 @@ def test_the_front_is_what_nobody_beats() -> None:
     ]
     assert [each.number for each in front_of(trials, ["transfer", "forgetting"])] == [1, 2, 5]
     assert [each.number for each in front_of(trials, ["forgetting"])] == [1, 5]
+
+
+def test_a_search_is_found_again_by_when_it_began_and_not_by_its_path(tmp_path: Path, empty_store: Path) -> None:
+    from orchestrate.search_tracking import SearchRecord
+
+    searched = Search.model_validate({"domains": DOMAINS, "sampler": "grid"})
+    uri = places.sqlite_uri(tmp_path / "mlflow.db")
+    (tmp_path / "mlflow.db").write_bytes(empty_store.read_bytes())
+
+    def recorded(name: str, begun: int) -> str:
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        identity = places.SearchIdentity("abc", algorithm(), begun)
+        (folder / places.FINGERPRINT).write_text(f"{identity}\n")
+        assert places.search_identity(folder) == identity
+        return SearchRecord(searched, "zscl", identity, folder, uri).run_id
+
+    first = recorded("search", 1)
+    assert recorded("search", 1) == first
+    (tmp_path / "search").rename(tmp_path / "moved")
+    assert recorded("moved", 1) == first
+    assert recorded("copy", 1) != first
+    assert recorded("moved", 2) != first  # deleted, and begun anew
+
+
+def test_a_search_of_another_version_of_the_algorithm_is_refused(write: Callable[..., Path], tmp_path: Path) -> None:
+    prepared = search_preflight.prepare(write({"domains": DOMAINS, "sampler": "grid"}), [])
+    (tmp_path / "look").mkdir()
+    (tmp_path / "look" / places.FINGERPRINT).write_text(f"{prepared.fingerprint}\n")
+    with pytest.raises(InputError, match=r"computed by an algorithm older than version 1\.1"):
+        search(prepared, tmp_path / "look", Console())

@@ -1,6 +1,7 @@
 """The journal on its way to MLflow: beside a run, after it, and through whatever goes wrong in between."""
 
 import json
+import shlex
 import shutil
 import sqlite3
 import time
@@ -14,12 +15,12 @@ from conftest import Command
 from mlflow.tracking import MlflowClient
 
 from orchestrate import recipes, shipping
-from orchestrate.mlflow_store import KEY, PARENT, REASON
+from orchestrate.attaching import attach
+from orchestrate.mlflow_store import LEVEL, PARENT, REASON, TAKEN
 from orchestrate.ownership import owned
-from orchestrate.places import unmasked
+from orchestrate.places import browse_command, sqlite_file, sqlite_uri, unmasked
 from orchestrate.shipping import Shipper
 from orchestrate.state import write_state
-from orchestrate.tracking import TAKEN
 from schemas.base import InputError
 from schemas.experiment import Experiment
 from schemas.results import (
@@ -211,7 +212,7 @@ def test_another_store_gets_the_same_afterwards(
 def test_what_is_sent_again_is_there_once(online: Run, folder: Path, zscl: Callable[..., Command]) -> None:
     uri = f"sqlite:///{folder.parent}/mlflow.db"
     before, client = recorded(uri), MlflowClient(uri)
-    [parent] = client.search_runs([client.get_experiment_by_name("zscl").experiment_id], f"tags.`{KEY}` != ''")
+    [parent] = client.search_runs([client.get_experiment_by_name("zscl").experiment_id], f"tags.`{LEVEL}` = 'sequence'")
     # A process killed between sending and noting the position: here, all the way.
     client.delete_tag(parent.info.run_id, TAKEN)
     made = zscl("sync", folder)
@@ -349,6 +350,98 @@ def test_another_experiment_or_another_life_in_the_same_place_is_another_run(fol
         found.append(shipper.run_id)
     assert found[0] == found[2]
     assert len(set(found)) == 3
+
+
+def sequences(store: Path) -> list[str]:
+    """Ids of the runs in a store."""
+    client = MlflowClient(sqlite_uri(store))
+    at = [client.get_experiment_by_name("zscl").experiment_id]
+    return [run.info.run_id for run in client.search_runs(at, f"tags.`{LEVEL}` = 'sequence'")]
+
+
+def killed(folder: Path, experiment: Experiment, *progress: Any) -> str:
+    """Have a run do something and be killed. Returns its id in MLflow."""
+    run = Run(folder)
+    shipper = run.shipper(experiment)
+    run.happens(*progress)
+    write_state(folder, "KILLED", "enough")
+    assert shipper.end()
+    return shipper.run_id
+
+
+def test_a_moved_project_keeps_its_runs_and_its_artefacts(
+    folder: Path, experiment: Make, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    first = killed(folder, experiment(), *BEGINNING, started(1))
+    # Not by a client: within one process, MLflow remembers where it has left a run's artefacts.
+    artefacts = folder.parent / f"mlflow-artifacts/{first}/artifacts/notes"
+    artefacts.mkdir(parents=True)
+    (artefacts / "note.txt").write_text("before")
+    moved = tmp_path_factory.mktemp("elsewhere") / "project"
+    folder.parent.rename(moved)
+    assert killed(moved / "run", experiment(), steps(1, 0)) == first
+    assert sequences(moved / "mlflow.db") == [first]
+    (moved / "run/more.txt").write_text("after")
+    assert attach(moved / "run", [moved / "run/more.txt"], "notes", print)
+    client = MlflowClient(sqlite_uri(moved / "mlflow.db"))
+    assert [each.path for each in client.list_artifacts(first, "notes")] == ["notes/more.txt", "notes/note.txt"]
+    assert client.get_run(first).data.tags["zscl.folder"] == str(moved / "run")
+    assert len(list((moved / "mlflow-artifacts").rglob("*.txt"))) == 2
+    assert not folder.parent.exists()
+
+
+def test_a_copied_project_leaves_its_original_alone(folder: Path, experiment: Make, tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    project.mkdir()
+    for name in ("mlflow.db", "run"):
+        (tmp_path / name).rename(project / name)
+    killed(project / "run", experiment(), *BEGINNING)
+    (tmp_path / "note.txt").write_text("x")
+    attach(project / "run", [tmp_path / "note.txt"], "notes", print)
+    shutil.copytree(project, tmp_path / "copy")
+    before = sorted(project.rglob("*"))
+    killed(tmp_path / "copy/run", experiment(), started(1))
+    assert attach(tmp_path / "copy/run", [tmp_path / "note.txt"], "notes", print)
+    assert len(sequences(project / "mlflow.db")) == 1
+    assert sorted(project.rglob("*")) == before
+    assert len(list((tmp_path / "copy/mlflow-artifacts").rglob("note.txt"))) == 2
+
+
+def test_a_run_by_another_path_is_the_same_run(folder: Path, experiment: Make, tmp_path: Path) -> None:
+    first = killed(folder, experiment(), *BEGINNING)
+    (tmp_path / "link").symlink_to(folder)
+    linked = experiment(tracking={"uri": sqlite_uri(tmp_path / "mlflow.db")})
+    assert killed(tmp_path / "link", linked, started(1)) == first
+
+
+def test_a_copied_run_is_another_run(folder: Path, experiment: Make) -> None:
+    first = killed(folder, experiment(), *BEGINNING)
+    shutil.copytree(folder, folder.with_name("copy"))
+    second = killed(folder.with_name("copy"), experiment(), started(1))
+    assert killed(folder, experiment(), steps(1, 0)) == first
+    assert sorted(sequences(folder.parent / "mlflow.db")) == sorted([first, second])
+
+
+@pytest.mark.parametrize("name", ["it's", "a%20b", "who?me", "a#b;c", "ü ö", '[x] "y"', "a&b=c", "a\\b", "x@y:z"])
+def test_whatever_a_folder_is_called_its_store_and_artefacts_lie_in_it(
+    folder: Path, experiment: Make, tmp_path: Path, name: str
+) -> None:
+    place = tmp_path / "odd" / name
+    place.mkdir(parents=True)
+    shutil.move(folder.parent / "mlflow.db", place / "mlflow.db")
+    shutil.move(folder, place / "run")
+    store = place / "mlflow.db"
+    assert sqlite_file(sqlite_uri(store)) == store
+    command = shlex.split(browse_command(sqlite_uri(store)))
+    assert command[1:3] == ["ui", "--backend-store-uri"]
+    assert sqlite_file(command[3]) == store
+    first = killed(place / "run", experiment(), *BEGINNING)
+    assert killed(place / "run", experiment(), started(1)) == first
+    assert sequences(store) == [first]
+    (place / "run/note.txt").write_text("x")
+    assert attach(place / "run", [place / "run/note.txt"], "notes", print)
+    assert len(list((place / "mlflow-artifacts").rglob("note.txt"))) == 1
+    assert [each.name for each in (tmp_path / "odd").iterdir()] == [name]
 
 
 @pytest.mark.parametrize(

@@ -195,6 +195,21 @@ class TestFingerprint:
     def test_what_is_computed_counts(self, recipe: Recipe, changes: dict[str, Any]) -> None:
         assert self.of(recipe(**changes)) != self.of(recipe())
 
+    def test_what_the_method_is_called_does_not_count(self, recipe: Recipe) -> None:
+        parts: dict[str, Any] = {"task_loss": {}, "distill": {}, "average": {"every": 2}, "consolidate": {}}
+        named = {"preset": "zscl", "name": "mine", "average": {"every": 2}}
+        spelt_out, other = {"name": "yours", **parts}, {"preset": "zscl", "average": {"every": 3}}
+        assert self.of(recipe(method=named)) == self.of(recipe(method=spelt_out))
+        assert self.of(recipe(method=named)) != self.of(recipe(method=other))
+
+    @pytest.mark.parametrize("version", ["ALGORITHM_VERSION", "FEATURES_VERSION"])
+    def test_the_version_of_the_algorithm_counts(
+        self, recipe: Recipe, version: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        before = self.of(recipe())
+        monkeypatch.setattr(f"schemas.algorithm.{version}", 1_000)
+        assert self.of(recipe()) != before
+
     def test_order_and_content_count(self, recipe: Recipe, tasks: list[str]) -> None:
         assert self.of(recipe(tasks=tasks[::-1])) != self.of(recipe())
         assert self.of(recipe(), reference="other texts") != self.of(recipe())

@@ -156,6 +156,18 @@ def test_ahead_as_met_and_never_give_the_same_run(experiment: Callable[..., Expe
         assert numbers(found[way]) == pytest.approx(numbers(found["never"]), rel=2e-3, abs=1e-6)
 
 
+def test_features_of_another_version_of_the_computation_are_not_used(
+    experiment: Callable[..., Experiment], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(experiment(), tmp_path / "before")
+    monkeypatch.setattr("zscl.features.FEATURES_VERSION", 1_000)
+    monkeypatch.setattr("zscl.reference.FEATURES_VERSION", 1_000)
+    _, said = run(experiment(), tmp_path / "behind")
+    assert "Teacher embedded 14 images, once" in notes(said)
+    assert "reference texts, once" in notes(said)
+    assert [len(list((tmp_path / "teacher").glob(f"{kind}-*"))) for kind in ("images", "texts")] == [2, 2]
+
+
 def test_by_default_a_small_set_is_embedded_ahead_and_a_large_one_as_it_is_met(
     experiment: Callable[..., Experiment], tmp_path: Path
 ) -> None:

@@ -1,5 +1,6 @@
 """Rows of the matrix: cells that are known are not measured again, and a failed stage is said to be one."""
 
+import json
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator
@@ -10,11 +11,14 @@ import pytest
 import torch
 from pydantic import BaseModel
 
+from orchestrate.preflight import refuse_other
+from schemas.algorithm import algorithm
 from schemas.base import InputError
 from schemas.experiment import Experiment
 from schemas.results import Note, RowMeasured, StageTrained, TaskEvaluated
 from zscl.checkpoint import StoppedError
 from zscl.metrics import at_chance
+from zscl.opened import open_experiment
 from zscl.rows import Elsewhere, Handle, refuse_other_run
 from zscl.sequence import measure_row, run_sequence
 
@@ -43,6 +47,23 @@ def test_cells_of_another_experiment_are_refused(experiment: Make, tmp_path: Pat
         run_sequence(made, tmp_path, device=CPU, asked_to_stop=lambda: next(asked))
     with pytest.raises(InputError, match="found a run of another experiment"):
         refuse_other_run(tmp_path, "another")
+
+
+@pytest.mark.parametrize("recorded", [{"algorithm": "0.9"}, {}])
+def test_rows_of_another_version_of_the_algorithm_are_refused(
+    experiment: Make, tmp_path: Path, recorded: dict[str, str]
+) -> None:
+    made = experiment(method="zero-shot", reference=None)
+    run_sequence(made, tmp_path, device=CPU)
+    row = json.loads((tmp_path / "zero_shot.json").read_text())
+    assert row.pop("algorithm") == algorithm()
+    (tmp_path / "zero_shot.json").write_text(json.dumps(row | recorded | {"fingerprint": "0123456789abcdef"}))
+    found = "algorithm version 0.9" if recorded else "an algorithm older than version 1.1"
+    with pytest.raises(InputError, match=f"computed by {found}, expected algorithm version {algorithm()}.*another fol"):
+        run_sequence(made, tmp_path, device=CPU)
+    with pytest.raises(InputError) as refused:  # the command line, too: not "the data is another"
+        refuse_other(open_experiment(made), tmp_path)
+    assert str(refused.value).endswith("for `zscl compare` for example")
 
 
 @pytest.mark.fault("A task at chance right after its training", "A warning in the result")

@@ -89,6 +89,19 @@ def test_what_differs_in_anything_else_shares_nothing(
     assert not keys[0] & keys[1]
 
 
+@pytest.mark.parametrize("version", ["ALGORITHM_VERSION", "FEATURES_VERSION"])
+def test_another_version_of_the_algorithm_shares_nothing(
+    experiment: Make, tmp_path: Path, version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def keys() -> set[str]:
+        store = StageStore(open_experiment(experiment()), tmp_path, ())
+        return {key for stage in (0, 1, 2) for key in (store.course(stage), store.handed_on(stage), store.row(stage))}
+
+    before = keys()
+    monkeypatch.setattr(f"schemas.algorithm.{version}", 1_000)
+    assert not before & keys()
+
+
 def test_what_is_judged_otherwise_shares_stages_and_no_row(experiment: Make, tmp_path: Path) -> None:
     made = [experiment(), experiment(evaluation={"templates": "first"})]
     stores = [StageStore(open_experiment(each), tmp_path, ()) for each in made]
