@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from schemas.base import InputError, InterruptedRunError
 from zscl import captions, copies, image_folders, imagenets, mtil, sources
 from zscl.mtil import MTIL
+from zscl.samples import printable_name
 from zscl.sources import Prepared, known
 from zscl.suites import write_embedded
 
@@ -49,6 +50,8 @@ def prepare(
         InputError: an unknown name, an option that does not belong to it, or a source that is not what it should be.
         InterruptedRunError: Ctrl-C.
     """
+    if not str(out).isprintable():
+        raise InputError(f"--out: found {printable_name(str(out))!r}, expected a path of printable characters")
     what, *rest = [known("data prepare", names[0], [*MTIL, ALL, *OTHERS]), *names[1:]]
     _check_options(what, OPTIONS[what if what in OTHERS else ALL], options)
     if what in OTHERS and len(rest) != bool(OTHERS[what]):

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from pydantic import ValidationError
 from rich.console import Console, Group
 from rich.table import Table
 
@@ -18,7 +19,7 @@ from orchestrate.attaching import attach
 from orchestrate.display import Bar
 from orchestrate.recipes import load_experiment
 from orchestrate.report import ZERO_SHOT, percent
-from schemas.base import InputError
+from schemas.base import InputError, explain
 from schemas.data import Task
 from schemas.experiment import LOCAL_MODEL, Experiment, Model
 from schemas.judgement import PROTOCOLS, Evaluation, Judged, JudgedModel, Protocol
@@ -37,7 +38,7 @@ from zscl.tasks import TaskFolder
 
 EVALUATION = "evaluation.json"
 ALL = "all"
-MOST_BROKEN = 0.01  # share of a task's test images that may be unusable
+MOST_BROKEN = 0.01  # share of a task's test images that may be unusable, where no run's recipe says otherwise
 LABELLED = 12  # classes whose names a confusion table's picture has room for
 
 
@@ -160,7 +161,10 @@ def _model(name: str, pretrained: str | None) -> Model:
 
 def _opened(path: str) -> TaskFolder:
     location = path if "://" in path else str(Path(path).expanduser().absolute())
-    return TaskFolder.open(Task.model_validate({"path": location}))
+    try:
+        return TaskFolder.open(Task.model_validate({"path": location}))
+    except ValidationError as error:
+        raise InputError(f"{path}: {explain(error)}") from error
 
 
 def evaluate(subject: Subject, options: Options, console: Console) -> Evaluation:
@@ -173,12 +177,16 @@ def evaluate(subject: Subject, options: Options, console: Console) -> Evaluation
     experiment = subject.experiment
     templates = options.templates or (experiment.evaluation.templates if experiment else "all")
     precision = options.precision or (experiment.optimisation.precision if experiment else "fp32")
+    share = experiment.compute.max_broken_share if experiment else MOST_BROKEN
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sets = [task.test for task in (*subject.tasks, *subject.suites)]
     images = sum(len(each) for each in sets if isinstance(each, IndexedSamples)) * len(subject.models)
     judged_models, warnings = [], list[str]()
     with Bar(console, total=images or None) as bar:
-        loader = Loader(device, options.loader_processes, max_broken_share=MOST_BROKEN, note=bar.say)
+        loader = Loader(device, options.loader_processes, max_broken_share=share, note=bar.say)
+        for task in (*subject.tasks, *subject.suites):
+            for sentence in task.oddities("test"):
+                bar.say(f"warning: task '{task.name}', {sentence}")
         for stage, model in subject.models:
             name = subject.place(stage, model)
             bar.update(f"judging {name}", bar.done)

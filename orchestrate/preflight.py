@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from itertools import zip_longest
 from pathlib import Path
@@ -13,13 +14,16 @@ from orchestrate.state import STATE
 from schemas.base import InputError
 from schemas.compute import Compute, Savings
 from schemas.experiment import LOCAL_MODEL, Experiment, Model
+from zscl import verdict
 from zscl.checkpoint import CHECKPOINT
 from zscl.indexed_samples import IndexedSamples
 from zscl.model import load, open_clip_name
 from zscl.opened import Opened, open_experiment
 from zscl.prompt_checks import prompt_warnings
 from zscl.rows import ZERO_SHOT, OtherAlgorithmError, part_of, refuse_other_run, stage_folder
+from zscl.samples import refuse_broken
 from zscl.snapshots import LAST, SUFFIX, place_of
+from zscl.tasks import TaskFolder
 from zscl.teaching import store_beside, way_of_features
 from zscl.towers import Towers, left_in_full
 
@@ -214,7 +218,43 @@ def check_places(experiment: Experiment, folder: Path) -> None:
 
 def warnings(opened: Opened) -> list[str]:
     """What is allowed but hardly meant, a sentence each: of the recipe, of prompts, of what is read again and again."""
-    return [*opened.experiment.warnings, *_prompts(opened), *_read_again(opened)]
+    return [
+        *opened.experiment.warnings,
+        *_prompts(opened),
+        *_read_again(opened),
+        *_left_out(opened),
+    ]
+
+
+def _whole_tasks(opened: Opened) -> list[TaskFolder]:
+    """The tasks as their folders hold them: a sample that cannot be used belongs to no class, and is drawn nowhere."""
+    wholes = (task.whole or (replace(task, shots=None) if task.shots else task) for task in opened.tasks)
+    return list(dict.fromkeys(wholes))
+
+
+def _left_out(opened: Opened) -> list[str]:
+    """A sentence a set with samples that cannot be used, or with shards that are not counted."""
+    found = []
+    for task in _whole_tasks(opened):
+        for split, broken in task.broken.items():
+            found += [f"task '{task.name}', {split}: {_skipped(broken)}"] if broken else []
+            found += [f"task '{task.name}', {sentence}" for sentence in task.oddities(split)]
+    if broken := _broken_references(opened):
+        found.append(f"reference.images: {_skipped(broken)}")
+    return found
+
+
+def _skipped(sentences: Sequence[str]) -> str:
+    more = f"; and {len(sentences) - MOST_NAMED} more" if len(sentences) > MOST_NAMED else ""
+    samples = verdict.counted(len(sentences), "sample")
+    return f"found {samples} to be skipped: {'; '.join(sentences[:MOST_NAMED])}{more}"
+
+
+def _broken_references(opened: Opened) -> list[str]:
+    """A sentence a reference image that cannot be used, as far as file names tell."""
+    images = opened.reference.images if opened.reference else None
+    faulty = images.faulty() if isinstance(images, IndexedSamples) else []
+    return [str(sample.error()) for sample in faulty]
 
 
 def _prompts(opened: Opened) -> list[str]:
@@ -301,8 +341,12 @@ def _matches(path: Path) -> bool:
 
 
 def _prepare(experiment: Experiment) -> Opened:
-    opened = open_experiment(experiment)
-    for task in {task.whole or task for task in opened.tasks}:
-        task.check(experiment.compute.max_broken_share)
+    opened, share = open_experiment(experiment), experiment.compute.max_broken_share
+    for task in dict.fromkeys([*_whole_tasks(opened), *opened.tasks]):
+        task.check(share)
+    if broken := _broken_references(opened):
+        assert opened.reference is not None
+        assert isinstance(opened.reference.images, IndexedSamples)
+        refuse_broken(broken[0], len(broken), len(opened.reference.images), share)
     _looked_at(opened)
     return opened

@@ -1,7 +1,10 @@
 """A task, and the reference set that is only distilled on."""
 
+import re
+import unicodedata
 from pathlib import PurePosixPath
 from typing import Annotated, Any, ClassVar
+from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -10,6 +13,29 @@ from schemas.base import Abbreviable, Location, Many
 RESERVED_NAMES = (
     "method", "seed", "run", "transfer", "avg", "last", "forgetting", "backward_transfer", "forward_transfer",
 )  # fmt: skip
+
+
+_NAME = re.compile(r"^[A-Za-z0-9_.-]*$")
+LONGEST_TASK_NAME = 100  # characters: stages' folders and metrics are named after tasks
+
+
+def name_of_folder(path: str) -> str:
+    """A task's default name: its folder's, as far as a name may hold it.
+
+    Raises:
+        ValueError: there is no letter or digit in it.
+    """
+    folder = PurePosixPath(path).name
+    if "://" in path:  # user information and a query may be secrets: they are no part of a name
+        url = urlsplit(path)
+        folder = PurePosixPath(url.path).name or url.hostname or ""
+    if _NAME.fullmatch(folder) and len(folder) <= LONGEST_TASK_NAME:
+        return folder
+    letters = "".join(sign for sign in unicodedata.normalize("NFKD", folder) if not unicodedata.combining(sign))
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", letters).strip("-")[:LONGEST_TASK_NAME]
+    if not name:
+        raise ValueError(f"found the folder {folder!r}, which makes no task's name, expected name: beside path:")
+    return name
 
 
 def _several(value: Any) -> Any:
@@ -24,7 +50,12 @@ class Task(Abbreviable):
     path: Location = Field(
         description="Folder with classnames.txt, zeroshot_classification_templates.txt, train/ and test/"
     )
-    name: str = Field("", description="Default: the folder's name", pattern=r"^[A-Za-z0-9_.-]*$")
+    name: str = Field(
+        "",
+        description="Default: the folder's name, with a - for whatever may not be in a name",
+        pattern=_NAME.pattern,
+        max_length=LONGEST_TASK_NAME,
+    )
     learning_rate: PositiveFloat | None = Field(None, description="Instead of optimisation.learning_rate in this stage")
     steps: PositiveInt | None = Field(None, description="Instead of optimisation.steps in this stage")
     classes: Many[NonNegativeInt] | None = Field(
@@ -40,7 +71,7 @@ class Task(Abbreviable):
         if isinstance(data, str):
             data = {"path": data}
         if isinstance(data, dict) and isinstance(data.get("path"), str) and not data.get("name"):
-            return {**data, "name": PurePosixPath(data["path"]).name}
+            return {**data, "name": name_of_folder(data["path"])}
         return data
 
 

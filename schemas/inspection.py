@@ -15,6 +15,9 @@ Reason = Literal[
     "broken image",
     "decompression bomb",
     "no image member",
+    "unsupported image format",
+    "several members of a kind",
+    "link",
     "no label",
     "label outside the class list",
 ]

@@ -16,6 +16,7 @@ os.environ |= {
 import io
 import json
 import signal
+import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,20 @@ def make_task(folder: Path, seed: int, train: int = 24, test: int = 10, shard_im
         shard_images=shard_images,
     )
     return folder
+
+
+def write_tar(file: Path, members: Iterable[tuple[str, bytes]], kind: bytes = tarfile.REGTYPE) -> Path:
+    """A tar of such members, or with links or folders to such targets."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(file, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            if kind != tarfile.REGTYPE and content.startswith(b"->"):
+                info.type, info.linkname = kind, content[2:].decode()
+                content = b""
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return file
 
 
 def opened(folder: str | Path) -> TaskFolder:

@@ -28,8 +28,8 @@ def contact_rows(opened: OpenedTask, per_class: int, classes: int, edge: int) ->
     places: dict[int, list[tuple[IndexedSamples, int]]] = {label: [] for label in labels}
     for shard in opened.shards:
         if shard.split == "train" and shard.samples:
-            for index, (_, _, content) in enumerate(shard.samples.labels()):
-                number = number_of(decoded_label(content))
+            for index, sample in enumerate(shard.samples.labels()):
+                number = number_of(decoded_label(sample.label))
                 if number in places:
                     places[number].append((shard.samples, index))
     template = task.templates[0] if task.templates else "{c}"

@@ -114,8 +114,8 @@ def _manifest(
         for shard in opened.shards(split):
             samples = open_samples([shard])
             assert isinstance(samples, IndexedSamples)
-            for _, key, label in samples.labels():
-                files.add(f"{split}/{Path(shard).name}/{key}", opened.label(label, shard, key))
+            for sample in samples.labels():
+                files.add(f"{split}/{Path(shard).name}/{sample.key}", opened.label_of(sample))
             size = Path(shard).stat().st_size
             shards[split].append(
                 {"file": Path(shard).name, "samples": len(samples), "bytes": size, "sha256": file_digest(Path(shard))}

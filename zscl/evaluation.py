@@ -103,6 +103,7 @@ def count_correct(
         for number, head in enumerate(heads):
             correct[number] += int((features @ head.T).argmax(dim=1).eq(labels).sum())
         seen += len(labels)
+    loader.check_over_workers()
     *correct_everywhere, seen_everywhere, finite_everywhere = map(int, sum_over_workers(*correct, seen, finite))
     if finite_everywhere < world_size():  # all workers raise
         raise InputError(f"{task.path}/test: the model gives its images features that are NaN or Inf, expected numbers")

@@ -225,13 +225,16 @@ class StoredFeatures:
         barrier()  # all have looked before any writes
         own, done = [lacking[index] for index in share(len(lacking))], 0
         decode = Decode(clip.evaluation_transform, Sample.identity)
-        for batch, identities in EvaluationImages(images.only(own), decode, 0, 1).batches(batch_size, loader):
+        for batch, identities in EvaluationImages(images.only(own), decode, 0, 1, total=len(images)).batches(
+            batch_size, loader
+        ):
             self(batch, identities)
             done += len(batch)
             progress(round(done * len(lacking) / len(own)), len(lacking))
             if self._full:
                 break
         barrier()
+        loader.check_over_workers()
         return len(lacking)
 
     def _keep(self, identities: torch.Tensor, features: torch.Tensor) -> None:

@@ -15,6 +15,8 @@ from filelock import FileLock, Timeout
 from schemas.base import did_you_mean
 
 PATIENCE_SECONDS = 300.0  # with storage that fails: a server that restarts is back by then
+LONGEST_BESIDE = 200  # bytes of a name that are part of a temporary one's
+SYSTEM_FILES = frozenset({"thumbs.db", "desktop.ini"})  # of Windows; those of macOS begin with a dot
 T = TypeVar("T")
 
 
@@ -67,7 +69,8 @@ def whole_file(file: Path) -> Iterator[Path]:
 
 def _beside(path: Path) -> Path:
     """A name that no other process takes, on whatever machine."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    name = os.fsdecode(os.fsencode(path.name)[:LONGEST_BESIDE])  # a file system takes 255 bytes
+    return path.with_name(f".{name}.{secrets.token_hex(4)}.partial")
 
 
 def _flush(path: Path) -> None:
@@ -103,6 +106,38 @@ def read_if_there(file: Path, within: Path) -> str:
             return ""
 
     return patiently(read)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file is hidden or the operating system's own: `.DS_Store`, `._*`, `__MACOSX/`, `Thumbs.db`, ….
+
+    Args:
+        name: with the folders that it is in, as a tar has it.
+    """
+    parts = [part for part in name.split("/") if part not in ("", ".", "..")]
+    return not parts or parts[-1].lower() in SYSTEM_FILES or any(part[0] == "." or part == "__MACOSX" for part in parts)
+
+
+def files_within(folder: Path) -> list[Path]:
+    """The files of a folder at any depth, in the order of their paths; links are followed, hidden files are left out.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+    return sorted(_files_within(folder, ()))
+
+
+def _files_within(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
+    real = folder.resolve()
+    if real in above:  # a link leads back to where it is
+        return
+    for path in folder.iterdir():
+        if is_hidden(path.name):
+            continue
+        if path.is_dir():
+            yield from _files_within(path, (*above, real))
+        else:
+            yield path
 
 
 def nearest(path: Path) -> str:

@@ -6,12 +6,12 @@ few-shot learning trains on.
 
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from schemas.base import InputError
 from schemas.experiment import HeldOut
 from zscl.indexed_samples import IndexedSamples
-from zscl.samples import decoded_label
+from zscl.samples import Sample, decoded_label
 from zscl.seeds import seed_of
 from zscl.streamed_samples import StreamedSamples
 
@@ -55,7 +55,9 @@ def split_off(
     return samples.only(kept).counted_anew(), samples.only(sorted(held)).counted_anew()
 
 
-def few_of_each(samples: IndexedSamples | StreamedSamples, shots: int, seed: int, path: str) -> IndexedSamples:
+def few_of_each(
+    samples: IndexedSamples | StreamedSamples, shots: int, seed: int, path: str, is_usable: Callable[[Sample], bool]
+) -> IndexedSamples:
     """Draw so many images of each class, by a seed; of a class that has fewer, all.
 
     Args:
@@ -63,6 +65,7 @@ def few_of_each(samples: IndexedSamples | StreamedSamples, shots: int, seed: int
         shots: images of each class.
         seed: the draw depends on it, a class's label and its number of images alone.
         path: the task's, for what is refused.
+        is_usable: whether a sample is of a class; others are not drawn.
 
     Raises:
         InputError: the images are remote.
@@ -73,14 +76,17 @@ def few_of_each(samples: IndexedSamples | StreamedSamples, shots: int, seed: int
             "compute.shard_cache makes them local"
         )
     drawn: list[int] = []
-    for label, places in _by_class(samples).items():
+    for label, places in _by_class(samples, is_usable).items():
         drawn += random.Random(seed_of(seed, "shots", label)).sample(places, min(shots, len(places)))
     return samples.only(sorted(drawn)).counted_anew()
 
 
-def _by_class(samples: IndexedSamples) -> dict[str, list[int]]:
-    """The places of each label's samples, in their order."""
+def _by_class(
+    samples: IndexedSamples, is_usable: Callable[[Sample], bool] = lambda sample: sample.fault is None
+) -> dict[str, list[int]]:
+    """The places of each label's samples, in their order; those without a readable image are none to choose from."""
     of_class: defaultdict[str, list[int]] = defaultdict(list)
-    for place, (_, _, encoded) in enumerate(samples.labels()):
-        of_class[decoded_label(encoded)].append(place)
+    for place, sample in enumerate(samples.labels()):
+        if is_usable(sample):
+            of_class[decoded_label(sample.label)].append(place)
     return dict(of_class)

@@ -1,14 +1,16 @@
 """Trees of images, a folder a class → tasks."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from schemas.base import InputError, command
+from schemas.base import InputError
+from zscl.files import files_within, is_hidden
 from zscl.looking import has_header
-from zscl.members import IMAGE_SUFFIXES
-from zscl.sources import SPLIT_SEED, File, Prepared, random_split, write_files
+from zscl.members import IMAGE_SUFFIXES, is_image_name
+from zscl.samples import printable_name
+from zscl.sources import SPLIT_SEED, File, Prepared, random_split, said_in_one_sentence, write_files
+from zscl.verdict import counted
 from zscl.writing import image_suffix
 
 DEFAULT_TEMPLATE = "a photo of a {c}."
@@ -31,31 +33,36 @@ def prepare_folder(images: Path, folder: Path, templates: Sequence[str], seed: i
     for template in templates:
         if "{c}" not in template:
             raise InputError(f"--template: found {template!r}, expected a {{c}} for the class name in it")
-    family, classes, splits = _folder_splits(images, seed)
-    # Line separators too: a class name is a line of classnames.txt.
-    classnames = [" ".join(re.sub("[_-]", " ", name).splitlines()).strip() for name in classes]
-    for folder_name, name in zip(classes, classnames, strict=True):
-        if not name:
-            raise InputError(f"{images}: found the folder {folder_name!r}, expected one named after its class")
+        if len(template.splitlines()) > 1:
+            raise InputError(f"--template: found {template!r}, expected one line")
+    left_out: list[str] = []
+    family, classes, splits = _folder_splits(images, seed, left_out)
+    classnames = [_class_name(images, name) for name in classes]
+    for name in classnames:
         if classnames.count(name) > 1:
             raise InputError(f"{images}: found two folders for the class '{name}', expected one folder a class")
-    unreadable: list[str] = []
-    looked_at = {split: [_looked_at(file, unreadable) for file in files] for split, files in splits.items()}
-    prepared = write_files(folder, classnames, templates, looked_at, str(images), family)
-    notes = [_names(classnames), *_folders_in_classes(images, splits), *_unreadable(unreadable, folder)]
+    prepared = write_files(folder, classnames, templates, splits, printable_name(str(images)), family)
+    notes = [
+        _names(classnames),
+        *_folders_in_classes(images, splits),
+        *_left_out(left_out, "without an image in it"),
+        *_left_out(_beside_classes(images, classes), "beside the classes' folders"),
+    ]
     return replace(prepared, notes=tuple(notes))
 
 
-def _looked_at(file: File, unreadable: list[str]) -> File:
-    """The file, which joins the unreadable ones when it is read and its header is none that PIL knows."""
+def _class_name(images: Path, folder: str) -> str:
+    """The class that a folder is named after.
 
-    def read() -> bytes:
-        content = file.read()
-        if not has_header(content):
-            unreadable.append(file.name)
-        return content
-
-    return file._replace(read=read)
+    Raises:
+        InputError: there is no name in it, or it is no text.
+    """
+    name = " ".join(folder.replace("_", " ").replace("-", " ").splitlines()).strip()
+    if not name or not name.replace("\xa0", " ").isprintable():
+        raise InputError(
+            f"{images}: found the folder '{printable_name(folder)}', expected one named after its class; rename it"
+        )
+    return name
 
 
 def _names(classnames: Sequence[str]) -> str:
@@ -77,18 +84,29 @@ def _folders_in_classes(images: Path, splits: Mapping[str, Sequence[File]]) -> l
     return []
 
 
-def _unreadable(names: Sequence[str], folder: Path) -> list[str]:
+def _left_out(names: Sequence[str], what: str) -> list[str]:
     if not names:
         return []
     more = ", …" if len(names) > MOST_NAMED else ""
-    return [
-        f"warning: found {len(names)} files that are no images ({', '.join(names[:MOST_NAMED])}{more}), which training "
-        f"will skip; {command('zscl', 'data', 'check', folder)} looks at every sample to its last pixel"
+    return [f"warning: left out {counted(len(names), 'file')} {what} ({', '.join(names[:MOST_NAMED])}{more})"]
+
+
+def _beside_classes(images: Path, classes: Sequence[str]) -> list[str]:
+    """The images of a tree that lie in no class's folder."""
+    splits = ("train", "test") if _folders(images / "train") else ()
+    others = [place for place in images.iterdir() if place.name not in (splits or classes)]
+    others += [place for split in splits for place in (images / split).iterdir() if place.name not in classes]
+    files = [
+        file
+        for place in sorted(others)
+        if not is_hidden(place.name)
+        for file in (files_within(place) if place.is_dir() else [place])
     ]
+    return [printable_name(file.relative_to(images).as_posix()) for file in files if is_image_name(file.name)]
 
 
-def _folder_splits(images: Path, seed: int) -> tuple[str, list[str], dict[str, list[File]]]:
-    """Family, classes and files of a tree."""
+def _folder_splits(images: Path, seed: int, left_out: list[str]) -> tuple[str, list[str], dict[str, list[File]]]:
+    """Family, classes and files of a tree; files that are no images are left out, and their names are kept."""
     if not images.is_dir():
         raise InputError(f"{images}: found no such folder, expected images sorted into a folder a class")
     given = [split for split in ("train", "test") if _folders(images / split)]
@@ -96,7 +114,7 @@ def _folder_splits(images: Path, seed: int) -> tuple[str, list[str], dict[str, l
         raise InputError(f"{images}: found {given[0]}/ alone, expected both train/ and test/, or a folder a class")
     if not given:
         classes = _folders(images)
-        files = class_files(images, images, classes)
+        files = _images(class_files(images, images, classes), classes, left_out)
         places = random_split(len(files), seed)
         split_files = {split: [files[index] for index in indices] for split, indices in places.items()}
         return f"folder-seed{seed}", classes, split_files
@@ -105,13 +123,31 @@ def _folder_splits(images: Path, seed: int) -> tuple[str, list[str], dict[str, l
         [odd, *_] = sorted(set(classes) ^ set(tested))
         here, there = ("train", "test") if odd in classes else ("test", "train")
         raise InputError(f"{images}: found the class '{odd}' in {here}/ and not in {there}/, expected it in both")
-    return "folder", classes, {split: class_files(images, images / split, classes) for split in given}
+    found = {split: _images(class_files(images, images / split, classes), classes, left_out) for split in given}
+    return "folder", classes, found
+
+
+def _images(files: Sequence[File], classes: Sequence[str], left_out: list[str]) -> list[File]:
+    """The files that begin like an image; the names of the others join those that are left out."""
+    images = []
+    for file in files:
+        with said_in_one_sentence(f"{file.name}: cannot be read"):
+            is_image = has_header(file.read())
+        if is_image:
+            images.append(file)
+        else:
+            left_out.append(file.name)
+    labels = {file.label for file in images}
+    for label, name in enumerate(classes):
+        if label not in labels:
+            raise InputError(f"{name}: found no file with an image in it, expected at least one a class")
+    return images
 
 
 def _folders(folder: Path) -> list[str]:
     if not folder.is_dir():
         return []
-    return sorted(place.name for place in folder.iterdir() if place.is_dir() and not place.name.startswith("."))
+    return sorted(place.name for place in folder.iterdir() if place.is_dir() and not is_hidden(place.name))
 
 
 def class_files(images: Path, folder: Path, classes: Sequence[str], within: str = "") -> list[File]:
@@ -128,12 +164,14 @@ def class_files(images: Path, folder: Path, classes: Sequence[str], within: str 
     """
     files = []
     for label, name in enumerate(classes):
-        found = sorted(file for file in (folder / name / within).rglob("[!.]*") if file.is_file())
+        place = folder / name / within
+        with said_in_one_sentence(f"{place}: cannot be read"):
+            found = files_within(place) if place.is_dir() else []
         if not found:
             raise InputError(f"{folder / name}: found no image, expected at least one a class")
         for file in found:
             image_suffix(str(file))
-            files.append(File(file.relative_to(images).as_posix(), label, file.read_bytes))
+            files.append(File(printable_name(file.relative_to(images).as_posix()), label, file.read_bytes))
     if not files:
         raise InputError(
             f"{folder}: found no folder with images, expected one a class ({', '.join(IMAGE_SUFFIXES)} files)"

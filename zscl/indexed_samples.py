@@ -1,49 +1,60 @@
 """Samples of local shards and loose images: indexed by member offsets, any of them one positional read away."""
 
+import itertools
 import os
-import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-import webdataset
 
 from schemas.base import InputError
 from zscl.files import digest, patiently
-from zscl.members import READ_SUFFIXES, image_of, tar_members
-from zscl.samples import Draw, Sample, decoded_text
+from zscl.members import EXPECTED_SUFFIXES, OTHER_IMAGE_SUFFIXES, Member, assemble, tar_members
+from zscl.samples import Draw, Fault, Sample, decoded_text, printable_name
 from zscl.seeds import seed_of
 
 KINDS = ("image", "label", "text")
 ABSENT = (-1, 0, 0)
+Place = tuple[int, int, int]  # file, offset, size
 
 
 class IndexedSamples:
     """Local samples by position: shuffled as a whole, O(1) to any position, however many processes read.
 
-    `table[sample, kind]` is the (file, offset, size) of a member: 72 bytes a sample, so that ImageNet's index
-    stays under 100 MB. `places[sample]` is its number in the set that it is told apart in, and `total` the size of the
-    set that this one is all or a part of.
+    `table[sample, kind]` is the (file, offset, size) of a member: 72 bytes a sample, so that ImageNet's index, with
+    the keys, stays under 150 MB. `places[sample]` is its number in the set that it is told apart in. A sample whose
+    members make none is there with its fault: it is never read, but it is drawn, named and counted.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
         self.files: list[Path] = []
-        rows = [row for file in files for row in self._index(file)]
+        self._faults: dict[int, tuple[Path, Fault]] = {}  # by row
+        keys: list[bytes] = []
+        rows: list[tuple[Place, ...]] = []
+        for file in files:
+            for key, row, fault in self._index(file):
+                if fault is not None:
+                    self._faults[len(rows)] = file, fault
+                keys.append(printable_name(key).encode())
+                rows.append(row)
         if not rows:
             raise InputError(f"{files[0].parent}: found no image in its shards, expected at least one")
         self.table = torch.tensor(rows)
-        self.places, self.total = torch.arange(len(rows)), len(rows)
+        self.places = torch.arange(len(rows))
+        self._rows = torch.arange(len(rows))  # of the index of all files: `table` may be a part of it
+        self._keys = b"".join(keys)
+        self._key_ends = torch.tensor([0, *itertools.accumulate(map(len, keys))])
 
     def __len__(self) -> int:
         return len(self.table)
 
     def only(self, indices: Sequence[int]) -> "IndexedSamples":
         """The samples at these places, in this order; each keeps its place in the whole set."""
-        chosen = copy(self)
+        chosen, wanted = copy(self), list(indices)
         chosen.__dict__.pop("digest", None)
-        chosen.table, chosen.places = self.table[list(indices)], self.places[list(indices)]
+        chosen.table, chosen.places, chosen._rows = self.table[wanted], self.places[wanted], self._rows[wanted]
         return chosen
 
     def counted_anew(self) -> "IndexedSamples":
@@ -80,71 +91,96 @@ class IndexedSamples:
                 if text is not None:
                     yield decoded_text(text)
 
-    def labels(self) -> Iterator[tuple[str, str, bytes | None]]:
-        """Each sample's (shard, key, label), in order."""
+    def labels(self) -> Iterator[Sample]:
+        """Each sample without its image and text, in order."""
         with _Descriptors() as descriptors:
-            for row in self.table.tolist():
-                shard, key = self._name(descriptors, row)
-                yield shard, key, self._member(descriptors, row[KINDS.index("label")])
+            for places, row, place in zip(self.table.tolist(), self._rows.tolist(), self.places.tolist(), strict=True):
+                yield self._sample(descriptors, places, row, place, ("label",))
+
+    def faulty(self) -> list[Sample]:
+        """The samples whose members make none, without what they hold."""
+        if not self._faults:
+            return []
+        indices = [index for index, row in enumerate(self._rows.tolist()) if row in self._faults]
+        with _Descriptors() as descriptors:
+            return [self._read(descriptors, index, ()) for index in indices]
+
+    def dotted_keys(self) -> list[str]:
+        """The keys that have a dot in them, where WebDataset's own reader ends a key."""
+        ends = self._key_ends.tolist()
+        keys = (self._keys[ends[row] : ends[row + 1]] for row in self._rows.tolist())
+        return [key.decode() for key in keys if b"." in key.rpartition(b"/")[2]]
 
     @property
     def layout(self) -> str:
         """What tells these samples from others on this machine, at no cost: where their members lie."""
-        return digest(self.table.numpy().tobytes(), self.places.numpy().tobytes(), *map(str, self.files))
+        return digest(self.table.numpy().tobytes(), self.places.numpy().tobytes(), *map(os.fsencode, self.files))
 
     @cached_property
     def digest(self) -> str:
         """What tells these samples from others without reading the images: names, places, sizes and labels."""
-        names = (f"{Path(shard).name} {key} ".encode() + (label or b"") for shard, key, label in self.labels())
+        names = (
+            os.fsencode(Path(sample.shard).name) + f" {sample.key} ".encode() + (sample.label or b"")
+            for sample in self.labels()
+        )
         return digest(self.table.numpy().tobytes(), *names)
 
-    def _read(self, descriptors: "_Descriptors", index: int) -> Sample:
-        row = self.table[index].tolist()
-        image, label, text = (self._member(descriptors, member) for member in row)
-        shard, key = self._name(descriptors, row)
-        return Sample(image or b"", label, text, shard, key, place=int(self.places[index]))
+    def _read(self, descriptors: "_Descriptors", index: int, kinds: Sequence[str] = KINDS) -> Sample:
+        places, row, place = self.table[index].tolist(), int(self._rows[index]), int(self.places[index])
+        return self._sample(descriptors, places, row, place, kinds)
 
-    def _member(self, descriptors: "_Descriptors", member: list[int]) -> bytes | None:
-        file, offset, size = member
+    def _sample(
+        self, descriptors: "_Descriptors", places: list[list[int]], row: int, place: int, kinds: Sequence[str]
+    ) -> Sample:
+        """A sample with what is wanted of it."""
+        image, label, text = (
+            self._member(descriptors, member) if kind in kinds else None
+            for kind, member in zip(KINDS, places, strict=True)
+        )
+        start, end = self._key_ends[row : row + 2].tolist()
+        file, fault = self._faults.get(row) or (self.files[places[0][0]], None)
+        shard = str(file if file.suffix.lower() == ".tar" else file.parent)
+        return Sample(image or b"", label, text, shard, self._keys[start:end].decode(), place, fault)
+
+    def _member(self, descriptors: "_Descriptors", place: list[int]) -> bytes | None:
+        file, offset, size = place
         return None if file < 0 else descriptors.read(self.files[file], offset, size)
 
-    def _name(self, descriptors: "_Descriptors", row: list[list[int]]) -> tuple[str, str]:
-        number, offset, _ = row[KINDS.index("image")]
-        file = self.files[number]
-        if offset == 0:
-            return str(file.parent), file.stem
-        header = descriptors.read(file, offset - tarfile.BLOCKSIZE, tarfile.BLOCKSIZE)  # a tar header: name first
-        name = header[: tarfile.LENGTH_NAME].rstrip(b"\0").decode("utf-8", errors="replace")
-        return str(file), name.rpartition(".")[0]
-
-    def _index(self, file: Path) -> list[list[tuple[int, int, int]]]:
-        if file.suffix == ".tar":
-            return self._index_tar(file)
+    def _index(self, file: Path) -> Iterator[tuple[str, tuple[Place, ...], Fault | None]]:
+        """The key, the places and the fault of each sample of a shard, or of a loose image."""
+        if file.suffix.lower() == ".tar":
+            yield from self._index_tar(file)
+            return
         caption = file.with_suffix(".txt")
-        return [[self._whole(file), ABSENT, self._whole(caption) if caption.is_file() else ABSENT]]
+        fault = _fault_of_file(file)
+        image = ABSENT if fault else self._whole(file)
+        yield file.stem, (image, ABSENT, self._whole(caption) if caption.is_file() else ABSENT), fault
 
-    def _whole(self, file: Path) -> tuple[int, int, int]:
+    def _whole(self, file: Path) -> Place:
         self.files.append(file)
         return len(self.files) - 1, 0, file.stat().st_size
 
-    def _index_tar(self, file: Path) -> list[list[tuple[int, int, int]]]:
+    def _index_tar(self, file: Path) -> Iterator[tuple[str, tuple[Place, ...], Fault | None]]:
         self.files.append(file)
         number = len(self.files) - 1
-        members: dict[str, dict[str, tuple[int, int, int]]] = {}
-        for name, offset, size in tar_members(file):
-            key, suffix = webdataset.tariterators.base_plus_ext(name)
-            found = members.setdefault(key, {})
-            if suffix.lower() in found and suffix.lower() in READ_SUFFIXES:
-                raise InputError(f"{file}: found the member '{name}' twice, expected every member once")
-            found[suffix.lower()] = (number, offset, size)
-        rows = []
-        for found in members.values():
-            image = image_of(found)
-            if image is not None:
-                rows.append([image, found.get("cls", ABSENT), found.get("txt", ABSENT)])
-        if not rows:
+        members: dict[str, list[tuple[Member, Place]]] = {}
+        for member in tar_members(file):
+            members.setdefault(member.key, []).append((member, (number, member.offset, member.size)))
+        if not members:
             raise InputError(f"{file}: found no image in the shard, expected at least one")
-        return rows
+        for key, found in members.items():
+            image, label, text, fault = assemble(found, str(file))
+            yield key, (image or ABSENT, label or ABSENT, text or ABSENT), fault
+
+
+def _fault_of_file(file: Path) -> Fault | None:
+    """Why a loose file is no image that can be read, as its name tells."""
+    if not file.is_file():
+        return Fault("link", f"found {printable_name(file.name)}, a link to a file that is not there")
+    suffix = file.suffix.lower().removeprefix(".")
+    if not suffix or suffix in OTHER_IMAGE_SUFFIXES:
+        return Fault("unsupported image format", f"found {printable_name(file.name)}, {EXPECTED_SUFFIXES}")
+    return None
 
 
 class _Descriptors:

@@ -32,7 +32,6 @@ from schemas.inspection import (
 )
 from zscl import verdict
 from zscl.looking import Decoded, Undecodable, look_at, silent_decoders
-from zscl.members import IMAGE_SUFFIXES
 from zscl.opened_task import OpenedTask, Progress, Shard, no_progress
 from zscl.prompt_checks import prompt_warnings
 from zscl.samples import Sample, decoded_label
@@ -52,6 +51,7 @@ class _Tally:
     heights: Counter[int] = field(default_factory=Counter)
     formats: Counter[str] = field(default_factory=Counter)
     modes: Counter[str] = field(default_factory=Counter)
+    traits: Counter[str] = field(default_factory=Counter)
 
     def add(self, image: Decoded, label: int) -> None:
         self.per_class[label] += 1
@@ -59,6 +59,7 @@ class _Tally:
         self.heights[image.height] += 1
         self.formats[image.format] += 1
         self.modes[image.mode] += 1
+        self.traits.update(image.traits)
 
 
 class _Pairs:
@@ -100,10 +101,6 @@ class _Gathered:
         self._first_unreadable: list[UnreadableSample] = []
         self._seen: dict[bytes, _Sighting] = {}
 
-    def without_image(self, shard: Shard, key: str) -> None:
-        suffixes = ", ".join(f".{suffix}" for suffix in IMAGE_SUFFIXES)
-        self._unreadable(shard, key, [Undecodable("no image member", f"expected one of {suffixes}")])
-
     def add(self, shard: Shard, sample: Sample, image: Decoded | Undecodable) -> None:
         label = self._label(sample)
         faults = [fault for fault in (image, label) if isinstance(fault, Undecodable)]
@@ -122,7 +119,9 @@ class _Gathered:
             first=tuple(self._first_unreadable),
         )
 
-    def _label(self, sample: Sample) -> int | Undecodable:
+    def _label(self, sample: Sample) -> int | Undecodable | None:
+        if sample.fault is not None:  # that is enough: `image` says it
+            return None
         if sample.label is None:
             return Undecodable("no label", "expected a .cls member")
         try:
@@ -155,17 +154,19 @@ def inspect(opened: OpenedTask, progress: Progress = no_progress) -> Inspection:
     done = 0
     with silent_decoders(), ThreadPoolExecutor(THREADS) as threads:  # decoders let other threads run
         for shard in opened.shards:
-            for key in shard.imageless:
-                gathered.without_image(shard, key)
-            done += len(shard.imageless)
             remaining = shard.samples.once() if shard.samples else iter(())
             while samples := list(islice(remaining, AT_ONCE)):
-                images = threads.map(look_at, [sample.image for sample in samples])
+                images = threads.map(_look_at, samples)
                 for sample, image in zip(samples, images, strict=True):
                     gathered.add(shard, sample, image)
                 done += len(samples)
                 progress("looking at samples", done, total)
     return _finding(opened, gathered)
+
+
+def _look_at(sample: Sample) -> Decoded | Undecodable:
+    fault = sample.fault
+    return look_at(sample.image) if fault is None else Undecodable(fault.reason, fault.detail)
 
 
 # ------------------------------------------------------------------------------------------------- the finding
@@ -177,6 +178,7 @@ def _finding(opened: OpenedTask, gathered: _Gathered) -> Inspection:
     templates = _templates(opened.task.templates)
     unreadable, between, within = gathered.unreadable(), gathered.between.finding(), gathered.within.finding()
     shards = tuple(shard.finding for shard in opened.shards)
+    traits: Counter[str] = sum((tally.traits for tally in gathered.tallies.values()), Counter())
     problems = (
         *opened.problems,
         *(problem for shard in shards for problem in shard.problems),
@@ -199,6 +201,7 @@ def _finding(opened: OpenedTask, gathered: _Gathered) -> Inspection:
         warnings=(
             *opened.warnings,
             *verdict.warnings_of(classnames, templates, within, splits),
+            *verdict.trait_warnings(traits),
             *_prompts_of_clip(opened.task),
         ),
     )

@@ -185,4 +185,5 @@ def judge(
                 for tally, classes in tallies.values():
                     tally.add(features, classes[labels])
                 on_images(len(labels))
+        loader.check_over_workers()
         yield from (tally.judged(task, protocol) for protocol, (tally, _) in tallies.items())

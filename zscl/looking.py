@@ -3,7 +3,7 @@
 import hashlib
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -11,6 +11,15 @@ from PIL import Image, UnidentifiedImageError
 
 from schemas.inspection import Reason
 from zscl.streams import FORMATS, decode_image
+
+# What of an image training does not see as an image viewer shows it.
+TRAITS: Mapping[str, Callable[[Image.Image], bool]] = {
+    "16 bits a channel, of which the upper 8 are read": lambda image: image.mode.startswith("I"),
+    "transparency, which is ignored": lambda image: image.has_transparency_data,
+    "an EXIF orientation, which is not applied": lambda image: image.getexif().get(ORIENTATION, 1) != 1,
+    "several frames, of which the first is read": lambda image: getattr(image, "n_frames", 1) > 1,
+}
+ORIENTATION = 0x0112  # tag of EXIF
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +31,7 @@ class Decoded:
     format: str
     mode: str
     content: bytes
+    traits: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +47,12 @@ def look_at(encoded: bytes) -> Decoded | Undecodable:
     try:
         with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
             width, height, name, mode = *image.size, image.format or "unknown", image.mode
+            traits = tuple(trait for trait, has in TRAITS.items() if has(image))
         decode_image(encoded)
     except Exception as error:  # what a decoder raises on foreign bytes is no closed list, and is the finding itself
         return Undecodable(_reason(error), _detail(error))
-    return Decoded(width, height, name, mode, hashlib.blake2b(encoded, digest_size=16).digest())
+    content = hashlib.blake2b(encoded, digest_size=16).digest()
+    return Decoded(width, height, name, mode, content, traits)
 
 
 def has_header(encoded: bytes) -> bool:

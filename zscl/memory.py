@@ -79,7 +79,7 @@ def encode(
     """
     was_training = clip.model.training
     clip.model.eval()
-    decode = Decode(clip.evaluation_transform, lambda sample: (task.label_of(sample), sample.place))
+    decode = Decode(clip.evaluation_transform, task.label_and_place_of)
     # A worker may have no image at all: it encodes one, for its shape, and gives no row.
     blank = torch.zeros(1, 3, *image_size(clip.model), device=loader.device)
     features = [at_least_float32(clip.model.encode_image(blank, normalize=True))[:0]]  # type: ignore[operator]
@@ -90,6 +90,7 @@ def encode(
         with precision_context(precision, loader.device):
             features.append(at_least_float32(clip.model.encode_image(batch, normalize=True)))  # type: ignore[operator]
         found.append(label_and_place)
+    loader.check_over_workers()
     clip.model.train(was_training)
     everyones, labels_and_places = gather_unequal(torch.cat(features)), gather_unequal(torch.cat(found))
     labels, places = labels_and_places.unbind(dim=1)
@@ -132,8 +133,8 @@ def recall(folders: Sequence[Path], budget: int) -> IndexedSamples | None:
     samples = open_samples([str(folder) for folder in folders])
     assert isinstance(samples, IndexedSamples)
     by_class: dict[tuple[str, bytes | None], list[int]] = defaultdict(list)
-    for place, (shard, _, label) in enumerate(samples.labels()):
-        by_class[str(Path(shard).parent), label].append(place)
+    for place, sample in enumerate(samples.labels()):
+        by_class[str(Path(sample.shard).parent), sample.label].append(place)
     classes = {folder: len({label for found, label in by_class if found == folder}) for folder, _ in by_class}
     allowed = [
         place

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import webdataset
 from pydantic import ValidationError
 
 from schemas.base import InputError
@@ -12,7 +11,7 @@ from schemas.inspection import SPLITS, Manifest, ManifestShard, ShardFinding, Sp
 from zscl import verdict
 from zscl.files import file_digest
 from zscl.indexed_samples import IndexedSamples
-from zscl.members import IMAGE_SUFFIXES, tar_members
+from zscl.samples import printable_name
 from zscl.tasks import MANIFEST, TaskFolder, lines_of, text_of
 
 Progress = Callable[[str, int, int], None]  # what, done, total
@@ -24,11 +23,10 @@ def no_progress(what: str, done: int, total: int) -> None:
 
 @dataclass(frozen=True)
 class Shard:
-    """A promised shard: its samples where it is whole, and the keys of those without an image."""
+    """A promised shard, and its samples where it is whole."""
 
     split: Split
     samples: IndexedSamples | None
-    imageless: tuple[str, ...]
     finding: ShardFinding
 
 
@@ -51,6 +49,8 @@ def open_task(folder: str, progress: Progress = no_progress) -> OpenedTask:
     """
     if "://" in folder:
         raise InputError(f"{folder}: found a remote folder, expected a local one: copy the task here to check it")
+    if not folder.isprintable():
+        raise InputError(f"{printable_name(folder)}: found a path that is no text, expected printable characters")
     if not Path(folder).is_dir():
         raise InputError(f"{folder}: found no such folder, expected a task")
     classnames = lines_of(f"{folder}/classnames.txt", "class names")
@@ -87,15 +87,17 @@ def _open_shards(opened: OpenedTask, progress: Progress) -> None:
             opened.problems.append(str(error))
             continue
         promised += [(split, file) for file in files]
-        others = sorted(set(Path(opened.task.path, split).glob("*.tar")) - set(files))
-        if others:
-            found = verdict.named([file.name for file in others], "shard")
-            opened.warnings.append(f"{split}: found {found} that nshards.txt does not count: never read")
+        if others := opened.task.uncounted_shards(split):
+            opened.warnings.append(verdict.uncounted(split, others))
     records = _records(opened.manifest)
     for done, (split, file) in enumerate(promised):
         progress("indexing shards", done, len(promised))
         record = records.pop(_place(split, file), None)
         opened.shards.append(_open_shard(split, file, record, opened.manifest is not None))
+    for split in SPLITS:
+        found = [shard.samples.dotted_keys() for shard in opened.shards if shard.split == split and shard.samples]
+        if keys := [key for each in found for key in each]:
+            opened.warnings.append(verdict.dotted(split, keys))
     opened.problems += [
         f"{MANIFEST}: found {place} in it, expected only shards that nshards.txt promises" for place in records
     ]
@@ -114,14 +116,13 @@ def _open_shard(split: Split, file: Path, record: ManifestShard | None, manifest
     place = _place(split, file)
     if not file.is_file():
         problem = f"{place}: found no such file, expected a shard as nshards.txt promises"
-        return Shard(split, None, (), ShardFinding(shard=place, samples=None, bytes=None, problems=(problem,)))
+        return Shard(split, None, ShardFinding(shard=place, samples=None, bytes=None, problems=(problem,)))
     problems: list[str] = []
     samples: IndexedSamples | None = None
-    imageless: tuple[str, ...] = ()
     count: int | None = None
     try:
-        samples, imageless = _index(file)
-        count = (len(samples) if samples else 0) + len(imageless)
+        samples = IndexedSamples([file])
+        count = len(samples)
     except (InputError, OSError) as error:
         problems.append(str(error).replace(str(file), place))
     if record is not None:
@@ -129,19 +130,7 @@ def _open_shard(split: Split, file: Path, record: ManifestShard | None, manifest
     elif manifest:
         problems.append(f"{place}: found a shard that {MANIFEST} does not know, expected it there")
     size = file.stat().st_size
-    return Shard(
-        split, samples, imageless, ShardFinding(shard=place, samples=count, bytes=size, problems=tuple(problems))
-    )
-
-
-def _index(file: Path) -> tuple[IndexedSamples | None, tuple[str, ...]]:
-    """Index a shard; give its samples, and the keys of those that have no image among their members."""
-    suffixes: dict[str, set[str]] = {}
-    for name, _, _ in tar_members(file):
-        key, suffix = webdataset.tariterators.base_plus_ext(name)
-        suffixes.setdefault(key, set()).add(suffix.lower())
-    imageless = tuple(key for key, found in suffixes.items() if found.isdisjoint(IMAGE_SUFFIXES))
-    return IndexedSamples([file]) if len(imageless) < len(suffixes) else None, imageless
+    return Shard(split, samples, ShardFinding(shard=place, samples=count, bytes=size, problems=tuple(problems)))
 
 
 def _against_manifest(place: str, file: Path, samples: int | None, record: ManifestShard) -> list[str]:

@@ -6,11 +6,23 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from schemas.base import InputError
+from schemas.inspection import Reason
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Why a sample cannot be used, as its file names tell: no content was looked at."""
+
+    reason: Reason
+    detail: str
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One encoded sample and where it was found; `place`: its number in its set, -1 where a stream has none."""
+    """One encoded sample and where it was found.
+
+    place: its number in its set, -1 where a stream has none; fault: why it cannot be used.
+    """
 
     image: bytes
     label: bytes | None
@@ -18,10 +30,31 @@ class Sample:
     shard: str
     key: str
     place: int = -1
+    fault: Fault | None = None
+
+    def check(self) -> None:
+        """Refuse a sample whose members make none.
+
+        Raises:
+            BrokenSampleError: naming shard and key.
+        """
+        if self.fault is not None:
+            raise self.error()
+
+    def error(self) -> "BrokenSampleError":
+        """What `check` raises."""
+        why = f"{self.fault.reason}: {self.fault.detail}" if self.fault else "no fault"
+        return BrokenSampleError(f"{self.shard}: sample '{self.key}' cannot be used ({why})")
 
     def identity(self) -> tuple[int, int]:
         """Its place, and a hash of the encoded image that is never 0."""
         return self.place, 1 + int.from_bytes(hashlib.blake2b(self.image, digest_size=7).digest())
+
+
+def printable_name(name: str) -> str:
+    """A file's name as text files can hold it: bytes that are no UTF-8, line breaks and the like are escaped."""
+    text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
 
 
 def decoded_label(member: bytes | None) -> str:
@@ -36,6 +69,25 @@ def decoded_text(member: bytes | None) -> str:
 
 class BrokenSampleError(InputError):
     """A sample that cannot be used; its sentence names shard and key."""
+
+
+def refuse_broken(sentence: str, broken: int, total: int, max_broken_share: float) -> None:
+    """Refuse a set of which too many samples cannot be used.
+
+    Args:
+        sentence: about one of them.
+        broken: how many they are.
+        total: samples in the set.
+        max_broken_share: that may be broken.
+
+    Raises:
+        InputError: more of them are.
+    """
+    if broken > max_broken_share * total:
+        raise InputError(
+            f"{sentence}; found {broken} such samples of {total}, expected at most a share of "
+            f"{max_broken_share:g} (compute.max_broken_share)"
+        )
 
 
 # A position of an endless order: the sample there, or what stands in for it at the k-th attempt to find a usable one.

@@ -3,6 +3,7 @@
 Local shards are indexed, remote ones are copied to a cache and indexed, or streamed.
 """
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -14,35 +15,53 @@ from filelock import FileLock
 
 from schemas.base import InputError
 from schemas.secrets import mask_urls
-from zscl.files import digest, nearest, whole_file
+from zscl.files import digest, files_within, is_hidden, nearest, whole_file
 from zscl.indexed_samples import IndexedSamples
-from zscl.members import IMAGE_SUFFIXES
+from zscl.members import is_image_name
 from zscl.streamed_samples import StreamedSamples
 
 MOST_SHARDS = 1_000_000
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4", ".tar.z")
+IMAGE_BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*")
 
 
-def open_samples(locations: Sequence[str], cache: str | None = None) -> IndexedSamples | StreamedSamples:
+def open_samples(
+    locations: Sequence[str], cache: str | None = None, as_written: bool = False
+) -> IndexedSamples | StreamedSamples:
     """Resolve shards (paths, globs, brace ranges, URLs, folders) and index them where they are local.
 
     Args:
         locations: of shards.
         cache: folder that remote shards are copied to, once; without one they are streamed.
+        as_written: take braces, colons and asterisks for parts of a name. Local paths that are there always are.
 
     Raises:
-        InputError: a location matches nothing, or a shard is missing, truncated or not a tar.
+        InputError: a location matches nothing, a shard is missing, truncated or not a tar, or there is no image.
     """
-    expanded = [shard for location in locations for shard in _expanded(location)]
+    expanded = [shard for location in locations for shard in ([location] if as_written else _expanded(location))]
     if any("://" in shard for shard in expanded):
-        urls = [url for shard in expanded for url in (_remote_glob(shard) if "://" in shard else [f"file://{shard}"])]
+        urls = [
+            url
+            for shard in expanded
+            for url in ([f"file://{shard}"] if "://" not in shard else [shard] if as_written else _remote_glob(shard))
+        ]
         if cache is None:
             return StreamedSamples(urls)
-        return IndexedSamples([cached(url, cache) for url in urls])
-    return IndexedSamples([path for shard in expanded for path in _local_files(Path(shard))])
+        return _with_images(IndexedSamples([cached(url, cache) for url in urls]))
+    return _with_images(IndexedSamples([path for shard in expanded for path in _local_files(Path(shard))]))
+
+
+def _with_images(samples: IndexedSamples) -> IndexedSamples:
+    faulty = samples.faulty()
+    if len(faulty) == len(samples):
+        raise InputError(f"{faulty[0].error()}; found no image that can be read beside it, expected at least one")
+    return samples
 
 
 def _expanded(location: str) -> list[str]:
-    """What a location's brace ranges mean; `::` parts several."""
+    """What a location's brace ranges mean; `::` parts several. What is there under this very name is taken as it is."""
+    if "://" not in location and os.path.lexists(location):
+        return [location]
     if _most_shards(location) > MOST_SHARDS:
         raise InputError(f"{location}: found a range of more than {MOST_SHARDS} shards, expected fewer")
     try:
@@ -113,22 +132,49 @@ def _local_files(path: Path) -> list[Path]:
 
 def _found_files(path: Path) -> list[Path]:
     if path.is_dir():
-        files = sorted(path.glob("*.tar"), key=_natural) or sorted(
-            file
-            for file in path.rglob("[!.]*")
-            if file.suffix.lower().removeprefix(".") in IMAGE_SUFFIXES and file.is_file()
-        )
-        if not files:
-            raise InputError(f"{path}: found no .tar shard and no image file, expected at least one")
-        return files
+        return _files_of(path)
+    if path.is_file():
+        return [path]
     if any(mark in path.name for mark in "*?["):
-        files = sorted(path.parent.glob(path.name), key=_natural)
+        found = sorted((file for file in path.parent.glob(path.name) if not is_hidden(file.name)), key=_natural)
+        files = [each for file in found for each in (_files_of(file) if file.is_dir() else [file])]
         if not files:
             raise InputError(f"{path}: found no file of that pattern, expected at least one shard")
         return files
-    if not path.is_file():
-        raise InputError(f"{path}: found no such file, expected a shard{nearest(path)}")
-    return [path]
+    raise InputError(f"{path}: found no such file, expected a shard{nearest(path)}")
+
+
+def _files_of(folder: Path) -> list[Path]:
+    """The shards of a folder, or the images in it, at any depth.
+
+    Raises:
+        InputError: there is neither, or something that would be left out silently.
+    """
+    files = files_within(folder)
+    shards = [file for file in files if file.suffix.lower() == ".tar"]
+    images = [file for file in files if _is_image(file)]
+    packed = [file for file in files if file.name.lower().endswith(COMPRESSED)]
+    here = sorted((file for file in shards if file.parent == folder), key=_natural)
+    if packed and not images:
+        raise InputError(f"{packed[0]}: found a compressed tar among the data, expected plain .tar shards; unpack it")
+    odd = images or [file for file in shards if file.parent != folder]
+    if shards and odd:
+        raise InputError(
+            f"{folder}: found {(here or shards)[0].relative_to(folder)} and {odd[-1].relative_to(folder)} in it, "
+            "expected shards in the folder itself alone, or images alone; to read some of it, give a pattern such as "
+            f"{shards[0].parent}/*.tar"
+        )
+    if not here and not images:
+        raise InputError(f"{folder}: found no .tar shard and no image file, expected at least one")
+    return here or images
+
+
+def _is_image(file: Path) -> bool:
+    """Whether a user takes a file for an image: by its suffix, or where it has none, by how it begins."""
+    if file.suffix or not file.is_file():
+        return is_image_name(file.name)
+    with file.open("rb") as stream:
+        return stream.read(len(max(IMAGE_BEGINNINGS, key=len))).startswith(IMAGE_BEGINNINGS)
 
 
 def _natural(path: Path) -> tuple[int, str]:

@@ -5,7 +5,7 @@ import random
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from typing import IO, Any
+from typing import IO
 
 import fsspec
 import webdataset
@@ -13,7 +13,7 @@ import webdataset
 from schemas.base import InputError
 from schemas.secrets import mask_urls
 from zscl.files import digest
-from zscl.members import Tail, image_of, read_members, reason_of
+from zscl.members import Tail, read_samples, reason_of
 from zscl.samples import ATTEMPTS, Draw, Sample, decoded_text
 from zscl.seeds import seed_of
 
@@ -29,6 +29,7 @@ class StreamedSamples:
 
     def __init__(self, urls: Sequence[str]) -> None:
         self.urls = list(urls)
+        self.count: int | None = None  # of samples, once this process has read all of them
 
     def at(self, positions: Iterable[int], seed: int) -> Iterator[Draw]:
         """See `Samples.at`; a sample from just before in the stream may stand in, at its start one from just behind."""
@@ -51,7 +52,7 @@ class StreamedSamples:
 
     def once(self, part: int = 0, parts: int = 1) -> Iterator[Sample]:
         """See `Samples.once`."""
-        return itertools.islice(_stream(self.urls), part, None, parts)
+        return itertools.islice(self._counted(_stream(self.urls)), part, None, parts)
 
     def texts(self) -> Iterator[str]:
         """The .txt members, in order."""
@@ -63,12 +64,15 @@ class StreamedSamples:
         rng = random.Random(seed_of(seed, epoch))
         urls = rng.sample(self.urls, len(self.urls))
         shuffle = webdataset.filters.shuffle(SHUFFLE_BUFFER, initial=SHUFFLE_BUFFER, rng=rng)
-        empty = True
-        for sample in shuffle(_stream(urls)):
-            empty = False
+        yield from shuffle(self._counted(_stream(urls)))
+
+    def _counted(self, samples: Iterator[Sample]) -> Iterator[Sample]:
+        """Pass all samples on, and know behind the last one how many they are."""
+        count = 0
+        for sample in samples:
+            count += 1
             yield sample
-        if empty:
-            raise InputError(f"{self.urls[0]}: found no image in the shards, expected at least one")
+        self.count = count
 
 
 def _opened(url: str) -> IO[bytes]:
@@ -91,20 +95,14 @@ def _near(samples: Sequence[Sample], attempt: int) -> Sample:
 def _stream(urls: Sequence[str]) -> Iterator[Sample]:
     for url in urls:
         with _opened(url) as opened:
-            stream = Tail(opened)
-            groups = webdataset.tariterators.group_by_keys(read_members(stream, url))
-            while (group := _next_group(groups, url)) is not None:
-                image = image_of(group)
-                if image is not None:
-                    yield Sample(image, group.get("cls"), group.get("txt"), url, group["__key__"])
-            # A shard cut between two members reads without an error; only the end mark's absence tells.
-            if stream.tail.strip(b"\0") or not stream.tail:
-                raise InputError(f"{url}: found no readable shard (it has no end), expected a tar")
+            samples = read_samples(Tail(opened, url), url)
+            while (sample := _next_sample(samples, url)) is not None:
+                yield sample
 
 
-def _next_group(groups: Iterator[dict[str, Any]], url: str) -> dict[str, Any] | None:
+def _next_sample(samples: Iterator[Sample], url: str) -> Sample | None:
     try:
-        return next(groups, None)
+        return next(samples, None)
     except InputError:
         raise
     except Exception as error:  # of the tar, or of the store: it may break off in the middle

@@ -9,21 +9,24 @@ import io
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
+import numpy as np
 import torch
 import webdataset
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import get_worker_info
 
 from schemas.base import InputError
+from zscl.distributed import gather_sentences, sum_over_workers, world_size
 from zscl.indexed_samples import IndexedSamples
-from zscl.samples import ATTEMPTS, BrokenSampleError, Draw, Sample, Samples
+from zscl.samples import ATTEMPTS, BrokenSampleError, Draw, Sample, Samples, refuse_broken
 from zscl.seeds import seed_of
+from zscl.streamed_samples import StreamedSamples
 
 Transform = Callable[[Any], torch.Tensor]
 Label = int | tuple[int, ...]
@@ -35,6 +38,8 @@ Items = Iterator[Decoded | str]
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM")
 LONGEST_SIDES = 100  # the longer side by the shorter: a strip of one pixel would be enlarged beyond all memory
 LONGEST_TEMPORARY = 107 - 32  # bytes: a path to a Unix socket has 107, of which multiprocessing adds up to 32
+
+PIXEL_BYTES = 4  # that Pillow takes for a pixel of RGB
 FEW = 10_000  # of an unknown number of samples: judge the share of broken ones by no fewer
 
 
@@ -45,6 +50,20 @@ def _keep_socket_paths_short(process: int) -> None:
     """
     if len(os.fsencode(tempfile.gettempdir())) > LONGEST_TEMPORARY:
         tempfile.tempdir = "/tmp"
+
+
+@dataclass
+class ReadSet:
+    """A set that a worker reads, as far as it is read.
+
+    broken: sentences of the samples that cannot be used; drawn: samples read so far; total: samples in the set, if that
+    is known; is_read: whether each of them was read once.
+    """
+
+    total: int | None
+    broken: dict[str, None] = field(default_factory=dict)
+    drawn: int = 0
+    is_read: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,6 +77,8 @@ class Loader:
         max_broken_share: of a set, above which the run stops.
         note: told about every sample that was skipped, once.
         broken: the sentences of those met so far.
+        sets: what was read so far, in the order in which it was begun.
+        resumed: sentences of the samples that were broken in each set before an interruption.
     """
 
     device: torch.device
@@ -66,6 +87,8 @@ class Loader:
     max_broken_share: float = 0.0
     note: Callable[[str], None] = lambda sentence: None
     broken: dict[str, None] = field(default_factory=dict)
+    sets: list[ReadSet] = field(default_factory=list)
+    resumed: list[Sequence[str]] = field(default_factory=list)
 
     def __call__(self, batches: "Batched", total: int | None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Read batches and bring them to the device: images [b, 3, H, W] and labels [b].
@@ -86,27 +109,42 @@ class Loader:
             worker_init_fn=_keep_socket_paths_short,
             generator=torch.Generator(),  # or it would draw from everybody's
         )
-        broken: set[str] = set()
-        drawn = 0
+        read = ReadSet(total, dict.fromkeys(self.resumed.pop(0) if self.resumed else ()))
+        self.sets.append(read)
         for batch in loader:
             if isinstance(batch, str):  # an input error, carried as it is out of the loader process
                 raise InputError(batch)
-            images, labels, skipped = batch
-            drawn += len(labels) + len(skipped)
+            images, labels, skipped, counted = batch
+            read.drawn += len(labels) + len(skipped)
+            read.total = counted if total is None else total
             if skipped:
-                broken.update(skipped)
-                self._bear(skipped[0], len(broken), total or max(drawn, FEW))
+                read.broken.update(dict.fromkeys(skipped))
+                total_by_now = read.total or max(read.drawn, FEW)
+                refuse_broken(skipped[0], len(read.broken), total_by_now, self.max_broken_share)
                 self._name(skipped)
             if len(labels):
                 images = images.to(self.device, non_blocking=True)
                 yield images, labels if self.labels_stay else labels.to(self.device, non_blocking=True)
+        read.is_read = True
 
-    def _bear(self, sentence: str, broken: int, total: int) -> None:
-        if broken > self.max_broken_share * total:
-            raise InputError(
-                f"{sentence}; found {broken} such samples of {total}, expected at most a share of "
-                f"{self.max_broken_share:g} (compute.max_broken_share)"
+    def check_over_workers(self) -> None:
+        """Compare the broken samples that all workers met with the sets; every worker calls it at the same time.
+
+        Raises:
+            InputError: too many samples of a set cannot be used. All workers raise it.
+        """
+        for read in self.sets:
+            known = read.total is not None
+            broken, drawn, total, knowing, done = map(
+                int, sum_over_workers(len(read.broken), read.drawn, read.total or 0, known, read.is_read)
             )
+            if knowing:
+                total //= knowing
+            else:  # of a stream; whoever read all of it knows now how many there are
+                total = drawn if done == world_size() else max(drawn, FEW)
+            if broken > self.max_broken_share * total:  # a sample that two workers met counts once
+                sentences = gather_sentences(read.broken)
+                refuse_broken(sentences[0], len(sentences), total, self.max_broken_share)
 
     def _name(self, skipped: list[str]) -> None:
         for sentence in skipped:
@@ -128,6 +166,7 @@ class Decode:
         Raises:
             BrokenSampleError: the image or the label cannot be read.
         """
+        sample.check()
         label = self.label_of(sample)
         return self.transform(self.read(sample)), label
 
@@ -150,6 +189,8 @@ class Decode:
 def decode_image(encoded: bytes) -> Image.Image:
     """Decode an image to its last pixel; RGB.
 
+    Of 16 bits, the upper 8 are taken; of several frames, the first; transparency and EXIF orientation are left alone.
+
     Raises:
         UnidentifiedImageError: it is in none of `FORMATS`.
         ValueError: its sides are too unlike.
@@ -160,6 +201,11 @@ def decode_image(encoded: bytes) -> Image.Image:
             raise ValueError(
                 f"found {image.width} x {image.height} pixels, expected no side over {LONGEST_SIDES} times the other"
             )
+        if image.mode == "F":
+            raise ValueError("found pixels of floating point, expected whole numbers")
+        if image.mode.startswith("I"):  # 16 bits, which `convert` would cut off at 255: nearly all would be white
+            pixels = (np.asarray(image).clip(0, 2**16 - 1) >> 8).astype(np.uint8)
+            return Image.fromarray(pixels).convert("RGB")
         return image.convert("RGB")
 
 
@@ -203,7 +249,7 @@ class DecodedImages:
         if content in kept:
             return kept[content]
         image = decode.read(sample)
-        size = 3 * image.width * image.height
+        size = PIXEL_BYTES * image.width * image.height
         if self._bytes[name] + size <= budget and self._have_room(size, total_budget):
             self._bytes[name] += size
             kept[content] = image
@@ -259,6 +305,7 @@ class TrainingImages:
         for attempt in range(ATTEMPTS):
             try:
                 sample = draw(attempt)
+                sample.check()
                 label = self.decode.label_of(sample)
                 image = _decoded.read(name, sample, self.decode, budget, total)
             except BrokenSampleError as error:
@@ -281,7 +328,11 @@ class TrainingImages:
 
     def batches(self, loader: Loader) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Images [b, 3, H, W] and labels [b]; the b of all workers add up to the global batch."""
-        return loader(Batched(self, len(self.own)), _count(self.samples))
+        return loader(Batched(self, len(self.own), self.count), self.count())
+
+    def count(self) -> int | None:
+        """Samples in the set, if that is known by now."""
+        return _count(self.samples)
 
 
 @dataclass(frozen=True)
@@ -292,6 +343,7 @@ class EvaluationImages:
     decode: Decode
     worker: int
     workers: int
+    total: int | None = None  # samples in the set that these are a part of; default: these are all
 
     def __call__(self) -> Items:
         """Yield what this loader process decodes."""
@@ -305,7 +357,15 @@ class EvaluationImages:
 
     def batches(self, batch_size: int, loader: Loader) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Images [b, 3, H, W] and labels [b], with b at most `batch_size`."""
-        return loader(Batched(self, batch_size), _count(self.samples))
+        return loader(Batched(self, batch_size, self.count), self.count())
+
+    def count(self) -> int | None:
+        """Samples in the set, if that is known by now."""
+        return _count(self.samples) if self.total is None else self.total
+
+
+def _unknown() -> int | None:
+    return None
 
 
 @dataclass(frozen=True)
@@ -314,9 +374,13 @@ class Batched:
 
     items: Callable[[], Items]
     batch_size: int
+    count: Callable[[], int | None] = _unknown
 
     def __call__(self) -> Iterator[Any]:
-        """Yield (images, labels, sentences of what was skipped), or the sentence that ends the stream."""
+        """Yield (images, labels, sentences of what was skipped, samples in the set), or the sentence that ends it all.
+
+        How many samples a stream has is not known before its end.
+        """
         batch: list[Decoded] = []
         skipped: list[str] = []
         try:
@@ -326,13 +390,13 @@ class Batched:
                 else:
                     batch.append(item)
                 if len(batch) == self.batch_size:
-                    yield *_stack(batch), skipped
+                    yield *_stack(batch), skipped, self.count()
                     batch, skipped = [], []
         except InputError as error:
             yield str(error)
             return
         if batch or skipped:
-            yield *_stack(batch), skipped
+            yield *_stack(batch), skipped, self.count()
 
 
 def _process() -> tuple[int, int]:
@@ -342,8 +406,10 @@ def _process() -> tuple[int, int]:
 
 
 def _count(samples: Samples) -> int | None:
-    """Samples in the whole set; `None` for a stream, whose length is not known beforehand."""
-    return samples.total if isinstance(samples, IndexedSamples) else None
+    """Samples in the set; `None` for a stream that was not read to its end yet, and where there is no end."""
+    if isinstance(samples, IndexedSamples):
+        return len(samples)
+    return samples.count if isinstance(samples, StreamedSamples) else None
 
 
 def _stack(samples: list[Decoded]) -> tuple[torch.Tensor, torch.Tensor]:

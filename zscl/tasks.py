@@ -17,11 +17,12 @@ import fsspec
 from schemas.base import InputError
 from schemas.data import Reference, Task
 from schemas.experiment import HeldOut
+from zscl import verdict
 from zscl.caption_formats import read_captions
-from zscl.files import digest, nearest
+from zscl.files import digest, is_hidden, nearest
 from zscl.holdout import few_of_each, split_off
 from zscl.indexed_samples import IndexedSamples
-from zscl.samples import BrokenSampleError, Sample, decoded_label
+from zscl.samples import BrokenSampleError, Sample, decoded_label, refuse_broken
 from zscl.shards import MOST_SHARDS, open_samples
 from zscl.streamed_samples import StreamedSamples
 
@@ -31,9 +32,13 @@ MANIFEST = "zscl.json"
 def text_of(location: str) -> str | None:
     """Read a small text file, local or remote; `None` where there is none."""
     try:
-        if "://" not in location and Path(location).exists() and not Path(location).is_file():
-            raise InputError(f"{location}: found no file but a folder or device, expected a text file")
         # Only \n ends a line: the number of a line may be a label.
+        if "://" not in location:
+            if Path(location).exists() and not Path(location).is_file():
+                raise InputError(f"{location}: found no file but a folder or device, expected a text file")
+            # Not through fsspec, which would take `::` in a path for a chain of URLs.
+            with Path(location).open(encoding="utf-8-sig", newline="\n") as file:
+                return file.read()
         with fsspec.open(location, "rt", encoding="utf-8-sig", newline="\n") as stream:
             return str(stream.read())
     except (FileNotFoundError, NotADirectoryError):
@@ -143,7 +148,9 @@ class TaskFolder:
     def train(self) -> IndexedSamples | StreamedSamples:
         """The training images."""
         samples = self._samples("train")
-        return samples if self.shots is None else few_of_each(samples, self.shots, self.shots_seed, self.path)
+        if self.shots is None:
+            return samples
+        return few_of_each(samples, self.shots, self.shots_seed, self.path, self._is_usable)
 
     @cached_property
     def test(self) -> IndexedSamples | StreamedSamples:
@@ -153,7 +160,7 @@ class TaskFolder:
     def _samples(self, split: str) -> IndexedSamples | StreamedSamples:
         if self.whole is None or self.classes is None:
             left_out = self.held_out is not None and (split == "train" or self.held_out.judged_on == "held_out")
-            return self._parts[split] if left_out else open_samples(self.shards(split), self.cache)
+            return self._parts[split] if left_out else self._all_samples(split)
         samples = self.whole.train if split == "train" else self.whole.test
         if not isinstance(samples, IndexedSamples):
             raise InputError(
@@ -166,11 +173,14 @@ class TaskFolder:
             raise InputError(f"{self.path}/{split}: found no image of the classes of '{self.name}', expected some")
         return samples.only(chosen).counted_anew()
 
+    def _all_samples(self, split: str) -> IndexedSamples | StreamedSamples:
+        return open_samples(self.shards(split), self.cache, as_written=True)
+
     @cached_property
     def _parts(self) -> dict[str, IndexedSamples]:
         """The training images that are trained on, and those held out of them."""
         assert self.held_out is not None
-        samples = open_samples(self.shards("train"), self.cache)
+        samples = self._all_samples("train")
         kept, held = split_off(samples, self.held_out, self.path, self.classnames)
         return {"train": kept, "test": held}
 
@@ -178,9 +188,8 @@ class TaskFolder:
     def labels(self) -> dict[str, list[str]]:
         """What the labels of each local split say, in order."""
         return {
-            split: [decoded_label(label) for _, _, label in samples.labels()]
-            for split, samples in (("train", self.train), ("test", self.test))
-            if isinstance(samples, IndexedSamples)
+            split: [decoded_label(sample.label) for sample in samples.labels()]
+            for split, samples in self._local.items()
         }
 
     def shards(self, split: str) -> list[str]:
@@ -209,53 +218,89 @@ class TaskFolder:
             raise InputError(f"{file}: found {count[:40]!r}, expected the number of shards, at least 1")
         return [f"{self.path}/{split}/{index}.tar" for index in range(shards)]
 
-    def label_of(self, sample: Sample) -> int:
-        """See `label`."""
-        return self.label(sample.label, sample.shard, sample.key)
+    def oddities(self, split: str) -> list[str]:
+        """Sentences about a local split that is read otherwise than it may be meant."""
+        sentences = []
+        samples = self.train if split == "train" else self.test
+        if isinstance(samples, IndexedSamples) and (keys := samples.dotted_keys()):
+            sentences.append(verdict.dotted(split, keys))
+        if shards := self.uncounted_shards(split):
+            sentences.append(verdict.uncounted(split, shards))
+        return sentences
 
-    def label(self, content: bytes | None, shard: str, key: str) -> int:
+    def uncounted_shards(self, split: str) -> list[Path]:
+        """The shards in a local split's folder that nshards.txt does not count: they are never read."""
+        if "://" in self.path or not Path(self.path, split, "nshards.txt").is_file():
+            return []
+        promised = {Path(shard) for shard in self.promised_shards(split)}
+        files = Path(self.path, split).iterdir()
+        return sorted(
+            file for file in files if ".tar" in file.name.lower() and not is_hidden(file.name) and file not in promised
+        )
+
+    def label_of(self, sample: Sample) -> int:
         """Read a sample's label.
 
         Raises:
-            BrokenSampleError: it is missing or outside the class list.
+            BrokenSampleError: the sample cannot be used, or its label is missing or outside the class list.
         """
-        if content is None:
-            raise BrokenSampleError(f"{shard}: sample '{key}' has no .cls member, expected its label")
-        text = decoded_label(content)
+        sample.check()
+        if sample.label is None:
+            raise BrokenSampleError(
+                f"{sample.shard}: sample '{sample.key}' has no .cls member, expected its label in {sample.key}.cls"
+            )
+        text = decoded_label(sample.label)
         number = number_of(text)
         if number is not None and self.classes is not None and number in self.classes:
             return self.classes.index(number)
         if number is None or number >= len(self.classnames):
             raise BrokenSampleError(
-                f"{shard}: sample '{key}' has the label {text[:40]!r}, "
+                f"{sample.shard}: sample '{sample.key}' has the label {text[:40]!r}, "
                 f"expected 0 to {len(self.classnames) - 1} ({self.path}/classnames.txt)"
             )
         return number
 
-    def check(self, max_broken_share: float = 0.0) -> list[str]:
-        """Look at every local shard and label before anything starts. Returns a sentence a label that is unusable.
+    def _is_usable(self, sample: Sample) -> bool:
+        try:
+            self.label_of(sample)
+        except BrokenSampleError:
+            return False
+        return True
+
+    def label_and_place_of(self, sample: Sample) -> tuple[int, int]:
+        """A sample's label, and its number in its set."""
+        return self.label_of(sample), sample.place
+
+    @cached_property
+    def broken(self) -> dict[str, list[str]]:
+        """Of each local split, a sentence a sample that cannot be used, as far as file names and labels tell."""
+        found: dict[str, list[str]] = {}
+        for split, samples in self._local.items():
+            found[split] = []
+            for sample in samples.labels():
+                try:
+                    self.label_of(sample)
+                except BrokenSampleError as error:
+                    found[split].append(str(error))
+        return found
+
+    @property
+    def _local(self) -> dict[str, IndexedSamples]:
+        splits = {"train": self.train, "test": self.test}
+        return {split: samples for split, samples in splits.items() if isinstance(samples, IndexedSamples)}
+
+    def check(self, max_broken_share: float = 0.0) -> None:
+        """Look at every local shard and label before anything starts.
 
         Args:
-            max_broken_share: of a split's samples, that may be.
+            max_broken_share: of a split's samples, that may be unusable.
 
         Raises:
-            InputError: a shard is missing or broken, or too many labels are missing or outside the class list.
+            InputError: a shard is missing or broken, or too many samples cannot be used.
         """
-        return [sentence for split in (self.train, self.test) for sentence in self._check(split, max_broken_share)]
-
-    def _check(self, split: IndexedSamples | StreamedSamples, max_broken_share: float) -> list[str]:
-        found: list[str] = []
-        for shard, key, label in split.labels() if isinstance(split, IndexedSamples) else ():
-            try:
-                self.label(label, shard, key)
-            except BrokenSampleError as error:
-                found.append(str(error))
-        if isinstance(split, IndexedSamples) and len(found) > max_broken_share * len(split):
-            raise InputError(
-                f"{found[0]}; found {len(found)} such samples of {len(split)}, expected at most a share of "
-                f"{max_broken_share:g} (compute.max_broken_share)"
-            )
-        return found
+        for split, samples in self._local.items():
+            if broken := self.broken[split]:
+                refuse_broken(broken[0], len(broken), len(samples), max_broken_share)
 
     @cached_property
     def digest(self) -> str:

@@ -187,6 +187,7 @@ def train_stage(
         curves.add(step, learning_rate, named, norm)
         if step + 1 == checkpoints.next_look < steps:
             curves.flush()
+            loader.check_over_workers()
             with clock("checkpoint"):
                 checkpoints.look(step + 1, under_way.state)
             usage.look(step + 1)
@@ -194,6 +195,7 @@ def train_stage(
         follower.after_step(steps)
 
     curves.flush()
+    loader.check_over_workers()
     for each in handed_on:
         curves.refuse_weights(each.model)
     checkpoints.end()
@@ -258,6 +260,7 @@ class UnderWay:
             "seconds": self.curves.seconds,
             "seconds_by_part": dict(self.clock.seconds),
             "broken": gather_sentences(self.loader.broken),
+            "broken_of_sets": [gather_sentences(read.broken) for read in self.loader.sets],
         }
 
     def go_on(self, checkpoint: Path | None) -> int:
@@ -282,6 +285,7 @@ class UnderWay:
         self.curves.take_up([StepLosses.model_validate(step) for step in state["curves"]], state["seconds"])
         self.clock.seconds.update(state.get("seconds_by_part", {}))
         self.loader.broken.update(dict.fromkeys(state["broken"]))
+        self.loader.resumed.extend(state.get("broken_of_sets", []))
         note(f"stage {self.stage} goes on behind step {state['step']}")
         return int(state["step"])
 

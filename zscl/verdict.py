@@ -1,8 +1,10 @@
 """What is wrong with a task's data, and what is only worth knowing: findings → sentences."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 from schemas.inspection import ClassNames, Duplicates, SplitFinding, Templates, Unreadable
+from zscl.samples import printable_name
 
 NAMED = 5  # in a sentence
 
@@ -57,6 +59,24 @@ def warnings_of(
             f"found images of several sizes, edges from {min(extent.min for extent in extents)} to "
             f"{max(extent.max for extent in extents)} pixels: training crops and resizes them"
         )
+
+
+def trait_warnings(traits: Mapping[str, int]) -> Iterator[str]:
+    """What of the images training does not see as an image viewer shows it."""
+    for trait, images in traits.items():
+        yield f"found {counted(images, 'image')} with {trait}"
+
+
+def dotted(split: str, keys: Sequence[str]) -> str:
+    """A sentence about keys that other readers of such shards cut."""
+    found = named(keys, "sample whose key has a dot", "samples whose keys have dots")
+    return f"{split}: found {found}: they are read here up to the last dot, WebDataset's own tools cut at the first"
+
+
+def uncounted(split: str, shards: Sequence[Path]) -> str:
+    """A sentence about shards that are there and not counted."""
+    found = named([printable_name(file.name) for file in shards], "shard")
+    return f"{split}: found {found} that nshards.txt does not count: never read"
 
 
 def named(names: Sequence[str], one: str, many: str = "") -> str:

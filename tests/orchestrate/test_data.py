@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Command, coloured
+from conftest import COLOURS, Command, coloured, opened
 from trees import TREES
 
 Zscl = Callable[..., Command]
@@ -128,3 +128,25 @@ def test_refuses_in_one_sentence(arguments: list[str], sentence: str, place: Pat
     assert sentence in found.error
     assert found.error.count("\n") == 1
     assert not (place / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["two words", "[a]{b,c}*?%20'$x", "\u00fcbung", "n" * 250])
+def test_what_is_prepared_can_be_checked_and_opened(place: Path, zscl: Zscl, name: str) -> None:
+    for split in ("train", "test"):
+        for number, (image, label) in enumerate(coloured(8, seed=len(split))):
+            folder = place / "photos" / split / f"{list(COLOURS)[label]} [{label}]{{x}} %"
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{number}.png").write_bytes(image)
+        (place / "photos" / split / "Thumbs.db").write_bytes(b"x")
+    made = zscl("data", "prepare", "folder", place / "photos", "--out", place / name)
+    assert made.code == 0, made.error
+    said = zscl("data", "check", place / name)
+    assert said.code == 0, said.out
+    assert opened(place / name).train.once(0, 1)
+
+
+def test_a_path_that_is_no_text_is_refused(place: Path, zscl: Zscl) -> None:
+    (place / "photos").mkdir()
+    for arguments in (("prepare", "folder", place / "photos", "--out", place / "\udcff"), ("check", place / "\udcff")):
+        said = zscl("data", *arguments)
+        assert (said.code, "printable characters" in said.error) == (2, True), said.error

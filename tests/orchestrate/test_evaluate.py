@@ -2,12 +2,13 @@
 
 import csv
 import json
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import Command, coloured
+from conftest import Command, coloured, make_task
 from mlflow.tracking import MlflowClient
 
 from orchestrate import recipes
@@ -105,6 +106,35 @@ def test_what_cannot_be_judged(run: Path, zscl: Zscl, tasks: list[str], argument
     said = zscl("evaluate", *(given.get(each, each) for each in arguments))
     assert (said.code, sentence in said.error) == (2, True), said.error
     assert not (run / "evaluation").exists()
+
+
+def test_a_run_is_judged_by_its_own_share_of_broken_samples(run: Path, zscl: Zscl, tmp_path: Path) -> None:
+    task = make_task(tmp_path / "odd", seed=0)
+    with tarfile.open(task / "test/0.tar", "a") as tar:
+        tar.addfile(tarfile.TarInfo("x.cls"))
+    said = zscl("evaluate", run, "--task", task, "--offline")
+    assert said.code == 2
+    assert "found 1 such samples of 11, expected at most a share of 0.01" in said.error
+    recipe = run / "experiment.yaml"
+    recipe.write_text(recipe.read_text().replace("max_broken_share: 0.01", "max_broken_share: 0.1"))
+    said = zscl("evaluate", run, "--task", task, "--offline")
+    assert said.code == 0, said.error
+    assert "sample 'x' cannot be used (no image member: found x.cls alone" in said.error
+
+
+@pytest.mark.parametrize("name", ["animal photos", "tiere-\u00fcbung", "a[b]{c,d}::*%20?'$x", "n" * 250, "-v"])
+def test_a_task_folder_may_have_any_name(zscl: Zscl, tmp_path: Path, name: str, tiny_model: str) -> None:
+    folder = make_task(tmp_path / "task", seed=0, train=4).rename(tmp_path / name)
+    said = zscl("evaluate", tiny_model.removeprefix("local-dir:"), "--task", folder, "--out", tmp_path / "out")
+    assert said.code == 0, said.error
+
+
+def test_a_task_folder_that_names_no_task_is_refused(zscl: Zscl, tmp_path: Path, tiny_model: str) -> None:
+    for name in ("\u52d5\u7269", "\udcff"):
+        make_task(tmp_path / "task", seed=0, train=4).rename(tmp_path / name)
+        said = zscl("evaluate", tiny_model.removeprefix("local-dir:"), "--task", tmp_path / name)
+        assert said.code == 2, said.error
+        assert len(said.error.splitlines()) == 1
 
 
 def test_classes_and_prompts_that_the_model_does_not_tell_apart(zscl: Zscl, tiny_model: str, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What is looked at before anything is started, beside the data: disk, prompts."""
 
 import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import coloured
+from conftest import coloured, make_task, write_tar
 from rich.console import Console
 
 from orchestrate import cluster, preflight
@@ -135,3 +136,45 @@ def test_a_probe_says_how_long_it_takes(
     assert {path.name for path in (tmp_path / "runs").iterdir()} <= {"teacher"}  # nothing else is left
     with pytest.raises(InputError, match="--probe: method 'zero-shot' trains nothing"):
         probe(open_experiment(experiment(method="zero-shot")), tmp_path / "run", Console(stderr=True))
+
+
+@pytest.fixture
+def odd_task(tmp_path: Path) -> Path:
+    """A task with two samples of 24 that cannot be used, one with a dot in its key, and a shard that nobody counts."""
+    folder = make_task(tmp_path / "odd", seed=0, train=22, shard_images=50)
+    (folder / "zscl.json").unlink()
+    with tarfile.open(folder / "train/0.tar") as tar:
+        members = [(info.name, tar.extractfile(info).read()) for info in tar]  # type: ignore[union-attr]
+    members = [(name.replace("0000000.", "v1.0."), content) for name, content in members]
+    write_tar(folder / "train/0.tar", [*members, ("x.bmp", b"BM"), ("x.cls", b"0"), ("y.png", members[0][1])])
+    shutil.copy(folder / "train/0.tar", folder / "train/1.tar")
+    return folder
+
+
+def test_what_would_be_skipped_is_said_before_anything_starts(experiment: Make, odd_task: Path) -> None:
+    images, texts = str(odd_task / "train/0.tar"), str(odd_task / "classnames.txt")
+    changes: dict[str, Any] = {"tasks": [str(odd_task)], "reference": {"images": [images], "texts": texts}}
+    borne = experiment(**changes, compute={"device": "cpu", "max_broken_share": 0.1})
+    opened = preflight.prepare(borne)
+    skipped, dotted, uncounted, references = preflight.warnings(opened)
+    assert "train: found 1 sample whose key has a dot (v1.0): they are read here up to the last dot" in dotted
+    assert "train: found 1 shard (1.tar) that nshards.txt does not count: never read" in uncounted
+    assert "found 2 samples to be skipped: " in skipped
+    assert "odd/train/0.tar: sample 'x' cannot be used (unsupported image format: found x.bmp" in skipped
+    assert "odd/train/0.tar: sample 'y' has no .cls member, expected its label in y.cls" in skipped
+    assert references.startswith("reference.images: found 1 sample to be skipped: ")
+    with pytest.raises(InputError, match=r"found 2 such samples of 24, expected at most a share of 0\.01"):
+        preflight.prepare(experiment(**changes))
+
+
+def test_a_few_of_each_class_do_not_hide_what_cannot_be_used(experiment: Make, odd_task: Path) -> None:
+    with pytest.raises(InputError, match="found 2 such samples of 24"):
+        preflight.prepare(experiment(tasks=[{"path": str(odd_task), "shots": 2}]))
+
+
+def test_a_broken_reference_counts_before_anything_starts(experiment: Make, tmp_path: Path) -> None:
+    for number, (image, _) in enumerate(coloured(10, 0)):
+        (tmp_path / f"{number}.{'tif' if number == 3 else 'png'}").write_bytes(image)
+    (tmp_path / "captions.txt").write_text("red\ngreen\n")
+    with pytest.raises(InputError, match=r"sample '3' cannot be used \(unsupported.* found 1 such samples of 10"):
+        preflight.prepare(experiment(reference=str(tmp_path)))

@@ -8,6 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from schemas.base import explain
+from schemas.data import Task
 from schemas.experiment import Experiment
 from schemas.method import PRESETS, Method
 
@@ -276,3 +277,29 @@ class TestFingerprint:
 
     def test_what_the_method_does_not_read_does_not_count(self, recipe: Recipe) -> None:
         assert self.of(recipe(method="finetune"), reference="other texts") == self.of(recipe(method="finetune"))
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("data/birds_2.v1-b", "birds_2.v1-b"),
+        ("animal photos", "animal-photos"),
+        ("tiere-\u00fcbung", "tiere-ubung"),
+        ("a[b]{c}%20?", "a-b-c-20"),
+        ("n" * 250, "n" * 100),
+        ("s3://bucket/my task", "my-task"),
+        ("https://me:secret@host/a/birds?sig=secret&x=secret", "birds"),
+        ("https://me:secret@host", "host"),
+        ("s3://bucket", "bucket"),
+    ],
+)
+def test_a_task_is_named_after_its_folder_as_far_as_a_name_goes(folder: str, name: str) -> None:
+    assert Task.model_validate(folder).name == name
+
+
+def test_a_folder_that_names_no_task_needs_a_name_beside_it() -> None:
+    with pytest.raises(ValidationError, match="'\u52d5\u7269', which makes no task's name, expected name:"):
+        Task.model_validate("data/\u52d5\u7269")
+    assert Task.model_validate({"path": "data/\u52d5\u7269", "name": "animals"}).name == "animals"
+    with pytest.raises(ValidationError, match="at most 100"):
+        Task.model_validate({"path": "a", "name": "n" * 101})

@@ -58,3 +58,12 @@ def test_what_is_no_fault_of_storage_is_not_tried_again() -> None:
     with pytest.raises(ValueError, match="no matter"):
         patiently(fail)
     assert attempts == [1]
+
+
+def test_a_name_as_long_as_a_file_system_takes_is_written_as_a_whole(tmp_path: Path) -> None:
+    for name in ("n" * 255, "\u00fc" * 127):
+        write_text(tmp_path / name, "words")
+        assert (tmp_path / name).read_text() == "words"
+        with whole_folder(tmp_path / f"{name[:-1]}x") as temporary:
+            assert temporary.is_dir()
+    assert not list(tmp_path.glob(".*"))

@@ -1,5 +1,6 @@
 """A part of the training images, held out by class and seed: nothing of it is trained on, and no test image is read."""
 
+import tarfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_task
+from conftest import make_task, write_tar
 
 from schemas.base import InputError
 from schemas.experiment import Experiment
@@ -122,3 +123,29 @@ def test_a_few_of_some_classes_and_of_those_not_held_out(experiment: Make, tasks
     assert Counter(sample.label for sample in drawn) == {b"1": 3, b"3": 3}
     assert {sample.key for sample in drawn} <= {sample.key for sample in samples(kept.train)}
     assert [opened.label_of(sample) for sample in drawn if sample.label == b"3"] == [0, 0, 0]
+
+
+def odd_task(folder: Path) -> Path:
+    """Of each split, the first sample has no label, the second no image that can be read."""
+    make_task(folder, seed=0, shard_images=50)
+    (folder / "zscl.json").unlink()
+    for split in ("train", "test"):
+        with tarfile.open(folder / split / "0.tar") as tar:
+            members = [(info.name, tar.extractfile(info).read()) for info in tar]  # type: ignore[union-attr]
+        odd = {"0000000.cls": None, "0000001.png": "0000001.tif"}
+        write_tar(folder / split / "0.tar", [(odd.get(name, name) or "0000000.json", each) for name, each in members])
+    return folder
+
+
+def test_what_cannot_be_used_is_not_drawn_among_a_few(experiment: Make, tmp_path: Path) -> None:
+    task = odd_task(tmp_path / "task")
+    made = open_experiment(experiment(tasks=[{"path": str(task), "shots": 5}])).tasks[0]
+    drawn = samples(made.train)
+    assert Counter(sample.label for sample in drawn) == {str(label).encode(): 5 for label in range(4)}
+    assert all(sample.fault is None for sample in drawn)
+
+
+def test_what_cannot_be_used_is_not_held_out(opened: Callable[..., Opened], tmp_path: Path) -> None:
+    task = opened(tasks=[str(odd_task(tmp_path / "task"))]).tasks[0]
+    assert all(sample.fault is None for sample in samples(task.test))
+    assert [sample.key for sample in samples(task.train) if sample.fault] == ["0000001"]

@@ -43,10 +43,9 @@ def test_says_what_is_odd_about_a_folder(tmp_path: Path) -> None:
     classes, folders, unreadable = prepared.notes
     assert classes == "2 classes, named after their folders: colours, others"
     assert "in that of the class" in folders
-    assert unreadable.startswith("warning: found 1 files that are no images (others/blue/broken.png)")
+    assert unreadable == "warning: left out 1 file without an image in it (others/blue/broken.png)"
     names = [line for split in ("train", "test") for line in (tmp_path / "task" / split / "files.txt").open()]
-    assert len(names) == 17
-    assert "others/blue/broken.png\n" in names
+    assert len(names) == 16
 
 
 def test_a_key_is_the_line_of_its_file(tmp_path: Path) -> None:
@@ -96,6 +95,70 @@ def test_a_folder_is_never_replaced_by_its_own_task(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="photos: found something that is no task"):
         prepare_folder(tmp_path / "photos", tmp_path / "photos", ["{c}"])
     assert len(list((tmp_path / "photos").rglob("*.png"))) == 4
+
+
+def test_system_files_are_no_images_and_linked_folders_are_read(tmp_path: Path) -> None:
+    sorted_by_class(tmp_path / "photos", 20)
+    for name in ("Thumbs.db", "blue/desktop.ini", "blue/._001.png", "blue/.DS_Store", "blue/.cache/1.png"):
+        (tmp_path / "photos" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "photos" / name).write_bytes(b"x")
+    (tmp_path / "photos/blue").rename(tmp_path / "blue")
+    (tmp_path / "photos/blue").mkdir()
+    (tmp_path / "photos/blue/linked").symlink_to(tmp_path / "blue")
+    prepared = prepare_folder(tmp_path / "photos", tmp_path / "task", ["{c}"])
+    assert prepared.images == {"train": 16, "test": 4}
+    assert not any("left out" in note for note in prepared.notes)
+
+
+def test_images_beside_the_classes_are_told_of(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        sorted_by_class(tmp_path / "photos" / split, 8)
+    sorted_by_class(tmp_path / "photos/val", 4)
+    shutil.copy(tmp_path / "photos/train/blue/002.png", tmp_path / "photos/train/stray.png")
+    (tmp_path / "photos/README").write_text("words")
+    notes = prepare_folder(tmp_path / "photos", tmp_path / "task", ["{c}"]).notes
+    assert any(
+        note.startswith("warning: left out 5 files beside the classes' folders (train/stray.png, val/")
+        for note in notes
+    )
+
+
+def test_class_folders_and_files_may_have_any_name(tmp_path: Path) -> None:
+    names = ["a b", "[c]{d}*?%", "\u00fcbung", "e\u2028f\ng", "n" * 250]
+    for name in names:
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number, (image, _) in enumerate(coloured(4, seed=1)):
+            (tmp_path / "photos" / name / f"{number}\udcff\n.png").write_bytes(image)
+    prepare_folder(tmp_path / "photos", tmp_path / "a task", ["a photo of a {c}."])
+    task = opened(tmp_path / "a task")
+    assert sorted(task.classnames) == sorted(["a b", "[c]{d}*?%", "\u00fcbung", "e f g", "n" * 250])
+    task.check()
+    files = (tmp_path / "a task/train/files.txt").read_text().splitlines()
+    assert len(files) == len(list(task.train.once(0, 1))) == 16
+    assert any(name.endswith("0\\xff\\n.png") for name in files)
+    assert prepare_folder(tmp_path / "photos", tmp_path / "a task", ["a photo of a {c}."]).kept
+
+
+@pytest.mark.parametrize("name", ["_", "--", "\udcff", " \u2028"])
+def test_a_folder_whose_name_makes_no_class_name_is_refused(tmp_path: Path, name: str) -> None:
+    sorted_by_class(tmp_path / "photos", 8)
+    (tmp_path / "photos/blue").rename(tmp_path / "photos" / name)
+    with pytest.raises(InputError, match=r"photos: found the folder '.*', expected one named after its class"):
+        prepare_folder(tmp_path / "photos", tmp_path / "task", ["{c}"])
+
+
+def test_a_template_is_one_line(tmp_path: Path) -> None:
+    sorted_by_class(tmp_path / "photos", 8)
+    with pytest.raises(InputError, match=r"--template: found .*, expected one line"):
+        prepare_folder(tmp_path / "photos", tmp_path / "task", ["a {c}\nwithout a place"])
+
+
+def test_a_class_of_files_that_are_no_images_is_refused(tmp_path: Path) -> None:
+    sorted_by_class(tmp_path / "photos", 8)
+    for file in (tmp_path / "photos/blue").iterdir():
+        file.write_bytes(b"no image")
+    with pytest.raises(InputError, match="blue: found no file with an image in it"):
+        prepare_folder(tmp_path / "photos", tmp_path / "task", ["{c}"])
 
 
 def test_a_folder_name_becomes_one_line(tmp_path: Path) -> None:

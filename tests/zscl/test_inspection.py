@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import COLOURS, coloured, jpeg, make_task, png
+from conftest import COLOURS, coloured, jpeg, make_task, opened, png, write_tar
+from PIL import Image
 
 from schemas.inspection import Inspection
 from zscl.contacts import contact_rows
@@ -123,9 +124,11 @@ def test_duplicates_between_and_within_splits(task: Path) -> None:
 
 
 def change_a_byte(file: Path) -> None:
-    """Same size, same members, another padding."""
+    """Same size, same members, another byte in the padding of the first header."""
     content = bytearray(file.read_bytes())
-    content[-1] ^= 1
+    content[511] ^= 1  # behind the fields of a header, which its checksum covers
+    total = int(content[148:154], 8) + 1
+    content[148:154] = f"{total:06o}".encode()
     file.write_bytes(content)
 
 
@@ -239,3 +242,49 @@ def test_a_few_images_of_each_class_to_look_at(task: Path) -> None:
     assert [row.prompt for row in contact_rows(opened, 1, classes=2, edge=8)] == [
         "a task square of red", "a task square of blue",
     ]  # fmt: skip
+
+
+def test_what_file_names_tell_is_found_as_training_finds_it(task: Path) -> None:
+    content = samples(24, 0)
+    rewrite(task, "train", content, shard_images=50)
+    image = content[0]["png"]
+    with tarfile.open(task / "train/0.tar") as tar:
+        whole = [(info.name, tar.extractfile(info).read()) for info in tar]  # type: ignore[union-attr]
+    odd = [("a.bmp", image), ("a.cls", b"0"), ("b.png", image), ("b.jpg", image), ("c.npy", b"x"), ("v1.d.cls", b"0")]
+    write_tar(task / "train/0.tar", [*whole, *odd])
+    found = checked(task)
+    assert [(each.key, each.reason) for each in found.unreadable.first] == [
+        ("a", "unsupported image format"), ("b", "several members of a kind"), ("c", "no image member"),
+        ("v1.d", "no image member"),
+    ]  # fmt: skip
+    assert (found.splits[0].samples, found.splits[0].images) == (28, 24)
+    assert len(opened(task).broken["train"]) == found.unreadable.samples == 4
+    assert any("1 sample whose key has a dot (v1.d)" in warning for warning in found.warnings)
+
+
+def test_what_of_an_image_training_does_not_see_is_told(task: Path) -> None:
+    content = samples(24, 0)
+    pixels = np.random.default_rng(0).integers(0, 255, (16, 16, 4), dtype=np.uint8)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    first, second = Image.fromarray(pixels[..., :3]), Image.fromarray(pixels[::-1, :, :3])
+    for number, (image, options) in enumerate(
+        [
+            (Image.fromarray(pixels[..., 0].astype(np.uint16) * 256), {}),
+            (Image.fromarray(pixels), {}),
+            (first, {"exif": turned}),
+            (first, {"save_all": True, "append_images": [second]}),
+        ]
+    ):
+        stream = io.BytesIO()
+        image.save(stream, "PNG", **options)
+        content[number]["png"] = stream.getvalue()
+    rewrite(task, "train", content)
+    found = checked(task)
+    assert found.problems == ()
+    assert sorted(found.warnings) == [
+        "found 1 image with 16 bits a channel, of which the upper 8 are read",
+        "found 1 image with an EXIF orientation, which is not applied",
+        "found 1 image with several frames, of which the first is read",
+        "found 1 image with transparency, which is ignored",
+    ]

@@ -1,16 +1,21 @@
 """What a tar shard holds: what is read of it, and what is refused."""
 
+import bz2
+import gzip
 import io
+import lzma
 import pickle
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import webdataset
-from conftest import coloured
+from conftest import coloured, write_tar
 
 from schemas.base import InputError
 from zscl.indexed_samples import IndexedSamples
+from zscl.samples import BrokenSampleError, Sample
 from zscl.shards import open_samples
 from zscl.writing import write_shards
 
@@ -20,18 +25,163 @@ def test_only_images_labels_and_texts_are_read(tmp_path: Path) -> None:
     write_shards(
         tmp_path, [{"pkl": b"cos\nsystem\n(S'touch stolen'\ntR."}, {"png": image, "pth": b"x", "cls": b"0"}], 9
     )
-    [sample] = open_samples([str(tmp_path)]).once(0, 1)
+    foreign, sample = open_samples([str(tmp_path)]).once(0, 1)
     assert (sample.image, sample.label, sample.text, sample.key) == (image, b"0", None, "0000001")
+    assert (foreign.image, foreign.label, foreign.text) == (b"", None, None)
+    assert foreign.fault is not None  # it is counted, and not read
 
 
-def test_dot_files_in_a_shard_are_passed_over(tmp_path: Path) -> None:
-    with tarfile.open(tmp_path / "0.tar", "w") as tar:
-        for name, content in (("._0.png", b"no image"), (".DS_Store", b"x"), ("a/0.png", b"image"), ("a/0.cls", b"0")):
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    [sample] = open_samples([str(tmp_path)]).once(0, 1)
-    assert (sample.image, sample.label, sample.key) == (b"image", b"0", "a/0")
+IMAGE = next(coloured(1, 0))[0]
+WHOLE = [("w.png", IMAGE), ("w.cls", b"0")]
+
+
+def read(folder: Path, remote: bool) -> list[Sample]:
+    """All samples of `0.tar`, read as a local or as a streamed shard."""
+    return list(open_samples([f"file://{folder}/0.tar" if remote else f"{folder}/0.tar"]).once(0, 1))
+
+
+@pytest.mark.parametrize("remote", [False, True])
+@pytest.mark.parametrize(
+    "name", ["._0.png", ".DS_Store", "Thumbs.db", "a/desktop.ini", "__MACOSX/a/0.png", "a/.cache/0.png", "__meta__"]
+)
+def test_hidden_and_system_files_in_a_shard_are_no_data(tmp_path: Path, name: str, remote: bool) -> None:
+    write_tar(tmp_path / "0.tar", [(name, b"x"), ("a/0.png", b"image"), ("a/0.cls", b"0")])
+    [sample] = read(tmp_path, remote)
+    assert (sample.image, sample.label, sample.key, sample.fault) == (b"image", b"0", "a/0", None)
+
+
+@pytest.mark.parametrize("remote", [False, True])
+@pytest.mark.parametrize(
+    ("names", "key"),
+    [
+        (("v1.2.x.png", "v1.2.x.cls"), "v1.2.x"),
+        (("a.b/c.d.JPG", "a.b/c.d.CLS"), "a.b/c.d"),
+        (("./x.jpeg", "x.cls"), "x"),
+        (("train/dog/x.webp", "./train/dog/x.cls"), "train/dog/x"),
+        (("\u00fc \u8272 [1]{2}%20*.png", "\u00fc \u8272 [1]{2}%20*.cls"), "\u00fc \u8272 [1]{2}%20*"),
+        (("n" * 250 + ".png", "n" * 250 + ".cls"), "n" * 250),
+        (("d/" * 60 + "n" * 90 + ".png", "d/" * 60 + "n" * 90 + ".cls"), "d/" * 60 + "n" * 90),
+        (("\udcff.png", "\udcff.cls"), "\\xff"),
+    ],
+)
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_a_key_is_all_before_the_last_dot(
+    tmp_path: Path, names: tuple[str, str], key: str, remote: bool, form: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if form == tarfile.USTAR_FORMAT and len(names[0]) > 200:
+        pytest.skip("USTAR holds no such name")
+    monkeypatch.setattr(tarfile.TarFile, "format", form)
+    write_tar(tmp_path / "0.tar", [(names[0], IMAGE), (names[1], b"3"), *WHOLE])
+    sample, _ = read(tmp_path, remote)
+    assert (sample.image, sample.label, sample.key, sample.fault) == (IMAGE, b"3", key, None)
+
+
+@pytest.mark.parametrize("remote", [False, True])
+@pytest.mark.parametrize(
+    ("members", "reason", "detail"),
+    [
+        *(([(f"x.{suffix}", IMAGE), ("x.cls", b"0")], "unsupported image format", f"found x.{suffix}")
+          for suffix in ("bmp", "gif", "tif", "TIFF", "heic", "avif", "ppm")),
+        ([("x.npy", b"x"), ("x.cls", b"0")], "no image member", "found x.cls alone|found x.npy, x.cls alone"),
+        ([("x", IMAGE), ("x.cls", b"0")], "no image member", "found x.cls alone|found x, x.cls alone"),
+        ([("x", IMAGE)], "no image member", "found x alone"),
+        ([("x.npy", b"x")], "no image member", "found x.npy alone"),
+        ([("x.cls", b"0")], "no image member", "found x.cls alone, expected one of .jpg"),
+        ([("x.txt", b"text")], "no image member", "found x.txt alone"),
+        ([("x.png", IMAGE), ("x.jpg", IMAGE), ("x.cls", b"0")], "several", "x.png and x.jpg, expected one image"),
+        ([("x.png", IMAGE), ("x.PNG", IMAGE), ("x.cls", b"0")], "several", "x.png and x.PNG, expected one image"),
+        ([("x.png", IMAGE), ("x.tif", IMAGE), ("x.cls", b"0")], "several", "x.png and x.tif, expected one image"),
+        ([("x.png", IMAGE), ("x.cls", b"0"), ("x.CLS", b"1")], "several", "x.cls and x.CLS, expected one label"),
+        ([("x.png", IMAGE), ("x.txt", b"a"), ("x.TXT", b"b")], "several", "x.txt and x.TXT, expected one text"),
+        ([("x.png", b"->w.png"), ("x.cls", b"0")], "link", "found x.png, a link to w.png.*--hard-dereference"),
+        ([("x.png", IMAGE), ("x.cls", b"->w.cls")], "link", "found x.cls, a link to w.cls"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("link", [tarfile.LNKTYPE, tarfile.SYMTYPE])
+def test_what_makes_no_sample_is_there_with_its_fault(
+    tmp_path: Path, members: list[tuple[str, bytes]], reason: str, detail: str, remote: bool, link: bytes
+) -> None:
+    write_tar(tmp_path / "0.tar", [*WHOLE, *members], link)
+    found = {sample.key: sample for sample in read(tmp_path, remote)}
+    assert found.keys() == {"w", "x"}
+    assert found["w"].fault is None
+    with pytest.raises(BrokenSampleError, match=rf"0\.tar: sample 'x' cannot be used \({reason}.*: .*({detail})"):
+        found["x"].check()
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_members_of_other_kinds_belong_to_their_sample_wherever_they_are(tmp_path: Path, remote: bool) -> None:
+    write_tar(tmp_path / "0.tar", [("w.json", b"{}"), *WHOLE, ("v.png", IMAGE), ("v.json", b"{}"), ("w.npy", b"x")])
+    assert [(sample.key, sample.fault) for sample in read(tmp_path, remote)] == [("w", None), ("v", None)]
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_an_input_is_told_from_its_label_by_the_whole_name(tmp_path: Path, remote: bool) -> None:
+    """As WebDataset has it, `x.input.jpg` belongs to `x.cls`: here both are named."""
+    write_tar(tmp_path / "0.tar", [("x.input.jpg", IMAGE), ("x.cls", b"0")])
+    image, label = read(tmp_path, remote)
+    assert (image.key, image.label, image.fault) == ("x.input", None, None)
+    assert (label.key, label.fault is None) == ("x", False)
+
+
+def test_members_that_are_apart_are_joined_locally_and_named_in_a_stream(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", [("a.cls", b"0"), ("b.cls", b"1"), ("a.png", IMAGE), ("b.png", IMAGE)])
+    assert [(sample.key, sample.label) for sample in read(tmp_path, remote=False)] == [("a", b"0"), ("b", b"1")]
+    sentence = r"0\.tar: found the members of the sample 'a' apart.*tar --sort=name.*compute\.shard_cache"
+    with pytest.raises(InputError, match=sentence):
+        read(tmp_path, remote=True)
+
+
+@pytest.mark.parametrize("remote", [False, True])
+@pytest.mark.parametrize("behind", ["tar", "bytes", "zeros"])
+def test_tars_joined_by_cat_are_refused(tmp_path: Path, behind: str, remote: bool) -> None:
+    file = write_tar(tmp_path / "0.tar", WHOLE)
+    more = {"tar": file.read_bytes(), "bytes": b"more", "zeros": bytes(2**21)}[behind]
+    file.write_bytes(file.read_bytes() + more)
+    if behind == "zeros":
+        assert len(read(tmp_path, remote)) == 1
+        return
+    with pytest.raises(InputError, match=r"0\.tar: found more content behind the end of the tar.*joined by cat"):
+        read(tmp_path, remote)
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_damaged_header_in_the_middle_does_not_end_a_shard(tmp_path: Path, remote: bool) -> None:
+    file = write_tar(tmp_path / "0.tar", [*WHOLE, ("v.png", IMAGE), ("v.cls", b"0")])
+    with tarfile.open(file) as tar:
+        offset = tar.getmembers()[2].offset
+    content = bytearray(file.read_bytes())
+    content[offset] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=rf"0\.tar: found more content behind the end of the tar at byte {offset}"):
+        read(tmp_path, remote)
+
+
+@pytest.mark.parametrize("remote", [False, True])
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (gzip.compress, "compressed by gzip, expected a plain tar; gunzip"),
+        (bz2.compress, "compressed by bzip2"),
+        (lzma.compress, "compressed by xz"),
+        (lambda content: b"\x28\xb5\x2f\xfd" + content, "compressed by zstd"),
+        (lambda content: b"PK\x03\x04" + content, "a zip archive"),
+        (lambda content: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "a pointer of Git LFS"),
+        (lambda content: b"<!DOCTYPE html><html></html>", "a page of HTML"),
+    ],
+)
+def test_a_file_of_another_kind_is_called_what_it_is(
+    tmp_path: Path, change: Callable[[bytes], bytes], sentence: str, remote: bool
+) -> None:
+    file = write_tar(tmp_path / "0.tar", WHOLE)
+    file.write_bytes(change(file.read_bytes()))
+    with pytest.raises(InputError, match=rf"0\.tar: found a file that is {sentence}"):
+        read(tmp_path, remote)
+
+
+def test_a_member_may_be_called_like_another_kind_of_file_begins(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", [("<a>.png", IMAGE), ("<a>.cls", b"0")])
+    assert [sample.key for sample in read(tmp_path, remote=False)] == ["<a>"]
 
 
 @pytest.mark.parametrize("kept", [0.1, 0.3])
@@ -85,5 +235,5 @@ def test_a_member_that_is_there_twice_is_refused(tmp_path: Path) -> None:
             tar.addfile(info, io.BytesIO(content))
     with pytest.raises(InputError, match=r"0\.tar: found the member '0\.png' twice"):
         open_samples([f"{tmp_path}/0.tar"])
-    with pytest.raises(InputError, match=r"0\.png: duplicate file name"):
+    with pytest.raises(InputError, match=r"0\.tar: found the member '0\.png' twice"):
         list(open_samples([f"file://{tmp_path}/0.tar"]).once(0, 1))

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import first, labels
+from conftest import coloured, first, labels
 
 from schemas.base import InputError
 from zscl.indexed_samples import IndexedSamples
@@ -72,3 +72,71 @@ def test_a_presigned_url_is_no_pattern_and_names_no_file(tmp_path: Path) -> None
     with pytest.raises(InputError, match=r"0\.tar\?X-Amz-Signature=\*\*\*: found no readable shard"):
         open_samples([url], str(tmp_path))
     assert not any("ignature" in str(path) for path in tmp_path.rglob("*"))
+
+
+def test_a_name_is_no_pattern_where_a_file_has_it(shards: list[str], tmp_path: Path) -> None:
+    for name in ("a[0]{1,2} *?", "\u00fc::b%20", "n" * 250):
+        folder = tmp_path / name
+        folder.mkdir()
+        for shard in shards:
+            shutil.copy(shard, folder)
+        assert labels(open_samples([str(folder)]).once(0, 1)) == list(range(10))
+        assert labels(open_samples([f"{folder}/0.tar"]).once(0, 1)) == [0, 1, 2, 3]
+    shutil.copy(shards[0], tmp_path / "[1]{2}.TAR")
+    assert labels(open_samples([f"{tmp_path}/[1]{{2}}.TAR"]).once(0, 1)) == [0, 1, 2, 3]
+
+
+def test_linked_folders_are_followed_and_do_not_go_round(tmp_path: Path) -> None:
+    images = [image for image, _ in coloured(2, 0)]
+    (tmp_path / "far/away").mkdir(parents=True)
+    (tmp_path / "far/away/1.png").write_bytes(images[1])
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here/0.png").write_bytes(images[0])
+    (tmp_path / "here/linked").symlink_to(tmp_path / "far")
+    (tmp_path / "far/back").symlink_to(tmp_path / "here")
+    assert [sample.image for sample in open_samples([f"{tmp_path}/here"]).once(0, 1)] == images
+
+
+def test_a_pattern_may_mean_folders_too(shards: list[str], tmp_path: Path) -> None:
+    for name, shard in (("a", shards[0]), ("b", shards[1])):
+        (tmp_path / "sets" / name).mkdir(parents=True)
+        shutil.copy(shard, tmp_path / "sets" / name)
+    (tmp_path / "sets/.DS_Store").write_bytes(b"x")
+    assert labels(open_samples([f"{tmp_path}/sets/*"]).once(0, 1)) == list(range(8))
+
+
+def test_loose_files_that_look_like_images_are_named(tmp_path: Path) -> None:
+    image = next(coloured(1, 0))[0]
+    for name in ("0.png", "1.tif", "2.BMP", "3.heic", "plain", "4.JPG", "notes.md", "LICENSE", "x.json"):
+        (tmp_path / name).write_bytes(b"words" if name in ("LICENSE", "notes.md") else image)
+    for name in ("Thumbs.db", "desktop.ini", "._0.png", ".DS_Store"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    samples = open_samples([str(tmp_path)])
+    assert isinstance(samples, IndexedSamples)
+    assert [sample.key for sample in samples.once()] == ["0", "1", "2", "3", "4", "gone", "plain"]
+    assert [(sample.key, sample.fault.reason) for sample in samples.faulty() if sample.fault] == [
+        ("1", "unsupported image format"), ("2", "unsupported image format"), ("3", "unsupported image format"),
+        ("gone", "link"), ("plain", "unsupported image format"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("files", "sentence"),
+    [
+        (["0.tar", "1.png"], r"found 0\.tar and 1\.png in it, expected shards in the folder itself alone"),
+        (["0.tar", "more/1.tar"], r"found 0\.tar and more/1\.tar in it"),
+        (["more/1.tar"], r"found more/1\.tar and more/1\.tar in it|expected shards in the folder itself"),
+        (["0.tar", "1.tar.gz"], r"1\.tar\.gz: found a compressed tar among the data"),
+        (["0.tif"], r"sample '0' cannot be used \(unsupported image format.*found no image that can be read"),
+    ],
+)
+def test_what_a_folder_would_leave_out_is_refused(
+    shards: list[str], tmp_path: Path, files: list[str], sentence: str
+) -> None:
+    for name in files:
+        file = tmp_path / "data" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(shards[0], file)
+    with pytest.raises(InputError, match=sentence):
+        open_samples([f"{tmp_path}/data"])

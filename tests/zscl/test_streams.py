@@ -1,19 +1,27 @@
 """Streams: the same global batch however many share it, and whatever breaks is named."""
 
 import io
+import pickle
+import socket
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
-from conftest import coloured
+import torch.distributed as dist
+from conftest import coloured, opened
 from PIL import Image, UnidentifiedImageError
 from torchvision.transforms import Compose, RandomResizedCrop, ToTensor
 
 from schemas.base import InputError
+from schemas.experiment import Model
 from zscl.indexed_samples import IndexedSamples
+from zscl.looking import Decoded, look_at
+from zscl.model import Clip, load
+from zscl.noise import NoiseSamples
 from zscl.samples import Sample
 from zscl.shards import open_samples
 from zscl.streams import (
@@ -44,6 +52,11 @@ def samples(tmp_path: Path) -> IndexedSamples:
     found = open_samples([str(tmp_path)])
     assert isinstance(found, IndexedSamples)
     return found
+
+
+@pytest.fixture
+def clip(tiny_model: str) -> Clip:
+    return load(Model(name=tiny_model))
 
 
 def batches(
@@ -100,7 +113,7 @@ def test_seed_and_position_draw_order_and_augmentation(samples: IndexedSamples, 
 def test_decoded_images_give_way_to_those_that_are_read(samples: IndexedSamples) -> None:
     kept, decode = DecodedImages(), Decode(AUGMENT, label_of)
     shown = list(samples.once(0, 1))
-    size = 3 * 16 * 16  # bytes of an image
+    size = 4 * 16 * 16  # bytes of an image: Pillow takes four for a pixel
 
     def again(name: str, number: int, budget: int, total: int) -> bool:
         """Whether an image of a set is the very one that was decoded before."""
@@ -270,7 +283,7 @@ class CountingDecode(Decode):
         return super().read(sample)
 
 
-@pytest.mark.parametrize(("keep_bytes", "decoded"), [(10**6, 10), (5 * 3 * 16 * 16, 5 + 5 * 6), (0, 60)])
+@pytest.mark.parametrize(("keep_bytes", "decoded"), [(10**6, 10), (5 * 4 * 16 * 16, 5 + 5 * 6), (0, 60)])
 def test_images_are_decoded_once_within_the_budget(
     samples: IndexedSamples, keep_bytes: int, decoded: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -331,10 +344,100 @@ def test_an_image_may_be_long_to_a_limit() -> None:
 
 
 def test_a_batch_that_only_skips_has_no_image() -> None:
-    [(images, labels, skipped)] = Batched(lambda: iter(["one is broken"]), 3)()
+    [(images, labels, skipped, _)] = Batched(lambda: iter(["one is broken"]), 3)()
     assert (len(images), len(labels), skipped) == (0, 0, ["one is broken"])
 
 
 def test_evaluation_comes_in_batches(samples: IndexedSamples) -> None:
     images = EvaluationImages(samples, Decode(ToTensor(), label_of), 0, 1)
     assert [len(labels) for _, labels in images.batches(4, Loader(torch.device("cpu")))] == [4, 4, 2]
+
+
+@pytest.mark.parametrize("form", ["PNG", "PPM"])
+def test_of_16_bits_the_upper_8_are_seen(form: str) -> None:
+    wide, encoded = np.arange(0, 2**16, 2**8, dtype=np.uint16).reshape(16, 16), io.BytesIO()
+    Image.fromarray(wide).save(encoded, form)
+    seen = np.asarray(decode_image(encoded.getvalue()))
+    assert (seen == (wide >> 8)[..., None]).all()
+    assert isinstance(look_at(encoded.getvalue()), Decoded)
+
+
+def test_pixels_of_floating_point_are_refused() -> None:
+    encoded = io.BytesIO()
+    Image.fromarray(np.ones((4, 4), dtype=np.float32)).save(encoded, "PPM")
+    with pytest.raises(ValueError, match="found pixels of floating point, expected whole numbers"):
+        decode_image(encoded.getvalue())
+
+
+def test_loader_processes_may_be_started_in_any_way(tasks: list[str], clip: Clip) -> None:
+    """Spawned and served ones get what they read as a pickle."""
+    task = opened(tasks[0])
+    decode = Decode(clip.train_transform, task.label_of)
+    for items in (
+        TrainingImages(task.train, decode, 3, 6, range(6)),
+        TrainingImages(NoiseSamples((8, 8)), Decode(clip.evaluation_transform, Sample.identity), 3, 6, range(6)),
+        EvaluationImages(task.test, Decode(clip.evaluation_transform, task.label_and_place_of), 0, 1),
+    ):
+        images, *_ = next(pickle.loads(pickle.dumps(Batched(items, 6, items.count)))())
+        assert len(images) == 6
+
+
+def test_a_part_of_a_set_is_judged_by_its_own_size(tmp_path: Path) -> None:
+    part = with_broken(tmp_path, {3: b"no image"}).only(range(10)).counted_anew()
+    for images in (
+        EvaluationImages(part, Decode(ToTensor(), label_of), 0, 1).batches(4, bearing(0.05)[0]),
+        TrainingImages(part, Decode(AUGMENT, label_of), 3, 6, range(6)).batches(bearing(0.05)[0]),
+    ):
+        with pytest.raises(InputError, match=r"found 1 such samples of 10, expected at most a share of 0\.05"):
+            list(islice(images, 8))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_small_stream_is_judged_by_its_own_size(training: bool, tmp_path: Path) -> None:
+    with_broken(tmp_path, {3: b"no image", 20: b"nor this"})
+    samples = open_samples([f"file://{tmp_path}/{{0..2}}.tar"])
+    loader, _ = bearing(0.04)
+    if training:
+        batches = islice(TrainingImages(samples, Decode(AUGMENT, label_of), 3, 6, range(6)).batches(loader), 14)
+    else:
+        batches = EvaluationImages(samples, Decode(ToTensor(), label_of), 0, 1).batches(4, loader)
+    with pytest.raises(InputError, match=r"found 2 such samples of 40, expected at most a share of 0\.04"):
+        read_all(batches, loader)
+
+
+def read_all(batches: Iterator[tuple[torch.Tensor, torch.Tensor]], loader: Loader) -> None:
+    list(batches)
+    loader.check_over_workers()
+
+
+def read_a_part(rank: int, port: int, folder: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    loader = bearing(0.04)[0]
+    images = EvaluationImages(open_samples([str(folder)]), Decode(ToTensor(), label_of), rank, 2)
+    said = f"{len([n for _, labels in images.batches(4, loader) for n in labels])} images"
+    try:
+        loader.check_over_workers()
+    except InputError as error:
+        said += f"; {error}"
+    (folder / f"{rank}.txt").write_text(said)
+    dist.destroy_process_group()
+
+
+def test_two_workers_refuse_what_one_refuses(tmp_path: Path) -> None:
+    with_broken(tmp_path, {2: b"no image", 3: b"nor this"})
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(read_a_part, (port, tmp_path), nprocs=2)  # type: ignore[no-untyped-call]
+    first, second = ((tmp_path / f"{rank}.txt").read_text() for rank in range(2))
+    assert first == second
+    assert first.startswith("19 images; ")
+    assert "found 2 such samples of 40, expected at most a share of 0.04" in first
+
+
+def test_what_was_broken_before_an_interruption_counts(tmp_path: Path) -> None:
+    samples = with_broken(tmp_path, {3: b"no image"})
+    loader, _ = bearing(0.03)
+    loader.resumed.append(["another sample"])
+    with pytest.raises(InputError, match="found 2 such samples of 40"):
+        list(EvaluationImages(samples, Decode(ToTensor(), label_of), 0, 1).batches(4, loader))
