@@ -165,7 +165,7 @@ class Rows:
                 ours = {"fingerprint": self.opened.fingerprint, "seconds": 0.0}
                 row = AccuracyRow.model_validate_json(measured).model_copy(update=ours)
                 if rank() == 0:
-                    write_whole(file, row)
+                    write_whole(file, row, within=self.folder)
                 return row
             row = self._measure(stage, clip, file)
             if rank() == 0:
@@ -189,10 +189,10 @@ class Rows:
             self._measure_cell(stage, clip, self.opened.tasks[index], heads, row)
             row = row.model_copy(update={"seconds": time.perf_counter() - started})
             if rank() == 0:
-                write_whole(part_of(file), row)
+                write_whole(part_of(file), row, within=self.folder)
         barrier()
         if rank() == 0:
-            write_whole(file, row)
+            write_whole(file, row, within=self.folder)
         return row
 
     def read(self, file: Path) -> AccuracyRow | None:
@@ -327,6 +327,6 @@ class RowsElsewhere(Rows):
         return there
 
 
-def write_whole(file: Path, content: BaseModel) -> None:
-    """Write JSON as a whole, when storage takes it."""
-    patiently(lambda: write_text(file, content.model_dump_json(indent=1) + "\n"))
+def write_whole(file: Path, content: BaseModel, within: Path | None = None) -> None:
+    """Write JSON as a whole, when storage takes it; `within` is a folder that was there before."""
+    patiently(lambda: write_text(file, content.model_dump_json(indent=1) + "\n"), within=within, what=file)

@@ -285,7 +285,8 @@ class _Run:
             self.journal.flush()  # what the folder holds is to be found in the journal
             places = [self.place(stage), *(self.store.for_other(stage, average) for average in others if self.store)]
             for place, (model, result) in reversed(list(zip(places, trained, strict=True))):  # its own last
-                patiently(partial(self._leave, place, stage, clip, model, exemplars, result, steps))
+                leave = partial(self._leave, place, stage, clip, model, exemplars, result, steps)
+                patiently(leave, within=self.folder, what=place)
             if self.store:
                 self.store.keep(stage, self.place(stage))
             remove(self.folder / CHECKPOINT)
@@ -365,7 +366,7 @@ class _Run:
         barrier()
         if rank() == 0:
             self.journal.flush()
-            write_whole(self.folder / RESULT, result)
+            write_whole(self.folder / RESULT, result, within=self.folder)
             remove(self.folder / CHECKPOINT)
         return result
 

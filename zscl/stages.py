@@ -97,7 +97,8 @@ class StageStore:
         if there:
             result = StageResult.model_validate_json((trained / TRAINING).read_text(encoding="utf-8"))
             shared = result.model_copy(update={"shared": True})
-            patiently(lambda: link_folder(trained, place, {TRAINING: shared.model_dump_json(indent=1) + "\n"}))
+            content = shared.model_dump_json(indent=1) + "\n"
+            patiently(lambda: link_folder(trained, place, {TRAINING: content}), within=self.folder)
         [taken] = agree(there)
         barrier()
         return bool(taken)
@@ -106,7 +107,7 @@ class StageStore:
         """Let other runs take a stage; on the main worker."""
         kept = self.folder / self.handed_on(stage)
         if not kept.is_dir():
-            patiently(lambda: link_folder(place, kept))
+            patiently(lambda: link_folder(place, kept), within=self.folder)
 
     def for_other(self, stage: int, average: Average | None) -> Path:
         """Where the folder of a stage with another average belongs."""
@@ -119,7 +120,7 @@ class StageStore:
 
     def keep_row(self, key: str, row: str) -> None:
         """Let other runs read a row; on the main worker."""
-        patiently(lambda: write_text(self.folder / f"{key}.row.json", row))
+        patiently(lambda: write_text(self.folder / f"{key}.row.json", row), within=self.folder)
 
     def course(self, stage: int) -> str:
         """Identity of all steps of a stage; the average has no part in those of the first."""
