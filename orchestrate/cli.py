@@ -9,6 +9,7 @@ import typer
 
 from orchestrate.commands import data, looking, models, running
 from orchestrate.interruption import end_on_signals
+from orchestrate.output import readers_may_go
 from schemas.base import InputError, InterruptedRunError
 from schemas.secrets import mask
 
@@ -69,6 +70,11 @@ app.add_typer(data_app, name="data")
 
 def main() -> None:
     """Run the command line; what the user got wrong is a sentence and exit code 2, not a traceback."""
+    with readers_may_go():
+        _main()
+
+
+def _main() -> None:
     try:
         end_on_signals()
         app()

@@ -13,7 +13,7 @@ from ray.exceptions import AuthenticationError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrate.access import loopback_alone, use_token
-from orchestrate.interruption import end_on_signals
+from orchestrate.interruption import end_on_signals, warnings_held_back
 from schemas.base import InputError
 from schemas.compute import Compute
 from zscl.files import remove
@@ -52,7 +52,7 @@ def connect(compute: Compute, note: Callable[[str], None]) -> None:
             os.environ.setdefault(name, value)
     address = "local" if starts_here else compute.address  # never what somebody else may have started beside us
     try:
-        with loopback_alone() if starts_here else nullcontext():
+        with warnings_held_back(), loopback_alone() if starts_here else nullcontext():
             ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **local)
         end_on_signals()
     except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:

@@ -268,11 +268,11 @@ class _WhenAsked(Interruption):
         self._wish, self._next_look = asked, 0.0
 
     def __bool__(self) -> bool:
-        if self.signal is None and time.monotonic() >= self._next_look:
+        if not super().__bool__() and time.monotonic() >= self._next_look:
             self._next_look = time.monotonic() + LOOK_EVERY_SECONDS
             if self._wish():
-                self.signal = 0
-        return self.signal is not None
+                self.ask()
+        return super().__bool__()
 
 
 def judged_on_test(experiment: Experiment, place: Path, common: Common) -> Result:

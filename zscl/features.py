@@ -73,8 +73,7 @@ class FeatureStore:
         self.folder = folder
         if not folder.is_dir():
             _make(folder, count, width, np.dtype(str(dtype).removeprefix("torch.")))
-        self._features = np.load(folder / FEATURES, mmap_mode="r", allow_pickle=False)
-        self._checks = np.load(folder / CHECKS, mmap_mode="r", allow_pickle=False)
+        self._features, self._checks = (open_memmap(folder / name, mode="r") for name in (FEATURES, CHECKS))
         if self._features.shape != (count, width) or self._checks.shape != (count, 2):
             raise ValueError(f"found features of shape {self._features.shape}, expected {(count, width)}")
 

@@ -1,6 +1,8 @@
 """What is looked at before anything is started, beside the data: disk, prompts."""
 
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,8 +15,9 @@ from rich.console import Console
 
 from orchestrate import cluster, preflight
 from orchestrate import run as running
+from orchestrate.interruption import WARNINGS
 from orchestrate.probe import probe
-from schemas.base import InputError
+from schemas.base import InputError, InterruptedRunError
 from schemas.experiment import Experiment
 from zscl.opened import open_experiment
 from zscl.sequence import run_sequence
@@ -135,3 +138,26 @@ def test_a_probe_says_how_long_it_takes(
     assert {path.name for path in (tmp_path / "runs").iterdir()} <= {"teacher"}  # nothing else is left
     with pytest.raises(InputError, match="--probe: method 'zero-shot' trains nothing"):
         probe(open_experiment(experiment(method="zero-shot")), tmp_path / "run", Console(stderr=True))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_probe_that_is_interrupted_gives_no_estimate(
+    experiment: Make,
+    tmp_path: Path,
+    ray_cluster: None,
+    without_ray: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    code: int,
+) -> None:
+    without_ray()
+    monkeypatch.setattr("orchestrate.display.Bar.update", lambda *_: os.kill(os.getpid(), number))  # at the first step
+    handlers = {each: signal.getsignal(each) for each in WARNINGS}
+    few = experiment(optimisation={"steps": 1, "warmup_steps": 0, "batch_size": 6, "reference_batch_size": 5})
+    try:
+        with pytest.raises(InterruptedRunError, match="the probe was stopped, and gives no estimate") as found:
+            probe(open_experiment(few), tmp_path / "runs/mine", Console(stderr=True))
+    finally:
+        for each, handler in handlers.items():
+            signal.signal(each, handler)
+    assert found.value.exit_code == code

@@ -13,6 +13,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from numpy.lib.format import open_memmap
 from PIL import Image
 from pydantic import BaseModel
 
@@ -128,15 +129,15 @@ def test_a_store_that_cannot_be_opened_keeps_its_rows(
     store: FeatureStore, monkeypatch: pytest.MonkeyPatch, name: str, times: int
 ) -> None:
     store.write(IDENTITIES, torch.ones(2, 3))
-    load, said, failures = np.load, list[str](), iter(range(times))
+    said, failures = list[str](), iter(range(times))
 
     def failing(*given: Any, **named: Any) -> Any:
         for _ in failures:
             raise OSError(getattr(errno, name), name)
-        return load(*given, **named)
+        return open_memmap(*given, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr(np, "load", failing)
+        patch.setattr("zscl.features.open_memmap", failing)
         patch.setattr("zscl.features.OPEN_SECONDS", 0.2)
         opened = _open_or_replace(store.folder, 5, 3, torch.float32, said.append)
     waits = name in ("ESTALE", "EIO") and times == 1
@@ -150,8 +151,8 @@ def test_a_store_that_cannot_be_opened_keeps_its_rows(
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        (lambda store: (store / CHECKS).write_bytes(b""), "No data left"),
-        (lambda store: (store / FEATURES).write_bytes(b"something else, and longer than a header"), "pickle"),
+        (lambda store: (store / CHECKS).write_bytes(b""), "magic"),
+        (lambda store: (store / FEATURES).write_bytes(b"something else, and longer than a header"), "magic"),
         (lambda store: (store / FEATURES).write_bytes((store / FEATURES).read_bytes()[:-1]), "length"),
         (lambda store: (store / CHECKS).unlink(), "checks.npy is missing"),
         (lambda store: np.save(store / FEATURES, np.zeros((4, 3), dtype=np.float32)), r"shape \(4, 3\)"),
