@@ -27,7 +27,7 @@ from orchestrate.places import EXPERIMENT
 from orchestrate.sampling import NUMBER
 from orchestrate.state import write_state
 from orchestrate.train import train
-from schemas.base import InputError, InterruptedRunError
+from schemas.base import InputError, InterruptedRunError, parse_json
 from schemas.experiment import Experiment
 from schemas.results import Result, RowMeasured, StageTrained
 from schemas.search import Search, TrialEnded, TrialNews, TrialStarted, objectives_of
@@ -159,7 +159,7 @@ class SearchTrial(tune.Trainable):  # type: ignore[misc]
             )
             self._news(started)
             if self._read:
-                return Result.model_validate_json(found.read_text(encoding="utf-8"))
+                return parse_json(Result, found.read_bytes(), found, "remove the file, and the trial ends anew")
             write_state(folder, "RUNNING")
             result = self._sequence(opened, folder)
             write_state(folder, "FINISHED")

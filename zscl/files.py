@@ -193,11 +193,14 @@ def remove(file: Path) -> None:
 
 
 def read_if_there(file: Path, within: Path) -> str:
-    """Read a text file; nothing where there is no such file. While the folder around it is away, wait."""
+    """Read a text file; nothing where there is no such file. While the folder around it is away, wait.
+
+    A file without content gives a line break, so that it is not taken for none.
+    """
 
     def read() -> str:
         try:
-            return file.read_text(encoding="utf-8")
+            return file.read_text(encoding="utf-8", errors="replace") or "\n"
         except FileNotFoundError:
             if not within.is_dir():
                 raise
