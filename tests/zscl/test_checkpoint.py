@@ -225,7 +225,7 @@ class TestWriting:
         save = torch.save
 
         def slowly(*arguments: Any) -> None:
-            may_end.wait(10)
+            may_end.wait(300)
             save(*arguments)
 
         monkeypatch.setattr(torch, "save", slowly)

@@ -109,7 +109,7 @@ def test_it_is_pushed_beside_the_training(two: tuple[Mirror, Mirror], monkeypatc
     monkeypatch.setattr(module, "EVERY_SECONDS", 0.0)
     time.sleep(0.01)
     one.keep_up()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while not one.versions() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert list(one.versions()) == ["journal.jsonl"]
