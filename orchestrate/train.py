@@ -241,6 +241,21 @@ def _storage_of_ray(experiment: Experiment, folder: Path) -> dict[str, Any]:
     return {"storage_path": path, "storage_filesystem": PyFileSystem(FSSpecHandler(filesystem))}
 
 
+def what_to_do(error: OSError, folder: Path) -> str:
+    """Say what the user can do about an error of storage that another attempt would meet again.
+
+    Args:
+        error: of a worker.
+        folder: the run's, where the error names no file: a full disk does not.
+
+    Returns:
+        A sentence, or nothing for another error.
+    """
+    if error.errno not in LASTING:
+        return ""
+    return f"{error.filename or folder}: {error.strerror}; {LASTING[error.errno]}"
+
+
 class _Noted(logging.Handler):
     """Shows what is logged in a worker, a retry of storage say, as a note of the run."""
 
@@ -289,8 +304,8 @@ def _work(config: dict[str, Any]) -> str:
         ray.get(line.refuse.remote(str(error)))
         raise
     except OSError as error:
-        if error.errno is not None and error.errno in LASTING and error.filename is not None:
-            ray.get(line.refuse.remote(f"{error.filename}: {error.strerror}; {LASTING[error.errno]}"))
+        if sentence := what_to_do(error, folder):
+            ray.get(line.refuse.remote(sentence))
         raise
     return answer.model_dump_json()
 

@@ -13,6 +13,20 @@ class NotApplicableError(Exception):
     """A tower is built differently from what a saving needs; says how."""
 
 
+def require(tower: object, *names: str) -> None:
+    """See that a tower has the attributes that are used of it: another version of open_clip may have others.
+
+    Args:
+        tower: open_clip's module.
+        names: of the attributes.
+
+    Raises:
+        NotApplicableError: it lacks one of them.
+    """
+    if missing := [name for name in names if not hasattr(tower, name)]:
+        raise NotApplicableError(f"this version of open_clip has no {', '.join(missing)} in its {type(tower).__name__}")
+
+
 # What a plain block consists of. A part that is not listed (a norm of queries, a scale of heads, a norm of what is
 # attended to) would be left out by the functions below.
 BLOCK_PARTS = {"ln_1", "attn", "ls_1", "ln_2", "mlp", "ls_2"}

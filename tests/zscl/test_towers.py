@@ -204,6 +204,14 @@ def test_an_attention_with_further_parts_is_left_in_full(change: Callable[[nn.Mo
     assert all(reason in each for each in found)
 
 
+def test_attributes_that_another_version_lacks_are_named() -> None:
+    model = clip_of()
+    del model.visual.pool_type, model.text_projection
+    image, text = left_in_full(model, Savings())
+    assert "this version of open_clip has no pool_type in its VisionTransformer" in image
+    assert "this version of open_clip has no text_projection in its CLIP" in text
+
+
 def test_rows_before_the_batch_are_left_in_full() -> None:
     model = clip_of()
     for block in model.visual.transformer.resblocks:
