@@ -134,7 +134,6 @@ def _finished(opened: Opened, folder: Path, console: Console, offline: bool) -> 
             f"{opened.fingerprint}; remove the file, or choose another folder"
         )
     console.print(f"{folder}: finished before, nothing to do", highlight=False)
-    result = report.load_result(folder)
     if result.method != opened.experiment.method.name:  # what a method is called is no part of what is computed
         console.print(
             f"{folder}: the recipe calls the method '{opened.experiment.method.name}', the result keeps the name "
