@@ -15,6 +15,7 @@ import typer
 from orchestrate import terminal
 from orchestrate.commands import data, looking, models, running
 from orchestrate.interruption import end_on_signals
+from orchestrate.output import readers_may_go
 from schemas.base import InputError, InterruptedRunError, expand
 from schemas.secrets import mask
 
@@ -122,6 +123,11 @@ def main() -> None:
     """Run the command line; what the user got wrong is a sentence and exit code 2, not a traceback."""
     terminal.use_utf8_mode()
     terminal.print_any_character()
+    with readers_may_go():
+        _main()
+
+
+def _main() -> None:
     try:
         end_on_signals()
         with _unusable_places_told():

@@ -15,7 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrate.access import loopback_alone, use_token
 from orchestrate.cluster_address import ADDRESS, check_gcs, named_address
-from orchestrate.interruption import end_on_signals
+from orchestrate.interruption import end_on_signals, warnings_held_back
 from schemas.base import InputError
 from schemas.compute import Compute
 from zscl.files import remove
@@ -62,7 +62,8 @@ def _join(address: str, compute: Compute, note: Callable[[str], None]) -> None:
     check_gcs(address, field)
     use_token(starts_here=False)
     try:
-        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+        with warnings_held_back():
+            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
     except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
         raise InputError(
             f"{field}: found no Ray cluster at {address} that takes this process ({' '.join(str(error).split())}), "
@@ -80,7 +81,7 @@ def _start(note: Callable[[str], None]) -> None:
     for name, value in KEEP_MEMORY.items():
         os.environ.setdefault(name, value)
     try:
-        with loopback_alone():
+        with warnings_held_back(), loopback_alone():
             ray.init(
                 address="local",  # never what somebody else may have started beside us
                 num_cpus=cores,

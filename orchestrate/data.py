@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from orchestrate.interruption import URGENT, WARNINGS
 from schemas.base import InputError, InterruptedRunError
 from zscl import captions, copies, image_folders, imagenets, mtil, sources
 from zscl.mtil import MTIL
@@ -147,7 +148,8 @@ def _report_to(reports: Any) -> None:
 
 
 def _start_worker(reports: Any) -> None:
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # Ctrl-C goes to all processes: one speaks of it
+    for number in (*URGENT, *WARNINGS):  # they may go to all processes: one speaks of it
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     _report_to(reports)
 
 
@@ -167,9 +169,10 @@ def run_tasks(
                 outcomes = _one_after_another(work, tasks, arguments, bars)
             else:
                 outcomes = _side_by_side(work, tasks, arguments, jobs, bars)
-        except (KeyboardInterrupt, InterruptedRunError):
+        except (KeyboardInterrupt, InterruptedRunError) as error:
             kept = "tasks that were finished are kept; the same command goes on"
-            raise InterruptedRunError(kept, exit_code=128 + signal.SIGINT) from None
+            code = error.exit_code if isinstance(error, InterruptedRunError) else 128 + signal.SIGINT
+            raise InterruptedRunError(kept, exit_code=code) from None
     failed = [task for task, outcome in outcomes.items() if isinstance(outcome, InputError)]
     if failed:
         also = f" (nor was {', '.join(failed[1:])} made)" if failed[1:] else ""

@@ -31,6 +31,7 @@ from zscl.metrics import metrics
 from zscl.model import CONFIG, load, weights_digest
 from zscl.opened import open_tasks
 from zscl.prompt_checks import prompt_warnings
+from zscl.rows import stage_files
 from zscl.sequence import LIBRARIES
 from zscl.stages import TRAINING
 from zscl.streams import Loader
@@ -134,7 +135,7 @@ def subject(
     if pretrained is not None:
         raise InputError(f"--pretrained {pretrained}: found it with a run, whose models bring their weights")
     experiment = load_experiment(folder / places.EXPERIMENT)
-    trained = sorted(folder.glob(f"stages/*/{TRAINING}"), key=lambda file: int(file.parent.name.partition("-")[0]))
+    trained = stage_files(folder, TRAINING)
     models = [(0, experiment.model)]
     models += [(k, Model(name=f"{LOCAL_MODEL}{file.parent}/model")) for k, file in enumerate(trained, start=1)]
     opened = tuple(map(_opened, tasks)) if tasks else open_tasks(experiment)[1]

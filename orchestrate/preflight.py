@@ -20,13 +20,14 @@ from zscl.indexed_samples import IndexedSamples
 from zscl.model import load, open_clip_name
 from zscl.opened import Opened, open_experiment
 from zscl.prompt_checks import prompt_warnings
-from zscl.rows import ZERO_SHOT, OtherAlgorithmError, part_of, refuse_other_run, stage_folder
+from zscl.rows import ZERO_SHOT, OtherAlgorithmError, check_run_folder, part_of, refuse_other_run, stage_folder
 from zscl.samples import refuse_broken
 from zscl.snapshots import LAST, SUFFIX, place_of
 from zscl.tasks import TaskFolder
 from zscl.teaching import store_beside, way_of_features
 from zscl.towers import Towers, left_in_full
 
+MOST_NAMED = 3  # samples in a sentence
 NO_PART = ("name", "compute.", "tracking.")  # of what is computed
 OF_A_RUN = (places.EXPERIMENT, STATE, ZERO_SHOT, part_of(Path(ZERO_SHOT)).name, "stages", CHECKPOINT)
 LONGEST_SHOWN = 60  # characters of a value, where two values differ
@@ -66,7 +67,8 @@ def refuse_other(opened: Opened, folder: Path) -> None:
     """Refuse a place for a run where something else lies; of another experiment's run, say which fields are others.
 
     Raises:
-        InputError: it is a file, the folder of a search or of another run, or one of something else.
+        InputError: it is a file, the folder of a search or of another run, or one of something else; or a file of the
+            run is damaged, or another run's.
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: found a file, expected a run's folder, or none yet")
@@ -81,6 +83,7 @@ def refuse_other(opened: Opened, folder: Path) -> None:
         raise
     except InputError as error:
         raise InputError(f"{error}{_how_it_differs(opened.experiment, folder)}") from error
+    check_run_folder(opened, folder)
 
 
 def _how_it_differs(experiment: Experiment, folder: Path) -> str:

@@ -1,6 +1,5 @@
 """A run, begun where it would run and stopped after a minute: how fast it is, and so how long the whole would take."""
 
-import signal
 import tempfile
 import time
 from contextlib import suppress
@@ -11,7 +10,7 @@ from pydantic import BaseModel
 from rich.console import Console
 
 from orchestrate.display import Bar
-from orchestrate.interruption import Interruption
+from orchestrate.interruption import signals_taken
 from orchestrate.preflight import images_through_student
 from schemas.base import InputError, InterruptedRunError
 from schemas.results import StepsTaken
@@ -31,6 +30,7 @@ def probe(opened: Opened, folder: Path, console: Console, seconds: float = SECON
 
     Raises:
         InputError: nothing is trained, or the cluster is not as expected.
+        InterruptedRunError: a signal ended it.
     """
     from orchestrate.cluster import check_resources, connect
     from orchestrate.train import train
@@ -46,7 +46,7 @@ def probe(opened: Opened, folder: Path, console: Console, seconds: float = SECON
     part = experiment.model_copy(update={"compute": compute, "tasks": tasks})
     connect(compute, note=lambda text: console.print(text, highlight=False))
     check_resources(compute)
-    enough, speeds, began = Interruption(), list[float](), list[float]()
+    speeds, began = list[float](), list[float]()
 
     def hear(progress: BaseModel) -> None:
         if not isinstance(progress, StepsTaken):
@@ -55,14 +55,16 @@ def probe(opened: Opened, folder: Path, console: Console, seconds: float = SECON
         began.append(time.monotonic())
         bar.update("probing", round(began[-1] - began[0]), round(seconds))
         if began[-1] - began[0] >= seconds:
-            enough.signal = signal.SIGTERM
+            interruption.ask()
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = tempfile.TemporaryDirectory(prefix=".probe-", dir=folder.parent, ignore_cleanup_errors=True)
-    with scratch, Bar(console) as bar:
+    with scratch, Bar(console) as bar, signals_taken() as interruption:
         run = Path(scratch.name, "run")
-        with suppress(InterruptedRunError):  # as meant
-            train(part, run, hear, enough, Shared(store_beside(folder)))
+        with suppress(InterruptedRunError):  # of a minute that is over; a signal is told below
+            train(part, run, hear, interruption, Shared(store_beside(folder)))
+        if interruption.signal is not None:
+            raise interruption.error("the probe was stopped, and gives no estimate; the same command probes anew")
         row = AccuracyRow.model_validate_json((run / ZERO_SHOT).read_text())
     training = median(speeds[1:] or speeds)  # the first steps pay for what is allocated and compiled
     evaluation = sum(row.images.values()) / row.seconds

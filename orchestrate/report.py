@@ -13,16 +13,15 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
-from pydantic import ValidationError
 
 from orchestrate.places import EXPERIMENT
 from orchestrate.recipes import load_experiment
-from schemas.base import InputError, command
+from schemas.base import InputError, command, parse_json
 from schemas.method import PRESETS
 from schemas.results import Result, StageResult, TaskName
 from zscl.metrics import metrics
+from zscl.rows import ACCURACY, ROW_ADVICE, STAGE_ADVICE, AccuracyRow, stage_files
 from zscl.rows import ZERO_SHOT as ROW_BEFORE
-from zscl.rows import AccuracyRow
 from zscl.sequence import RESULT
 from zscl.stages import TRAINING
 from zscl.tasks import TaskFolder
@@ -53,10 +52,7 @@ def load_result(run: Path) -> Result:
             )
         done = len(list(run.glob("stages/*/accuracy.json")))
         raise InputError(f"{run}: found no {RESULT} ({done} stages finished), expected a finished run")
-    try:
-        return Result.model_validate_json(file.read_text())
-    except ValidationError as error:
-        raise InputError(f"{file}: found no readable result ({error.error_count()} problems)") from error
+    return parse_json(Result, file.read_bytes(), file, "remove the file, and zscl resume writes it again")
 
 
 def load_result_so_far(run: Path) -> Result:
@@ -67,19 +63,25 @@ def load_result_so_far(run: Path) -> Result:
     """
     if not run.is_dir() or (run / RESULT).is_file() or any(run.glob(f"*/{RESULT}")):
         return load_result(run)
-    rows = sorted(run.glob("stages/*/accuracy.json"), key=lambda file: int(file.parent.name.partition("-")[0]))
+    rows = stage_files(run, ACCURACY)
     if not rows:
         raise InputError(f"{run}: found 0 finished stages and no {RESULT}, expected a run that finished a stage")
     experiment = load_experiment(run / EXPERIMENT)
     if experiment.class_incremental is not None:
         raise InputError(f"{run}: found no {RESULT} ({len(rows)} stages finished), expected a finished run")
     try:
-        zero_shot = AccuracyRow.model_validate_json((run / ROW_BEFORE).read_text())
-        measured = [AccuracyRow.model_validate_json(file.read_text()) for file in rows]
-        stages = [StageResult.model_validate_json((file.parent / TRAINING).read_text()) for file in rows]
-    except (OSError, ValidationError) as error:
-        raise InputError(f"{run}: found no readable rows ({type(error).__name__}), expected a run's folder") from error
+        zero_shot, *measured = (
+            parse_json(AccuracyRow, file.read_bytes(), file, ROW_ADVICE) for file in (run / ROW_BEFORE, *rows)
+        )
+        trained = [file.with_name(TRAINING) for file in rows]
+        stages = [parse_json(StageResult, file.read_bytes(), file, STAGE_ADVICE) for file in trained]
+    except OSError as error:
+        raise InputError(f"{run}: found no readable rows ({error}), expected a run's folder") from error
     names = [task.name for task in experiment.tasks]
+    for file, row in zip((run / ROW_BEFORE, *rows), (zero_shot, *measured), strict=True):
+        for name in names:
+            if name not in row.accuracy:
+                raise InputError(f"{file}: found no accuracy on the task {name!r}, expected one on each; {ROW_ADVICE}")
     matrix = tuple(tuple(row.accuracy[name] for name in names) for row in measured)
     baseline = tuple(zero_shot.accuracy[name] for name in names)
     folders = {task.name: TaskFolder.open(task, held_out=experiment.evaluation.held_out) for task in experiment.tasks}

@@ -128,8 +128,13 @@ def _finished(opened: Opened, folder: Path, console: Console, offline: bool) -> 
     preflight.refuse_other(opened, folder)
     if not (folder / "result.json").is_file():
         return None
-    console.print(f"{folder}: finished before, nothing to do", highlight=False)
     result = report.load_result(folder)
+    if result.fingerprint != opened.fingerprint:
+        raise InputError(
+            f"{folder / 'result.json'}: found the result of another run (fingerprint {result.fingerprint}), expected "
+            f"{opened.fingerprint}; remove the file, or choose another folder"
+        )
+    console.print(f"{folder}: finished before, nothing to do", highlight=False)
     if result.method != opened.experiment.method.name:  # what a method is called is no part of what is computed
         console.print(
             f"{folder}: the recipe calls the method '{opened.experiment.method.name}', the result keeps the name "

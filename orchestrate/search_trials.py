@@ -7,6 +7,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from orchestrate.places import FOUND
+from schemas.base import parse_json
 from schemas.search import Search, SearchResult, StageTrainings, Trial, direction_of
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 def load_found(folder: Path) -> SearchResult:
     """What a finished search found, as its folder says."""
-    return SearchResult.model_validate_json((folder / FOUND).read_text(encoding="utf-8"))
+    return parse_json(SearchResult, (folder / FOUND).read_bytes(), folder / FOUND, "remove the file, and search again")
 
 
 def trials_of(grid: "ResultGrid", search: Search) -> list[Trial]:

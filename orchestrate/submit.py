@@ -12,7 +12,7 @@ from typing import IO
 
 from orchestrate import access, recipes
 from orchestrate.cluster_address import check_dashboard
-from schemas.base import InputError
+from schemas.base import InputError, InterruptedRunError
 from schemas.base import command as shown
 from schemas.secrets import mask
 
@@ -94,6 +94,12 @@ def submit(
 
         try:
             asyncio.run(tail())
+        except InterruptedRunError as interrupt:
+            raise InterruptedRunError(
+                f"job {job.id} goes on without being followed; follow it: ray job logs --follow --address {where} "
+                f"{job.id}; stop it: ray job stop --address {where} {job.id}",
+                interrupt.exit_code,
+            ) from None
         except Exception as error:  # of the connection: the job does not need us
             raise InputError(
                 f"job {job.id}: found its output cut off ({type(error).__name__}), expected it to its end; the job may "

@@ -5,12 +5,13 @@ worker group, or a later start of the same run, goes on from what is there. Ray 
 depends on when it commits them, and its controller may die as well as a worker.
 """
 
+import errno
 import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -32,7 +33,7 @@ from orchestrate.line import line_from_here, listening
 from orchestrate.overlap import on_ray
 from schemas.base import InputError
 from schemas.experiment import Experiment
-from schemas.results import Embedded, Progress, Result, WorkersUsed
+from schemas.results import Embedded, Note, Progress, Result, WorkersUsed
 from zscl.checkpoint import CHECKPOINT, StoppedError
 from zscl.distributed import barrier, rank
 from zscl.mirror import Mirror, on_this_node
@@ -42,6 +43,17 @@ from zscl.teaching import embed_reference
 
 log = logging.getLogger(__name__)
 
+# Errors of the run's folder that another attempt meets again, and what to do.
+LASTING = {
+    number: f"{what}, and the same command goes on from the last checkpoint"
+    for number, what in (
+        (errno.ENOSPC, "make room on its disk"),
+        (errno.EDQUOT, "make room within the quota"),
+        (errno.EROFS, "have its disk writable"),
+        (errno.EACCES, "have the folder writable for the workers"),
+        (errno.EPERM, "have the folder writable for the workers"),
+    )
+}
 CONTROLLER_RETRIES = 3  # Ray's default is to try for ever
 HEALTH_CHECK_TIMEOUT = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
 START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
@@ -229,6 +241,34 @@ def _storage_of_ray(experiment: Experiment, folder: Path) -> dict[str, Any]:
     return {"storage_path": path, "storage_filesystem": PyFileSystem(FSSpecHandler(filesystem))}
 
 
+def what_to_do(error: OSError, folder: Path) -> str:
+    """Say what the user can do about an error of storage that another attempt would meet again.
+
+    Args:
+        error: of a worker.
+        folder: the run's, where the error names no file: a full disk does not.
+
+    Returns:
+        A sentence, or nothing for another error.
+    """
+    if error.errno not in LASTING:
+        return ""
+    return f"{error.filename or folder}: {error.strerror}; {LASTING[error.errno]}"
+
+
+class _Noted(logging.Handler):
+    """Shows what is logged in a worker, a retry of storage say, as a note of the run."""
+
+    def __init__(self, report: OnProgress) -> None:
+        super().__init__(logging.WARNING)
+        self._report = report
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Report a line."""
+        with suppress(Exception):  # who listens may be gone
+            self._report(Note(text=record.getMessage()))
+
+
 def _work(config: dict[str, Any]) -> str:
     """What every worker runs. Returns nothing where the group was stopped, or its input refused."""
     line = config["line"]
@@ -238,6 +278,7 @@ def _work(config: dict[str, Any]) -> str:
             gauges.show(config["folder"].name, progress)
         ray.get(line.put.remote(progress.model_dump_json()))
 
+    logging.getLogger("zscl").addHandler(_Noted(report))
     if ray.get(line.refused.remote()):  # the group was restarted; what was wrong with the input still is
         return ""
     experiment, device, given = Experiment.model_validate_json(config["experiment"]), get_device(), config["given"]
@@ -261,6 +302,10 @@ def _work(config: dict[str, Any]) -> str:
         return ""
     except InputError as error:
         ray.get(line.refuse.remote(str(error)))
+        raise
+    except OSError as error:
+        if sentence := what_to_do(error, folder):
+            ray.get(line.refuse.remote(sentence))
         raise
     return answer.model_dump_json()
 

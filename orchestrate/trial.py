@@ -27,7 +27,7 @@ from orchestrate.places import EXPERIMENT
 from orchestrate.sampling import NUMBER
 from orchestrate.state import write_state
 from orchestrate.train import train
-from schemas.base import InputError, InterruptedRunError
+from schemas.base import InputError, InterruptedRunError, parse_json
 from schemas.experiment import Experiment
 from schemas.results import Result, RowMeasured, StageTrained
 from schemas.search import Search, TrialEnded, TrialNews, TrialStarted, objectives_of
@@ -159,7 +159,7 @@ class SearchTrial(tune.Trainable):  # type: ignore[misc]
             )
             self._news(started)
             if self._read:
-                return Result.model_validate_json(found.read_text(encoding="utf-8"))
+                return parse_json(Result, found.read_bytes(), found, "remove the file, and the trial ends anew")
             write_state(folder, "RUNNING")
             result = self._sequence(opened, folder)
             write_state(folder, "FINISHED")
@@ -268,11 +268,11 @@ class _WhenAsked(Interruption):
         self._wish, self._next_look = asked, 0.0
 
     def __bool__(self) -> bool:
-        if self.signal is None and time.monotonic() >= self._next_look:
+        if not super().__bool__() and time.monotonic() >= self._next_look:
             self._next_look = time.monotonic() + LOOK_EVERY_SECONDS
             if self._wish():
-                self.signal = 0
-        return self.signal is not None
+                self.ask()
+        return super().__bool__()
 
 
 def judged_on_test(experiment: Experiment, place: Path, common: Common) -> Result:

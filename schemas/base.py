@@ -152,6 +152,30 @@ def explain(error: ValidationError) -> str:
     return "\n".join([*lines, *more])
 
 
+Content = TypeVar("Content", bound=BaseModel)
+
+
+def parse_json(kind: type[Content], text: str | bytes, source: object, advice: str) -> Content:
+    """Read JSON that this program has written.
+
+    Args:
+        kind: of the content.
+        text: the JSON.
+        source: where it is from, for the sentence.
+        advice: what to do where it is damaged.
+
+    Raises:
+        InputError: it is no JSON, or of another content.
+    """
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        problems = error.errors(include_url=False, include_input=False)
+        reason = "; ".join(": ".join(filter(None, (".".join(map(str, each["loc"])), each["msg"]))) for each in problems)
+        sentence = f"{source}: found a damaged file ({reason}), expected it as it was written; {advice}"
+        raise InputError(sentence) from error
+
+
 def _explain_one(problem: Any) -> str:
     field = ".".join(str(part)[:LONGEST_NAME] for part in problem["loc"]) or "the recipe"
     kind, found, context = problem["type"], problem["input"], problem.get("ctx", {})

@@ -94,7 +94,8 @@ class Compute(Strict):
         30.0, description="A worker that neither answers nor takes part in a collective for so long is given up"
     )
     grace_seconds: NonNegativeFloat = Field(
-        25.0, description="On SIGTERM or Ctrl-C, how long to wait for a last checkpoint"
+        25.0,
+        description="How long to wait for a last checkpoint after a signal (SIGTERM, Ctrl-C, SIGHUP, SIGUSR1, SIGUSR2)",
     )
     teacher_features: Literal["auto", "ahead", "as_met", "never"] = Field(
         "auto",

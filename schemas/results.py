@@ -52,6 +52,7 @@ class StageResult(Strict):
     losses: dict[str, float] = Field(description="Each named loss at the last step")
     warnings: Many[str] = Field((), description="What looks like a failed stage, a sentence each")
     broken: Many[Shown] = Field((), description="Training samples that were skipped, a sentence each")
+    identity: str = Field("", description="Content hash of all that the stage's training reads")
     shared: bool = Field(False, description="Trained by another run beside this one, for both: the cost is the other's")
 
 

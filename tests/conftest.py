@@ -186,12 +186,13 @@ class Command:
 def zscl(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Command]:
     """Run the command line in this process."""
     from orchestrate.cli import main
+    from orchestrate.interruption import URGENT, WARNINGS
 
     def run(*arguments: object) -> Command:
         monkeypatch.setattr("sys.argv", ["zscl", *map(str, arguments)])
         capsys.readouterr()
         code = 0
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {number: signal.getsignal(number) for number in (*URGENT, *WARNINGS)}
         try:
             main()
         except SystemExit as stop:

@@ -13,19 +13,68 @@ class NotApplicableError(Exception):
     """A tower is built differently from what a saving needs; says how."""
 
 
-def plain_blocks(transformer: object) -> Sequence[ResidualAttentionBlock]:
-    """A transformer's blocks.
+def require(tower: object, *names: str) -> None:
+    """See that a tower has the attributes that are used of it: another version of open_clip may have others.
+
+    Args:
+        tower: open_clip's module.
+        names: of the attributes.
 
     Raises:
-        NotApplicableError: they are of another kind than those whose parts are known here.
+        NotApplicableError: it lacks one of them.
+    """
+    if missing := [name for name in names if not hasattr(tower, name)]:
+        raise NotApplicableError(f"this version of open_clip has no {', '.join(missing)} in its {type(tower).__name__}")
+
+
+# What a plain block consists of. A part that is not listed (a norm of queries, a scale of heads, a norm of what is
+# attended to) would be left out by the functions below.
+BLOCK_PARTS = {"ln_1", "attn", "ls_1", "ln_2", "mlp", "ls_2"}
+ATTENTION_PARAMETERS = {"in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias"}
+
+
+def plain_blocks(transformer: object) -> Sequence[ResidualAttentionBlock]:
+    """Return a transformer's residual attention blocks after checking their structure.
+
+    The check looks at the blocks and not at attributes of the transformer around them, which change between versions
+    of open_clip: version 3 has `nn.MultiheadAttention` and says `batch_first` of it, version 4 has an attention of its
+    own that knows no other layout. Both keep the same parameters.
+
+    Args:
+        transformer: open_clip's module with `resblocks`.
+
+    Returns:
+        The blocks in order.
+
+    Raises:
+        NotApplicableError: there are none, or one of them has other parts than those that are computed here.
     """
     blocks = list(getattr(transformer, "resblocks", []))
-    if not blocks or not getattr(transformer, "batch_first", False):
+    if not blocks:
         raise NotApplicableError("its transformer is not open_clip's own")
     for block in blocks:
-        if type(block) is not ResidualAttentionBlock or block.attn.in_proj_bias is None:
+        if type(block) is not ResidualAttentionBlock:
             raise NotApplicableError(f"it has blocks of another kind ({type(block).__name__})")
+        if other := _other_parts(block):
+            raise NotApplicableError(f"its blocks are built differently ({', '.join(sorted(other))})")
     return blocks
+
+
+def _other_parts(block: ResidualAttentionBlock) -> set[str]:
+    """Name the parts that a block has beside, or lacks of, those of a plain block."""
+    other = BLOCK_PARTS ^ {name for name, _ in block.named_children()}
+    if "attn" in other:
+        return other
+    attention = block.attn
+    other |= {f"attn.{name}" for name in ATTENTION_PARAMETERS ^ {name for name, _ in attention.named_parameters()}}
+    if not getattr(attention, "batch_first", True):  # an attention without the choice has the batch first
+        other.add("attn.batch_first")
+    dropouts = [module.p for module in attention.modules() if isinstance(module, nn.Dropout)]
+    if any([getattr(attention, "dropout", 0.0), *dropouts]):
+        other.add("attn.dropout")
+    if getattr(attention, "add_zero_attn", False):
+        other.add("attn.add_zero_attn")
+    return other
 
 
 def project(attention: nn.MultiheadAttention, rows: torch.Tensor, parts: slice) -> list[torch.Tensor]:

@@ -12,6 +12,7 @@ import pickle
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import nn
 from schemas.compute import Checkpoint
 from schemas.results import CheckpointWritten, Note
 from zscl.distributed import agree, barrier, rank
-from zscl.files import whole_file
+from zscl.files import os_error_of, patiently, set_aside, whole_file
 
 CHECKPOINT = "checkpoint.pt"
 LOOK_EVERY_SECONDS = 1.0
@@ -36,18 +37,21 @@ class StoppedError(Exception):
 def read_checkpoint(file: Path | None, stage: int, note: Callable[[str], None]) -> State | None:
     """Read where a stage got to; `None` where it begins anew. The workers agree.
 
-    A file that cannot be used is named and left behind: the stage comes to the same numbers from its start.
+    A file with a damaged content is named and set aside: the stage comes to the same numbers from its start. One that
+    storage does not give stays, and is asked for again.
 
     Raises:
-        OSError: storage shows the workers different files.
+        OSError: storage does not give the file, or shows the workers different ones.
     """
     state: State | None = None
     if file is not None and file.is_file():
         try:
-            state = torch.load(file, map_location="cpu", weights_only=True)
-        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+            state = patiently(partial(_read, file), within=file.parent, what=file)
+        except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
             reason = str(error).strip().partition("\n")[0]
-            note(f"{file}: found no readable checkpoint ({reason}); the stage begins again")
+            aside = set_aside(file) if rank() == 0 else None
+            kept = f", and lies at {aside.name}" if aside else ""
+            note(f"{file}: found no readable checkpoint ({reason}){kept}; the stage begins again")
     if state is not None and state.get("stage") != stage:  # left behind by a stage that is finished
         state = None
     found = state["step"] if state else 0
@@ -55,6 +59,28 @@ def read_checkpoint(file: Path | None, stage: int, note: Callable[[str], None]) 
     if step and found != step:
         raise OSError(f"{file}: found the checkpoint of step {found}, the main worker finds that of step {step}")
     return state if step else None
+
+
+def _read(file: Path) -> State:
+    """Read a checkpoint.
+
+    Raises:
+        OSError: storage does not give it.
+        MemoryError: it does not fit.
+        Exception: its content is no checkpoint; torch raises several kinds.
+    """
+    try:
+        state: State = torch.load(file, map_location="cpu", weights_only=True)
+    except RuntimeError as error:
+        cause = os_error_of(error)
+        if cause.errno is not None:
+            raise cause from error
+        if "memory" in str(error):
+            raise MemoryError(str(error)) from error
+        raise
+    if not isinstance(state, dict) or not {"stage", "step", "model"} <= state.keys():
+        raise ValueError("other content than a checkpoint's")
+    return state
 
 
 def fits(state: State, model: nn.Module) -> bool:

@@ -10,24 +10,29 @@ being written when a machine died is ever used. The folder's name is a hash of t
 `schemas.algorithm`), of the teacher's weights and transform, of the precision, and of the set's layout.
 """
 
+import errno
 import os
 import re
 import shutil
 import tempfile
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 from pathlib import Path
+from pickle import UnpicklingError
 
 import numpy as np
 import torch
+from filelock import FileLock
 from numpy.lib.format import open_memmap
 from torch import nn
 
 from schemas.algorithm import FEATURES_VERSION
 from zscl.distributed import barrier, rank, share, sum_over_workers, world_size
-from zscl.files import digest
+from zscl.files import digest, patiently, set_aside
 from zscl.indexed_samples import IndexedSamples
 from zscl.model import Clip, at_least_float32, precision_context
 from zscl.model_checks import refuse_not_finite
@@ -35,6 +40,7 @@ from zscl.samples import Sample
 from zscl.streams import Decode, EvaluationImages, Loader
 
 FEATURES, CHECKS = "features.npy", "checks.npy"
+OPEN_SECONDS = 20.0  # to wait for a store that storage does not give: a run goes on without it
 NEARLY_ALL = 0.9  # of a set: a run that meets so much of it may as well compute all of it ahead
 Encode = Callable[[torch.Tensor], torch.Tensor]
 
@@ -67,10 +73,9 @@ class FeatureStore:
         self.folder = folder
         if not folder.is_dir():
             _make(folder, count, width, np.dtype(str(dtype).removeprefix("torch.")))
-        self._features = np.load(folder / FEATURES, mmap_mode="r", allow_pickle=False)
-        self._checks = np.load(folder / CHECKS, mmap_mode="r", allow_pickle=False)
+        self._features, self._checks = (open_memmap(folder / name, mode="r") for name in (FEATURES, CHECKS))
         if self._features.shape != (count, width) or self._checks.shape != (count, 2):
-            raise ValueError(f"{folder}: found features of other images, expected those of {count}")
+            raise ValueError(f"found features of shape {self._features.shape}, expected {(count, width)}")
 
     def read(self, identities: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Look images up by their places and hashes. [b, 2] → features [b, D], and which of them are known [b]."""
@@ -111,10 +116,10 @@ class FeatureStore:
 def _make(folder: Path, count: int, width: int, dtype: np.dtype[np.generic]) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
-    temporary.chmod(0o755)
-    open_memmap(temporary / FEATURES, mode="w+", dtype=dtype, shape=(count, width)).flush()
-    open_memmap(temporary / CHECKS, mode="w+", dtype=np.uint64, shape=(count, 2)).flush()
     try:
+        temporary.chmod(0o755)
+        open_memmap(temporary / FEATURES, mode="w+", dtype=dtype, shape=(count, width)).flush()
+        open_memmap(temporary / CHECKS, mode="w+", dtype=np.uint64, shape=(count, 2)).flush()
         temporary.rename(folder)
     except OSError:  # another run was quicker: its store is as good
         if not folder.is_dir():
@@ -160,25 +165,52 @@ def store_of(
     dtype = torch.promote_types(next(clip.model.parameters()).dtype, torch.float32)
     made_by = str(FEATURES_VERSION), weights, transform, precision, str(dtype), images.digest
     folder = root / f"images-{digest(*made_by)[:24]}"
-    opened = _open_or_remake(folder, len(images), width, dtype, note) if rank() == 0 else None
+    opened = _open_or_replace(folder, len(images), width, dtype, note) if rank() == 0 else None
     barrier()  # who shares the main worker's folder finds its store there
-    opened = opened or _open_or_remake(folder, len(images), width, dtype, note)
+    opened = opened or _open_or_replace(folder, len(images), width, dtype, note)
     [usable] = sum_over_workers(opened is not None)
     return opened if usable == world_size() else None
 
 
-def _open_or_remake(
+def _open_or_replace(
     folder: Path, count: int, width: int, dtype: torch.dtype, note: Callable[[str], None]
 ) -> FeatureStore | None:
+    """Open a store. One that is damaged is set aside, and an empty one takes its place; nothing is ever removed.
+
+    Only the content of its files, or that one of them is missing, tells that a store is damaged. Where storage does
+    not give them, the store stays as it is and is not used.
+    """
+    opening = partial(FeatureStore, folder, count, width, dtype)
     try:
-        return FeatureStore(folder, count, width, dtype)
-    except Exception:  # damaged (what numpy raises then is no closed list), or the disk is full
-        shutil.rmtree(folder, ignore_errors=True)
-    try:
-        return FeatureStore(folder, count, width, dtype)
+        with suppress(_DamagedError):
+            return patiently(partial(_opened, opening, folder), OPEN_SECONDS, what=folder)
+        with FileLock(folder.with_name(f".{folder.name}.lock")):  # another worker may be replacing it
+            try:
+                return patiently(partial(_opened, opening, folder), OPEN_SECONDS, what=folder)
+            except _DamagedError as error:
+                aside = set_aside(folder)
+                if aside is not None:
+                    note(f"{folder}: found no readable features ({error}); it lies at {aside.name}, and is made again")
+            return opening()
     except OSError as error:
         note(f"{folder}: teacher features are not stored ({error})")
         return None
+
+
+class _DamagedError(Exception):
+    """The files of a store were read, and are no store."""
+
+
+def _opened(opening: Callable[[], FeatureStore], folder: Path) -> FeatureStore:
+    try:
+        return opening()
+    except OSError as error:
+        missing = [name for name in (FEATURES, CHECKS) if not (folder / name).exists()]
+        if error.errno == errno.ENOENT and folder.is_dir() and missing:
+            raise _DamagedError(f"{missing[0]} is missing") from error
+        raise
+    except (ValueError, EOFError, UnpicklingError) as error:  # what numpy makes of a file that is no array
+        raise _DamagedError(" ".join(str(error).split())) from error
 
 
 @dataclass

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import nn
 
-from zscl.blocks import NotApplicableError, behind_attention, look, plain_blocks, project, run_block
+from zscl.blocks import NotApplicableError, behind_attention, look, plain_blocks, project, require, run_block
 
 
 def image_block(block: ResidualAttentionBlock, rows: torch.Tensor, pooled_row: bool = False) -> torch.Tensor:
@@ -38,6 +38,7 @@ class ImageTower:
         visual = clip.visual
         if not isinstance(visual, VisionTransformer):
             raise NotApplicableError(f"it is a {type(visual).__name__}")
+        require(visual, "attn_pool", "output_tokens", "pool_type", "transformer", "_embeds", "ln_post", "proj", "conv1")
         if visual.attn_pool is not None or visual.output_tokens or visual.pool_type != "tok":
             raise NotApplicableError(f"it does not pool the class token (pooling: {visual.pool_type})")
         return cls(visual, plain_blocks(visual.transformer), checkpointed)

@@ -200,7 +200,7 @@ class _Descriptors:
 
     def read(self, path: Path, offset: int, size: int) -> bytes:
         try:
-            return patiently(lambda: self._read(path, offset, size))
+            return patiently(lambda: self._read(path, offset, size), within=path.parent, what=path)
         except OSError as error:
             raise InputError(f"{path}: cannot be read any more ({error.strerror}), expected a shard") from error
 

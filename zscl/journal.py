@@ -91,9 +91,9 @@ class Journal:
         """Have what is waiting, and all before it, on the disk.
 
         Raises:
-            OSError: storage has not taken it for a long time.
+            OSError: storage does not take it.
         """
-        patiently(lambda: self._write(flush=True))
+        patiently(lambda: self._write(flush=True), within=self.file.parent, what=self.file)
 
     def _write(self, flush: bool = False) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)

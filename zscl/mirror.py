@@ -90,11 +90,22 @@ class Mirror:
             raise InputError(f"compute.storage: {mask(self.url)} does not give back what was written to it")
 
     def versions(self) -> dict[str, str]:
-        """What is in storage: each file's version by its path in the folder."""
-        if not self._storage.exists(self._root):
-            return {}
-        listed = self._storage.find(self._root, detail=True)
-        return {name.removeprefix(self._root).lstrip("/"): _version(info) for name, info in listed.items()}
+        """List what is in storage: each file's version by its path in the folder; nothing where there is no folder.
+
+        Raises:
+            Exception: what the client of the storage raises. fsspec's own `exists` and `find` take a folder that they
+                cannot list for an empty one, and what is not listed would be removed here.
+        """
+
+        def refuse(error: Exception) -> None:
+            if not isinstance(error, FileNotFoundError):
+                raise error
+
+        found: dict[str, str] = {}
+        for _, _, files in self._storage.walk(self._root, detail=True, on_error=refuse):
+            for info in files.values():
+                found[info["name"].removeprefix(self._root).lstrip("/")] = _version(info)
+        return found
 
     def pull(self, exactly: bool = False, without: Iterable[str] = ()) -> None:
         """Fetch what has changed in storage, and forget what is no longer there.
@@ -192,18 +203,18 @@ class Mirror:
         return True
 
     def _patiently(self, access: Callable[[], T]) -> T:
-        """Storage fails with what its client raises."""
+        """Access storage, again while it fails with a transient error.
 
-        def tried() -> T:
-            try:
-                return access()
-            except OSError:
-                raise
-            except Exception as error:
-                reason = mask(" ".join(str(error).split()))[:200]
-                raise OSError(f"{mask(self.url)}: {type(error).__name__}: {reason}") from error
-
-        return patiently(tried)
+        Raises:
+            OSError: it still fails; of whatever the client of the storage has raised.
+        """
+        try:
+            return patiently(access, what=mask(self.url))
+        except OSError:
+            raise
+        except Exception as error:
+            reason = mask(" ".join(str(error).split()))
+            raise OSError(f"{mask(self.url)}: {type(error).__name__}: {reason}") from error
 
     def _alone(self) -> FileLock:
         """Workers of one node share its folder."""

@@ -18,7 +18,7 @@ from torch import nn
 
 from schemas.base import InputError
 from schemas.experiment import LOCAL_MODEL, Model
-from zscl.files import digest, file_digest, nearest, patiently, whole_folder
+from zscl.files import digest, file_digest, nearest, os_error_of, patiently, whole_folder
 from zscl.model_checks import (
     HUB_MODEL,
     check_features,
@@ -52,7 +52,7 @@ class Clip:
             try:
                 save_file(weights, temporary / WEIGHTS)
             except SafetensorError as error:  # of a full disk, too
-                raise OSError(str(error)) from error
+                raise os_error_of(error) from error
             (temporary / WEIGHTS).chmod(0o644)  # safetensors writes for its owner alone; a run's folder is shared
             save_config_for_hf(self.model, temporary / CONFIG, model_config=self.config)
             if hasattr(self.tokenizer, "save_pretrained"):
@@ -67,7 +67,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     """
     file = folder / WEIGHTS
     try:
-        weights = patiently(lambda: load_file(file))
+        weights = patiently(lambda: load_file(file), within=folder.parent, what=file)
     except Exception as error:  # safetensors raises what it meets
         reason = " ".join(str(error).split())
         raise InputError(f"{file}: found no readable weights, expected a model's ({reason})") from error

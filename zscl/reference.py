@@ -13,13 +13,14 @@ from schemas.algorithm import FEATURES_VERSION
 from schemas.base import InputError
 from schemas.method import Distill
 from zscl.distributed import from_main, gather, rank, share, sum_over_workers
-from zscl.files import digest, whole_file
+from zscl.files import digest, patiently, whole_file
 from zscl.model import Clip, at_least_float32
 from zscl.model_checks import refuse_not_finite
 from zscl.seeds import seed_of
 from zscl.tasks import ReferenceSet, TaskFolder
 
 TEXTS_AT_ONCE = 512
+READ_SECONDS = 20.0  # to wait for a file that storage does not give: a run goes on without it
 
 
 def tokens_of(
@@ -123,10 +124,13 @@ def _stored(file: Path, count: int, note: Callable[[str], None]) -> torch.Tensor
     if not file.is_file():
         return None
     try:
-        array = np.load(file, allow_pickle=False)
+        array = patiently(lambda: np.load(file, allow_pickle=False), READ_SECONDS, what=file)
         if not isinstance(array, np.ndarray) or array.dtype.kind != "f" or array.ndim != 2 or len(array) != count:
             raise ValueError("other numbers than embeddings")
         return torch.from_numpy(array)
+    except OSError as error:
+        note(f"{file}: cannot be read ({error}); the embeddings are computed again")
+        return None
     except Exception as error:  # what numpy raises on foreign bytes is no closed list
         note(f"{file}: found no embeddings of {count} texts ({error}); they are computed again")
         return None

@@ -6,24 +6,25 @@ apart.
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, ValidationError
 
 from schemas.algorithm import algorithm
-from schemas.base import InputError, Strict
-from schemas.results import Note, RowMeasured, TaskEvaluated
+from schemas.base import InputError, Strict, parse_json
+from schemas.results import Note, RowMeasured, StageResult, TaskEvaluated
 from zscl.checkpoint import CHECKPOINT, StoppedError
 from zscl.distributed import agree, barrier, from_main_text, gather_sentences, rank
 from zscl.evaluation import accuracies, embed_classes, head
 from zscl.files import patiently, read_if_there, remove, write_text
 from zscl.metrics import at_chance
-from zscl.model import Clip
+from zscl.model import WEIGHTS, Clip
 from zscl.opened import Opened
-from zscl.stages import TRAINING, StageStore
+from zscl.stages import TRAINING, StageStore, stage_identity
 from zscl.tasks import TaskFolder
 from zscl.training import loader_of
 
@@ -31,6 +32,10 @@ Report = Callable[[BaseModel], None]
 ZERO_SHOT, ACCURACY = "zero_shot.json", "accuracy.json"
 MOST_BEHIND = 2  # rows that training may be ahead of
 LOOK_EVERY_SECONDS = 0.5
+
+
+ROW_ADVICE = "remove the file, to have the row measured again"
+STAGE_ADVICE = "remove the stage's folder and those of the stages behind it, to have them trained again"
 
 
 class AccuracyRow(Strict):
@@ -111,7 +116,105 @@ def claim(folder: Path, fingerprint: str) -> None:
 def _first_row(folder: Path) -> AccuracyRow | None:
     """The zero-shot row, or as much of it as is measured."""
     files = [file for file in (folder / ZERO_SHOT, part_of(folder / ZERO_SHOT)) if file.is_file()]
-    return AccuracyRow.model_validate_json(files[0].read_text()) if files else None
+    return parse_json(AccuracyRow, read_if_there(files[0], folder), files[0], ROW_ADVICE) if files else None
+
+
+def stage_files(run: Path, name: str) -> list[Path]:
+    """List a file of every stage of a run that has one, in the order of the stages.
+
+    Args:
+        run: the run's folder.
+        name: the file's, in a stage's folder.
+
+    Raises:
+        InputError: a folder is not called as a stage is, or one before it is missing.
+    """
+    found: dict[int, Path] = {}
+    for file in run.glob(f"stages/[!.]*/{name}"):
+        number = file.parent.name.partition("-")[0]
+        if not (number.isascii() and number.isdecimal()) or int(number) in found:
+            raise InputError(f"{file.parent}: found it among the stages, expected one folder <number>-<task> for each")
+        found[int(number)] = file
+    for expected, stage in enumerate(sorted(found), start=1):
+        if expected != stage:
+            raise InputError(f"{found[stage].parent}: found stage {stage} and no stage {expected}, expected both")
+    return [found[stage] for stage in sorted(found)]
+
+
+def parsed_row(opened: Opened, text: str, file: Path, whole: bool = True) -> AccuracyRow:
+    """Read a row of this run.
+
+    Args:
+        opened: the run's experiment.
+        text: the file's content.
+        file: for the sentence.
+        whole: expect every task in it.
+
+    Raises:
+        InputError: it is damaged, or of another run.
+    """
+    row = parse_json(AccuracyRow, text, file, ROW_ADVICE)
+    if row.fingerprint != opened.fingerprint:
+        raise InputError(
+            f"{file}: found the row of another run (fingerprint {row.fingerprint}), expected {opened.fingerprint}; "
+            f"where the whole folder was copied from there, remove it, to have the stage done again; else {ROW_ADVICE}"
+        )
+    names = {task.name for task in opened.tasks}
+    measured = row.accuracy.keys() & row.images.keys()
+    if unknown := (row.accuracy.keys() | row.images.keys()) - names:
+        raise InputError(f"{file}: found the task {min(unknown)!r}, which the run does not have; {ROW_ADVICE}")
+    if whole and (missing := names - measured):
+        raise InputError(f"{file}: found no accuracy on the task {min(missing)!r}, expected one on each; {ROW_ADVICE}")
+    return row
+
+
+def parsed_training(opened: Opened, stage: int, text: str, file: Path) -> StageResult:
+    """Read the outcome of a stage of this run.
+
+    Args:
+        opened: the run's experiment.
+        stage: which stage, from 1.
+        text: the file's content.
+        file: for the sentence.
+
+    Raises:
+        InputError: it is damaged, or of another run's stage.
+    """
+    result = parse_json(StageResult, text, file, STAGE_ADVICE)
+    task = opened.experiment.tasks[stage - 1]
+    expected: dict[str, tuple[object, object]] = {
+        "stage": (result.stage, stage),
+        "task": (result.task, task.name),
+        "steps": (result.steps, opened.experiment.stage_steps(task)),
+    }
+    if result.identity:  # older runs left none
+        expected["identity"] = (result.identity, stage_identity(opened, stage))
+    for name, (found, wanted) in expected.items():
+        if found != wanted:
+            raise InputError(
+                f"{file}: found {name} {found}, expected {wanted}: the stage was trained by another run; {STAGE_ADVICE}"
+            )
+    return result
+
+
+def check_run_folder(opened: Opened, folder: Path) -> None:
+    """Read every small file that a run leaves, as far as it is there, before anything goes on from it.
+
+    Raises:
+        InputError: naming the first file that is damaged, missing beside others, or of another run.
+    """
+    finished = (folder / "result.json").is_file()  # its models may have been removed
+    rows = [folder / ZERO_SHOT, *(place_of(opened, folder, k) / ACCURACY for k in range(1, len(opened.tasks) + 1))]
+    for stage, row in enumerate(rows):
+        for file, whole in ((row, True), (part_of(row), False)):
+            if text := read_if_there(file, folder) if folder.is_dir() else "":
+                parsed_row(opened, text, file, whole)
+        training = row.with_name(TRAINING)
+        if stage and (text := read_if_there(training, folder) if folder.is_dir() else ""):
+            parsed_training(opened, stage, text, training)
+            weights = row.parent / "model" / WEIGHTS
+            if not finished and not weights.is_file():
+                raise InputError(f"{weights}: found no such file, expected stage {stage}'s weights; {STAGE_ADVICE}")
 
 
 @dataclass
@@ -163,10 +266,11 @@ class Rows:
         with store.alone(key, self.asked_to_stop, lambda text: self.report(Note(text=text))):
             if measured := store.read_row(key):
                 ours = {"fingerprint": self.opened.fingerprint, "seconds": 0.0}
-                row = AccuracyRow.model_validate_json(measured).model_copy(update=ours)
-                if rank() == 0:
-                    write_whole(file, row)
-                return row
+                with suppress(ValidationError):  # of a damaged file, which is written again below
+                    row = AccuracyRow.model_validate_json(measured).model_copy(update=ours)
+                    if rank() == 0:
+                        write_whole(file, row, within=self.folder)
+                    return row
             row = self._measure(stage, clip, file)
             if rank() == 0:
                 store.keep_row(key, row.model_dump_json(indent=1) + "\n")
@@ -175,7 +279,7 @@ class Rows:
     def _measure(self, stage: int, clip: Clip, file: Path) -> AccuracyRow:
         fingerprint = self.opened.fingerprint
         nothing = AccuracyRow(fingerprint=fingerprint, algorithm=algorithm(), accuracy={}, images={}, seconds=0.0)
-        row = self.read(part_of(file)) or nothing
+        row = self.read(part_of(file), whole=False) or nothing
         started = time.perf_counter() - row.seconds
         unmeasured = [index for index, task in enumerate(self.opened.tasks) if task.name not in row.accuracy]
         embedded = self._embed_classes(clip, unmeasured)
@@ -189,16 +293,20 @@ class Rows:
             self._measure_cell(stage, clip, self.opened.tasks[index], heads, row)
             row = row.model_copy(update={"seconds": time.perf_counter() - started})
             if rank() == 0:
-                write_whole(part_of(file), row)
+                write_whole(part_of(file), row, within=self.folder)
         barrier()
         if rank() == 0:
-            write_whole(file, row)
+            write_whole(file, row, within=self.folder)
         return row
 
-    def read(self, file: Path) -> AccuracyRow | None:
-        """A row that is on disk, as the main worker sees it: what is there decides what all of them do."""
+    def read(self, file: Path, whole: bool = True) -> AccuracyRow | None:
+        """A row that is on disk, as the main worker sees it: what is there decides what all of them do.
+
+        Raises:
+            InputError: it is damaged, or of another run.
+        """
         text = from_main_text(read_if_there(file, self.folder) if rank() == 0 else "")
-        return AccuracyRow.model_validate_json(text) if text else None
+        return parsed_row(self.opened, text, file, whole) if text else None
 
     def _embed_classes(self, clip: Clip, wanted: list[int]) -> dict[int, torch.Tensor]:
         """Class embeddings of the tasks with these numbers; where one head tells all classes apart, of all tasks."""
@@ -327,6 +435,6 @@ class RowsElsewhere(Rows):
         return there
 
 
-def write_whole(file: Path, content: BaseModel) -> None:
-    """Write JSON as a whole, when storage takes it."""
-    patiently(lambda: write_text(file, content.model_dump_json(indent=1) + "\n"))
+def write_whole(file: Path, content: BaseModel, within: Path | None = None) -> None:
+    """Write JSON as a whole, when storage takes it; `within` is a folder that was there before."""
+    patiently(lambda: write_text(file, content.model_dump_json(indent=1) + "\n"), within=within, what=file)

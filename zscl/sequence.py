@@ -55,9 +55,19 @@ from zscl.metrics import metrics
 from zscl.mirror import Mirror
 from zscl.model import Clip, has_no_deterministic_kernel, load, load_weights, use_deterministic_kernels
 from zscl.opened import Opened, open_experiment
-from zscl.rows import AccuracyRow, Elsewhere, Rows, RowsElsewhere, claim, place_of, refuse_other_run, write_whole
+from zscl.rows import (
+    AccuracyRow,
+    Elsewhere,
+    Rows,
+    RowsElsewhere,
+    claim,
+    parsed_training,
+    place_of,
+    refuse_other_run,
+    write_whole,
+)
 from zscl.seeds import seed_of
-from zscl.stages import TRAINING, Shared, StageStore
+from zscl.stages import TRAINING, Shared, StageStore, stage_identity
 from zscl.streams import Loader
 from zscl.teaching import Teaching, frozen, store_beside
 from zscl.training import loader_of, train_stage
@@ -122,7 +132,7 @@ def run_sequence(
         if not run.trained(stage):
             run.have_trained(stage, clip)
         load_weights(clip.model, place / "model")
-        stages.append(StageResult.model_validate_json(run.trained(stage)))
+        stages.append(parsed_training(run.opened, stage, run.trained(stage), place / TRAINING))
         run.report(StageTrained(result=stages[-1]))
         run.rows.measure(stage, clip)
     zero_shot, *rows = run.rows.measured()
@@ -248,6 +258,7 @@ class _Run:
         start = start_of(self.opened, self.folder, stage)
         self.report(StageStarted(stage=stage, task=task.name, steps=experiment.stage_steps(task)))
         others = self.store.others(stage) if self.store else ()
+        identities = [stage_identity(self.opened, stage, *average) for average in ((), *((each,) for each in others))]
         try:
             trained, steps = train_stage(
                 experiment,
@@ -261,6 +272,7 @@ class _Run:
                 self.folder / CHECKPOINT,
                 self.asked_to_stop,
                 others,
+                identities[0],
             )
         except NotFiniteError as error:
             raise InputError(
@@ -284,8 +296,10 @@ class _Run:
         if rank() == 0:
             self.journal.flush()  # what the folder holds is to be found in the journal
             places = [self.place(stage), *(self.store.for_other(stage, average) for average in others if self.store)]
-            for place, (model, result) in reversed(list(zip(places, trained, strict=True))):  # its own last
-                patiently(partial(self._leave, place, stage, clip, model, exemplars, result, steps))
+            for place, identity, (model, result) in reversed(list(zip(places, identities, trained, strict=True))):
+                result = result.model_copy(update={"identity": identity})  # the run's own stage comes last
+                leave = partial(self._leave, place, stage, clip, model, exemplars, result, steps)
+                patiently(leave, within=self.folder, what=place)
             if self.store:
                 self.store.keep(stage, self.place(stage))
             remove(self.folder / CHECKPOINT)
@@ -365,7 +379,7 @@ class _Run:
         barrier()
         if rank() == 0:
             self.journal.flush()
-            write_whole(self.folder / RESULT, result)
+            write_whole(self.folder / RESULT, result, within=self.folder)
             remove(self.folder / CHECKPOINT)
         return result
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -18,7 +19,7 @@ from schemas.base import InputError
 from schemas.method import Average
 from zscl.averaging import hand_on, trained_parameters
 from zscl.distributed import rank
-from zscl.files import patiently, whole_file
+from zscl.files import os_error_of, patiently, whole_file
 
 FOLDER = "snapshots"
 SUFFIX = ".safetensors"
@@ -47,14 +48,17 @@ class Snapshots:
     def after_step(self, step: int) -> None:
         """Keep the weights, on the main worker, when the step is a multiple of the interval or the stage's end."""
         if rank() == 0 and step == self.steps:
-            patiently(lambda: self._write(LAST))
+            patiently(lambda: self._write(LAST), within=self.folder.parents[1])
         elif rank() == 0 and step % self.every == 0:
-            patiently(lambda: self._write(f"{step}{SUFFIX}"))
+            patiently(lambda: self._write(f"{step}{SUFFIX}"), within=self.folder.parents[1])
 
     def _write(self, name: str) -> None:
         weights = {name: tensor.detach().to("cpu").contiguous() for name, tensor in self.weights().items()}
         with whole_file(self.folder / name) as temporary:
-            save_file(weights, temporary)
+            try:
+                save_file(weights, temporary)
+            except SafetensorError as error:  # of a full disk, too
+                raise os_error_of(error) from error
             temporary.chmod(0o644)  # safetensors writes for its owner alone
 
 

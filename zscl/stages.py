@@ -8,6 +8,7 @@ Files are linked where the file system can, so that a stage takes up its room on
 """
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,14 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+from pydantic import ValidationError
 
 from schemas.algorithm import algorithm
 from schemas.method import Average
 from schemas.results import StageResult
 from zscl.checkpoint import StoppedError
 from zscl.distributed import agree, barrier, from_main_text, rank
-from zscl.files import acquired, digest, link_folder, patiently, write_text
+from zscl.files import acquired, digest, link_folder, patiently, read_if_there, set_aside, write_text
 from zscl.opened import Opened
+
+log = logging.getLogger(__name__)
 
 TRAINING = "training.json"
 LOOK_EVERY_SECONDS = 1.0
@@ -93,20 +97,33 @@ class StageStore:
     def take(self, stage: int, place: Path) -> bool:
         """Leave a stage's folder at `place` as another run trained it, if one has. All workers ask together."""
         trained = self.folder / self.handed_on(stage)
-        there = rank() == 0 and (trained / TRAINING).is_file()
-        if there:
-            result = StageResult.model_validate_json((trained / TRAINING).read_text(encoding="utf-8"))
+        result = self._trained(trained) if rank() == 0 else None
+        there = result is not None
+        if result is not None:
             shared = result.model_copy(update={"shared": True})
-            patiently(lambda: link_folder(trained, place, {TRAINING: shared.model_dump_json(indent=1) + "\n"}))
+            content = shared.model_dump_json(indent=1) + "\n"
+            patiently(lambda: link_folder(trained, place, {TRAINING: content}), within=self.folder)
         [taken] = agree(there)
         barrier()
         return bool(taken)
+
+    def _trained(self, folder: Path) -> StageResult | None:
+        """Read what a stage's folder in the store says; one that is damaged is set aside."""
+        text = read_if_there(folder / TRAINING, self.folder)
+        if not text:
+            return None
+        try:
+            return StageResult.model_validate_json(text)
+        except ValidationError:
+            aside = set_aside(folder)
+            log.warning("%s: found a damaged %s; the stage is trained again, this lies at %s", folder, TRAINING, aside)
+            return None
 
     def keep(self, stage: int, place: Path) -> None:
         """Let other runs take a stage; on the main worker."""
         kept = self.folder / self.handed_on(stage)
         if not kept.is_dir():
-            patiently(lambda: link_folder(place, kept))
+            patiently(lambda: link_folder(place, kept), within=self.folder)
 
     def for_other(self, stage: int, average: Average | None) -> Path:
         """Where the folder of a stage with another average belongs."""
@@ -114,12 +131,11 @@ class StageStore:
 
     def read_row(self, key: str) -> str:
         """A row as another run measured it; nothing where none has."""
-        file = self.folder / f"{key}.row.json"
-        return from_main_text(file.read_text(encoding="utf-8") if rank() == 0 and file.is_file() else "")
+        return from_main_text(read_if_there(self.folder / f"{key}.row.json", self.folder) if rank() == 0 else "")
 
     def keep_row(self, key: str, row: str) -> None:
         """Let other runs read a row; on the main worker."""
-        patiently(lambda: write_text(self.folder / f"{key}.row.json", row))
+        patiently(lambda: write_text(self.folder / f"{key}.row.json", row), within=self.folder)
 
     def course(self, stage: int) -> str:
         """Identity of all steps of a stage; the average has no part in those of the first."""
@@ -166,6 +182,17 @@ class StageStore:
         distill, tasks = self.opened.experiment.method.distill, self._identity["tasks"]
         reads_all = distill is not None and distill.prompts_of != "current"
         return {"stage": stage, "tasks": tasks if reads_all else tasks[:stage]}
+
+
+def stage_identity(opened: Opened, stage: int, *average: Average | None) -> str:
+    """Return the content hash of all that the training of a stage reads: the stages before it included.
+
+    Args:
+        opened: the experiment.
+        stage: counted from 1.
+        average: another one than the method's own.
+    """
+    return StageStore(opened, Path(), ()).handed_on(stage, *average)
 
 
 def _key(kind: str, content: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from open_clip import CLIP
 from open_clip.transformer import ResidualAttentionBlock, TextTransformer
 from torch import nn
 
-from zscl.blocks import NotApplicableError, behind_attention, look, plain_blocks, project, run_block
+from zscl.blocks import NotApplicableError, behind_attention, look, plain_blocks, project, require, run_block
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,9 @@ class TextTower:
         text: Any = getattr(clip, "text", whole)  # open_clip's CLIP has the tower's modules as its own
         if not isinstance(text, CLIP | TextTransformer):
             raise NotApplicableError(f"it is a {type(text).__name__}")
+        require(
+            text, "attn_mask", "token_embedding", "positional_embedding", "transformer", "ln_final", "text_projection"
+        )
         pooling = getattr(text, "pool_type", None) or getattr(text, "text_pool_type", None)
         mask = text.attn_mask
         causal = mask is not None and torch.equal(mask, torch.full_like(mask, -torch.inf).triu(1))

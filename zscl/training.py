@@ -13,6 +13,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from schemas.base import InputError
 from schemas.compute import Compute
 from schemas.experiment import Experiment
 from schemas.method import Average
@@ -105,6 +106,7 @@ def train_stage(
     checkpoint: Path | None = None,
     asked_to_stop: Callable[[], bool] = lambda: False,
     further_averages: Sequence[Average | None] = (),
+    identity: str = "",
 ) -> tuple[list[tuple[nn.Module, StageResult]], list[StepLosses]]:
     """Train `clip.model` on one task, from the stage's start or from behind the step of its checkpoint.
 
@@ -120,11 +122,13 @@ def train_stage(
         checkpoint: file of the stage under way, written now and then (`compute.checkpoint`); without one, none is.
         asked_to_stop: asked on the main worker, every second or so.
         further_averages: that follow the same steps beside the method's own, for other runs.
+        identity: of all that the stage's training reads; a checkpoint of another one is refused.
 
     Returns the model handed on and the stage's result, those of the further averages behind it, and every step's
     losses.
 
     Raises:
+        InputError: the checkpoint is another run's.
         NotFiniteError: a loss or the gradients are no numbers any more.
         StoppedError: the stage was asked to stop; its checkpoint holds what it takes to go on.
     """
@@ -170,7 +174,7 @@ def train_stage(
     followers: list[HandOn | Snapshots] = [*handed_on, *snapshots_of(experiment, stage, checkpoint, towers)]
     curves = Curves(stage, task.name, sum(batch_sizes), report)
     loader = loader_of(experiment.compute, device, report)
-    under_way = UnderWay(experiment.seed, stage, model, optimizer, schedule, handed_on, curves, loader, clock)
+    under_way = UnderWay(experiment.seed, stage, model, optimizer, schedule, handed_on, curves, loader, clock, identity)
     first_step = under_way.go_on(checkpoint)
     batches = training_batches(experiment, stage, folder, clip, teacher.images if teacher else None, loader, first_step)
     batches = clock.over("data", batches)
@@ -242,6 +246,7 @@ class UnderWay:
     curves: Curves
     loader: Loader
     clock: Clock
+    identity: str = ""
 
     def seed_step(self, step: int) -> None:
         """Make what is random in the model (dropout) a function of the step, so that no generator need be kept."""
@@ -251,6 +256,7 @@ class UnderWay:
         """What it takes to go on from here; all workers ask for it together."""
         return {
             "stage": self.stage,
+            "identity": self.identity,
             "step": len(self.curves.steps),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -269,6 +275,11 @@ class UnderWay:
         state = read_checkpoint(checkpoint, self.stage, note)
         if state is None:
             return 0
+        if state.get("identity", self.identity) != self.identity:
+            raise InputError(
+                f"{checkpoint}: found the checkpoint of another run's stage (identity {state['identity']}), expected "
+                f"{self.identity}; remove the file, to begin the stage again"
+            )
         if not fits(state, self.model):
             note(
                 f"{checkpoint}: found weights of other shapes, made with other compute.savings; the stage begins again"

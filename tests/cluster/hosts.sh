@@ -25,10 +25,10 @@ end() {
 }
 trap end EXIT
 fail() { echo "FAILED: $*" >&2; exit 1; }
-until_true() {   # SECONDS WHAT COMMAND...
-    local seconds=$1 what=$2; shift 2
-    for _ in $(seq "$seconds"); do "$@" > /dev/null 2>&1 && return; sleep 1; done
-    fail "waited $seconds s in vain until $what"
+until_true() {   # WHAT COMMAND...; the limit only catches what hangs
+    local what=$1; shift
+    for _ in $(seq 900); do "$@" > /dev/null 2>&1 && return; sleep 1; done
+    fail "waited 900 s in vain until $what"
 }
 
 ip netns add "$head" && ip netns add "$other"
@@ -54,9 +54,9 @@ on() {   # HOST LOG COMMAND...: a process of a host, with a folder "own" and a t
 on "$head" s3.log moto_server -H "$head_ip" -p 5000
 on "$head" head.log ray start --head --block --port=6379 --num-cpus=1 --node-ip-address="$head_ip" \
     --include-dashboard=false --temp-dir="$place/ray"
-until_true 60 "the head is up" grep -q "Ray runtime started" "$place/head.log"
+until_true "the head is up" grep -q "Ray runtime started" "$place/head.log"
 on "$other" other.log ray start --block --address="$head_ip:6379" --num-cpus=1 --node-ip-address="$other_ip"
-until_true 60 "the other is up" grep -q "Ray runtime started" "$place/other.log"
+until_true "the other is up" grep -q "Ray runtime started" "$place/other.log"
 ip netns exec "$head" python -c 'import fsspec; fsspec.filesystem("s3").makedirs("bucket")'
 
 cat > "$place/mine.yaml" <<RECIPE

@@ -28,12 +28,12 @@ trap end EXIT
 export RAY_API_SERVER_ADDRESS="http://127.0.0.1:$dashboard" RAY_ADDRESS="http://127.0.0.1:$dashboard"
 
 fail() { echo "FAILED: $*" >&2; exit 1; }
-until_true() {   # SECONDS WHAT COMMAND...
-    local seconds=$1 what=$2; shift 2
-    for _ in $(seq "$seconds"); do "$@" > /dev/null 2>&1 && return; sleep 1; done
-    fail "waited $seconds s in vain until $what"
+until_true() {   # WHAT COMMAND...; the limit only catches what hangs
+    local what=$1; shift
+    for _ in $(seq 900); do "$@" > /dev/null 2>&1 && return; sleep 1; done
+    fail "waited 900 s in vain until $what"
 }
-until_true 90 "the cluster is up" ray job list
+until_true "the cluster is up" ray job list
 
 # A user's working directory: a recipe, and something large that is not to be uploaded.
 work="$place/work"
@@ -46,7 +46,7 @@ model: embedded
 tasks: [$place/data/flags, $place/data/shapes]
 method: finetune
 optimisation: {steps: 1500, warmup_steps: 20, batch_size: 16}
-compute: {device: cpu, checkpoint: {every_steps: 20}}
+compute: {device: cpu, checkpoint: {every_steps: 20}, grace_seconds: 900}
 RECIPE
 cd "$work"
 run="$place/shared/run"
@@ -54,22 +54,22 @@ run="$place/shared/run"
 echo "== submitted with ray job submit, and stopped"
 submit() {   # the cluster's agent comes up later than its list of jobs
     ray job submit --no-wait --submission-id first --working-dir . \
-        --runtime-env-json '{"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "35"}}' \
+        --runtime-env-json '{"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "900"}}' \
         -- zscl run experiments/mine.yaml --out "$run" > "$place/submit.log" 2>&1
 }
-until_true 60 "the job is taken" submit
+until_true "the job is taken" submit
 uploaded=$(find "$place/ray" -name "*.zip" -path "*_ray_pkg_*" -size +1000k | head -n 1)
 [ -z "$uploaded" ] || fail "more than a megabyte was uploaded: $uploaded"
-until_true 120 "it trains" grep -q '"event":"checkpoint_written"' "$run/journal.jsonl"
+until_true "it trains" grep -q '"event":"checkpoint_written"' "$run/journal.jsonl"
 shown() {   # where Ray says that its nodes' metrics are to be had
     addresses=$(python -c 'import json, sys; print(*(each for group in json.load(open(sys.argv[1])) for each in group["targets"]))' \
         "$place/ray/prom_metrics_service_discovery.json")
     for address in $addresses; do curl --silent --max-time 5 "http://$address/metrics"; done > "$place/metrics.log"
     grep '^ray_zscl_images_per_second{' "$place/metrics.log" | grep 'run="run"' | grep -q 'worker="0"'
 }
-until_true 60 "the dashboard has the worker's figures" shown
-timeout 120 ray job stop first > "$place/stop.log" 2>&1
-until_true 60 "the run is marked" grep -q KILLED "$run/state.json"
+until_true "the dashboard has the worker's figures" shown
+timeout 900 ray job stop first > "$place/stop.log" 2>&1
+until_true "the run is marked" grep -q KILLED "$run/state.json"
 [ -f "$run/checkpoint.pt" ] || fail "no checkpoint was left"
 ! ray job logs first 2>/dev/null | grep -q $'\r' || fail "there are carriage returns in the job's output"
 

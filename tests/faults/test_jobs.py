@@ -12,13 +12,13 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from disturbing import recipe_for_faults, same, trained, until
+from disturbing import PATIENCE_SECONDS, recipe_for_faults, same, trained, until
 
 from orchestrate import recipes
 from schemas.results import RunState
 from zscl.sequence import run_sequence
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(3600)]
 Ray = Callable[..., str]
 SCRIPTS = Path(sys.executable).parent
 
@@ -72,7 +72,7 @@ def ray(tmp_path: Path) -> Iterator[Ray]:
 )
 def test_a_job_is_stopped(ray: Ray, tmp_path: Path, tiny_model: str) -> None:
     recipe, run = recipe_for_faults(tmp_path, tiny_model), tmp_path / "run"
-    environment = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "30"}}
+    environment = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(round(PATIENCE_SECONDS))}}
     submit = [
         "job", "submit", "--no-wait", "--runtime-env-json", json.dumps(environment), "--",
         str(SCRIPTS / "zscl"), "run", str(recipe), "--out", str(run),
@@ -87,7 +87,7 @@ def test_a_job_is_stopped(ray: Ray, tmp_path: Path, tiny_model: str) -> None:
     until(lambda: "was stopped" in ray("job", "status", "first"), "the job is stopped")
 
     ray(*submit[:2], "--submission-id=second", *submit[2:])
-    until(lambda: "succeeded" in ray("job", "status", "second"), "it goes on to its end", 300)
+    until(lambda: "succeeded" in ray("job", "status", "second"), "it goes on to its end")
     assert RunState.model_validate_json((run / "state.json").read_text()).status == "FINISHED"
     assert "stage 1 goes on behind step" in ray("job", "logs", "second")
     run_sequence(recipes.load_experiment(recipe), tmp_path / "whole", device=torch.device("cpu"))

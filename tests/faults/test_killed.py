@@ -1,18 +1,37 @@
 """Processes of a run killed, or asked to end: it comes to the numbers of one in peace."""
 
+import fcntl
+import os
 import signal
+import subprocess
+import sys
+import termios
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-from disturbing import a_worker, ended, processes, same, starts_of, trained, until
+import torch
+from disturbing import (
+    COMMAND_LINE,
+    PATIENCE_SECONDS,
+    a_worker,
+    ended,
+    processes,
+    same,
+    starts_of,
+    trained,
+    until,
+)
 
+from orchestrate import recipes
 from schemas.results import RunState
 from zscl.checkpoint import CHECKPOINT
+from zscl.sequence import run_sequence
 
 pytest_plugins = ["faulty_cluster"]
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(3600)]
 Launch = Callable[..., Any]
 TEACHER_FEATURES = "teacher/images-*/features.npy"
 
@@ -50,15 +69,17 @@ def test_workers_and_the_controller_are_killed(launch: Launch, tmp_path: Path, w
 
 
 @pytest.mark.fault(
-    "SIGKILL of the driver, then SIGTERM, then Ctrl-C",
-    "The same command goes on; a checkpoint within the grace time, exit code 143 or 130; `zscl resume`: same numbers",
+    "SIGKILL of the driver, then SIGTERM, Ctrl-C, SIGHUP, SIGUSR1",
+    "The same command goes on; a checkpoint within the grace time, exit code 128 + signal; `zscl resume`: same numbers",
 )
 def test_the_driver_is_killed_and_asked_to_end(launch: Launch, tmp_path: Path, whole: Path) -> None:
     run = tmp_path / "run"
     with launch() as process:
         until(trained(run, 60), "it trains")
         process.kill()
-    for number, code, steps in ((signal.SIGTERM, 143, 150), (signal.SIGINT, 130, 320)):  # some steps are taken twice
+    for number, code, steps in (
+        (signal.SIGTERM, 143, 120), (signal.SIGINT, 130, 200), (signal.SIGHUP, 129, 280), (signal.SIGUSR1, 138, 360),
+    ):  # fmt: skip
         with launch() as process:
             until(trained(run, steps), "it trains")
             process.send_signal(number)
@@ -68,4 +89,40 @@ def test_the_driver_is_killed_and_asked_to_end(launch: Launch, tmp_path: Path, w
         assert RunState.model_validate_json((run / "state.json").read_text()).status == "KILLED"
     with launch(verb=("resume",)) as process:
         assert "stage 2 goes on behind step" in ended(process)
+    same(whole, run)
+
+
+@pytest.mark.fault(
+    "The terminal of a run on its own Ray is closed: SIGHUP for every process, output that nobody reads",
+    "Ray's processes stay for a checkpoint; marked KILLED, exit code 129; same numbers",
+)
+def test_a_terminal_is_closed(tmp_path: Path, long_recipe: Path, whole: Path) -> None:
+    run = tmp_path / "run"
+    terminal, side = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", COMMAND_LINE, "run", long_recipe, "--out", run, "--offline"],
+        stdin=side,
+        stdout=side,
+        stderr=side,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(side)
+    os.set_blocking(terminal, False)
+    enough = trained(run, 30)
+
+    def trains_on_a_terminal_that_is_read() -> bool:
+        with suppress(BlockingIOError):
+            os.read(terminal, 100_000)
+        return enough()
+
+    try:
+        until(trains_on_a_terminal_that_is_read, "it trains")
+        os.close(terminal)
+        assert process.wait(PATIENCE_SECONDS) == 129
+    finally:
+        process.kill()
+    assert (run / CHECKPOINT).is_file()
+    assert RunState.model_validate_json((run / "state.json").read_text()).status == "KILLED"
+    run_sequence(recipes.load_experiment(long_recipe), run, device=torch.device("cpu"))
     same(whole, run)

@@ -17,7 +17,7 @@ from zscl.checkpoint import CHECKPOINT
 from zscl.journal import JOURNAL
 
 pytest_plugins = ["faulty_cluster"]
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(3600)]
 Launch = Callable[..., Any]
 
 
@@ -29,7 +29,7 @@ def test_a_node_dies(launch: Launch, tmp_path: Path, whole: Path, cluster: Clust
         [node] = cluster.worker_nodes
         cluster.remove_node(node, allow_graceful=False)
         add_node(cluster)
-        ended(process, seconds=300)
+        ended(process)
     assert starts_of(run) == 2
     same(whole, run)
 
@@ -42,7 +42,7 @@ def test_fewer_workers_go_on(launch: Launch, tmp_path: Path, whole: Path, cluste
         until(trained(run, 30), "it trains")
         assert len(train_workers()) == 2
         cluster.remove_node(node, allow_graceful=False)
-        ended(process, seconds=400)
+        ended(process)
     assert starts_of(run) >= 2
     found, expected = numbers(run), numbers(whole)
     assert found["accuracy_matrix"] == expected["accuracy_matrix"]

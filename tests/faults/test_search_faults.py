@@ -16,7 +16,7 @@ from schemas.search import SearchResult
 from zscl.sequence import run_sequence
 
 pytest_plugins = ["faulty_cluster"]
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(3600)]
 Launch = Callable[..., Any]
 
 
@@ -53,19 +53,18 @@ def test_a_trial_and_a_search_are_killed(launch: Launch, tmp_path: Path, search:
     with launch(verb=("search", search, "--out"), run="look") as process:
         until(lambda: any(trained(run, 30)() for run in journals(look)), "a trial trains")
         processes("Trainable")[0].kill()  # as Tune calls its actors
-        # On a busy machine a new process takes longer to begin than the other trial to end.
-        until(lambda: sum(map(starts_of, journals(look))) > len(journals(look)), "that trial is taken up again", 300)
-        until(lambda: list(look.glob("trials/*/result.json")), "a trial is finished", 300)
+        until(lambda: sum(map(starts_of, journals(look))) > len(journals(look)), "that trial is taken up again")
+        until(lambda: list(look.glob("trials/*/result.json")), "a trial is finished")
         process.kill()
     kept = {file.parent: starts_of(file.parent) for file in look.glob("trials/*/result.json")}
     starts = sum(map(starts_of, journals(look)))
     with launch(verb=("search", search, "--out"), run="look") as process:
-        until(lambda: sum(map(starts_of, journals(look))) > starts, "a trial goes on", 300)
+        until(lambda: sum(map(starts_of, journals(look))) > starts, "a trial goes on")
         process.send_signal(signal.SIGTERM)
         assert "or zscl resume, goes on; finished trials are kept" in ended(process, 143)
     assert json.loads((look / "state.json").read_text())["status"] == "KILLED"
     with launch(verb=("resume",), run="look") as process:
-        ended(process, seconds=400)
+        ended(process)
 
     found = found_in(look)
     assert [trial.status for trial in found.trials].count("finished") + len(kept) >= 4
@@ -89,7 +88,7 @@ def test_trials_of_more_workers_queue(launch: Launch, tmp_path: Path, long_recip
     YAML(typ="safe").dump({"base": str(long_recipe), "search": search}, tmp_path / "queue.yaml")
     settings = ("compute.workers=2", "optimisation.steps=40", "optimisation.warmup_steps=5")
     with launch(*settings, verb=("search", tmp_path / "queue.yaml", "--out"), run="look") as process:
-        said = ended(process, seconds=600)
+        said = ended(process)
     assert "the cluster holds 1 at once, the others wait for their turn" in said
     found = found_in(tmp_path / "look")
     assert [trial.status for trial in found.trials][:2] == ["finished", "stopped"]

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from disturbing import PATIENCE_SECONDS
 from mlflow.tracking import MlflowClient
 
 from orchestrate import recipes, shipping
@@ -29,8 +30,9 @@ from schemas.experiment import Experiment
 from schemas.results import RowMeasured, RunStarted, StageResult, StageStarted, StageTrained, StepLosses, StepsTaken
 from zscl.journal import JOURNAL, Journal
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(3600)]
 STEPS_A_SECOND = 20
+MOST_SECONDS = 10.0  # of a step that waits for nothing, on however busy a machine
 COSTS = {"steps": 1, "images_seen": 1, "train_seconds": 1.0, "images_per_second": 1.0, "merges": 1, "losses": {}}
 
 
@@ -55,7 +57,7 @@ class Server:
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        for _ in range(240):
+        for _ in range(2 * round(PATIENCE_SECONDS)):
             try:
                 urllib.request.urlopen(f"{self.uri}/health", timeout=1)
             except (urllib.error.URLError, OSError):
@@ -158,8 +160,8 @@ def test_a_server_that_is_killed_and_started_again_gets_everything_once(
         training.go_on(6)
     training.complete()
     write_state(tmp_path / "run", "KILLED", "enough")
-    assert shipper.end(60), said
-    assert training.latest < 0.5
+    assert shipper.end(PATIENCE_SECONDS), said
+    assert training.latest < MOST_SECONDS
     assert len(said) >= 2  # two outages, or one where the second comes before a pause is over
     assert all("does not take records" in text for text in said[::2])
     assert all("takes records again" in text for text in said[1::2])
@@ -178,9 +180,9 @@ def test_a_server_that_never_comes_back_holds_nobody_up(server: Server, begin: B
     write_state(tmp_path / "run", "KILLED", "enough")
     before = time.perf_counter()
     assert not shipper.end()
-    assert time.perf_counter() - before < 25
+    assert time.perf_counter() - before < PATIENCE_SECONDS
     assert said[-1].endswith(f"zscl sync {tmp_path / 'run'}")
-    assert training.latest < 0.5
+    assert training.latest < MOST_SECONDS
     server.start()
     made = shipping.sync(tmp_path / "run", None, lambda sent, total: None)
     assert (made.status, made.entries > 400) == ("KILLED", True)
@@ -240,7 +242,7 @@ def test_answers_that_are_lost_make_nothing_twice(
         training.complete()
     lossy.losing = False
     write_state(tmp_path / "run", "KILLED", "enough")
-    assert shipper.end(60), said
+    assert shipper.end(PATIENCE_SECONDS), said
     assert lossy.lost > 5
     training.check(server.uri)
 
@@ -262,7 +264,7 @@ def test_a_database_that_is_locked_for_longer_than_mlflow_waits(
     training.go_on(2)
     training.complete()
     write_state(tmp_path / "run", "KILLED", "enough")
-    assert shipper.end(60), said
+    assert shipper.end(PATIENCE_SECONDS), said
     assert len(said) == 2
-    assert training.latest < 0.5
+    assert training.latest < MOST_SECONDS
     training.check(f"sqlite:///{database}")

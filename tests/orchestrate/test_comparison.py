@@ -449,7 +449,7 @@ def test_the_page_draws_itself_without_a_network(runs: dict[str, Path], zscl: Zs
             "--host-resolver-rules=MAP * ~NOTFOUND", "--virtual-time-budget=10000", "--dump-dom",
             f"file://{page}{query}",
         ]  # fmt: skip
-        dom = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+        dom = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600).stdout
         assert 'data-ready="yes"' in dom
         return dom.rpartition("<script")[0]
 

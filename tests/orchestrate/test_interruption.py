@@ -4,15 +4,24 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from conftest import Command, coloured
 
-from orchestrate.interruption import end_on_signals, signals_taken
+from orchestrate.interruption import URGENT, WARNINGS, end_on_signals, signals_taken, warnings_held_back
 from schemas.base import InterruptedRunError
 from zscl.looking import look_at
+
+
+@pytest.fixture(autouse=True)
+def _handlers() -> Iterator[None]:
+    """Have the handlers back that were there before a test."""
+    handlers = {number: signal.getsignal(number) for number in (*URGENT, *WARNINGS)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def test_resume_refuses_what_is_no_run_or_would_be_another(tmp_path: Path, zscl: Callable[..., Command]) -> None:
@@ -27,20 +36,15 @@ def test_resume_refuses_what_is_no_run_or_would_be_another(tmp_path: Path, zscl:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [*URGENT, *WARNINGS])
 def test_a_signal_is_not_taken_for_a_broken_image(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    handlers = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
     monkeypatch.setattr("zscl.looking.decode_image", lambda encoded: os.kill(os.getpid(), number))
     end_on_signals()
-    try:
-        with pytest.raises(InterruptedRunError):
-            look_at(next(coloured(1, 0))[0])
-    finally:
-        for each, handler in handlers.items():
-            signal.signal(each, handler)
+    with pytest.raises(InterruptedRunError):
+        look_at(next(coloured(1, 0))[0])
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_command_that_is_ended_early_says_so(number: int, code: int, tmp_path: Path) -> None:
     """While it still reads its recipe, here from a pipe that nobody writes to."""
     os.mkfifo(tmp_path / "recipe.yaml")
@@ -49,7 +53,7 @@ def test_a_command_that_is_ended_early_says_so(number: int, code: int, tmp_path:
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     with process, (tmp_path / "recipe.yaml").open("w"):  # opens when the other end does
         process.send_signal(number)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate()
     assert process.returncode == code
     assert said == "interrupted: the same command goes on from what was kept, if anything\n"
 
@@ -64,3 +68,47 @@ def test_the_first_signal_asks_and_the_second_ends(number: int, code: int) -> No
         with pytest.raises(InterruptedRunError, match="ended at once"):
             os.kill(os.getpid(), number)
     assert signal.getsignal(number) == before
+
+
+@pytest.mark.parametrize(("number", "code"), [(each, 128 + each) for each in WARNINGS])
+def test_a_warning_asks_however_often_it_comes(number: int, code: int) -> None:
+    with signals_taken() as interruption:
+        for each in (number, number, signal.SIGTERM, number):  # the time is up behind a warning; a shell repeats it
+            os.kill(os.getpid(), each)
+        assert interruption
+        assert interruption.error("").exit_code == code
+        with pytest.raises(InterruptedRunError, match="ended at once"):
+            os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), number)  # while the run's end is written down
+
+
+def test_after_one_warning_the_next_does_not_disturb_the_end() -> None:
+    end_on_signals()
+    with pytest.raises(InterruptedRunError):
+        os.kill(os.getpid(), signal.SIGHUP)
+    os.kill(os.getpid(), signal.SIGHUP)
+    os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def test_what_nohup_ignores_stays_ignored() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    end_on_signals()
+    with signals_taken() as interruption:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not interruption
+        os.kill(os.getpid(), signal.SIGUSR2)
+        assert interruption
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+
+
+def test_processes_that_are_started_while_warnings_are_held_back_never_get_them() -> None:
+    with signals_taken() as interruption:
+        with warnings_held_back():
+            other = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not interruption  # not lost, but late
+        assert interruption.signal == signal.SIGHUP
+    for number in WARNINGS:
+        other.send_signal(number)
+    other.communicate(b"")
+    assert other.returncode == 0

@@ -48,7 +48,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     serve += ["-k", place, "-c", "fsync=off"]
     process = subprocess.Popen(serve, cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **user)
     try:
-        for _ in range(100):
+        for _ in range(6000):
             with socket.socket() as there:
                 if there.connect_ex(("127.0.0.1", port)) == 0:
                     break
@@ -56,7 +56,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield f"postgresql+psycopg://zscl:hunter2@127.0.0.1:{port}/postgres"
     finally:
         process.send_signal(signal.SIGINT)  # without waiting for those who are connected
-        process.wait(30)
+        process.wait(600)
         shutil.rmtree(place, ignore_errors=True)
 
 

@@ -1,6 +1,8 @@
 """What is looked at before anything is started, beside the data: disk, prompts."""
 
+import os
 import shutil
+import signal
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +16,9 @@ from rich.console import Console
 
 from orchestrate import cluster, preflight
 from orchestrate import run as running
+from orchestrate.interruption import WARNINGS
 from orchestrate.probe import probe
-from schemas.base import InputError
+from schemas.base import InputError, InterruptedRunError
 from schemas.experiment import Experiment
 from zscl.opened import open_experiment
 from zscl.sequence import run_sequence
@@ -178,3 +181,26 @@ def test_a_broken_reference_counts_before_anything_starts(experiment: Make, tmp_
     (tmp_path / "captions.txt").write_text("red\ngreen\n")
     with pytest.raises(InputError, match=r"sample '3' cannot be used \(unsupported.* found 1 such samples of 10"):
         preflight.prepare(experiment(reference=str(tmp_path)))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_probe_that_is_interrupted_gives_no_estimate(
+    experiment: Make,
+    tmp_path: Path,
+    ray_cluster: None,
+    without_ray: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    code: int,
+) -> None:
+    without_ray()
+    monkeypatch.setattr("orchestrate.display.Bar.update", lambda *_: os.kill(os.getpid(), number))  # at the first step
+    handlers = {each: signal.getsignal(each) for each in WARNINGS}
+    few = experiment(optimisation={"steps": 1, "warmup_steps": 0, "batch_size": 6, "reference_batch_size": 5})
+    try:
+        with pytest.raises(InterruptedRunError, match="the probe was stopped, and gives no estimate") as found:
+            probe(open_experiment(few), tmp_path / "runs/mine", Console(stderr=True))
+    finally:
+        for each, handler in handlers.items():
+            signal.signal(each, handler)
+    assert found.value.exit_code == code

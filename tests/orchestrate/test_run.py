@@ -1,6 +1,8 @@
 """Runs through the real Ray and the real MLflow, as a user makes them."""
 
+import errno
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -235,3 +237,20 @@ def test_the_teacher_embeds_ahead_on_two_workers_for_the_run_to_come(
     refused = zscl("embed", file, "--set", "method=lwf", "--set", "reference=null")
     assert refused.code == 2
     assert "'lwf' does not distil from the initial model on a reference set" in refused.error
+
+
+@pytest.mark.parametrize(
+    ("number", "file", "sentence"),
+    [
+        (errno.ENOSPC, None, "runs/own: No space left on device; make room on its disk, and the same command goes on"),
+        (errno.EACCES, "runs/own/stages", "runs/own/stages: Permission denied; have the folder writable"),
+        (errno.EROFS, "runs/own/stages", "runs/own/stages: Read-only file system; have its disk writable"),
+        (errno.EIO, "runs/own/stages", ""),
+    ],
+)
+def test_an_error_of_storage_that_lasts_comes_with_what_to_do(number: int, file: str | None, sentence: str) -> None:
+    from orchestrate.train import what_to_do
+
+    found = what_to_do(OSError(number, os.strerror(number), file), Path("runs/own"))
+    assert found.startswith(sentence)
+    assert bool(found) == bool(sentence)

@@ -1,5 +1,6 @@
 """A run that is interrupted anywhere comes to the numbers of one that is not, bit for bit."""
 
+import errno
 import json
 import pickle
 import shutil
@@ -122,9 +123,43 @@ def test_a_checkpoint_that_cannot_be_read_costs_its_stage_alone(
     run_sequence(made, tmp_path / "run", said.append, CPU)
     [note] = [each.text for each in said if isinstance(each, Note) and CHECKPOINT in each.text]
     assert "found no readable checkpoint" in note
+    assert len(list((tmp_path / "run").glob(f"damaged-*-{CHECKPOINT}"))) == 1
     assert not (tmp_path / "run/harmed").exists()
     run_sequence(made, tmp_path / "whole", device=CPU)
     same(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+def test_a_checkpoint_that_storage_does_not_give_is_not_given_up(
+    experiment: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    made = stopped(experiment, tmp_path / "run")
+    load, failures = torch.load, iter(range(1))
+
+    def failing(*given: Any, **named: Any) -> Any:
+        for _ in failures:
+            raise OSError(number, "storage is away")
+        return load(*given, **named)
+
+    monkeypatch.setattr(torch, "load", failing)
+    said: list[BaseModel] = []
+    run_sequence(made, tmp_path / "run", said.append, CPU)
+    assert [each for each in said if isinstance(each, Note) and "goes on behind step" in each.text]
+
+
+def test_a_checkpoint_that_may_not_be_read_ends_the_run_and_stays(
+    experiment: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = stopped(experiment, tmp_path / "run")
+    before = (tmp_path / "run" / CHECKPOINT).read_bytes()
+
+    def failing(*given: Any, **named: Any) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(torch, "load", failing)
+    with pytest.raises(PermissionError):
+        run_sequence(made, tmp_path / "run", device=CPU)
+    assert (tmp_path / "run" / CHECKPOINT).read_bytes() == before
 
 
 def test_a_checkpoint_of_other_shapes_costs_its_stage_alone(experiment: Make, tmp_path: Path) -> None:
@@ -190,7 +225,7 @@ class TestWriting:
         save = torch.save
 
         def slowly(*arguments: Any) -> None:
-            may_end.wait(10)
+            may_end.wait(300)
             save(*arguments)
 
         monkeypatch.setattr(torch, "save", slowly)

@@ -1,7 +1,9 @@
 """The store of the teacher's image features: what is in it counts only for the very image, whole."""
 
+import errno
 import gc
 import io
+import re
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +13,13 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from numpy.lib.format import open_memmap
 from PIL import Image
 from pydantic import BaseModel
 
 from schemas.experiment import Experiment
 from schemas.results import ImagesEmbedded, Note, StepsTaken
-from zscl.features import CHECKS, FEATURES, FeatureStore, StoredFeatures, share_met
+from zscl.features import CHECKS, FEATURES, FeatureStore, StoredFeatures, _open_or_replace, share_met
 from zscl.sequence import run_sequence
 
 CPU = torch.device("cpu")
@@ -114,6 +117,58 @@ def test_a_damaged_store_is_made_again(experiment: Callable[..., Experiment], tm
         again, said = run(experiment(), tmp_path / f"again-{len(list(tmp_path.iterdir()))}")
         assert "Teacher embedded 14 images, once" in notes(said)
         assert again == before
+
+
+def rows_in(folder: Path) -> int:
+    return 5 - len(FeatureStore(folder, 5, 3, torch.float32).missing())
+
+
+@pytest.mark.parametrize("name", ["ESTALE", "EIO", "EACCES", "ENOMEM", "EMFILE"])
+@pytest.mark.parametrize("times", [1, 1_000])
+def test_a_store_that_cannot_be_opened_keeps_its_rows(
+    store: FeatureStore, monkeypatch: pytest.MonkeyPatch, name: str, times: int
+) -> None:
+    store.write(IDENTITIES, torch.ones(2, 3))
+    said, failures = list[str](), iter(range(times))
+
+    def failing(*given: Any, **named: Any) -> Any:
+        for _ in failures:
+            raise OSError(getattr(errno, name), name)
+        return open_memmap(*given, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("zscl.features.open_memmap", failing)
+        patch.setattr("zscl.features.OPEN_SECONDS", 0.2)
+        opened = _open_or_replace(store.folder, 5, 3, torch.float32, said.append)
+    waits = name in ("ESTALE", "EIO") and times == 1
+    assert (opened is not None) == waits
+    assert (said == []) == waits
+    assert all("teacher features are not stored" in each for each in said)
+    assert rows_in(store.folder) == 2
+    assert [path.name for path in store.folder.parent.iterdir()] == [store.folder.name]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda store: (store / CHECKS).write_bytes(b""), "magic"),
+        (lambda store: (store / FEATURES).write_bytes(b"something else, and longer than a header"), "magic"),
+        (lambda store: (store / FEATURES).write_bytes((store / FEATURES).read_bytes()[:-1]), "length"),
+        (lambda store: (store / CHECKS).unlink(), "checks.npy is missing"),
+        (lambda store: np.save(store / FEATURES, np.zeros((4, 3), dtype=np.float32)), r"shape \(4, 3\)"),
+    ],
+)
+def test_a_damaged_store_is_set_aside(store: FeatureStore, spoil: Callable[[Path], object], reason: str) -> None:
+    store.write(IDENTITIES, torch.ones(2, 3))
+    spoil(store.folder)
+    said: list[str] = []
+    assert _open_or_replace(store.folder, 5, 3, torch.float32, said.append) is not None
+    assert rows_in(store.folder) == 0
+    [aside] = store.folder.parent.glob(f"damaged-*-{store.folder.name}")
+    assert (aside / FEATURES).is_file()
+    [note] = said
+    assert re.search(reason, note)
+    assert aside.name in note
 
 
 def test_how_much_of_a_set_a_run_meets() -> None:

@@ -1,14 +1,16 @@
 """Writes that are whole or not there, and storage that comes back."""
 
+import errno
+import os
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from itertools import pairwise
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 import pytest
+from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError, ReadTimeoutError
 
-from zscl.files import patiently, whole_file, whole_folder, write_text
+from zscl.files import is_transient, os_error_of, patiently, whole_file, whole_folder, write_text
 
 
 def half(write: Callable[[Path], AbstractContextManager[Path]], path: Path) -> None:
@@ -29,35 +31,140 @@ def test_a_write_that_fails_leaves_what_was_there(
     assert (tmp_path / "before").read_text() == "before"
 
 
-def test_storage_that_comes_back_takes_what_waits(tmp_path: Path) -> None:
-    attempts = []
+def test_storage_that_comes_back_takes_what_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    attempts, pauses = [], list[float]()
+    monkeypatch.setattr(time, "sleep", pauses.append)
 
     def write() -> str:
-        attempts.append(time.monotonic())
+        attempts.append(1)
         if len(attempts) < 4:
-            raise OSError("away")
+            raise OSError(errno.ESTALE, "Stale file handle", "/shared/file")
         return "written"
 
     assert patiently(write) == "written"
-    pauses = [later - earlier for earlier, later in pairwise(attempts)]
-    assert pauses == sorted(pauses)  # longer and longer
+    assert pauses == [0.1, 0.2, 0.4]
 
 
-def test_patience_ends(tmp_path: Path) -> None:
+def test_patience_ends() -> None:
+    def fail() -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with pytest.raises(OSError, match="Input/output error"):
+        patiently(fail, seconds=0.3)
+
+
+def test_each_retry_is_logged_with_its_cause(caplog: pytest.LogCaptureFixture) -> None:
+    failures = iter([OSError(errno.EIO, "Input/output error"), TimeoutError("https://user:secret@host is slow")])
+
+    def read() -> str:
+        for failure in failures:
+            raise failure
+        return "content"
+
+    assert patiently(read, what="/shared/file") == "content"
+    first, second = caplog.messages
+    assert first.startswith("/shared/file: [Errno 5] Input/output error; trying again in 0.1 s, for 300 s more")
+    assert "is slow; trying again in 0.2 s" in second
+    assert "secret" not in second
+
+
+PERMANENT = [
+    "EACCES", "EPERM", "EROFS", "ENOENT", "EISDIR", "ENOTDIR", "ENOSPC", "EDQUOT", "ENAMETOOLONG", "ELOOP", "EEXIST",
+    "EINVAL", "EFBIG", "ENOTEMPTY", "EXDEV", "EMLINK", "EBADF", "EMFILE", "ENOMEM", "ENOTSUP", "ENXIO", "ENODEV",
+]  # fmt: skip
+TRANSIENT = [
+    "EIO", "ESTALE", "EAGAIN", "EINTR", "EBUSY", "ETIMEDOUT", "ECONNRESET", "ECONNREFUSED", "ECONNABORTED", "EPIPE",
+    "EHOSTUNREACH", "ENETUNREACH", "ENETDOWN", "ESHUTDOWN", "EREMOTEIO", "ENOLCK",
+]  # fmt: skip
+
+
+def attempts_of(failure: Exception) -> int:
+    """How often something is tried that fails once."""
+    attempts: list[int] = []
+
+    def once() -> None:
+        attempts.append(1)
+        if len(attempts) == 1:
+            raise failure
+
+    with suppress(type(failure)):
+        patiently(once)
+    return len(attempts)
+
+
+@pytest.mark.parametrize("name", PERMANENT)
+def test_an_error_that_lasts_is_not_tried_again(name: str) -> None:
+    assert attempts_of(OSError(getattr(errno, name), os.strerror(getattr(errno, name)), "/run/file")) == 1
+
+
+@pytest.mark.parametrize("name", TRANSIENT)
+def test_an_error_that_may_pass_is_tried_again(name: str) -> None:
+    assert attempts_of(OSError(getattr(errno, name), os.strerror(getattr(errno, name)), "/run/file")) == 2
+
+
+@pytest.mark.parametrize(
+    ("failure", "attempts"),
+    [
+        (EndpointConnectionError(endpoint_url="http://storage"), 2),
+        (ReadTimeoutError(endpoint_url="http://storage"), 2),
+        (ClientError({"Error": {}, "ResponseMetadata": {"HTTPStatusCode": 503}}, "PutObject"), 2),
+        (ClientError({"Error": {}, "ResponseMetadata": {"HTTPStatusCode": 403}}, "PutObject"), 1),
+        (NoCredentialsError(), 1),
+        (ConnectionResetError(), 2),
+        (FileNotFoundError("no errno, as fsspec raises it"), 1),
+        (PermissionError("no errno"), 1),
+        (ValueError("no matter of storage"), 1),
+    ],
+)
+def test_errors_of_a_storages_client_are_told_apart(failure: Exception, attempts: int) -> None:
+    assert attempts_of(failure) == attempts
+
+
+def test_a_missing_file_is_waited_for_only_while_its_folder_is_away(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
     with pytest.raises(FileNotFoundError):
-        patiently(lambda: (tmp_path / "away").read_text(), seconds=0.3)
-
-
-def test_what_is_no_fault_of_storage_is_not_tried_again() -> None:
+        patiently(lambda: (run / "file").read_text(), within=run)
+    write_text(run / "file", "content")
+    run.rename(tmp_path / "away")
     attempts = []
 
-    def fail() -> None:
+    def read() -> str:
         attempts.append(1)
-        raise ValueError("no matter of storage")
+        if len(attempts) == 2:
+            (tmp_path / "away").rename(run)
+        return (run / "file").read_text()
 
-    with pytest.raises(ValueError, match="no matter"):
-        patiently(fail)
-    assert attempts == [1]
+    assert patiently(read, within=run) == "content"
+    assert len(attempts) == 2
+
+
+def test_an_error_of_the_system_is_found_in_what_a_library_makes_of_it() -> None:
+    found = os_error_of(RuntimeError("I/O error: No space left on device (os error 28)"))
+    assert found.errno == errno.ENOSPC
+    assert not is_transient(found)
+    assert os_error_of(RuntimeError("something else")).errno is None
+
+
+def test_a_folder_is_back_where_another_cannot_take_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_text(tmp_path / "folder/file", "before")
+    rename = Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if target == tmp_path / "folder" and (self / "file").read_text() == "behind":
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+
+    def replace() -> None:
+        with whole_folder(tmp_path / "folder") as temporary:
+            (temporary / "file").write_text("behind")
+
+    with pytest.raises(OSError, match="Input/output"):
+        replace()
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    assert (tmp_path / "folder/file").read_text() == "before"
 
 
 def test_a_name_as_long_as_a_file_system_takes_is_written_as_a_whole(tmp_path: Path) -> None:

@@ -216,7 +216,7 @@ def test_an_empty_shard_among_others_is_named(shards: list[str]) -> None:
         open_samples(shards)
 
 
-@pytest.mark.timeout(30)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("suffix", ["png", "json"])
 @pytest.mark.parametrize("remote", [False, True])
 def test_a_member_larger_than_anything_is_refused_at_once(tmp_path: Path, suffix: str, remote: bool) -> None:

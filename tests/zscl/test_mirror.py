@@ -1,5 +1,7 @@
 """A run's folder in object storage: what changes, and only that, whole, both ways."""
 
+import errno
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from botocore.exceptions import EndpointConnectionError
 
 from schemas.base import InputError
 from schemas.experiment import Experiment
@@ -106,7 +109,7 @@ def test_it_is_pushed_beside_the_training(two: tuple[Mirror, Mirror], monkeypatc
     monkeypatch.setattr(module, "EVERY_SECONDS", 0.0)
     time.sleep(0.01)
     one.keep_up()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while not one.versions() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert list(one.versions()) == ["journal.jsonl"]
@@ -134,10 +137,38 @@ def test_what_vanishes_while_it_is_fetched_is_left_out(
     assert content(other.folder) == {}
 
 
+@pytest.mark.parametrize("exactly", [True, False])
+def test_a_listing_that_fails_removes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exactly: bool) -> None:
+    """On a mounted disk, whose folders fsspec takes for empty when it cannot list them."""
+    (tmp_path / "storage").mkdir()
+    mirror = Mirror((tmp_path / "storage/run").as_uri(), tmp_path / "here/run")
+    write(mirror.folder / "stages/1-first/training.json", "{}")
+    write(mirror.folder / "zero_shot.json", "{}")
+    mirror.push()
+    before, scandir, failures = content(mirror.folder), os.scandir, iter([errno.ESTALE, errno.EIO])
+
+    def failing(path: Any) -> Any:
+        if "storage" in str(path):
+            for number in failures:
+                raise OSError(number, "storage is away")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", failing)
+    mirror.pull(exactly=exactly)
+    assert next(failures, None) is None
+    assert content(mirror.folder) == before
+    monkeypatch.undo()
+    assert Mirror(mirror.url, tmp_path / "other/run").versions().keys() == before.keys()
+    assert Mirror(f"{mirror.url}-2", tmp_path / "third/run").versions() == {}
+
+
 def test_storage_that_is_away_is_waited_for(two: tuple[Mirror, Mirror], monkeypatch: pytest.MonkeyPatch) -> None:
     one, other = two
     write(one.folder / "journal.jsonl", "a line\n")
-    put, failures = type(one._storage).put_file, iter([ConnectionResetError, RuntimeError("what its client raises")])
+    put, failures = (
+        type(one._storage).put_file,
+        iter([ConnectionResetError, EndpointConnectionError(endpoint_url="http://storage")]),
+    )
 
     def failing(*given: Any, **named: Any) -> Any:
         for failure in failures:

@@ -2,10 +2,12 @@
 
 import json
 import multiprocessing
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +19,10 @@ from schemas.base import InputError
 from schemas.experiment import Experiment
 from schemas.results import Note, RowMeasured, StageTrained, TaskEvaluated
 from zscl.checkpoint import StoppedError
+from zscl.files import write_text
 from zscl.metrics import at_chance
 from zscl.opened import open_experiment
-from zscl.rows import Elsewhere, Handle, refuse_other_run
+from zscl.rows import Elsewhere, Handle, check_run_folder, refuse_other_run, stage_files
 from zscl.sequence import measure_row, run_sequence
 
 Make = Callable[..., Experiment]
@@ -195,3 +198,118 @@ def test_what_fails_elsewhere_ends_the_run(experiment: Callable[..., Experiment]
             experiment(method="finetune"), tmp_path / "run", device=torch.device("cpu"),
             elsewhere=lambda stage: pool.submit(fail, stage),
         )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, tiny_model: str, tasks: list[str]) -> tuple[Experiment, Path, Path]:
+    """An experiment, its run without the end, and the finished run of another seed."""
+    optimisation = {"steps": 2, "warmup_steps": 0, "batch_size": 4}
+    recipe: dict[str, Any] = {
+        "name": "tiny", "model": tiny_model, "tasks": tasks[:2], "method": "finetune", "optimisation": optimisation,
+    }  # fmt: skip
+    made, other = (Experiment.model_validate({**recipe, "seed": seed}) for seed in (1, 2))
+    place = tmp_path_factory.mktemp("whole")
+    for experiment, name in ((made, "run"), (other, "other")):
+        run_sequence(experiment, place / name, device=CPU)
+    (place / "run/result.json").unlink()
+    return made, place / "run", place / "other"
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:40])
+
+
+def changed(file: Path, **fields: Any) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+
+FIRST = "stages/1-first"
+DAMAGE: dict[str, tuple[Callable[[Path, Path], object], str]] = {
+    "a cut row": (lambda run, _: cut(run / FIRST / "accuracy.json"), r"accuracy\.json: found a damaged file .*EOF"),
+    "an empty row": (lambda run, _: (run / "zero_shot.json").write_text(""), r"zero_shot\.json: found a damaged file"),
+    "bytes": (lambda run, _: (run / FIRST / "accuracy.json").write_bytes(b"\xff\xfe"), "found a damaged file"),
+    "JSON of another kind": (
+        lambda run, _: (run / FIRST / "accuracy.json").write_text('{"top1": 1}'), "found a damaged file .*top1",
+    ),
+    "a list": (lambda run, _: (run / FIRST / "training.json").write_text("[]"), "found a damaged file"),
+    "an empty outcome": (lambda run, _: (run / FIRST / "training.json").write_text(""), "found a damaged file"),
+    "another run's row": (
+        lambda run, other: shutil.copy(other / FIRST / "accuracy.json", run / FIRST), "found the row of another run",
+    ),
+    "other tasks": (
+        lambda run, _: changed(run / FIRST / "accuracy.json", accuracy={"moon": 1.0}, images={"moon": 1}),
+        "found the task 'moon', which the run does not have",
+    ),
+    "too few tasks": (
+        lambda run, _: changed(run / FIRST / "accuracy.json", accuracy={"first": 1.0}, images={"first": 1}),
+        "found no accuracy on the task 'second'",
+    ),
+    "another stage": (lambda run, _: changed(run / FIRST / "training.json", stage=2), "found stage 2, expected 1"),
+    "another task": (lambda run, _: changed(run / FIRST / "training.json", task="x"), "found task x, expected first"),
+    "other steps": (lambda run, _: changed(run / FIRST / "training.json", steps=9), "found steps 9, expected 2"),
+    "another run's stage": (
+        lambda run, other: (
+            shutil.copytree(other / FIRST, run / FIRST, dirs_exist_ok=True), (run / FIRST / "accuracy.json").unlink()
+        ),
+        "found identity stage-.* the stage was trained by another run",
+    ),
+    "no model": (
+        lambda run, _: shutil.rmtree(run / FIRST / "model"),
+        r"open_clip_model\.safetensors: found no such file, expected stage 1's weights; remove the stage's folder",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_or_foreign_file_is_named_before_a_run_goes_on(
+    whole: tuple[Experiment, Path, Path], tmp_path: Path, name: str
+) -> None:
+    made, finished, other = whole
+    spoil, sentence = DAMAGE[name]
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    opened = open_experiment(made)
+    check_run_folder(opened, run)
+    spoil(run, other)
+    with pytest.raises(InputError, match=sentence):
+        check_run_folder(opened, run)
+    if name != "no model":
+        with pytest.raises(InputError, match=sentence):
+            run_sequence(opened, run, device=CPU)
+
+
+def test_what_the_advice_says_helps(whole: tuple[Experiment, Path, Path], tmp_path: Path) -> None:
+    made, finished, _ = whole
+    shutil.copytree(finished, tmp_path / "run")
+    rows = [tmp_path / "run" / name for name in ("stages/2-second/accuracy.json", f"{FIRST}/accuracy.json")]
+    before = [json.loads(row.read_text())["accuracy"] for row in rows]
+    rows[0].unlink()
+    shutil.rmtree(rows[1].parent)
+    run_sequence(made, tmp_path / "run", device=CPU)
+    assert [json.loads(row.read_text())["accuracy"] for row in rows] == before
+
+
+def test_a_checkpoint_of_another_run_is_refused(whole: tuple[Experiment, Path, Path], tmp_path: Path) -> None:
+    made, _, _ = whole
+    asked = iter(range(100))
+    with pytest.raises(StoppedError):
+        run_sequence(made, tmp_path / "run", device=CPU, asked_to_stop=lambda: next(asked) >= 2)
+    assert (tmp_path / "run/checkpoint.pt").is_file()
+    other = made.model_copy(update={"seed": 7})
+    (tmp_path / "other").mkdir()
+    shutil.copy(tmp_path / "run/checkpoint.pt", tmp_path / "other")
+    with pytest.raises(InputError, match=r"checkpoint\.pt: found the checkpoint of another run's stage"):
+        run_sequence(other, tmp_path / "other", device=CPU)
+    run_sequence(made, tmp_path / "run", device=CPU)
+
+
+@pytest.mark.parametrize(("names", "sentence"), [(["1-a", "3-c"], "no stage 2"), (["x"], "found it among")])
+def test_stages_are_counted_by_their_names(tmp_path: Path, names: list[str], sentence: str) -> None:
+    for name in ("1-a", "10-j", "2-b", *(f"{k}-x" for k in range(3, 10))):
+        write_text(tmp_path / "whole/stages" / name / "training.json", "{}")
+    found = [file.parent.name for file in stage_files(tmp_path / "whole", "training.json")]
+    assert [int(name.partition("-")[0]) for name in found] == list(range(1, 11))
+    for name in names:
+        write_text(tmp_path / "run/stages" / name / "training.json", "{}")
+    with pytest.raises(InputError, match=sentence):
+        stage_files(tmp_path / "run", "training.json")

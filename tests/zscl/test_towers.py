@@ -9,7 +9,8 @@ import open_clip
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_clip import TOKENS, clip_of
+from small_clip import TOKENS, clip_of, clip_of_version_4
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from schemas.base import InputError
@@ -164,6 +165,59 @@ def test_open_clips_own_towers_are_saved_on(kind: type) -> None:
     assert references is not None
     assert torch.allclose(references, whole.encode_image(IMAGES[2:], normalize=True), atol=1e-6)
     assert torch.allclose(prompts, whole.encode_text(TOKENS, normalize=True), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [open_clip.CLIP, open_clip.CustomTextCLIP])
+def test_the_towers_of_open_clip_4_are_saved_on(kind: type) -> None:
+    model = clip_of_version_4(kind=kind)
+    assert left_in_full(model, Savings()) == []
+    images, _, prompts = encoded(model, savings=dict.fromkeys(list(PLAIN)[:4], "always"))
+    whole = clip_of(kind=kind)
+    assert torch.allclose(images, whole.encode_image(IMAGES[:2], normalize=True), atol=1e-6)
+    assert torch.allclose(prompts, whole.encode_text(TOKENS, normalize=True), atol=1e-6)
+
+
+def heads_scaled(attention: nn.Module) -> None:
+    attention.head_scale = nn.Parameter(torch.ones(2, 1, 1))
+
+
+def queries_normalised(attention: nn.Module) -> None:
+    attention.ln_q = nn.LayerNorm(8)
+
+
+def dropped(attention: nn.Module) -> None:
+    attention.attn_drop = nn.Dropout(0.1)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [(heads_scaled, "attn.head_scale"), (queries_normalised, "attn.ln_q.bias, attn.ln_q.weight"), (dropped, "dropout")],
+)
+def test_an_attention_with_further_parts_is_left_in_full(change: Callable[[nn.Module], None], reason: str) -> None:
+    model = clip_of_version_4()
+    for block in (model.visual.transformer.resblocks[1], model.transformer.resblocks[1]):
+        change(block.attn)
+    found = left_in_full(model, Savings())
+    assert [
+        f"the {tower} tower is computed in full" in each for tower, each in zip(("image", "text"), found, strict=True)
+    ] == [True] * 2
+    assert all(reason in each for each in found)
+
+
+def test_attributes_that_another_version_lacks_are_named() -> None:
+    model = clip_of()
+    del model.visual.pool_type, model.text_projection
+    image, text = left_in_full(model, Savings())
+    assert "this version of open_clip has no pool_type in its VisionTransformer" in image
+    assert "this version of open_clip has no text_projection in its CLIP" in text
+
+
+def test_rows_before_the_batch_are_left_in_full() -> None:
+    model = clip_of()
+    for block in model.visual.transformer.resblocks:
+        block.attn = nn.MultiheadAttention(16, 2, batch_first=False)
+    [found] = left_in_full(model, Savings())
+    assert "image tower is computed in full: its blocks are built differently (attn.batch_first)" in found
 
 
 @pytest.mark.parametrize("name", OTHER_TOWERS)

@@ -1,0 +1,53 @@
+"""Standard output and standard error whose reader has gone."""
+
+import os
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import pytest
+
+from orchestrate.output import Output, readers_may_go
+
+MAIN = "from orchestrate.cli import main; main()"
+
+
+def test_what_nobody_reads_is_dropped() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with (
+        os.fdopen(write, "w", buffering=1) as stream,
+        redirect_stdout(stream),
+        redirect_stderr(stream),
+        readers_may_go(),
+    ):
+        for _ in range(3):
+            print("a result", flush=True)
+            print("progress", file=sys.stderr)
+
+
+def test_a_full_disk_costs_the_log_and_not_the_run() -> None:
+    with Path("/dev/full").open("w", buffering=1) as stream:
+        Output(stream, optional=True).write("progress\n")
+        with pytest.raises(OSError, match="No space left"):
+            Output(stream, optional=False).write("a result\n")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # for what is still in its buffer
+
+
+@pytest.mark.parametrize("arguments", [["schema"], ["run"]])
+def test_a_command_ends_as_ever_where_its_terminal_is_gone(arguments: list[str]) -> None:
+    terminal, side = os.openpty()
+    os.close(terminal)  # whoever writes to the other side gets an I/O error
+    outcome = subprocess.run([sys.executable, "-c", MAIN, *arguments], stdout=side, stderr=side, check=False)
+    os.close(side)
+    assert outcome.returncode == (0 if arguments == ["schema"] else 2)
+
+
+def test_a_reader_that_has_read_enough_is_no_failure() -> None:
+    process = subprocess.Popen([sys.executable, "-c", MAIN, "schema"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 0
