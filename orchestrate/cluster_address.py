@@ -15,7 +15,10 @@ from schemas.secrets import mask
 
 ADDRESS = "RAY_ADDRESS"
 ANSWER_SECONDS = 10.0
-CLUSTER_ID = "/ray.rpc.NodeInfoGcsService/GetClusterId"  # what every Ray client asks a GCS first
+# What every Ray client asks a GCS first. The name belongs to Ray's own protocol, so a server that speaks gRPC but does
+# not know it passes: another version of Ray is not refused.
+CLUSTER_ID = "/ray.rpc.NodeInfoGcsService/GetClusterId"
+ANSWERS = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNIMPLEMENTED)
 
 
 def named_address(compute: Compute) -> str | None:
@@ -83,12 +86,16 @@ def _host_and_port(address: str, found: str, expected: str) -> tuple[str, int]:
 
 
 def _check_service(target: str, found: str, expected: str) -> None:
-    """Call a GCS, which other processes of Ray's, too, do not know; a refusal for want of a token is an answer."""
+    """Call a GCS. A refusal because the token is missing is an answer, too.
+
+    Raises:
+        InputError: what answers does not speak gRPC, or nothing answers in time.
+    """
     with grpc.insecure_channel(target, options=[("grpc.enable_http_proxy", 0)]) as channel:
         try:
             channel.unary_unary(CLUSTER_ID)(b"", timeout=ANSWER_SECONDS)
         except grpc.RpcError as error:
-            if error.code() not in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
+            if error.code() not in ANSWERS:
                 raise InputError(
                     f"{found}: something answers there, but not as a Ray GCS does ({error.code().name}), {expected}"
                 ) from error

@@ -69,11 +69,11 @@ class Checklist:
             look: looks, and says what it found.
         """
         try:
-            self.checks.append(Check(name, "ok", look()))
+            self.checks.append(Check(name, "ok", mask(look())))
         except SkippedError as reason:
-            self.checks.append(Check(name, "skipped", str(reason)))
+            self.checks.append(Check(name, "skipped", mask(str(reason))))
         except InputError as error:
-            self.checks.append(Check(name, "failed", str(error)))
+            self.checks.append(Check(name, "failed", mask(str(error))))
 
     @property
     def lines(self) -> list[str]:

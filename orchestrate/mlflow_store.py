@@ -107,10 +107,11 @@ def _check_database(uri: str) -> None:
         Exception: one of `store_errors.FAILURES`.
     """
     place = make_url(uri)
+    engine = create_engine(uri, poolclass=NullPool)  # its driver may be missing
     port = place.port or PORTS.get(place.get_backend_name())
     if place.host and port and not {"/", ","} & set(place.host):  # neither a Unix socket nor several hosts
         check_port(place.host, port)
-    create_engine(uri, poolclass=NullPool).connect().close()
+    engine.connect().close()
 
 
 def open_client(uri: str) -> MlflowClient:

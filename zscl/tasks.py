@@ -308,7 +308,8 @@ class TaskFolder:
         if self.whole is not None:
             return digest(self.whole.digest, repr(self.classes), "\n".join(self.templates))
         if self.held_out is not None:
-            return digest(replace(self, held_out=None).digest, self.held_out.model_dump_json())
+            # What the run is judged on has no part in training; the fingerprint counts it.
+            return digest(replace(self, held_out=None).digest, self.held_out.model_dump_json(exclude={"judged_on"}))
         words = ["\n".join(self.classnames), "\n".join(self.templates)]
         manifest = text_of(f"{self.path}/{MANIFEST}")
         if manifest is None:

@@ -67,6 +67,8 @@ def compare(
     """
     from orchestrate import finding, places
 
+    if out is not None:
+        places.refuse_unwritable(out.absolute())
     found = finding.find(runs or [], where, uri)
     folder = (out or finding.place_of(found)).absolute()
     places.refuse_unwritable(folder)

@@ -244,7 +244,7 @@ def test_a_broken_image_met_on_the_way(
 
 
 def test_another_experiments_folder(refused: Callable[..., str], place: Path) -> None:
-    row = {"fingerprint": "0" * 16, "accuracy": {}, "images": {}, "seconds": 0.0}
+    row = {"fingerprint": "0" * 16, "algorithm": algorithm(), "accuracy": {}, "images": {}, "seconds": 0.0}
     (place / "runs").mkdir()
     (place / "other").mkdir()
     (place / "other/zero_shot.json").write_text(json.dumps(row))

@@ -130,7 +130,7 @@ def test_refuses_in_one_sentence(arguments: list[str], sentence: str, place: Pat
     assert not (place / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["two words", "[a]{b,c}*?%20'$x", "\u00fcbung", "n" * 250])
+@pytest.mark.parametrize("name", ["two words", "[a]{b,c}*?%20'", "\u00fcbung", "n" * 200])
 def test_what_is_prepared_can_be_checked_and_opened(place: Path, zscl: Zscl, name: str) -> None:
     for split in ("train", "test"):
         for number, (image, label) in enumerate(coloured(8, seed=len(split))):
@@ -149,4 +149,4 @@ def test_a_path_that_is_no_text_is_refused(place: Path, zscl: Zscl) -> None:
     (place / "photos").mkdir()
     for arguments in (("prepare", "folder", place / "photos", "--out", place / "\udcff"), ("check", place / "\udcff")):
         said = zscl("data", *arguments)
-        assert (said.code, "printable characters" in said.error) == (2, True), said.error
+        assert (said.code, "no UTF-8" in said.error) == (2, True), said.error

@@ -12,6 +12,7 @@ from conftest import Command
 from ruamel.yaml import YAML
 
 from orchestrate import preflight, recipes
+from schemas.algorithm import algorithm
 from schemas.base import InputError
 from schemas.experiment import Experiment
 from schemas.pretraining import Pretraining
@@ -137,7 +138,7 @@ def test_dry_run_warns_of_an_average_that_never_averages(file: Path, zscl: Calla
 
 
 def test_dry_run_refuses_the_folder_of_another_run(file: Path, tmp_path: Path, zscl: Callable[..., Command]) -> None:
-    row = {"fingerprint": "0" * 16, "accuracy": {}, "images": {}, "seconds": 0.0}
+    row = {"fingerprint": "0" * 16, "algorithm": algorithm(), "accuracy": {}, "images": {}, "seconds": 0.0}
     (tmp_path / "other").mkdir()
     (tmp_path / "other/zero_shot.json").write_text(json.dumps(row))
     found = zscl("run", file, "--dry-run", "--out", tmp_path / "other")

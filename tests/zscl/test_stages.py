@@ -149,3 +149,14 @@ def test_an_average_that_others_have_is_followed_through_an_interruption(experim
     run(other, tmp_path / "other", shared)
     run(other, tmp_path / "alone")
     assert weights(tmp_path / "other") == weights(tmp_path / "alone")
+
+
+def test_what_a_run_is_judged_on_has_no_part_in_its_stages(experiment: Callable[..., Experiment]) -> None:
+    held_out, test = (
+        open_experiment(experiment(evaluation={"held_out": {"share": 0.25, "judged_on": judged_on}}))
+        for judged_on in ("held_out", "test")
+    )
+    assert stage_identity(held_out, 1) == stage_identity(test, 1)
+    assert held_out.fingerprint != test.fingerprint
+    other = open_experiment(experiment(evaluation={"held_out": {"share": 0.5}}))
+    assert stage_identity(held_out, 1) != stage_identity(other, 1)
