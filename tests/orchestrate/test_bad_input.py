@@ -11,6 +11,8 @@ from conftest import Command, make_task
 from filelock import FileLock
 from ruamel.yaml import YAML
 
+from schemas.algorithm import algorithm
+
 Zscl = Callable[..., Command]
 
 

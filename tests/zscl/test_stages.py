@@ -15,7 +15,7 @@ from schemas.results import Note, Result, StageStarted
 from zscl.checkpoint import StoppedError
 from zscl.opened import open_experiment
 from zscl.sequence import run_sequence
-from zscl.stages import Shared, StageStore
+from zscl.stages import Shared, StageStore, stage_identity
 
 Make = Callable[..., Experiment]
 CPU = torch.device("cpu")
