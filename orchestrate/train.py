@@ -43,7 +43,7 @@ from zscl.teaching import embed_reference
 
 log = logging.getLogger(__name__)
 
-# Errors of the run's folder that another attempt meets again, and what to do.
+# Errors of storage that another attempt meets again, and what to do.
 LASTING = {
     number: f"{what}, and the same command goes on from the last checkpoint"
     for number, what in (
@@ -54,6 +54,8 @@ LASTING = {
         (errno.EPERM, "have the folder writable for the workers"),
     )
 }
+# Of a file outside the run's folder they may be those of one machine, whose work another can do.
+OF_THE_FOLDER = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
 CONTROLLER_RETRIES = 3  # Ray's default is to try for ever
 HEALTH_CHECK_TIMEOUT = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
 START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
@@ -251,20 +253,35 @@ def what_to_do(error: OSError, folder: Path) -> str:
     Returns:
         A sentence, or nothing for another error.
     """
-    if error.errno not in LASTING:
+    if error.errno not in LASTING or (error.errno in OF_THE_FOLDER and not _names_file_in(folder, error)):
         return ""
     return f"{error.filename or folder}: {error.strerror}; {LASTING[error.errno]}"
 
 
+def _names_file_in(folder: Path, error: OSError) -> bool:
+    """Whether an error is of a file in a folder. One that names no file counts as such."""
+    names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+    return not names or any(Path(name).resolve().is_relative_to(folder.resolve()) for name in names)
+
+
 class _Noted(logging.Handler):
-    """Shows what is logged in a worker, a retry of storage say, as a note of the run."""
+    """Shows what is logged in a worker, a retry of storage say, as a note of the run.
+
+    Loader processes inherit the handler when they are forked. Ray's client does not work in a forked process: a call
+    there never returns. They write to their standard error instead, which Ray logs.
+    """
 
     def __init__(self, report: OnProgress) -> None:
         super().__init__(logging.WARNING)
         self._report = report
+        self._process = os.getpid()
 
     def emit(self, record: logging.LogRecord) -> None:
         """Report a line."""
+        if os.getpid() != self._process:
+            if logging.lastResort:
+                logging.lastResort.handle(record)
+            return
         with suppress(Exception):  # who listens may be gone
             self._report(Note(text=record.getMessage()))
 

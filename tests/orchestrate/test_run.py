@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import os
 import shutil
 import sys
@@ -13,10 +14,12 @@ import pytest
 import torch
 from conftest import Command
 from mlflow.tracking import MlflowClient
+from pydantic import BaseModel
 from ruamel.yaml import YAML
 
 from orchestrate import recipes
 from schemas.results import Result, RunState
+from zscl.files import patiently
 from zscl.sequence import run_sequence
 
 Zscl = Callable[..., Command]
@@ -246,11 +249,62 @@ def test_the_teacher_embeds_ahead_on_two_workers_for_the_run_to_come(
         (errno.EACCES, "runs/own/stages", "runs/own/stages: Permission denied; have the folder writable"),
         (errno.EROFS, "runs/own/stages", "runs/own/stages: Read-only file system; have its disk writable"),
         (errno.EIO, "runs/own/stages", ""),
+        (errno.EACCES, None, "runs/own: Permission denied; have the folder writable"),
+        (errno.ENOSPC, "/cache/0.tar", "/cache/0.tar: No space left on device; make room on its disk"),
+        # Of one machine: another can do the work.
+        *((number, name, "") for number in (errno.EACCES, errno.EPERM, errno.EROFS) for name in (
+            "/cache/0.tar", b"/cache/0.tar", "runs/other/stages", "runs/own-2/stages", "runs/own/../other",
+        )),
     ],
-)
-def test_an_error_of_storage_that_lasts_comes_with_what_to_do(number: int, file: str | None, sentence: str) -> None:
+)  # fmt: skip
+def test_an_error_of_storage_that_lasts_comes_with_what_to_do(
+    number: int, file: str | bytes | None, sentence: str
+) -> None:
     from orchestrate.train import what_to_do
 
     found = what_to_do(OSError(number, os.strerror(number), file), Path("runs/own"))
     assert found.startswith(sentence)
     assert bool(found) == bool(sentence)
+
+
+def test_a_file_of_the_run_folder_is_known_by_its_absolute_path_and_as_the_target_of_a_renaming() -> None:
+    from orchestrate.train import what_to_do
+
+    for names in ((str(Path("runs/own/stages").absolute()), None, None), ("/cache/0.tar", None, "runs/own/stages")):
+        assert what_to_do(OSError(errno.EACCES, "Permission denied", *names), Path("runs/own"))
+
+
+def test_what_a_forked_loader_process_logs_goes_to_its_standard_error(capfd: pytest.CaptureFixture[str]) -> None:
+    """Ray's client never returns there."""
+    from orchestrate.train import _Noted
+
+    own, said = os.getpid(), list[str]()
+
+    def report(progress: BaseModel) -> None:
+        if os.getpid() != own:
+            os._exit(3)
+        said.append(str(progress))
+
+    def read(name: str) -> str:
+        failures = iter([OSError(errno.ESTALE, os.strerror(errno.ESTALE), name)])
+
+        def access() -> str:
+            for failure in failures:
+                raise failure
+            return name
+
+        return patiently(access)
+
+    logger, handler = logging.getLogger("zscl"), _Noted(report)
+    logger.addHandler(handler)
+    try:
+        loader = torch.utils.data.DataLoader(
+            ["in the loader"], num_workers=1, collate_fn=lambda names: read(names[0]), multiprocessing_context="fork"
+        )
+        assert list(loader) == ["in the loader"]
+        assert read("in the worker") == "in the worker"
+    finally:
+        logger.removeHandler(handler)
+    [note] = said
+    assert "Stale file handle: 'in the worker'; trying again" in note
+    assert "Stale file handle: 'in the loader'; trying again" in capfd.readouterr().err
