@@ -4,8 +4,8 @@ Every node works in a folder of its own. What one worker leaves there is pushed,
 have changed, each whole, and those last whose presence says that others are there (see `zscl.sequence`).
 """
 
-import getpass
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -39,7 +39,7 @@ def url_of(storage: str, folder: Path) -> str:
 
 def on_this_node(url: str) -> "Mirror":
     """A worker's mirror, in a temporary folder that the workers of a machine share."""
-    return Mirror(url, Path(tempfile.gettempdir()) / f"zscl-{getpass.getuser()}" / digest(url)[:16] / "run")
+    return Mirror(url, Path(tempfile.gettempdir()) / f"zscl-{os.getuid()}" / digest(url)[:16] / "run")
 
 
 class Mirror:
@@ -92,19 +92,30 @@ class Mirror:
     def versions(self) -> dict[str, str]:
         """List what is in storage: each file's version by its path in the folder; nothing where there is no folder.
 
+        Hidden folders and that of Ray are not listed.
+
         Raises:
-            Exception: what the client of the storage raises. fsspec's own `exists` and `find` take a folder that they
-                cannot list for an empty one, and what is not listed would be removed here.
+            Exception: what the client of the storage raises. fsspec's own `exists`, `find` and `walk` take a folder
+                that they cannot list, at whatever depth, for an empty one, and what is not listed would be removed
+                here.
         """
-
-        def refuse(error: Exception) -> None:
-            if not isinstance(error, FileNotFoundError):
-                raise error
-
         found: dict[str, str] = {}
-        for _, _, files in self._storage.walk(self._root, detail=True, on_error=refuse):
-            for info in files.values():
-                found[info["name"].removeprefix(self._root).lstrip("/")] = _version(info)
+        folders = [self._root]
+        while folders:
+            folder = folders.pop()
+            try:
+                listed = self._storage.ls(folder, detail=True)
+            except FileNotFoundError:  # there is none, or it was removed meanwhile
+                continue
+            for info in listed:
+                path = info["name"].rstrip("/")
+                name = path.removeprefix(self._root).lstrip("/")
+                if path == folder or _hidden(f"{name}/"):  # some clients list a folder within itself
+                    continue
+                if info["type"] == "directory":
+                    folders.append(path)
+                else:
+                    found[name] = _version(info)
         return found
 
     def pull(self, exactly: bool = False, without: Iterable[str] = ()) -> None:

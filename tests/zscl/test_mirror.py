@@ -2,6 +2,7 @@
 
 import errno
 import os
+import pwd
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from botocore.exceptions import EndpointConnectionError
 from schemas.base import InputError
 from schemas.experiment import Experiment
 from zscl import mirror as module
-from zscl.mirror import Mirror, url_of
+from zscl.mirror import Mirror, on_this_node, url_of
 from zscl.sequence import run_sequence
 
 pytest_plugins = ["object_storage"]
@@ -138,17 +139,21 @@ def test_what_vanishes_while_it_is_fetched_is_left_out(
 
 
 @pytest.mark.parametrize("exactly", [True, False])
-def test_a_listing_that_fails_removes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exactly: bool) -> None:
+@pytest.mark.parametrize("below", ["", "stages", "stages/1-first", "stages/1-first/model"])
+def test_a_listing_that_fails_removes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exactly: bool, below: str
+) -> None:
     """On a mounted disk, whose folders fsspec takes for empty when it cannot list them."""
     (tmp_path / "storage").mkdir()
     mirror = Mirror((tmp_path / "storage/run").as_uri(), tmp_path / "here/run")
     write(mirror.folder / "stages/1-first/training.json", "{}")
+    write(mirror.folder / "stages/1-first/model/weights", "first")
     write(mirror.folder / "zero_shot.json", "{}")
     mirror.push()
     before, scandir, failures = content(mirror.folder), os.scandir, iter([errno.ESTALE, errno.EIO])
 
     def failing(path: Any) -> Any:
-        if "storage" in str(path):
+        if Path(path) == tmp_path / "storage/run" / below:
             for number in failures:
                 raise OSError(number, "storage is away")
         return scandir(path)
@@ -160,6 +165,33 @@ def test_a_listing_that_fails_removes_nothing(tmp_path: Path, monkeypatch: pytes
     monkeypatch.undo()
     assert Mirror(mirror.url, tmp_path / "other/run").versions().keys() == before.keys()
     assert Mirror(f"{mirror.url}-2", tmp_path / "third/run").versions() == {}
+
+
+def test_folders_that_nobody_reads_are_not_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray leaves one for each group of workers."""
+    (tmp_path / "storage").mkdir()
+    mirror = Mirror((tmp_path / "storage/run").as_uri(), tmp_path / "here/run")
+    for name in ("ray/group/state.json", ".cache/file", "stages/.half.partial/weights", "stages/ray/training.json"):
+        write(tmp_path / "storage/run" / name, "{}")
+    listed: list[str] = []
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: listed.append(str(path)) or scandir(path))
+    assert list(mirror.versions()) == ["stages/ray/training.json"]
+    root = tmp_path / "storage/run"
+    assert [Path(path).relative_to(root).as_posix() for path in listed] == [".", "stages", "stages/ray"]
+
+
+def test_a_user_without_a_name_has_a_folder_on_this_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def unknown(user: int) -> None:
+        raise KeyError(user)
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    folder = on_this_node("s3://bucket/runs/own").folder
+    assert folder == on_this_node("s3://bucket/runs/own").folder
+    assert f"zscl-{os.getuid()}" in folder.parts
 
 
 def test_storage_that_is_away_is_waited_for(two: tuple[Mirror, Mirror], monkeypatch: pytest.MonkeyPatch) -> None:
