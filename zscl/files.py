@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 PATIENCE_SECONDS = 300.0  # with storage that fails: a server that restarts is back by then
 LONGEST_BESIDE = 200  # bytes of a name that are part of a temporary one's
 SYSTEM_FILES = frozenset({"thumbs.db", "desktop.ini"})  # of Windows; those of macOS begin with a dot
+ASIDE = "damaged-"  # begins the names of what is set aside
 T = TypeVar("T")
 
 # Errors that another attempt may not meet: of a device, a network file system, a connection, or a resource in use.
@@ -221,7 +222,7 @@ def set_aside(path: Path) -> Path | None:
     Returns:
         Where it lies now; nothing where it is gone.
     """
-    aside = path.with_name(f"damaged-{secrets.token_hex(4)}-{path.name}")
+    aside = path.with_name(f"{ASIDE}{secrets.token_hex(4)}-{path.name}")
     try:
         path.rename(aside)
     except FileNotFoundError:

@@ -22,7 +22,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from schemas.base import InputError, one_line
 from schemas.secrets import mask
-from zscl.files import digest, patiently, remove, whole_file, write_text
+from zscl.files import ASIDE, digest, patiently, remove, whole_file, write_text
 
 KNOWN = ".mirror.json"
 EVERY_SECONDS = 10.0
@@ -250,8 +250,8 @@ class Mirror:
 
 
 def _hidden(name: str) -> bool:
-    """Half-written files, locks and names of owners; and what Ray keeps, which nobody reads."""
-    return fnmatch(f"/{name}", "*/.*") or name.startswith("ray/")
+    """Half-written files, locks and names of owners; and what is damaged or Ray keeps, which nobody reads."""
+    return any(fnmatch(f"/{name}", pattern) for pattern in ("*/.*", f"*/{ASIDE}*", "/ray/*"))
 
 
 def _order(name: str) -> tuple[int, str]:

@@ -15,6 +15,8 @@ from botocore.exceptions import EndpointConnectionError
 from schemas.base import InputError
 from schemas.experiment import Experiment
 from zscl import mirror as module
+from zscl.checkpoint import CHECKPOINT
+from zscl.files import set_aside
 from zscl.mirror import Mirror, on_this_node, url_of
 from zscl.sequence import run_sequence
 
@@ -165,6 +167,20 @@ def test_a_listing_that_fails_removes_nothing(
     monkeypatch.undo()
     assert Mirror(mirror.url, tmp_path / "other/run").versions().keys() == before.keys()
     assert Mirror(f"{mirror.url}-2", tmp_path / "third/run").versions() == {}
+
+
+def test_what_is_damaged_stays_on_its_node(two: tuple[Mirror, Mirror]) -> None:
+    """A checkpoint may have gigabytes, and nobody reads a damaged one."""
+    one, other = two
+    for name in (CHECKPOINT, "journal.jsonl", "stages/1-first/training.json"):
+        write(one.folder / name, name)
+    one.push()
+    aside = [set_aside(one.folder / name) for name in (CHECKPOINT, "stages/1-first")]
+    one.push()
+    other.pull()
+    assert list(content(other.folder)) == list(other.versions()) == ["journal.jsonl"]
+    one.pull(exactly=True)
+    assert all(each is not None and each.exists() for each in aside)
 
 
 def test_folders_that_nobody_reads_are_not_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
