@@ -46,14 +46,15 @@ Encode = Callable[[torch.Tensor], torch.Tensor]
 
 
 def encoder(teacher: Callable[[], nn.Module], precision: str) -> Encode:
-    """Encode images with a teacher that is loaded when it is first needed. [b, 3, H, W] → [b, D], normalised"""
+    """Encode images with a teacher that is loaded when it is first needed. [b, 3, H, W] → [b, D], normalised
+
+    Nothing here waits for the device. Whether features are finite is checked before they are stored, or by the loss.
+    """
 
     @torch.no_grad()
     def encode(images: torch.Tensor) -> torch.Tensor:
         with precision_context(precision, images.device):
-            features = at_least_float32(teacher().encode_image(images, normalize=True))  # type: ignore[operator]
-        refuse_not_finite(features, "the teacher gives reference images")  # or they would be stored
-        return features
+            return at_least_float32(teacher().encode_image(images, normalize=True))  # type: ignore[operator]
 
     return encode
 
@@ -231,7 +232,7 @@ class StoredFeatures:
             unknown = ~known
             computed = self.encode(images[unknown.to(images.device)])
             features[unknown.to(images.device)] = computed
-            self._keep(identities[unknown], computed.cpu())
+            self._keep(identities[unknown], computed)
         return features
 
     def fill(
@@ -272,6 +273,8 @@ class StoredFeatures:
     def _keep(self, identities: torch.Tensor, features: torch.Tensor) -> None:
         if self._full:
             return
+        features = features.cpu()
+        refuse_not_finite(features, "the teacher gives reference images")
         try:
             self.store.write(identities, features)
         except OSError as error:  # a store saves work; training goes on without it

@@ -16,10 +16,12 @@ import torch
 from numpy.lib.format import open_memmap
 from PIL import Image
 from pydantic import BaseModel
+from torch import nn
 
+from schemas.base import InputError
 from schemas.experiment import Experiment
 from schemas.results import ImagesEmbedded, Note, StepsTaken
-from zscl.features import CHECKS, FEATURES, FeatureStore, StoredFeatures, _open_or_replace, share_met
+from zscl.features import CHECKS, FEATURES, FeatureStore, StoredFeatures, _open_or_replace, encoder, share_met
 from zscl.sequence import run_sequence
 
 CPU = torch.device("cpu")
@@ -64,6 +66,29 @@ def test_two_that_make_one_store_share_it(tmp_path: Path) -> None:
     first.write(IDENTITIES, torch.ones(2, 3, dtype=torch.float64))
     assert second.read(IDENTITIES)[1].all()
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
+
+
+class Tower(nn.Module):
+    """An image tower whose features are the images' pixels."""
+
+    def encode_image(self, images: torch.Tensor, normalize: bool) -> torch.Tensor:
+        return images.flatten(1)
+
+
+def test_encoding_does_not_wait_for_the_device() -> None:
+    """A tensor on the meta device has no content that could be read."""
+    features = encoder(Tower, "fp32")(torch.empty(2, 3, 1, 1, device="meta"))
+    assert features.shape == (2, 3)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_features_that_are_not_finite_are_never_stored(store: FeatureStore, value: float) -> None:
+    features = StoredFeatures(store, encoder(Tower, "fp32"), pytest.fail)
+    images = torch.ones(2, 3, 1, 1)
+    images[1, 0] = value
+    with pytest.raises(InputError, match="the teacher gives reference images features that are NaN or Inf"):
+        features(images, IDENTITIES)
+    assert store.missing() == list(range(5))
 
 
 def test_a_full_disk_is_said_once_and_changes_nothing(tmp_path: Path) -> None:
