@@ -11,7 +11,7 @@ import torch
 
 from schemas.base import InputError
 from zscl.files import digest, patiently
-from zscl.members import EXPECTED_SUFFIXES, OTHER_IMAGE_SUFFIXES, Member, assemble, tar_members
+from zscl.members import EXPECTED_SUFFIXES, OTHER_IMAGE_SUFFIXES, Member, assemble, is_side_data, tar_members
 from zscl.samples import Draw, Fault, Sample, decoded_text, printable_name
 from zscl.seeds import seed_of
 
@@ -84,10 +84,10 @@ class IndexedSamples:
                 yield self._read(descriptors, index)
 
     def texts(self) -> Iterator[str]:
-        """The .txt members, in order."""
+        """The .txt members of usable samples, in order."""
         with _Descriptors() as descriptors:
-            for row in self.table.tolist():
-                text = self._member(descriptors, row[KINDS.index("text")])
+            for places, row in zip(self.table.tolist(), self._rows.tolist(), strict=True):
+                text = None if row in self._faults else self._member(descriptors, places[KINDS.index("text")])
                 if text is not None:
                     yield decoded_text(text)
 
@@ -168,7 +168,10 @@ class IndexedSamples:
             members.setdefault(member.key, []).append((member, (number, member.offset, member.size)))
         if not members:
             raise InputError(f"{file}: found no image in the shard, expected at least one")
+        with_image = {key for key, found in members.items() if any(member.kind == "image" for member, _ in found)}
         for key, found in members.items():
+            if key not in with_image and is_side_data([member for member, _ in found], with_image):
+                continue
             image, label, text, fault = assemble(found, str(file))
             yield key, (image or ABSENT, label or ABSENT, text or ABSENT), fault
 
