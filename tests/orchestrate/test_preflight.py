@@ -20,8 +20,7 @@ from orchestrate.interruption import WARNINGS
 from orchestrate.probe import probe
 from schemas.base import InputError, InterruptedRunError
 from schemas.experiment import Experiment
-from zscl import indexed_samples
-from zscl.members import Member
+from zscl.members import Member, tar_members
 from zscl.opened import open_experiment
 from zscl.sequence import run_sequence
 from zscl.writing import write_task
@@ -200,13 +199,12 @@ def test_masks_among_reference_images_are_named(experiment: Make, tmp_path: Path
 def test_shots_do_not_index_a_shard_again(experiment: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_task(tmp_path / "some", seed=0)
     read: list[Path] = []
-    real = indexed_samples.tar_members
 
     def noting(file: Path) -> list[Member]:
         read.append(file)
-        return real(file)
+        return tar_members(file)
 
-    monkeypatch.setattr(indexed_samples, "tar_members", noting)
+    monkeypatch.setattr("zscl.indexed_samples.tar_members", noting)
     counts = []
     for shots in (None, 2):
         read.clear()
