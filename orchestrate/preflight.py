@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from contextlib import suppress
 from functools import lru_cache
 from itertools import zip_longest
 from pathlib import Path
@@ -231,7 +231,7 @@ def warnings(opened: Opened) -> list[str]:
 
 def _whole_tasks(opened: Opened) -> list[TaskFolder]:
     """The tasks as their folders hold them: a sample that cannot be used belongs to no class, and is drawn nowhere."""
-    wholes = (task.whole or (replace(task, shots=None) if task.shots else task) for task in opened.tasks)
+    wholes = (task.whole or task.without_shots for task in opened.tasks)
     return list(dict.fromkeys(wholes))
 
 
@@ -244,6 +244,9 @@ def _left_out(opened: Opened) -> list[str]:
             found += [f"task '{task.name}', {sentence}" for sentence in task.oddities(split)]
     if broken := _broken_references(opened):
         found.append(f"reference.images: {_skipped(broken)}")
+    images = opened.reference.images if opened.reference else None
+    if isinstance(images, IndexedSamples) and (keys := images.dotted_keys()):
+        found.append(verdict.dotted("reference.images", keys))
     return found
 
 
@@ -339,8 +342,10 @@ def _beside(experiment: Experiment, beside: Path, root: Path) -> str:
 
 
 def _matches(path: Path) -> bool:
-    """Whether a path, or a pattern of paths, is there."""
-    return path.exists() or any(path.parent.glob(path.name))
+    """Whether a path, or a pattern of paths, is there; not where it cannot be looked for, as `a**b.tar`."""
+    with suppress(OSError, ValueError):
+        return path.exists() or any(path.parent.glob(path.name))
+    return False
 
 
 def _prepare(experiment: Experiment) -> Opened:

@@ -374,7 +374,9 @@ def _position(node: list[Any], key: str, path: str) -> int:
     return int(key)
 
 
-_ODD_SPACE = re.compile(r"(?:^|:)[ \t]*([\u00a0\u2000-\u200b\u202f\u3000])", flags=re.MULTILINE)
+_ODD = r"[ \t]*([\u00a0\u2000-\u200b\u202f\u3000])"  # what looks like a space
+_ODD_IN_LINE = re.compile(r"^(?:[^\n#\"']*:)?" + _ODD, flags=re.MULTILINE)  # before any comment or quotation mark
+_ODD_IN_SCALAR = re.compile(r"(?:[\w.]+:)?" + _ODD)  # at its beginning, or behind a field's name and its colon
 _DEEP = re.compile(r"(?:[\[{]\s*){50}")
 
 
@@ -386,12 +388,6 @@ def _parsed(text: str, refusal: str) -> Any:
     """
     if _DEEP.search(text):  # the parser would take seconds to find out
         raise InputError(f"{refusal} (it is nested too deep), expected a recipe's few levels")
-    if odd := _ODD_SPACE.search(text):
-        line, column = text.count("\n", 0, odd.start(1)) + 1, odd.start(1) - text.rfind("\n", 0, odd.start(1))
-        raise InputError(
-            f"{refusal} (line {line}, column {column}: found the character U+{ord(odd[1]):04X}, which looks like a "
-            "space; expected a plain one)"
-        )
     try:
         yaml = _yaml()
         node = yaml.compose(text)
@@ -402,6 +398,9 @@ def _parsed(text: str, refusal: str) -> Any:
     except RecursionError as error:
         raise InputError(f"{refusal} (it is nested too deep), expected a recipe's few levels") from error
     except MarkedYAMLError as error:
+        if odd := _ODD_IN_LINE.search(text):
+            line, column = text.count("\n", 0, odd.start(1)) + 1, odd.start(1) - text.rfind("\n", 0, odd.start(1))
+            raise InputError(f"{refusal} ({_odd(line, column, odd[1])})") from error
         raise InputError(f"{refusal} ({_where_and_what(error)})") from error
     except ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
@@ -415,22 +414,32 @@ def _count(node: Node | None, known: dict[int, int], refusal: str) -> int:
     if node is None:
         return 0
     line = f"line {node.start_mark.line + 1}"
-    if isinstance(node, MappingNode) and node.flow_style:
-        _refuse_slips(node, refusal)
     if id(node) in known:
         if known[id(node)] < 0:
             raise InputError(f"{refusal} (what is at {line} is part of itself)")
         return known[id(node)]
     known[id(node)] = -1
     if isinstance(node, ScalarNode):
+        if not node.style and (odd := _ODD_IN_SCALAR.match(node.value)):
+            place = node.start_mark
+            raise InputError(f"{refusal} ({_odd(place.line + 1, place.column + 1 + odd.start(1), odd[1])})")
         _refuse_broken_characters(node.value, f"{refusal} ({line} has half a character)")
     pairs = node.value if isinstance(node, MappingNode) else ()
     items = node.value if isinstance(node, SequenceNode) else (part for pair in pairs for part in pair)
     values = 1 + sum(_count(item, known, refusal) for item in items)
     if values > MOST_VALUES:
         raise InputError(f"{refusal} ({line} means more than {MOST_VALUES} values), expected a recipe's")
+    if isinstance(node, MappingNode) and node.flow_style:
+        _refuse_slips(node, refusal)
     known[id(node)] = values
     return values
+
+
+def _odd(line: int, column: int, sign: str) -> str:
+    return (
+        f"line {line}, column {column}: found the character U+{ord(sign):04X}, which looks like a space; expected a "
+        "plain one"
+    )
 
 
 def _refuse_slips(node: MappingNode, refusal: str) -> None:

@@ -16,14 +16,16 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, TextIO
+from pathlib import Path
+from typing import IO, Any, TextIO
 
 import fsspec
 
 from schemas.base import InputError, did_you_mean
 
+ONE_A_LINE = "one a line"
 FORMATS = "one caption a line, or TSV, CSV, JSON or JSON lines"
 # Names of columns and keys, in lower case and with underscores.
 CAPTION_NAMES = {
@@ -156,7 +158,7 @@ class Detector:
         header = named or (self.column is None and len(sample) > 1 and _name(first) in CAPTION_NAMES)
         self._refuse_no_text(sample[header:], "its lines")
         values = itertools.islice(_filled(self.location), int(header), None)
-        return Captions(f"one a line, below the header {first!r}" if header else "one a line", values)
+        return Captions(f"{ONE_A_LINE}, below the header {first!r}" if header else ONE_A_LINE, values)
 
     def table(self, delimiter: str) -> Captions:
         """Read the caption column of a table."""
@@ -334,6 +336,14 @@ class Detector:
 # ------------------------------------------------------------------------------------------------- reading
 
 
+def _opened(location: str) -> AbstractContextManager[IO[bytes]]:
+    """Open a file. A local one is not opened by fsspec, which takes `::` in a path for a chain of URLs."""
+    if "://" not in location:
+        return Path(location).open("rb")
+    remote: AbstractContextManager[IO[bytes]] = fsspec.open(location, "rb")
+    return remote
+
+
 @contextmanager
 def _text(location: str, newline: str = "\n") -> Iterator[TextIO]:
     """Open a text file, local or remote, compressed or not.
@@ -342,13 +352,13 @@ def _text(location: str, newline: str = "\n") -> Iterator[TextIO]:
         InputError: it cannot be read, or holds no UTF-8 text.
     """
     try:
-        with fsspec.open(location, "rb") as stream:
+        with _opened(location) as stream:
             head = stream.read(512)
         for offset, magic, what in BINARY:
             if head[offset:].startswith(magic):
                 raise InputError(f"{location}: found {what}")
         decompress = next((opens for magic, opens in DECOMPRESSORS.items() if head.startswith(magic)), None)
-        with fsspec.open(location, "rb") as stream:
+        with _opened(location) as stream:
             content = decompress(stream) if decompress else stream
             yield io.TextIOWrapper(content, encoding="utf-8-sig", newline=newline)
     except InputError:

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from schemas.base import InputError
-from zscl.caption_formats import FORMATS, read_captions
+from zscl.caption_formats import FORMATS, ONE_A_LINE, read_captions
 from zscl.files import whole_file
 
 SHOWN = 3  # captions shown to the user
+HEADER = b"caption\n"  # below it, every line is a caption
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,41 @@ def write_captions(file: Path, folder: Path, column: str | None = None) -> Writt
     captions = itertools.chain(first, captions)
     place = folder / "captions.txt"
     if place.exists():
-        written = read_captions(str(place), "1")
+        written = read_captions(str(place), lenient=True)
         if not all(there == ours for there, ours in itertools.zip_longest(written, captions)):
             raise InputError(f"{place}: found other captions there, expected a folder without a captions.txt")
     else:
-        with whole_file(place) as temporary, temporary.open("w", encoding="utf-8") as stream:
-            stream.writelines(caption + "\n" for caption in captions)
+        with whole_file(place) as temporary:
+            with temporary.open("w", encoding="utf-8") as stream:
+                stream.writelines(caption + "\n" for caption in captions)
+            _make_readable(temporary, file, first[0])
     return Written(source.count, source.origin, tuple(first), source.empty)
+
+
+def _make_readable(written: Path, file: Path, first: str) -> None:
+    """Give captions that a run would not read back as they were written the header line that settles their format.
+
+    Args:
+        written: one caption a line.
+        file: that they are from, for the message.
+        first: the first caption.
+
+    Raises:
+        InputError: a run would not read them back with a header either.
+    """
+    try:
+        plain = read_captions(str(written), lenient=True)
+        if plain.origin == ONE_A_LINE and next(iter(plain)) == first:  # a byte order mark would be lost
+            return
+    except InputError:
+        pass  # with a header they may be readable
+    written.write_bytes(HEADER + written.read_bytes())
+    try:
+        found = next(iter(read_captions(str(written), lenient=True)))
+    except InputError as error:
+        reason = str(error).replace(f"{written}: ", "").partition("; name it: ")[0]
+        raise InputError(
+            f"{file}: {reason}; a run would refuse the captions.txt that is made of it: choose another column with "
+            "--column NAME_OR_NUMBER, or leave these captions out"
+        ) from error
+    assert found == first

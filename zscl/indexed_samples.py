@@ -11,7 +11,7 @@ import torch
 
 from schemas.base import InputError
 from zscl.files import digest, patiently
-from zscl.members import EXPECTED_SUFFIXES, OTHER_IMAGE_SUFFIXES, Member, assemble, tar_members
+from zscl.members import EXPECTED_SUFFIXES, OTHER_IMAGE_SUFFIXES, Member, assemble, is_side_data, tar_members
 from zscl.samples import Draw, Fault, Sample, decoded_text, printable_name
 from zscl.seeds import seed_of
 
@@ -84,10 +84,10 @@ class IndexedSamples:
                 yield self._read(descriptors, index)
 
     def texts(self) -> Iterator[str]:
-        """The .txt members, in order."""
+        """The .txt members of usable samples, in order."""
         with _Descriptors() as descriptors:
-            for row in self.table.tolist():
-                text = self._member(descriptors, row[KINDS.index("text")])
+            for places, row in zip(self.table.tolist(), self._rows.tolist(), strict=True):
+                text = None if row in self._faults else self._member(descriptors, places[KINDS.index("text")])
                 if text is not None:
                     yield decoded_text(text)
 
@@ -106,10 +106,14 @@ class IndexedSamples:
             return [self._read(descriptors, index, ()) for index in indices]
 
     def dotted_keys(self) -> list[str]:
-        """The keys that have a dot in them, where WebDataset's own reader ends a key."""
+        """The keys of samples of shards that have a dot in them, where WebDataset's own reader ends a key."""
         ends = self._key_ends.tolist()
-        keys = (self._keys[ends[row] : ends[row + 1]] for row in self._rows.tolist())
-        return [key.decode() for key in keys if b"." in key.rpartition(b"/")[2]]
+        found = []
+        for place, row in zip(self.table[:, 0, 0].tolist(), self._rows.tolist(), strict=True):
+            key = self._keys[ends[row] : ends[row + 1]]
+            if b"." in key.rpartition(b"/")[2] and self._file_of(row, place).suffix.lower() == ".tar":
+                found.append(key.decode())
+        return found
 
     @property
     def layout(self) -> str:
@@ -138,9 +142,13 @@ class IndexedSamples:
             for kind, member in zip(KINDS, places, strict=True)
         )
         start, end = self._key_ends[row : row + 2].tolist()
-        file, fault = self._faults.get(row) or (self.files[places[0][0]], None)
+        file, fault = self._file_of(row, places[0][0]), self._faults[row][1] if row in self._faults else None
         shard = str(file if file.suffix.lower() == ".tar" else file.parent)
         return Sample(image or b"", label, text, shard, self._keys[start:end].decode(), place, fault)
+
+    def _file_of(self, row: int, place: int) -> Path:
+        """The shard or the loose image of a row whose image lies in the file `place`, where it has no fault."""
+        return self._faults[row][0] if row in self._faults else self.files[place]
 
     def _member(self, descriptors: "_Descriptors", place: list[int]) -> bytes | None:
         file, offset, size = place
@@ -168,7 +176,10 @@ class IndexedSamples:
             members.setdefault(member.key, []).append((member, (number, member.offset, member.size)))
         if not members:
             raise InputError(f"{file}: found no image in the shard, expected at least one")
+        with_image = {key for key, found in members.items() if any(member.kind == "image" for member, _ in found)}
         for key, found in members.items():
+            if key not in with_image and is_side_data([member for member, _ in found], with_image):
+                continue
             image, label, text, fault = assemble(found, str(file))
             yield key, (image or ABSENT, label or ABSENT, text or ABSENT), fault
 

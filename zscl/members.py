@@ -1,12 +1,13 @@
 """The members of tar shards: what would be read of one is looked at first.
 
 A shard is a tar of samples KEY.(jpg|jpeg|png|webp) + KEY.cls or KEY.txt. KEY is everything before the last dot.
+KEY.NAME.json and the like, and KEY.NAME.txt, are side data of KEY where KEY has an image.
 Nothing here unpickles: only image, label and text members are ever read.
 """
 
 import re
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Generic, NamedTuple, TypeVar
@@ -212,34 +213,75 @@ def read_samples(stream: Tail, url: str) -> Iterator[Sample]:
         InputError: the members of a sample are apart, there is no sample, or the shard is no whole tar.
     """
     group: list[tuple[Member, bytes]] = []
-    others: dict[str, Member] = {}  # by key, members of no kind: the sample that they belong to may come later
+    held: dict[str, list[tuple[Member, bytes]]] = {}  # texts KEY.….txt of the sample KEY, or of a sample that follows
+    others: dict[str, list[Member]] = {}  # what may belong to a sample that comes later, without its content
     done: set[str] = set()
+    with_image: set[str] = set()
+
+    def close(group: Sequence[tuple[Member, bytes]]) -> Iterator[Sample]:
+        """Yield a group whose last member was read; texts KEY.….txt alone may be side data of a sample behind them."""
+        members = [member for member, _ in group]
+        key = members[0].key
+        if "." in key.rpartition("/")[2] and all(member.kind == "text" for member in members):
+            others.setdefault(key, []).extend(members)
+            return
+        done.add(key)
+        if any(member.kind == "image" for member in members):
+            with_image.add(key)
+        yield _sample_of(group, url)
+
     with tarfile.open(fileobj=stream, mode="r|") as tar:  # type: ignore[call-overload]  # it only reads
         for member, info in _members_of(tar, url):
             if member.kind is None:
-                others.setdefault(member.key, member)
+                others.setdefault(member.key, []).append(member)
                 continue
-            if group and group[0][0].key != member.key:
-                done.add(group[0][0].key)
-                yield _sample_of(group, url)
-                group = []
-            if member.key in done:
+            if member.key in done or any(other.kind for other in others.get(member.key, ())):
                 raise InputError(
                     f"{url}: found the members of the sample '{printable_name(member.key)}' apart, expected them one "
                     "after another in a streamed shard: pack it with tar --sort=name, or let compute.shard_cache "
                     "copy it"
                 )
             opened = tar.extractfile(info) if member.is_read else None
-            group.append((member, opened.read() if opened else b""))
+            read = member, opened.read() if opened else b""
             tar.members = []  # or it remembers every header of the shard
-        if group:
-            done.add(group[0][0].key)
-            yield _sample_of(group, url)
+            if group and member.kind == "text" and group[0][0].key in _shorter_keys(member.key):
+                held.setdefault(member.key, []).append(read)
+                continue
+            if group and group[0][0].key != member.key:
+                yield from close(group)
+                group = held.pop(member.key, [])
+                for texts in held.values():
+                    yield from close(texts)
+                held = {}
+            group.append(read)
+        for each in [group, *held.values()] if group else []:
+            yield from close(each)
         stream.check_end(tar.offset)
-    lonely = [[(member, b"")] for key, member in others.items() if key not in done]
+    lonely = [members for key, members in others.items() if key not in done and not is_side_data(members, with_image)]
     if not done and not lonely:
         raise InputError(f"{url}: found no image in the shard, expected at least one")
-    yield from (_sample_of(each, url) for each in lonely)
+    yield from (_sample_of([(member, b"") for member in members], url) for members in lonely)
+
+
+def is_side_data(members: Sequence[Member], with_image: Container[str]) -> bool:
+    """Whether the members of one key are side data of another sample, such as x.metadata.json beside x.jpg.
+
+    Images and labels never are: a user takes them for samples.
+
+    Args:
+        members: of one key.
+        with_image: the keys of the shard that have an image.
+    """
+    if any(member.kind in ("image", "label") for member in members):
+        return False
+    return any(key in with_image for key in _shorter_keys(members[0].key))
+
+
+def _shorter_keys(key: str) -> list[str]:
+    """The keys that a file's name has where it is cut at one of the dots within its key."""
+    folder, slash, name = key.rpartition("/")
+    parts = name.split(".")
+    return [f"{folder}{slash}{'.'.join(parts[:count])}" for count in range(1, len(parts))]
 
 
 def _sample_of(group: Sequence[tuple[Member, bytes]], url: str) -> Sample:

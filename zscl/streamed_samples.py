@@ -55,9 +55,9 @@ class StreamedSamples:
         return itertools.islice(self._counted(_stream(self.urls)), part, None, parts)
 
     def texts(self) -> Iterator[str]:
-        """The .txt members, in order."""
+        """The .txt members of usable samples, in order."""
         for sample in _stream(self.urls):
-            if sample.text is not None:
+            if sample.fault is None and sample.text is not None:
                 yield decoded_text(sample.text)
 
     def _epoch(self, seed: int, epoch: int) -> Iterator[Sample]:

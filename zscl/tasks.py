@@ -147,15 +147,19 @@ class TaskFolder:
     @cached_property
     def train(self) -> IndexedSamples | StreamedSamples:
         """The training images."""
-        samples = self._samples("train")
         if self.shots is None:
-            return samples
-        return few_of_each(samples, self.shots, self.shots_seed, self.path, self._is_usable)
+            return self._samples("train")
+        return few_of_each(self.without_shots.train, self.shots, self.shots_seed, self.path, self._is_usable)
 
     @cached_property
     def test(self) -> IndexedSamples | StreamedSamples:
         """The test images."""
-        return self._samples("test")
+        return self._samples("test") if self.shots is None else self.without_shots.test
+
+    @cached_property
+    def without_shots(self) -> "TaskFolder":
+        """The task with all its training images; its shards are indexed once for both."""
+        return self if self.shots is None else replace(self, shots=None)
 
     def _samples(self, split: str) -> IndexedSamples | StreamedSamples:
         if self.whole is None or self.classes is None:

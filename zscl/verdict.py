@@ -70,7 +70,10 @@ def trait_warnings(traits: Mapping[str, int]) -> Iterator[str]:
 def dotted(split: str, keys: Sequence[str]) -> str:
     """A sentence about keys that other readers of such shards cut."""
     found = named(keys, "sample whose key has a dot", "samples whose keys have dots")
-    return f"{split}: found {found}: they are read here up to the last dot, WebDataset's own tools cut at the first"
+    return (
+        f"{split}: found {found}: they are read here up to the last dot, each image as a sample of its own; "
+        "WebDataset's own tools cut at the first"
+    )
 
 
 def uncounted(split: str, shards: Sequence[Path]) -> str:

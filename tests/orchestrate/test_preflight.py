@@ -20,6 +20,7 @@ from orchestrate.interruption import WARNINGS
 from orchestrate.probe import probe
 from schemas.base import InputError, InterruptedRunError
 from schemas.experiment import Experiment
+from zscl.members import Member, tar_members
 from zscl.opened import open_experiment
 from zscl.sequence import run_sequence
 from zscl.writing import write_task
@@ -159,7 +160,7 @@ def test_what_would_be_skipped_is_said_before_anything_starts(experiment: Make, 
     changes: dict[str, Any] = {"tasks": [str(odd_task)], "reference": {"images": [images], "texts": texts}}
     borne = experiment(**changes, compute={"device": "cpu", "max_broken_share": 0.1})
     opened = preflight.prepare(borne)
-    skipped, dotted, uncounted, references = preflight.warnings(opened)
+    skipped, dotted, uncounted, references, _ = preflight.warnings(opened)
     assert "train: found 1 sample whose key has a dot (v1.0): they are read here up to the last dot" in dotted
     assert "train: found 1 shard (1.tar) that nshards.txt does not count: never read" in uncounted
     assert "found 2 samples to be skipped: " in skipped
@@ -181,6 +182,41 @@ def test_a_broken_reference_counts_before_anything_starts(experiment: Make, tmp_
     (tmp_path / "captions.txt").write_text("red\ngreen\n")
     with pytest.raises(InputError, match=r"sample '3' cannot be used \(unsupported.* found 1 such samples of 10"):
         preflight.prepare(experiment(reference=str(tmp_path)))
+
+
+def test_masks_among_reference_images_are_named(experiment: Make, tmp_path: Path) -> None:
+    image = next(coloured(1, 0))[0]
+    members = [(f"{key}.{suffix}", image) for key in ("x", "y") for suffix in ("jpg", "seg.png")]
+    write_tar(tmp_path / "0.tar", members)
+    (tmp_path / "captions.txt").write_text("red\ngreen\n")
+    [dotted] = preflight.warnings(preflight.prepare(experiment(reference=str(tmp_path))))
+    assert dotted.startswith("reference.images: found 2 samples whose keys have dots (x.seg, y.seg): ")
+    (tmp_path / "0.tar").unlink()
+    (tmp_path / "a.loose.png").write_bytes(image)  # a dot cuts no name of a file
+    assert preflight.warnings(preflight.prepare(experiment(reference=str(tmp_path)))) == []
+
+
+def test_shots_do_not_index_a_shard_again(experiment: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_task(tmp_path / "some", seed=0)
+    read: list[Path] = []
+
+    def noting(file: Path) -> list[Member]:
+        read.append(file)
+        return tar_members(file)
+
+    monkeypatch.setattr("zscl.indexed_samples.tar_members", noting)
+    counts = []
+    for shots in (None, 2):
+        read.clear()
+        preflight.warnings(preflight.prepare(experiment(tasks=[{"path": str(folder), "shots": shots}])))
+        counts.append(len(read))
+    assert counts[0] == counts[1] > 0
+
+
+def test_a_path_that_is_no_pattern_is_refused_as_missing(experiment: Make, tmp_path: Path) -> None:
+    missing = str(Path.cwd() / "a**b.tar")
+    with pytest.raises(InputError, match=r"a\*\*b\.tar"):
+        preflight.prepare(experiment(reference=missing), tmp_path / "r.yaml")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])

@@ -352,6 +352,19 @@ def test_says_where_a_recipe_is_wrong(tmp_path: Path, text: bytes, sentence: str
             "optimisation:\n\u00a0\u00a0steps: 2",
             "line 5, column 1: found the character U+00A0, which looks like a space",
         ),
+        *(
+            (text, f"column {column}: found the character U+{ord(sign):04X}, which looks like a space")
+            for sign in "\u00a0\u2003\u3000"
+            for text, column in (
+                (f"seed:{sign}2", 6),
+                (f"seed: {sign}2", 7),
+                (f"compute: {{device:{sign}cpu}}", 18),
+                (f"optimisation:\n  steps:{sign}2", 9),
+                (f"optimisation:\n  steps:{sign}2\n  batch_size: 2 # a: b", 9),
+                (f"{sign}seed: 1", 1),
+                (f"compute:\n {sign}device: cpu", 2),
+            )
+        ),
         ("seed: 1\nseed: 2", "expected every field once"),
         ("compute: {compile: yes}", "compute.compile: found 'yes', expected true or false (line 4, column 11)"),
         ("optimisation: {steps: 1e3}", "found 1000.0, expected a whole number: 1000 (line 4, column 16)"),
@@ -426,3 +439,30 @@ def test_quotes_around_a_number_are_said_to_be_the_matter(
         refused.value
     )
     assert "optimisation.learning_rate: found '1e-5' in quotes" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "# a comment:\u00a0here\n",
+        "seed: 1  # so:\u00a0\u3000that\n",
+        "\u0023\u00a0a comment\n",
+        "name: 'a:\u00a0b'\n",
+        'name: "\u3000a:\u00a0b"\n',
+        "name: a photo:\u00a0of\u00a0it\n",
+        "name: |\n  a:\u00a0b\n  \u00a0c\n",
+        "reference: 'photos/\u00a0a'\n",
+        "name: 'two\n\n  \u00a0lines'\n",
+    ],
+)
+def test_odd_spaces_in_texts_and_comments_are_left_alone(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("model: embedded\n" + text, encoding="utf-8")
+    assert recipes.read(file)["model"] == "embedded"
+
+
+def test_an_odd_space_in_a_comment_does_not_hide_what_is_wrong(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("# a:\u00a0b\nname: 'x:\u00a0y'\ntasks: [a\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"line 3, column 8: expected ',' or '\]'"):
+        recipes.read(file)

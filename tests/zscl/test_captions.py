@@ -213,3 +213,38 @@ def test_captions_beside_images_have_their_column_found(tmp_path: Path) -> None:
     (place / "captions.txt").write_text("http://a/1.jpg\nhttp://a/2.jpg\n")
     with pytest.raises(InputError, match=r"captions\.txt: found URLs in its lines"):
         ReferenceSet(Reference.model_validate(str(place)))
+
+
+def test_captions_below_a_path_with_colons_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a::b").mkdir()
+    place = Path(images(tmp_path / "a::b"))
+    (place / "captions.txt").write_text("one\ntwo\n")
+    assert ReferenceSet(Reference.model_validate(str(place))).texts == ["one", "two"]
+    with gzip.open(tmp_path / "a::b/more.txt.gz", "wt") as stream:
+        stream.write("three\n")
+    assert write_captions(tmp_path / "a::b/more.txt.gz", tmp_path / "a::b/set").first == ("three",)
+
+
+@pytest.mark.parametrize(
+    "captions",
+    [
+        *(["title", "a dog"], ["Text", "a dog"], ["description"], ["caption", "caption", "a dog"]),
+        *(['{"caption": "a"}', "a dog"], ['["a"]', "a dog", "b"], ["[", "a dog"], ['"a dog"', "a cat"], ["{", "b"]),
+        *(["text, dog", "a, b"], ["text|id", "a|b"], ["a dog, 1.jpg", "a cat, 2.jpg"], ["http://a b", "a dog"]),
+        *(["7", "8", "9"], ["a1", "b2"], ["\ufeffa", "b"], ["a dog"]),
+    ],
+)
+def test_prepared_captions_are_read_back_as_they_were_written(captions: list[str], tmp_path: Path) -> None:
+    place = Path(images(tmp_path))
+    (tmp_path / "given.json").write_text(json.dumps([{"caption": caption} for caption in ["", *captions]]))
+    written = write_captions(tmp_path / "given.json", place, "caption")
+    assert ReferenceSet(Reference.model_validate(str(place))).texts == captions
+    assert write_captions(tmp_path / "given.json", place, "caption") == written
+
+
+def test_captions_that_a_run_would_refuse_are_refused_when_they_are_written(tmp_path: Path) -> None:
+    records = [["a/b\nc.jpg", "d/e\nf.jpg"]] * 2000  # on one line, they look like file names
+    (tmp_path / "given.json").write_text(json.dumps(records))
+    with pytest.raises(InputError, match=r"given\.json: found file names in .*; a run would refuse the captions\.txt"):
+        write_captions(tmp_path / "given.json", tmp_path / "set")
+    assert not list((tmp_path / "set").iterdir())

@@ -237,3 +237,69 @@ def test_a_member_that_is_there_twice_is_refused(tmp_path: Path) -> None:
         open_samples([f"{tmp_path}/0.tar"])
     with pytest.raises(InputError, match=r"0\.tar: found the member '0\.png' twice"):
         list(open_samples([f"file://{tmp_path}/0.tar"]).once(0, 1))
+
+
+PNG_MEMBERS = [("x.png", IMAGE), ("x.cls", b"0"), ("x.txt", b"a dog")]
+
+
+@pytest.mark.parametrize("remote", [False, True])
+@pytest.mark.parametrize("order", ["first", "last", "between", "sorted"])
+@pytest.mark.parametrize("folder", ["", "a.b/"])
+@pytest.mark.parametrize(
+    "side",
+    [
+        ("metadata.json",),
+        ("url.txt", "syn.json", "paug.json", "pth.gz", "npz", "json"),
+        ("alt.txt", "a.b.txt", "seg.npy", "TXT.bak"),
+    ],
+)
+def test_members_under_a_longer_name_are_side_data_of_their_sample(
+    tmp_path: Path, side: tuple[str, ...], folder: str, order: str, remote: bool
+) -> None:
+    own = [(folder + name, content) for name, content in PNG_MEMBERS]
+    others = [(f"{folder}x.{name}", b"http://a") for name in side]
+    members = {
+        "first": [*others, *own],
+        "last": [*own, *others],
+        "between": [*own[:1], *others, *own[1:]],
+        "sorted": sorted([*own, *others]),
+    }[order]
+    write_tar(tmp_path / "0.tar", [*WHOLE, *members, ("z.png", IMAGE)])
+    samples = open_samples([f"file://{tmp_path}/0.tar" if remote else f"{tmp_path}/0.tar"])
+    found = {sample.key: (sample.image, sample.label, sample.text, sample.fault) for sample in samples.once(0, 1)}
+    assert found == {
+        "w": (IMAGE, b"0", None, None),
+        f"{folder}x": (IMAGE, b"0", b"a dog", None),
+        "z": (IMAGE, None, None, None),
+    }
+    assert list(samples.texts()) == ["a dog"]
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_key_that_continues_anothers_keeps_its_text(tmp_path: Path, remote: bool) -> None:
+    write_tar(tmp_path / "0.tar", [("v1.png", IMAGE), ("v1.2.txt", b"two"), ("v1.2.png", IMAGE), ("v1.3.txt", b"side")])
+    assert [(each.key, each.text, each.fault) for each in read(tmp_path, remote)] == [
+        ("v1", None, None),
+        ("v1.2", b"two", None),
+    ]
+
+
+@pytest.mark.parametrize("apart", [["v1.2.txt", "v1.png", "v1.2.png"], ["v1.2.png", "v1.png", "v1.2.txt"]])
+def test_a_text_apart_from_its_dotted_key_is_not_lost(tmp_path: Path, apart: list[str]) -> None:
+    write_tar(tmp_path / "0.tar", [(name, b"two" if name.endswith("txt") else IMAGE) for name in apart])
+    assert {(each.key, each.text) for each in read(tmp_path, remote=False)} == {("v1", None), ("v1.2", b"two")}
+    with pytest.raises(InputError, match=r"the sample 'v1\.2' apart"):
+        read(tmp_path, remote=True)
+
+
+@pytest.mark.parametrize("remote", [False, True])
+@pytest.mark.parametrize(
+    "name", ["x.seg.cls", "y.json", "y.meta.json", "y.url.txt", "README.txt", "a/x.json", "a/x.meta.json", "xy.txt"]
+)
+def test_what_belongs_to_no_image_is_counted_and_gives_no_text(tmp_path: Path, name: str, remote: bool) -> None:
+    write_tar(tmp_path / "0.tar", [(name, b"1"), *PNG_MEMBERS])
+    samples = open_samples([f"file://{tmp_path}/0.tar" if remote else f"{tmp_path}/0.tar"])
+    [lone] = [sample for sample in samples.once(0, 1) if sample.fault]
+    assert lone.key == name.rpartition(".")[0]
+    assert "no image member" in str(lone.error())
+    assert list(samples.texts()) == ["a dog"]
