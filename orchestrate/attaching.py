@@ -36,7 +36,9 @@ def attach(
         return False
     identity = identity_of(run)
     from mlflow.entities import Metric  # takes seconds to import
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
+    from orchestrate.local_store import artefacts_now
     from orchestrate.mlflow_store import log_metrics, open_client, recorded, runs_of
     from orchestrate.store_errors import reason_of
 
@@ -50,8 +52,12 @@ def attach(
         run_there = recorded(runs, run.absolute(), identity.begun, begun_in)
         if run_there is not None:
             where = run_there.info.run_id
+            uri_now = artefacts_now(run_there.info.artifact_uri, file)
             for each in files:
-                client.log_artifact(where, str(each), place)
+                if uri_now == run_there.info.artifact_uri:
+                    client.log_artifact(where, str(each), place)
+                else:
+                    get_artifact_repository(uri_now).log_artifact(str(each), place)
             rows = [
                 # The time of the run's end: sent again, it is the same metric.
                 Metric(name, value, run_there.info.end_time or run_there.info.start_time, step)

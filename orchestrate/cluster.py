@@ -31,6 +31,7 @@ KEEP_MEMORY = {
 # Of a path to a Unix socket, Linux takes 107 bytes and macOS 103; Ray adds up to 68 to the temporary folder's name:
 # /ray/session_2026-01-31_23-59-59_123456_4194304/sockets/plasma_store
 LONGEST_TEMPORARY = 107 - 68 if sys.platform == "linux" else 103 - 68
+LONGEST_PID = 7  # digits
 LOOK_SECONDS = 60.0  # for a node to start a process and say something
 
 
@@ -108,12 +109,15 @@ def local_folder() -> str:
     """
     chosen, given = os.environ.get("RAY_TMPDIR"), os.environ.get("TMPDIR") or "/tmp"
     if chosen:
-        if len(os.fsencode(chosen)) > LONGEST_TEMPORARY:
+        folder = Path(chosen).absolute()
+        # The session's folder is named after this process, whose number may be shorter than the longest one.
+        size, longest = len(os.fsencode(folder)), LONGEST_TEMPORARY + LONGEST_PID - len(str(os.getpid()))
+        if size > longest:
             raise InputError(
-                f"RAY_TMPDIR: found {chosen}, {len(os.fsencode(chosen))} bytes long, expected at most "
-                f"{LONGEST_TEMPORARY}: Ray's Unix sockets lie below it, whose paths the system limits"
+                f"RAY_TMPDIR: found {folder}, {size} bytes long, expected at most {longest}: Ray's Unix sockets lie "
+                "below it, whose paths the system limits"
             )
-        return str(Path(chosen, "ray").absolute())
+        return str(folder / "ray")
     usable = len(os.fsencode(given)) <= LONGEST_TEMPORARY and os.access(given, os.W_OK | os.X_OK)
     return str(Path(given if usable else "/tmp", "ray").absolute())
 

@@ -1,10 +1,7 @@
 """The address of a Ray cluster that is named: checked within seconds, where Ray would wait for minutes or for ever."""
 
 import os
-from http.client import HTTPException, InvalidURL
-from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
-from urllib.request import urlopen
 
 import grpc
 
@@ -99,39 +96,3 @@ def _check_service(target: str, found: str, expected: str) -> None:
                 raise InputError(
                     f"{found}: something answers there, but not as a Ray GCS does ({error.code().name}), {expected}"
                 ) from error
-
-
-def check_dashboard(address: str) -> None:
-    """See that a Ray dashboard, which takes jobs, answers at an address.
-
-    Args:
-        address: `http://HOST:PORT`; without a scheme, Ray takes it for HTTP.
-
-    Raises:
-        InputError: It does not, and why.
-    """
-    found = f"--address {mask(address)}: found no Ray cluster that takes the job"
-    expected = "expected a dashboard's address, http://HOST:8265 by default"
-    url = address if "://" in address else f"http://{address}"
-    if address == "auto":
-        raise InputError(f"{found}, {expected}")
-    if urlsplit(url).scheme not in ("http", "https"):
-        raise InputError(f"{found}: {urlsplit(url).scheme}:// is no dashboard's, {expected}")
-    try:
-        with urlopen(f"{url.rstrip('/')}/api/version", timeout=ANSWER_SECONDS) as answer:
-            is_ray = b"ray_version" in answer.read(10_000)
-    except HTTPError as error:
-        is_ray = error.code in (401, 403)  # it asks for a token, which Ray's client has
-        if not is_ray:
-            reason = f"it answers {error.code} {error.reason}"
-            raise InputError(f"{found} ({reason}), {expected}") from error
-    except (UnicodeError, ValueError, InvalidURL) as error:
-        raise InputError(f"{found} ({error}), {expected}") from error
-    except HTTPException as error:
-        reason = f"what answers there does not speak HTTP ({type(error).__name__})"
-        raise InputError(f"{found}: {reason}; a GCS is at port 6379, its dashboard at 8265; {expected}") from error
-    except OSError as error:
-        reason = mask(str(error.reason if isinstance(error, URLError) else error))
-        raise InputError(f"{found} ({reason}), {expected}") from error
-    if not is_ray:
-        raise InputError(f"{found} (another web server answers there), {expected}")

@@ -182,7 +182,7 @@ def evaluate(subject: Subject, options: Options, console: Console) -> Evaluation
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sets = [task.test for task in (*subject.tasks, *subject.suites)]
     images = sum(len(each) for each in sets if isinstance(each, IndexedSamples)) * len(subject.models)
-    judged_models, warnings = [], list[str]()
+    judged_models, warnings = list[JudgedModel](), list[str]()
     with Bar(console, total=images or None) as bar:
         loader = Loader(device, options.loader_processes, max_broken_share=share, note=bar.say)
         for task in (*subject.tasks, *subject.suites):
@@ -192,10 +192,10 @@ def evaluate(subject: Subject, options: Options, console: Console) -> Evaluation
             name = subject.place(stage, model)
             bar.update(f"judging {name}", bar.done)
             clip = load(model, device)
-            for task in (*subject.tasks, *subject.suites):
-                new = [each for each in prompt_warnings(task, clip.tokenizer) if each not in warnings]
-                warnings += new
-                for sentence in new:
+            if not judged_models:  # several models are the stages of one run, which have one tokenizer
+                prompted = (*subject.tasks, *subject.suites)
+                warnings += dict.fromkeys(each for task in prompted for each in prompt_warnings(task, clip.tokenizer))
+                for sentence in warnings:
                     bar.say(f"warning: {sentence}")
             judged = judge(
                 clip,

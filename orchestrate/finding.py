@@ -64,8 +64,13 @@ def find(given: Sequence[str], where: str | None, uri: str | None) -> dict[str, 
 
 def _folder(name: str) -> Path:
     path = Path(name).expanduser().absolute()
-    if path.exists():
-        return path
+    try:
+        if path.exists():
+            return path
+    except OSError as error:  # below a folder of another user, say
+        raise InputError(
+            f"{name}: cannot be read ({error.strerror}), expected a run's folder or its id in MLflow"
+        ) from (error)
     if NEARLY_RUN_ID.fullmatch(name):
         raise InputError(
             f"{name}: found no such folder and no run id, expected a folder, or the 32 digits (0-9, a-f) of a run's id "
@@ -155,7 +160,7 @@ class _Store:
         begun = begun_of(run)
         identity = RunIdentity(run.data.tags.get(FINGERPRINT, ""), -1 if begun is None else begun)
         for folder in self._candidates(run):
-            if folder.is_dir() and identity_of(folder) == identity:
+            if identity_of(folder) == identity:
                 return folder
         return self._downloaded(run)
 
@@ -171,14 +176,19 @@ class _Store:
     def _downloaded(self, run: "Run") -> Path:
         from mlflow.artifacts import download_artifacts
 
+        from orchestrate.local_store import artefacts_now
+
         which = run.info.run_id
         name = (run.info.run_name or "run").replace("/", "_")
         place = Path(tempfile.mkdtemp(prefix=DOWNLOADED), which[:8], name)
         atexit.register(shutil.rmtree, place.parent.parent, ignore_errors=True)
         place.mkdir(parents=True)
         try:
+            location = artefacts_now(run.info.artifact_uri, self.file)
+            is_moved = location != run.info.artifact_uri
             for file in (RESULT, EXPERIMENT):
-                download_artifacts(run_id=which, artifact_path=file, dst_path=str(place), tracking_uri=self.uri)
+                artefact = f"{location}/{file}" if is_moved else f"runs:/{which}/{file}"
+                download_artifacts(artefact, dst_path=str(place), tracking_uri=self.uri)
         except Exception as error:  # whatever a store of artefacts may raise
             reason = mask(" ".join(str(error).split()))
             raise InputError(

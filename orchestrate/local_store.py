@@ -26,6 +26,20 @@ def artefacts_beside(file: Path) -> Path:
     return file.parent / ARTEFACTS
 
 
+def artefacts_now(location: str, file: Path | None) -> str:
+    """Return where artefacts lie now, without a change to the store: beside it, where it was moved with them.
+
+    Args:
+        location: What the store says.
+        file: Of the store, if it is an SQLite file.
+    """
+    recorded = _path(location)
+    root = next((each for each in recorded.parents if each.name == ARTEFACTS), None)
+    if file is None or root is None or not _is_local(location) or not _was_left(str(root), artefacts_beside(file)):
+        return location
+    return (artefacts_beside(file) / recorded.relative_to(root)).as_uri()
+
+
 def follow_artefacts(file: Path) -> None:
     """Have a store that was moved name its artefacts where they lie now: beside it.
 
@@ -64,7 +78,7 @@ def _locations(store: sqlite3.Connection) -> Iterator[str]:
     """Give where the experiments of a store have their artefacts, if it has any experiments yet."""
     if _columns(store, "experiments"):
         for [location] in store.execute("SELECT DISTINCT artifact_location FROM experiments"):
-            if location and (location.startswith("file:") or "://" not in location):
+            if location and _is_local(location):
                 yield location
 
 
@@ -74,9 +88,19 @@ def _columns(store: sqlite3.Connection, table: str) -> set[str]:
 
 def _was_left(location: str, here: Path) -> bool:
     """Whether a location is that of a store's artefacts before the store came to lie where it lies now."""
-    recorded = Path(url2pathname(urlsplit(location).path if location.startswith("file:") else location))
+    recorded = _path(location)
     if recorded.name != ARTEFACTS or recorded == here:
         return False
-    if not recorded.exists():
-        return True
-    return here.exists() and not recorded.samefile(here)
+    try:
+        is_there = recorded.exists()
+        return not is_there or (here.exists() and not recorded.samefile(here))
+    except OSError:  # below a folder of another user: nobody knows
+        return False
+
+
+def _is_local(location: str) -> bool:
+    return location.startswith("file:") or "://" not in location
+
+
+def _path(location: str) -> Path:
+    return Path(url2pathname(urlsplit(location).path if location.startswith("file:") else location))

@@ -70,6 +70,8 @@ def open_store(uri: str, experiment: str) -> tuple[MlflowClient, str]:
         _check_database(uri)
     file = sqlite_file(uri)
     with _alone(file):
+        if file is not None:
+            follow_artefacts(file)
         client = open_client(uri)
         found = client.get_experiment_by_name(experiment)
         if found is not None:
@@ -115,13 +117,11 @@ def _check_database(uri: str) -> None:
 
 
 def open_client(uri: str) -> MlflowClient:
-    """Open a store; where that is an SQLite file that was moved, with its artefacts where they lie now.
+    """Open a store to read it. Nothing in it changes, also where it was moved: see `local_store.artefacts_now`.
 
     Raises:
         Exception: one of `FAILURES`.
     """
-    if file := sqlite_file(uri):
-        follow_artefacts(file)
     return MlflowClient(tracking_uri=uri)
 
 
@@ -181,8 +181,11 @@ def recorded(
     """
 
     def is_here(place: Path) -> bool:
-        """Whether a recorded place is this folder, by whatever path."""
-        return str(place) == mask(str(folder)) or (place.exists() and folder.exists() and place.samefile(folder))
+        """Whether a recorded place is this folder, by whatever path; a place that cannot be read is not."""
+        try:
+            return str(place) == mask(str(folder)) or place.samefile(folder)
+        except OSError:
+            return False
 
     began = [(run, Path(run.data.tags.get(FOLDER, "/")), begun_of(run)) for run in runs]
     alike = [(run, place) for run, place, when in began if when == begun]

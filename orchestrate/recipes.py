@@ -102,10 +102,16 @@ def load_variants(file: Path, overrides: Sequence[str] = (), variant: str | None
     }
 
 
-def name_of(file: Path) -> str:
-    """Name an experiment after its recipe's file, with the characters that a name may have."""
+def name_of(file: Path, ending: str = "") -> str:
+    """Name an experiment after its recipe's file, with the characters and the length that a name may have.
+
+    Args:
+        file: The recipe.
+        ending: Of the name. The part before it is shortened where both together are too long.
+    """
     plain = unicodedata.normalize("NFKD", file.stem).encode("ascii", "ignore").decode()
-    return re.sub(r"[^A-Za-z0-9_.-]+", "-", plain).strip("-")[:LONGEST_NAME] or "recipe"
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", plain).strip("-")
+    return (name[: max(LONGEST_NAME - len(ending), 0)] or "recipe") + ending
 
 
 def _vary(file: Path, base: Path, name: str, changes: Any, overrides: Sequence[str]) -> Experiment:
@@ -119,7 +125,7 @@ def _vary(file: Path, base: Path, name: str, changes: Any, overrides: Sequence[s
         _set(content, str(path), value, f"{file}: variants.{name}: {path}")
     for override in overrides:
         _override(content, override)
-    return parse(Experiment, {**content, "name": f"{name_of(file)}-{name}"}, file, overrides=overrides)
+    return parse(Experiment, {**content, "name": name_of(file, f"-{name}")}, file, overrides=overrides)
 
 
 def load_search(file: Path, overrides: Sequence[str] = ()) -> tuple[Search, dict[str, Any]]:

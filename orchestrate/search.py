@@ -238,10 +238,11 @@ def _conclude(
         raise InputError(f"{folder}: found no trial of {len(trials)} that finished ({reasons})")
     chosen = max(front, key=lambda trial: (goodness_of(trial.objectives), -trial.number))
     recipe = recipes.at(search, prepared.content, chosen.values, prepared.file, judged_on=None)
-    recipes.write_experiment(recipe.model_copy(update={"name": f"{prepared.file.stem}-chosen"}), folder / places.CHOSEN)
+    name = recipes.name_of(prepared.file, "-chosen")
+    recipes.write_experiment(recipe.model_copy(update={"name": name}), folder / places.CHOSEN)
     test = _judged_on_test(chosen, prepared, common, interruption)
     result = SearchResult(
-        name=prepared.file.stem,
+        name=recipes.name_of(prepared.file),
         fingerprint=prepared.fingerprint,
         objectives=search.objectives,
         held_out_share=search.validation_share,

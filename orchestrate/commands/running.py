@@ -229,7 +229,10 @@ def submit(
     ] = None,
     address: Annotated[
         str | None,
-        typer.Option(help="Of the cluster's dashboard. Default: RAY_API_SERVER_ADDRESS, or http://127.0.0.1:8265."),
+        typer.Option(
+            help="Of the cluster's dashboard, or any that `ray job submit` takes. As there, RAY_API_SERVER_ADDRESS and "
+            "RAY_ADDRESS come before it. Default: http://127.0.0.1:8265."
+        ),
     ] = None,
     working_dir: Annotated[
         Path, typer.Option(help="Uploaded, but for what .gitignore and .rayignore name; holds the recipe.")
@@ -249,10 +252,10 @@ def submit(
     size = submitting.megabytes_uploaded(place)
     note(f"uploads {size:.1f} MB" + (": .rayignore may name what the run does not need" if size > MUCH else ""))
     grace = max(each.compute.grace_seconds for each in recipes.load_variants(recipe, overrides).values())
-    job, follow = submitting.submit(entrypoint, place, address, grace)
+    job, follow = submitting.submit(entrypoint, place, address, grace, note)
     stop = command("ray", "job", "stop", "--address", job.address, job.id)
     note(f"job {job.id}: {mask(entrypoint)}\nstop it: {stop}")
-    emit({"job": job.id, "address": job.address}, as_json, [] if wait else [job.id])
+    emit({"job": job.id, "address": mask(job.address)}, as_json, [] if wait else [job.id])
     if wait and (code := follow(sys.stderr if as_json else sys.stdout)):
         raise typer.Exit(code)
 

@@ -5,17 +5,20 @@ import json
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import Command, coloured, make_task
 from mlflow.tracking import MlflowClient
 
-from orchestrate import recipes
+from orchestrate import evaluate, recipes
 from orchestrate.shipping import sync
 from schemas.experiment import Experiment
 from schemas.judgement import Evaluation
+from zscl.prompt_checks import prompt_warnings
 from zscl.sequence import run_sequence
+from zscl.tasks import TaskFolder
 from zscl.writing import write_task
 
 Zscl = Callable[..., Command]
@@ -40,8 +43,16 @@ def test_all_stages_of_a_run(
     store = f"sqlite:///{tmp_path}/mlflow.db"
     (tmp_path / "mlflow.db").write_bytes(empty_store.read_bytes())
     sync(run, store, lambda *_: None)
+    looked_at: list[str] = []
+
+    def counted(task: TaskFolder, tokenizer: Any) -> list[str]:
+        looked_at.append(task.name)
+        return prompt_warnings(task, tokenizer)
+
+    monkeypatch.setattr(evaluate, "prompt_warnings", counted)
     said = zscl("evaluate", run, "--stage", "all", "--suite", tasks[2], "--json")
     assert said.code == 0, said.error
+    assert looked_at == ["first", "second", "third"]  # once for all stages, which have one tokenizer
     found = evaluation(run / "evaluation")
     assert json.loads(said.out)["evaluation"] == found.model_dump(mode="json")
     assert [model.stage for model in found.models] == [0, 1, 2]

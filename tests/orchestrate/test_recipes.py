@@ -410,6 +410,12 @@ def test_a_variants_name_must_do_for_a_folder(table: Path, name: str) -> None:
     assert "expected nothing but letters, digits and any of _.-: folders are named after it" in str(refused.value)
 
 
+def test_a_name_made_of_a_long_file_name_is_shortened_before_its_ending(table: Path) -> None:
+    long = table.rename(table.with_name(f"{'x' * 120}.yaml"))
+    names = [made.name for made in recipes.load_variants(long, variant=recipes.ALL).values()]
+    assert names == [f"{'x' * 94}-plain", f"{'x' * 94}-short", f"{'x' * 91}-as-it-is"]
+
+
 def test_names_that_are_too_long_are_refused_by_their_field(file: Path) -> None:
     for field in ("name", "method.name"):
         with pytest.raises(InputError, match=rf": {field}: .*expected .*at most"):

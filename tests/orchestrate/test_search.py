@@ -50,6 +50,7 @@ def test_a_grid_from_the_recipe_to_the_chosen_run(
     folder.parent.mkdir()
     (folder.parent / "mlflow.db").write_bytes(empty_store.read_bytes())
     recipe = write({"domains": DOMAINS, "sampler": "grid", "objectives": ["transfer", "last"]})
+    recipe = recipe.rename(tmp_path / f"a löok (2){'x' * 100}.yaml")
     command = zscl("search", recipe, "--out", folder, "--json")
     found = found_in(command)
 
@@ -79,6 +80,7 @@ def test_a_grid_from_the_recipe_to_the_chosen_run(
 
     # The chosen recipe trains on everything.
     experiment = recipes.load_experiment(folder / "chosen.yaml")
+    assert (found.name[:10], experiment.name[:10], experiment.name[-7:]) == ("a-look-2-x", "a-look-2-x", "-chosen")
     assert experiment.evaluation.held_out is None
     assert experiment.method.average is not None
     assert experiment.method.average.every == chosen.values["method.average.every"]

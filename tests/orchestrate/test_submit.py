@@ -1,8 +1,15 @@
 """`zscl submit`: what is refused here, and the command that a job runs; `tests/cluster/submit.sh` submits real ones."""
 
+import asyncio
+import base64
+import io
+import json
 import os
 import socket
-from collections.abc import Callable
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +17,154 @@ import pytest
 from conftest import Command
 from ruamel.yaml import YAML
 
-from orchestrate.submit import entrypoint, megabytes_uploaded
-from schemas.base import InputError
+from orchestrate import submit as submitting
+from orchestrate.submit import connect, entrypoint, megabytes_uploaded, submit
+from schemas.base import InputError, InterruptedRunError
+
+ANSWERS = {
+    "/api/version": {"ray_version": "2.50.0", "version": "4"},
+    "/api/jobs/": {"submission_id": "raysubmit_1", "job_id": "raysubmit_1"},
+}
+
+
+class Dashboard(BaseHTTPRequestHandler):
+    """What Ray's job client asks of a dashboard."""
+
+    asked: list[tuple[str, dict[str, str]]]
+
+    def do_GET(self) -> None:
+        self.asked.append((self.path, dict(self.headers)))
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        path = self.path.removeprefix("/a;b")
+        found = path in ANSWERS or path.startswith("/api/packages/")
+        body = json.dumps(ANSWERS.get(path, {})).encode()
+        self.send_response(200 if found else 404)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_POST = do_GET  # noqa: N815
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@contextmanager
+def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """HOST:PORT of a web server."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+    yield f"127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(autouse=True)
+def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*submitting.VARIABLES, submitting.HEADERS, "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def dashboard() -> Iterator[str]:
+    Dashboard.asked = []
+    with serving(Dashboard) as address:
+        yield address
+
+
+@pytest.mark.parametrize("variable", ["RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"])
+def test_a_variable_of_rays_names_the_cluster_and_takes_the_place_of_an_address(
+    variable: str, dashboard: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setenv(variable, f"http://{dashboard}")
+    assert connect(None, said.append).get_address() == f"http://{dashboard}"
+    assert said == []
+    assert connect("http://127.0.0.1:9", said.append).get_address() == f"http://{dashboard}"
+    assert said == [f"{variable} is set to http://{dashboard}: Ray's job client takes that, not --address "
+                    "http://127.0.0.1:9"]  # fmt: skip
+
+
+def test_a_dashboard_behind_a_proxy_gets_what_it_asks_for(dashboard: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    connect(f"http://user:word@{dashboard}/", print)
+    assert Dashboard.asked[-1][1]["Authorization"] == f"Basic {base64.b64encode(b'user:word').decode()}"
+    monkeypatch.setenv("RAY_JOB_HEADERS", '{"X-Team": "ours"}')
+    connect(f"http://{dashboard}/", print)
+    assert Dashboard.asked[-1][0] == "/api/version"
+    assert Dashboard.asked[-1][1]["X-Team"] == "ours"
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/no/such/file")
+    connect(f"http://{dashboard}", print)  # has no certificate
+    with pytest.raises(InputError, match="/no/such/file"):
+        connect(f"https://{dashboard}", print)
+    for headers in ("team", '["X-Team"]', '{"X-Team": 1}'):
+        monkeypatch.setenv("RAY_JOB_HEADERS", headers)
+        with pytest.raises(InputError, match="RAY_JOB_HEADERS: found no JSON object of texts"):
+            connect(f"http://{dashboard}", print)
+
+
+@pytest.mark.parametrize("address", [None, "auto"])
+def test_a_cluster_is_found_by_its_gcs(
+    address: str | None, dashboard: str, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+    from ray._private.ray_constants import DASHBOARD_ADDRESS, KV_NAMESPACE_DASHBOARD
+    from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_put
+
+    monkeypatch.setattr("ray._private.ray_constants.ENABLE_RAY_CLUSTER", False)
+    _internal_kv_put(DASHBOARD_ADDRESS, dashboard, namespace=KV_NAMESPACE_DASHBOARD)
+    monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+    try:
+        assert connect(address, print).get_address() == f"http://{dashboard}"
+    finally:
+        _internal_kv_del(DASHBOARD_ADDRESS, namespace=KV_NAMESPACE_DASHBOARD)
+
+
+@pytest.mark.parametrize(
+    ("address", "reason"),
+    [
+        ("http://127.0.0.1:9", "Connection refused"),
+        ("http://no-such-host.invalid:8265", "Failed to resolve"),
+        ("http://host:port", "not a valid host or port"),
+        ("nonsense", "Invalid address format: nonsense"),
+        ("json://x", "Module: json does not have"),
+        ("no_such_module://x", "Module: no_such_module does not exist"),
+    ],
+)
+def test_an_address_without_a_cluster_is_refused_with_rays_reason(address: str, reason: str) -> None:
+    with pytest.raises(InputError) as refused:
+        connect(address, print)
+    assert str(refused.value).startswith(f"--address {address}: found no Ray cluster that takes the job")
+    assert reason in str(refused.value)
+    assert "expected the address of its dashboard, http://127.0.0.1:8265 by default" in str(refused.value)
+
+
+def test_another_web_server_and_a_silent_one_are_no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(BaseHTTPRequestHandler) as address, pytest.raises(InputError, match="501 Server Error"):
+        connect(f"http://{address}", print)
+    monkeypatch.setattr(submitting, "ANSWER_SECONDS", 0.2)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        with pytest.raises(InputError, match=r"no answer within 0\.2 s"):
+            connect(f"http://127.0.0.1:{silent.getsockname()[1]}", print)
+
+
+def test_the_command_shown_for_a_job_that_is_left_can_be_pasted_and_has_no_password(
+    dashboard: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray.job_submission import JobSubmissionClient
+
+    async def interrupted(client: JobSubmissionClient, job: str) -> AsyncIterator[str]:
+        await asyncio.sleep(0)
+        raise InterruptedRunError("", 130)
+        yield ""
+
+    job, follow = submit("true", tmp_path, f"http://user:word@{dashboard}/a;b", 1.0, print)
+    assert job.id == "raysubmit_1"
+    monkeypatch.setattr(JobSubmissionClient, "tail_job_logs", interrupted)
+    with pytest.raises(InterruptedRunError) as left:
+        follow(io.StringIO())
+    assert f"ray job stop --address 'http://user:***@{dashboard}/a;b' raysubmit_1" in str(left.value)
 
 
 @pytest.fixture

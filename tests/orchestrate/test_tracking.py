@@ -17,7 +17,8 @@ from mlflow.tracking import MlflowClient
 
 from orchestrate import recipes, shipping
 from orchestrate.attaching import attach
-from orchestrate.mlflow_store import ARTIFACTS, LEVEL, PARENT, REASON, TAKEN, valid_name
+from orchestrate.finding import find
+from orchestrate.mlflow_store import ARTIFACTS, LEVEL, PARENT, REASON, TAKEN, check_store, valid_name
 from orchestrate.ownership import owned
 from orchestrate.places import browse_command, sqlite_file, sqlite_uri, unmasked
 from orchestrate.shipping import Shipper
@@ -483,6 +484,42 @@ def test_a_moved_project_keeps_its_runs_and_its_artefacts(
     assert client.get_run(first).data.tags["zscl.folder"] == str(moved / "run")
     assert len(list((moved / "mlflow-artifacts").rglob("*.txt"))) == 2
     assert not folder.parent.exists()
+
+
+def test_a_store_that_was_moved_is_read_without_a_change(
+    folder: Path, experiment: Make, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """It may be read-only, or another machine's view of a store that is in use there."""
+    first = killed(folder, experiment(), *BEGINNING, started(1))
+    artefacts = folder.parent / f"mlflow-artifacts/{first}/artifacts"
+    artefacts.mkdir(parents=True)
+    (artefacts / "result.json").write_text("{}")
+    shutil.copy(folder / "experiment.yaml", artefacts)
+    moved = tmp_path_factory.mktemp("elsewhere") / "project"
+    folder.parent.rename(moved)
+    before, uri = (moved / "mlflow.db").read_bytes(), sqlite_uri(moved / "mlflow.db")
+    assert check_store(uri, "zscl") == "experiment 'zscl' is there"
+    assert find([first], None, uri) == {first: moved / "run"}
+    (moved / "run/more.txt").write_text("after")
+    assert attach(moved / "run", [moved / "run/more.txt"], "notes", print)
+    assert (moved / f"mlflow-artifacts/{first}/artifacts/notes/more.txt").read_text() == "after"
+    (moved / "run").rename(moved / "other")
+    downloaded = find([first], None, uri)[first]
+    assert isinstance(downloaded, Path)
+    assert (downloaded / "result.json").read_text() == "{}"
+    assert (moved / "mlflow.db").read_bytes() == before
+    assert not folder.parent.exists()
+
+
+def test_a_recorded_folder_that_cannot_be_looked_at_is_another_one(folder: Path, experiment: Make) -> None:
+    """As one below a folder of another user is; a name that is too long is refused to all users."""
+    first = killed(folder, experiment(), *BEGINNING)
+    uri, hidden = sqlite_uri(folder.parent / "mlflow.db"), f"/tmp/{'x' * 300}/run"
+    MlflowClient(uri).set_tag(first, "zscl.folder", hidden)
+    assert find([first], None, uri) == {first: folder}
+    assert killed(folder, experiment(), started(1)) == first
+    with pytest.raises(InputError, match=r"run: cannot be read \(File name too long\), expected a run's folder"):
+        find([hidden], None, uri)
 
 
 def test_a_copied_project_leaves_its_original_alone(folder: Path, experiment: Make, tmp_path: Path) -> None:
