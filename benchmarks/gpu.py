@@ -672,7 +672,7 @@ def run_section(name: str, options: argparse.Namespace) -> None:
 
 
 def run_sections(options: argparse.Namespace) -> None:
-    """Run each section in a process of its own, and end it at its time limit."""
+    """Run each section in a separate process and kill it at its time limit."""
     for name in options.sections:
         started = time.monotonic()
         command = [sys.executable, __file__, "--section", name, "--device", options.device, "--out", str(options.out)]
@@ -690,7 +690,7 @@ def run_sections(options: argparse.Namespace) -> None:
 
 
 def end_group(process: subprocess.Popen[bytes]) -> None:
-    """End what a section's process has started and left behind, loader processes for one."""
+    """Kill a section's process group: its loader processes may still run after a timeout or a crash."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

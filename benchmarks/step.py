@@ -196,7 +196,7 @@ def clock(device: torch.device) -> float:
 
 
 def set_float32_precision(precision: str) -> None:
-    """Let float32 matrix products and convolutions use TF32, or not; bf16 leaves them as torch has them."""
+    """Allow TF32 in float32 matrix products and convolutions if `precision` is `tf32`, and forbid it otherwise."""
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
