@@ -28,7 +28,7 @@ def _cut(task: TaskFolder, tokenizer: Any) -> list[str]:
     context = tokenizer([""]).shape[1]
     # A prompt has no more tokens than bytes, beside the start and the end token.
     prompts = [prompt for each in task.templates for prompt in task.prompts(each) if len(prompt.encode()) > context - 3]
-    longest = sorted(set(prompts), key=len)[-MOST_PROMPTS:]
+    longest = sorted(set(prompts), key=lambda prompt: (len(prompt), prompt))[-MOST_PROMPTS:]
     if not longest:
         return []
     padding = tokenizer([""], context_length=context + BEHIND)[0, -1]
