@@ -47,31 +47,5 @@ def test_help_is_instant_and_shows_an_example() -> None:
     assert min(seconds) < 1.0
 
 
-@pytest.mark.parametrize(
-    "verb",
-    [
-        ["run"],
-        ["embed"],
-        ["search"],
-        ["export"],
-        ["evaluate"],
-        ["submit"],
-        ["average"],
-        ["resume"],
-        ["sync"],
-        ["compare"],
-        ["schema"],
-        ["pretrain"],
-        ["demo"],
-        *(["data", of] for of in ("prepare", "fetch", "check")),
-    ],
-)
-def test_every_verb_explains_itself(verb: list[str]) -> None:
-    environment = os.environ | {"COLUMNS": "200"}
-    command = [Path(sys.executable).parent / "zscl", *verb, "--help"]
-    output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
-    assert f"Example: zscl {' '.join(verb)}" in output
-
-
 def test_parsing_a_recipe_does_not_import_torch() -> None:
     assert not loaded_after("from schemas.experiment import Experiment; Experiment.model_json_schema()") & {"torch"}
