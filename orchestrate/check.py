@@ -15,9 +15,9 @@ from rich.text import Text
 from orchestrate.display import Bar
 from schemas.inspection import Duplicates, Extent, Inspection, SplitFinding
 from zscl.contacts import ContactRow, contact_rows
-from zscl.files import whole_file
 from zscl.inspection import inspect
 from zscl.opened_task import OpenedTask, open_task
+from zscl.runtime.atomic_io import whole_file
 from zscl.verdict import counted
 
 PATIENCE_SECONDS = 1.0

@@ -18,7 +18,7 @@ from orchestrate.cluster_address import ADDRESS, check_gcs, named_address
 from orchestrate.interruption import end_on_signals, warnings_held_back
 from schemas.base import InputError
 from schemas.compute import Compute
-from zscl.files import remove
+from zscl.runtime.atomic_io import remove
 
 # Workers train in a thread, whose freed memory the C library gives back at once: a step on a CPU would spend a sixth of
 # its time on getting it again. Ray's processes inherit what is set when it is started.

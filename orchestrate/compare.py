@@ -23,7 +23,7 @@ from orchestrate.comparison_tables import (
 )
 from orchestrate.places import EXPERIMENT
 from schemas.base import InputError, did_you_mean
-from zscl.files import whole_file, write_text
+from zscl.runtime.atomic_io import whole_file, write_text
 
 
 def compare(

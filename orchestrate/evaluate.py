@@ -24,7 +24,6 @@ from schemas.data import Task
 from schemas.experiment import LOCAL_MODEL, Experiment, Model
 from schemas.judgement import PROTOCOLS, Evaluation, Judged, JudgedModel, Protocol
 from schemas.results import Metrics
-from zscl.files import whole_file, write_text
 from zscl.indexed_samples import IndexedSamples
 from zscl.judging import judge
 from zscl.metrics import metrics
@@ -32,6 +31,7 @@ from zscl.model import CONFIG, load, weights_digest
 from zscl.opened import open_tasks
 from zscl.prompt_checks import prompt_warnings
 from zscl.rows import stage_files
+from zscl.runtime.atomic_io import whole_file, write_text
 from zscl.sequence import LIBRARIES
 from zscl.stages import TRAINING
 from zscl.streams import Loader

@@ -12,9 +12,9 @@ from schemas.base import InputError
 from schemas.experiment import Experiment
 from schemas.results import Result
 from schemas.secrets import mask
-from zscl.files import whole_folder
 from zscl.model import CONFIG
 from zscl.rows import model_folder
+from zscl.runtime.atomic_io import whole_folder
 
 CARD = """---
 {{ card_data }}

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from orchestrate.places import EXPERIMENT, LEVELS, sqlite_file, sqlite_uri
 from schemas.base import InputError, did_you_mean
 from schemas.secrets import mask
-from zscl.files import digest, nearest
 from zscl.journal import RunIdentity, identity_of
+from zscl.runtime.atomic_io import digest, nearest
 from zscl.sequence import RESULT
 
 if TYPE_CHECKING:

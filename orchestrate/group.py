@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from schemas.base import InputError
 from schemas.data import Task
 from schemas.experiment import Experiment
-from zscl.seeds import seed_of
+from zscl.runtime.seeding import seed_of
 
 # The orders of the paper's tables (Zheng et al., supplementary material).
 MTIL_ORDERS: Mapping[str, Sequence[str]] = {

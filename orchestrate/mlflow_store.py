@@ -34,7 +34,7 @@ from orchestrate.places import sqlite_file
 from orchestrate.store_errors import FAILURES, store_error
 from schemas.base import InputError
 from schemas.secrets import mask
-from zscl.files import digest
+from zscl.runtime.atomic_io import digest
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)
 # It prints the traceback of every attempt at a locked database.

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from orchestrate.places import refuse_unwritable
 from schemas.base import InputError, Strict
-from zscl.files import remove, write_text
+from zscl.runtime.atomic_io import remove, write_text
 
 
 class Owner(Strict):

@@ -21,7 +21,7 @@ from schemas.experiment import LONGEST_NAME, Experiment, Model
 from schemas.method import Method
 from schemas.search import Search
 from schemas.secrets import masked
-from zscl.files import write_text
+from zscl.runtime.atomic_io import write_text
 
 # Sections that a recipe may abbreviate to a string; an override of one of their fields needs the long form.
 ABBREVIABLE: Mapping[str, type[Abbreviable]] = {

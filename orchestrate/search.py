@@ -36,8 +36,8 @@ from schemas.algorithm import algorithm
 from schemas.base import InputError
 from schemas.results import Result
 from schemas.search import SearchResult, Trial, TrialNews
-from zscl.files import link_folder, write_text
 from zscl.rows import named, write_whole
+from zscl.runtime.atomic_io import link_folder, write_text
 from zscl.stages import TRAINING
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from orchestrate.report import MAIN, percent
 from schemas.search import Search, SearchResult, Trial, direction_of
-from zscl.files import whole_file
+from zscl.runtime.atomic_io import whole_file
 
 DPI = 120
 IMPORTANCE_FROM = 10  # trials: of fewer, a share of variance explained says little

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from schemas.base import InputError, InterruptedRunError
 from schemas.results import RunState
 from schemas.secrets import mask
-from zscl.files import write_text
+from zscl.runtime.atomic_io import write_text
 
 STATE = "state.json"
 HASTE_SECONDS = 2.0  # for MLflow to take the rest, after a signal

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from schemas.base import InputError
 from zscl.caption_formats import FORMATS, ONE_A_LINE, read_captions
-from zscl.files import whole_file
+from zscl.runtime.atomic_io import whole_file
 
 SHOWN = 3  # captions shown to the user
 HEADER = b"caption\n"  # below it, every line is a caption

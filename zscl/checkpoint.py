@@ -21,8 +21,8 @@ from torch import nn
 
 from schemas.compute import Checkpoint
 from schemas.results import CheckpointWritten, Note
-from zscl.distributed import agree, barrier, rank
-from zscl.files import os_error_of, patiently, set_aside, whole_file
+from zscl.runtime.atomic_io import os_error_of, patiently, set_aside, whole_file
+from zscl.runtime.distributed import agree, barrier, rank
 
 CHECKPOINT = "checkpoint.pt"
 LOOK_EVERY_SECONDS = 1.0

@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from schemas.base import InputError
-from zscl.files import file_digest, whole_folder, write_text
 from zscl.indexed_samples import IndexedSamples
 from zscl.mtil import classnames_of, templates_of
+from zscl.runtime.atomic_io import file_digest, whole_folder, write_text
 from zscl.shards import open_samples
 from zscl.sources import Prepared, kept_task
 from zscl.tasks import MANIFEST, TaskFolder, lines_of

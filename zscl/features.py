@@ -31,11 +31,11 @@ from numpy.lib.format import open_memmap
 from torch import nn
 
 from schemas.algorithm import FEATURES_VERSION
-from zscl.distributed import barrier, rank, share, sum_over_workers, world_size
-from zscl.files import digest, patiently, set_aside
 from zscl.indexed_samples import IndexedSamples
 from zscl.model import Clip, at_least_float32, precision_context
 from zscl.model_checks import refuse_not_finite
+from zscl.runtime.atomic_io import digest, patiently, set_aside
+from zscl.runtime.distributed import barrier, rank, share, sum_over_workers, world_size
 from zscl.samples import Sample
 from zscl.streams import Decode, EvaluationImages, Loader
 

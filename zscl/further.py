@@ -14,8 +14,8 @@ import torch
 
 from schemas.base import InputError
 from schemas.method import FurtherLoss
-from zscl.distributed import world_size
-from zscl.files import digest
+from zscl.runtime.atomic_io import digest
+from zscl.runtime.distributed import world_size
 
 if TYPE_CHECKING:
     from zscl.objective import Batch, Features, Part, Stage

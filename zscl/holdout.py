@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from schemas.base import InputError
 from schemas.experiment import HeldOut
 from zscl.indexed_samples import IndexedSamples
+from zscl.runtime.seeding import seed_of
 from zscl.samples import Sample, decoded_label
-from zscl.seeds import seed_of
 from zscl.streamed_samples import StreamedSamples
 
 

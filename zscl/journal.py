@@ -21,7 +21,7 @@ from schemas.results import (
     StepsTaken,
     TaskEvaluated,
 )
-from zscl.files import patiently
+from zscl.runtime.atomic_io import patiently
 
 JOURNAL = "journal.jsonl"
 

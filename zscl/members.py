@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Generic, NamedTuple, TypeVar
 
 from schemas.base import InputError
-from zscl.files import is_hidden
+from zscl.runtime.atomic_io import is_hidden
 from zscl.samples import Fault, Sample, printable_name
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 from schemas.base import InputError
-from zscl.distributed import gather_unequal, rank, world_size
 from zscl.indexed_samples import IndexedSamples
 from zscl.model import Clip, at_least_float32, image_size, precision_context
+from zscl.runtime.distributed import gather_unequal, rank, world_size
 from zscl.samples import Samples
 from zscl.shards import open_samples
 from zscl.streams import FORMATS, Decode, EvaluationImages, Loader

@@ -22,7 +22,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from schemas.base import InputError, one_line
 from schemas.secrets import mask
-from zscl.files import ASIDE, digest, patiently, remove, whole_file, write_text
+from zscl.runtime.atomic_io import ASIDE, digest, patiently, remove, whole_file, write_text
 
 KNOWN = ".mirror.json"
 EVERY_SECONDS = 10.0

@@ -18,7 +18,6 @@ from torch import nn
 
 from schemas.base import InputError
 from schemas.experiment import LOCAL_MODEL, Model
-from zscl.files import digest, file_digest, nearest, os_error_of, patiently, whole_folder
 from zscl.model_checks import (
     HUB_MODEL,
     check_features,
@@ -28,6 +27,7 @@ from zscl.model_checks import (
     refuse_unknown_name,
     refuse_unreachable_weights,
 )
+from zscl.runtime.atomic_io import digest, file_digest, nearest, os_error_of, patiently, whole_folder
 
 EMBEDDED_MODEL = Path(__file__).parent / "embedded_model"
 WEIGHTS = "open_clip_model.safetensors"

@@ -13,7 +13,7 @@ from schemas.base import InputError
 from schemas.experiment import Experiment
 from schemas.method import Distill
 from zscl import further, losses
-from zscl.distributed import gather
+from zscl.runtime.distributed import gather
 from zscl.samples import Samples
 
 

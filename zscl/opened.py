@@ -14,7 +14,7 @@ from schemas.experiment import Experiment
 from zscl import further, memory
 from zscl.indexed_samples import IndexedSamples
 from zscl.model import weights_digest
-from zscl.seeds import seed_of
+from zscl.runtime.seeding import seed_of
 from zscl.tasks import ReferenceSet, TaskFolder, lines_of
 
 

@@ -9,8 +9,8 @@ from pydantic import ValidationError
 from schemas.base import InputError
 from schemas.inspection import SPLITS, Manifest, ManifestShard, ShardFinding, Split
 from zscl import verdict
-from zscl.files import file_digest
 from zscl.indexed_samples import IndexedSamples
+from zscl.runtime.atomic_io import file_digest
 from zscl.samples import printable_name
 from zscl.tasks import MANIFEST, TaskFolder, lines_of, text_of
 

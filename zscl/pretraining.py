@@ -22,8 +22,8 @@ from schemas.pretraining import Pretraining
 from zscl.evaluation import accuracies, embed_classes
 from zscl.indexed_samples import IndexedSamples
 from zscl.model import CONFIG, Clip
+from zscl.runtime.seeding import seed_of
 from zscl.samples import decoded_text
-from zscl.seeds import seed_of
 from zscl.shards import open_samples
 from zscl.streams import Decode, Loader, TrainingImages
 from zscl.tasks import TaskFolder

@@ -48,8 +48,6 @@ from zscl import memory
 from zscl.averaging import interpolate
 from zscl.checkpoint import CHECKPOINT
 from zscl.curves import NotFiniteError
-from zscl.distributed import barrier, from_main_text, rank, world_size
-from zscl.files import patiently, read_if_there, remove, whole_folder, write_text
 from zscl.journal import JOURNAL, Journal
 from zscl.metrics import metrics
 from zscl.mirror import Mirror
@@ -66,7 +64,9 @@ from zscl.rows import (
     refuse_other_run,
     write_whole,
 )
-from zscl.seeds import seed_of
+from zscl.runtime.atomic_io import patiently, read_if_there, remove, whole_folder, write_text
+from zscl.runtime.distributed import barrier, from_main_text, rank, world_size
+from zscl.runtime.seeding import seed_of
 from zscl.stages import TRAINING, Shared, StageStore, stage_identity
 from zscl.streams import Loader
 from zscl.teaching import Teaching, frozen, store_beside

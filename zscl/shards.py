@@ -15,9 +15,9 @@ from filelock import FileLock
 
 from schemas.base import InputError
 from schemas.secrets import mask_urls
-from zscl.files import digest, files_within, is_hidden, nearest, whole_file
 from zscl.indexed_samples import IndexedSamples
 from zscl.members import is_image_name
+from zscl.runtime.atomic_io import digest, files_within, is_hidden, nearest, whole_file
 from zscl.streamed_samples import StreamedSamples
 
 MOST_SHARDS = 1_000_000

@@ -18,8 +18,8 @@ from torch import nn
 from schemas.base import InputError
 from schemas.method import Average
 from zscl.averaging import hand_on, trained_parameters
-from zscl.distributed import rank
-from zscl.files import os_error_of, patiently, whole_file
+from zscl.runtime.atomic_io import os_error_of, patiently, whole_file
+from zscl.runtime.distributed import rank
 
 FOLDER = "snapshots"
 SUFFIX = ".safetensors"

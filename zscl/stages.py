@@ -23,9 +23,17 @@ from schemas.algorithm import algorithm
 from schemas.method import Average
 from schemas.results import StageResult
 from zscl.checkpoint import StoppedError
-from zscl.distributed import agree, barrier, from_main_text, rank
-from zscl.files import acquired, digest, link_folder, patiently, read_if_there, set_aside, write_text
 from zscl.opened import Opened
+from zscl.runtime.atomic_io import (
+    acquired,
+    digest,
+    link_folder,
+    patiently,
+    read_if_there,
+    set_aside,
+    write_text,
+)
+from zscl.runtime.distributed import agree, barrier, from_main_text, rank
 
 log = logging.getLogger(__name__)
 

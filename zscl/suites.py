@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from zscl import domains, embedded
-from zscl.files import whole_folder
+from zscl.runtime.atomic_io import whole_folder
 from zscl.tasks import MANIFEST
 from zscl.writing import write_shards, write_task
 

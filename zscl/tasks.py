@@ -19,9 +19,9 @@ from schemas.data import Reference, Task
 from schemas.experiment import HeldOut
 from zscl import verdict
 from zscl.caption_formats import read_captions
-from zscl.files import digest, is_hidden, nearest
 from zscl.holdout import few_of_each, split_off
 from zscl.indexed_samples import IndexedSamples
+from zscl.runtime.atomic_io import digest, is_hidden, nearest
 from zscl.samples import BrokenSampleError, Sample, decoded_label, refuse_broken
 from zscl.shards import MOST_SHARDS, open_samples
 from zscl.streamed_samples import StreamedSamples

@@ -11,7 +11,7 @@ from typing import ParamSpec, TypeVar
 import torch
 
 from schemas.results import WorkersUsed, WorkerUse
-from zscl.distributed import agree, gather_unequal, rank
+from zscl.runtime.distributed import agree, gather_unequal, rank
 
 EVERY_SECONDS = 10.0
 T = TypeVar("T")

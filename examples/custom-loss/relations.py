@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from zscl.distributed import gather
 from zscl.objective import Batch, Features, Stage
+from zscl.runtime.distributed import gather
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import pytest
 from conftest import coloured, make_task
 
 from schemas.base import InputError
-from zscl.files import patiently
 from zscl.indexed_samples import IndexedSamples
+from zscl.runtime.atomic_io import patiently
 from zscl.shards import open_samples
 
 

@@ -16,8 +16,8 @@ from schemas.base import InputError
 from schemas.experiment import Experiment
 from zscl import mirror as module
 from zscl.checkpoint import CHECKPOINT
-from zscl.files import set_aside
 from zscl.mirror import Mirror, on_this_node, url_of
+from zscl.runtime.atomic_io import set_aside
 from zscl.sequence import run_sequence
 
 pytest_plugins = ["object_storage"]

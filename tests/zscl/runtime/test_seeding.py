@@ -1,6 +1,6 @@
 """Seeds by name."""
 
-from zscl.seeds import seed_of
+from zscl.runtime.seeding import seed_of
 
 
 def test_seeds_do_not_depend_on_the_process() -> None:

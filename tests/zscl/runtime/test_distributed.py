@@ -18,8 +18,8 @@ from schemas.method import PRESETS
 from schemas.results import Result, WorkersUsed
 from zscl import usage
 from zscl.checkpoint import StoppedError
-from zscl.distributed import share
 from zscl.journal import JOURNAL, JournalReader
+from zscl.runtime.distributed import share
 from zscl.sequence import run_sequence
 
 METHODS = {preset: {"preset": preset} for preset in PRESETS} | {
@@ -124,7 +124,7 @@ def compare(folder: Path, alone: Path, workers: int) -> None:
 
 
 def test_shares_are_even_and_complete(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zscl.distributed.world_size", lambda: 3)
+    monkeypatch.setattr("zscl.runtime.distributed.world_size", lambda: 3)
     parts = [share(7, rank) for rank in range(3)]
     assert [index for part in parts for index in part] == list(range(7))
     assert sorted(map(len, parts)) == [2, 2, 3]

@@ -1,0 +1,1 @@
+"""Process-level services: atomic writes, retries, hashing, collectives, seeds."""
