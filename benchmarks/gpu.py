@@ -58,11 +58,11 @@ from safetensors.torch import load_file, save_file
 from schemas.data import Task
 from schemas.experiment import Experiment, Model
 from schemas.results import CheckpointWritten, Result, StepsTaken
+from zscl.data.loader import Loader
+from zscl.data.task import TaskFolder
 from zscl.evaluation import accuracies, embed_classes
 from zscl.model import Clip, load, precision_context
 from zscl.sequence import run_sequence
-from zscl.streams import Loader
-from zscl.tasks import TaskFolder
 from zscl.writing import write_shards, write_task
 
 # Largest accepted differences from the CPU's run. Losses: at any step, relative to the sum of the step's losses.

@@ -5,7 +5,7 @@
 
 Three ratios, measured in one run and in turn, medians over rounds, and one on memory:
 
-- over_ceiling: images per second of `zscl.streams.TrainingImages` over local shards, against decoding and transforming
+- over_ceiling: images per second of `zscl.data.loader.TrainingImages` over local shards, against decoding and transforming
   the same encoded images, read into memory before, in a plain loop (or a plain DataLoader of as many processes);
 - remote_over_ceiling: the same through the stream that remote shards take (read from a file:// URL);
 - kept_over_decoded: images per second with decoded images kept in memory, against decoding them in every epoch;
@@ -33,9 +33,9 @@ import torch
 from open_clip import image_transform
 from PIL import Image
 
-from zscl.samples import Sample
-from zscl.shards import open_samples
-from zscl.streams import Decode, Loader, TrainingImages
+from zscl.data.loader import Decode, Loader, TrainingImages
+from zscl.data.sample import Sample
+from zscl.data.shard_urls import open_samples
 from zscl.writing import write_shards
 
 BATCH, SEED = 64, 0

@@ -24,14 +24,14 @@ from schemas.experiment import LOCAL_MODEL, Experiment, Model
 from schemas.judgement import TriedAverage, TriedAverages
 from schemas.method import Average, Merge
 from zscl.averaging import interpolate
+from zscl.data.loader import Loader
+from zscl.data.task import TaskFolder
 from zscl.evaluation import accuracies, embed_classes, head
 from zscl.model import Clip, load
 from zscl.opened import open_tasks
 from zscl.rows import model_folder
 from zscl.runtime.atomic_io import whole_file, write_text
 from zscl.snapshots import interval, place_of, replay
-from zscl.streams import Loader
-from zscl.tasks import TaskFolder
 from zscl.training import choose_trained
 
 Choice = Average | None

@@ -18,8 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from orchestrate.interruption import URGENT, WARNINGS
 from schemas.base import InputError, InterruptedRunError
 from zscl import captions, copies, image_folders, imagenets, mtil, sources
+from zscl.data.sample import printable_name
 from zscl.mtil import MTIL
-from zscl.samples import printable_name
 from zscl.sources import Prepared, known
 from zscl.suites import write_embedded
 

@@ -24,7 +24,9 @@ from schemas.data import Task
 from schemas.experiment import LOCAL_MODEL, Experiment, Model
 from schemas.judgement import PROTOCOLS, Evaluation, Judged, JudgedModel, Protocol
 from schemas.results import Metrics
-from zscl.indexed_samples import IndexedSamples
+from zscl.data.indexed import IndexedSamples
+from zscl.data.loader import Loader
+from zscl.data.task import TaskFolder
 from zscl.judging import judge
 from zscl.metrics import metrics
 from zscl.model import CONFIG, load, weights_digest
@@ -34,8 +36,6 @@ from zscl.rows import stage_files
 from zscl.runtime.atomic_io import whole_file, write_text
 from zscl.sequence import LIBRARIES
 from zscl.stages import TRAINING
-from zscl.streams import Loader
-from zscl.tasks import TaskFolder
 
 EVALUATION = "evaluation.json"
 ALL = "all"

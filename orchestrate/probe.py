@@ -14,7 +14,7 @@ from orchestrate.interruption import signals_taken
 from orchestrate.preflight import images_through_student
 from schemas.base import InputError, InterruptedRunError
 from schemas.results import StepsTaken
-from zscl.indexed_samples import IndexedSamples
+from zscl.data.indexed import IndexedSamples
 from zscl.opened import Opened
 from zscl.rows import ZERO_SHOT, AccuracyRow
 from zscl.stages import Shared

@@ -19,12 +19,12 @@ from orchestrate.recipes import load_experiment
 from schemas.base import InputError, command, parse_json
 from schemas.method import PRESETS
 from schemas.results import Result, StageResult, TaskName
+from zscl.data.task import TaskFolder
 from zscl.metrics import metrics
 from zscl.rows import ACCURACY, ROW_ADVICE, STAGE_ADVICE, AccuracyRow, stage_files
 from zscl.rows import ZERO_SHOT as ROW_BEFORE
 from zscl.sequence import RESULT
 from zscl.stages import TRAINING
-from zscl.tasks import TaskFolder
 
 mpl.rcParams["text.parse_math"] = False  # a name with two dollar signs is no formula
 MAIN = ("transfer", "avg", "last", "forgetting")  # of the figures: those that are always shown

@@ -31,8 +31,8 @@ from safetensors.torch import save_file
 
 from schemas.data import Task
 from schemas.experiment import Experiment
-from zscl.samples import Draw, Sample
-from zscl.tasks import TaskFolder
+from zscl.data.sample import Draw, Sample
+from zscl.data.task import TaskFolder
 from zscl.writing import write_shards, write_task
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "yellow": (220, 220, 30)}

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from schemas.base import InputError
-from zscl.caption_formats import FORMATS, ONE_A_LINE, read_captions
+from zscl.data.captions.formats import FORMATS, ONE_A_LINE, read_captions
 from zscl.runtime.atomic_io import whole_file
 
 SHOWN = 3  # captions shown to the user
@@ -35,7 +35,7 @@ def write_captions(file: Path, folder: Path, column: str | None = None) -> Writt
     Nothing is deduplicated or reordered; only empty captions are left out.
 
     Args:
-        file: in a format of `zscl.caption_formats`.
+        file: in a format of `zscl.data.captions.formats`.
         folder: of the reference set.
         column: name or number (from 1) of the caption column, or key in JSON; default: it is detected.
 

@@ -6,12 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from schemas.base import InputError
-from zscl.indexed_samples import IndexedSamples
+from zscl.data.indexed import IndexedSamples
+from zscl.data.shard_urls import open_samples
+from zscl.data.task import MANIFEST, TaskFolder, lines_of
 from zscl.mtil import classnames_of, templates_of
 from zscl.runtime.atomic_io import file_digest, whole_folder, write_text
-from zscl.shards import open_samples
 from zscl.sources import Prepared, kept_task
-from zscl.tasks import MANIFEST, TaskFolder, lines_of
 from zscl.writing import FileList
 
 SPLIT_FAMILY = "clip-benchmark-wds"

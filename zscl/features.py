@@ -31,13 +31,13 @@ from numpy.lib.format import open_memmap
 from torch import nn
 
 from schemas.algorithm import FEATURES_VERSION
-from zscl.indexed_samples import IndexedSamples
+from zscl.data.indexed import IndexedSamples
+from zscl.data.loader import Decode, EvaluationImages, Loader
+from zscl.data.sample import Sample
 from zscl.model import Clip, at_least_float32, precision_context
 from zscl.model_checks import refuse_not_finite
 from zscl.runtime.atomic_io import digest, patiently, set_aside
 from zscl.runtime.distributed import barrier, rank, share, sum_over_workers, world_size
-from zscl.samples import Sample
-from zscl.streams import Decode, EvaluationImages, Loader
 
 FEATURES, CHECKS = "features.npy", "checks.npy"
 OPEN_SECONDS = 20.0  # to wait for a store that storage does not give: a run goes on without it

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from schemas.base import InputError
+from zscl.data.task import lines_of
 from zscl.image_folders import class_files
 from zscl.sources import File, Prepared, write_files
-from zscl.tasks import lines_of
 
 TINY_TEMPLATE = "a bad photo of a {c}."  # of the published results
 TEMPLATE = "a good photo of a {c}."

@@ -31,11 +31,11 @@ from schemas.inspection import (
     UnreadableSample,
 )
 from zscl import verdict
+from zscl.data.sample import Sample, decoded_label
+from zscl.data.task import TaskFolder
 from zscl.looking import Decoded, Undecodable, look_at, silent_decoders
 from zscl.opened_task import OpenedTask, Progress, Shard, no_progress
 from zscl.prompt_checks import prompt_warnings
-from zscl.samples import Sample, decoded_label
-from zscl.tasks import TaskFolder
 
 LISTED = 20  # samples and pairs named one by one; all are counted
 AT_ONCE = 64  # encoded images held

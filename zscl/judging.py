@@ -12,11 +12,11 @@ import torch
 
 from schemas.base import InputError, command
 from schemas.judgement import Bin, Confused, Judged, Protocol
+from zscl.data.loader import Decode, EvaluationImages, Loader
+from zscl.data.task import TaskFolder
 from zscl.evaluation import embed_classes
 from zscl.model import Clip, at_least_float32, precision_context
 from zscl.model_checks import refuse_not_finite
-from zscl.streams import Decode, EvaluationImages, Loader
-from zscl.tasks import TaskFolder
 
 BINS = 15  # of confidence; Guo et al., On Calibration of Modern Neural Networks, ICML 2017
 

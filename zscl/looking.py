@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from PIL import Image, UnidentifiedImageError
 
 from schemas.inspection import Reason
-from zscl.streams import FORMATS, decode_image
+from zscl.data.loader import FORMATS, decode_image
 
 # What of an image training does not see as an image viewer shows it.
 TRAITS: Mapping[str, Callable[[Image.Image], bool]] = {

@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 
 from schemas.base import InputError
-from zscl.indexed_samples import IndexedSamples
+from zscl.data.indexed import IndexedSamples
+from zscl.data.loader import FORMATS, Decode, EvaluationImages, Loader
+from zscl.data.sample import Samples
+from zscl.data.shard_urls import open_samples
+from zscl.data.task import TaskFolder
 from zscl.model import Clip, at_least_float32, image_size, precision_context
 from zscl.runtime.distributed import gather_unequal, rank, world_size
-from zscl.samples import Samples
-from zscl.shards import open_samples
-from zscl.streams import FORMATS, Decode, EvaluationImages, Loader
-from zscl.tasks import TaskFolder
 from zscl.writing import write_shards
 
 SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}

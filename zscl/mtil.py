@@ -20,9 +20,9 @@ import torch
 from PIL import Image
 
 from schemas.base import InputError, command
+from zscl.data.task import MANIFEST
 from zscl.runtime.atomic_io import whole_folder
 from zscl.sources import SPLIT_SEED, File, Prepared, kept_task, random_split, read_images, said_in_one_sentence
-from zscl.tasks import MANIFEST
 from zscl.writing import write_task
 
 REPORT_EVERY = 200  # images

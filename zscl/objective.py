@@ -13,8 +13,8 @@ from schemas.base import InputError
 from schemas.experiment import Experiment
 from schemas.method import Distill
 from zscl import further, losses
+from zscl.data.sample import Samples
 from zscl.runtime.distributed import gather
-from zscl.samples import Samples
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from schemas.base import InputError, did_you_mean, explain
 from schemas.data import ClassIncremental, Task
 from schemas.experiment import Experiment
 from zscl import further, memory
-from zscl.indexed_samples import IndexedSamples
+from zscl.data.indexed import IndexedSamples
+from zscl.data.task import ReferenceSet, TaskFolder, lines_of
 from zscl.model import weights_digest
 from zscl.runtime.seeding import seed_of
-from zscl.tasks import ReferenceSet, TaskFolder, lines_of
 
 
 @dataclass(frozen=True)

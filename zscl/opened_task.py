@@ -9,10 +9,10 @@ from pydantic import ValidationError
 from schemas.base import InputError
 from schemas.inspection import SPLITS, Manifest, ManifestShard, ShardFinding, Split
 from zscl import verdict
-from zscl.indexed_samples import IndexedSamples
+from zscl.data.indexed import IndexedSamples
+from zscl.data.sample import printable_name
+from zscl.data.task import MANIFEST, TaskFolder, lines_of, text_of
 from zscl.runtime.atomic_io import file_digest
-from zscl.samples import printable_name
-from zscl.tasks import MANIFEST, TaskFolder, lines_of, text_of
 
 Progress = Callable[[str, int, int], None]  # what, done, total
 

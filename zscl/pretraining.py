@@ -19,14 +19,14 @@ from torchvision.transforms import Compose, RandomCrop
 from schemas.base import InputError
 from schemas.data import Task
 from schemas.pretraining import Pretraining
+from zscl.data.indexed import IndexedSamples
+from zscl.data.loader import Decode, Loader, TrainingImages
+from zscl.data.sample import decoded_text
+from zscl.data.shard_urls import open_samples
+from zscl.data.task import TaskFolder
 from zscl.evaluation import accuracies, embed_classes
-from zscl.indexed_samples import IndexedSamples
 from zscl.model import CONFIG, Clip
 from zscl.runtime.seeding import seed_of
-from zscl.samples import decoded_text
-from zscl.shards import open_samples
-from zscl.streams import Decode, Loader, TrainingImages
-from zscl.tasks import TaskFolder
 from zscl.training import learning_rate_factor
 
 LARGEST_SCALE = 100.0  # CLIP's bound on exp(logit_scale)

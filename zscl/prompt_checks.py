@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from zscl.tasks import TaskFolder
+from zscl.data.task import TaskFolder
 
 MOST_PROMPTS = 2_000  # of a task, the longest ones, that are counted in tokens
 NAMED = 5  # classes in a sentence

@@ -12,12 +12,12 @@ from torch import nn
 from schemas.algorithm import FEATURES_VERSION
 from schemas.base import InputError
 from schemas.method import Distill
+from zscl.data.task import ReferenceSet, TaskFolder
 from zscl.model import Clip, at_least_float32
 from zscl.model_checks import refuse_not_finite
 from zscl.runtime.atomic_io import digest, patiently, whole_file
 from zscl.runtime.distributed import from_main, gather, rank, share, sum_over_workers
 from zscl.runtime.seeding import seed_of
-from zscl.tasks import ReferenceSet, TaskFolder
 
 TEXTS_AT_ONCE = 512
 READ_SECONDS = 20.0  # to wait for a file that storage does not give: a run goes on without it

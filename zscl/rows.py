@@ -18,6 +18,7 @@ from schemas.algorithm import algorithm
 from schemas.base import InputError, Strict, parse_json
 from schemas.results import Note, RowMeasured, StageResult, TaskEvaluated
 from zscl.checkpoint import CHECKPOINT, StoppedError
+from zscl.data.task import TaskFolder
 from zscl.evaluation import accuracies, embed_classes, head
 from zscl.metrics import at_chance
 from zscl.model import WEIGHTS, Clip
@@ -25,7 +26,6 @@ from zscl.opened import Opened
 from zscl.runtime.atomic_io import patiently, read_if_there, remove, write_text
 from zscl.runtime.distributed import agree, barrier, from_main_text, gather_sentences, rank
 from zscl.stages import TRAINING, StageStore, stage_identity
-from zscl.tasks import TaskFolder
 from zscl.training import loader_of
 
 Report = Callable[[BaseModel], None]

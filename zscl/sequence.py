@@ -48,6 +48,7 @@ from zscl import memory
 from zscl.averaging import interpolate
 from zscl.checkpoint import CHECKPOINT
 from zscl.curves import NotFiniteError
+from zscl.data.loader import Loader
 from zscl.journal import JOURNAL, Journal
 from zscl.metrics import metrics
 from zscl.mirror import Mirror
@@ -68,7 +69,6 @@ from zscl.runtime.atomic_io import patiently, read_if_there, remove, whole_folde
 from zscl.runtime.distributed import barrier, from_main_text, rank, world_size
 from zscl.runtime.seeding import seed_of
 from zscl.stages import TRAINING, Shared, StageStore, stage_identity
-from zscl.streams import Loader
 from zscl.teaching import Teaching, frozen, store_beside
 from zscl.training import loader_of, train_stage
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from schemas.base import InputError
-from zscl.tasks import MANIFEST, lines_of
+from zscl.data.task import MANIFEST, lines_of
 from zscl.writing import FileList, LabelledImage, write_task
 
 SPLIT_SEED = 42  # of the authors' random splits

@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from zscl import domains, embedded
+from zscl.data.task import MANIFEST
 from zscl.runtime.atomic_io import whole_folder
-from zscl.tasks import MANIFEST
 from zscl.writing import write_shards, write_task
 
 REFERENCE_PAIRS = 2_000

@@ -15,14 +15,14 @@ from schemas.experiment import Experiment, Model
 from schemas.results import Embedded, ImagesEmbedded, Note
 from zscl import features, memory, reference
 from zscl.averaging import interpolate
-from zscl.indexed_samples import IndexedSamples
+from zscl.data.indexed import IndexedSamples
+from zscl.data.noise import NoiseSamples
+from zscl.data.sample import Samples
+from zscl.data.task import TaskFolder
 from zscl.model import Clip, freeze, image_size, load
-from zscl.noise import NoiseSamples
 from zscl.objective import Teacher
 from zscl.opened import Opened, open_experiment
 from zscl.runtime.distributed import rank
-from zscl.samples import Samples
-from zscl.tasks import TaskFolder
 from zscl.training import loader_of
 
 Report = Callable[[BaseModel], None]

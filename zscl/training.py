@@ -22,14 +22,14 @@ from zscl import objective
 from zscl.averaging import HandOn, hand_on, trained_parameters
 from zscl.checkpoint import Checkpoints, State, fits, read_checkpoint
 from zscl.curves import Curves
+from zscl.data.loader import Decode, Loader, TrainingImages
+from zscl.data.sample import Sample, Samples
+from zscl.data.task import TaskFolder
 from zscl.model import Clip, image_size, precision_context
 from zscl.objective import Batch, Features, Objective, Teacher
 from zscl.runtime.distributed import gather_sentences, gather_with_gradient, rank, share, world_size
 from zscl.runtime.seeding import seed_of
-from zscl.samples import Sample, Samples
 from zscl.snapshots import Snapshots, place_of
-from zscl.streams import Decode, Loader, TrainingImages
-from zscl.tasks import TaskFolder
 from zscl.towers import Towers
 from zscl.usage import Clock, Usage, peak_memory
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from schemas.inspection import ClassNames, Duplicates, SplitFinding, Templates, Unreadable
-from zscl.samples import printable_name
+from zscl.data.sample import printable_name
 
 NAMED = 5  # in a sentence
 

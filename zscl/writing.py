@@ -10,9 +10,9 @@ from typing import NamedTuple
 import webdataset
 
 from schemas.base import InputError
-from zscl.members import IMAGE_SUFFIXES
+from zscl.data.tar import IMAGE_SUFFIXES
+from zscl.data.task import MANIFEST
 from zscl.runtime.atomic_io import file_digest, whole_folder, write_text
-from zscl.tasks import MANIFEST
 
 FILES = "files.txt"  # of a split: what each sample was called at its source
 

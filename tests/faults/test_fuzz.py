@@ -30,12 +30,12 @@ from ruamel.yaml import YAML
 from orchestrate import recipes
 from schemas.base import InputError
 from schemas.data import Task
-from zscl.indexed_samples import IndexedSamples
+from zscl.data.indexed import IndexedSamples
+from zscl.data.loader import Decode, EvaluationImages, TrainingImages
+from zscl.data.sample import Samples
+from zscl.data.streaming import StreamedSamples
+from zscl.data.task import TaskFolder
 from zscl.opened import open_experiment
-from zscl.samples import Samples
-from zscl.streamed_samples import StreamedSamples
-from zscl.streams import Decode, EvaluationImages, TrainingImages
-from zscl.tasks import TaskFolder
 
 RECIPES, SHARDS = 4_000, 600
 AT_ONCE = {"recipes": 200, "shards": 40}  # cases in one test; the first of each runs with the other tests

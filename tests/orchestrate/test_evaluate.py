@@ -16,9 +16,9 @@ from orchestrate import evaluate, recipes
 from orchestrate.shipping import sync
 from schemas.experiment import Experiment
 from schemas.judgement import Evaluation
+from zscl.data.task import TaskFolder
 from zscl.prompt_checks import prompt_warnings
 from zscl.sequence import run_sequence
-from zscl.tasks import TaskFolder
 from zscl.writing import write_task
 
 Zscl = Callable[..., Command]

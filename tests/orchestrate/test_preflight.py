@@ -20,7 +20,7 @@ from orchestrate.interruption import WARNINGS
 from orchestrate.probe import probe
 from schemas.base import InputError, InterruptedRunError
 from schemas.experiment import Experiment
-from zscl.members import Member, tar_members
+from zscl.data.tar import Member, tar_members
 from zscl.opened import open_experiment
 from zscl.sequence import run_sequence
 from zscl.writing import write_task
@@ -204,7 +204,7 @@ def test_shots_do_not_index_a_shard_again(experiment: Make, tmp_path: Path, monk
         read.append(file)
         return tar_members(file)
 
-    monkeypatch.setattr("zscl.indexed_samples.tar_members", noting)
+    monkeypatch.setattr("zscl.data.indexed.tar_members", noting)
     counts = []
     for shots in (None, 2):
         read.clear()

@@ -16,8 +16,8 @@ from orchestrate.shipping import sync
 from schemas.data import Task
 from schemas.experiment import Experiment
 from schemas.results import Result
+from zscl.data.task import TaskFolder
 from zscl.sequence import run_sequence
-from zscl.tasks import TaskFolder
 
 Make = Callable[..., Experiment]
 

@@ -15,7 +15,7 @@ from conftest import coloured
 from schemas.base import InputError
 from schemas.data import Reference
 from zscl.captions import write_captions
-from zscl.tasks import ReferenceSet
+from zscl.data.task import ReferenceSet
 
 
 def test_captions_are_kept_as_they_are(tmp_path: Path) -> None:

@@ -22,11 +22,11 @@ from schemas.base import InputError
 from schemas.data import ClassIncremental
 from schemas.experiment import Experiment
 from schemas.results import Result
-from zscl.indexed_samples import IndexedSamples
+from zscl.data.indexed import IndexedSamples
+from zscl.data.shard_urls import open_samples
 from zscl.model import load
 from zscl.opened import class_order, open_experiment
 from zscl.sequence import run_sequence
-from zscl.shards import open_samples
 from zscl.writing import write_task
 
 CPU = torch.device("cpu")

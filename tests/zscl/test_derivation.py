@@ -22,13 +22,13 @@ from schemas.base import InputError
 from schemas.experiment import Experiment, Model
 from schemas.method import PRESETS
 from zscl import memory
+from zscl.data.loader import Loader
+from zscl.data.sample import Samples
 from zscl.model import load
 from zscl.objective import Batch
 from zscl.opened import open_experiment
 from zscl.reference import random_sentences, tokens_of
-from zscl.samples import Samples
 from zscl.sequence import run_sequence
-from zscl.streams import Loader
 from zscl.training import learning_rate_factor, training_batches
 
 CPU = torch.device("cpu")

@@ -9,10 +9,10 @@ import torch
 from schemas.data import Task
 from schemas.experiment import Model
 from zscl import domains, embedded, suites
+from zscl.data.loader import Loader
+from zscl.data.task import TaskFolder
 from zscl.evaluation import accuracies, embed_classes
 from zscl.model import load
-from zscl.streams import Loader
-from zscl.tasks import TaskFolder
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,11 @@ from sklearn.metrics import balanced_accuracy_score, confusion_matrix, top_k_acc
 from schemas.base import InputError
 from schemas.experiment import Model
 from schemas.judgement import PROTOCOLS, Judged
+from zscl.data.loader import Loader
+from zscl.data.task import TaskFolder
 from zscl.evaluation import accuracies, embed_classes
 from zscl.judging import Space, Tally, judge, shared_space
 from zscl.model import Clip, load
-from zscl.streams import Loader
-from zscl.tasks import TaskFolder
 from zscl.writing import write_task
 
 LOADER = Loader(torch.device("cpu"))

@@ -7,8 +7,8 @@ import pytest
 import torch
 from conftest import coloured
 
+from zscl.data.shard_urls import open_samples
 from zscl.memory import choose, herd, per_class, recall, write
-from zscl.shards import open_samples
 from zscl.writing import write_shards
 
 

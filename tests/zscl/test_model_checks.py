@@ -18,11 +18,11 @@ from orchestrate import preflight
 from schemas.base import InputError
 from schemas.experiment import Experiment, Model
 from zscl import model_checks
+from zscl.data.loader import Loader
+from zscl.data.task import TaskFolder
 from zscl.evaluation import accuracies, embed_classes
 from zscl.model import Clip, load, load_weights
 from zscl.sequence import run_sequence
-from zscl.streams import Loader
-from zscl.tasks import TaskFolder
 
 CPU = torch.device("cpu")
 WEIGHTS = "open_clip_model.safetensors"

@@ -9,11 +9,11 @@ from PIL import Image
 
 from schemas.experiment import Experiment
 from schemas.method import Distill
+from zscl.data.loader import Loader
+from zscl.data.noise import NoiseSamples
 from zscl.model import image_size, load
-from zscl.noise import NoiseSamples
 from zscl.opened import open_experiment
 from zscl.reference import tokens_of
-from zscl.streams import Loader
 from zscl.training import training_batches
 
 CPU = torch.device("cpu")

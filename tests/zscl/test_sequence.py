@@ -20,12 +20,12 @@ from safetensors.torch import load_file
 from schemas.base import InputError
 from schemas.experiment import Experiment
 from schemas.results import Note, Result, StepsTaken
+from zscl.data.shard_urls import open_samples
+from zscl.data.task import TaskFolder
 from zscl.model import freeze, load
 from zscl.objective import Teacher
 from zscl.opened import open_experiment
 from zscl.sequence import run_sequence
-from zscl.shards import open_samples
-from zscl.tasks import TaskFolder
 from zscl.training import train_stage
 
 CPU = torch.device("cpu")

@@ -14,9 +14,9 @@ import webdataset
 from conftest import coloured, write_tar
 
 from schemas.base import InputError
-from zscl.indexed_samples import IndexedSamples
-from zscl.samples import BrokenSampleError, Sample
-from zscl.shards import open_samples
+from zscl.data.indexed import IndexedSamples
+from zscl.data.sample import BrokenSampleError, Sample
+from zscl.data.shard_urls import open_samples
 from zscl.writing import write_shards
 
 

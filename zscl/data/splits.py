@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 
 from schemas.base import InputError
 from schemas.experiment import HeldOut
-from zscl.indexed_samples import IndexedSamples
+from zscl.data.indexed import IndexedSamples
+from zscl.data.sample import Sample, decoded_label
+from zscl.data.streaming import StreamedSamples
 from zscl.runtime.seeding import seed_of
-from zscl.samples import Sample, decoded_label
-from zscl.streamed_samples import StreamedSamples
 
 
 def split_off(

@@ -15,10 +15,10 @@ from filelock import FileLock
 
 from schemas.base import InputError
 from schemas.secrets import mask_urls
-from zscl.indexed_samples import IndexedSamples
-from zscl.members import is_image_name
+from zscl.data.indexed import IndexedSamples
+from zscl.data.streaming import StreamedSamples
+from zscl.data.tar import is_image_name
 from zscl.runtime.atomic_io import digest, files_within, is_hidden, nearest, whole_file
-from zscl.streamed_samples import StreamedSamples
 
 MOST_SHARDS = 1_000_000
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4", ".tar.z")

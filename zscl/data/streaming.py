@@ -12,10 +12,10 @@ import webdataset
 
 from schemas.base import InputError
 from schemas.secrets import mask_urls
-from zscl.members import Tail, read_samples, reason_of
+from zscl.data.sample import ATTEMPTS, Draw, Sample, decoded_text
+from zscl.data.tar import Tail, read_samples, reason_of
 from zscl.runtime.atomic_io import digest
 from zscl.runtime.seeding import seed_of
-from zscl.samples import ATTEMPTS, Draw, Sample, decoded_text
 
 SHUFFLE_BUFFER = 2_000  # samples held while streaming; local shards are shuffled as a whole instead
 

@@ -8,7 +8,7 @@ from conftest import coloured, make_task, opened
 
 from schemas.base import InputError
 from schemas.data import Reference, Task
-from zscl.tasks import ReferenceSet, TaskFolder
+from zscl.data.task import ReferenceSet, TaskFolder
 from zscl.writing import write_shards, write_task
 
 

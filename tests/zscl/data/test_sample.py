@@ -3,8 +3,8 @@
 import pytest
 from conftest import first, labels
 
-from zscl.shards import open_samples
-from zscl.streamed_samples import StreamedSamples
+from zscl.data.shard_urls import open_samples
+from zscl.data.streaming import StreamedSamples
 
 
 @pytest.mark.parametrize("remote", [False, True])

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from schemas.experiment import Experiment
-from zscl.indexed_samples import IndexedSamples
+from zscl.data.indexed import IndexedSamples
+from zscl.data.shard_urls import open_samples
+from zscl.data.streaming import StreamedSamples
 from zscl.sequence import run_sequence
-from zscl.shards import open_samples
-from zscl.streamed_samples import StreamedSamples
 
 pytest_plugins = ["object_storage"]
 CPU = torch.device("cpu")

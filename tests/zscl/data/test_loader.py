@@ -18,13 +18,8 @@ from torchvision.transforms import Compose, RandomResizedCrop, ToTensor
 
 from schemas.base import InputError
 from schemas.experiment import Model
-from zscl.indexed_samples import IndexedSamples
-from zscl.looking import Decoded, look_at
-from zscl.model import Clip, load
-from zscl.noise import NoiseSamples
-from zscl.samples import Sample
-from zscl.shards import open_samples
-from zscl.streams import (
+from zscl.data.indexed import IndexedSamples
+from zscl.data.loader import (
     FORMATS,
     LONGEST_SIDES,
     Batched,
@@ -36,6 +31,11 @@ from zscl.streams import (
     TrainingImages,
     decode_image,
 )
+from zscl.data.noise import NoiseSamples
+from zscl.data.sample import Sample
+from zscl.data.shard_urls import open_samples
+from zscl.looking import Decoded, look_at
+from zscl.model import Clip, load
 from zscl.writing import write_shards
 
 AUGMENT = Compose([RandomResizedCrop(8, scale=(0.3, 1.0)), ToTensor()])
@@ -287,7 +287,7 @@ class CountingDecode(Decode):
 def test_images_are_decoded_once_within_the_budget(
     samples: IndexedSamples, keep_bytes: int, decoded: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("zscl.streams._decoded", DecodedImages())  # nothing that other tests still read
+    monkeypatch.setattr("zscl.data.loader._decoded", DecodedImages())  # nothing that other tests still read
     CountingDecode.decoded.clear()
     kept = TrainingImages(samples, CountingDecode(AUGMENT, label_of), 3, 6, range(6), keep_bytes=keep_bytes)
     found = list(islice(kept.batches(Loader(torch.device("cpu"))), 10))  # six epochs of ten images
@@ -300,7 +300,7 @@ def test_a_set_of_unknown_size_is_judged_by_what_was_drawn_so_far(
     share: float, refused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One of seven: 0.14 of them."""
-    monkeypatch.setattr("zscl.streams.FEW", 0)
+    monkeypatch.setattr("zscl.data.loader.FEW", 0)
     image = (torch.zeros(3, 8, 8), 0)
     loader = Loader(torch.device("cpu"), max_broken_share=share)
     read = loader(Batched(lambda: iter([image, image, image, image, "one is broken", image, image]), 3), total=None)

@@ -21,16 +21,16 @@ from PIL import Image
 from schemas.base import InputError
 from schemas.data import Task
 from schemas.experiment import Experiment, Model
+from zscl.data.indexed import IndexedSamples
+from zscl.data.loader import Decode, EvaluationImages, TrainingImages
+from zscl.data.shard_urls import open_samples
+from zscl.data.streaming import StreamedSamples
+from zscl.data.task import TaskFolder
 from zscl.features import FeatureStore, store_of
-from zscl.indexed_samples import IndexedSamples
 from zscl.model import load, weights_digest
 from zscl.opened import open_experiment
 from zscl.reference import text_embeddings
 from zscl.sequence import run_sequence
-from zscl.shards import open_samples
-from zscl.streamed_samples import StreamedSamples
-from zscl.streams import Decode, EvaluationImages, TrainingImages
-from zscl.tasks import TaskFolder
 
 CPU = torch.device("cpu")
 WEIGHTS = (

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import IO, Generic, NamedTuple, TypeVar
 
 from schemas.base import InputError
+from zscl.data.sample import Fault, Sample, printable_name
 from zscl.runtime.atomic_io import is_hidden
-from zscl.samples import Fault, Sample, printable_name
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 EXPECTED_SUFFIXES = f"expected one of {', '.join(f'.{suffix}' for suffix in IMAGE_SUFFIXES)}"

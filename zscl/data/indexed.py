@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 
 from schemas.base import InputError
-from zscl.members import EXPECTED_SUFFIXES, OTHER_IMAGE_SUFFIXES, Member, assemble, is_side_data, tar_members
+from zscl.data.sample import Draw, Fault, Sample, decoded_text, printable_name
+from zscl.data.tar import EXPECTED_SUFFIXES, OTHER_IMAGE_SUFFIXES, Member, assemble, is_side_data, tar_members
 from zscl.runtime.atomic_io import digest, patiently
 from zscl.runtime.seeding import seed_of
-from zscl.samples import Draw, Fault, Sample, decoded_text, printable_name
 
 KINDS = ("image", "label", "text")
 ABSENT = (-1, 0, 0)

@@ -12,9 +12,9 @@ from conftest import make_task, write_tar
 
 from schemas.base import InputError
 from schemas.experiment import Experiment
-from zscl.indexed_samples import IndexedSamples
+from zscl.data.indexed import IndexedSamples
+from zscl.data.sample import Sample
 from zscl.opened import Opened, open_experiment
-from zscl.samples import Sample
 from zscl.sequence import run_sequence
 
 Make = Callable[..., Experiment]

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import count
 
+from zscl.data.sample import Draw, Sample
 from zscl.runtime.seeding import seed_of
-from zscl.samples import Draw, Sample
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from schemas.base import InputError
-from zscl.streamed_samples import StreamedSamples
+from zscl.data.streaming import StreamedSamples
 
 
 def test_names_a_missing_remote_shard(shards: list[str]) -> None:

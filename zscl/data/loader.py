@@ -22,11 +22,11 @@ from PIL import Image, UnidentifiedImageError
 from torch.utils.data import get_worker_info
 
 from schemas.base import InputError
-from zscl.indexed_samples import IndexedSamples
+from zscl.data.indexed import IndexedSamples
+from zscl.data.sample import ATTEMPTS, BrokenSampleError, Draw, Sample, Samples, refuse_broken
+from zscl.data.streaming import StreamedSamples
 from zscl.runtime.distributed import gather_sentences, sum_over_workers, world_size
 from zscl.runtime.seeding import seed_of
-from zscl.samples import ATTEMPTS, BrokenSampleError, Draw, Sample, Samples, refuse_broken
-from zscl.streamed_samples import StreamedSamples
 
 Transform = Callable[[Any], torch.Tensor]
 Label = int | tuple[int, ...]

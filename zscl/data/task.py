@@ -18,13 +18,13 @@ from schemas.base import InputError
 from schemas.data import Reference, Task
 from schemas.experiment import HeldOut
 from zscl import verdict
-from zscl.caption_formats import read_captions
-from zscl.holdout import few_of_each, split_off
-from zscl.indexed_samples import IndexedSamples
+from zscl.data.captions.formats import read_captions
+from zscl.data.indexed import IndexedSamples
+from zscl.data.sample import BrokenSampleError, Sample, decoded_label, refuse_broken
+from zscl.data.shard_urls import MOST_SHARDS, open_samples
+from zscl.data.splits import few_of_each, split_off
+from zscl.data.streaming import StreamedSamples
 from zscl.runtime.atomic_io import digest, is_hidden, nearest
-from zscl.samples import BrokenSampleError, Sample, decoded_label, refuse_broken
-from zscl.shards import MOST_SHARDS, open_samples
-from zscl.streamed_samples import StreamedSamples
 
 MANIFEST = "zscl.json"
 

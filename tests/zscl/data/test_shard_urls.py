@@ -7,9 +7,9 @@ import pytest
 from conftest import coloured, first, labels
 
 from schemas.base import InputError
-from zscl.indexed_samples import IndexedSamples
-from zscl.shards import open_samples
-from zscl.streamed_samples import StreamedSamples
+from zscl.data.indexed import IndexedSamples
+from zscl.data.shard_urls import open_samples
+from zscl.data.streaming import StreamedSamples
 
 
 def test_locations_may_be_globs_braces_folders_and_urls(shards: list[str]) -> None:

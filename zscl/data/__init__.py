@@ -1,0 +1,1 @@
+"""Samples of tar shards and image folders, decoded and batched."""

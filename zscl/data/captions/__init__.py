@@ -1,0 +1,1 @@
+"""Caption files of a reference set."""
