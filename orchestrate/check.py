@@ -14,11 +14,11 @@ from rich.text import Text
 
 from orchestrate.display import Bar
 from schemas.inspection import Duplicates, Extent, Inspection, SplitFinding
-from zscl.contacts import ContactRow, contact_rows
-from zscl.inspection import inspect
-from zscl.opened_task import OpenedTask, open_task
+from zscl.checks.contact_sheet import ContactRow, contact_rows
+from zscl.checks.findings import counted
+from zscl.checks.scan import inspect
+from zscl.checks.task_scan import OpenedTask, open_task
 from zscl.runtime.atomic_io import whole_file
-from zscl.verdict import counted
 
 PATIENCE_SECONDS = 1.0
 CLASSES_IN_FULL = 40

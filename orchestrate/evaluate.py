@@ -24,6 +24,7 @@ from schemas.data import Task
 from schemas.experiment import LOCAL_MODEL, Experiment, Model
 from schemas.judgement import PROTOCOLS, Evaluation, Judged, JudgedModel, Protocol
 from schemas.results import Metrics
+from zscl.checks.prompts import prompt_warnings
 from zscl.data.indexed import IndexedSamples
 from zscl.data.loader import Loader
 from zscl.data.task import TaskFolder
@@ -31,7 +32,6 @@ from zscl.judging import judge
 from zscl.metrics import metrics
 from zscl.model import CONFIG, load, weights_digest
 from zscl.opened import open_tasks
-from zscl.prompt_checks import prompt_warnings
 from zscl.rows import stage_files
 from zscl.runtime.atomic_io import whole_file, write_text
 from zscl.sequence import LIBRARIES

@@ -14,14 +14,14 @@ from orchestrate.state import STATE
 from schemas.base import InputError
 from schemas.compute import Compute, Savings
 from schemas.experiment import LOCAL_MODEL, Experiment, Model
-from zscl import verdict
 from zscl.checkpoint import CHECKPOINT
+from zscl.checks import findings as verdict
+from zscl.checks.prompts import prompt_warnings
 from zscl.data.indexed import IndexedSamples
 from zscl.data.sample import refuse_broken
 from zscl.data.task import TaskFolder
 from zscl.model import load, open_clip_name
 from zscl.opened import Opened, open_experiment
-from zscl.prompt_checks import prompt_warnings
 from zscl.rows import ZERO_SHOT, OtherAlgorithmError, check_run_folder, part_of, refuse_other_run, stage_folder
 from zscl.snapshots import LAST, SUFFIX, place_of
 from zscl.teaching import store_beside, way_of_features

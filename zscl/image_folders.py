@@ -5,12 +5,12 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from schemas.base import InputError
+from zscl.checks.findings import counted
+from zscl.checks.image import has_header
 from zscl.data.sample import printable_name
 from zscl.data.tar import IMAGE_SUFFIXES, is_image_name
-from zscl.looking import has_header
 from zscl.runtime.atomic_io import files_within, is_hidden
 from zscl.sources import SPLIT_SEED, File, Prepared, random_split, said_in_one_sentence, write_files
-from zscl.verdict import counted
 from zscl.writing import image_suffix
 
 DEFAULT_TEMPLATE = "a photo of a {c}."

@@ -16,8 +16,8 @@ from orchestrate import evaluate, recipes
 from orchestrate.shipping import sync
 from schemas.experiment import Experiment
 from schemas.judgement import Evaluation
+from zscl.checks.prompts import prompt_warnings
 from zscl.data.task import TaskFolder
-from zscl.prompt_checks import prompt_warnings
 from zscl.sequence import run_sequence
 from zscl.writing import write_task
 

@@ -13,7 +13,7 @@ from conftest import Command, coloured
 
 from orchestrate.interruption import URGENT, WARNINGS, end_on_signals, signals_taken, warnings_held_back
 from schemas.base import InterruptedRunError
-from zscl.looking import look_at
+from zscl.checks.image import look_at
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +39,7 @@ def test_resume_refuses_what_is_no_run_or_would_be_another(tmp_path: Path, zscl:
 
 @pytest.mark.parametrize("number", [*URGENT, *WARNINGS])
 def test_a_signal_is_not_taken_for_a_broken_image(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zscl.looking.decode_image", lambda encoded: os.kill(os.getpid(), number))
+    monkeypatch.setattr("zscl.checks.image.decode_image", lambda encoded: os.kill(os.getpid(), number))
     end_on_signals()
     with pytest.raises(InterruptedRunError):
         look_at(next(coloured(1, 0))[0])

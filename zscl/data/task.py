@@ -17,7 +17,7 @@ import fsspec
 from schemas.base import InputError
 from schemas.data import Reference, Task
 from schemas.experiment import HeldOut
-from zscl import verdict
+from zscl.checks import findings as verdict
 from zscl.data.captions.formats import read_captions
 from zscl.data.indexed import IndexedSamples
 from zscl.data.sample import BrokenSampleError, Sample, decoded_label, refuse_broken

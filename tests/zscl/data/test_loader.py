@@ -18,6 +18,7 @@ from torchvision.transforms import Compose, RandomResizedCrop, ToTensor
 
 from schemas.base import InputError
 from schemas.experiment import Model
+from zscl.checks.image import Decoded, look_at
 from zscl.data.indexed import IndexedSamples
 from zscl.data.loader import (
     FORMATS,
@@ -34,7 +35,6 @@ from zscl.data.loader import (
 from zscl.data.noise import NoiseSamples
 from zscl.data.sample import Sample
 from zscl.data.shard_urls import open_samples
-from zscl.looking import Decoded, look_at
 from zscl.model import Clip, load
 from zscl.writing import write_shards
 

@@ -16,9 +16,9 @@ from conftest import COLOURS, coloured, jpeg, make_task, opened, png, write_tar
 from PIL import Image
 
 from schemas.inspection import Inspection
-from zscl.contacts import contact_rows
-from zscl.inspection import LISTED, inspect
-from zscl.opened_task import open_task
+from zscl.checks.contact_sheet import contact_rows
+from zscl.checks.scan import LISTED, inspect
+from zscl.checks.task_scan import open_task
 from zscl.writing import write_shards
 
 Members = dict[str, bytes]

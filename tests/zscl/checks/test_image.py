@@ -6,7 +6,7 @@ import pytest
 from conftest import jpeg
 from PIL import Image
 
-from zscl.looking import Decoded, Undecodable, look_at
+from zscl.checks.image import Decoded, Undecodable, look_at
 
 
 @pytest.mark.parametrize("cut", [0.3, 0.6, 0.9, 0.99])

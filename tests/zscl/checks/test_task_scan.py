@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from schemas.base import InputError
-from zscl.opened_task import open_task
+from zscl.checks.task_scan import open_task
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from schemas.base import InputError
 from schemas.inspection import SPLITS, Manifest, ManifestShard, ShardFinding, Split
-from zscl import verdict
+from zscl.checks import findings as verdict
 from zscl.data.indexed import IndexedSamples
 from zscl.data.sample import printable_name
 from zscl.data.task import MANIFEST, TaskFolder, lines_of, text_of

@@ -3,8 +3,8 @@
 import open_clip
 import torch
 
+from zscl.checks.prompts import prompt_warnings
 from zscl.data.task import TaskFolder
-from zscl.prompt_checks import prompt_warnings
 
 
 class PaddedWithOnes:

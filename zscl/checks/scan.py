@@ -30,12 +30,12 @@ from schemas.inspection import (
     Unreadable,
     UnreadableSample,
 )
-from zscl import verdict
+from zscl.checks import findings as verdict
+from zscl.checks.image import Decoded, Undecodable, look_at, silent_decoders
+from zscl.checks.prompts import prompt_warnings
+from zscl.checks.task_scan import OpenedTask, Progress, Shard, no_progress
 from zscl.data.sample import Sample, decoded_label
 from zscl.data.task import TaskFolder
-from zscl.looking import Decoded, Undecodable, look_at, silent_decoders
-from zscl.opened_task import OpenedTask, Progress, Shard, no_progress
-from zscl.prompt_checks import prompt_warnings
 
 LISTED = 20  # samples and pairs named one by one; all are counted
 AT_ONCE = 64  # encoded images held

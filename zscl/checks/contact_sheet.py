@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 from PIL import Image
 
+from zscl.checks.image import Decoded, look_at, silent_decoders
+from zscl.checks.task_scan import OpenedTask
 from zscl.data.indexed import IndexedSamples
 from zscl.data.loader import decode_image
 from zscl.data.sample import decoded_label
 from zscl.data.task import number_of
-from zscl.looking import Decoded, look_at, silent_decoders
-from zscl.opened_task import OpenedTask
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Validation of task folders, sample by sample."""
