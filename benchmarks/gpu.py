@@ -60,10 +60,10 @@ from schemas.experiment import Experiment, Model
 from schemas.results import CheckpointWritten, Result, StepsTaken
 from zscl.data.loader import Loader
 from zscl.data.task import TaskFolder
+from zscl.datasets.task_writer import write_shards, write_task
 from zscl.evaluation import accuracies, embed_classes
 from zscl.model import Clip, load, precision_context
 from zscl.sequence import run_sequence
-from zscl.writing import write_shards, write_task
 
 # Largest accepted differences from the CPU's run. Losses: at any step, relative to the sum of the step's losses.
 # Updates: norm of the difference of the whole run's weight change, relative to its norm; AdamW divides by the root of

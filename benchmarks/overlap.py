@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 from ruamel.yaml import YAML
 
-from zscl.writing import write_task
+from zscl.datasets.task_writer import write_task
 
 TASKS, CLASSES, PIXELS, TRAINING_IMAGES = 6, 10, 64, 200
 ZSCL = [sys.executable, "-c", "from orchestrate.cli import main; main()"]

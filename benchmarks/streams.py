@@ -36,7 +36,7 @@ from PIL import Image
 from zscl.data.loader import Decode, Loader, TrainingImages
 from zscl.data.sample import Sample
 from zscl.data.shard_urls import open_samples
-from zscl.writing import write_shards
+from zscl.datasets.task_writer import write_shards
 
 BATCH, SEED = 64, 0
 CPU = torch.device("cpu")

@@ -17,11 +17,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from orchestrate.interruption import URGENT, WARNINGS
 from schemas.base import InputError, InterruptedRunError
-from zscl import captions, copies, image_folders, imagenets, mtil, sources
 from zscl.data.sample import printable_name
-from zscl.mtil import MTIL
-from zscl.sources import Prepared, known
-from zscl.suites import write_embedded
+from zscl.datasets import captions, mtil, sources
+from zscl.datasets import clip_benchmark as copies
+from zscl.datasets import image_folder as image_folders
+from zscl.datasets import imagenet as imagenets
+from zscl.datasets.mtil import MTIL
+from zscl.datasets.sources import Prepared, known
+from zscl.datasets.synthetic.suites import write_embedded
 
 ALL = "mtil"
 # What a name other than a task's is followed by, and the options that something reads there.

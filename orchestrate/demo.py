@@ -10,7 +10,7 @@ from orchestrate import preflight, recipes
 from orchestrate import run as running
 from orchestrate.places import store_uri
 from schemas.experiment import Experiment
-from zscl.suites import write_embedded
+from zscl.datasets.synthetic.suites import write_embedded
 
 # What each run takes in place of the recipe's method; `None`: the recipe's own.
 METHODS = {"finetune": "finetune", "zscl": None}

@@ -33,7 +33,7 @@ from schemas.data import Task
 from schemas.experiment import Experiment
 from zscl.data.sample import Draw, Sample
 from zscl.data.task import TaskFolder
-from zscl.writing import write_shards, write_task
+from zscl.datasets.task_writer import write_shards, write_task
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "yellow": (220, 220, 30)}
 TINY_MODEL = {

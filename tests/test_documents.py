@@ -174,8 +174,8 @@ def test_the_embedded_model_can_be_made_again(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "experiments").symlink_to(ROOT / "experiments")
-    monkeypatch.setattr("zscl.suites.CORPUS_PAIRS", 512)  # a toy: the whole takes minutes
-    monkeypatch.setattr("zscl.suites.REFERENCE_PAIRS", 64)
+    monkeypatch.setattr("zscl.datasets.synthetic.suites.CORPUS_PAIRS", 512)  # a toy: the whole takes minutes
+    monkeypatch.setattr("zscl.datasets.synthetic.suites.REFERENCE_PAIRS", 64)
     shown = commands("The embedded model")
     assert [command[0] for command in shown] == ["data", "pretrain"]
     for command in shown:

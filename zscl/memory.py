@@ -18,9 +18,9 @@ from zscl.data.loader import FORMATS, Decode, EvaluationImages, Loader
 from zscl.data.sample import Samples
 from zscl.data.shard_urls import open_samples
 from zscl.data.task import TaskFolder
+from zscl.datasets.task_writer import write_shards
 from zscl.model import Clip, at_least_float32, image_size, precision_context
 from zscl.runtime.distributed import gather_unequal, rank, world_size
-from zscl.writing import write_shards
 
 SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 SHARD_IMAGES = 1_000

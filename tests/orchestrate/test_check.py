@@ -12,7 +12,7 @@ from rich.console import Console
 
 from orchestrate.check import PATIENCE_SECONDS, patient_progress
 from schemas.inspection import Inspection
-from zscl.writing import write_task
+from zscl.datasets.task_writer import write_task
 
 Zscl = Callable[..., Command]
 

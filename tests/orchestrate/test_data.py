@@ -89,7 +89,7 @@ def test_captions(place: Path, zscl: Zscl) -> None:
 
 
 def test_fetch_says_how_a_copy_differs(place: Path, zscl: Zscl, monkeypatch: pytest.MonkeyPatch) -> None:
-    from zscl.writing import write_task
+    from zscl.datasets.task_writer import write_task
 
     def snapshot_download(repository: str, *, local_dir: str, **_: object) -> None:  # the network, made up
         assert repository == "clip-benchmark/wds_vtab-pets"

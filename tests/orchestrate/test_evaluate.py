@@ -18,8 +18,8 @@ from schemas.experiment import Experiment
 from schemas.judgement import Evaluation
 from zscl.checks.prompts import prompt_warnings
 from zscl.data.task import TaskFolder
+from zscl.datasets.task_writer import write_task
 from zscl.sequence import run_sequence
-from zscl.writing import write_task
 
 Zscl = Callable[..., Command]
 

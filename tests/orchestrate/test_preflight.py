@@ -21,9 +21,9 @@ from orchestrate.probe import probe
 from schemas.base import InputError, InterruptedRunError
 from schemas.experiment import Experiment
 from zscl.data.tar import Member, tar_members
+from zscl.datasets.task_writer import write_task
 from zscl.opened import open_experiment
 from zscl.sequence import run_sequence
-from zscl.writing import write_task
 
 pytest_plugins = ["object_storage"]
 Make = Callable[..., Experiment]

@@ -12,7 +12,7 @@ from conftest import Command, coloured, make_task
 from mlflow.tracking import MlflowClient
 from ruamel.yaml import YAML
 
-from zscl.writing import write_shards
+from zscl.datasets.task_writer import write_shards
 
 SECRETS = {
     "password": "p%40ss-w0rd/of#url",

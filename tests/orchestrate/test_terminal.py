@@ -13,7 +13,7 @@ from rich.table import Table
 
 from orchestrate import terminal
 from orchestrate.display import Bar
-from zscl.writing import write_task
+from zscl.datasets.task_writer import write_task
 
 Zscl = Callable[..., Command]
 NAMES = ["[red]", "[/]", ":cat: grün", "日本 → x"]

@@ -13,10 +13,10 @@ from schemas.experiment import Model
 from schemas.judgement import PROTOCOLS, Judged
 from zscl.data.loader import Loader
 from zscl.data.task import TaskFolder
+from zscl.datasets.task_writer import write_task
 from zscl.evaluation import accuracies, embed_classes
 from zscl.judging import Space, Tally, judge, shared_space
 from zscl.model import Clip, load
-from zscl.writing import write_task
 
 LOADER = Loader(torch.device("cpu"))
 

@@ -9,7 +9,7 @@ from conftest import coloured, make_task, opened
 from schemas.base import InputError
 from schemas.data import Reference, Task
 from zscl.data.task import ReferenceSet, TaskFolder
-from zscl.writing import write_shards, write_task
+from zscl.datasets.task_writer import write_shards, write_task
 
 
 def test_names_a_sample_without_a_label(tmp_path: Path) -> None:

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from schemas.base import InputError
-from zscl.mtil import MTIL
-from zscl.sources import known, random_split
+from zscl.datasets.mtil import MTIL
+from zscl.datasets.sources import known, random_split
 
 
 @pytest.mark.parametrize(

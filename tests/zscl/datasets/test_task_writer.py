@@ -7,7 +7,7 @@ import pytest
 from conftest import coloured, make_task, opened
 
 from schemas.base import InputError
-from zscl.writing import LabelledImage, write_task
+from zscl.datasets.task_writer import LabelledImage, write_task
 
 
 def test_writes_the_layout_that_clip_benchmark_reads(tmp_path: Path) -> None:

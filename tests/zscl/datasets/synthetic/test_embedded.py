@@ -8,9 +8,9 @@ import torch
 
 from schemas.data import Task
 from schemas.experiment import Model
-from zscl import domains, embedded, suites
 from zscl.data.loader import Loader
 from zscl.data.task import TaskFolder
+from zscl.datasets.synthetic import domains, embedded, suites
 from zscl.evaluation import accuracies, embed_classes
 from zscl.model import load
 

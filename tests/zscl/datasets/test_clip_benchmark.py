@@ -8,9 +8,9 @@ import pytest
 from conftest import coloured, opened
 
 from schemas.base import InputError
-from zscl.copies import fetch
-from zscl.mtil import templates_of
-from zscl.writing import write_task
+from zscl.datasets.clip_benchmark import fetch
+from zscl.datasets.mtil import templates_of
+from zscl.datasets.task_writer import write_task
 
 
 @pytest.fixture

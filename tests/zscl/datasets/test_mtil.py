@@ -15,9 +15,9 @@ from PIL import Image
 from trees import TREES, Expected
 
 from schemas.base import InputError
-from zscl.copies import COPIES
-from zscl.mtil import MTIL, classnames_of, prepare, templates_of
-from zscl.writing import LabelledImage, write_task
+from zscl.datasets.clip_benchmark import COPIES
+from zscl.datasets.mtil import MTIL, classnames_of, prepare, templates_of
+from zscl.datasets.task_writer import LabelledImage, write_task
 
 TEMPLATES = {
     "Aircraft": (2, "a photo of a {c}, a type of aircraft."),

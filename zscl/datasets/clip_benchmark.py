@@ -9,10 +9,10 @@ from schemas.base import InputError
 from zscl.data.indexed import IndexedSamples
 from zscl.data.shard_urls import open_samples
 from zscl.data.task import MANIFEST, TaskFolder, lines_of
-from zscl.mtil import classnames_of, templates_of
+from zscl.datasets.mtil import classnames_of, templates_of
+from zscl.datasets.sources import Prepared, kept_task
+from zscl.datasets.task_writer import FileList
 from zscl.runtime.atomic_io import file_digest, whole_folder, write_text
-from zscl.sources import Prepared, kept_task
-from zscl.writing import FileList
 
 SPLIT_FAMILY = "clip-benchmark-wds"
 

@@ -10,7 +10,7 @@ from open_clip import IMAGENET_CLASSNAMES
 from PIL import Image
 
 from schemas.base import InputError
-from zscl.imagenets import prepare_imagenet, prepare_tinyimagenet
+from zscl.datasets.imagenet import prepare_imagenet, prepare_tinyimagenet
 
 
 def jpeg(number: int) -> bytes:

@@ -14,8 +14,8 @@ from conftest import coloured
 
 from schemas.base import InputError
 from schemas.data import Reference
-from zscl.captions import write_captions
 from zscl.data.task import ReferenceSet
+from zscl.datasets.captions import write_captions
 
 
 def test_captions_are_kept_as_they_are(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from conftest import coloured, opened
 
 from schemas.base import InputError
-from zscl.image_folders import prepare_folder
+from zscl.datasets.image_folder import prepare_folder
 
 
 def sorted_by_class(folder: Path, count: int, suffixes: tuple[str, ...] = ("png", "JPEG")) -> None:

@@ -13,8 +13,8 @@ from typing import Literal
 
 import numpy as np
 
-from zscl.domains import DOMAINS, Look, scan
-from zscl.drawing import pick, png
+from zscl.datasets.synthetic.domains import DOMAINS, Look, scan
+from zscl.datasets.synthetic.drawing import pick, png
 
 Split = Literal["train", "test"]
 TASK_SIZES: Mapping[Split, int] = {"train": 400, "test": 300}

@@ -21,9 +21,17 @@ from PIL import Image
 
 from schemas.base import InputError, command
 from zscl.data.task import MANIFEST
+from zscl.datasets.sources import (
+    SPLIT_SEED,
+    File,
+    Prepared,
+    kept_task,
+    random_split,
+    read_images,
+    said_in_one_sentence,
+)
+from zscl.datasets.task_writer import write_task
 from zscl.runtime.atomic_io import whole_folder
-from zscl.sources import SPLIT_SEED, File, Prepared, kept_task, random_split, read_images, said_in_one_sentence
-from zscl.writing import write_task
 
 REPORT_EVERY = 200  # images
 

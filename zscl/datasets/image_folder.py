@@ -9,9 +9,9 @@ from zscl.checks.findings import counted
 from zscl.checks.image import has_header
 from zscl.data.sample import printable_name
 from zscl.data.tar import IMAGE_SUFFIXES, is_image_name
+from zscl.datasets.sources import SPLIT_SEED, File, Prepared, random_split, said_in_one_sentence, write_files
+from zscl.datasets.task_writer import image_suffix
 from zscl.runtime.atomic_io import files_within, is_hidden
-from zscl.sources import SPLIT_SEED, File, Prepared, random_split, said_in_one_sentence, write_files
-from zscl.writing import image_suffix
 
 DEFAULT_TEMPLATE = "a photo of a {c}."
 MOST_NAMED = 8  # classes or files, in a sentence

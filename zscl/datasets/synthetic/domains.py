@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from zscl.drawing import (
+from zscl.datasets.synthetic.drawing import (
     COLOURS,
     FINE,
     SIDE,

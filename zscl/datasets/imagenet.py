@@ -8,8 +8,8 @@ from pathlib import Path
 
 from schemas.base import InputError
 from zscl.data.task import lines_of
-from zscl.image_folders import class_files
-from zscl.sources import File, Prepared, write_files
+from zscl.datasets.image_folder import class_files
+from zscl.datasets.sources import File, Prepared, write_files
 
 TINY_TEMPLATE = "a bad photo of a {c}."  # of the published results
 TEMPLATE = "a good photo of a {c}."

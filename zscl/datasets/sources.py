@@ -15,7 +15,7 @@ import torch
 
 from schemas.base import InputError
 from zscl.data.task import MANIFEST, lines_of
-from zscl.writing import FileList, LabelledImage, write_task
+from zscl.datasets.task_writer import FileList, LabelledImage, write_task
 
 SPLIT_SEED = 42  # of the authors' random splits
 
@@ -96,7 +96,7 @@ def write_files(
 ) -> Prepared:
     """Write a task of image files, whose bytes it keeps; one made of the same files is kept as it is.
 
-    Arguments as of `zscl.writing.write_task`.
+    Arguments as of `zscl.datasets.task_writer.write_task`.
 
     Raises:
         InputError: a file cannot be read, or something else lies at `folder`.

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from zscl import domains, embedded
 from zscl.data.task import MANIFEST
+from zscl.datasets.synthetic import domains, embedded
+from zscl.datasets.task_writer import write_shards, write_task
 from zscl.runtime.atomic_io import whole_folder
-from zscl.writing import write_shards, write_task
 
 REFERENCE_PAIRS = 2_000
 CORPUS_PAIRS, CORPUS_TASK_LOOK = 30_000, 0.15

@@ -1,0 +1,1 @@
+"""Conversion of public datasets into task folders."""
