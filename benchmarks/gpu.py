@@ -62,7 +62,7 @@ from zscl.data.loader import Loader
 from zscl.data.task import TaskFolder
 from zscl.datasets.task_writer import write_shards, write_task
 from zscl.evaluation import accuracies, embed_classes
-from zscl.model import Clip, load, precision_context
+from zscl.models.clip import Clip, load, precision_context
 from zscl.sequence import run_sequence
 
 # Largest accepted differences from the CPU's run. Losses: at any step, relative to the sum of the step's losses.

@@ -39,9 +39,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from schemas.compute import Compute
 from schemas.method import Average, Distill
 from zscl.averaging import hand_on, trained_parameters
-from zscl.model import at_least_float32, precision_context
+from zscl.models.clip import at_least_float32, precision_context
+from zscl.models.pruned_forward import Towers
 from zscl.objective import Batch, Classification, Consolidation, Distillation, Objective, Teacher
-from zscl.towers import Towers
 from zscl.training import Student, choose_trained, train_step
 
 SMALL = {

@@ -27,7 +27,7 @@ from zscl.averaging import interpolate
 from zscl.data.loader import Loader
 from zscl.data.task import TaskFolder
 from zscl.evaluation import accuracies, embed_classes, head
-from zscl.model import Clip, load
+from zscl.models.clip import Clip, load
 from zscl.opened import open_tasks
 from zscl.rows import model_folder
 from zscl.runtime.atomic_io import whole_file, write_text

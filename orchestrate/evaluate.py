@@ -30,7 +30,7 @@ from zscl.data.loader import Loader
 from zscl.data.task import TaskFolder
 from zscl.judging import judge
 from zscl.metrics import metrics
-from zscl.model import CONFIG, load, weights_digest
+from zscl.models.clip import CONFIG, load, weights_digest
 from zscl.opened import open_tasks
 from zscl.rows import stage_files
 from zscl.runtime.atomic_io import whole_file, write_text

@@ -12,7 +12,7 @@ from schemas.base import InputError
 from schemas.experiment import Experiment
 from schemas.results import Result
 from schemas.secrets import mask
-from zscl.model import CONFIG
+from zscl.models.clip import CONFIG
 from zscl.rows import model_folder
 from zscl.runtime.atomic_io import whole_folder
 

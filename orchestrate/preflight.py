@@ -20,12 +20,12 @@ from zscl.checks.prompts import prompt_warnings
 from zscl.data.indexed import IndexedSamples
 from zscl.data.sample import refuse_broken
 from zscl.data.task import TaskFolder
-from zscl.model import load, open_clip_name
+from zscl.models.clip import load, open_clip_name
+from zscl.models.pruned_forward import Towers, left_in_full
 from zscl.opened import Opened, open_experiment
 from zscl.rows import ZERO_SHOT, OtherAlgorithmError, check_run_folder, part_of, refuse_other_run, stage_folder
 from zscl.snapshots import LAST, SUFFIX, place_of
 from zscl.teaching import store_beside, way_of_features
-from zscl.towers import Towers, left_in_full
 
 MOST_NAMED = 3  # samples in a sentence
 NO_PART = ("name", "compute.", "tracking.")  # of what is computed

@@ -8,8 +8,8 @@ from open_clip import build_zero_shot_classifier
 from schemas.base import InputError, command
 from zscl.data.loader import Decode, EvaluationImages, Loader
 from zscl.data.task import TaskFolder
-from zscl.model import Clip, at_least_float32, precision_context
-from zscl.model_checks import refuse_not_finite
+from zscl.models.clip import Clip, at_least_float32, precision_context
+from zscl.models.load_checks import refuse_not_finite
 from zscl.runtime.distributed import gather, rank, share, sum_over_workers, world_size
 
 CLASSES_AT_ONCE = 32  # classes (times templates) in one pass of the text tower

@@ -34,8 +34,8 @@ from schemas.algorithm import FEATURES_VERSION
 from zscl.data.indexed import IndexedSamples
 from zscl.data.loader import Decode, EvaluationImages, Loader
 from zscl.data.sample import Sample
-from zscl.model import Clip, at_least_float32, precision_context
-from zscl.model_checks import refuse_not_finite
+from zscl.models.clip import Clip, at_least_float32, precision_context
+from zscl.models.load_checks import refuse_not_finite
 from zscl.runtime.atomic_io import digest, patiently, set_aside
 from zscl.runtime.distributed import barrier, rank, share, sum_over_workers, world_size
 

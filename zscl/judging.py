@@ -15,8 +15,8 @@ from schemas.judgement import Bin, Confused, Judged, Protocol
 from zscl.data.loader import Decode, EvaluationImages, Loader
 from zscl.data.task import TaskFolder
 from zscl.evaluation import embed_classes
-from zscl.model import Clip, at_least_float32, precision_context
-from zscl.model_checks import refuse_not_finite
+from zscl.models.clip import Clip, at_least_float32, precision_context
+from zscl.models.load_checks import refuse_not_finite
 
 BINS = 15  # of confidence; Guo et al., On Calibration of Modern Neural Networks, ICML 2017
 

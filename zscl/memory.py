@@ -19,7 +19,7 @@ from zscl.data.sample import Samples
 from zscl.data.shard_urls import open_samples
 from zscl.data.task import TaskFolder
 from zscl.datasets.task_writer import write_shards
-from zscl.model import Clip, at_least_float32, image_size, precision_context
+from zscl.models.clip import Clip, at_least_float32, image_size, precision_context
 from zscl.runtime.distributed import gather_unequal, rank, world_size
 
 SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}

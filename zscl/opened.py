@@ -14,7 +14,7 @@ from schemas.experiment import Experiment
 from zscl import further, memory
 from zscl.data.indexed import IndexedSamples
 from zscl.data.task import ReferenceSet, TaskFolder, lines_of
-from zscl.model import weights_digest
+from zscl.models.clip import weights_digest
 from zscl.runtime.seeding import seed_of
 
 

@@ -25,7 +25,7 @@ from zscl.data.sample import decoded_text
 from zscl.data.shard_urls import open_samples
 from zscl.data.task import TaskFolder
 from zscl.evaluation import accuracies, embed_classes
-from zscl.model import CONFIG, Clip
+from zscl.models.clip import CONFIG, Clip
 from zscl.runtime.seeding import seed_of
 from zscl.training import learning_rate_factor
 

@@ -13,8 +13,8 @@ from schemas.algorithm import FEATURES_VERSION
 from schemas.base import InputError
 from schemas.method import Distill
 from zscl.data.task import ReferenceSet, TaskFolder
-from zscl.model import Clip, at_least_float32
-from zscl.model_checks import refuse_not_finite
+from zscl.models.clip import Clip, at_least_float32
+from zscl.models.load_checks import refuse_not_finite
 from zscl.runtime.atomic_io import digest, patiently, whole_file
 from zscl.runtime.distributed import from_main, gather, rank, share, sum_over_workers
 from zscl.runtime.seeding import seed_of

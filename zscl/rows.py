@@ -21,7 +21,7 @@ from zscl.checkpoint import CHECKPOINT, StoppedError
 from zscl.data.task import TaskFolder
 from zscl.evaluation import accuracies, embed_classes, head
 from zscl.metrics import at_chance
-from zscl.model import WEIGHTS, Clip
+from zscl.models.clip import WEIGHTS, Clip
 from zscl.opened import Opened
 from zscl.runtime.atomic_io import patiently, read_if_there, remove, write_text
 from zscl.runtime.distributed import agree, barrier, from_main_text, gather_sentences, rank

@@ -52,7 +52,7 @@ from zscl.data.loader import Loader
 from zscl.journal import JOURNAL, Journal
 from zscl.metrics import metrics
 from zscl.mirror import Mirror
-from zscl.model import Clip, has_no_deterministic_kernel, load, load_weights, use_deterministic_kernels
+from zscl.models.clip import Clip, has_no_deterministic_kernel, load, load_weights, use_deterministic_kernels
 from zscl.opened import Opened, open_experiment
 from zscl.rows import (
     AccuracyRow,

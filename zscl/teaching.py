@@ -19,7 +19,7 @@ from zscl.data.indexed import IndexedSamples
 from zscl.data.noise import NoiseSamples
 from zscl.data.sample import Samples
 from zscl.data.task import TaskFolder
-from zscl.model import Clip, freeze, image_size, load
+from zscl.models.clip import Clip, freeze, image_size, load
 from zscl.objective import Teacher
 from zscl.opened import Opened, open_experiment
 from zscl.runtime.distributed import rank

@@ -25,12 +25,12 @@ from zscl.curves import Curves
 from zscl.data.loader import Decode, Loader, TrainingImages
 from zscl.data.sample import Sample, Samples
 from zscl.data.task import TaskFolder
-from zscl.model import Clip, image_size, precision_context
+from zscl.models.clip import Clip, image_size, precision_context
+from zscl.models.pruned_forward import Towers
 from zscl.objective import Batch, Features, Objective, Teacher
 from zscl.runtime.distributed import gather_sentences, gather_with_gradient, rank, share, world_size
 from zscl.runtime.seeding import seed_of
 from zscl.snapshots import Snapshots, place_of
-from zscl.towers import Towers
 from zscl.usage import Clock, Usage, peak_memory
 
 Report = Callable[[StepsTaken | CheckpointWritten | WorkersUsed | Note], None]

@@ -25,7 +25,7 @@ from schemas.results import Result
 from zscl.data.indexed import IndexedSamples
 from zscl.data.shard_urls import open_samples
 from zscl.datasets.task_writer import write_task
-from zscl.model import load
+from zscl.models.clip import load
 from zscl.opened import class_order, open_experiment
 from zscl.sequence import run_sequence
 

@@ -24,7 +24,7 @@ from schemas.method import PRESETS
 from zscl import memory
 from zscl.data.loader import Loader
 from zscl.data.sample import Samples
-from zscl.model import load
+from zscl.models.clip import load
 from zscl.objective import Batch
 from zscl.opened import open_experiment
 from zscl.reference import random_sentences, tokens_of

@@ -16,7 +16,7 @@ from zscl.data.task import TaskFolder
 from zscl.datasets.task_writer import write_task
 from zscl.evaluation import accuracies, embed_classes
 from zscl.judging import Space, Tally, judge, shared_space
-from zscl.model import Clip, load
+from zscl.models.clip import Clip, load
 
 LOADER = Loader(torch.device("cpu"))
 

@@ -11,7 +11,7 @@ from schemas.experiment import Experiment, Model
 from zscl.data.loader import Decode, EvaluationImages, Loader
 from zscl.data.task import TaskFolder
 from zscl.evaluation import class_embeddings
-from zscl.model import load
+from zscl.models.clip import load
 from zscl.sequence import run_sequence
 
 pytest.importorskip("clip_benchmark", reason="CLIP_benchmark is not installed; `make install` brings it")

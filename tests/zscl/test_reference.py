@@ -11,7 +11,7 @@ from schemas.experiment import Experiment
 from schemas.method import Distill
 from zscl.data.loader import Loader
 from zscl.data.noise import NoiseSamples
-from zscl.model import image_size, load
+from zscl.models.clip import image_size, load
 from zscl.opened import open_experiment
 from zscl.reference import tokens_of
 from zscl.training import training_batches

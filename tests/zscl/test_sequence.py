@@ -22,7 +22,7 @@ from schemas.experiment import Experiment
 from schemas.results import Note, Result, StepsTaken
 from zscl.data.shard_urls import open_samples
 from zscl.data.task import TaskFolder
-from zscl.model import freeze, load
+from zscl.models.clip import freeze, load
 from zscl.objective import Teacher
 from zscl.opened import open_experiment
 from zscl.sequence import run_sequence

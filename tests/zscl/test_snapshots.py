@@ -12,7 +12,7 @@ from schemas.base import InputError
 from schemas.experiment import Experiment, Model
 from schemas.method import Average
 from zscl.checkpoint import StoppedError
-from zscl.model import load
+from zscl.models.clip import load
 from zscl.sequence import run_sequence
 from zscl.snapshots import interval, replay
 from zscl.training import choose_trained

@@ -36,7 +36,7 @@ from zscl.data.noise import NoiseSamples
 from zscl.data.sample import Sample
 from zscl.data.shard_urls import open_samples
 from zscl.datasets.task_writer import write_shards
-from zscl.model import Clip, load
+from zscl.models.clip import Clip, load
 
 AUGMENT = Compose([RandomResizedCrop(8, scale=(0.3, 1.0)), ToTensor()])
 Batches = list[tuple[torch.Tensor, torch.Tensor]]

@@ -12,7 +12,7 @@ from zscl.data.loader import Loader
 from zscl.data.task import TaskFolder
 from zscl.datasets.synthetic import domains, embedded, suites
 from zscl.evaluation import accuracies, embed_classes
-from zscl.model import load
+from zscl.models.clip import load
 
 
 @pytest.fixture(scope="module")

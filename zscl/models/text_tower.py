@@ -10,7 +10,15 @@ from open_clip import CLIP
 from open_clip.transformer import ResidualAttentionBlock, TextTransformer
 from torch import nn
 
-from zscl.blocks import NotApplicableError, behind_attention, look, plain_blocks, project, require, run_block
+from zscl.models.attention import (
+    NotApplicableError,
+    behind_attention,
+    look,
+    plain_blocks,
+    project,
+    require,
+    run_block,
+)
 
 
 @dataclass(frozen=True)

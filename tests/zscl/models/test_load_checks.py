@@ -17,11 +17,11 @@ from torch import nn
 from orchestrate import preflight
 from schemas.base import InputError
 from schemas.experiment import Experiment, Model
-from zscl import model_checks
 from zscl.data.loader import Loader
 from zscl.data.task import TaskFolder
 from zscl.evaluation import accuracies, embed_classes
-from zscl.model import Clip, load, load_weights
+from zscl.models import load_checks as model_checks
+from zscl.models.clip import Clip, load, load_weights
 from zscl.sequence import run_sequence
 
 CPU = torch.device("cpu")

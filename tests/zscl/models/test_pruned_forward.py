@@ -16,8 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from schemas.base import InputError
 from schemas.compute import Compute, Savings
 from schemas.experiment import Experiment
+from zscl.models.pruned_forward import Towers, left_in_full
 from zscl.sequence import run_sequence
-from zscl.towers import Towers, left_in_full
 
 CPU = torch.device("cpu")
 PLAIN: dict[str, Any] = {

@@ -8,7 +8,15 @@ import torch.nn.functional as F
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import nn
 
-from zscl.blocks import NotApplicableError, behind_attention, look, plain_blocks, project, require, run_block
+from zscl.models.attention import (
+    NotApplicableError,
+    behind_attention,
+    look,
+    plain_blocks,
+    project,
+    require,
+    run_block,
+)
 
 
 def image_block(block: ResidualAttentionBlock, rows: torch.Tensor, pooled_row: bool = False) -> torch.Tensor:

@@ -4,7 +4,7 @@ import torch
 from small_clip import TOKENS, clip_of
 from torch import nn
 
-from zscl.text_tower import TextTower, UsedEmbeddings, lay_out
+from zscl.models.text_tower import TextTower, UsedEmbeddings, lay_out
 
 
 def test_the_common_beginning_is_laid_out_once_and_nothing_behind_an_end() -> None:

@@ -18,7 +18,7 @@ from schemas.base import InputError, did_you_mean
 from schemas.experiment import LOCAL_MODEL, Model
 
 if TYPE_CHECKING:
-    from zscl.model import Clip
+    from zscl.models.clip import Clip
 
 HUB_MODEL = "hf-hub:"
 HUB_TIMEOUT_SECONDS = 10.0

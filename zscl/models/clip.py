@@ -18,7 +18,7 @@ from torch import nn
 
 from schemas.base import InputError
 from schemas.experiment import LOCAL_MODEL, Model
-from zscl.model_checks import (
+from zscl.models.load_checks import (
     HUB_MODEL,
     check_features,
     differences,

@@ -23,11 +23,11 @@ from torch.utils.checkpoint import checkpoint
 
 from schemas.base import InputError
 from schemas.compute import Compute, Savings
-from zscl.blocks import NotApplicableError
-from zscl.image_tower import ImageTower
-from zscl.model import at_least_float32, image_size
+from zscl.models.attention import NotApplicableError
+from zscl.models.clip import at_least_float32, image_size
+from zscl.models.text_tower import Prompts, TextTower, UsedEmbeddings, lay_out
+from zscl.models.vision_tower import ImageTower
 from zscl.runtime.distributed import sum_over_workers, world_size
-from zscl.text_tower import Prompts, TextTower, UsedEmbeddings, lay_out
 
 TOLERANCE = 1e-5  # largest difference between normalised features that round-off explains
 IMAGE_SAVINGS = ("pooled_row",)

@@ -10,7 +10,7 @@ import torch
 
 from schemas.base import InputError
 from schemas.experiment import Model
-from zscl.model import has_no_deterministic_kernel, load, weights_digest
+from zscl.models.clip import has_no_deterministic_kernel, load, weights_digest
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""open_clip models: loading, and forward passes without unused work."""
