@@ -23,10 +23,10 @@ from schemas.base import InputError, explain
 from schemas.experiment import LOCAL_MODEL, Experiment, Model
 from schemas.judgement import TriedAverage, TriedAverages
 from schemas.method import Average, Merge
-from zscl.averaging import interpolate
 from zscl.data.loader import Loader
 from zscl.data.task import TaskFolder
 from zscl.evaluation import accuracies, embed_classes, head
+from zscl.methods.weight_averaging import interpolate
 from zscl.models.clip import Clip, load
 from zscl.opened import open_tasks
 from zscl.rows import model_folder

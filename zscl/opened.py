@@ -11,9 +11,10 @@ from pydantic import ValidationError
 from schemas.base import InputError, did_you_mean, explain
 from schemas.data import ClassIncremental, Task
 from schemas.experiment import Experiment
-from zscl import further, memory
 from zscl.data.indexed import IndexedSamples
 from zscl.data.task import ReferenceSet, TaskFolder, lines_of
+from zscl.methods import custom_losses as further
+from zscl.methods import exemplars as memory
 from zscl.models.clip import weights_digest
 from zscl.runtime.seeding import seed_of
 

@@ -3,7 +3,7 @@
     <run>/snapshots/<k>-<task>/<step>.safetensors   trained parameters after steps 0, N, 2N, … (compute.snapshots_every)
     <run>/snapshots/<k>-<task>/last.safetensors     those after the last step
 
-What averages here is what averages in training (`zscl.averaging`), told of the same steps, so that the method's own
+What averages here is what averages in training (`zscl.methods.weight_averaging`), told of the same steps, so that the method's own
 average comes out bit for bit.
 """
 
@@ -17,7 +17,7 @@ from torch import nn
 
 from schemas.base import InputError
 from schemas.method import Average
-from zscl.averaging import hand_on, trained_parameters
+from zscl.methods.weight_averaging import hand_on, trained_parameters
 from zscl.runtime.atomic_io import os_error_of, patiently, whole_file
 from zscl.runtime.distributed import rank
 

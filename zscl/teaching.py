@@ -13,14 +13,16 @@ from torch import nn
 from schemas.base import InputError
 from schemas.experiment import Experiment, Model
 from schemas.results import Embedded, ImagesEmbedded, Note
-from zscl import features, memory, reference
-from zscl.averaging import interpolate
 from zscl.data.indexed import IndexedSamples
 from zscl.data.noise import NoiseSamples
 from zscl.data.sample import Samples
 from zscl.data.task import TaskFolder
+from zscl.methods import distillation_texts as reference
+from zscl.methods import exemplars as memory
+from zscl.methods import teacher_cache as features
+from zscl.methods.terms import Teacher
+from zscl.methods.weight_averaging import interpolate
 from zscl.models.clip import Clip, freeze, image_size, load
-from zscl.objective import Teacher
 from zscl.opened import Opened, open_experiment
 from zscl.runtime.distributed import rank
 from zscl.training import loader_of

@@ -18,16 +18,16 @@ from schemas.compute import Compute
 from schemas.experiment import Experiment
 from schemas.method import Average
 from schemas.results import CheckpointWritten, Note, StageResult, StepLosses, StepsTaken, WorkersUsed
-from zscl import objective
-from zscl.averaging import HandOn, hand_on, trained_parameters
 from zscl.checkpoint import Checkpoints, State, fits, read_checkpoint
 from zscl.curves import Curves
 from zscl.data.loader import Decode, Loader, TrainingImages
 from zscl.data.sample import Sample, Samples
 from zscl.data.task import TaskFolder
+from zscl.methods import terms as objective
+from zscl.methods.terms import Batch, Features, Objective, Teacher
+from zscl.methods.weight_averaging import HandOn, hand_on, trained_parameters
 from zscl.models.clip import Clip, image_size, precision_context
 from zscl.models.pruned_forward import Towers
-from zscl.objective import Batch, Features, Objective, Teacher
 from zscl.runtime.distributed import gather_sentences, gather_with_gradient, rank, share, world_size
 from zscl.runtime.seeding import seed_of
 from zscl.snapshots import Snapshots, place_of

@@ -21,13 +21,13 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from schemas.base import InputError
 from schemas.experiment import Experiment, Model
 from schemas.method import PRESETS
-from zscl import memory
 from zscl.data.loader import Loader
 from zscl.data.sample import Samples
+from zscl.methods import exemplars as memory
+from zscl.methods.distillation_texts import random_sentences, tokens_of
+from zscl.methods.terms import Batch
 from zscl.models.clip import load
-from zscl.objective import Batch
 from zscl.opened import open_experiment
-from zscl.reference import random_sentences, tokens_of
 from zscl.sequence import run_sequence
 from zscl.training import learning_rate_factor, training_batches
 

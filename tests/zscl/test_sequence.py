@@ -22,8 +22,8 @@ from schemas.experiment import Experiment
 from schemas.results import Note, Result, StepsTaken
 from zscl.data.shard_urls import open_samples
 from zscl.data.task import TaskFolder
+from zscl.methods.terms import Teacher
 from zscl.models.clip import freeze, load
-from zscl.objective import Teacher
 from zscl.opened import open_experiment
 from zscl.sequence import run_sequence
 from zscl.training import train_stage
@@ -121,13 +121,13 @@ def test_the_teacher_embeds_the_reference_texts_once(
     experiment: Callable[..., Experiment], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     embedded: list[int] = []
-    encode = __import__("zscl.reference", fromlist=["_encode"])._encode
+    encode = __import__("zscl.methods.distillation_texts", fromlist=["_encode"])._encode
 
     def counted(teacher: torch.nn.Module, tokens: torch.Tensor, device: torch.device) -> torch.Tensor:
         embedded.append(len(tokens))
         return encode(teacher, tokens, device)
 
-    monkeypatch.setattr("zscl.reference._encode", counted)
+    monkeypatch.setattr("zscl.methods.distillation_texts._encode", counted)
     for name, seed in (("one", 0), ("two", 1)):
         run_sequence(experiment(seed=seed), tmp_path / name, device=CPU)
     assert embedded == [14]

@@ -26,10 +26,10 @@ from zscl.data.loader import Decode, EvaluationImages, TrainingImages
 from zscl.data.shard_urls import open_samples
 from zscl.data.streaming import StreamedSamples
 from zscl.data.task import TaskFolder
-from zscl.features import FeatureStore, store_of
+from zscl.methods.distillation_texts import text_embeddings
+from zscl.methods.teacher_cache import FeatureStore, store_of
 from zscl.models.clip import load, weights_digest
 from zscl.opened import open_experiment
-from zscl.reference import text_embeddings
 from zscl.sequence import run_sequence
 
 CPU = torch.device("cpu")

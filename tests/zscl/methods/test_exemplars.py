@@ -9,7 +9,7 @@ from conftest import coloured
 
 from zscl.data.shard_urls import open_samples
 from zscl.datasets.task_writer import write_shards
-from zscl.memory import choose, herd, per_class, recall, write
+from zscl.methods.exemplars import choose, herd, per_class, recall, write
 
 
 def test_herding_keeps_the_mean_of_the_chosen_nearest_to_the_mean_of_all() -> None:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from schemas.method import Average
-from zscl.averaging import WeightEnsemble, hand_on
+from zscl.methods.weight_averaging import WeightEnsemble, hand_on
 
 
 def trajectory(steps: int, multi_tensor: bool = True, **settings: object) -> tuple[float, int]:

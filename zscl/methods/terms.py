@@ -12,8 +12,9 @@ import torch
 from schemas.base import InputError
 from schemas.experiment import Experiment
 from schemas.method import Distill
-from zscl import further, losses
 from zscl.data.sample import Samples
+from zscl.methods import custom_losses as further
+from zscl.methods import losses
 from zscl.runtime.distributed import gather
 
 

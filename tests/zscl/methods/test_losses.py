@@ -5,7 +5,13 @@ import math
 import pytest
 import torch
 
-from zscl.losses import classification, distillation, feature_distance, similarity_distillation, squared_distance
+from zscl.methods.losses import (
+    classification,
+    distillation,
+    feature_distance,
+    similarity_distillation,
+    squared_distance,
+)
 
 torch.manual_seed(0)
 IMAGES = torch.nn.functional.normalize(torch.randn(3, 4, dtype=torch.float64), dim=1)

@@ -21,7 +21,15 @@ from torch import nn
 from schemas.base import InputError
 from schemas.experiment import Experiment
 from schemas.results import ImagesEmbedded, Note, StepsTaken
-from zscl.features import CHECKS, FEATURES, FeatureStore, StoredFeatures, _open_or_replace, encoder, share_met
+from zscl.methods.teacher_cache import (
+    CHECKS,
+    FEATURES,
+    FeatureStore,
+    StoredFeatures,
+    _open_or_replace,
+    encoder,
+    share_met,
+)
 from zscl.sequence import run_sequence
 
 CPU = torch.device("cpu")
@@ -162,8 +170,8 @@ def test_a_store_that_cannot_be_opened_keeps_its_rows(
         return open_memmap(*given, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr("zscl.features.open_memmap", failing)
-        patch.setattr("zscl.features.OPEN_SECONDS", 0.2)
+        patch.setattr("zscl.methods.teacher_cache.open_memmap", failing)
+        patch.setattr("zscl.methods.teacher_cache.OPEN_SECONDS", 0.2)
         opened = _open_or_replace(store.folder, 5, 3, torch.float32, said.append)
     waits = name in ("ESTALE", "EIO") and times == 1
     assert (opened is not None) == waits
@@ -240,8 +248,8 @@ def test_features_of_another_version_of_the_computation_are_not_used(
     experiment: Callable[..., Experiment], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(experiment(), tmp_path / "before")
-    monkeypatch.setattr("zscl.features.FEATURES_VERSION", 1_000)
-    monkeypatch.setattr("zscl.reference.FEATURES_VERSION", 1_000)
+    monkeypatch.setattr("zscl.methods.teacher_cache.FEATURES_VERSION", 1_000)
+    monkeypatch.setattr("zscl.methods.distillation_texts.FEATURES_VERSION", 1_000)
     _, said = run(experiment(), tmp_path / "behind")
     assert "Teacher embedded 14 images, once" in notes(said)
     assert "reference texts, once" in notes(said)

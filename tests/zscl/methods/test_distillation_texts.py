@@ -11,9 +11,9 @@ from schemas.experiment import Experiment
 from schemas.method import Distill
 from zscl.data.loader import Loader
 from zscl.data.noise import NoiseSamples
+from zscl.methods.distillation_texts import tokens_of
 from zscl.models.clip import image_size, load
 from zscl.opened import open_experiment
-from zscl.reference import tokens_of
 from zscl.training import training_batches
 
 CPU = torch.device("cpu")

@@ -1,0 +1,1 @@
+"""Losses, weight averaging, exemplars and distillation targets."""
