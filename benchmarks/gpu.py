@@ -61,7 +61,7 @@ from schemas.results import CheckpointWritten, Result, StepsTaken
 from zscl.data.loader import Loader
 from zscl.data.task import TaskFolder
 from zscl.datasets.task_writer import write_shards, write_task
-from zscl.evaluation import accuracies, embed_classes
+from zscl.evaluation.zero_shot import accuracies, embed_classes
 from zscl.models.clip import Clip, load, precision_context
 from zscl.sequence import run_sequence
 

@@ -25,7 +25,7 @@ from schemas.judgement import TriedAverage, TriedAverages
 from schemas.method import Average, Merge
 from zscl.data.loader import Loader
 from zscl.data.task import TaskFolder
-from zscl.evaluation import accuracies, embed_classes, head
+from zscl.evaluation.zero_shot import accuracies, embed_classes, head
 from zscl.methods.weight_averaging import interpolate
 from zscl.models.clip import Clip, load
 from zscl.opened import open_tasks

@@ -28,8 +28,8 @@ from zscl.checks.prompts import prompt_warnings
 from zscl.data.indexed import IndexedSamples
 from zscl.data.loader import Loader
 from zscl.data.task import TaskFolder
-from zscl.judging import judge
-from zscl.metrics import metrics
+from zscl.evaluation.metrics import metrics
+from zscl.evaluation.protocols import judge
 from zscl.models.clip import CONFIG, load, weights_digest
 from zscl.opened import open_tasks
 from zscl.rows import stage_files

@@ -20,7 +20,7 @@ from schemas.base import InputError, command, parse_json
 from schemas.method import PRESETS
 from schemas.results import Result, StageResult, TaskName
 from zscl.data.task import TaskFolder
-from zscl.metrics import metrics
+from zscl.evaluation.metrics import metrics
 from zscl.rows import ACCURACY, ROW_ADVICE, STAGE_ADVICE, AccuracyRow, stage_files
 from zscl.rows import ZERO_SHOT as ROW_BEFORE
 from zscl.sequence import RESULT

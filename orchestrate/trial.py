@@ -33,7 +33,7 @@ from schemas.results import Result, RowMeasured, StageTrained
 from schemas.search import Search, TrialEnded, TrialNews, TrialStarted, objectives_of
 from schemas.secrets import mask
 from zscl.checkpoint import StoppedError
-from zscl.metrics import metrics
+from zscl.evaluation.metrics import metrics
 from zscl.opened import Opened, open_experiment
 from zscl.runtime.atomic_io import acquired, link_folder
 from zscl.sequence import RESULT, run_sequence

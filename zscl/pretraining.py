@@ -24,7 +24,7 @@ from zscl.data.loader import Decode, Loader, TrainingImages
 from zscl.data.sample import decoded_text
 from zscl.data.shard_urls import open_samples
 from zscl.data.task import TaskFolder
-from zscl.evaluation import accuracies, embed_classes
+from zscl.evaluation.zero_shot import accuracies, embed_classes
 from zscl.models.clip import CONFIG, Clip
 from zscl.runtime.seeding import seed_of
 from zscl.training import learning_rate_factor

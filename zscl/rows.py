@@ -19,8 +19,8 @@ from schemas.base import InputError, Strict, parse_json
 from schemas.results import Note, RowMeasured, StageResult, TaskEvaluated
 from zscl.checkpoint import CHECKPOINT, StoppedError
 from zscl.data.task import TaskFolder
-from zscl.evaluation import accuracies, embed_classes, head
-from zscl.metrics import at_chance
+from zscl.evaluation.metrics import at_chance
+from zscl.evaluation.zero_shot import accuracies, embed_classes, head
 from zscl.models.clip import WEIGHTS, Clip
 from zscl.opened import Opened
 from zscl.runtime.atomic_io import patiently, read_if_there, remove, write_text

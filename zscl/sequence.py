@@ -47,10 +47,10 @@ from schemas.results import (
 from zscl.checkpoint import CHECKPOINT
 from zscl.curves import NotFiniteError
 from zscl.data.loader import Loader
+from zscl.evaluation.metrics import metrics
 from zscl.journal import JOURNAL, Journal
 from zscl.methods import exemplars as memory
 from zscl.methods.weight_averaging import interpolate
-from zscl.metrics import metrics
 from zscl.mirror import Mirror
 from zscl.models.clip import Clip, has_no_deterministic_kernel, load, load_weights, use_deterministic_kernels
 from zscl.opened import Opened, open_experiment

@@ -19,7 +19,7 @@ from schemas.base import InputError
 from schemas.experiment import Experiment, Model
 from zscl.data.loader import Loader
 from zscl.data.task import TaskFolder
-from zscl.evaluation import accuracies, embed_classes
+from zscl.evaluation.zero_shot import accuracies, embed_classes
 from zscl.models import load_checks as model_checks
 from zscl.models.clip import Clip, load, load_weights
 from zscl.sequence import run_sequence

@@ -11,7 +11,7 @@ from schemas.experiment import Model
 from zscl.data.loader import Loader
 from zscl.data.task import TaskFolder
 from zscl.datasets.synthetic import domains, embedded, suites
-from zscl.evaluation import accuracies, embed_classes
+from zscl.evaluation.zero_shot import accuracies, embed_classes
 from zscl.models.clip import load
 
 

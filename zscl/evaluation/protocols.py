@@ -14,7 +14,7 @@ from schemas.base import InputError, command
 from schemas.judgement import Bin, Confused, Judged, Protocol
 from zscl.data.loader import Decode, EvaluationImages, Loader
 from zscl.data.task import TaskFolder
-from zscl.evaluation import embed_classes
+from zscl.evaluation.zero_shot import embed_classes
 from zscl.models.clip import Clip, at_least_float32, precision_context
 from zscl.models.load_checks import refuse_not_finite
 

@@ -10,7 +10,7 @@ import torch
 from schemas.experiment import Experiment, Model
 from zscl.data.loader import Decode, EvaluationImages, Loader
 from zscl.data.task import TaskFolder
-from zscl.evaluation import class_embeddings
+from zscl.evaluation.zero_shot import class_embeddings
 from zscl.models.clip import load
 from zscl.sequence import run_sequence
 

@@ -14,8 +14,8 @@ from schemas.judgement import PROTOCOLS, Judged
 from zscl.data.loader import Loader
 from zscl.data.task import TaskFolder
 from zscl.datasets.task_writer import write_task
-from zscl.evaluation import accuracies, embed_classes
-from zscl.judging import Space, Tally, judge, shared_space
+from zscl.evaluation.protocols import Space, Tally, judge, shared_space
+from zscl.evaluation.zero_shot import accuracies, embed_classes
 from zscl.models.clip import Clip, load
 
 LOADER = Loader(torch.device("cpu"))

@@ -1,0 +1,1 @@
+"""Zero-shot accuracy and the metrics of continual learning."""
