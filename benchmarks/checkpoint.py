@@ -24,8 +24,8 @@ import torch
 from torch.optim import AdamW
 
 from schemas.compute import Checkpoint
-from zscl.checkpoint import CHECKPOINT, Checkpoints, State
 from zscl.methods.weight_averaging import trained_parameters
+from zscl.training.checkpoint import CHECKPOINT, Checkpoints, State
 
 SMALL = {
     "embed_dim": 192,

@@ -31,8 +31,8 @@ from zscl.models.clip import Clip, load
 from zscl.opened import open_tasks
 from zscl.rows import model_folder
 from zscl.runtime.atomic_io import whole_file, write_text
-from zscl.snapshots import interval, place_of, replay
-from zscl.training import choose_trained
+from zscl.training.snapshots import interval, place_of, replay
+from zscl.training.stage import choose_trained
 
 Choice = Average | None
 

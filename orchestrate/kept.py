@@ -6,8 +6,8 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from schemas.experiment import Experiment
-from zscl.checkpoint import CHECKPOINT
 from zscl.mirror import Mirror, follow, url_of
+from zscl.training.checkpoint import CHECKPOINT
 
 NOT_WATCHED = (CHECKPOINT,)  # large, and of no use but to the workers
 Following = Callable[[], AbstractContextManager[None]]

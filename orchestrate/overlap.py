@@ -10,10 +10,10 @@ from ray.exceptions import RayTaskError
 from orchestrate.kept import NOT_WATCHED
 from schemas.base import InputError
 from schemas.experiment import Experiment
-from zscl.checkpoint import StoppedError
 from zscl.mirror import Mirror, on_this_node
 from zscl.rows import Elsewhere
 from zscl.sequence import measure_row
+from zscl.training.checkpoint import StoppedError
 
 RETRIES = 3  # of a task whose process or node has died: cells that are measured stay
 

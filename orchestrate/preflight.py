@@ -14,7 +14,6 @@ from orchestrate.state import STATE
 from schemas.base import InputError
 from schemas.compute import Compute, Savings
 from schemas.experiment import LOCAL_MODEL, Experiment, Model
-from zscl.checkpoint import CHECKPOINT
 from zscl.checks import findings as verdict
 from zscl.checks.prompts import prompt_warnings
 from zscl.data.indexed import IndexedSamples
@@ -24,8 +23,9 @@ from zscl.models.clip import load, open_clip_name
 from zscl.models.pruned_forward import Towers, left_in_full
 from zscl.opened import Opened, open_experiment
 from zscl.rows import ZERO_SHOT, OtherAlgorithmError, check_run_folder, part_of, refuse_other_run, stage_folder
-from zscl.snapshots import LAST, SUFFIX, place_of
 from zscl.teaching import store_beside, way_of_features
+from zscl.training.checkpoint import CHECKPOINT
+from zscl.training.snapshots import LAST, SUFFIX, place_of
 
 MOST_NAMED = 3  # samples in a sentence
 NO_PART = ("name", "compute.", "tracking.")  # of what is computed

@@ -34,12 +34,12 @@ from orchestrate.overlap import on_ray
 from schemas.base import InputError
 from schemas.experiment import Experiment
 from schemas.results import Embedded, Note, Progress, Result, WorkersUsed
-from zscl.checkpoint import CHECKPOINT, StoppedError
 from zscl.mirror import Mirror, on_this_node
 from zscl.runtime.distributed import barrier, rank
 from zscl.sequence import run_sequence
 from zscl.stages import Shared
 from zscl.teaching import embed_reference
+from zscl.training.checkpoint import CHECKPOINT, StoppedError
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,6 @@ from pydantic import BaseModel, Field, ValidationError
 from schemas.algorithm import algorithm
 from schemas.base import InputError, Strict, parse_json
 from schemas.results import Note, RowMeasured, StageResult, TaskEvaluated
-from zscl.checkpoint import CHECKPOINT, StoppedError
 from zscl.data.task import TaskFolder
 from zscl.evaluation.metrics import at_chance
 from zscl.evaluation.zero_shot import accuracies, embed_classes, head
@@ -26,7 +25,8 @@ from zscl.opened import Opened
 from zscl.runtime.atomic_io import patiently, read_if_there, remove, write_text
 from zscl.runtime.distributed import agree, barrier, from_main_text, gather_sentences, rank
 from zscl.stages import TRAINING, StageStore, stage_identity
-from zscl.training import loader_of
+from zscl.training.checkpoint import CHECKPOINT, StoppedError
+from zscl.training.stage import loader_of
 
 Report = Callable[[BaseModel], None]
 ZERO_SHOT, ACCURACY = "zero_shot.json", "accuracy.json"

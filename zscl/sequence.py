@@ -3,7 +3,7 @@
 A run's folder is its own checkpoint. Every file in it appears whole, and what is there is not done again:
 
     zero_shot.json                      the initial model's row
-    checkpoint.pt                       the stage under way (see `zscl.checkpoint`)
+    checkpoint.pt                       the stage under way (see `zscl.training.checkpoint`)
     journal.jsonl                       what happened, a line each (see `zscl.journal`)
     stages/<k>-<task>/model/            an open_clip folder: what stage k hands on (k from 1)
     stages/<k>-<task>/exemplars/        for a method with a memory: what stage k leaves in it, best first
@@ -11,7 +11,7 @@ A run's folder is its own checkpoint. Every file in it appears whole, and what i
     stages/<k>-<task>/training.json     what the stage cost; with it, the stage is trained
     stages/<k>-<task>/accuracy.json     the row after it; with it, the stage is finished
     *.part.json                         a row of which only some cells are measured
-    snapshots/<k>-<task>/               weights along stage k, where asked for (see `zscl.snapshots`)
+    snapshots/<k>-<task>/               weights along stage k, where asked for (see `zscl.training.snapshots`)
     result.json                         everything; with it, the run is finished
 """
 
@@ -44,8 +44,6 @@ from schemas.results import (
     StepLosses,
     TaskName,
 )
-from zscl.checkpoint import CHECKPOINT
-from zscl.curves import NotFiniteError
 from zscl.data.loader import Loader
 from zscl.evaluation.metrics import metrics
 from zscl.journal import JOURNAL, Journal
@@ -70,7 +68,9 @@ from zscl.runtime.distributed import barrier, from_main_text, rank, world_size
 from zscl.runtime.seeding import seed_of
 from zscl.stages import TRAINING, Shared, StageStore, stage_identity
 from zscl.teaching import Teaching, frozen, store_beside
-from zscl.training import loader_of, train_stage
+from zscl.training.checkpoint import CHECKPOINT
+from zscl.training.loss_log import NotFiniteError
+from zscl.training.stage import loader_of, train_stage
 
 Report = Callable[[BaseModel], None]
 RESULT = "result.json"

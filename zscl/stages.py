@@ -22,7 +22,6 @@ from pydantic import ValidationError
 from schemas.algorithm import algorithm
 from schemas.method import Average
 from schemas.results import StageResult
-from zscl.checkpoint import StoppedError
 from zscl.opened import Opened
 from zscl.runtime.atomic_io import (
     acquired,
@@ -34,6 +33,7 @@ from zscl.runtime.atomic_io import (
     write_text,
 )
 from zscl.runtime.distributed import agree, barrier, from_main_text, rank
+from zscl.training.checkpoint import StoppedError
 
 log = logging.getLogger(__name__)
 

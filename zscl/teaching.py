@@ -25,7 +25,7 @@ from zscl.methods.weight_averaging import interpolate
 from zscl.models.clip import Clip, freeze, image_size, load
 from zscl.opened import Opened, open_experiment
 from zscl.runtime.distributed import rank
-from zscl.training import loader_of
+from zscl.training.stage import loader_of
 
 Report = Callable[[BaseModel], None]
 

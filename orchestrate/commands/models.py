@@ -45,7 +45,7 @@ def pretrain(
     places.refuse_unwritable(out.absolute())
     import torch
 
-    from zscl.pretraining import pretrain as train
+    from zscl.training.pretrain import pretrain as train
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with Bar(progress_console) as bar:

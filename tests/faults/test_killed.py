@@ -27,8 +27,8 @@ from disturbing import (
 
 from orchestrate import recipes
 from schemas.results import RunState
-from zscl.checkpoint import CHECKPOINT
 from zscl.sequence import run_sequence
+from zscl.training.checkpoint import CHECKPOINT
 
 pytest_plugins = ["faulty_cluster"]
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(3600)]

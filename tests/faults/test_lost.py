@@ -13,8 +13,8 @@ import pytest
 from disturbing import a_worker, add_node, ended, numbers, same, starts_of, train_workers, trained, until
 from ray.cluster_utils import Cluster
 
-from zscl.checkpoint import CHECKPOINT
 from zscl.journal import JOURNAL
+from zscl.training.checkpoint import CHECKPOINT
 
 pytest_plugins = ["faulty_cluster"]
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(3600)]

@@ -11,7 +11,7 @@ from disturbing import add_node, ended, numbers, processes, starts_of, trained, 
 from ray.cluster_utils import Cluster
 
 from orchestrate.access import loopback_alone
-from zscl.checkpoint import CHECKPOINT
+from zscl.training.checkpoint import CHECKPOINT
 
 pytest_plugins = ["faulty_cluster", "object_storage"]
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(3600)]

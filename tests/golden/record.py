@@ -33,8 +33,8 @@ import inputs  # noqa: E402
 
 from orchestrate.recipes import load_search, load_variants  # noqa: E402
 from schemas.experiment import Experiment  # noqa: E402
-from zscl.checkpoint import StoppedError  # noqa: E402
 from zscl.sequence import run_sequence  # noqa: E402
+from zscl.training.checkpoint import StoppedError  # noqa: E402
 
 RUNS, FINGERPRINTS, SCHEMA, HELP = "runs.json", "fingerprints.json", "schema.json", "help.txt"
 STOPPED_RUN = HERE / "stopped-run"

@@ -15,10 +15,10 @@ from botocore.exceptions import EndpointConnectionError
 from schemas.base import InputError
 from schemas.experiment import Experiment
 from zscl import mirror as module
-from zscl.checkpoint import CHECKPOINT
 from zscl.mirror import Mirror, on_this_node, url_of
 from zscl.runtime.atomic_io import set_aside
 from zscl.sequence import run_sequence
+from zscl.training.checkpoint import CHECKPOINT
 
 pytest_plugins = ["object_storage"]
 
@@ -232,7 +232,7 @@ def test_storage_that_is_away_is_waited_for(two: tuple[Mirror, Mirror], monkeypa
 def test_a_run_goes_on_from_another_node(
     experiment: Callable[..., Experiment], tmp_path: Path, two: tuple[Mirror, Mirror]
 ) -> None:
-    from zscl.checkpoint import StoppedError
+    from zscl.training.checkpoint import StoppedError
 
     one, other = two
     made, cpu = experiment(), torch.device("cpu")

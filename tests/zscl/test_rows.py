@@ -18,12 +18,12 @@ from schemas.algorithm import algorithm
 from schemas.base import InputError
 from schemas.experiment import Experiment
 from schemas.results import Note, RowMeasured, StageTrained, TaskEvaluated
-from zscl.checkpoint import StoppedError
 from zscl.evaluation.metrics import at_chance
 from zscl.opened import open_experiment
 from zscl.rows import Elsewhere, Handle, check_run_folder, refuse_other_run, stage_files
 from zscl.runtime.atomic_io import write_text
 from zscl.sequence import measure_row, run_sequence
+from zscl.training.checkpoint import StoppedError
 
 Make = Callable[..., Experiment]
 CPU = torch.device("cpu")

@@ -26,7 +26,7 @@ from zscl.methods.terms import Teacher
 from zscl.models.clip import freeze, load
 from zscl.opened import open_experiment
 from zscl.sequence import run_sequence
-from zscl.training import train_stage
+from zscl.training.stage import train_stage
 
 CPU = torch.device("cpu")
 

@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 from schemas.experiment import Experiment
 from schemas.method import PRESETS
 from schemas.results import Result, WorkersUsed
-from zscl import usage
-from zscl.checkpoint import StoppedError
 from zscl.journal import JOURNAL, JournalReader
 from zscl.runtime.distributed import share
 from zscl.sequence import run_sequence
+from zscl.training import throughput as usage
+from zscl.training.checkpoint import StoppedError
 
 METHODS = {preset: {"preset": preset} for preset in PRESETS} | {
     "we+wc": {"preset": "we+wc", "average": {"every": 2}},

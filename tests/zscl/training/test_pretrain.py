@@ -9,7 +9,7 @@ from conftest import TINY_MODEL
 
 from schemas.base import InputError
 from schemas.pretraining import Pretraining
-from zscl.pretraining import contrastive_loss, pretrain
+from zscl.training.pretrain import contrastive_loss, pretrain
 
 PREPROCESS = {"mean": [0.5] * 3, "std": [0.25] * 3}
 

@@ -18,8 +18,6 @@ from schemas.compute import Compute
 from schemas.experiment import Experiment
 from schemas.method import Average
 from schemas.results import CheckpointWritten, Note, StageResult, StepLosses, StepsTaken, WorkersUsed
-from zscl.checkpoint import Checkpoints, State, fits, read_checkpoint
-from zscl.curves import Curves
 from zscl.data.loader import Decode, Loader, TrainingImages
 from zscl.data.sample import Sample, Samples
 from zscl.data.task import TaskFolder
@@ -30,8 +28,10 @@ from zscl.models.clip import Clip, image_size, precision_context
 from zscl.models.pruned_forward import Towers
 from zscl.runtime.distributed import gather_sentences, gather_with_gradient, rank, share, world_size
 from zscl.runtime.seeding import seed_of
-from zscl.snapshots import Snapshots, place_of
-from zscl.usage import Clock, Usage, peak_memory
+from zscl.training.checkpoint import Checkpoints, State, fits, read_checkpoint
+from zscl.training.loss_log import Curves
+from zscl.training.snapshots import Snapshots, place_of
+from zscl.training.throughput import Clock, Usage, peak_memory
 
 Report = Callable[[StepsTaken | CheckpointWritten | WorkersUsed | Note], None]
 

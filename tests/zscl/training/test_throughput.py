@@ -9,10 +9,10 @@ import torch
 
 from schemas.experiment import Experiment
 from schemas.results import Result, WorkersUsed
-from zscl import usage
 from zscl.journal import JOURNAL, JournalReader
 from zscl.sequence import run_sequence
-from zscl.usage import Clock, Usage
+from zscl.training import throughput as usage
+from zscl.training.throughput import Clock, Usage
 
 
 def test_a_clock_counts_blocks_items_and_calls() -> None:

@@ -29,7 +29,7 @@ from zscl.methods.terms import Batch
 from zscl.models.clip import load
 from zscl.opened import open_experiment
 from zscl.sequence import run_sequence
-from zscl.training import learning_rate_factor, training_batches
+from zscl.training.stage import learning_rate_factor, training_batches
 
 CPU = torch.device("cpu")
 STEPS, WARMUP, EVERY, TEMPERATURE, SMOOTHING, MERGED, BUDGET = 16, 6, 4, 2.0, 0.2, 0.2, 12

@@ -20,9 +20,9 @@ from safetensors.torch import save_file
 from schemas.compute import Checkpoint
 from schemas.experiment import Experiment
 from schemas.results import CheckpointWritten, Note, StepsTaken
-from zscl.checkpoint import CHECKPOINT, Checkpoints, StoppedError, read_checkpoint
 from zscl.journal import JOURNAL, JournalReader
 from zscl.sequence import run_sequence
+from zscl.training.checkpoint import CHECKPOINT, Checkpoints, StoppedError, read_checkpoint
 
 Make = Callable[..., Experiment]
 CPU = torch.device("cpu")

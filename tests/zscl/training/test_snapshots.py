@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 from schemas.base import InputError
 from schemas.experiment import Experiment, Model
 from schemas.method import Average
-from zscl.checkpoint import StoppedError
 from zscl.models.clip import load
 from zscl.sequence import run_sequence
-from zscl.snapshots import interval, replay
-from zscl.training import choose_trained
+from zscl.training.checkpoint import StoppedError
+from zscl.training.snapshots import interval, replay
+from zscl.training.stage import choose_trained
 
 Make = Callable[..., Experiment]
 CPU = torch.device("cpu")

@@ -1,0 +1,1 @@
+"""One stage: the training step, the loop, checkpoints and logs."""
