@@ -63,7 +63,7 @@ from zscl.data.task import TaskFolder
 from zscl.datasets.task_writer import write_shards, write_task
 from zscl.evaluation.zero_shot import accuracies, embed_classes
 from zscl.models.clip import Clip, load, precision_context
-from zscl.sequence import run_sequence
+from zscl.sequence.run import run_sequence
 
 # Largest accepted differences from the CPU's run. Losses: at any step, relative to the sum of the step's losses.
 # Updates: norm of the difference of the whole run's weight change, relative to its norm; AdamW divides by the root of

@@ -7,7 +7,7 @@ from orchestrate.places import EXPERIMENT, LEVELS, sqlite_file, store_uri, unmas
 from orchestrate.recipes import load_experiment
 from schemas.base import InputError
 from schemas.secrets import mask
-from zscl.journal import begun_in, identity_of
+from zscl.sequence.journal import begun_in, identity_of
 
 
 def attach(

@@ -28,9 +28,9 @@ from zscl.data.task import TaskFolder
 from zscl.evaluation.zero_shot import accuracies, embed_classes, head
 from zscl.methods.weight_averaging import interpolate
 from zscl.models.clip import Clip, load
-from zscl.opened import open_tasks
-from zscl.rows import model_folder
 from zscl.runtime.atomic_io import whole_file, write_text
+from zscl.sequence.matrix import model_folder
+from zscl.sequence.resolve import open_tasks
 from zscl.training.snapshots import interval, place_of, replay
 from zscl.training.stage import choose_trained
 

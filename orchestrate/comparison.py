@@ -13,7 +13,7 @@ from orchestrate import report
 from orchestrate.report import FURTHER, change, label_of
 from schemas.base import InputError
 from schemas.results import Result
-from zscl.rows import named
+from zscl.sequence.matrix import named
 
 CONFIDENCE = 0.95
 ROUNDING = 1e-9  # of an accuracy: differences that lie closer together are equal

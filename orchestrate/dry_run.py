@@ -24,8 +24,8 @@ from schemas.experiment import Experiment
 from schemas.inspection import Manifest
 from schemas.secrets import mask
 from zscl.data.task import MANIFEST, TaskFolder, text_of
-from zscl.mirror import Mirror
-from zscl.opened import Opened
+from zscl.sequence.object_store import Mirror
+from zscl.sequence.resolve import Opened
 
 DIGEST_SECONDS = 5.0  # for the shards' SHA-256, of all tasks together
 ANSWER_SECONDS = 20.0  # for a server or a bucket to answer

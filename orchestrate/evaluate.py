@@ -31,11 +31,11 @@ from zscl.data.task import TaskFolder
 from zscl.evaluation.metrics import metrics
 from zscl.evaluation.protocols import judge
 from zscl.models.clip import CONFIG, load, weights_digest
-from zscl.opened import open_tasks
-from zscl.rows import stage_files
 from zscl.runtime.atomic_io import whole_file, write_text
-from zscl.sequence import LIBRARIES
-from zscl.stages import TRAINING
+from zscl.sequence.matrix import stage_files
+from zscl.sequence.resolve import open_tasks
+from zscl.sequence.run import LIBRARIES
+from zscl.sequence.stage_cache import TRAINING
 
 EVALUATION = "evaluation.json"
 ALL = "all"

@@ -13,8 +13,8 @@ from schemas.experiment import Experiment
 from schemas.results import Result
 from schemas.secrets import mask
 from zscl.models.clip import CONFIG
-from zscl.rows import model_folder
 from zscl.runtime.atomic_io import whole_folder
+from zscl.sequence.matrix import model_folder
 
 CARD = """---
 {{ card_data }}

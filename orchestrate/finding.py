@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 from orchestrate.places import EXPERIMENT, LEVELS, sqlite_file, sqlite_uri
 from schemas.base import InputError, did_you_mean
 from schemas.secrets import mask
-from zscl.journal import RunIdentity, identity_of
 from zscl.runtime.atomic_io import digest, nearest
-from zscl.sequence import RESULT
+from zscl.sequence.journal import RunIdentity, identity_of
+from zscl.sequence.run import RESULT
 
 if TYPE_CHECKING:
     from mlflow.entities import Run

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from schemas.experiment import Experiment
-from zscl.mirror import Mirror, follow, url_of
+from zscl.sequence.object_store import Mirror, follow, url_of
 from zscl.training.checkpoint import CHECKPOINT
 
 NOT_WATCHED = (CHECKPOINT,)  # large, and of no use but to the workers

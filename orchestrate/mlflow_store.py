@@ -43,7 +43,7 @@ logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 PARENT = "mlflow.parentRunId"
 FINGERPRINT = "zscl.fingerprint"
 FOLDER = "zscl.folder"  # where the run lay when it was last recorded
-TAKEN = "zscl.journal"  # how many of a journal's entries a run has, and when that journal begins
+TAKEN = "zscl.sequence.journal"  # how many of a journal's entries a run has, and when that journal begins
 LEVEL = "zscl.level"  # search, trial or sequence, stage
 REASON = "zscl.reason"
 TABLES = "mlflow.loggedArtifacts"  # which artefacts MLflow's pages show as tables

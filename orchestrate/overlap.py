@@ -10,9 +10,9 @@ from ray.exceptions import RayTaskError
 from orchestrate.kept import NOT_WATCHED
 from schemas.base import InputError
 from schemas.experiment import Experiment
-from zscl.mirror import Mirror, on_this_node
-from zscl.rows import Elsewhere
-from zscl.sequence import measure_row
+from zscl.sequence.matrix import Elsewhere
+from zscl.sequence.object_store import Mirror, on_this_node
+from zscl.sequence.run import measure_row
 from zscl.training.checkpoint import StoppedError
 
 RETRIES = 3  # of a task whose process or node has died: cells that are measured stay

@@ -14,7 +14,7 @@ from orchestrate import report
 from orchestrate.comparison import Comparison
 from orchestrate.comparison_tables import CHANGES, Row, group_table
 from orchestrate.report import MAIN, ZERO_SHOT
-from zscl.rows import stage_folder
+from zscl.sequence.matrix import stage_folder
 
 MOST_POINTS = 60  # of a loss curve
 HEIGHT = 150  # pixels of a small chart

@@ -15,10 +15,10 @@ from orchestrate.preflight import images_through_student
 from schemas.base import InputError, InterruptedRunError
 from schemas.results import StepsTaken
 from zscl.data.indexed import IndexedSamples
-from zscl.opened import Opened
-from zscl.rows import ZERO_SHOT, AccuracyRow
-from zscl.stages import Shared
-from zscl.teaching import store_beside
+from zscl.sequence.matrix import ZERO_SHOT, AccuracyRow
+from zscl.sequence.resolve import Opened
+from zscl.sequence.stage_cache import Shared
+from zscl.sequence.teacher import store_beside
 
 SECONDS = 60.0  # of training
 

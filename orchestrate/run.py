@@ -18,8 +18,8 @@ from schemas.base import InputError, command
 from schemas.experiment import Experiment
 from schemas.results import Embedded, Result
 from schemas.secrets import MASK
-from zscl.opened import Opened
-from zscl.teaching import check_embeddable
+from zscl.sequence.resolve import Opened
+from zscl.sequence.teacher import check_embeddable
 
 if TYPE_CHECKING:
     from orchestrate.shipping import Shipper

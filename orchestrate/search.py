@@ -5,7 +5,7 @@ search's folder is its own checkpoint:
 
     search.yaml      the search with its experiment, as it was given
     trials/          a run's folder each, by fingerprint (see `orchestrate.trial`)
-    stages/          stages that trials have in common (see `zscl.stages`)
+    stages/          stages that trials have in common (see `zscl.sequence.stage_cache`)
     tune/            Ray Tune's state: which trials there are, what the sampler knows
     chosen.yaml      the chosen recipe, which `zscl run` takes as it is
     test/            the chosen trial's models, judged on the test images
@@ -36,9 +36,9 @@ from schemas.algorithm import algorithm
 from schemas.base import InputError
 from schemas.results import Result
 from schemas.search import SearchResult, Trial, TrialNews
-from zscl.rows import named, write_whole
 from zscl.runtime.atomic_io import link_folder, write_text
-from zscl.stages import TRAINING
+from zscl.sequence.matrix import named, write_whole
+from zscl.sequence.stage_cache import TRAINING
 
 if TYPE_CHECKING:
     from ray.tune import ResultGrid

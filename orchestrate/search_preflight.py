@@ -11,8 +11,8 @@ from orchestrate import places, preflight, recipes
 from schemas.base import InputError, command
 from schemas.search import TASK_ACCURACY, Search
 from schemas.secrets import MASK
-from zscl.opened import Opened
-from zscl.stages import Averages
+from zscl.sequence.resolve import Opened
+from zscl.sequence.stage_cache import Averages
 
 MOST_AVERAGES = 8  # models beside the student while the first stage is trained
 UNDEFINED = ("transfer", "forgetting", "backward_transfer", "forward_transfer")  # of a single task

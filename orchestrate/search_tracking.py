@@ -42,7 +42,7 @@ from schemas.base import InputError, command
 from schemas.results import RunState, Synced
 from schemas.search import Search, SearchResult, TrialEnded, TrialNews, TrialStarted
 from schemas.secrets import mask
-from zscl.journal import JOURNAL
+from zscl.sequence.journal import JOURNAL
 
 if TYPE_CHECKING:
     from orchestrate.search_preflight import Prepared

@@ -22,7 +22,7 @@ from schemas.base import InputError, command
 from schemas.experiment import Experiment
 from schemas.results import JournalEntry, RunStarted, RunState, Synced
 from schemas.secrets import mask
-from zscl.journal import JOURNAL, JournalReader
+from zscl.sequence.journal import JOURNAL, JournalReader
 
 log = logging.getLogger(__name__)
 

@@ -53,9 +53,9 @@ from schemas.results import (
     WorkersUsed,
 )
 from schemas.secrets import mask
-from zscl.journal import begun_in
-from zscl.opened import open_tasks
-from zscl.rows import model_folder
+from zscl.sequence.journal import begun_in
+from zscl.sequence.matrix import model_folder
+from zscl.sequence.resolve import open_tasks
 
 log = logging.getLogger(__name__)
 

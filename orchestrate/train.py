@@ -1,6 +1,6 @@
 """One experiment on N Ray Train workers.
 
-One worker group runs the whole sequence. The run's folder is its own checkpoint (see `zscl.sequence`): a restarted
+One worker group runs the whole sequence. The run's folder is its own checkpoint (see `zscl.sequence.run`): a restarted
 worker group, or a later start of the same run, goes on from what is there. Ray is handed no checkpoints, so nothing
 depends on when it commits them, and its controller may die as well as a worker.
 """
@@ -34,11 +34,11 @@ from orchestrate.overlap import on_ray
 from schemas.base import InputError
 from schemas.experiment import Experiment
 from schemas.results import Embedded, Note, Progress, Result, WorkersUsed
-from zscl.mirror import Mirror, on_this_node
 from zscl.runtime.distributed import barrier, rank
-from zscl.sequence import run_sequence
-from zscl.stages import Shared
-from zscl.teaching import embed_reference
+from zscl.sequence.object_store import Mirror, on_this_node
+from zscl.sequence.run import run_sequence
+from zscl.sequence.stage_cache import Shared
+from zscl.sequence.teacher import embed_reference
 from zscl.training.checkpoint import CHECKPOINT, StoppedError
 
 log = logging.getLogger(__name__)

@@ -33,10 +33,10 @@ from schemas.results import Result, RowMeasured, StageTrained
 from schemas.search import Search, TrialEnded, TrialNews, TrialStarted, objectives_of
 from schemas.secrets import mask
 from zscl.evaluation.metrics import metrics
-from zscl.opened import Opened, open_experiment
 from zscl.runtime.atomic_io import acquired, link_folder
-from zscl.sequence import RESULT, run_sequence
-from zscl.stages import Averages, Shared
+from zscl.sequence.resolve import Opened, open_experiment
+from zscl.sequence.run import RESULT, run_sequence
+from zscl.sequence.stage_cache import Averages, Shared
 from zscl.training.checkpoint import StoppedError
 
 STAGES = "stages_done"  # what Tune counts a trial's time in

@@ -18,7 +18,7 @@ from ruamel.yaml import YAML
 from orchestrate.access import loopback_alone
 from schemas.results import RunStarted, StepsTaken
 from zscl.datasets.task_writer import write_shards
-from zscl.journal import JOURNAL, JournalReader
+from zscl.sequence.journal import JOURNAL, JournalReader
 
 PATIENCE_SECONDS = 900.0  # that an event may take: only what hangs takes longer, on however busy a machine
 # On the loopback interface, as the cluster of these tests: Ray knows a node by its address alone.

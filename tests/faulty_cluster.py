@@ -11,7 +11,7 @@ from ray.cluster_utils import Cluster
 
 from orchestrate import recipes
 from orchestrate.access import loopback_alone
-from zscl.sequence import run_sequence
+from zscl.sequence.run import run_sequence
 
 Launch = Callable[..., Any]
 

@@ -8,7 +8,7 @@ import torch
 from orchestrate import recipes
 from schemas.experiment import Experiment
 from zscl.datasets.synthetic.suites import write_embedded
-from zscl.sequence import run_sequence
+from zscl.sequence.run import run_sequence
 
 RECIPE = Path(__file__).parent.parent / "experiments/embedded.yaml"
 

@@ -12,7 +12,7 @@ from disturbing import a_worker, ended, same, starts_of, until
 
 from orchestrate import recipes
 from zscl.datasets.synthetic.suites import write_embedded
-from zscl.sequence import run_sequence
+from zscl.sequence.run import run_sequence
 
 pytest_plugins = ["faulty_cluster"]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]  # too long for `make faults`

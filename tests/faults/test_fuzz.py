@@ -35,7 +35,7 @@ from zscl.data.loader import Decode, EvaluationImages, TrainingImages
 from zscl.data.sample import Samples
 from zscl.data.streaming import StreamedSamples
 from zscl.data.task import TaskFolder
-from zscl.opened import open_experiment
+from zscl.sequence.resolve import open_experiment
 
 RECIPES, SHARDS = 4_000, 600
 AT_ONCE = {"recipes": 200, "shards": 40}  # cases in one test; the first of each runs with the other tests

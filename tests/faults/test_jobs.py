@@ -16,7 +16,7 @@ from disturbing import PATIENCE_SECONDS, recipe_for_faults, same, trained, until
 
 from orchestrate import recipes
 from schemas.results import RunState
-from zscl.sequence import run_sequence
+from zscl.sequence.run import run_sequence
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(3600)]
 Ray = Callable[..., str]

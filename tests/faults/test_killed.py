@@ -27,7 +27,7 @@ from disturbing import (
 
 from orchestrate import recipes
 from schemas.results import RunState
-from zscl.sequence import run_sequence
+from zscl.sequence.run import run_sequence
 from zscl.training.checkpoint import CHECKPOINT
 
 pytest_plugins = ["faulty_cluster"]

@@ -13,7 +13,7 @@ import pytest
 from disturbing import a_worker, add_node, ended, numbers, same, starts_of, train_workers, trained, until
 from ray.cluster_utils import Cluster
 
-from zscl.journal import JOURNAL
+from zscl.sequence.journal import JOURNAL
 from zscl.training.checkpoint import CHECKPOINT
 
 pytest_plugins = ["faulty_cluster"]

@@ -13,7 +13,7 @@ from ruamel.yaml import YAML
 
 from orchestrate import recipes
 from schemas.search import SearchResult
-from zscl.sequence import run_sequence
+from zscl.sequence.run import run_sequence
 
 pytest_plugins = ["faulty_cluster"]
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(3600)]

@@ -28,7 +28,7 @@ from orchestrate.shipping import Shipper
 from orchestrate.state import write_state
 from schemas.experiment import Experiment
 from schemas.results import RowMeasured, RunStarted, StageResult, StageStarted, StageTrained, StepLosses, StepsTaken
-from zscl.journal import JOURNAL, Journal
+from zscl.sequence.journal import JOURNAL, Journal
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(3600)]
 STEPS_A_SECOND = 20

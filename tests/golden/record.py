@@ -33,7 +33,7 @@ import inputs  # noqa: E402
 
 from orchestrate.recipes import load_search, load_variants  # noqa: E402
 from schemas.experiment import Experiment  # noqa: E402
-from zscl.sequence import run_sequence  # noqa: E402
+from zscl.sequence.run import run_sequence  # noqa: E402
 from zscl.training.checkpoint import StoppedError  # noqa: E402
 
 RUNS, FINGERPRINTS, SCHEMA, HELP = "runs.json", "fingerprints.json", "schema.json", "help.txt"

@@ -13,7 +13,7 @@ import record
 import torch
 
 from schemas.experiment import Experiment
-from zscl.sequence import run_sequence
+from zscl.sequence.run import run_sequence
 
 HERE = Path(__file__).parent
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ from orchestrate import recipes
 from schemas.experiment import Experiment
 from schemas.judgement import TriedAverages
 from schemas.results import Result
-from zscl.sequence import run_sequence
+from zscl.sequence.run import run_sequence
 
 Zscl = Callable[..., Command]
 

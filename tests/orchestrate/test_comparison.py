@@ -31,8 +31,8 @@ from orchestrate.shipping import Shipper
 from schemas.experiment import Experiment
 from schemas.method import Method
 from schemas.results import Result
-from zscl.opened import open_experiment
-from zscl.sequence import run_sequence
+from zscl.sequence.resolve import open_experiment
+from zscl.sequence.run import run_sequence
 
 Zscl = Callable[..., Command]
 Make = Callable[..., Experiment]

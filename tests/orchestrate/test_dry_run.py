@@ -16,7 +16,7 @@ from ruamel.yaml import YAML
 from orchestrate import dry_run
 from schemas.base import InputError
 from schemas.experiment import Experiment
-from zscl.opened import open_experiment
+from zscl.sequence.resolve import open_experiment
 
 Zscl = Callable[..., Command]
 Make = Callable[..., Experiment]

@@ -19,7 +19,7 @@ from schemas.judgement import Evaluation
 from zscl.checks.prompts import prompt_warnings
 from zscl.data.task import TaskFolder
 from zscl.datasets.task_writer import write_task
-from zscl.sequence import run_sequence
+from zscl.sequence.run import run_sequence
 
 Zscl = Callable[..., Command]
 

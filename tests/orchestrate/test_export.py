@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from orchestrate import recipes
 from schemas.experiment import Experiment
-from zscl.sequence import run_sequence
+from zscl.sequence.run import run_sequence
 
 Zscl = Callable[..., Command]
 

@@ -19,8 +19,8 @@ from PIL import Image
 from orchestrate import recipes
 from orchestrate.shipping import Shipper
 from schemas.experiment import Experiment
-from zscl.opened import open_experiment
-from zscl.sequence import run_sequence
+from zscl.sequence.resolve import open_experiment
+from zscl.sequence.run import run_sequence
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")

@@ -17,7 +17,7 @@ from mlflow.tracking import MlflowClient
 from orchestrate import recipes
 from orchestrate.shipping import sync
 from schemas.experiment import Experiment
-from zscl.sequence import run_sequence
+from zscl.sequence.run import run_sequence
 
 FOUND = sorted(Path("/usr/lib/postgresql").glob("*/bin"))  # where Debian has it, off the path
 INITDB = shutil.which("initdb", path=os.pathsep.join([os.environ.get("PATH", ""), *map(str, FOUND)]))

@@ -22,8 +22,8 @@ from schemas.base import InputError, InterruptedRunError
 from schemas.experiment import Experiment
 from zscl.data.tar import Member, tar_members
 from zscl.datasets.task_writer import write_task
-from zscl.opened import open_experiment
-from zscl.sequence import run_sequence
+from zscl.sequence.resolve import open_experiment
+from zscl.sequence.run import run_sequence
 
 pytest_plugins = ["object_storage"]
 Make = Callable[..., Experiment]

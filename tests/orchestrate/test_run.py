@@ -20,7 +20,7 @@ from ruamel.yaml import YAML
 from orchestrate import recipes
 from schemas.results import Result, RunState
 from zscl.runtime.atomic_io import patiently
-from zscl.sequence import run_sequence
+from zscl.sequence.run import run_sequence
 
 Zscl = Callable[..., Command]
 

@@ -17,7 +17,7 @@ from schemas.data import Task
 from schemas.experiment import Experiment
 from schemas.results import Result
 from zscl.data.task import TaskFolder
-from zscl.sequence import run_sequence
+from zscl.sequence.run import run_sequence
 
 Make = Callable[..., Experiment]
 

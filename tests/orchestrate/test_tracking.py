@@ -40,7 +40,7 @@ from schemas.results import (
     TaskName,
 )
 from schemas.secrets import mask
-from zscl.journal import JOURNAL, Journal
+from zscl.sequence.journal import JOURNAL, Journal
 
 Make = Callable[..., Experiment]
 STAGES = ("first", "second")

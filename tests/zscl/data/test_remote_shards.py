@@ -10,7 +10,7 @@ from schemas.experiment import Experiment
 from zscl.data.indexed import IndexedSamples
 from zscl.data.shard_urls import open_samples
 from zscl.data.streaming import StreamedSamples
-from zscl.sequence import run_sequence
+from zscl.sequence.run import run_sequence
 
 pytest_plugins = ["object_storage"]
 CPU = torch.device("cpu")

@@ -14,8 +14,8 @@ from schemas.base import InputError
 from schemas.experiment import Experiment
 from zscl.data.indexed import IndexedSamples
 from zscl.data.sample import Sample
-from zscl.opened import Opened, open_experiment
-from zscl.sequence import run_sequence
+from zscl.sequence.resolve import Opened, open_experiment
+from zscl.sequence.run import run_sequence
 
 Make = Callable[..., Experiment]
 CPU = torch.device("cpu")

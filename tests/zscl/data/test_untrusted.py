@@ -29,8 +29,8 @@ from zscl.data.task import TaskFolder
 from zscl.methods.distillation_texts import text_embeddings
 from zscl.methods.teacher_cache import FeatureStore, store_of
 from zscl.models.clip import load, weights_digest
-from zscl.opened import open_experiment
-from zscl.sequence import run_sequence
+from zscl.sequence.resolve import open_experiment
+from zscl.sequence.run import run_sequence
 
 CPU = torch.device("cpu")
 WEIGHTS = (

@@ -12,7 +12,7 @@ from zscl.data.loader import Decode, EvaluationImages, Loader
 from zscl.data.task import TaskFolder
 from zscl.evaluation.zero_shot import class_embeddings
 from zscl.models.clip import load
-from zscl.sequence import run_sequence
+from zscl.sequence.run import run_sequence
 
 pytest.importorskip("clip_benchmark", reason="CLIP_benchmark is not installed; `make install` brings it")
 

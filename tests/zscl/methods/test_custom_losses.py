@@ -13,8 +13,8 @@ from pydantic import ValidationError
 from orchestrate import page
 from schemas.base import InputError
 from schemas.experiment import Experiment
-from zscl.opened import open_experiment
-from zscl.sequence import run_sequence
+from zscl.sequence.resolve import open_experiment
+from zscl.sequence.run import run_sequence
 
 CPU = torch.device("cpu")
 MODULE = """

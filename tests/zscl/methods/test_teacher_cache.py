@@ -30,7 +30,7 @@ from zscl.methods.teacher_cache import (
     encoder,
     share_met,
 )
-from zscl.sequence import run_sequence
+from zscl.sequence.run import run_sequence
 
 CPU = torch.device("cpu")
 IDENTITIES = torch.tensor([[2, 1_000], [0, 2**55 + 3]])

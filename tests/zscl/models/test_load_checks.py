@@ -22,7 +22,7 @@ from zscl.data.task import TaskFolder
 from zscl.evaluation.zero_shot import accuracies, embed_classes
 from zscl.models import load_checks as model_checks
 from zscl.models.clip import Clip, load, load_weights
-from zscl.sequence import run_sequence
+from zscl.sequence.run import run_sequence
 
 CPU = torch.device("cpu")
 WEIGHTS = "open_clip_model.safetensors"

@@ -17,7 +17,7 @@ from schemas.base import InputError
 from schemas.compute import Compute, Savings
 from schemas.experiment import Experiment
 from zscl.models.pruned_forward import Towers, left_in_full
-from zscl.sequence import run_sequence
+from zscl.sequence.run import run_sequence
 
 CPU = torch.device("cpu")
 PLAIN: dict[str, Any] = {

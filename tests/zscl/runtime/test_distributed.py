@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from schemas.experiment import Experiment
 from schemas.method import PRESETS
 from schemas.results import Result, WorkersUsed
-from zscl.journal import JOURNAL, JournalReader
 from zscl.runtime.distributed import share
-from zscl.sequence import run_sequence
+from zscl.sequence.journal import JOURNAL, JournalReader
+from zscl.sequence.run import run_sequence
 from zscl.training import throughput as usage
 from zscl.training.checkpoint import StoppedError
 

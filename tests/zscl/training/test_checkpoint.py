@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from schemas.compute import Checkpoint
 from schemas.experiment import Experiment
 from schemas.results import CheckpointWritten, Note, StepsTaken
-from zscl.journal import JOURNAL, JournalReader
-from zscl.sequence import run_sequence
+from zscl.sequence.journal import JOURNAL, JournalReader
+from zscl.sequence.run import run_sequence
 from zscl.training.checkpoint import CHECKPOINT, Checkpoints, StoppedError, read_checkpoint
 
 Make = Callable[..., Experiment]

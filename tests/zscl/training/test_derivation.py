@@ -27,8 +27,8 @@ from zscl.methods import exemplars as memory
 from zscl.methods.distillation_texts import random_sentences, tokens_of
 from zscl.methods.terms import Batch
 from zscl.models.clip import load
-from zscl.opened import open_experiment
-from zscl.sequence import run_sequence
+from zscl.sequence.resolve import open_experiment
+from zscl.sequence.run import run_sequence
 from zscl.training.stage import learning_rate_factor, training_batches
 
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ from schemas.base import InputError
 from schemas.experiment import Experiment, Model
 from schemas.method import Average
 from zscl.models.clip import load
-from zscl.sequence import run_sequence
+from zscl.sequence.run import run_sequence
 from zscl.training.checkpoint import StoppedError
 from zscl.training.snapshots import interval, replay
 from zscl.training.stage import choose_trained

@@ -9,8 +9,8 @@ import torch
 
 from schemas.experiment import Experiment
 from schemas.results import Result, WorkersUsed
-from zscl.journal import JOURNAL, JournalReader
-from zscl.sequence import run_sequence
+from zscl.sequence.journal import JOURNAL, JournalReader
+from zscl.sequence.run import run_sequence
 from zscl.training import throughput as usage
 from zscl.training.throughput import Clock, Usage
 

@@ -14,10 +14,10 @@ from botocore.exceptions import EndpointConnectionError
 
 from schemas.base import InputError
 from schemas.experiment import Experiment
-from zscl import mirror as module
-from zscl.mirror import Mirror, on_this_node, url_of
 from zscl.runtime.atomic_io import set_aside
-from zscl.sequence import run_sequence
+from zscl.sequence import object_store as module
+from zscl.sequence.object_store import Mirror, on_this_node, url_of
+from zscl.sequence.run import run_sequence
 from zscl.training.checkpoint import CHECKPOINT
 
 pytest_plugins = ["object_storage"]

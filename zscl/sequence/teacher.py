@@ -23,8 +23,8 @@ from zscl.methods import teacher_cache as features
 from zscl.methods.terms import Teacher
 from zscl.methods.weight_averaging import interpolate
 from zscl.models.clip import Clip, freeze, image_size, load
-from zscl.opened import Opened, open_experiment
 from zscl.runtime.distributed import rank
+from zscl.sequence.resolve import Opened, open_experiment
 from zscl.training.stage import loader_of
 
 Report = Callable[[BaseModel], None]

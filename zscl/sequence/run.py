@@ -4,7 +4,7 @@ A run's folder is its own checkpoint. Every file in it appears whole, and what i
 
     zero_shot.json                      the initial model's row
     checkpoint.pt                       the stage under way (see `zscl.training.checkpoint`)
-    journal.jsonl                       what happened, a line each (see `zscl.journal`)
+    journal.jsonl                       what happened, a line each (see `zscl.sequence.journal`)
     stages/<k>-<task>/model/            an open_clip folder: what stage k hands on (k from 1)
     stages/<k>-<task>/exemplars/        for a method with a memory: what stage k leaves in it, best first
     stages/<k>-<task>/losses.csv        every step's named losses
@@ -46,13 +46,14 @@ from schemas.results import (
 )
 from zscl.data.loader import Loader
 from zscl.evaluation.metrics import metrics
-from zscl.journal import JOURNAL, Journal
 from zscl.methods import exemplars as memory
 from zscl.methods.weight_averaging import interpolate
-from zscl.mirror import Mirror
 from zscl.models.clip import Clip, has_no_deterministic_kernel, load, load_weights, use_deterministic_kernels
-from zscl.opened import Opened, open_experiment
-from zscl.rows import (
+from zscl.runtime.atomic_io import patiently, read_if_there, remove, whole_folder, write_text
+from zscl.runtime.distributed import barrier, from_main_text, rank, world_size
+from zscl.runtime.seeding import seed_of
+from zscl.sequence.journal import JOURNAL, Journal
+from zscl.sequence.matrix import (
     AccuracyRow,
     Elsewhere,
     Rows,
@@ -63,11 +64,10 @@ from zscl.rows import (
     refuse_other_run,
     write_whole,
 )
-from zscl.runtime.atomic_io import patiently, read_if_there, remove, whole_folder, write_text
-from zscl.runtime.distributed import barrier, from_main_text, rank, world_size
-from zscl.runtime.seeding import seed_of
-from zscl.stages import TRAINING, Shared, StageStore, stage_identity
-from zscl.teaching import Teaching, frozen, store_beside
+from zscl.sequence.object_store import Mirror
+from zscl.sequence.resolve import Opened, open_experiment
+from zscl.sequence.stage_cache import TRAINING, Shared, StageStore, stage_identity
+from zscl.sequence.teacher import Teaching, frozen, store_beside
 from zscl.training.checkpoint import CHECKPOINT
 from zscl.training.loss_log import NotFiniteError
 from zscl.training.stage import loader_of, train_stage

@@ -26,8 +26,8 @@ from zscl.data.indexed import IndexedSamples
 from zscl.data.shard_urls import open_samples
 from zscl.datasets.task_writer import write_task
 from zscl.models.clip import load
-from zscl.opened import class_order, open_experiment
-from zscl.sequence import run_sequence
+from zscl.sequence.resolve import class_order, open_experiment
+from zscl.sequence.run import run_sequence
 
 CPU = torch.device("cpu")
 Make = Callable[..., Experiment]

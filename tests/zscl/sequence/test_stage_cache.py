@@ -12,9 +12,9 @@ from filelock import FileLock
 from schemas.experiment import Experiment
 from schemas.method import Average
 from schemas.results import Note, Result, StageStarted
-from zscl.opened import open_experiment
-from zscl.sequence import run_sequence
-from zscl.stages import Shared, StageStore, stage_identity
+from zscl.sequence.resolve import open_experiment
+from zscl.sequence.run import run_sequence
+from zscl.sequence.stage_cache import Shared, StageStore, stage_identity
 from zscl.training.checkpoint import StoppedError
 
 Make = Callable[..., Experiment]

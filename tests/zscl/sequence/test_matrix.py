@@ -19,10 +19,10 @@ from schemas.base import InputError
 from schemas.experiment import Experiment
 from schemas.results import Note, RowMeasured, StageTrained, TaskEvaluated
 from zscl.evaluation.metrics import at_chance
-from zscl.opened import open_experiment
-from zscl.rows import Elsewhere, Handle, check_run_folder, refuse_other_run, stage_files
 from zscl.runtime.atomic_io import write_text
-from zscl.sequence import measure_row, run_sequence
+from zscl.sequence.matrix import Elsewhere, Handle, check_run_folder, refuse_other_run, stage_files
+from zscl.sequence.resolve import open_experiment
+from zscl.sequence.run import measure_row, run_sequence
 from zscl.training.checkpoint import StoppedError
 
 Make = Callable[..., Experiment]

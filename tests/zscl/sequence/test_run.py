@@ -24,8 +24,8 @@ from zscl.data.shard_urls import open_samples
 from zscl.data.task import TaskFolder
 from zscl.methods.terms import Teacher
 from zscl.models.clip import freeze, load
-from zscl.opened import open_experiment
-from zscl.sequence import run_sequence
+from zscl.sequence.resolve import open_experiment
+from zscl.sequence.run import run_sequence
 from zscl.training.stage import train_stage
 
 CPU = torch.device("cpu")

@@ -1,7 +1,7 @@
 """A run's folder in object storage, where nodes share no file system.
 
 Every node works in a folder of its own. What one worker leaves there is pushed, what others need is pulled: files that
-have changed, each whole, and those last whose presence says that others are there (see `zscl.sequence`).
+have changed, each whole, and those last whose presence says that others are there (see `zscl.sequence.run`).
 """
 
 import json

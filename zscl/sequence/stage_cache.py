@@ -1,6 +1,6 @@
 """Trained stages and measured rows by content: what runs beside each other have in common is done once.
 
-    <key>/            a stage's folder (see `zscl.sequence`), as the run that trained it left it
+    <key>/            a stage's folder (see `zscl.sequence.run`), as the run that trained it left it
     <key>.row.json    the row of the model that it hands on
     .<key>.lock       held by the run that is at it; others wait, and take what it leaves
 
@@ -22,7 +22,6 @@ from pydantic import ValidationError
 from schemas.algorithm import algorithm
 from schemas.method import Average
 from schemas.results import StageResult
-from zscl.opened import Opened
 from zscl.runtime.atomic_io import (
     acquired,
     digest,
@@ -33,6 +32,7 @@ from zscl.runtime.atomic_io import (
     write_text,
 )
 from zscl.runtime.distributed import agree, barrier, from_main_text, rank
+from zscl.sequence.resolve import Opened
 from zscl.training.checkpoint import StoppedError
 
 log = logging.getLogger(__name__)

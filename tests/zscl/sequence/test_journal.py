@@ -16,7 +16,7 @@ from schemas.results import (
     StepLosses,
     StepsTaken,
 )
-from zscl.journal import Journal, JournalReader
+from zscl.sequence.journal import Journal, JournalReader
 
 
 @pytest.fixture

@@ -21,10 +21,10 @@ from zscl.data.task import TaskFolder
 from zscl.evaluation.metrics import at_chance
 from zscl.evaluation.zero_shot import accuracies, embed_classes, head
 from zscl.models.clip import WEIGHTS, Clip
-from zscl.opened import Opened
 from zscl.runtime.atomic_io import patiently, read_if_there, remove, write_text
 from zscl.runtime.distributed import agree, barrier, from_main_text, gather_sentences, rank
-from zscl.stages import TRAINING, StageStore, stage_identity
+from zscl.sequence.resolve import Opened
+from zscl.sequence.stage_cache import TRAINING, StageStore, stage_identity
 from zscl.training.checkpoint import CHECKPOINT, StoppedError
 from zscl.training.stage import loader_of
 

@@ -1,0 +1,1 @@
+"""A sequence of stages, its accuracy matrix and its run folder."""
