@@ -6,7 +6,7 @@ from pathlib import Path
 from orchestrate.places import EXPERIMENT, LEVELS, sqlite_file, store_uri, unmasked
 from orchestrate.recipes import load_experiment
 from schemas.base import InputError
-from schemas.secrets import mask
+from schemas.redaction import mask
 from zscl.sequence.journal import begun_in, identity_of
 
 

@@ -20,8 +20,8 @@ from orchestrate.display import Bar
 from orchestrate.recipes import load_experiment
 from orchestrate.report import percent
 from schemas.base import InputError, explain
+from schemas.evaluation import TriedAverage, TriedAverages
 from schemas.experiment import LOCAL_MODEL, Experiment, Model
-from schemas.judgement import TriedAverage, TriedAverages
 from schemas.method import Average, Merge
 from zscl.data.loader import Loader
 from zscl.data.task import TaskFolder

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrate.display import Bar
-from schemas.inspection import Duplicates, Extent, Inspection, SplitFinding
+from schemas.dataset_report import Duplicates, Extent, Inspection, SplitFinding
 from zscl.checks.contact_sheet import ContactRow, contact_rows
 from zscl.checks.findings import counted
 from zscl.checks.scan import inspect

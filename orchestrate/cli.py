@@ -17,7 +17,7 @@ from orchestrate.commands import data, looking, models, running
 from orchestrate.interruption import end_on_signals
 from orchestrate.output import readers_may_go
 from schemas.base import InputError, InterruptedRunError, expand
-from schemas.secrets import mask
+from schemas.redaction import mask
 
 VERBS: tuple[Callable[..., None], ...] = (  # in the order of `zscl --help`
     running.run,

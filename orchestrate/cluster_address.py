@@ -8,7 +8,7 @@ import grpc
 from orchestrate.network import check_port
 from schemas.base import InputError
 from schemas.compute import Compute
-from schemas.secrets import mask
+from schemas.redaction import mask
 
 ADDRESS = "RAY_ADDRESS"
 ANSWER_SECONDS = 10.0

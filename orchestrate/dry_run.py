@@ -20,9 +20,9 @@ from orchestrate.kept import storage_of
 from orchestrate.search_preflight import Prepared, megabytes_of_models
 from schemas.base import InputError
 from schemas.compute import Compute
+from schemas.dataset_report import Manifest
 from schemas.experiment import Experiment
-from schemas.inspection import Manifest
-from schemas.secrets import mask
+from schemas.redaction import mask
 from zscl.data.task import MANIFEST, TaskFolder, text_of
 from zscl.sequence.object_store import Mirror
 from zscl.sequence.resolve import Opened

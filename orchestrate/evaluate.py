@@ -21,8 +21,8 @@ from orchestrate.recipes import load_experiment
 from orchestrate.report import ZERO_SHOT, percent
 from schemas.base import InputError, explain
 from schemas.data import Task
+from schemas.evaluation import PROTOCOLS, Evaluation, Judged, JudgedModel, Protocol
 from schemas.experiment import LOCAL_MODEL, Experiment, Model
-from schemas.judgement import PROTOCOLS, Evaluation, Judged, JudgedModel, Protocol
 from schemas.results import Metrics
 from zscl.checks.prompts import prompt_warnings
 from zscl.data.indexed import IndexedSamples

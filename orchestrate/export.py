@@ -10,8 +10,8 @@ from orchestrate.recipes import load_experiment
 from orchestrate.report import percent
 from schemas.base import InputError
 from schemas.experiment import Experiment
+from schemas.redaction import mask
 from schemas.results import Result
-from schemas.secrets import mask
 from zscl.models.clip import CONFIG
 from zscl.runtime.atomic_io import whole_folder
 from zscl.sequence.matrix import model_folder

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from orchestrate.places import EXPERIMENT, LEVELS, sqlite_file, sqlite_uri
 from schemas.base import InputError, did_you_mean
-from schemas.secrets import mask
+from schemas.redaction import mask
 from zscl.runtime.atomic_io import digest, nearest
 from zscl.sequence.journal import RunIdentity, identity_of
 from zscl.sequence.run import RESULT

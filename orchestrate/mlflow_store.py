@@ -33,7 +33,7 @@ from orchestrate.network import check_port
 from orchestrate.places import sqlite_file
 from orchestrate.store_errors import FAILURES, store_error
 from schemas.base import InputError
-from schemas.secrets import mask
+from schemas.redaction import mask
 from zscl.runtime.atomic_io import digest
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from schemas.base import InputError, command
 from schemas.experiment import Experiment
-from schemas.secrets import MASK, mask
+from schemas.redaction import MASK, mask
 
 SQLITE = "sqlite:///"
 LEVELS = ("sequence", "trial")  # of MLflow's runs: those that are a run of ours

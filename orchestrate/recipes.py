@@ -19,8 +19,8 @@ from schemas.base import Abbreviable, InputError, Strict, command, explain, one_
 from schemas.data import ClassIncremental, Reference, Task
 from schemas.experiment import LONGEST_NAME, Experiment, Model
 from schemas.method import Method
+from schemas.redaction import masked
 from schemas.search import Search
-from schemas.secrets import masked
 from zscl.runtime.atomic_io import write_text
 
 # Sections that a recipe may abbreviate to a string; an override of one of their fields needs the long form.

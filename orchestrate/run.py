@@ -16,8 +16,8 @@ from orchestrate.ownership import owned
 from orchestrate.state import outcome_told, read_state, write_state
 from schemas.base import InputError, command
 from schemas.experiment import Experiment
+from schemas.redaction import MASK
 from schemas.results import Embedded, Result
-from schemas.secrets import MASK
 from zscl.sequence.resolve import Opened
 from zscl.sequence.teacher import check_embeddable
 

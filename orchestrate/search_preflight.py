@@ -9,8 +9,8 @@ from typing import Any
 
 from orchestrate import places, preflight, recipes
 from schemas.base import InputError, command
+from schemas.redaction import MASK
 from schemas.search import TASK_ACCURACY, Search
-from schemas.secrets import MASK
 from zscl.sequence.resolve import Opened
 from zscl.sequence.stage_cache import Averages
 

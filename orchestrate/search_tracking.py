@@ -39,9 +39,9 @@ from orchestrate.shipping import PATIENCE_SECONDS, Shipper, send_run
 from orchestrate.state import read_state
 from orchestrate.store_errors import FAILURES, OFFLINE, ArtifactError, artifact_error, store_error
 from schemas.base import InputError, command
+from schemas.redaction import mask
 from schemas.results import RunState, Synced
 from schemas.search import Search, SearchResult, TrialEnded, TrialNews, TrialStarted
-from schemas.secrets import mask
 from zscl.sequence.journal import JOURNAL
 
 if TYPE_CHECKING:

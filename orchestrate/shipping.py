@@ -20,8 +20,8 @@ from orchestrate.store_errors import FAILURES, OFFLINE, ArtifactError, reason_of
 from orchestrate.tracking import Record
 from schemas.base import InputError, command
 from schemas.experiment import Experiment
+from schemas.redaction import mask
 from schemas.results import JournalEntry, RunStarted, RunState, Synced
-from schemas.secrets import mask
 from zscl.sequence.journal import JOURNAL, JournalReader
 
 log = logging.getLogger(__name__)

@@ -9,8 +9,8 @@ from typing import Literal, Protocol
 from pydantic import ValidationError
 
 from schemas.base import InputError, InterruptedRunError
+from schemas.redaction import mask
 from schemas.results import RunState
-from schemas.secrets import mask
 from zscl.runtime.atomic_io import write_text
 
 STATE = "state.json"

@@ -14,7 +14,7 @@ from mlflow.store.db.db_types import DATABASE_ENGINES
 from sqlalchemy.exc import SQLAlchemyError
 
 from schemas.base import InputError
-from schemas.secrets import mask
+from schemas.redaction import mask
 
 FAILURES = (MlflowException, SQLAlchemyError, OSError, ImportError)  # of a tracking store that does not answer
 OFFLINE = "; or run with --offline and send everything later with zscl sync"

@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING
 from orchestrate import access, recipes
 from schemas.base import InputError, InterruptedRunError, one_line
 from schemas.base import command as shown
-from schemas.secrets import mask
+from schemas.redaction import mask
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient

@@ -41,6 +41,7 @@ from orchestrate.mlflow_store import (
 from orchestrate.store_errors import artifact_error, reason_of
 from schemas.base import InputError, command
 from schemas.experiment import Experiment
+from schemas.redaction import mask
 from schemas.results import (
     JournalEntry,
     Result,
@@ -52,7 +53,6 @@ from schemas.results import (
     StepsTaken,
     WorkersUsed,
 )
-from schemas.secrets import mask
 from zscl.sequence.journal import begun_in
 from zscl.sequence.matrix import model_folder
 from zscl.sequence.resolve import open_tasks

@@ -29,9 +29,9 @@ from orchestrate.state import write_state
 from orchestrate.train import train
 from schemas.base import InputError, InterruptedRunError, parse_json
 from schemas.experiment import Experiment
+from schemas.redaction import mask
 from schemas.results import Result, RowMeasured, StageTrained
 from schemas.search import Search, TrialEnded, TrialNews, TrialStarted, objectives_of
-from schemas.secrets import mask
 from zscl.evaluation.metrics import metrics
 from zscl.runtime.atomic_io import acquired, link_folder
 from zscl.sequence.resolve import Opened, open_experiment

@@ -23,7 +23,7 @@ from pydantic.fields import FieldInfo
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError
 
-from schemas.secrets import mask
+from schemas.redaction import mask
 
 MOST_PROBLEMS = 20  # named in one answer
 LONGEST_LINE = 2_000  # characters of a sentence

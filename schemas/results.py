@@ -6,7 +6,7 @@ from pydantic import AfterValidator, AllowInfNan, Field, JsonValue, NonNegativeI
 
 from schemas.base import Many, Strict
 from schemas.experiment import HeldOut
-from schemas.secrets import mask
+from schemas.redaction import mask
 
 # A text that others read: a presigned URL may be in it, whose signature is a password.
 Shown = Annotated[str, AfterValidator(mask)]

@@ -23,7 +23,7 @@ from orchestrate.commands.shared import (
 )
 from orchestrate.terminal import tables_on_stdout
 from schemas.base import InputError, command
-from schemas.secrets import mask
+from schemas.redaction import mask
 
 if TYPE_CHECKING:
     from orchestrate.search_preflight import Prepared

@@ -10,8 +10,8 @@ import torch
 from conftest import Command
 
 from orchestrate import recipes
+from schemas.evaluation import TriedAverages
 from schemas.experiment import Experiment
-from schemas.judgement import TriedAverages
 from schemas.results import Result
 from zscl.sequence.run import run_sequence
 

@@ -11,7 +11,7 @@ from PIL import Image
 from rich.console import Console
 
 from orchestrate.check import PATIENCE_SECONDS, patient_progress
-from schemas.inspection import Inspection
+from schemas.dataset_report import Inspection
 from zscl.datasets.task_writer import write_task
 
 Zscl = Callable[..., Command]

@@ -14,8 +14,8 @@ from mlflow.tracking import MlflowClient
 
 from orchestrate import evaluate, recipes
 from orchestrate.shipping import sync
+from schemas.evaluation import Evaluation
 from schemas.experiment import Experiment
-from schemas.judgement import Evaluation
 from zscl.checks.prompts import prompt_warnings
 from zscl.data.task import TaskFolder
 from zscl.datasets.task_writer import write_task

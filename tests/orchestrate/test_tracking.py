@@ -25,6 +25,7 @@ from orchestrate.shipping import Shipper
 from orchestrate.state import write_state
 from schemas.base import InputError
 from schemas.experiment import Experiment
+from schemas.redaction import mask
 from schemas.results import (
     CheckpointWritten,
     Metrics,
@@ -39,7 +40,6 @@ from schemas.results import (
     StepsTaken,
     TaskName,
 )
-from schemas.secrets import mask
 from zscl.sequence.journal import JOURNAL, Journal
 
 Make = Callable[..., Experiment]

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from schemas.inspection import ClassNames, Duplicates, SplitFinding, Templates, Unreadable
+from schemas.dataset_report import ClassNames, Duplicates, SplitFinding, Templates, Unreadable
 from zscl.data.sample import printable_name
 
 NAMED = 5  # in a sentence

@@ -14,7 +14,7 @@ from itertools import islice
 import open_clip
 
 from schemas.base import InputError
-from schemas.inspection import (
+from schemas.dataset_report import (
     SPLITS,
     ClassNames,
     DuplicatePair,

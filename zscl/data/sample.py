@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from schemas.base import InputError
-from schemas.inspection import Reason
+from schemas.dataset_report import Reason
 
 
 @dataclass(frozen=True, slots=True)

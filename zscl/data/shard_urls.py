@@ -14,7 +14,7 @@ from braceexpand import braceexpand
 from filelock import FileLock
 
 from schemas.base import InputError
-from schemas.secrets import mask_urls
+from schemas.redaction import mask_urls
 from zscl.data.indexed import IndexedSamples
 from zscl.data.streaming import StreamedSamples
 from zscl.data.tar import is_image_name

@@ -11,7 +11,7 @@ import fsspec
 import webdataset
 
 from schemas.base import InputError
-from schemas.secrets import mask_urls
+from schemas.redaction import mask_urls
 from zscl.data.sample import ATTEMPTS, Draw, Sample, decoded_text
 from zscl.data.tar import Tail, read_samples, reason_of
 from zscl.runtime.atomic_io import digest

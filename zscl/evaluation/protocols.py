@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from schemas.base import InputError, command
-from schemas.judgement import Bin, Confused, Judged, Protocol
+from schemas.evaluation import Bin, Confused, Judged, Protocol
 from zscl.data.loader import Decode, EvaluationImages, Loader
 from zscl.data.task import TaskFolder
 from zscl.evaluation.zero_shot import embed_classes

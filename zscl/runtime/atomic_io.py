@@ -16,7 +16,7 @@ from typing import TypeVar
 from filelock import FileLock, Timeout
 
 from schemas.base import did_you_mean
-from schemas.secrets import mask
+from schemas.redaction import mask
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from filelock import FileLock
 from fsspec.implementations.local import LocalFileSystem
 
 from schemas.base import InputError, one_line
-from schemas.secrets import mask
+from schemas.redaction import mask
 from zscl.runtime.atomic_io import ASIDE, digest, patiently, remove, whole_file, write_text
 
 KNOWN = ".mirror.json"

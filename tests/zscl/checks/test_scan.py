@@ -15,7 +15,7 @@ import pytest
 from conftest import COLOURS, coloured, jpeg, make_task, opened, png, write_tar
 from PIL import Image
 
-from schemas.inspection import Inspection
+from schemas.dataset_report import Inspection
 from zscl.checks.contact_sheet import contact_rows
 from zscl.checks.scan import LISTED, inspect
 from zscl.checks.task_scan import open_task

@@ -9,8 +9,8 @@ from conftest import coloured, make_task, opened
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix, top_k_accuracy_score
 
 from schemas.base import InputError
+from schemas.evaluation import PROTOCOLS, Judged
 from schemas.experiment import Model
-from schemas.judgement import PROTOCOLS, Judged
 from zscl.data.loader import Loader
 from zscl.data.task import TaskFolder
 from zscl.datasets.task_writer import write_task

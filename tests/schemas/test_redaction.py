@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from schemas.base import InputError
-from schemas.secrets import mask, mask_urls, masked
+from schemas.redaction import mask, mask_urls, masked
 
 
 @pytest.mark.parametrize(
