@@ -35,7 +35,7 @@ THROUGH_RAY = "from orchestrate.cli import main; main()"
 PLAIN = """
 import sys, torch
 from pathlib import Path
-from orchestrate.recipes import load_experiment
+from orchestrate.recipes.recipe import load_experiment
 from zscl.sequence.run import run_sequence
 torch.set_num_threads(1)
 run_sequence(load_experiment(Path(sys.argv[1]), sys.argv[3:]), Path(sys.argv[2]), device=torch.device("cpu"))

@@ -17,7 +17,7 @@ from rich.table import Table
 from orchestrate import places
 from orchestrate.attaching import attach
 from orchestrate.display import Bar
-from orchestrate.recipes import load_experiment
+from orchestrate.recipes.recipe import load_experiment
 from orchestrate.report import ZERO_SHOT, percent
 from schemas.base import InputError, explain
 from schemas.data import Task

@@ -6,7 +6,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 
 from orchestrate import places, report
-from orchestrate.recipes import load_experiment
+from orchestrate.recipes.recipe import load_experiment
 from orchestrate.report import percent
 from schemas.base import InputError
 from schemas.experiment import Experiment

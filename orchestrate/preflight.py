@@ -9,7 +9,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from orchestrate import places, recipes
+from orchestrate import places
+from orchestrate.recipes import recipe as recipes
 from orchestrate.state import STATE
 from schemas.base import InputError
 from schemas.compute import Compute, Savings

@@ -15,7 +15,7 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from orchestrate.places import EXPERIMENT
-from orchestrate.recipes import load_experiment
+from orchestrate.recipes.recipe import load_experiment
 from schemas.base import InputError, command, parse_json
 from schemas.method import PRESETS
 from schemas.results import Result, StageResult, TaskName

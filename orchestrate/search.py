@@ -25,10 +25,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 
-from orchestrate import places, recipes
+from orchestrate import places
 from orchestrate.display import Bar, SearchDisplay
 from orchestrate.interruption import Interruption, signals_taken
 from orchestrate.ownership import owned
+from orchestrate.recipes import recipe as recipes
 from orchestrate.search_preflight import Prepared
 from orchestrate.search_trials import front_of, goodness_of, load_found, stage_trainings, trials_of
 from orchestrate.state import outcome_told, write_state

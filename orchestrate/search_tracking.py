@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from mlflow.entities import Metric, Param
 
-from orchestrate import places, recipes, search_report
+from orchestrate import places, search_report
 from orchestrate.mlflow_store import (
     ARTIFACTS,
     FINGERPRINT,
@@ -34,6 +34,7 @@ from orchestrate.mlflow_store import (
     valid_name,
 )
 from orchestrate.ownership import owned
+from orchestrate.recipes import recipe as recipes
 from orchestrate.search_trials import load_found
 from orchestrate.shipping import PATIENCE_SECONDS, Shipper, send_run
 from orchestrate.state import read_state

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from orchestrate.ownership import owned
 from orchestrate.places import store_uri, unmasked
-from orchestrate.recipes import load_experiment
+from orchestrate.recipes.recipe import load_experiment
 from orchestrate.report import load_result
 from orchestrate.state import read_state
 from orchestrate.store_errors import FAILURES, OFFLINE, ArtifactError, reason_of, store_error

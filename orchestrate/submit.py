@@ -12,7 +12,8 @@ from pathlib import Path
 from threading import Thread
 from typing import IO, TYPE_CHECKING
 
-from orchestrate import access, recipes
+from orchestrate import access
+from orchestrate.recipes import recipe as recipes
 from schemas.base import InputError, InterruptedRunError, one_line
 from schemas.base import command as shown
 from schemas.redaction import mask

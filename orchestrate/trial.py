@@ -20,10 +20,10 @@ from filelock import FileLock
 from pydantic import BaseModel
 from ray import tune
 
-from orchestrate import recipes
 from orchestrate.cluster import check_resources
 from orchestrate.interruption import Interruption
 from orchestrate.places import EXPERIMENT
+from orchestrate.recipes import recipe as recipes
 from orchestrate.sampling import NUMBER
 from orchestrate.state import write_state
 from orchestrate.train import train

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from orchestrate import recipes
+from orchestrate.recipes import recipe as recipes
 from schemas.experiment import Experiment
 from zscl.datasets.synthetic.suites import write_embedded
 from zscl.sequence.run import run_sequence

@@ -37,8 +37,9 @@ def pretrain(
 
     Example: zscl pretrain experiments/pretrain-embedded.yaml --out runs/embedded-model
     """
-    from orchestrate import places, recipes
+    from orchestrate import places
     from orchestrate.display import Bar
+    from orchestrate.recipes import recipe as recipes
     from schemas.pretraining import Pretraining
 
     checked = recipes.parse(Pretraining, {"name": recipes.name_of(recipe), **recipes.read(recipe, overrides)}, recipe)

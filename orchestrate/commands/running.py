@@ -60,8 +60,8 @@ def run(
 
     Example: zscl run experiments/embedded.yaml --set method=finetune --set seed=1
     """
-    from orchestrate import recipes
     from orchestrate import run as running
+    from orchestrate.recipes import recipe as recipes
 
     if probe and not dry_run:
         raise InputError("--probe: found it without --dry-run, expected both: a run says itself how long it takes")
@@ -133,7 +133,8 @@ def search(
 
     Example: zscl search experiments/search-embedded.yaml --set search.trials=4 --set optimisation.steps=30
     """
-    from orchestrate import recipes, search_preflight
+    from orchestrate import search_preflight
+    from orchestrate.recipes import recipe as recipes
 
     prepared = search_preflight.prepare(recipe, overrides)
     folder = search_preflight.folder_of(prepared, out)
@@ -244,8 +245,8 @@ def submit(
 
     Example: zscl submit experiments/mtil-order-1.yaml --out /shared/runs/mtil --address http://127.0.0.1:8265
     """
-    from orchestrate import recipes
     from orchestrate import submit as submitting
+    from orchestrate.recipes import recipe as recipes
 
     place = working_dir.resolve()
     entrypoint = submitting.entrypoint(recipe, overrides, out, place)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from disturbing import a_worker, ended, same, starts_of, until
 
-from orchestrate import recipes
+from orchestrate.recipes import recipe as recipes
 from zscl.datasets.synthetic.suites import write_embedded
 from zscl.sequence.run import run_sequence
 

@@ -27,7 +27,7 @@ import torch
 from PIL import Image
 from ruamel.yaml import YAML
 
-from orchestrate import recipes
+from orchestrate.recipes import recipe as recipes
 from schemas.base import InputError
 from schemas.data import Task
 from zscl.data.indexed import IndexedSamples

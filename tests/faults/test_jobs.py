@@ -14,7 +14,7 @@ import pytest
 import torch
 from disturbing import PATIENCE_SECONDS, recipe_for_faults, same, trained, until
 
-from orchestrate import recipes
+from orchestrate.recipes import recipe as recipes
 from schemas.results import RunState
 from zscl.sequence.run import run_sequence
 

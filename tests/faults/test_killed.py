@@ -25,7 +25,7 @@ from disturbing import (
     until,
 )
 
-from orchestrate import recipes
+from orchestrate.recipes import recipe as recipes
 from schemas.results import RunState
 from zscl.sequence.run import run_sequence
 from zscl.training.checkpoint import CHECKPOINT

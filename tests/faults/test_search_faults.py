@@ -11,7 +11,7 @@ import torch
 from disturbing import ended, processes, starts_of, trained, until
 from ruamel.yaml import YAML
 
-from orchestrate import recipes
+from orchestrate.recipes import recipe as recipes
 from schemas.search import SearchResult
 from zscl.sequence.run import run_sequence
 

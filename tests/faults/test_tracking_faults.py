@@ -22,8 +22,9 @@ import pytest
 from disturbing import PATIENCE_SECONDS
 from mlflow.tracking import MlflowClient
 
-from orchestrate import recipes, shipping
+from orchestrate import shipping
 from orchestrate.mlflow_store import PARENT
+from orchestrate.recipes import recipe as recipes
 from orchestrate.shipping import Shipper
 from orchestrate.state import write_state
 from schemas.experiment import Experiment

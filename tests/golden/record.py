@@ -31,7 +31,7 @@ sys.path[:0] = [str(HERE), str(ROOT)]
 
 import inputs  # noqa: E402
 
-from orchestrate.recipes import load_search, load_variants  # noqa: E402
+from orchestrate.recipes.recipe import load_search, load_variants  # noqa: E402
 from schemas.experiment import Experiment  # noqa: E402
 from zscl.sequence.run import run_sequence  # noqa: E402
 from zscl.training.checkpoint import StoppedError  # noqa: E402

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import Command
 
-from orchestrate import recipes
+from orchestrate.recipes import recipe as recipes
 from schemas.evaluation import TriedAverages
 from schemas.experiment import Experiment
 from schemas.results import Result

@@ -12,7 +12,8 @@ import torch
 from conftest import Command, coloured, make_task
 from mlflow.tracking import MlflowClient
 
-from orchestrate import evaluate, recipes
+from orchestrate import evaluate
+from orchestrate.recipes import recipe as recipes
 from orchestrate.shipping import sync
 from schemas.evaluation import Evaluation
 from schemas.experiment import Experiment

@@ -10,7 +10,7 @@ from conftest import Command
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
-from orchestrate import recipes
+from orchestrate.recipes import recipe as recipes
 from schemas.experiment import Experiment
 from zscl.sequence.run import run_sequence
 

@@ -16,7 +16,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 from PIL import Image
 
-from orchestrate import recipes
+from orchestrate.recipes import recipe as recipes
 from orchestrate.shipping import Shipper
 from schemas.experiment import Experiment
 from zscl.sequence.resolve import open_experiment

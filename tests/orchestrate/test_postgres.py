@@ -14,7 +14,7 @@ import torch
 from conftest import Command
 from mlflow.tracking import MlflowClient
 
-from orchestrate import recipes
+from orchestrate.recipes import recipe as recipes
 from orchestrate.shipping import sync
 from schemas.experiment import Experiment
 from zscl.sequence.run import run_sequence

@@ -17,7 +17,7 @@ from mlflow.tracking import MlflowClient
 from pydantic import BaseModel
 from ruamel.yaml import YAML
 
-from orchestrate import recipes
+from orchestrate.recipes import recipe as recipes
 from schemas.results import Result, RunState
 from zscl.runtime.atomic_io import patiently
 from zscl.sequence.run import run_sequence

@@ -10,7 +10,8 @@ from conftest import Command
 from rich.console import Console
 from ruamel.yaml import YAML
 
-from orchestrate import places, recipes, search_preflight
+from orchestrate import places, search_preflight
+from orchestrate.recipes import recipe as recipes
 from orchestrate.search import search
 from schemas.algorithm import algorithm
 from schemas.base import InputError

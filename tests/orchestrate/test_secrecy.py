@@ -135,7 +135,7 @@ def test_no_secret_is_in_the_traceback_of_a_fault_of_ours(
     def fail(*given: object) -> None:
         raise KeyError(f"http://me:{secrets['password']}@host {secrets['token']}")
 
-    monkeypatch.setattr("orchestrate.recipes.load_variants", fail)
+    monkeypatch.setattr("orchestrate.recipes.recipe.load_variants", fail)
     found = zscl("run", "recipe.yaml")
     assert found.code == 1
     assert "Traceback (most recent call last)" in found.error

@@ -11,7 +11,7 @@ import torch
 from mlflow.tracking import MlflowClient
 from PIL import Image
 
-from orchestrate import recipes
+from orchestrate.recipes import recipe as recipes
 from orchestrate.shipping import sync
 from schemas.data import Task
 from schemas.experiment import Experiment

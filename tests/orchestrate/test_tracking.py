@@ -15,12 +15,13 @@ import pytest
 from conftest import Command
 from mlflow.tracking import MlflowClient
 
-from orchestrate import recipes, shipping
+from orchestrate import shipping
 from orchestrate.attaching import attach
 from orchestrate.finding import find
 from orchestrate.mlflow_store import ARTIFACTS, LEVEL, PARENT, REASON, TAKEN, check_store, valid_name
 from orchestrate.ownership import owned
 from orchestrate.places import browse_command, sqlite_file, sqlite_uri, unmasked
+from orchestrate.recipes import recipe as recipes
 from orchestrate.shipping import Shipper
 from orchestrate.state import write_state
 from schemas.base import InputError

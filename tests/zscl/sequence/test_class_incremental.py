@@ -17,7 +17,7 @@ import torch
 from conftest import coloured, opened
 from PIL import Image
 
-from orchestrate import recipes
+from orchestrate.recipes import recipe as recipes
 from schemas.base import InputError
 from schemas.data import ClassIncremental
 from schemas.experiment import Experiment

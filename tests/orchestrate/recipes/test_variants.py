@@ -9,7 +9,7 @@ import pytest
 from conftest import Command
 from ruamel.yaml import YAML
 
-from orchestrate.group import MTIL_ORDERS, members
+from orchestrate.recipes.variants import MTIL_ORDERS, members
 from schemas.base import InputError
 from schemas.experiment import Experiment
 

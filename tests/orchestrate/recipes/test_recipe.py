@@ -11,7 +11,8 @@ import pytest
 from conftest import Command
 from ruamel.yaml import YAML
 
-from orchestrate import preflight, recipes
+from orchestrate import preflight
+from orchestrate.recipes import recipe as recipes
 from schemas.algorithm import algorithm
 from schemas.base import InputError
 from schemas.experiment import Experiment

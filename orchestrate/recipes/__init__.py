@@ -1,0 +1,1 @@
+"""Recipes: YAML files and overrides, parsed into experiments."""
