@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from orchestrate.places import EXPERIMENT, LEVELS, sqlite_file, store_uri, unmasked
+from orchestrate.lifecycle.paths import EXPERIMENT, LEVELS, sqlite_file, store_uri, unmasked
 from orchestrate.recipes.recipe import load_experiment
 from schemas.base import InputError
 from schemas.redaction import mask

@@ -15,8 +15,8 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from orchestrate import places
 from orchestrate.display import Bar
+from orchestrate.lifecycle import paths as places
 from orchestrate.recipes.recipe import load_experiment
 from orchestrate.report import percent
 from schemas.base import InputError, explain

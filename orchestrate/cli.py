@@ -14,7 +14,7 @@ import typer
 
 from orchestrate import terminal
 from orchestrate.commands import data, looking, models, running
-from orchestrate.interruption import end_on_signals
+from orchestrate.lifecycle.signals import end_on_signals
 from orchestrate.output import readers_may_go
 from schemas.base import InputError, InterruptedRunError, expand
 from schemas.redaction import mask

@@ -15,7 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrate.access import loopback_alone, use_token
 from orchestrate.cluster_address import ADDRESS, check_gcs, named_address
-from orchestrate.interruption import end_on_signals, warnings_held_back
+from orchestrate.lifecycle.signals import end_on_signals, warnings_held_back
 from schemas.base import InputError
 from schemas.compute import Compute
 from zscl.runtime.atomic_io import remove

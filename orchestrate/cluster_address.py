@@ -5,7 +5,7 @@ from urllib.parse import urlsplit
 
 import grpc
 
-from orchestrate.network import check_port
+from orchestrate.lifecycle.network import check_port
 from schemas.base import InputError
 from schemas.compute import Compute
 from schemas.redaction import mask

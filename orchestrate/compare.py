@@ -21,7 +21,7 @@ from orchestrate.comparison_tables import (
     run_rows,
     terminal_tables,
 )
-from orchestrate.places import EXPERIMENT
+from orchestrate.lifecycle.paths import EXPERIMENT
 from schemas.base import InputError, did_you_mean
 from zscl.runtime.atomic_io import whole_file, write_text
 

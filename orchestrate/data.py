@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from orchestrate.interruption import URGENT, WARNINGS
+from orchestrate.lifecycle.signals import URGENT, WARNINGS
 from schemas.base import InputError, InterruptedRunError
 from zscl.data.sample import printable_name
 from zscl.datasets import captions, mtil, sources

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from orchestrate import preflight
 from orchestrate import run as running
-from orchestrate.places import store_uri
+from orchestrate.lifecycle.paths import store_uri
 from orchestrate.recipes import recipe as recipes
 from schemas.experiment import Experiment
 from zscl.datasets.synthetic.suites import write_embedded

@@ -14,9 +14,9 @@ from pydantic import ValidationError
 from rich.console import Console, Group
 from rich.table import Table
 
-from orchestrate import places
 from orchestrate.attaching import attach
 from orchestrate.display import Bar
+from orchestrate.lifecycle import paths as places
 from orchestrate.recipes.recipe import load_experiment
 from orchestrate.report import ZERO_SHOT, percent
 from schemas.base import InputError, explain

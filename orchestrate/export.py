@@ -5,7 +5,8 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from orchestrate import places, report
+from orchestrate import report
+from orchestrate.lifecycle import paths as places
 from orchestrate.recipes.recipe import load_experiment
 from orchestrate.report import percent
 from schemas.base import InputError

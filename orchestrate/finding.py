@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orchestrate.places import EXPERIMENT, LEVELS, sqlite_file, sqlite_uri
+from orchestrate.lifecycle.paths import EXPERIMENT, LEVELS, sqlite_file, sqlite_uri
 from schemas.base import InputError, did_you_mean
 from schemas.redaction import mask
 from zscl.runtime.atomic_io import digest, nearest

@@ -28,9 +28,9 @@ from mlflow.store.db.db_types import DATABASE_ENGINES
 from mlflow.tracking import MlflowClient
 from sqlalchemy import NullPool, create_engine, make_url
 
+from orchestrate.lifecycle.network import check_port
+from orchestrate.lifecycle.paths import sqlite_file
 from orchestrate.local_store import artefacts_beside, follow_artefacts
-from orchestrate.network import check_port
-from orchestrate.places import sqlite_file
 from orchestrate.store_errors import FAILURES, store_error
 from schemas.base import InputError
 from schemas.redaction import mask

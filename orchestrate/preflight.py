@@ -9,9 +9,9 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from orchestrate import places
+from orchestrate.lifecycle import paths as places
+from orchestrate.lifecycle.run_status import STATE
 from orchestrate.recipes import recipe as recipes
-from orchestrate.state import STATE
 from schemas.base import InputError
 from schemas.compute import Compute, Savings
 from schemas.experiment import LOCAL_MODEL, Experiment, Model

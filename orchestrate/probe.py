@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from rich.console import Console
 
 from orchestrate.display import Bar
-from orchestrate.interruption import signals_taken
+from orchestrate.lifecycle.signals import signals_taken
 from orchestrate.preflight import images_through_student
 from schemas.base import InputError, InterruptedRunError
 from schemas.results import StepsTaken

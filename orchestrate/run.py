@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from orchestrate import places, preflight, report
+from orchestrate import preflight, report
 from orchestrate.display import Bar, Display
-from orchestrate.interruption import signals_taken
 from orchestrate.kept import Following, kept
-from orchestrate.ownership import owned
+from orchestrate.lifecycle import paths as places
+from orchestrate.lifecycle.lock import owned
+from orchestrate.lifecycle.run_status import outcome_told, read_state, write_state
+from orchestrate.lifecycle.signals import signals_taken
 from orchestrate.recipes import recipe as recipes
 from orchestrate.recipes import variants as group
-from orchestrate.state import outcome_told, read_state, write_state
 from schemas.base import InputError, command
 from schemas.experiment import Experiment
 from schemas.redaction import MASK

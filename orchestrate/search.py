@@ -25,14 +25,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 
-from orchestrate import places
 from orchestrate.display import Bar, SearchDisplay
-from orchestrate.interruption import Interruption, signals_taken
-from orchestrate.ownership import owned
+from orchestrate.lifecycle import paths as places
+from orchestrate.lifecycle.lock import owned
+from orchestrate.lifecycle.run_status import outcome_told, write_state
+from orchestrate.lifecycle.signals import Interruption, signals_taken
 from orchestrate.recipes import recipe as recipes
 from orchestrate.search_preflight import Prepared
 from orchestrate.search_trials import front_of, goodness_of, load_found, stage_trainings, trials_of
-from orchestrate.state import outcome_told, write_state
 from schemas.algorithm import algorithm
 from schemas.base import InputError
 from schemas.results import Result

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrate import places, preflight
+from orchestrate import preflight
+from orchestrate.lifecycle import paths as places
 from orchestrate.recipes import recipe as recipes
 from schemas.base import InputError, command
 from schemas.redaction import MASK

@@ -13,7 +13,10 @@ from typing import TYPE_CHECKING
 
 from mlflow.entities import Metric, Param
 
-from orchestrate import places, search_report
+from orchestrate import search_report
+from orchestrate.lifecycle import paths as places
+from orchestrate.lifecycle.lock import owned
+from orchestrate.lifecycle.run_status import read_state
 from orchestrate.mlflow_store import (
     ARTIFACTS,
     FINGERPRINT,
@@ -33,11 +36,9 @@ from orchestrate.mlflow_store import (
     runs_of,
     valid_name,
 )
-from orchestrate.ownership import owned
 from orchestrate.recipes import recipe as recipes
 from orchestrate.search_trials import load_found
 from orchestrate.shipping import PATIENCE_SECONDS, Shipper, send_run
-from orchestrate.state import read_state
 from orchestrate.store_errors import FAILURES, OFFLINE, ArtifactError, artifact_error, store_error
 from schemas.base import InputError, command
 from schemas.redaction import mask

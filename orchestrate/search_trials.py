@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from orchestrate.places import FOUND
+from orchestrate.lifecycle.paths import FOUND
 from schemas.base import parse_json
 from schemas.search import Search, SearchResult, StageTrainings, Trial, direction_of
 

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from orchestrate.ownership import owned
-from orchestrate.places import store_uri, unmasked
+from orchestrate.lifecycle.lock import owned
+from orchestrate.lifecycle.paths import store_uri, unmasked
+from orchestrate.lifecycle.run_status import read_state
 from orchestrate.recipes.recipe import load_experiment
 from orchestrate.report import load_result
-from orchestrate.state import read_state
 from orchestrate.store_errors import FAILURES, OFFLINE, ArtifactError, reason_of, store_error
 from orchestrate.tracking import Record
 from schemas.base import InputError, command

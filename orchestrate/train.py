@@ -27,8 +27,8 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from orchestrate import gauges
 from orchestrate.cluster import check_resources
-from orchestrate.interruption import Interruption
 from orchestrate.kept import storage_of
+from orchestrate.lifecycle.signals import Interruption
 from orchestrate.line import line_from_here, listening
 from orchestrate.overlap import on_ray
 from schemas.base import InputError

@@ -21,11 +21,11 @@ from pydantic import BaseModel
 from ray import tune
 
 from orchestrate.cluster import check_resources
-from orchestrate.interruption import Interruption
-from orchestrate.places import EXPERIMENT
+from orchestrate.lifecycle.paths import EXPERIMENT
+from orchestrate.lifecycle.run_status import write_state
+from orchestrate.lifecycle.signals import Interruption
 from orchestrate.recipes import recipe as recipes
 from orchestrate.sampling import NUMBER
-from orchestrate.state import write_state
 from orchestrate.train import train
 from schemas.base import InputError, InterruptedRunError, parse_json
 from schemas.experiment import Experiment

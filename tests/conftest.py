@@ -186,7 +186,7 @@ class Command:
 def zscl(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Command]:
     """Run the command line in this process."""
     from orchestrate.cli import main
-    from orchestrate.interruption import URGENT, WARNINGS
+    from orchestrate.lifecycle.signals import URGENT, WARNINGS
 
     def run(*arguments: object) -> Command:
         monkeypatch.setattr("sys.argv", ["zscl", *map(str, arguments)])

@@ -46,7 +46,7 @@ def prepare(
     Example: zscl data prepare mtil --out data/mtil --root ~/torchvision
     """
     from orchestrate import data as making
-    from orchestrate import places
+    from orchestrate.lifecycle import paths as places
 
     options = {
         "root": root and root.absolute(),
@@ -80,7 +80,7 @@ def fetch(
     Example: zscl data fetch Aircraft Food --out data/copies
     """
     from orchestrate import data as making
-    from orchestrate import places
+    from orchestrate.lifecycle import paths as places
 
     places.refuse_unwritable(out.absolute())
     content, lines = making.fetch(names, out.absolute(), jobs, progress_console)
@@ -98,7 +98,7 @@ def check(
     Example: zscl data check runs/demo/data/digits --picture digits.png
     """
     from orchestrate import check as checking
-    from orchestrate import places
+    from orchestrate.lifecycle import paths as places
 
     if picture is not None:
         places.refuse_unwritable(picture.absolute().parent, "choose another file with --picture")

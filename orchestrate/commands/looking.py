@@ -19,8 +19,9 @@ def sync(
 
     Example: zscl sync runs/demo/finetune runs/demo/zscl
     """
-    from orchestrate import places, search_tracking, shipping
+    from orchestrate import search_tracking, shipping
     from orchestrate.display import Bar
+    from orchestrate.lifecycle import paths as places
 
     contents: list[dict[str, Any]] = []
     lines: list[str] = []
@@ -65,7 +66,8 @@ def compare(
 
     Example: zscl compare runs/demo/finetune runs/demo/zscl
     """
-    from orchestrate import finding, places
+    from orchestrate import finding
+    from orchestrate.lifecycle import paths as places
 
     if out is not None:
         places.refuse_unwritable(out.absolute())
@@ -106,7 +108,7 @@ def evaluate(
     Example: zscl evaluate runs/demo/zscl --stage all
     """
     from orchestrate import evaluate as judging
-    from orchestrate import places
+    from orchestrate.lifecycle import paths as places
 
     options = judging.options(protocol, templates, precision, batch_size, loader_processes)
     subject = judging.subject(what, pretrained, stage, task, suite)
@@ -139,7 +141,8 @@ def average(
 
     Example: zscl average runs/own-snapshots --every 5,10 --kind mean,exponential,none --share 0,0.3
     """
-    from orchestrate import averages, places
+    from orchestrate import averages
+    from orchestrate.lifecycle import paths as places
 
     wanted = averages.wanted(every, kind, decay, share, anchor)
     found_stage = averages.Stage.of(run.absolute(), stage)

@@ -19,7 +19,7 @@ def export(
     Example: zscl export runs/demo/zscl --stage 6 --out runs/demo-zscl-model
     """
     from orchestrate import export as exporting
-    from orchestrate import places
+    from orchestrate.lifecycle import paths as places
 
     places.refuse_unwritable(out.absolute())
     folder = exporting.export(run.absolute(), stage, out.absolute())
@@ -37,8 +37,8 @@ def pretrain(
 
     Example: zscl pretrain experiments/pretrain-embedded.yaml --out runs/embedded-model
     """
-    from orchestrate import places
     from orchestrate.display import Bar
+    from orchestrate.lifecycle import paths as places
     from orchestrate.recipes import recipe as recipes
     from schemas.pretraining import Pretraining
 

@@ -97,7 +97,8 @@ def run(
 
 def _ended(experiment: "Experiment", folder: Path, result: "Result", offline: bool) -> tuple[dict[str, Any], list[str]]:
     """What a finished run has made and where, for programs and for people."""
-    from orchestrate import places, report
+    from orchestrate import report
+    from orchestrate.lifecycle import paths as places
 
     uri = None if offline else places.store_uri(experiment, folder)
     shown = {"folder": str(folder), "tracking_uri": uri and mask(uri)}
@@ -155,8 +156,8 @@ def search(
 
 def _searched(prepared: "Prepared", folder: Path, offline: bool, as_json: bool) -> None:
     """Run a search, or go on with it, and show what it found."""
-    from orchestrate import places
     from orchestrate import search as searching
+    from orchestrate.lifecycle import paths as places
 
     found = searching.search(prepared, folder, progress_console, offline)
     if not as_json:
@@ -186,8 +187,9 @@ def resume(
 
     Example: zscl resume runs/embedded-zscl-1a2b3c4d --set compute.workers=1
     """
-    from orchestrate import places, preflight
+    from orchestrate import preflight
     from orchestrate import run as running
+    from orchestrate.lifecycle import paths as places
 
     folder = folder.absolute()
     if (folder / places.SEARCH).is_file():
@@ -275,7 +277,7 @@ def demo(
     Example: zscl demo --out runs/demo
     """
     from orchestrate import demo as demonstration
-    from orchestrate import places
+    from orchestrate.lifecycle import paths as places
 
     places.refuse_unwritable(out.absolute())
     runs, uri = demonstration.demo(recipe, out.absolute(), overrides, progress_console, offline)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from orchestrate import network
 from orchestrate.cluster import LONGEST_TEMPORARY, local_folder
 from orchestrate.cluster_address import check_gcs, named_address
+from orchestrate.lifecycle import network
 from orchestrate.line import line_from_here, searches_on_cluster
 from schemas.base import InputError
 from schemas.compute import Compute

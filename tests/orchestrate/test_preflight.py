@@ -16,7 +16,7 @@ from rich.console import Console
 
 from orchestrate import cluster, preflight
 from orchestrate import run as running
-from orchestrate.interruption import WARNINGS
+from orchestrate.lifecycle.signals import WARNINGS
 from orchestrate.probe import probe
 from schemas.base import InputError, InterruptedRunError
 from schemas.experiment import Experiment

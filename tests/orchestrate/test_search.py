@@ -10,7 +10,8 @@ from conftest import Command
 from rich.console import Console
 from ruamel.yaml import YAML
 
-from orchestrate import places, search_preflight
+from orchestrate import search_preflight
+from orchestrate.lifecycle import paths as places
 from orchestrate.recipes import recipe as recipes
 from orchestrate.search import search
 from schemas.algorithm import algorithm

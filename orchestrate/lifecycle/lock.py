@@ -14,7 +14,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
-from orchestrate.places import refuse_unwritable
+from orchestrate.lifecycle.paths import refuse_unwritable
 from schemas.base import InputError, Strict
 from zscl.runtime.atomic_io import remove, write_text
 

@@ -8,8 +8,8 @@ import pytest
 from conftest import Command
 from ruamel.yaml import YAML
 
-from orchestrate.ownership import owned
-from orchestrate.places import refuse_unwritable
+from orchestrate.lifecycle.lock import owned
+from orchestrate.lifecycle.paths import refuse_unwritable
 from schemas.base import InputError
 
 Zscl = Callable[..., Command]

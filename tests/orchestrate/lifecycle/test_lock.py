@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from orchestrate.ownership import owned
+from orchestrate.lifecycle.lock import owned
 from schemas.base import InputError
 
 
 def keep(run: Path, then: str) -> "subprocess.Popen[str]":
     """Have another process own a run."""
-    code = f"from pathlib import Path; from orchestrate.ownership import owned\nwith owned(Path({str(run)!r})): {then}"
+    code = f"from pathlib import Path; from orchestrate.lifecycle.lock import owned\nwith owned(Path({str(run)!r})): {then}"
     return subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrate.state import HASTE_SECONDS, outcome_told, read_state, write_state
+from orchestrate.lifecycle.run_status import HASTE_SECONDS, outcome_told, read_state, write_state
 from schemas.base import InputError, InterruptedRunError
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import Command, coloured
 
-from orchestrate.interruption import URGENT, WARNINGS, end_on_signals, signals_taken, warnings_held_back
+from orchestrate.lifecycle.signals import URGENT, WARNINGS, end_on_signals, signals_taken, warnings_held_back
 from schemas.base import InterruptedRunError
 from zscl.checks.image import look_at
 
