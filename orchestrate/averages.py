@@ -18,7 +18,7 @@ from rich.table import Table
 from orchestrate.display import Bar
 from orchestrate.lifecycle import paths as places
 from orchestrate.recipes.recipe import load_experiment
-from orchestrate.report import percent
+from orchestrate.reports.charts import percent
 from schemas.base import InputError, explain
 from schemas.evaluation import TriedAverage, TriedAverages
 from schemas.experiment import LOCAL_MODEL, Experiment, Model

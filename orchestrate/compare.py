@@ -9,10 +9,12 @@ from typing import Any
 
 from rich.console import Console
 
-from orchestrate import page, report
 from orchestrate.attaching import attach
-from orchestrate.comparison import Comparison, Difference, gather
-from orchestrate.comparison_tables import (
+from orchestrate.lifecycle.paths import EXPERIMENT
+from orchestrate.reports import charts as report
+from orchestrate.reports import html_page as page
+from orchestrate.reports.comparison import Comparison, Difference, gather
+from orchestrate.reports.tables import (
     FIGURES,
     Row,
     latex,
@@ -21,7 +23,6 @@ from orchestrate.comparison_tables import (
     run_rows,
     terminal_tables,
 )
-from orchestrate.lifecycle.paths import EXPERIMENT
 from schemas.base import InputError, did_you_mean
 from zscl.runtime.atomic_io import whole_file, write_text
 

@@ -18,7 +18,7 @@ from orchestrate.attaching import attach
 from orchestrate.display import Bar
 from orchestrate.lifecycle import paths as places
 from orchestrate.recipes.recipe import load_experiment
-from orchestrate.report import ZERO_SHOT, percent
+from orchestrate.reports.charts import ZERO_SHOT, percent
 from schemas.base import InputError, explain
 from schemas.data import Task
 from schemas.evaluation import PROTOCOLS, Evaluation, Judged, JudgedModel, Protocol

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from orchestrate import report
 from orchestrate.lifecycle import paths as places
 from orchestrate.recipes.recipe import load_experiment
-from orchestrate.report import percent
+from orchestrate.reports import charts as report
+from orchestrate.reports.charts import percent
 from schemas.base import InputError
 from schemas.experiment import Experiment
 from schemas.redaction import mask

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from orchestrate import preflight, report
+from orchestrate import preflight
 from orchestrate.display import Bar, Display
 from orchestrate.kept import Following, kept
 from orchestrate.lifecycle import paths as places
@@ -17,6 +17,7 @@ from orchestrate.lifecycle.run_status import outcome_told, read_state, write_sta
 from orchestrate.lifecycle.signals import signals_taken
 from orchestrate.recipes import recipe as recipes
 from orchestrate.recipes import variants as group
+from orchestrate.reports import charts as report
 from schemas.base import InputError, command
 from schemas.experiment import Experiment
 from schemas.redaction import MASK

@@ -13,7 +13,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from orchestrate.report import MAIN, percent
+from orchestrate.reports.charts import MAIN, percent
 from schemas.search import Search, SearchResult, Trial, direction_of
 from zscl.runtime.atomic_io import whole_file
 

@@ -17,7 +17,6 @@ from pathlib import Path
 
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
 
-from orchestrate import report
 from orchestrate.mlflow_store import (
     ARTIFACTS,
     FINGERPRINT,
@@ -38,6 +37,7 @@ from orchestrate.mlflow_store import (
     runs_of,
     valid_name,
 )
+from orchestrate.reports import charts as report
 from orchestrate.store_errors import artifact_error, reason_of
 from schemas.base import InputError, command
 from schemas.experiment import Experiment

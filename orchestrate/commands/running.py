@@ -97,8 +97,8 @@ def run(
 
 def _ended(experiment: "Experiment", folder: Path, result: "Result", offline: bool) -> tuple[dict[str, Any], list[str]]:
     """What a finished run has made and where, for programs and for people."""
-    from orchestrate import report
     from orchestrate.lifecycle import paths as places
+    from orchestrate.reports import charts as report
 
     uri = None if offline else places.store_uri(experiment, folder)
     shown = {"folder": str(folder), "tracking_uri": uri and mask(uri)}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrate.published import MTIL
+from orchestrate.reports.published import MTIL
 from zscl.evaluation.metrics import at_chance, forward_transfer, metrics
 
 MATRIX = [[0.9, 0.5, 0.4], [0.7, 0.8, 0.2], [0.6, 0.7, 1.0]]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from orchestrate import page
+from orchestrate.reports import html_page as page
 from schemas.base import InputError
 from schemas.experiment import Experiment
 from zscl.sequence.resolve import open_experiment

@@ -10,10 +10,10 @@ import altair as alt
 import vl_convert
 from jinja2 import Environment, PackageLoader, select_autoescape
 
-from orchestrate import report
-from orchestrate.comparison import Comparison
-from orchestrate.comparison_tables import CHANGES, Row, group_table
-from orchestrate.report import MAIN, ZERO_SHOT
+from orchestrate.reports import charts as report
+from orchestrate.reports.charts import MAIN, ZERO_SHOT
+from orchestrate.reports.comparison import Comparison
+from orchestrate.reports.tables import CHANGES, Row, group_table
 from zscl.sequence.matrix import stage_folder
 
 MOST_POINTS = 60  # of a loss curve

@@ -9,8 +9,8 @@ from statistics import fmean, stdev
 
 from scipy.stats import ttest_1samp
 
-from orchestrate import report
-from orchestrate.report import FURTHER, change, label_of
+from orchestrate.reports import charts as report
+from orchestrate.reports.charts import FURTHER, change, label_of
 from schemas.base import InputError
 from schemas.results import Result
 from zscl.sequence.matrix import named

@@ -8,9 +8,9 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from orchestrate.comparison import Comparison, Difference, Summary
-from orchestrate.published import MTIL
-from orchestrate.report import MAIN, ZERO_SHOT, cell, markdown_table, percent
+from orchestrate.reports.charts import MAIN, ZERO_SHOT, cell, markdown_table, percent
+from orchestrate.reports.comparison import Comparison, Difference, Summary
+from orchestrate.reports.published import MTIL
 from schemas.base import InputError
 from schemas.results import Result
 

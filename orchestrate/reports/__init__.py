@@ -1,0 +1,1 @@
+"""Results, charts, comparisons and pages; without Ray and MLflow."""
