@@ -29,7 +29,7 @@ from step import SMALL
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from orchestrate.cluster import KEEP_MEMORY  # noqa: E402
+from orchestrate.cluster.connect import KEEP_MEMORY  # noqa: E402
 
 THROUGH_RAY = "from orchestrate.cli import main; main()"
 PLAIN = """

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from orchestrate import preflight
-from orchestrate.kept import storage_of
+from orchestrate.cluster.storage_sync import storage_of
 from orchestrate.lifecycle import lock as ownership
 from orchestrate.lifecycle import paths as places
 from orchestrate.search_preflight import Prepared, megabytes_of_models
@@ -181,7 +181,7 @@ def _storage(experiment: Experiment, folder: Path) -> str:
 
 def _cluster(compute: Compute, connect: Connect) -> str:
     """See that the cluster holds the workers; where there is none yet, that this machine does."""
-    from orchestrate.cluster import check_resources, is_named, resources_here
+    from orchestrate.cluster.connect import check_resources, is_named, resources_here
 
     if is_named(compute):
         return ", ".join(f"{kind} {amount:g}" for kind, amount in connect().items())

@@ -32,8 +32,8 @@ def probe(opened: Opened, folder: Path, console: Console, seconds: float = SECON
         InputError: nothing is trained, or the cluster is not as expected.
         InterruptedRunError: a signal ended it.
     """
-    from orchestrate.cluster import check_resources, connect
-    from orchestrate.train import train
+    from orchestrate.cluster.connect import check_resources, connect
+    from orchestrate.cluster.train_workers import train
 
     experiment = opened.experiment
     if experiment.method.task_loss is None:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from orchestrate import preflight
+from orchestrate.cluster.storage_sync import Following, kept
 from orchestrate.display import Bar, Display
-from orchestrate.kept import Following, kept
 from orchestrate.lifecycle import paths as places
 from orchestrate.lifecycle.lock import owned
 from orchestrate.lifecycle.run_status import outcome_told, read_state, write_state
@@ -106,8 +106,8 @@ def embed(opened: Opened, folder: Path, console: Console) -> Embedded:
         InputError: the cluster is not as expected, or the method has nothing to embed ahead.
         InterruptedRunError: a signal ended it; what is computed is stored.
     """
-    from orchestrate.cluster import connect
-    from orchestrate.train import embed as embed_on_workers
+    from orchestrate.cluster.connect import connect
+    from orchestrate.cluster.train_workers import embed as embed_on_workers
 
     check_embeddable(opened)
     if opened.experiment.compute.storage is not None:
@@ -155,7 +155,7 @@ def _finished(opened: Opened, folder: Path, console: Console, offline: bool) -> 
 
 def _run(opened: Opened, folder: Path, console: Console, offline: bool, following: Following) -> Result:
     # Ray and MLflow take seconds to import: only once there is something to run.
-    from orchestrate.train import train
+    from orchestrate.cluster.train_workers import train
 
     experiment = opened.experiment
     for warning in preflight.warnings(opened):
@@ -201,7 +201,7 @@ def connect_cluster(experiment: Experiment, folder: Path, console: Console) -> d
     """
     import ray
 
-    from orchestrate.cluster import check_folder, check_resources, connect
+    from orchestrate.cluster.connect import check_folder, check_resources, connect
 
     connect(experiment.compute, note=lambda text: console.print(text, highlight=False))
     check_resources(experiment.compute)

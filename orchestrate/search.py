@@ -97,8 +97,8 @@ def refuse_other_search(prepared: Prepared, folder: Path) -> None:
 
 def _search(prepared: Prepared, folder: Path, console: Console, offline: bool) -> SearchResult:
     # Ray and MLflow take seconds to import: only once there is something to run.
-    from orchestrate.cluster import connect, slots_of
-    from orchestrate.line import line_from_here, listening, searches_on_cluster
+    from orchestrate.cluster.channel import line_from_here, listening, searches_on_cluster
+    from orchestrate.cluster.connect import connect, slots_of
     from orchestrate.trial import Common
 
     started, experiment = time.monotonic(), prepared.base.experiment
@@ -154,7 +154,7 @@ def _fit(prepared: Prepared, common: "Common", slots: int) -> "ResultGrid":
     from ray import tune
 
     from orchestrate import sampling
-    from orchestrate.cluster import check_resources
+    from orchestrate.cluster.connect import check_resources
     from orchestrate.trial import STAGES, SearchTrial
 
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what a trial failed with, the search says itself

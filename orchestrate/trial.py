@@ -20,13 +20,13 @@ from filelock import FileLock
 from pydantic import BaseModel
 from ray import tune
 
-from orchestrate.cluster import check_resources
+from orchestrate.cluster.connect import check_resources
+from orchestrate.cluster.train_workers import train
 from orchestrate.lifecycle.paths import EXPERIMENT
 from orchestrate.lifecycle.run_status import write_state
 from orchestrate.lifecycle.signals import Interruption
 from orchestrate.recipes import recipe as recipes
 from orchestrate.sampling import NUMBER
-from orchestrate.train import train
 from schemas.base import InputError, InterruptedRunError, parse_json
 from schemas.experiment import Experiment
 from schemas.redaction import mask
@@ -49,7 +49,7 @@ class Common:
     """What all trials of a search have in common.
 
     search: what is looked for; content: of the experiment, without values; file: the recipe, for what is refused;
-    folder: the search's; averages: of all trials; line: to the process that watches (see `orchestrate.line`).
+    folder: the search's; averages: of all trials; line: to the process that watches (see `orchestrate.cluster.channel`).
     """
 
     search: Search

@@ -217,7 +217,7 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def without_ray(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """From a call on, runs of this test take a plain process: where Ray's part, 15 seconds a run, is shown already."""
-    from orchestrate import train
+    from orchestrate.cluster import train_workers as train
 
     def in_this_process(
         work: str, made: Experiment, folder: Path, on_progress: Callable[[BaseModel], None], *_: object
@@ -243,7 +243,7 @@ def ray_cluster() -> Iterator[None]:
     """A local cluster of four logical CPUs for all tests of this process."""
     import ray
 
-    from orchestrate.access import loopback_alone
+    from orchestrate.cluster.auth import loopback_alone
 
     with loopback_alone():  # without a token, as the tests are, nobody else may reach it
         ray.init(

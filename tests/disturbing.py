@@ -15,7 +15,7 @@ import pytest
 from conftest import coloured, make_task
 from ruamel.yaml import YAML
 
-from orchestrate.access import loopback_alone
+from orchestrate.cluster.auth import loopback_alone
 from schemas.results import RunStarted, StepsTaken
 from zscl.datasets.task_writer import write_shards
 from zscl.sequence.journal import JOURNAL, JournalReader
@@ -23,7 +23,7 @@ from zscl.sequence.journal import JOURNAL, JournalReader
 PATIENCE_SECONDS = 900.0  # that an event may take: only what hangs takes longer, on however busy a machine
 # On the loopback interface, as the cluster of these tests: Ray knows a node by its address alone.
 COMMAND_LINE = """
-from orchestrate.access import loopback_alone
+from orchestrate.cluster.auth import loopback_alone
 from orchestrate.cli import main
 
 with loopback_alone():

@@ -9,7 +9,7 @@ import torch
 from disturbing import add_node, recipe_for_faults, started
 from ray.cluster_utils import Cluster
 
-from orchestrate.access import loopback_alone
+from orchestrate.cluster.auth import loopback_alone
 from orchestrate.recipes import recipe as recipes
 from zscl.sequence.run import run_sequence
 

@@ -247,7 +247,7 @@ def submit(
 
     Example: zscl submit experiments/mtil-order-1.yaml --out /shared/runs/mtil --address http://127.0.0.1:8265
     """
-    from orchestrate import submit as submitting
+    from orchestrate.cluster import jobs as submitting
     from orchestrate.recipes import recipe as recipes
 
     place = working_dir.resolve()

@@ -10,7 +10,7 @@ import pytest
 from disturbing import add_node, ended, numbers, processes, starts_of, trained, until
 from ray.cluster_utils import Cluster
 
-from orchestrate.access import loopback_alone
+from orchestrate.cluster.auth import loopback_alone
 from zscl.training.checkpoint import CHECKPOINT
 
 pytest_plugins = ["faulty_cluster", "object_storage"]

@@ -121,7 +121,7 @@ def test_a_disk_without_room(checked: Callable[..., dict[str, str]], monkeypatch
 
 
 def test_a_machine_that_is_too_small(checked: Callable[..., dict[str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
-    from orchestrate import cluster
+    from orchestrate.cluster import connect as cluster
 
     here = {"CPU": 2.0, "GPU": 0.0}
     monkeypatch.setattr(cluster, "resources_here", lambda: here)

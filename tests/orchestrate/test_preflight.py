@@ -14,8 +14,9 @@ import torch
 from conftest import coloured, make_task, write_tar
 from rich.console import Console
 
-from orchestrate import cluster, preflight
+from orchestrate import preflight
 from orchestrate import run as running
+from orchestrate.cluster import connect as cluster
 from orchestrate.lifecycle.signals import WARNINGS
 from orchestrate.probe import probe
 from schemas.base import InputError, InterruptedRunError

@@ -260,7 +260,7 @@ def test_the_teacher_embeds_ahead_on_two_workers_for_the_run_to_come(
 def test_an_error_of_storage_that_lasts_comes_with_what_to_do(
     number: int, file: str | bytes | None, sentence: str
 ) -> None:
-    from orchestrate.train import what_to_do
+    from orchestrate.cluster.train_workers import what_to_do
 
     found = what_to_do(OSError(number, os.strerror(number), file), Path("runs/own"))
     assert found.startswith(sentence)
@@ -268,7 +268,7 @@ def test_an_error_of_storage_that_lasts_comes_with_what_to_do(
 
 
 def test_a_file_of_the_run_folder_is_known_by_its_absolute_path_and_as_the_target_of_a_renaming() -> None:
-    from orchestrate.train import what_to_do
+    from orchestrate.cluster.train_workers import what_to_do
 
     for names in ((str(Path("runs/own/stages").absolute()), None, None), ("/cache/0.tar", None, "runs/own/stages")):
         assert what_to_do(OSError(errno.EACCES, "Permission denied", *names), Path("runs/own"))
@@ -276,7 +276,7 @@ def test_a_file_of_the_run_folder_is_known_by_its_absolute_path_and_as_the_targe
 
 def test_what_a_forked_loader_process_logs_goes_to_its_standard_error(capfd: pytest.CaptureFixture[str]) -> None:
     """Ray's client never returns there."""
-    from orchestrate.train import _Noted
+    from orchestrate.cluster.train_workers import _Noted
 
     own, said = os.getpid(), list[str]()
 

@@ -7,7 +7,7 @@ import ray
 import torch
 from ray.exceptions import RayTaskError
 
-from orchestrate.kept import NOT_WATCHED
+from orchestrate.cluster.storage_sync import NOT_WATCHED
 from schemas.base import InputError
 from schemas.experiment import Experiment
 from zscl.sequence.matrix import Elsewhere

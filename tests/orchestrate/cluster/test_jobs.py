@@ -17,8 +17,8 @@ import pytest
 from conftest import Command
 from ruamel.yaml import YAML
 
-from orchestrate import submit as submitting
-from orchestrate.submit import connect, entrypoint, megabytes_uploaded, submit
+from orchestrate.cluster import jobs as submitting
+from orchestrate.cluster.jobs import connect, entrypoint, megabytes_uploaded, submit
 from schemas.base import InputError, InterruptedRunError
 
 ANSWERS = {

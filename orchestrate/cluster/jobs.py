@@ -12,7 +12,7 @@ from pathlib import Path
 from threading import Thread
 from typing import IO, TYPE_CHECKING
 
-from orchestrate import access
+from orchestrate.cluster import auth as access
 from orchestrate.recipes import recipe as recipes
 from schemas.base import InputError, InterruptedRunError, one_line
 from schemas.base import command as shown

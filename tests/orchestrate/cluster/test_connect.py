@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from orchestrate.cluster import LONGEST_TEMPORARY, local_folder
-from orchestrate.cluster_address import check_gcs, named_address
+from orchestrate.cluster.address import check_gcs, named_address
+from orchestrate.cluster.channel import line_from_here, searches_on_cluster
+from orchestrate.cluster.connect import LONGEST_TEMPORARY, local_folder
 from orchestrate.lifecycle import network
-from orchestrate.line import line_from_here, searches_on_cluster
 from schemas.base import InputError
 from schemas.compute import Compute
 
@@ -93,7 +93,7 @@ def test_an_address_without_a_cluster_is_refused_at_once(address: str, reason: s
 
 @pytest.mark.parametrize("serve", [web_server, silent_server])
 def test_another_server_is_no_cluster(monkeypatch: pytest.MonkeyPatch, serve: Callable[[], Iterator[str]]) -> None:
-    monkeypatch.setattr("orchestrate.cluster_address.ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr("orchestrate.cluster.address.ANSWER_SECONDS", 0.5)
     refusal = "something answers there, but not as a Ray GCS does"
     with serve() as address, pytest.raises(InputError, match=refusal):  # type: ignore[attr-defined]
         check_gcs(address)

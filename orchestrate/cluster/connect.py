@@ -13,8 +13,8 @@ import torch
 from ray.exceptions import AuthenticationError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from orchestrate.access import loopback_alone, use_token
-from orchestrate.cluster_address import ADDRESS, check_gcs, named_address
+from orchestrate.cluster.address import ADDRESS, check_gcs, named_address
+from orchestrate.cluster.auth import loopback_alone, use_token
 from orchestrate.lifecycle.signals import end_on_signals, warnings_held_back
 from schemas.base import InputError
 from schemas.compute import Compute

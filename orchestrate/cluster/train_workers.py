@@ -25,12 +25,12 @@ from pydantic import BaseModel, TypeAdapter
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
-from orchestrate import gauges
-from orchestrate.cluster import check_resources
-from orchestrate.kept import storage_of
+from orchestrate.cluster import metrics_export as gauges
+from orchestrate.cluster.channel import line_from_here, listening
+from orchestrate.cluster.connect import check_resources
+from orchestrate.cluster.eval_tasks import on_ray
+from orchestrate.cluster.storage_sync import storage_of
 from orchestrate.lifecycle.signals import Interruption
-from orchestrate.line import line_from_here, listening
-from orchestrate.overlap import on_ray
 from schemas.base import InputError
 from schemas.experiment import Experiment
 from schemas.results import Embedded, Note, Progress, Result, WorkersUsed

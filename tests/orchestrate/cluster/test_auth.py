@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from orchestrate import access
+from orchestrate.cluster import auth as access
 
 # As `zscl run` does it, in a process of its own: Ray's mode is one of a process, and the tests switch it off.
 STARTED = """
 import json, os
 from pathlib import Path
-from orchestrate.cluster import connect
+from orchestrate.cluster.connect import connect
 from schemas.compute import Compute
 os.umask(0o022)  # the usual one, with which others may read what is written
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # as `taskset` and Slurm do

@@ -1,0 +1,1 @@
+"""Ray: clusters, training workers, evaluation tasks and jobs."""
