@@ -9,7 +9,6 @@ from typing import Any
 
 from rich.console import Console
 
-from orchestrate.attaching import attach
 from orchestrate.lifecycle.paths import EXPERIMENT
 from orchestrate.reports import charts as report
 from orchestrate.reports import html_page as page
@@ -23,6 +22,7 @@ from orchestrate.reports.tables import (
     run_rows,
     terminal_tables,
 )
+from orchestrate.tracking.attachments import attach
 from schemas.base import InputError, did_you_mean
 from zscl.runtime.atomic_io import whole_file, write_text
 

@@ -206,7 +206,7 @@ def _tracking(experiment: Experiment, folder: Path, offline: bool) -> str:
                 f"tracking.uri: found {file} to be no file that can be written, expected an SQLite file of this user; "
                 "set tracking.uri to another store, or run with --offline"
             )
-    from orchestrate.mlflow_store import check_store
+    from orchestrate.tracking.mlflow_client import check_store
 
     with _known_by(f"tracking.uri: {mask(uri)}"):
         return f"{mask(uri)}: {_answered(lambda: check_store(uri, experiment.tracking.experiment))}"

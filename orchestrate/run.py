@@ -26,7 +26,7 @@ from zscl.sequence.resolve import Opened
 from zscl.sequence.teacher import check_embeddable
 
 if TYPE_CHECKING:
-    from orchestrate.shipping import Shipper
+    from orchestrate.tracking.uploader import Shipper
 
 
 def prepare_variants(
@@ -59,7 +59,7 @@ def prepare_variants(
 def run(opened: Opened, folder: Path, console: Console, offline: bool = False) -> Result:
     """Run an experiment on Ray, recorded in MLflow; one that is finished in `folder` is not run again.
 
-    Offline, its journal is all that records it, and `orchestrate.shipping.sync` sends that later.
+    Offline, its journal is all that records it, and `orchestrate.tracking.uploader.sync` sends that later.
 
     Raises:
         InputError: the cluster, the tracking store or the folder is not as expected.
@@ -212,7 +212,7 @@ def connect_cluster(experiment: Experiment, folder: Path, console: Console) -> d
 
 
 def _shipper(opened: Opened, folder: Path, console: Console) -> "Shipper":
-    from orchestrate.shipping import Shipper
+    from orchestrate.tracking.uploader import Shipper
 
     note = partial(console.print, highlight=False, soft_wrap=True)
     return Shipper(opened.experiment, opened.fingerprint, folder, note)

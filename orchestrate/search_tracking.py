@@ -17,7 +17,9 @@ from orchestrate import search_report
 from orchestrate.lifecycle import paths as places
 from orchestrate.lifecycle.lock import owned
 from orchestrate.lifecycle.run_status import read_state
-from orchestrate.mlflow_store import (
+from orchestrate.recipes import recipe as recipes
+from orchestrate.search_trials import load_found
+from orchestrate.tracking.mlflow_client import (
     ARTIFACTS,
     FINGERPRINT,
     FOLDER,
@@ -36,10 +38,8 @@ from orchestrate.mlflow_store import (
     runs_of,
     valid_name,
 )
-from orchestrate.recipes import recipe as recipes
-from orchestrate.search_trials import load_found
-from orchestrate.shipping import PATIENCE_SECONDS, Shipper, send_run
-from orchestrate.store_errors import FAILURES, OFFLINE, ArtifactError, artifact_error, store_error
+from orchestrate.tracking.store_errors import FAILURES, OFFLINE, ArtifactError, artifact_error, store_error
+from orchestrate.tracking.uploader import PATIENCE_SECONDS, Shipper, send_run
 from schemas.base import InputError, command
 from schemas.redaction import mask
 from schemas.results import RunState, Synced

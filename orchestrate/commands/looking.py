@@ -19,9 +19,10 @@ def sync(
 
     Example: zscl sync runs/demo/finetune runs/demo/zscl
     """
-    from orchestrate import search_tracking, shipping
+    from orchestrate import search_tracking
     from orchestrate.display import Bar
     from orchestrate.lifecycle import paths as places
+    from orchestrate.tracking import uploader as shipping
 
     contents: list[dict[str, Any]] = []
     lines: list[str] = []
@@ -66,8 +67,8 @@ def compare(
 
     Example: zscl compare runs/demo/finetune runs/demo/zscl
     """
-    from orchestrate import finding
     from orchestrate.lifecycle import paths as places
+    from orchestrate.tracking import lookup as finding
 
     if out is not None:
         places.refuse_unwritable(out.absolute())

@@ -22,11 +22,11 @@ import pytest
 from disturbing import PATIENCE_SECONDS
 from mlflow.tracking import MlflowClient
 
-from orchestrate import shipping
 from orchestrate.lifecycle.run_status import write_state
-from orchestrate.mlflow_store import PARENT
 from orchestrate.recipes import recipe as recipes
-from orchestrate.shipping import Shipper
+from orchestrate.tracking import uploader as shipping
+from orchestrate.tracking.mlflow_client import PARENT
+from orchestrate.tracking.uploader import Shipper
 from schemas.experiment import Experiment
 from schemas.results import RowMeasured, RunStarted, StageResult, StageStarted, StageTrained, StepLosses, StepsTaken
 from zscl.sequence.journal import JOURNAL, Journal

@@ -14,7 +14,7 @@ from mlflow.tracking import MlflowClient
 
 from orchestrate import evaluate
 from orchestrate.recipes import recipe as recipes
-from orchestrate.shipping import sync
+from orchestrate.tracking.uploader import sync
 from schemas.evaluation import Evaluation
 from schemas.experiment import Experiment
 from zscl.checks.prompts import prompt_warnings

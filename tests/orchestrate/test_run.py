@@ -93,7 +93,12 @@ def test_goes_on_behind_the_last_finished_stage_without_mlflow(
     first, second = (cut / f"stages/{name}/training.json" for name in ("1-first", "2-second"))
     before = first.stat().st_mtime_ns, second.stat().st_mtime_ns
     with monkeypatch.context() as without:
-        for module in ("mlflow", "orchestrate.mlflow_store", "orchestrate.tracking", "orchestrate.shipping"):
+        for module in (
+            "mlflow",
+            "orchestrate.tracking.mlflow_client",
+            "orchestrate.tracking.run_recorder",
+            "orchestrate.tracking.uploader",
+        ):
             without.setitem(sys.modules, module, None)  # nobody may import it
         made = zscl("run", file, "--out", cut, "--set", "method=finetune", "--offline")
     assert made.code == 0, made.error

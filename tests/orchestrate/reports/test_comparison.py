@@ -21,13 +21,13 @@ from rich.console import Console
 from scipy.stats import ttest_rel
 
 from orchestrate.commands.running import _ended
-from orchestrate.finding import place_of
-from orchestrate.mlflow_store import PARENT
 from orchestrate.recipes import recipe as recipes
 from orchestrate.reports.charts import colours, label_of
 from orchestrate.reports.comparison import Comparison, Difference, gather, paired_interval
 from orchestrate.reports.tables import escaped, run_rows, terminal_tables
-from orchestrate.shipping import Shipper
+from orchestrate.tracking.lookup import place_of
+from orchestrate.tracking.mlflow_client import PARENT
+from orchestrate.tracking.uploader import Shipper
 from schemas.experiment import Experiment
 from schemas.method import Method
 from schemas.results import Result

@@ -16,8 +16,8 @@ from orchestrate.lifecycle.paths import store_uri, unmasked
 from orchestrate.lifecycle.run_status import read_state
 from orchestrate.recipes.recipe import load_experiment
 from orchestrate.reports.charts import load_result
-from orchestrate.store_errors import FAILURES, OFFLINE, ArtifactError, reason_of, store_error
-from orchestrate.tracking import Record
+from orchestrate.tracking.run_recorder import Record
+from orchestrate.tracking.store_errors import FAILURES, OFFLINE, ArtifactError, reason_of, store_error
 from schemas.base import InputError, command
 from schemas.experiment import Experiment
 from schemas.redaction import mask

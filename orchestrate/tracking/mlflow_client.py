@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-# Who sends again is `orchestrate.shipping`, after longer and longer pauses. A request that MLflow itself repeats, since
+# Who sends again is `orchestrate.tracking.uploader`, after longer and longer pauses. A request that MLflow itself repeats, since
 # the answer to it was lost, would make a second run. A silent server is noticed in seconds, not in two minutes.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
@@ -30,8 +30,8 @@ from sqlalchemy import NullPool, create_engine, make_url
 
 from orchestrate.lifecycle.network import check_port
 from orchestrate.lifecycle.paths import sqlite_file
-from orchestrate.local_store import artefacts_beside, follow_artefacts
-from orchestrate.store_errors import FAILURES, store_error
+from orchestrate.tracking.local_store import artefacts_beside, follow_artefacts
+from orchestrate.tracking.store_errors import FAILURES, store_error
 from schemas.base import InputError
 from schemas.redaction import mask
 from zscl.runtime.atomic_io import digest

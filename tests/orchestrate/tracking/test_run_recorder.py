@@ -15,15 +15,23 @@ import pytest
 from conftest import Command
 from mlflow.tracking import MlflowClient
 
-from orchestrate import shipping
-from orchestrate.attaching import attach
-from orchestrate.finding import find
 from orchestrate.lifecycle.lock import owned
 from orchestrate.lifecycle.paths import browse_command, sqlite_file, sqlite_uri, unmasked
 from orchestrate.lifecycle.run_status import write_state
-from orchestrate.mlflow_store import ARTIFACTS, LEVEL, PARENT, REASON, TAKEN, check_store, valid_name
 from orchestrate.recipes import recipe as recipes
-from orchestrate.shipping import Shipper
+from orchestrate.tracking import uploader as shipping
+from orchestrate.tracking.attachments import attach
+from orchestrate.tracking.lookup import find
+from orchestrate.tracking.mlflow_client import (
+    ARTIFACTS,
+    LEVEL,
+    PARENT,
+    REASON,
+    TAKEN,
+    check_store,
+    valid_name,
+)
+from orchestrate.tracking.uploader import Shipper
 from schemas.base import InputError
 from schemas.experiment import Experiment
 from schemas.redaction import mask

@@ -15,7 +15,7 @@ from conftest import Command
 from mlflow.tracking import MlflowClient
 
 from orchestrate.recipes import recipe as recipes
-from orchestrate.shipping import sync
+from orchestrate.tracking.uploader import sync
 from schemas.experiment import Experiment
 from zscl.sequence.run import run_sequence
 

@@ -17,7 +17,7 @@ from mlflow.tracking import MlflowClient
 from PIL import Image
 
 from orchestrate.recipes import recipe as recipes
-from orchestrate.shipping import Shipper
+from orchestrate.tracking.uploader import Shipper
 from schemas.experiment import Experiment
 from zscl.sequence.resolve import open_experiment
 from zscl.sequence.run import run_sequence

@@ -99,8 +99,8 @@ class _Store:
     """MLflow, asked for runs."""
 
     def __init__(self, uri: str | None) -> None:
-        from orchestrate.mlflow_store import open_client
-        from orchestrate.store_errors import FAILURES, store_error
+        from orchestrate.tracking.mlflow_client import open_client
+        from orchestrate.tracking.store_errors import FAILURES, store_error
 
         self.uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or sqlite_uri(Path.cwd() / "runs/mlflow.db")
         self.failures = FAILURES
@@ -155,7 +155,7 @@ class _Store:
 
     def _folder(self, run: "Run") -> Path:
         """Find a run's folder, or download what a comparison needs."""
-        from orchestrate.mlflow_store import FINGERPRINT, begun_of
+        from orchestrate.tracking.mlflow_client import FINGERPRINT, begun_of
 
         begun = begun_of(run)
         identity = RunIdentity(run.data.tags.get(FINGERPRINT, ""), -1 if begun is None else begun)
@@ -166,7 +166,7 @@ class _Store:
 
     def _candidates(self, run: "Run") -> Iterator[Path]:
         """Where a run may lie: where it was recorded, and, moved with its store, beside that."""
-        from orchestrate.mlflow_store import FOLDER
+        from orchestrate.tracking.mlflow_client import FOLDER
 
         recorded = Path(run.data.tags.get(FOLDER, "/"))
         yield recorded
@@ -176,7 +176,7 @@ class _Store:
     def _downloaded(self, run: "Run") -> Path:
         from mlflow.artifacts import download_artifacts
 
-        from orchestrate.local_store import artefacts_now
+        from orchestrate.tracking.local_store import artefacts_now
 
         which = run.info.run_id
         name = (run.info.run_name or "run").replace("/", "_")

@@ -12,7 +12,7 @@ from mlflow.tracking import MlflowClient
 from PIL import Image
 
 from orchestrate.recipes import recipe as recipes
-from orchestrate.shipping import sync
+from orchestrate.tracking.uploader import sync
 from schemas.data import Task
 from schemas.experiment import Experiment
 from schemas.results import Result

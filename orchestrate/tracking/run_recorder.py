@@ -17,7 +17,8 @@ from pathlib import Path
 
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
 
-from orchestrate.mlflow_store import (
+from orchestrate.reports import charts as report
+from orchestrate.tracking.mlflow_client import (
     ARTIFACTS,
     FINGERPRINT,
     FOLDER,
@@ -37,8 +38,7 @@ from orchestrate.mlflow_store import (
     runs_of,
     valid_name,
 )
-from orchestrate.reports import charts as report
-from orchestrate.store_errors import artifact_error, reason_of
+from orchestrate.tracking.store_errors import artifact_error, reason_of
 from schemas.base import InputError, command
 from schemas.experiment import Experiment
 from schemas.redaction import mask
@@ -269,7 +269,7 @@ class Record:
         folder = model_folder(self.folder, trained.stage, trained.task)
         if self.search is not None or wanted == "none" or (wanted == "last" and not last) or not folder.is_dir():
             return
-        from orchestrate.stage_models import log_model  # takes seconds to import
+        from orchestrate.tracking.registered_models import log_model  # takes seconds to import
 
         name = re.sub(r"[/:.%\"']", "_", f"{self.folder.name}-{trained.stage}-{trained.task}")  # not taken by MLflow
         log_model(self.client, self.experiment_id, child, name, folder, partial(self._words, trained.stage))

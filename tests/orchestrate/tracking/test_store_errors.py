@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from orchestrate.mlflow_store import open_store
-from orchestrate.store_errors import FAILURES, LONGEST_REASON, artifact_error, store_error
+from orchestrate.tracking.mlflow_client import open_store
+from orchestrate.tracking.store_errors import FAILURES, LONGEST_REASON, artifact_error, store_error
 from schemas.base import InputError
 
 

@@ -38,9 +38,9 @@ def attach(
     from mlflow.entities import Metric  # takes seconds to import
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-    from orchestrate.local_store import artefacts_now
-    from orchestrate.mlflow_store import log_metrics, open_client, recorded, runs_of
-    from orchestrate.store_errors import reason_of
+    from orchestrate.tracking.local_store import artefacts_now
+    from orchestrate.tracking.mlflow_client import log_metrics, open_client, recorded, runs_of
+    from orchestrate.tracking.store_errors import reason_of
 
     try:
         file = sqlite_file(uri)

@@ -1,0 +1,1 @@
+"""MLflow: stores, runs, uploads and models."""
