@@ -15,10 +15,10 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from orchestrate.display import Bar
 from orchestrate.lifecycle import paths as places
 from orchestrate.recipes.recipe import load_experiment
 from orchestrate.reports.charts import percent
+from orchestrate.runs.progress import Bar
 from schemas.base import InputError, explain
 from schemas.evaluation import TriedAverage, TriedAverages
 from schemas.experiment import LOCAL_MODEL, Experiment, Model

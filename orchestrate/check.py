@@ -12,7 +12,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from orchestrate.display import Bar
+from orchestrate.runs.progress import Bar
 from schemas.dataset_report import Duplicates, Extent, Inspection, SplitFinding
 from zscl.checks.contact_sheet import ContactRow, contact_rows
 from zscl.checks.findings import counted

@@ -75,7 +75,7 @@ data_app = typer.Typer(help="Make and look at data.", no_args_is_help=True, rich
 
 def _print_versions(asked: bool) -> None:
     if asked:
-        from orchestrate.versions import versions
+        from orchestrate.runs.versions import versions
 
         print("\n".join(f"{name:16}{version}" for name, version in versions().items()))
         raise typer.Exit

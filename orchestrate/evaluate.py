@@ -14,10 +14,10 @@ from pydantic import ValidationError
 from rich.console import Console, Group
 from rich.table import Table
 
-from orchestrate.display import Bar
 from orchestrate.lifecycle import paths as places
 from orchestrate.recipes.recipe import load_experiment
 from orchestrate.reports.charts import ZERO_SHOT, percent
+from orchestrate.runs.progress import Bar
 from orchestrate.tracking.attachments import attach
 from schemas.base import InputError, explain
 from schemas.data import Task

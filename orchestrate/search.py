@@ -25,12 +25,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 
-from orchestrate.display import Bar, SearchDisplay
 from orchestrate.lifecycle import paths as places
 from orchestrate.lifecycle.lock import owned
 from orchestrate.lifecycle.run_status import outcome_told, write_state
 from orchestrate.lifecycle.signals import Interruption, signals_taken
 from orchestrate.recipes import recipe as recipes
+from orchestrate.runs.progress import Bar, SearchDisplay
 from orchestrate.search_preflight import Prepared
 from orchestrate.search_trials import front_of, goodness_of, load_found, stage_trainings, trials_of
 from schemas.algorithm import algorithm

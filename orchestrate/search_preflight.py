@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrate import preflight
 from orchestrate.lifecycle import paths as places
 from orchestrate.recipes import recipe as recipes
+from orchestrate.runs import preflight
 from schemas.base import InputError, command
 from schemas.redaction import MASK
 from schemas.search import TASK_ACCURACY, Search

@@ -20,8 +20,8 @@ def sync(
     Example: zscl sync runs/demo/finetune runs/demo/zscl
     """
     from orchestrate import search_tracking
-    from orchestrate.display import Bar
     from orchestrate.lifecycle import paths as places
+    from orchestrate.runs.progress import Bar
     from orchestrate.tracking import uploader as shipping
 
     contents: list[dict[str, Any]] = []

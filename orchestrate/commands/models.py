@@ -37,9 +37,9 @@ def pretrain(
 
     Example: zscl pretrain experiments/pretrain-embedded.yaml --out runs/embedded-model
     """
-    from orchestrate.display import Bar
     from orchestrate.lifecycle import paths as places
     from orchestrate.recipes import recipe as recipes
+    from orchestrate.runs.progress import Bar
     from schemas.pretraining import Pretraining
 
     checked = recipes.parse(Pretraining, {"name": recipes.name_of(recipe), **recipes.read(recipe, overrides)}, recipe)

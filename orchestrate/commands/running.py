@@ -60,8 +60,8 @@ def run(
 
     Example: zscl run experiments/embedded.yaml --set method=finetune --set seed=1
     """
-    from orchestrate import run as running
     from orchestrate.recipes import recipe as recipes
+    from orchestrate.runs import run as running
 
     if probe and not dry_run:
         raise InputError("--probe: found it without --dry-run, expected both: a run says itself how long it takes")
@@ -74,7 +74,7 @@ def run(
         if dry_run:
             plan = running.plan(opened, folder, progress_console, offline)
             if probe:
-                from orchestrate import probe as probing
+                from orchestrate.runs import estimate as probing
 
                 plan["estimate"] = probing.probe(opened, folder, progress_console)
             contents.append({"experiment": recipes.shown(opened.experiment), "plan": plan})
@@ -140,9 +140,9 @@ def search(
     prepared = search_preflight.prepare(recipe, overrides)
     folder = search_preflight.folder_of(prepared, out)
     if dry_run:
-        from orchestrate import dry_run as checks
-        from orchestrate import run as running
         from orchestrate import search as searching
+        from orchestrate.runs import dry_run as checks
+        from orchestrate.runs import run as running
 
         searching.refuse_other_search(prepared, folder)
         connect = partial(running.connect_cluster, prepared.base.experiment, folder, progress_console)
@@ -187,9 +187,9 @@ def resume(
 
     Example: zscl resume runs/embedded-zscl-1a2b3c4d --set compute.workers=1
     """
-    from orchestrate import preflight
-    from orchestrate import run as running
     from orchestrate.lifecycle import paths as places
+    from orchestrate.runs import preflight
+    from orchestrate.runs import run as running
 
     folder = folder.absolute()
     if (folder / places.SEARCH).is_file():
@@ -213,7 +213,7 @@ def embed(
 
     Example: zscl embed experiments/embedded.yaml --set compute.workers=2
     """
-    from orchestrate import run as running
+    from orchestrate.runs import run as running
 
     contents: list[dict[str, Any]] = []
     lines: list[str] = []
@@ -276,8 +276,8 @@ def demo(
 
     Example: zscl demo --out runs/demo
     """
-    from orchestrate import demo as demonstration
     from orchestrate.lifecycle import paths as places
+    from orchestrate.runs import demo as demonstration
 
     places.refuse_unwritable(out.absolute())
     runs, uri = demonstration.demo(recipe, out.absolute(), overrides, progress_console, offline)

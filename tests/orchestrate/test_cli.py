@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import Command
 
-from orchestrate import versions
+from orchestrate.runs import versions
 
 Zscl = Callable[..., Command]
 ROOT = Path(__file__).parents[2]
@@ -40,7 +40,7 @@ def test_the_versions_that_a_report_of_a_bug_needs(zscl: Zscl, monkeypatch: pyte
 
 def test_versions_are_looked_up_and_torch_alone_is_imported() -> None:
     code = (
-        "from orchestrate.versions import versions; versions(); import sys; print(*{name.partition('.')[0] for "
+        "from orchestrate.runs.versions import versions; versions(); import sys; print(*{name.partition('.')[0] for "
         "name in sys.modules} & {'torch', 'open_clip', 'ray', 'mlflow', 'webdataset', 'pydantic'})"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)

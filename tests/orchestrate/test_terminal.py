@@ -12,7 +12,7 @@ from conftest import Command, coloured
 from rich.table import Table
 
 from orchestrate import terminal
-from orchestrate.display import Bar
+from orchestrate.runs.progress import Bar
 from zscl.datasets.task_writer import write_task
 
 Zscl = Callable[..., Command]

@@ -11,8 +11,8 @@ import pytest
 from conftest import Command
 from ruamel.yaml import YAML
 
-from orchestrate import preflight
 from orchestrate.recipes import recipe as recipes
+from orchestrate.runs import preflight
 from schemas.algorithm import algorithm
 from schemas.base import InputError
 from schemas.experiment import Experiment

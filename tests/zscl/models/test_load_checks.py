@@ -14,7 +14,7 @@ from conftest import TINY_MODEL
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from orchestrate import preflight
+from orchestrate.runs import preflight
 from schemas.base import InputError
 from schemas.experiment import Experiment, Model
 from zscl.data.loader import Loader

@@ -13,7 +13,7 @@ import pytest
 import torch
 from pydantic import BaseModel
 
-from orchestrate.preflight import refuse_other
+from orchestrate.runs.preflight import refuse_other
 from schemas.algorithm import algorithm
 from schemas.base import InputError
 from schemas.experiment import Experiment

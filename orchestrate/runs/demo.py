@@ -6,10 +6,10 @@ from typing import Any
 
 from rich.console import Console
 
-from orchestrate import preflight
-from orchestrate import run as running
 from orchestrate.lifecycle.paths import store_uri
 from orchestrate.recipes import recipe as recipes
+from orchestrate.runs import preflight
+from orchestrate.runs import run as running
 from schemas.experiment import Experiment
 from zscl.datasets.synthetic.suites import write_embedded
 

@@ -9,9 +9,9 @@ from statistics import median
 from pydantic import BaseModel
 from rich.console import Console
 
-from orchestrate.display import Bar
 from orchestrate.lifecycle.signals import signals_taken
-from orchestrate.preflight import images_through_student
+from orchestrate.runs.preflight import images_through_student
+from orchestrate.runs.progress import Bar
 from schemas.base import InputError, InterruptedRunError
 from schemas.results import StepsTaken
 from zscl.data.indexed import IndexedSamples

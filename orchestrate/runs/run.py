@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from orchestrate import preflight
 from orchestrate.cluster.storage_sync import Following, kept
-from orchestrate.display import Bar, Display
 from orchestrate.lifecycle import paths as places
 from orchestrate.lifecycle.lock import owned
 from orchestrate.lifecycle.run_status import outcome_told, read_state, write_state
@@ -18,6 +16,8 @@ from orchestrate.lifecycle.signals import signals_taken
 from orchestrate.recipes import recipe as recipes
 from orchestrate.recipes import variants as group
 from orchestrate.reports import charts as report
+from orchestrate.runs import preflight
+from orchestrate.runs.progress import Bar, Display
 from schemas.base import InputError, command
 from schemas.experiment import Experiment
 from schemas.redaction import MASK
@@ -180,7 +180,7 @@ def plan(opened: Opened, folder: Path, console: Console, offline: bool = False) 
     Raises:
         InputError: the run would fail as soon as it is started.
     """
-    from orchestrate import dry_run
+    from orchestrate.runs import dry_run
 
     found, cluster = preflight.plan(opened, folder), dict[str, float]()
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 from rich.console import Console
 
-from orchestrate.display import Bar, Display
+from orchestrate.runs.progress import Bar, Display
 from schemas.experiment import Experiment
 from schemas.results import RowMeasured, StageStarted, StepLosses, StepsTaken
 
@@ -20,7 +20,7 @@ def test_a_log_tells_stage_step_time_left_and_losses(
     experiment: Callable[..., Experiment], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [0.0]
-    monkeypatch.setattr("orchestrate.display.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("orchestrate.runs.progress.time.monotonic", lambda: clock[0])
     stream = io.StringIO()
     made = experiment()
     with Bar(Console(file=stream, width=200), total=15) as bar:

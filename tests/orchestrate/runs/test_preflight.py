@@ -14,11 +14,11 @@ import torch
 from conftest import coloured, make_task, write_tar
 from rich.console import Console
 
-from orchestrate import preflight
-from orchestrate import run as running
 from orchestrate.cluster import connect as cluster
 from orchestrate.lifecycle.signals import WARNINGS
-from orchestrate.probe import probe
+from orchestrate.runs import preflight
+from orchestrate.runs import run as running
+from orchestrate.runs.estimate import probe
 from schemas.base import InputError, InterruptedRunError
 from schemas.experiment import Experiment
 from zscl.data.tar import Member, tar_members
@@ -231,7 +231,9 @@ def test_a_probe_that_is_interrupted_gives_no_estimate(
     code: int,
 ) -> None:
     without_ray()
-    monkeypatch.setattr("orchestrate.display.Bar.update", lambda *_: os.kill(os.getpid(), number))  # at the first step
+    monkeypatch.setattr(
+        "orchestrate.runs.progress.Bar.update", lambda *_: os.kill(os.getpid(), number)
+    )  # at the first step
     handlers = {each: signal.getsignal(each) for each in WARNINGS}
     few = experiment(optimisation={"steps": 1, "warmup_steps": 0, "batch_size": 6, "reference_batch_size": 5})
     try:

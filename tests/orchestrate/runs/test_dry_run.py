@@ -13,7 +13,7 @@ from conftest import Command, make_task
 from filelock import FileLock
 from ruamel.yaml import YAML
 
-from orchestrate import dry_run
+from orchestrate.runs import dry_run
 from schemas.base import InputError
 from schemas.experiment import Experiment
 from zscl.sequence.resolve import open_experiment

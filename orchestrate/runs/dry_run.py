@@ -15,10 +15,10 @@ from typing import Literal, TypeVar
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
-from orchestrate import preflight
 from orchestrate.cluster.storage_sync import storage_of
 from orchestrate.lifecycle import lock as ownership
 from orchestrate.lifecycle import paths as places
+from orchestrate.runs import preflight
 from orchestrate.search_preflight import Prepared, megabytes_of_models
 from schemas.base import InputError
 from schemas.compute import Compute

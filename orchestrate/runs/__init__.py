@@ -1,0 +1,1 @@
+"""Runs from a recipe: preflight checks, estimate, progress, execution."""
