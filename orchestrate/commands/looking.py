@@ -19,9 +19,9 @@ def sync(
 
     Example: zscl sync runs/demo/finetune runs/demo/zscl
     """
-    from orchestrate import search_tracking
     from orchestrate.lifecycle import paths as places
     from orchestrate.runs.progress import Bar
+    from orchestrate.search import tracking as search_tracking
     from orchestrate.tracking import uploader as shipping
 
     contents: list[dict[str, Any]] = []

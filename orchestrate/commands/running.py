@@ -26,7 +26,7 @@ from schemas.base import InputError, command
 from schemas.redaction import mask
 
 if TYPE_CHECKING:
-    from orchestrate.search_preflight import Prepared
+    from orchestrate.search.preflight import Prepared
     from schemas.experiment import Experiment
     from schemas.results import Result
 
@@ -134,15 +134,15 @@ def search(
 
     Example: zscl search experiments/search-embedded.yaml --set search.trials=4 --set optimisation.steps=30
     """
-    from orchestrate import search_preflight
     from orchestrate.recipes import recipe as recipes
+    from orchestrate.search import preflight as search_preflight
 
     prepared = search_preflight.prepare(recipe, overrides)
     folder = search_preflight.folder_of(prepared, out)
     if dry_run:
-        from orchestrate import search as searching
         from orchestrate.runs import dry_run as checks
         from orchestrate.runs import run as running
+        from orchestrate.search import run as searching
 
         searching.refuse_other_search(prepared, folder)
         connect = partial(running.connect_cluster, prepared.base.experiment, folder, progress_console)
@@ -156,12 +156,12 @@ def search(
 
 def _searched(prepared: "Prepared", folder: Path, offline: bool, as_json: bool) -> None:
     """Run a search, or go on with it, and show what it found."""
-    from orchestrate import search as searching
     from orchestrate.lifecycle import paths as places
+    from orchestrate.search import run as searching
 
     found = searching.search(prepared, folder, progress_console, offline)
     if not as_json:
-        from orchestrate.search_report import terminal_tables
+        from orchestrate.search.report import terminal_tables
 
         tables_on_stdout().print(terminal_tables(found))
     uri = None if offline else places.store_uri(prepared.base.experiment, folder)
@@ -193,7 +193,7 @@ def resume(
 
     folder = folder.absolute()
     if (folder / places.SEARCH).is_file():
-        from orchestrate import search_preflight
+        from orchestrate.search import preflight as search_preflight
 
         _searched(search_preflight.resumable(folder, overrides), folder, offline, as_json)
         return

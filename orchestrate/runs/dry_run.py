@@ -19,7 +19,7 @@ from orchestrate.cluster.storage_sync import storage_of
 from orchestrate.lifecycle import lock as ownership
 from orchestrate.lifecycle import paths as places
 from orchestrate.runs import preflight
-from orchestrate.search_preflight import Prepared, megabytes_of_models
+from orchestrate.search.preflight import Prepared, megabytes_of_models
 from schemas.base import InputError
 from schemas.compute import Compute
 from schemas.dataset_report import Manifest

@@ -15,7 +15,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from orchestrate.search_trials import goodness_of
+from orchestrate.search.results import goodness_of
 from schemas.experiment import Experiment
 from schemas.results import (
     ImagesEmbedded,

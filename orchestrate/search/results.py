@@ -21,8 +21,8 @@ def load_found(folder: Path) -> SearchResult:
 
 def trials_of(grid: "ResultGrid", search: Search) -> list[Trial]:
     """What became of the trials, in the order of suggestion."""
-    from orchestrate.sampling import NUMBER
-    from orchestrate.trial import STAGES
+    from orchestrate.search.samplers import NUMBER
+    from orchestrate.search.trial import STAGES
 
     found = []
     for result in grid:

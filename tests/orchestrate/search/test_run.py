@@ -10,10 +10,10 @@ from conftest import Command
 from rich.console import Console
 from ruamel.yaml import YAML
 
-from orchestrate import search_preflight
 from orchestrate.lifecycle import paths as places
 from orchestrate.recipes import recipe as recipes
-from orchestrate.search import search
+from orchestrate.search import preflight as search_preflight
+from orchestrate.search.run import search
 from schemas.algorithm import algorithm
 from schemas.base import InputError
 from schemas.search import Search, SearchResult, Trial
@@ -194,14 +194,14 @@ def test_what_a_search_will_do(write: Callable[..., Path], zscl: Zscl) -> None:
 
 
 def test_a_single_task_leaves_transfer_undefined(write: Callable[..., Path], tasks: list[str]) -> None:
-    from orchestrate.search_preflight import prepare
+    from orchestrate.search.preflight import prepare
 
     with pytest.raises(InputError, match="found transfer, which a single task leaves undefined"):
         prepare(write({"domains": DOMAINS, "trials": 1}, tasks=tasks[:1]))
 
 
 def test_the_front_is_what_nobody_beats() -> None:
-    from orchestrate.search_trials import front_of
+    from orchestrate.search.results import front_of
 
     def trial(number: int, transfer: float, forgetting: float, status: Any = "finished") -> Trial:
         objectives = {"transfer": transfer, "forgetting": forgetting}
@@ -219,7 +219,7 @@ def test_the_front_is_what_nobody_beats() -> None:
 
 
 def test_a_search_is_found_again_by_when_it_began_and_not_by_its_path(tmp_path: Path, empty_store: Path) -> None:
-    from orchestrate.search_tracking import SearchRecord
+    from orchestrate.search.tracking import SearchRecord
 
     searched = Search.model_validate({"domains": DOMAINS, "sampler": "grid"})
     uri = places.sqlite_uri(tmp_path / "mlflow.db")

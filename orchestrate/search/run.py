@@ -1,10 +1,10 @@
-"""A search that was looked at (see `orchestrate.search_preflight`), run trial by trial on Ray Tune, and answered.
+"""A search that was looked at (see `orchestrate.search.preflight`), run trial by trial on Ray Tune, and answered.
 
 Trials are judged on held-out training images; only the chosen one is judged on the test images, once, at the end. The
 search's folder is its own checkpoint:
 
     search.yaml      the search with its experiment, as it was given
-    trials/          a run's folder each, by fingerprint (see `orchestrate.trial`)
+    trials/          a run's folder each, by fingerprint (see `orchestrate.search.trial`)
     stages/          stages that trials have in common (see `zscl.sequence.stage_cache`)
     tune/            Ray Tune's state: which trials there are, what the sampler knows
     chosen.yaml      the chosen recipe, which `zscl run` takes as it is
@@ -31,8 +31,8 @@ from orchestrate.lifecycle.run_status import outcome_told, write_state
 from orchestrate.lifecycle.signals import Interruption, signals_taken
 from orchestrate.recipes import recipe as recipes
 from orchestrate.runs.progress import Bar, SearchDisplay
-from orchestrate.search_preflight import Prepared
-from orchestrate.search_trials import front_of, goodness_of, load_found, stage_trainings, trials_of
+from orchestrate.search.preflight import Prepared
+from orchestrate.search.results import front_of, goodness_of, load_found, stage_trainings, trials_of
 from schemas.algorithm import algorithm
 from schemas.base import InputError
 from schemas.results import Result
@@ -44,8 +44,8 @@ from zscl.sequence.stage_cache import TRAINING
 if TYPE_CHECKING:
     from ray.tune import ResultGrid
 
-    from orchestrate.search_tracking import SearchRecording
-    from orchestrate.trial import Common
+    from orchestrate.search.tracking import SearchRecording
+    from orchestrate.search.trial import Common
 
 TEST = "test"
 WAITING_BYTES = 10**6  # Ray wants a trial to ask for something
@@ -99,7 +99,7 @@ def _search(prepared: Prepared, folder: Path, console: Console, offline: bool) -
     # Ray and MLflow take seconds to import: only once there is something to run.
     from orchestrate.cluster.channel import line_from_here, listening, searches_on_cluster
     from orchestrate.cluster.connect import connect, slots_of
-    from orchestrate.trial import Common
+    from orchestrate.search.trial import Common
 
     started, experiment = time.monotonic(), prepared.base.experiment
     say = partial(console.print, highlight=False, soft_wrap=True)
@@ -135,7 +135,7 @@ def _search(prepared: Prepared, folder: Path, console: Console, offline: bool) -
 def _recording(
     prepared: Prepared, folder: Path, note: Callable[[str], None], identity: places.SearchIdentity
 ) -> "SearchRecording":
-    from orchestrate.search_tracking import SearchRecording
+    from orchestrate.search.tracking import SearchRecording
 
     return SearchRecording(prepared, folder, note, identity)
 
@@ -153,9 +153,9 @@ def _fit(prepared: Prepared, common: "Common", slots: int) -> "ResultGrid":
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # which prints to standard output, however silent it is asked to be
     from ray import tune
 
-    from orchestrate import sampling
     from orchestrate.cluster.connect import check_resources
-    from orchestrate.trial import STAGES, SearchTrial
+    from orchestrate.search import samplers as sampling
+    from orchestrate.search.trial import STAGES, SearchTrial
 
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what a trial failed with, the search says itself
 
@@ -227,8 +227,8 @@ def _conclude(
     trials: Sequence[Trial], prepared: Prepared, common: "Common", interruption: Interruption, seconds: float
 ) -> SearchResult:
     """Choose, judge on test, and write down what was found."""
-    from orchestrate.sampling import importance
-    from orchestrate.search_report import draw
+    from orchestrate.search.report import draw
+    from orchestrate.search.samplers import importance
 
     search, folder = prepared.search, common.folder
     front = front_of(trials, search.objectives)
@@ -266,7 +266,7 @@ def _conclude(
 
 def _judged_on_test(chosen: Trial, prepared: Prepared, common: "Common", interruption: Interruption) -> Result:
     """Judge the chosen trial's models on the test images: nothing is trained."""
-    from orchestrate.trial import judged_on_test
+    from orchestrate.search.trial import judged_on_test
 
     experiment = recipes.at(prepared.search, prepared.content, chosen.values, prepared.file, judged_on="test")
     place = common.folder / TEST

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from orchestrate.sampling import NUMBER, Sampling, grid, importance
+from orchestrate.search.samplers import NUMBER, Sampling, grid, importance
 from schemas.search import Search, Trial
 
 DOMAINS = {"a": {"uniform": [0, 1]}, "b": {"choice": [1, 2, 3]}}

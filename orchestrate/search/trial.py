@@ -26,7 +26,7 @@ from orchestrate.lifecycle.paths import EXPERIMENT
 from orchestrate.lifecycle.run_status import write_state
 from orchestrate.lifecycle.signals import Interruption
 from orchestrate.recipes import recipe as recipes
-from orchestrate.sampling import NUMBER
+from orchestrate.search.samplers import NUMBER
 from schemas.base import InputError, InterruptedRunError, parse_json
 from schemas.experiment import Experiment
 from schemas.redaction import mask

@@ -90,7 +90,7 @@ def draw(search: Search, trials: Sequence[Trial], folder: Path) -> list[Path]:
     from matplotlib import pyplot
     from optuna.visualization import matplotlib as drawing
 
-    from orchestrate.sampling import study_of
+    from orchestrate.search.samplers import study_of
 
     study = study_of(search, trials)
     if len(study.trials) < 2:

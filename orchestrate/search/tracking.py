@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 from mlflow.entities import Metric, Param
 
-from orchestrate import search_report
 from orchestrate.lifecycle import paths as places
 from orchestrate.lifecycle.lock import owned
 from orchestrate.lifecycle.run_status import read_state
 from orchestrate.recipes import recipe as recipes
-from orchestrate.search_trials import load_found
+from orchestrate.search import report as search_report
+from orchestrate.search.results import load_found
 from orchestrate.tracking.mlflow_client import (
     ARTIFACTS,
     FINGERPRINT,
@@ -47,7 +47,7 @@ from schemas.search import Search, SearchResult, TrialEnded, TrialNews, TrialSta
 from zscl.sequence.journal import JOURNAL
 
 if TYPE_CHECKING:
-    from orchestrate.search_preflight import Prepared
+    from orchestrate.search.preflight import Prepared
 
 TABLE = "trials.json"
 TRIAL_SECONDS = 120.0  # for a trial's records to arrive, beside what goes on
