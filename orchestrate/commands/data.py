@@ -45,7 +45,7 @@ def prepare(
 
     Example: zscl data prepare mtil --out data/mtil --root ~/torchvision
     """
-    from orchestrate import data as making
+    from orchestrate.analysis import prepare_data as making
     from orchestrate.lifecycle import paths as places
 
     options = {
@@ -79,7 +79,7 @@ def fetch(
 
     Example: zscl data fetch Aircraft Food --out data/copies
     """
-    from orchestrate import data as making
+    from orchestrate.analysis import prepare_data as making
     from orchestrate.lifecycle import paths as places
 
     places.refuse_unwritable(out.absolute())
@@ -97,7 +97,7 @@ def check(
 
     Example: zscl data check runs/demo/data/digits --picture digits.png
     """
-    from orchestrate import check as checking
+    from orchestrate.analysis import validate_data as checking
     from orchestrate.lifecycle import paths as places
 
     if picture is not None:

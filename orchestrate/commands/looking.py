@@ -108,7 +108,7 @@ def evaluate(
 
     Example: zscl evaluate runs/demo/zscl --stage all
     """
-    from orchestrate import evaluate as judging
+    from orchestrate.analysis import evaluate as judging
     from orchestrate.lifecycle import paths as places
 
     options = judging.options(protocol, templates, precision, batch_size, loader_processes)
@@ -142,7 +142,7 @@ def average(
 
     Example: zscl average runs/own-snapshots --every 5,10 --kind mean,exponential,none --share 0,0.3
     """
-    from orchestrate import averages
+    from orchestrate.analysis import replay_averages as averages
     from orchestrate.lifecycle import paths as places
 
     wanted = averages.wanted(every, kind, decay, share, anchor)

@@ -18,7 +18,7 @@ def export(
 
     Example: zscl export runs/demo/zscl --stage 6 --out runs/demo-zscl-model
     """
-    from orchestrate import export as exporting
+    from orchestrate.analysis import export as exporting
     from orchestrate.lifecycle import paths as places
 
     places.refuse_unwritable(out.absolute())

@@ -54,8 +54,8 @@ def compared(
     published: str | None = None,
     baseline: str | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
-    """Compare runs (see `orchestrate.compare`): the tables are for people, and offline no page is left in MLflow."""
-    from orchestrate.compare import compare
+    """Compare runs (see `orchestrate.analysis.compare`): the tables are for people, and offline no page is left in MLflow."""
+    from orchestrate.analysis.compare import compare
 
     return compare(
         runs, folder, None if as_json else tables_on_stdout(), published, baseline, None if offline else note

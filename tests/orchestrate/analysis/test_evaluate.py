@@ -12,7 +12,7 @@ import torch
 from conftest import Command, coloured, make_task
 from mlflow.tracking import MlflowClient
 
-from orchestrate import evaluate
+from orchestrate.analysis import evaluate
 from orchestrate.recipes import recipe as recipes
 from orchestrate.tracking.uploader import sync
 from schemas.evaluation import Evaluation

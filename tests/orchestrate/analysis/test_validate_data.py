@@ -10,7 +10,7 @@ from conftest import COLOURS, Command, coloured, make_task
 from PIL import Image
 from rich.console import Console
 
-from orchestrate.check import PATIENCE_SECONDS, patient_progress
+from orchestrate.analysis.validate_data import PATIENCE_SECONDS, patient_progress
 from schemas.dataset_report import Inspection
 from zscl.datasets.task_writer import write_task
 
@@ -88,7 +88,7 @@ def test_many_classes_are_not_all_listed_or_drawn(tmp_path: Path, zscl: Zscl) ->
 
 def test_only_what_takes_long_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr("orchestrate.check.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("orchestrate.analysis.validate_data.time.monotonic", lambda: clock[0])
     stream = io.StringIO()
     with patient_progress(Console(file=stream, width=120, force_terminal=True)) as progress:
         progress("indexing shards", 0, 2)
