@@ -27,7 +27,7 @@ from ruamel.yaml import YAML
 from zscl.datasets.task_writer import write_task
 
 TASKS, CLASSES, PIXELS, TRAINING_IMAGES = 6, 10, 64, 200
-ZSCL = [sys.executable, "-c", "from orchestrate.cli import main; main()"]
+ZSCL = [sys.executable, "-c", "from orchestrate.cli.main import main; main()"]
 
 
 def images(count: int, seed: int) -> Iterator[tuple[bytes, int]]:

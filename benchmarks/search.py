@@ -24,7 +24,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 ROOT = Path(__file__).parents[1]
-ZSCL = [sys.executable, "-c", "from orchestrate.cli import main; main()"]
+ZSCL = [sys.executable, "-c", "from orchestrate.cli.main import main; main()"]
 WEIGHTS, INTERVALS = (0.5, 2.0), (5, 10, 20)
 WEIGHT, INTERVAL = "method.distill.image_weight", "method.average.every"
 SHARE = 0.2

@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 
 from orchestrate.cluster.connect import KEEP_MEMORY  # noqa: E402
 
-THROUGH_RAY = "from orchestrate.cli import main; main()"
+THROUGH_RAY = "from orchestrate.cli.main import main; main()"
 PLAIN = """
 import sys, torch
 from pathlib import Path

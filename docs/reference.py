@@ -118,7 +118,18 @@ def recipe() -> str:
 def commands() -> str:
     """The page of the commands, by typer's own printer."""
     made = subprocess.run(
-        [sys.executable, "-m", "typer", "orchestrate.cli", "utils", "docs", "--name", "zscl", "--title", "Commands"],
+        [
+            sys.executable,
+            "-m",
+            "typer",
+            "orchestrate.cli.main",
+            "utils",
+            "docs",
+            "--name",
+            "zscl",
+            "--title",
+            "Commands",
+        ],
         capture_output=True,
         text=True,
         check=True,

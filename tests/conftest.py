@@ -185,7 +185,7 @@ class Command:
 @pytest.fixture
 def zscl(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Command]:
     """Run the command line in this process."""
-    from orchestrate.cli import main
+    from orchestrate.cli.main import main
     from orchestrate.lifecycle.signals import URGENT, WARNINGS
 
     def run(*arguments: object) -> Command:

@@ -24,7 +24,7 @@ PATIENCE_SECONDS = 900.0  # that an event may take: only what hangs takes longer
 # On the loopback interface, as the cluster of these tests: Ray knows a node by its address alone.
 COMMAND_LINE = """
 from orchestrate.cluster.auth import loopback_alone
-from orchestrate.cli import main
+from orchestrate.cli.main import main
 
 with loopback_alone():
     main()

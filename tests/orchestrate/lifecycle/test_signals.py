@@ -49,7 +49,7 @@ def test_a_signal_is_not_taken_for_a_broken_image(number: int, monkeypatch: pyte
 def test_a_command_that_is_ended_early_says_so(number: int, code: int, tmp_path: Path) -> None:
     """While it still reads its recipe, here from a pipe that nobody writes to."""
     os.mkfifo(tmp_path / "recipe.yaml")
-    main = "from orchestrate.cli import main; main()"
+    main = "from orchestrate.cli.main import main; main()"
     command = [sys.executable, "-c", main, "run", str(tmp_path / "recipe.yaml")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     with process, (tmp_path / "recipe.yaml").open("w"):  # opens when the other end does

@@ -20,7 +20,7 @@ from mlflow.tracking import MlflowClient
 from rich.console import Console
 from scipy.stats import ttest_rel
 
-from orchestrate.commands.running import _ended
+from orchestrate.cli.run import _ended
 from orchestrate.recipes import recipe as recipes
 from orchestrate.reports.charts import colours, label_of
 from orchestrate.reports.comparison import Comparison, Difference, gather, paired_interval

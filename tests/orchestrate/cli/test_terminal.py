@@ -11,7 +11,7 @@ import pytest
 from conftest import Command, coloured
 from rich.table import Table
 
-from orchestrate import terminal
+from orchestrate.cli import terminal
 from orchestrate.runs.progress import Bar
 from zscl.datasets.task_writer import write_task
 
@@ -33,7 +33,7 @@ def test_a_terminal_of_any_encoding_gets_every_line(monkeypatch: pytest.MonkeyPa
     # capsys has replaced both streams; these are what a terminal of that encoding has.
     for name, stream in (("stdout", written), ("stderr", errors)):
         monkeypatch.setattr(sys, name, io.TextIOWrapper(stream, encoding=encoding, write_through=True))
-    from orchestrate.cli import main
+    from orchestrate.cli.main import main
 
     monkeypatch.setattr(sys, "argv", ["zscl", "data", "check", str(task)])
     with pytest.raises(SystemExit) as ended:
@@ -51,7 +51,7 @@ def test_another_locale_than_utf_8_starts_python_in_utf_8_mode(tmp_path: Path) -
     # On its own: a locale is a process's. Neither Python's coercion nor its own UTF-8 mode helps here.
     (tmp_path / "tüb").mkdir()
     code = (
-        "import sys; from orchestrate.terminal import use_utf8_mode; use_utf8_mode(); from pathlib import Path; "
+        "import sys; from orchestrate.cli.terminal import use_utf8_mode; use_utf8_mode(); from pathlib import Path; "
         "print(sys.flags.utf8_mode, Path(sys.argv[1]).is_dir(), sys.stdout.encoding, ascii(sys.argv[1][-3:]))"
     )
     environment = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orchestrate.commands.shared import (
+from orchestrate.cli.options import (
     AsJson,
     Offline,
     Out,
@@ -21,7 +21,7 @@ from orchestrate.commands.shared import (
     one_or_all,
     progress_console,
 )
-from orchestrate.terminal import tables_on_stdout
+from orchestrate.cli.terminal import tables_on_stdout
 from schemas.base import InputError, command
 from schemas.redaction import mask
 

@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from orchestrate.commands.shared import AsJson, compared, emit, note, one_or_all, progress_console
-from orchestrate.terminal import tables_on_stdout
+from orchestrate.cli.options import AsJson, compared, emit, note, one_or_all, progress_console
+from orchestrate.cli.terminal import tables_on_stdout
 
 
 def sync(

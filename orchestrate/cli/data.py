@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from orchestrate.commands.shared import AsJson, emit, progress_console
-from orchestrate.terminal import tables_on_stdout
+from orchestrate.cli.options import AsJson, emit, progress_console
+from orchestrate.cli.terminal import tables_on_stdout
 
 
 def prepare(

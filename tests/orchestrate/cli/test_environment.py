@@ -12,7 +12,7 @@ import orchestrate
 
 # What the libraries themselves make of the variables.
 ASKED = """
-import orchestrate.cli
+import orchestrate.cli.main
 from huggingface_hub import constants
 from mlflow.telemetry.utils import is_telemetry_disabled
 from ray._common.usage.usage_lib import usage_stats_enabled

@@ -12,10 +12,11 @@ from typing import Annotated, Any
 
 import typer
 
-from orchestrate import terminal
-from orchestrate.commands import data, looking, models, running
+from orchestrate.cli import analysis as looking
+from orchestrate.cli import data, models, terminal
+from orchestrate.cli import run as running
+from orchestrate.cli.output import readers_may_go
 from orchestrate.lifecycle.signals import end_on_signals
-from orchestrate.output import readers_may_go
 from schemas.base import InputError, InterruptedRunError, expand
 from schemas.redaction import mask
 

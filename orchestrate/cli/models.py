@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from orchestrate.commands.shared import AsJson, Overrides, Recipe, emit, progress_console
+from orchestrate.cli.options import AsJson, Overrides, Recipe, emit, progress_console
 
 
 def export(

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from orchestrate.output import Output, readers_may_go
+from orchestrate.cli.output import Output, readers_may_go
 
-MAIN = "from orchestrate.cli import main; main()"
+MAIN = "from orchestrate.cli.main import main; main()"
 
 
 def test_what_nobody_reads_is_dropped() -> None:
