@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import Command, coloured
-from trees import TREES
+from support.command import Command
+from support.data import coloured
+from support.dataset_trees import TREES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

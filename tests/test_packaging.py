@@ -24,9 +24,9 @@ def test_the_wheel_has_all_that_the_packages_read(tmp_path: Path) -> None:
     for package in ("schemas", "zscl", "orchestrate"):
         there = {file.relative_to(ROOT).as_posix() for file in (ROOT / package).rglob("*.py")}
         assert there | {f"{package}/py.typed"} <= names
-    for data in ("zscl/embedded_model", "orchestrate/templates"):
+    for data in ("zscl/models/embedded_model", "orchestrate/templates"):
         assert {file.relative_to(ROOT).as_posix() for file in (ROOT / data).iterdir()} <= names
-    assert "zscl/prompts.json" in names
+    assert "zscl/datasets/prompts.json" in names
     assert recipe == (ROOT / "experiments/embedded.yaml").read_text()
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert re.search(rf"^Version: {re.escape(version)}$", metadata, flags=re.M)

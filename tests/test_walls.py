@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def modules(package: str) -> list[str]:
-    return [".".join(file.relative_to(ROOT).with_suffix("").parts) for file in (ROOT / package).glob("[a-z]*.py")]
+    return [".".join(file.relative_to(ROOT).with_suffix("").parts) for file in (ROOT / package).rglob("[a-z]*.py")]
 
 
 def loaded_after(statements: str) -> set[str]:

@@ -14,7 +14,7 @@ from mlflow.tracking import MlflowClient
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 from mlflow.types.type_hints import AnyType
 
-CODE = Path(__file__).with_name("zero_shot_classifier.py")
+CODE = Path(__file__).with_name("pyfunc_model.py")
 REQUIREMENTS = ("open_clip_torch", "torch", "torchvision", "pandas", "pillow")
 READY = "READY"
 Words = tuple[Sequence[str], Sequence[str]]  # class names, templates

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from disturbing import a_worker, ended, same, starts_of, until
+from support.faults import a_worker, ended, same, starts_of, until
 
 from orchestrate.recipes import recipe as recipes
 from zscl.datasets.synthetic.suites import write_embedded
 from zscl.sequence.run import run_sequence
 
-pytest_plugins = ["faulty_cluster"]
+pytest_plugins = ["support.faulty_cluster"]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]  # too long for `make faults`
 Launch = Callable[..., Any]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from disturbing import PATIENCE_SECONDS, recipe_for_faults, same, trained, until
+from support.faults import PATIENCE_SECONDS, recipe_for_faults, same, trained, until
 
 from orchestrate.recipes import recipe as recipes
 from schemas.results import RunState

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from disturbing import (
+from support.faults import (
     COMMAND_LINE,
     PATIENCE_SECONDS,
     a_worker,
@@ -30,7 +30,7 @@ from schemas.results import RunState
 from zscl.sequence.run import run_sequence
 from zscl.training.checkpoint import CHECKPOINT
 
-pytest_plugins = ["faulty_cluster"]
+pytest_plugins = ["support.faulty_cluster"]
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(3600)]
 Launch = Callable[..., Any]
 TEACHER_FEATURES = "teacher/images-*/features.npy"

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from disturbing import a_worker, add_node, ended, numbers, same, starts_of, train_workers, trained, until
 from ray.cluster_utils import Cluster
+from support.faults import a_worker, add_node, ended, numbers, same, starts_of, train_workers, trained, until
 
 from zscl.sequence.journal import JOURNAL
 from zscl.training.checkpoint import CHECKPOINT
 
-pytest_plugins = ["faulty_cluster"]
+pytest_plugins = ["support.faulty_cluster"]
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(3600)]
 Launch = Callable[..., Any]
 

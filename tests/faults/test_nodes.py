@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from disturbing import add_node, ended, numbers, processes, starts_of, trained, until
 from ray.cluster_utils import Cluster
+from support.faults import add_node, ended, numbers, processes, starts_of, trained, until
 
 from orchestrate.cluster.auth import loopback_alone
 from zscl.training.checkpoint import CHECKPOINT
 
-pytest_plugins = ["faulty_cluster", "object_storage"]
+pytest_plugins = ["support.faulty_cluster", "support.object_storage"]
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(3600)]
 Launch = Callable[..., Any]
 

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from disturbing import ended, processes, starts_of, trained, until
 from ruamel.yaml import YAML
+from support.faults import ended, processes, starts_of, trained, until
 
 from orchestrate.recipes import recipe as recipes
 from schemas.search import SearchResult
 from zscl.sequence.run import run_sequence
 
-pytest_plugins = ["faulty_cluster"]
+pytest_plugins = ["support.faulty_cluster"]
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(3600)]
 Launch = Callable[..., Any]
 

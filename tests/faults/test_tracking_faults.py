@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from disturbing import PATIENCE_SECONDS
 from mlflow.tracking import MlflowClient
+from support.faults import PATIENCE_SECONDS
 
 from orchestrate.lifecycle.run_status import write_state
 from orchestrate.recipes import recipe as recipes

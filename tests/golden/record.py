@@ -27,9 +27,9 @@ from safetensors.torch import load_file
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-sys.path[:0] = [str(HERE), str(ROOT)]
+sys.path[:0] = [str(HERE.parent), str(ROOT)]
 
-import inputs  # noqa: E402
+from golden import inputs  # noqa: E402
 
 from orchestrate.recipes.recipe import load_search, load_variants  # noqa: E402
 from schemas.experiment import Experiment  # noqa: E402

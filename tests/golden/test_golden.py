@@ -7,10 +7,9 @@ from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
-import inputs
 import pytest
-import record
 import torch
+from golden import inputs, record
 
 from schemas.experiment import Experiment
 from zscl.sequence.run import run_sequence

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Command, coloured, make_task
 from mlflow.tracking import MlflowClient
+from support.command import Command
+from support.data import coloured, make_task
 
 from orchestrate.analysis import evaluate
 from orchestrate.recipes import recipe as recipes

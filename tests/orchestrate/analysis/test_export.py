@@ -6,9 +6,9 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-from conftest import Command
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
+from support.command import Command
 
 from orchestrate.recipes import recipe as recipes
 from schemas.experiment import Experiment

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import COLOURS, Command, coloured, opened
-from trees import TREES
+from support.command import Command
+from support.data import COLOURS, coloured, opened
+from support.dataset_trees import TREES
 
 Zscl = Callable[..., Command]
 

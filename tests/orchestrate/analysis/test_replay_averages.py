@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Command
+from support.command import Command
 
 from orchestrate.recipes import recipe as recipes
 from schemas.evaluation import TriedAverages

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import COLOURS, Command, coloured, make_task
 from PIL import Image
 from rich.console import Console
+from support.command import Command
+from support.data import COLOURS, coloured, make_task
 
 from orchestrate.analysis.validate_data import PATIENCE_SECONDS, patient_progress
 from schemas.dataset_report import Inspection

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Command, make_task
 from filelock import FileLock
 from ruamel.yaml import YAML
+from support.command import Command
+from support.data import make_task
 
 from schemas.algorithm import algorithm
 
@@ -193,7 +194,7 @@ def test_two_processes_on_one_run(place: Path, zscl: Zscl, recipe: Callable[...,
 
 
 def test_a_demo_of_a_wrong_recipe_draws_nothing(place: Path, zscl: Zscl) -> None:
-    shipped = Path(__file__).parents[2] / "experiments/embedded.yaml"
+    shipped = Path(__file__).parents[3] / "experiments/embedded.yaml"
     found = zscl("demo", "--recipe", shipped, "--out", "demo", "--set", "sed=1")
     assert found.code == 2
     assert "unknown field 'sed'" in found.error

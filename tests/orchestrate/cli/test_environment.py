@@ -26,7 +26,7 @@ def test_nothing_is_sent_home() -> None:
     environment = {name: value for name, value in os.environ.items() if name not in left_out}
     ended = subprocess.run(
         [sys.executable, "-c", ASKED], env=environment, capture_output=True, text=True, check=False,
-        cwd=Path(__file__).parents[2],
+        cwd=Path(__file__).parents[3],
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr[-2_000:]
     assert ended.stdout.split() == ["True"] * 3

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Command
+from support.command import Command
 
 from orchestrate.runs import versions
 
 Zscl = Callable[..., Command]
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def test_the_versions_that_a_report_of_a_bug_needs(zscl: Zscl, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Command, coloured, make_task
 from mlflow.tracking import MlflowClient
 from ruamel.yaml import YAML
+from support.command import Command
+from support.data import coloured, make_task
 
 from zscl.datasets.task_writer import write_shards
 

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Command, coloured
 from rich.table import Table
+from support.command import Command
+from support.data import coloured
 
 from orchestrate.cli import terminal
 from orchestrate.runs.progress import Bar

@@ -65,7 +65,7 @@ def test_a_cluster_that_we_start_is_closed(tmp_path: Path) -> None:
         text=True,
         check=False,
         env=environment | {"HOME": str(tmp_path), "TMPDIR": str(long)},
-        cwd=Path(__file__).parents[2],
+        cwd=Path(__file__).parents[3],
         timeout=600,
     )
     assert ended.returncode == 0, ended.stderr[-2_000:]

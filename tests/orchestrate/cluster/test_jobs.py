@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Command
 from ruamel.yaml import YAML
+from support.command import Command
 
 from orchestrate.cluster import jobs as submitting
 from orchestrate.cluster.jobs import connect, entrypoint, megabytes_uploaded, submit

@@ -14,7 +14,8 @@ from schemas.base import InputError
 
 def keep(run: Path, then: str) -> "subprocess.Popen[str]":
     """Have another process own a run."""
-    code = f"from pathlib import Path; from orchestrate.lifecycle.lock import owned\nwith owned(Path({str(run)!r})): {then}"
+    imports = "from pathlib import Path; from orchestrate.lifecycle.lock import owned"
+    code = f"{imports}\nwith owned(Path({str(run)!r})): {then}"
     return subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 

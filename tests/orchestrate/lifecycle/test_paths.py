@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Command
 from ruamel.yaml import YAML
+from support.command import Command
 
 from orchestrate.lifecycle.lock import owned
 from orchestrate.lifecycle.paths import refuse_unwritable
@@ -31,7 +31,7 @@ def test_every_command_refuses_a_place_that_cannot_be_written(
     YAML(typ="safe").dump({**recipe(), "search": search}, place / "search.yaml")
     corpus = {"tasks": tasks, "corpus": reference}
     YAML(typ="safe").dump(corpus, place / "pretrain.yaml")
-    pretraining = Path(__file__).parents[2] / "experiments/pretrain-embedded.yaml"
+    pretraining = Path(__file__).parents[3] / "experiments/pretrain-embedded.yaml"
     arguments: dict[str, tuple[object, ...]] = {
         "run": ("recipe.yaml", "--offline"),
         "search": ("search.yaml", "--offline"),

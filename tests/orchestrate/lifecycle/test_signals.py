@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Command, coloured
+from support.command import Command
+from support.data import coloured
 
 from orchestrate.lifecycle.signals import URGENT, WARNINGS, end_on_signals, signals_taken, warnings_held_back
 from schemas.base import InterruptedRunError

@@ -8,8 +8,8 @@ from typing import Any
 
 import jsonschema
 import pytest
-from conftest import Command
 from ruamel.yaml import YAML
+from support.command import Command
 
 from orchestrate.recipes import recipe as recipes
 from orchestrate.runs import preflight
@@ -18,7 +18,7 @@ from schemas.base import InputError
 from schemas.experiment import Experiment
 from schemas.pretraining import Pretraining
 
-SHIPPED = sorted((Path(__file__).parents[2] / "experiments").glob("*.yaml"))
+SHIPPED = sorted((Path(__file__).parents[3] / "experiments").glob("*.yaml"))
 
 
 @pytest.fixture

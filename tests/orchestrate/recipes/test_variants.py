@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Command
 from ruamel.yaml import YAML
+from support.command import Command
 
 from orchestrate.recipes.variants import MTIL_ORDERS, members
 from schemas.base import InputError

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Command
 from mlflow.tracking import MlflowClient
 from rich.console import Console
 from scipy.stats import ttest_rel
+from support.command import Command
 
 from orchestrate.cli.run import _ended
 from orchestrate.recipes import recipe as recipes

@@ -9,9 +9,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import Command, make_task
 from filelock import FileLock
 from ruamel.yaml import YAML
+from support.command import Command
+from support.data import make_task
 
 from orchestrate.runs import dry_run
 from schemas.base import InputError

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import coloured, make_task, write_tar
 from rich.console import Console
+from support.data import coloured, make_task, write_tar
 
 from orchestrate.cluster import connect as cluster
 from orchestrate.lifecycle.signals import WARNINGS
@@ -26,7 +26,7 @@ from zscl.datasets.task_writer import write_task
 from zscl.sequence.resolve import open_experiment
 from zscl.sequence.run import run_sequence
 
-pytest_plugins = ["object_storage"]
+pytest_plugins = ["support.object_storage"]
 Make = Callable[..., Experiment]
 
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Command
 from mlflow.tracking import MlflowClient
 from pydantic import BaseModel
 from ruamel.yaml import YAML
+from support.command import Command
 
 from orchestrate.recipes import recipe as recipes
 from schemas.results import Result, RunState

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Command
 from rich.console import Console
 from ruamel.yaml import YAML
+from support.command import Command
 
 from orchestrate.lifecycle import paths as places
 from orchestrate.recipes import recipe as recipes

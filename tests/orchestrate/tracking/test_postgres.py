@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Command
 from mlflow.tracking import MlflowClient
+from support.command import Command
 
 from orchestrate.recipes import recipe as recipes
 from orchestrate.tracking.uploader import sync

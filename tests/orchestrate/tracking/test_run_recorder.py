@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Command
 from mlflow.tracking import MlflowClient
+from support.command import Command
 
 from orchestrate.lifecycle.lock import owned
 from orchestrate.lifecycle.paths import browse_command, sqlite_file, sqlite_uri, unmasked

@@ -3,8 +3,8 @@
 import io
 
 import pytest
-from conftest import jpeg
 from PIL import Image
+from support.data import jpeg
 
 from zscl.checks.image import Decoded, Undecodable, look_at
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import COLOURS, coloured, jpeg, make_task, opened, png, write_tar
 from PIL import Image
+from support.data import COLOURS, coloured, jpeg, make_task, opened, png, write_tar
 
 from schemas.dataset_report import Inspection
 from zscl.checks.contact_sheet import contact_rows

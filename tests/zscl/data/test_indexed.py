@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import coloured, make_task
+from support.data import coloured, make_task
 
 from schemas.base import InputError
 from zscl.data.indexed import IndexedSamples

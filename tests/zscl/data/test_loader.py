@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import coloured, opened
 from PIL import Image, UnidentifiedImageError
+from support.data import coloured, opened
 from torchvision.transforms import Compose, RandomResizedCrop, ToTensor
 
 from schemas.base import InputError

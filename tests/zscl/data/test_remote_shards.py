@@ -12,7 +12,7 @@ from zscl.data.shard_urls import open_samples
 from zscl.data.streaming import StreamedSamples
 from zscl.sequence.run import run_sequence
 
-pytest_plugins = ["object_storage"]
+pytest_plugins = ["support.object_storage"]
 CPU = torch.device("cpu")
 
 

@@ -1,7 +1,7 @@
 """Sets of samples, local and streamed: once in their own order, and endlessly in a seed's."""
 
 import pytest
-from conftest import first, labels
+from support.data import first, labels
 
 from zscl.data.shard_urls import open_samples
 from zscl.data.streaming import StreamedSamples

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import coloured, first, labels
+from support.data import coloured, first, labels
 
 from schemas.base import InputError
 from zscl.data.indexed import IndexedSamples

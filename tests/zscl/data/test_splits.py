@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_task, write_tar
+from support.data import make_task, write_tar
 
 from schemas.base import InputError
 from schemas.experiment import Experiment

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import webdataset
-from conftest import coloured, write_tar
+from support.data import coloured, write_tar
 
 from schemas.base import InputError
 from zscl.data.indexed import IndexedSamples

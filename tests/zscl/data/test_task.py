@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import coloured, make_task, opened
+from support.data import coloured, make_task, opened
 
 from schemas.base import InputError
 from schemas.data import Reference, Task

@@ -15,8 +15,8 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from conftest import TINY_MODEL, coloured, make_task
 from PIL import Image
+from support.data import TINY_MODEL, coloured, make_task
 
 from schemas.base import InputError
 from schemas.data import Task

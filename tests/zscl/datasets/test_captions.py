@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import coloured
+from support.data import coloured
 
 from schemas.base import InputError
 from schemas.data import Reference

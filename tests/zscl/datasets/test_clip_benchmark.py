@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import coloured, opened
+from support.data import coloured, opened
 
 from schemas.base import InputError
 from zscl.datasets.clip_benchmark import fetch

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import opened
 from open_clip import IMAGENET_CLASSNAMES
 from PIL import Image
+from support.data import opened
 
 from schemas.base import InputError
 from zscl.datasets.imagenet import prepare_imagenet, prepare_tinyimagenet

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import coloured, opened
 from PIL import Image
-from trees import TREES, Expected
+from support.data import coloured, opened
+from support.dataset_trees import TREES, Expected
 
 from schemas.base import InputError
 from zscl.datasets.clip_benchmark import COPIES

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import coloured, make_task, opened
+from support.data import coloured, make_task, opened
 
 from schemas.base import InputError
 from zscl.datasets.task_writer import LabelledImage, write_task

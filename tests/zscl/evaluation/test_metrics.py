@@ -11,7 +11,7 @@ from zscl.evaluation.metrics import at_chance, forward_transfer, metrics
 
 MATRIX = [[0.9, 0.5, 0.4], [0.7, 0.8, 0.2], [0.6, 0.7, 1.0]]
 ZERO_SHOT = [0.5, 0.45, 0.3]
-PUBLISHED = Path(__file__).parents[3] / "shared/published/mtil_accuracy_matrices.csv"
+PUBLISHED = Path(__file__).parents[4] / "shared/published/mtil_accuracy_matrices.csv"
 
 
 def test_by_hand() -> None:

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import coloured, make_task, opened
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix, top_k_accuracy_score
+from support.data import coloured, make_task, opened
 
 from schemas.base import InputError
 from schemas.evaluation import PROTOCOLS, Judged

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import coloured
+from support.data import coloured
 
 from zscl.data.shard_urls import open_samples
 from zscl.datasets.task_writer import write_shards

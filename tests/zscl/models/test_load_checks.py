@@ -10,8 +10,8 @@ import huggingface_hub
 import open_clip
 import pytest
 import torch
-from conftest import TINY_MODEL
 from safetensors.torch import load_file, save_file
+from support.data import TINY_MODEL
 from torch import nn
 
 from orchestrate.runs import preflight

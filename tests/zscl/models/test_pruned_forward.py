@@ -9,7 +9,7 @@ import open_clip
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_clip import TOKENS, clip_of, clip_of_version_4
+from support.small_clip import TOKENS, clip_of, clip_of_version_4
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 

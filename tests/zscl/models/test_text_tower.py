@@ -1,7 +1,7 @@
 """Packed prompts, and the text tower over them."""
 
 import torch
-from small_clip import TOKENS, clip_of
+from support.small_clip import TOKENS, clip_of
 from torch import nn
 
 from zscl.models.text_tower import TextTower, UsedEmbeddings, lay_out

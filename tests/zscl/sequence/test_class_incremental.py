@@ -14,8 +14,8 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from conftest import coloured, opened
 from PIL import Image
+from support.data import coloured, opened
 
 from orchestrate.recipes import recipe as recipes
 from schemas.base import InputError

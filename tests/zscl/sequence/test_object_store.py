@@ -20,7 +20,7 @@ from zscl.sequence.object_store import Mirror, on_this_node, url_of
 from zscl.sequence.run import run_sequence
 from zscl.training.checkpoint import CHECKPOINT
 
-pytest_plugins = ["object_storage"]
+pytest_plugins = ["support.object_storage"]
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-from conftest import make_task
 from PIL import Image
 from pydantic import BaseModel
 from safetensors.torch import load_file
+from support.data import make_task
 
 from schemas.base import InputError
 from schemas.experiment import Experiment

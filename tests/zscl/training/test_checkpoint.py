@@ -12,10 +12,10 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-from conftest import TINY_MODEL
-from disturbing import same
 from pydantic import BaseModel
 from safetensors.torch import save_file
+from support.data import TINY_MODEL
+from support.faults import same
 
 from schemas.compute import Checkpoint
 from schemas.experiment import Experiment

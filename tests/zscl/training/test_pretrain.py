@@ -5,7 +5,7 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-from conftest import TINY_MODEL
+from support.data import TINY_MODEL
 
 from schemas.base import InputError
 from schemas.pretraining import Pretraining

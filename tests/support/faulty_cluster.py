@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from disturbing import add_node, recipe_for_faults, started
 from ray.cluster_utils import Cluster
 
 from orchestrate.cluster.auth import loopback_alone
 from orchestrate.recipes import recipe as recipes
+from support.faults import add_node, recipe_for_faults, started
 from zscl.sequence.run import run_sequence
 
 Launch = Callable[..., Any]

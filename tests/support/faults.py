@@ -12,11 +12,11 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import coloured, make_task
 from ruamel.yaml import YAML
 
 from orchestrate.cluster.auth import loopback_alone
 from schemas.results import RunStarted, StepsTaken
+from support.data import coloured, make_task
 from zscl.datasets.task_writer import write_shards
 from zscl.sequence.journal import JOURNAL, JournalReader
 

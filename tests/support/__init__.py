@@ -1,0 +1,1 @@
+"""Helpers of several tests: small data, models, command lines and faults."""
