@@ -127,7 +127,7 @@ def _dotted(path: str) -> str:
 class FurtherLoss(Abbreviable):
     """A term of the loss that is not ours. A bare dotted name will do. **The code that it names is run.**
 
-    It is called with a `zscl.methods.custom_losses.Stage` and the settings when a stage begins, and gives a `zscl.methods.terms.Part`.
+    It is called with a `zscl.extend.Stage` and the settings when a stage begins, and returns a `zscl.extend.Part`.
     """
 
     main_field: ClassVar[str] = "path"

@@ -54,7 +54,7 @@ def compared(
     published: str | None = None,
     baseline: str | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
-    """Compare runs (see `orchestrate.analysis.compare`): the tables are for people, and offline no page is left in MLflow."""
+    """Compare runs; `offline` writes no page to MLflow. See `orchestrate.analysis.compare`."""
     from orchestrate.analysis.compare import compare
 
     return compare(

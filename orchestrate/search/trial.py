@@ -49,7 +49,8 @@ class Common:
     """What all trials of a search have in common.
 
     search: what is looked for; content: of the experiment, without values; file: the recipe, for what is refused;
-    folder: the search's; averages: of all trials; line: to the process that watches (see `orchestrate.cluster.channel`).
+    folder: the search's; averages: of all trials; line: to the process that watches (see
+    `orchestrate.cluster.channel`).
     """
 
     search: Search

@@ -12,8 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-# Who sends again is `orchestrate.tracking.uploader`, after longer and longer pauses. A request that MLflow itself repeats, since
-# the answer to it was lost, would make a second run. A silent server is noticed in seconds, not in two minutes.
+# `orchestrate.tracking.uploader` retries, with longer and longer pauses. A request that MLflow itself repeats because its
+# answer was lost would create a second run. A silent server is noticed in seconds, not in two minutes.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 # Standard output holds results alone.

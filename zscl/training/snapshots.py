@@ -3,8 +3,8 @@
     <run>/snapshots/<k>-<task>/<step>.safetensors   trained parameters after steps 0, N, 2N, … (compute.snapshots_every)
     <run>/snapshots/<k>-<task>/last.safetensors     those after the last step
 
-What averages here is what averages in training (`zscl.methods.weight_averaging`), told of the same steps, so that the method's own
-average comes out bit for bit.
+Replay calls the averagers of training (`zscl.methods.weight_averaging`) at the same steps, so that the method's own
+average is reproduced bit for bit.
 """
 
 from collections.abc import Callable, Iterator, Mapping
