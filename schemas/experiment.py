@@ -8,9 +8,10 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationInfo, model_validator
 
 from schemas.algorithm import algorithm
-from schemas.base import Abbreviable, Many, Share, Strict, anchor, did_you_mean
+from schemas.base import Abbreviable, Many, Share, Strict, anchor
 from schemas.compute import Compute, Tracking
 from schemas.data import ClassIncremental, Reference, Task, check_names
+from schemas.errors import did_you_mean
 from schemas.method import Method
 
 LOCAL_MODEL = "local-dir:"

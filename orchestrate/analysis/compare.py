@@ -23,7 +23,7 @@ from orchestrate.reports.tables import (
     terminal_tables,
 )
 from orchestrate.tracking.attachments import attach
-from schemas.base import InputError, did_you_mean
+from schemas.errors import InputError, did_you_mean
 from zscl.runtime.atomic_io import whole_file, write_text
 
 

@@ -19,8 +19,9 @@ from orchestrate.recipes.recipe import load_experiment
 from orchestrate.reports.charts import ZERO_SHOT, percent
 from orchestrate.runs.progress import Bar
 from orchestrate.tracking.attachments import attach
-from schemas.base import InputError, explain
+from schemas.base import explain
 from schemas.data import Task
+from schemas.errors import InputError
 from schemas.evaluation import PROTOCOLS, Evaluation, Judged, JudgedModel, Protocol
 from schemas.experiment import LOCAL_MODEL, Experiment, Model
 from schemas.results import Metrics

@@ -9,7 +9,7 @@ from orchestrate.lifecycle import paths as places
 from orchestrate.recipes.recipe import load_experiment
 from orchestrate.reports import charts as report
 from orchestrate.reports.charts import percent
-from schemas.base import InputError
+from schemas.errors import InputError
 from schemas.experiment import Experiment
 from schemas.redaction import mask
 from schemas.results import Result

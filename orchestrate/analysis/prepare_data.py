@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from orchestrate.lifecycle.signals import URGENT, WARNINGS
-from schemas.base import InputError, InterruptedRunError
+from schemas.errors import InputError, InterruptedRunError
 from zscl.data.sample import printable_name
 from zscl.datasets import captions, mtil, sources
 from zscl.datasets import clip_benchmark as copies

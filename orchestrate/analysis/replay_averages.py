@@ -19,7 +19,8 @@ from orchestrate.lifecycle import paths as places
 from orchestrate.recipes.recipe import load_experiment
 from orchestrate.reports.charts import percent
 from orchestrate.runs.progress import Bar
-from schemas.base import InputError, explain
+from schemas.base import explain
+from schemas.errors import InputError
 from schemas.evaluation import TriedAverage, TriedAverages
 from schemas.experiment import LOCAL_MODEL, Experiment, Model
 from schemas.method import Average, Merge

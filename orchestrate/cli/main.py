@@ -17,7 +17,8 @@ from orchestrate.cli import data, models, terminal
 from orchestrate.cli import run as running
 from orchestrate.cli.output import readers_may_go
 from orchestrate.lifecycle.signals import end_on_signals
-from schemas.base import InputError, InterruptedRunError, expand
+from schemas.base import expand
+from schemas.errors import InputError, InterruptedRunError
 from schemas.redaction import mask
 
 VERBS: tuple[Callable[..., None], ...] = (  # in the order of `zscl --help`

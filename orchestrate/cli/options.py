@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from orchestrate.cli.terminal import progress_on_stderr, tables_on_stdout
-from schemas.base import InputError
+from schemas.errors import InputError
 
 progress_console = progress_on_stderr()
 

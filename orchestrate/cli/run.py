@@ -22,7 +22,7 @@ from orchestrate.cli.options import (
     progress_console,
 )
 from orchestrate.cli.terminal import tables_on_stdout
-from schemas.base import InputError, command
+from schemas.errors import InputError, command
 from schemas.redaction import mask
 
 if TYPE_CHECKING:

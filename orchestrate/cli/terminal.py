@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from schemas.base import InputError
+from schemas.errors import InputError
 
 WIDE = 200  # columns, where a table goes to a file or another program
 NARROW = 80  # columns that a table gets on any terminal: a narrower terminal wraps lines, and nothing is cut

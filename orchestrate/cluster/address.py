@@ -6,8 +6,8 @@ from urllib.parse import urlsplit
 import grpc
 
 from orchestrate.lifecycle.network import check_port
-from schemas.base import InputError
 from schemas.compute import Compute
+from schemas.errors import InputError
 from schemas.redaction import mask
 
 ADDRESS = "RAY_ADDRESS"

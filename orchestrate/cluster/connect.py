@@ -16,8 +16,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from orchestrate.cluster.address import ADDRESS, check_gcs, named_address
 from orchestrate.cluster.auth import loopback_alone, use_token
 from orchestrate.lifecycle.signals import end_on_signals, warnings_held_back
-from schemas.base import InputError
 from schemas.compute import Compute
+from schemas.errors import InputError
 from zscl.runtime.atomic_io import remove
 
 # Workers train in a thread, whose freed memory the C library gives back at once: a step on a CPU would spend a sixth of

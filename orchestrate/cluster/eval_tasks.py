@@ -8,7 +8,7 @@ import torch
 from ray.exceptions import RayTaskError
 
 from orchestrate.cluster.storage_sync import NOT_WATCHED
-from schemas.base import InputError
+from schemas.errors import InputError
 from schemas.experiment import Experiment
 from zscl.sequence.matrix import Elsewhere
 from zscl.sequence.object_store import Mirror, on_this_node

@@ -14,8 +14,8 @@ from typing import IO, TYPE_CHECKING
 
 from orchestrate.cluster import auth as access
 from orchestrate.recipes import recipe as recipes
-from schemas.base import InputError, InterruptedRunError, one_line
-from schemas.base import command as shown
+from schemas.errors import InputError, InterruptedRunError, one_line
+from schemas.errors import command as shown
 from schemas.redaction import mask
 
 if TYPE_CHECKING:

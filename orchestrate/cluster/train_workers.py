@@ -31,7 +31,7 @@ from orchestrate.cluster.connect import check_resources
 from orchestrate.cluster.eval_tasks import on_ray
 from orchestrate.cluster.storage_sync import storage_of
 from orchestrate.lifecycle.signals import Interruption
-from schemas.base import InputError
+from schemas.errors import InputError
 from schemas.experiment import Experiment
 from schemas.results import Embedded, Note, Progress, Result, WorkersUsed
 from zscl.runtime.distributed import barrier, rank

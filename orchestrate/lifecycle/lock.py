@@ -15,7 +15,8 @@ from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from orchestrate.lifecycle.paths import refuse_unwritable
-from schemas.base import InputError, Strict
+from schemas.base import Strict
+from schemas.errors import InputError
 from zscl.runtime.atomic_io import remove, write_text
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from schemas.base import InputError, command
+from schemas.errors import InputError, command
 from schemas.experiment import Experiment
 from schemas.redaction import MASK, mask
 

@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 
 from pydantic import ValidationError
 
-from schemas.base import InputError, InterruptedRunError
+from schemas.errors import InputError, InterruptedRunError
 from schemas.redaction import mask
 from schemas.results import RunState
 from zscl.runtime.atomic_io import write_text

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from schemas.base import InterruptedRunError
+from schemas.errors import InterruptedRunError
 
 URGENT = (signal.SIGTERM, signal.SIGINT)
 # These may come several times for one reason: a shell and the kernel each send SIGHUP when a terminal is closed, and

@@ -15,8 +15,9 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from ruamel.yaml.reader import ReaderError
 
-from schemas.base import Abbreviable, InputError, Strict, command, explain, one_line
+from schemas.base import Abbreviable, Strict, explain
 from schemas.data import ClassIncremental, Reference, Task
+from schemas.errors import InputError, command, one_line
 from schemas.experiment import LONGEST_NAME, Experiment, Model
 from schemas.method import Method
 from schemas.redaction import masked

@@ -3,8 +3,8 @@
 import random
 from collections.abc import Mapping, Sequence
 
-from schemas.base import InputError
 from schemas.data import Task
+from schemas.errors import InputError
 from schemas.experiment import Experiment
 from zscl.runtime.seeding import seed_of
 

@@ -16,7 +16,8 @@ from matplotlib.ticker import MaxNLocator
 
 from orchestrate.lifecycle.paths import EXPERIMENT
 from orchestrate.recipes.recipe import load_experiment
-from schemas.base import InputError, command, parse_json
+from schemas.base import parse_json
+from schemas.errors import InputError, command
 from schemas.method import PRESETS
 from schemas.results import Result, StageResult, TaskName
 from zscl.data.task import TaskFolder

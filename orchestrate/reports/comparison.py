@@ -11,7 +11,7 @@ from scipy.stats import ttest_1samp
 
 from orchestrate.reports import charts as report
 from orchestrate.reports.charts import FURTHER, change, label_of
-from schemas.base import InputError
+from schemas.errors import InputError
 from schemas.results import Result
 from zscl.sequence.matrix import named
 

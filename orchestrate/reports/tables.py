@@ -11,7 +11,7 @@ from rich.text import Text
 from orchestrate.reports.charts import MAIN, ZERO_SHOT, cell, markdown_table, percent
 from orchestrate.reports.comparison import Comparison, Difference, Summary
 from orchestrate.reports.published import MTIL
-from schemas.base import InputError
+from schemas.errors import InputError
 from schemas.results import Result
 
 FIGURES = ("transfer", "avg", "last", "learned", "forgetting", "backward_transfer", "forward_transfer")

@@ -20,9 +20,9 @@ from orchestrate.lifecycle import lock as ownership
 from orchestrate.lifecycle import paths as places
 from orchestrate.runs import preflight
 from orchestrate.search.preflight import Prepared, megabytes_of_models
-from schemas.base import InputError
 from schemas.compute import Compute
 from schemas.dataset_report import Manifest
+from schemas.errors import InputError
 from schemas.experiment import Experiment
 from schemas.redaction import mask
 from zscl.data.task import MANIFEST, TaskFolder, text_of

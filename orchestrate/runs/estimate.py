@@ -12,7 +12,7 @@ from rich.console import Console
 from orchestrate.lifecycle.signals import signals_taken
 from orchestrate.runs.preflight import images_through_student
 from orchestrate.runs.progress import Bar
-from schemas.base import InputError, InterruptedRunError
+from schemas.errors import InputError, InterruptedRunError
 from schemas.results import StepsTaken
 from zscl.data.indexed import IndexedSamples
 from zscl.sequence.matrix import ZERO_SHOT, AccuracyRow

@@ -12,8 +12,8 @@ from typing import Any
 from orchestrate.lifecycle import paths as places
 from orchestrate.lifecycle.run_status import STATE
 from orchestrate.recipes import recipe as recipes
-from schemas.base import InputError
 from schemas.compute import Compute, Savings
+from schemas.errors import InputError
 from schemas.experiment import LOCAL_MODEL, Experiment, Model
 from zscl.checks import findings as verdict
 from zscl.checks.prompts import prompt_warnings

@@ -18,7 +18,7 @@ from orchestrate.recipes import variants as group
 from orchestrate.reports import charts as report
 from orchestrate.runs import preflight
 from orchestrate.runs.progress import Bar, Display
-from schemas.base import InputError, command
+from schemas.errors import InputError, command
 from schemas.experiment import Experiment
 from schemas.redaction import MASK
 from schemas.results import Embedded, Result

@@ -10,7 +10,7 @@ from typing import Any
 from orchestrate.lifecycle import paths as places
 from orchestrate.recipes import recipe as recipes
 from orchestrate.runs import preflight
-from schemas.base import InputError, command
+from schemas.errors import InputError, command
 from schemas.redaction import MASK
 from schemas.search import TASK_ACCURACY, Search
 from zscl.sequence.resolve import Opened

@@ -34,7 +34,7 @@ from orchestrate.runs.progress import Bar, SearchDisplay
 from orchestrate.search.preflight import Prepared
 from orchestrate.search.results import front_of, goodness_of, load_found, stage_trainings, trials_of
 from schemas.algorithm import algorithm
-from schemas.base import InputError
+from schemas.errors import InputError
 from schemas.results import Result
 from schemas.search import SearchResult, Trial, TrialNews
 from zscl.runtime.atomic_io import link_folder, write_text

@@ -40,7 +40,7 @@ from orchestrate.tracking.mlflow_client import (
 )
 from orchestrate.tracking.store_errors import FAILURES, OFFLINE, ArtifactError, artifact_error, store_error
 from orchestrate.tracking.uploader import PATIENCE_SECONDS, Shipper, send_run
-from schemas.base import InputError, command
+from schemas.errors import InputError, command
 from schemas.redaction import mask
 from schemas.results import RunState, Synced
 from schemas.search import Search, SearchResult, TrialEnded, TrialNews, TrialStarted

@@ -27,7 +27,8 @@ from orchestrate.lifecycle.run_status import write_state
 from orchestrate.lifecycle.signals import Interruption
 from orchestrate.recipes import recipe as recipes
 from orchestrate.search.samplers import NUMBER
-from schemas.base import InputError, InterruptedRunError, parse_json
+from schemas.base import parse_json
+from schemas.errors import InputError, InterruptedRunError
 from schemas.experiment import Experiment
 from schemas.redaction import mask
 from schemas.results import Result, RowMeasured, StageTrained

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from orchestrate.lifecycle.paths import EXPERIMENT, LEVELS, sqlite_file, store_uri, unmasked
 from orchestrate.recipes.recipe import load_experiment
-from schemas.base import InputError
+from schemas.errors import InputError
 from schemas.redaction import mask
 from zscl.sequence.journal import begun_in, identity_of
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrate.lifecycle.paths import EXPERIMENT, LEVELS, sqlite_file, sqlite_uri
-from schemas.base import InputError, did_you_mean
+from schemas.errors import InputError, did_you_mean
 from schemas.redaction import mask
 from zscl.runtime.atomic_io import digest, nearest
 from zscl.sequence.journal import RunIdentity, identity_of

@@ -32,7 +32,7 @@ from orchestrate.lifecycle.network import check_port
 from orchestrate.lifecycle.paths import sqlite_file
 from orchestrate.tracking.local_store import artefacts_beside, follow_artefacts
 from orchestrate.tracking.store_errors import FAILURES, store_error
-from schemas.base import InputError
+from schemas.errors import InputError
 from schemas.redaction import mask
 from zscl.runtime.atomic_io import digest
 

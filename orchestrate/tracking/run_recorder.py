@@ -39,7 +39,7 @@ from orchestrate.tracking.mlflow_client import (
     valid_name,
 )
 from orchestrate.tracking.store_errors import artifact_error, reason_of
-from schemas.base import InputError, command
+from schemas.errors import InputError, command
 from schemas.experiment import Experiment
 from schemas.redaction import mask
 from schemas.results import (

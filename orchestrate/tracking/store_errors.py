@@ -13,7 +13,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.store.db.db_types import DATABASE_ENGINES
 from sqlalchemy.exc import SQLAlchemyError
 
-from schemas.base import InputError
+from schemas.errors import InputError
 from schemas.redaction import mask
 
 FAILURES = (MlflowException, SQLAlchemyError, OSError, ImportError)  # of a tracking store that does not answer

@@ -18,7 +18,7 @@ from orchestrate.recipes.recipe import load_experiment
 from orchestrate.reports.charts import load_result
 from orchestrate.tracking.run_recorder import Record
 from orchestrate.tracking.store_errors import FAILURES, OFFLINE, ArtifactError, reason_of, store_error
-from schemas.base import InputError, command
+from schemas.errors import InputError, command
 from schemas.experiment import Experiment
 from schemas.redaction import mask
 from schemas.results import JournalEntry, RunStarted, RunState, Synced

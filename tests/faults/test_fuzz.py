@@ -28,8 +28,8 @@ from PIL import Image
 from ruamel.yaml import YAML
 
 from orchestrate.recipes import recipe as recipes
-from schemas.base import InputError
 from schemas.data import Task
+from schemas.errors import InputError
 from zscl.data.indexed import IndexedSamples
 from zscl.data.loader import Decode, EvaluationImages, TrainingImages
 from zscl.data.sample import Samples

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from schemas.base import InputError
+from schemas.errors import InputError
 from schemas.redaction import mask, mask_urls, masked
 
 

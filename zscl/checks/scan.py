@@ -13,7 +13,6 @@ from itertools import islice
 
 import open_clip
 
-from schemas.base import InputError
 from schemas.dataset_report import (
     SPLITS,
     ClassNames,
@@ -30,6 +29,7 @@ from schemas.dataset_report import (
     Unreadable,
     UnreadableSample,
 )
+from schemas.errors import InputError
 from zscl.checks import findings as verdict
 from zscl.checks.image import Decoded, Undecodable, look_at, silent_decoders
 from zscl.checks.prompts import prompt_warnings

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from schemas.base import InputError
 from schemas.dataset_report import SPLITS, Manifest, ManifestShard, ShardFinding, Split
+from schemas.errors import InputError
 from zscl.checks import findings as verdict
 from zscl.data.indexed import IndexedSamples
 from zscl.data.sample import printable_name

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from schemas.base import InputError
+from schemas.errors import InputError
 from zscl.data.sample import Draw, Fault, Sample, decoded_text, printable_name
 from zscl.data.tar import EXPECTED_SUFFIXES, OTHER_IMAGE_SUFFIXES, Member, assemble, is_side_data, tar_members
 from zscl.runtime.atomic_io import digest, patiently

@@ -21,7 +21,7 @@ import webdataset
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import get_worker_info
 
-from schemas.base import InputError
+from schemas.errors import InputError
 from zscl.data.indexed import IndexedSamples
 from zscl.data.sample import ATTEMPTS, BrokenSampleError, Draw, Sample, Samples, refuse_broken
 from zscl.data.streaming import StreamedSamples

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from schemas.base import InputError
 from schemas.dataset_report import Reason
+from schemas.errors import InputError
 
 
 @dataclass(frozen=True, slots=True)

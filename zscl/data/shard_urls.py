@@ -13,7 +13,7 @@ import fsspec
 from braceexpand import braceexpand
 from filelock import FileLock
 
-from schemas.base import InputError
+from schemas.errors import InputError
 from schemas.redaction import mask_urls
 from zscl.data.indexed import IndexedSamples
 from zscl.data.streaming import StreamedSamples

@@ -8,7 +8,7 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
-from schemas.base import InputError
+from schemas.errors import InputError
 from schemas.experiment import HeldOut
 from zscl.data.indexed import IndexedSamples
 from zscl.data.sample import Sample, decoded_label

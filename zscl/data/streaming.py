@@ -10,7 +10,7 @@ from typing import IO
 import fsspec
 import webdataset
 
-from schemas.base import InputError
+from schemas.errors import InputError
 from schemas.redaction import mask_urls
 from zscl.data.sample import ATTEMPTS, Draw, Sample, decoded_text
 from zscl.data.tar import Tail, read_samples, reason_of

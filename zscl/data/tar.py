@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Generic, NamedTuple, TypeVar
 
-from schemas.base import InputError
+from schemas.errors import InputError
 from zscl.data.sample import Fault, Sample, printable_name
 from zscl.runtime.atomic_io import is_hidden
 

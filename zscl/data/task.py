@@ -14,8 +14,8 @@ from pathlib import Path
 
 import fsspec
 
-from schemas.base import InputError
 from schemas.data import Reference, Task
+from schemas.errors import InputError
 from schemas.experiment import HeldOut
 from zscl.checks import findings as verdict
 from zscl.data.captions.formats import read_captions

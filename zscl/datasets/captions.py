@@ -4,7 +4,7 @@ import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
-from schemas.base import InputError
+from schemas.errors import InputError
 from zscl.data.captions.formats import FORMATS, ONE_A_LINE, read_captions
 from zscl.runtime.atomic_io import whole_file
 

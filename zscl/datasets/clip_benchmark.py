@@ -5,7 +5,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from schemas.base import InputError
+from schemas.errors import InputError
 from zscl.data.indexed import IndexedSamples
 from zscl.data.shard_urls import open_samples
 from zscl.data.task import MANIFEST, TaskFolder, lines_of

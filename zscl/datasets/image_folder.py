@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from schemas.base import InputError
+from schemas.errors import InputError
 from zscl.checks.findings import counted
 from zscl.checks.image import has_header
 from zscl.data.sample import printable_name

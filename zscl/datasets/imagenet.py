@@ -6,7 +6,7 @@ Both come as trees of image files, a folder a WordNet id (`n01440764`); their na
 from collections.abc import Mapping
 from pathlib import Path
 
-from schemas.base import InputError
+from schemas.errors import InputError
 from zscl.data.task import lines_of
 from zscl.datasets.image_folder import class_files
 from zscl.datasets.sources import File, Prepared, write_files

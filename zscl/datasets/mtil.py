@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from schemas.base import InputError, command
+from schemas.errors import InputError, command
 from zscl.data.task import MANIFEST
 from zscl.datasets.sources import (
     SPLIT_SEED,

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from schemas.base import InputError
+from schemas.errors import InputError
 from zscl.data.task import MANIFEST, lines_of
 from zscl.datasets.task_writer import FileList, LabelledImage, write_task
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import webdataset
 
-from schemas.base import InputError
+from schemas.errors import InputError
 from zscl.data.tar import IMAGE_SUFFIXES
 from zscl.data.task import MANIFEST
 from zscl.runtime.atomic_io import file_digest, whole_folder, write_text

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from schemas.base import InputError, command
+from schemas.errors import InputError, command
 from schemas.evaluation import Bin, Confused, Judged, Protocol
 from zscl.data.loader import Decode, EvaluationImages, Loader
 from zscl.data.task import TaskFolder

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from open_clip import build_zero_shot_classifier
 
-from schemas.base import InputError, command
+from schemas.errors import InputError, command
 from zscl.data.loader import Decode, EvaluationImages, Loader
 from zscl.data.task import TaskFolder
 from zscl.models.clip import Clip, at_least_float32, precision_context

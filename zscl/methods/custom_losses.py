@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from schemas.base import InputError
+from schemas.errors import InputError
 from schemas.method import FurtherLoss
 from zscl.runtime.atomic_io import digest
 from zscl.runtime.distributed import world_size

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from schemas.algorithm import FEATURES_VERSION
-from schemas.base import InputError
+from schemas.errors import InputError
 from schemas.method import Distill
 from zscl.data.task import ReferenceSet, TaskFolder
 from zscl.models.clip import Clip, at_least_float32

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from schemas.base import InputError
+from schemas.errors import InputError
 from zscl.data.indexed import IndexedSamples
 from zscl.data.loader import FORMATS, Decode, EvaluationImages, Loader
 from zscl.data.sample import Samples

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from schemas.base import InputError
+from schemas.errors import InputError
 from schemas.experiment import Experiment
 from schemas.method import Distill
 from zscl.data.sample import Samples

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from schemas.base import InputError
+from schemas.errors import InputError
 from schemas.experiment import LOCAL_MODEL, Model
 from zscl.models.load_checks import (
     HUB_MODEL,

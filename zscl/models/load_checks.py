@@ -14,7 +14,7 @@ from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
 from PIL import Image
 from torch import nn
 
-from schemas.base import InputError, did_you_mean
+from schemas.errors import InputError, did_you_mean
 from schemas.experiment import LOCAL_MODEL, Model
 
 if TYPE_CHECKING:

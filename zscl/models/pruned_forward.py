@@ -21,8 +21,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from schemas.base import InputError
 from schemas.compute import Compute, Savings
+from schemas.errors import InputError
 from zscl.models.attention import NotApplicableError
 from zscl.models.clip import at_least_float32, image_size
 from zscl.models.text_tower import Prompts, TextTower, UsedEmbeddings, lay_out

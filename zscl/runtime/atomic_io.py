@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from filelock import FileLock, Timeout
 
-from schemas.base import did_you_mean
+from schemas.errors import did_you_mean
 from schemas.redaction import mask
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,8 @@ import torch
 from pydantic import BaseModel, Field, ValidationError
 
 from schemas.algorithm import algorithm
-from schemas.base import InputError, Strict, parse_json
+from schemas.base import Strict, parse_json
+from schemas.errors import InputError
 from schemas.results import Note, RowMeasured, StageResult, TaskEvaluated
 from zscl.data.task import TaskFolder
 from zscl.evaluation.metrics import at_chance

@@ -20,7 +20,7 @@ import fsspec
 from filelock import FileLock
 from fsspec.implementations.local import LocalFileSystem
 
-from schemas.base import InputError, one_line
+from schemas.errors import InputError, one_line
 from schemas.redaction import mask
 from zscl.runtime.atomic_io import ASIDE, digest, patiently, remove, whole_file, write_text
 

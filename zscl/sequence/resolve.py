@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 
 from pydantic import ValidationError
 
-from schemas.base import InputError, did_you_mean, explain
+from schemas.base import explain
 from schemas.data import ClassIncremental, Task
+from schemas.errors import InputError, did_you_mean
 from schemas.experiment import Experiment
 from zscl.data.indexed import IndexedSamples
 from zscl.data.task import ReferenceSet, TaskFolder, lines_of

@@ -30,7 +30,7 @@ from pydantic import BaseModel
 from torch import nn
 
 from schemas.algorithm import algorithm
-from schemas.base import InputError
+from schemas.errors import InputError
 from schemas.experiment import LOCAL_MODEL, Experiment, Model
 from schemas.results import (
     CheckpointWritten,

@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel
 from torch import nn
 
-from schemas.base import InputError
+from schemas.errors import InputError
 from schemas.experiment import Experiment, Model
 from schemas.results import Embedded, ImagesEmbedded, Note
 from zscl.data.indexed import IndexedSamples

@@ -8,7 +8,7 @@ from statistics import median
 import torch
 from torch import nn
 
-from schemas.base import InputError
+from schemas.errors import InputError
 from schemas.results import Note, StepLosses, StepsTaken
 
 EXPLODED, TYPICAL_STEPS = 100, 20  # gradients so many times the median of so many steps before

@@ -16,8 +16,8 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from torchvision.transforms import Compose, RandomCrop
 
-from schemas.base import InputError
 from schemas.data import Task
+from schemas.errors import InputError
 from schemas.pretraining import Pretraining
 from zscl.data.indexed import IndexedSamples
 from zscl.data.loader import Decode, Loader, TrainingImages

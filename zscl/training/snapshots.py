@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from schemas.base import InputError
+from schemas.errors import InputError
 from schemas.method import Average
 from zscl.methods.weight_averaging import hand_on, trained_parameters
 from zscl.runtime.atomic_io import os_error_of, patiently, whole_file

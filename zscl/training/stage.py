@@ -13,8 +13,8 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from schemas.base import InputError
 from schemas.compute import Compute
+from schemas.errors import InputError
 from schemas.experiment import Experiment
 from schemas.method import Average
 from schemas.results import CheckpointWritten, Note, StageResult, StepLosses, StepsTaken, WorkersUsed

@@ -15,8 +15,8 @@ from orchestrate.cluster.address import check_gcs, named_address
 from orchestrate.cluster.channel import line_from_here, searches_on_cluster
 from orchestrate.cluster.connect import LONGEST_TEMPORARY, local_folder
 from orchestrate.lifecycle import network
-from schemas.base import InputError
 from schemas.compute import Compute
+from schemas.errors import InputError
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from support.command import Command
 
 from orchestrate.cluster import jobs as submitting
 from orchestrate.cluster.jobs import connect, entrypoint, megabytes_uploaded, submit
-from schemas.base import InputError, InterruptedRunError
+from schemas.errors import InputError, InterruptedRunError
 
 ANSWERS = {
     "/api/version": {"ray_version": "2.50.0", "version": "4"},

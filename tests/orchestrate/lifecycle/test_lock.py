@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from orchestrate.lifecycle.lock import owned
-from schemas.base import InputError
+from schemas.errors import InputError
 
 
 def keep(run: Path, then: str) -> "subprocess.Popen[str]":

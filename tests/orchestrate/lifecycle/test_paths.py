@@ -10,7 +10,7 @@ from support.command import Command
 
 from orchestrate.lifecycle.lock import owned
 from orchestrate.lifecycle.paths import refuse_unwritable
-from schemas.base import InputError
+from schemas.errors import InputError
 
 Zscl = Callable[..., Command]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from orchestrate.lifecycle.run_status import HASTE_SECONDS, outcome_told, read_state, write_state
-from schemas.base import InputError, InterruptedRunError
+from schemas.errors import InputError, InterruptedRunError
 
 
 class Records:

@@ -13,7 +13,7 @@ from support.command import Command
 from support.data import coloured
 
 from orchestrate.lifecycle.signals import URGENT, WARNINGS, end_on_signals, signals_taken, warnings_held_back
-from schemas.base import InterruptedRunError
+from schemas.errors import InterruptedRunError
 from zscl.checks.image import look_at
 
 

@@ -14,7 +14,7 @@ from support.command import Command
 from orchestrate.recipes import recipe as recipes
 from orchestrate.runs import preflight
 from schemas.algorithm import algorithm
-from schemas.base import InputError
+from schemas.errors import InputError
 from schemas.experiment import Experiment
 from schemas.pretraining import Pretraining
 

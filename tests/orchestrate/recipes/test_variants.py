@@ -10,7 +10,7 @@ from ruamel.yaml import YAML
 from support.command import Command
 
 from orchestrate.recipes.variants import MTIL_ORDERS, members
-from schemas.base import InputError
+from schemas.errors import InputError
 from schemas.experiment import Experiment
 
 Make = Callable[..., Experiment]

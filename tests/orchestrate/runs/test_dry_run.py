@@ -15,7 +15,7 @@ from support.command import Command
 from support.data import make_task
 
 from orchestrate.runs import dry_run
-from schemas.base import InputError
+from schemas.errors import InputError
 from schemas.experiment import Experiment
 from zscl.sequence.resolve import open_experiment
 

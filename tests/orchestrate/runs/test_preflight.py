@@ -19,7 +19,7 @@ from orchestrate.lifecycle.signals import WARNINGS
 from orchestrate.runs import preflight
 from orchestrate.runs import run as running
 from orchestrate.runs.estimate import probe
-from schemas.base import InputError, InterruptedRunError
+from schemas.errors import InputError, InterruptedRunError
 from schemas.experiment import Experiment
 from zscl.data.tar import Member, tar_members
 from zscl.datasets.task_writer import write_task

@@ -15,7 +15,7 @@ from orchestrate.recipes import recipe as recipes
 from orchestrate.search import preflight as search_preflight
 from orchestrate.search.run import search
 from schemas.algorithm import algorithm
-from schemas.base import InputError
+from schemas.errors import InputError
 from schemas.search import Search, SearchResult, Trial
 
 Zscl = Callable[..., Command]

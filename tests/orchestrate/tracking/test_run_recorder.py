@@ -32,7 +32,7 @@ from orchestrate.tracking.mlflow_client import (
     valid_name,
 )
 from orchestrate.tracking.uploader import Shipper
-from schemas.base import InputError
+from schemas.errors import InputError
 from schemas.experiment import Experiment
 from schemas.redaction import mask
 from schemas.results import (

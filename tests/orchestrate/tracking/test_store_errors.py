@@ -14,7 +14,7 @@ import pytest
 
 from orchestrate.tracking.mlflow_client import open_store
 from orchestrate.tracking.store_errors import FAILURES, LONGEST_REASON, artifact_error, store_error
-from schemas.base import InputError
+from schemas.errors import InputError
 
 
 def said(uri: str, experiment: str = "zscl") -> str:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from schemas.base import InputError
+from schemas.errors import InputError
 from zscl.checks.task_scan import open_task
 
 

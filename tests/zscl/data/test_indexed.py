@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support.data import coloured, make_task
 
-from schemas.base import InputError
+from schemas.errors import InputError
 from zscl.data.indexed import IndexedSamples
 from zscl.data.shard_urls import open_samples
 from zscl.runtime.atomic_io import patiently

@@ -16,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from support.data import coloured, opened
 from torchvision.transforms import Compose, RandomResizedCrop, ToTensor
 
-from schemas.base import InputError
+from schemas.errors import InputError
 from schemas.experiment import Model
 from zscl.checks.image import Decoded, look_at
 from zscl.data.indexed import IndexedSamples

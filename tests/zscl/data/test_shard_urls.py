@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from support.data import coloured, first, labels
 
-from schemas.base import InputError
+from schemas.errors import InputError
 from zscl.data.indexed import IndexedSamples
 from zscl.data.shard_urls import open_samples
 from zscl.data.streaming import StreamedSamples

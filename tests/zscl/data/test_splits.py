@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.data import make_task, write_tar
 
-from schemas.base import InputError
+from schemas.errors import InputError
 from schemas.experiment import Experiment
 from zscl.data.indexed import IndexedSamples
 from zscl.data.sample import Sample

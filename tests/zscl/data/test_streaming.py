@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from schemas.base import InputError
+from schemas.errors import InputError
 from zscl.data.streaming import StreamedSamples
 
 

@@ -13,7 +13,7 @@ import pytest
 import webdataset
 from support.data import coloured, write_tar
 
-from schemas.base import InputError
+from schemas.errors import InputError
 from zscl.data.indexed import IndexedSamples
 from zscl.data.sample import BrokenSampleError, Sample
 from zscl.data.shard_urls import open_samples

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from support.data import coloured, make_task, opened
 
-from schemas.base import InputError
 from schemas.data import Reference, Task
+from schemas.errors import InputError
 from zscl.data.task import ReferenceSet, TaskFolder
 from zscl.datasets.task_writer import write_shards, write_task
 

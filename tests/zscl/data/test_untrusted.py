@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 from support.data import TINY_MODEL, coloured, make_task
 
-from schemas.base import InputError
 from schemas.data import Task
+from schemas.errors import InputError
 from schemas.experiment import Experiment, Model
 from zscl.data.indexed import IndexedSamples
 from zscl.data.loader import Decode, EvaluationImages, TrainingImages

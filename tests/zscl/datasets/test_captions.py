@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from support.data import coloured
 
-from schemas.base import InputError
 from schemas.data import Reference
+from schemas.errors import InputError
 from zscl.data.task import ReferenceSet
 from zscl.datasets.captions import write_captions
 

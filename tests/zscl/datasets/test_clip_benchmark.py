@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from support.data import coloured, opened
 
-from schemas.base import InputError
+from schemas.errors import InputError
 from zscl.datasets.clip_benchmark import fetch
 from zscl.datasets.mtil import templates_of
 from zscl.datasets.task_writer import write_task

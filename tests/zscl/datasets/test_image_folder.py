@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from support.data import coloured, opened
 
-from schemas.base import InputError
+from schemas.errors import InputError
 from zscl.datasets.image_folder import prepare_folder
 
 

@@ -9,7 +9,7 @@ from open_clip import IMAGENET_CLASSNAMES
 from PIL import Image
 from support.data import opened
 
-from schemas.base import InputError
+from schemas.errors import InputError
 from zscl.datasets.imagenet import prepare_imagenet, prepare_tinyimagenet
 
 

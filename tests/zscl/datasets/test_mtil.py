@@ -14,7 +14,7 @@ from PIL import Image
 from support.data import coloured, opened
 from support.dataset_trees import TREES, Expected
 
-from schemas.base import InputError
+from schemas.errors import InputError
 from zscl.datasets.clip_benchmark import COPIES
 from zscl.datasets.mtil import MTIL, classnames_of, prepare, templates_of
 from zscl.datasets.task_writer import LabelledImage, write_task

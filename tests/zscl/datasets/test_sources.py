@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from schemas.base import InputError
+from schemas.errors import InputError
 from zscl.datasets.mtil import MTIL
 from zscl.datasets.sources import known, random_split
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from support.data import coloured, make_task, opened
 
-from schemas.base import InputError
+from schemas.errors import InputError
 from zscl.datasets.task_writer import LabelledImage, write_task
 
 

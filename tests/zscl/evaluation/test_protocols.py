@@ -8,7 +8,7 @@ import torch
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix, top_k_accuracy_score
 from support.data import coloured, make_task, opened
 
-from schemas.base import InputError
+from schemas.errors import InputError
 from schemas.evaluation import PROTOCOLS, Judged
 from schemas.experiment import Model
 from zscl.data.loader import Loader

@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 
 from orchestrate.reports import html_page as page
-from schemas.base import InputError
+from schemas.errors import InputError
 from schemas.experiment import Experiment
 from zscl.sequence.resolve import open_experiment
 from zscl.sequence.run import run_sequence

@@ -18,7 +18,7 @@ from PIL import Image
 from pydantic import BaseModel
 from torch import nn
 
-from schemas.base import InputError
+from schemas.errors import InputError
 from schemas.experiment import Experiment
 from schemas.results import ImagesEmbedded, Note, StepsTaken
 from zscl.methods.teacher_cache import (

@@ -8,7 +8,7 @@ import open_clip
 import pytest
 import torch
 
-from schemas.base import InputError
+from schemas.errors import InputError
 from schemas.experiment import Model
 from zscl.models.clip import has_no_deterministic_kernel, load, weights_digest
 

@@ -15,7 +15,7 @@ from support.data import TINY_MODEL
 from torch import nn
 
 from orchestrate.runs import preflight
-from schemas.base import InputError
+from schemas.errors import InputError
 from schemas.experiment import Experiment, Model
 from zscl.data.loader import Loader
 from zscl.data.task import TaskFolder

@@ -13,8 +13,8 @@ from support.small_clip import TOKENS, clip_of, clip_of_version_4
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from schemas.base import InputError
 from schemas.compute import Compute, Savings
+from schemas.errors import InputError
 from schemas.experiment import Experiment
 from zscl.models.pruned_forward import Towers, left_in_full
 from zscl.sequence.run import run_sequence

@@ -18,8 +18,8 @@ from PIL import Image
 from support.data import coloured, opened
 
 from orchestrate.recipes import recipe as recipes
-from schemas.base import InputError
 from schemas.data import ClassIncremental
+from schemas.errors import InputError
 from schemas.experiment import Experiment
 from schemas.results import Result
 from zscl.data.indexed import IndexedSamples

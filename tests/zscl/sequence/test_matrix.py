@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from orchestrate.runs.preflight import refuse_other
 from schemas.algorithm import algorithm
-from schemas.base import InputError
+from schemas.errors import InputError
 from schemas.experiment import Experiment
 from schemas.results import Note, RowMeasured, StageTrained, TaskEvaluated
 from zscl.evaluation.metrics import at_chance

@@ -12,7 +12,7 @@ import pytest
 import torch
 from botocore.exceptions import EndpointConnectionError
 
-from schemas.base import InputError
+from schemas.errors import InputError
 from schemas.experiment import Experiment
 from zscl.runtime.atomic_io import set_aside
 from zscl.sequence import object_store as module

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from safetensors.torch import load_file
 from support.data import make_task
 
-from schemas.base import InputError
+from schemas.errors import InputError
 from schemas.experiment import Experiment
 from schemas.results import Note, Result, StepsTaken
 from zscl.data.shard_urls import open_samples

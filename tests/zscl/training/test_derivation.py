@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from schemas.base import InputError
+from schemas.errors import InputError
 from schemas.experiment import Experiment, Model
 from schemas.method import PRESETS
 from zscl.data.loader import Loader

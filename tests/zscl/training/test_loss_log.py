@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from schemas.base import InputError
+from schemas.errors import InputError
 from schemas.experiment import Experiment
 from schemas.results import Note, StepsTaken
 from zscl.sequence.run import run_sequence

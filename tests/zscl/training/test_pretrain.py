@@ -7,7 +7,7 @@ import pytest
 import torch
 from support.data import TINY_MODEL
 
-from schemas.base import InputError
+from schemas.errors import InputError
 from schemas.pretraining import Pretraining
 from zscl.training.pretrain import contrastive_loss, pretrain
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from schemas.base import InputError
+from schemas.errors import InputError
 from schemas.experiment import Experiment, Model
 from schemas.method import Average
 from zscl.models.clip import load

@@ -23,7 +23,7 @@ from typing import IO, Any, TextIO
 
 import fsspec
 
-from schemas.base import InputError, did_you_mean
+from schemas.errors import InputError, did_you_mean
 
 ONE_A_LINE = "one a line"
 FORMATS = "one caption a line, or TSV, CSV, JSON or JSON lines"
