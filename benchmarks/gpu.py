@@ -56,8 +56,9 @@ from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
 
 from schemas.data import Task
+from schemas.events import CheckpointWritten, StepsTaken
 from schemas.experiment import Experiment, Model
-from schemas.results import CheckpointWritten, Result, StepsTaken
+from schemas.results import Result
 from zscl.data.loader import Loader
 from zscl.data.task import TaskFolder
 from zscl.datasets.task_writer import write_shards, write_task

@@ -8,7 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, model_validator
 
 from schemas.base import Abbreviable, Many, Strict
-from schemas.results import Metrics, Progress, Result, Shown
+from schemas.events import Progress
+from schemas.results import Metrics, Result, Shown
 
 FEW_VALUES = 16  # as many can be tried one by one
 FIXED = ("compute", "tracking", "name", "evaluation")  # have no part in the numbers, or in what all are judged by

@@ -4,7 +4,7 @@ from functools import cache
 
 from ray.util.metrics import Gauge
 
-from schemas.results import WorkersUsed
+from schemas.events import WorkersUsed
 
 GAUGES = {
     "images_per_second": "Task and distilled images that a worker trains on",

@@ -32,8 +32,9 @@ from orchestrate.cluster.eval_tasks import on_ray
 from orchestrate.cluster.storage_sync import storage_of
 from orchestrate.lifecycle.signals import Interruption
 from schemas.errors import InputError
+from schemas.events import Note, Progress, WorkersUsed
 from schemas.experiment import Experiment
-from schemas.results import Embedded, Note, Progress, Result, WorkersUsed
+from schemas.results import Embedded, Result
 from zscl.runtime.distributed import barrier, rank
 from zscl.sequence.object_store import Mirror, on_this_node
 from zscl.sequence.run import run_sequence

@@ -13,7 +13,7 @@ from orchestrate.lifecycle.signals import signals_taken
 from orchestrate.runs.preflight import images_through_student
 from orchestrate.runs.progress import Bar
 from schemas.errors import InputError, InterruptedRunError
-from schemas.results import StepsTaken
+from schemas.events import StepsTaken
 from zscl.data.indexed import IndexedSamples
 from zscl.sequence.matrix import ZERO_SHOT, AccuracyRow
 from zscl.sequence.resolve import Opened

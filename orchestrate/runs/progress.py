@@ -16,8 +16,7 @@ from rich.progress import (
 )
 
 from orchestrate.search.results import goodness_of
-from schemas.experiment import Experiment
-from schemas.results import (
+from schemas.events import (
     ImagesEmbedded,
     Note,
     RowMeasured,
@@ -27,6 +26,7 @@ from schemas.results import (
     TaskEvaluated,
     WorkersUsed,
 )
+from schemas.experiment import Experiment
 from schemas.search import Search, TrialEnded, TrialNews, TrialStarted
 
 LINE_EVERY_SECONDS = 15.0

@@ -29,9 +29,10 @@ from orchestrate.recipes import recipe as recipes
 from orchestrate.search.samplers import NUMBER
 from schemas.base import parse_json
 from schemas.errors import InputError, InterruptedRunError
+from schemas.events import RowMeasured, StageTrained
 from schemas.experiment import Experiment
 from schemas.redaction import mask
-from schemas.results import Result, RowMeasured, StageTrained
+from schemas.results import Result
 from schemas.search import Search, TrialEnded, TrialNews, TrialStarted, objectives_of
 from zscl.evaluation.metrics import metrics
 from zscl.runtime.atomic_io import acquired, link_folder

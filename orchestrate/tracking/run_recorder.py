@@ -40,19 +40,10 @@ from orchestrate.tracking.mlflow_client import (
 )
 from orchestrate.tracking.store_errors import artifact_error, reason_of
 from schemas.errors import InputError, command
+from schemas.events import JournalEntry, RowMeasured, StageStarted, StageTrained, StepsTaken, WorkersUsed
 from schemas.experiment import Experiment
 from schemas.redaction import mask
-from schemas.results import (
-    JournalEntry,
-    Result,
-    RowMeasured,
-    RunState,
-    StageResult,
-    StageStarted,
-    StageTrained,
-    StepsTaken,
-    WorkersUsed,
-)
+from schemas.results import Result, RunState, StageResult
 from zscl.sequence.journal import begun_in
 from zscl.sequence.matrix import model_folder
 from zscl.sequence.resolve import open_tasks

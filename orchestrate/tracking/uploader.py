@@ -19,9 +19,10 @@ from orchestrate.reports.charts import load_result
 from orchestrate.tracking.run_recorder import Record
 from orchestrate.tracking.store_errors import FAILURES, OFFLINE, ArtifactError, reason_of, store_error
 from schemas.errors import InputError, command
+from schemas.events import JournalEntry, RunStarted
 from schemas.experiment import Experiment
 from schemas.redaction import mask
-from schemas.results import JournalEntry, RunStarted, RunState, Synced
+from schemas.results import RunState, Synced
 from zscl.sequence.journal import JOURNAL, JournalReader
 
 log = logging.getLogger(__name__)

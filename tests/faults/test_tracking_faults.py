@@ -27,8 +27,9 @@ from orchestrate.recipes import recipe as recipes
 from orchestrate.tracking import uploader as shipping
 from orchestrate.tracking.mlflow_client import PARENT
 from orchestrate.tracking.uploader import Shipper
+from schemas.events import RowMeasured, RunStarted, StageStarted, StageTrained, StepsTaken
 from schemas.experiment import Experiment
-from schemas.results import RowMeasured, RunStarted, StageResult, StageStarted, StageTrained, StepLosses, StepsTaken
+from schemas.results import StageResult, StepLosses
 from zscl.sequence.journal import JOURNAL, Journal
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(3600)]

@@ -15,7 +15,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from orchestrate.cluster.auth import loopback_alone
-from schemas.results import RunStarted, StepsTaken
+from schemas.events import RunStarted, StepsTaken
 from support.data import coloured, make_task
 from zscl.datasets.task_writer import write_shards
 from zscl.sequence.journal import JOURNAL, JournalReader

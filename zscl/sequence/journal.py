@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 
-from schemas.results import (
+from schemas.events import (
     ImagesEmbedded,
     JournalEntry,
     RowMeasured,

@@ -17,7 +17,8 @@ from pydantic import BaseModel, Field, ValidationError
 from schemas.algorithm import algorithm
 from schemas.base import Strict, parse_json
 from schemas.errors import InputError
-from schemas.results import Note, RowMeasured, StageResult, TaskEvaluated
+from schemas.events import Note, RowMeasured, TaskEvaluated
+from schemas.results import StageResult
 from zscl.data.task import TaskFolder
 from zscl.evaluation.metrics import at_chance
 from zscl.evaluation.zero_shot import accuracies, embed_classes, head

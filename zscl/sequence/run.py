@@ -31,19 +31,9 @@ from torch import nn
 
 from schemas.algorithm import algorithm
 from schemas.errors import InputError
+from schemas.events import CheckpointWritten, Note, RowMeasured, RunStarted, StageStarted, StageTrained
 from schemas.experiment import LOCAL_MODEL, Experiment, Model
-from schemas.results import (
-    CheckpointWritten,
-    Note,
-    Result,
-    RowMeasured,
-    RunStarted,
-    StageResult,
-    StageStarted,
-    StageTrained,
-    StepLosses,
-    TaskName,
-)
+from schemas.results import Result, StageResult, StepLosses, TaskName
 from zscl.data.loader import Loader
 from zscl.evaluation.metrics import metrics
 from zscl.methods import exemplars as memory

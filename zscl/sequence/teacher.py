@@ -11,8 +11,9 @@ from pydantic import BaseModel
 from torch import nn
 
 from schemas.errors import InputError
+from schemas.events import ImagesEmbedded, Note
 from schemas.experiment import Experiment, Model
-from schemas.results import Embedded, ImagesEmbedded, Note
+from schemas.results import Embedded
 from zscl.data.indexed import IndexedSamples
 from zscl.data.noise import NoiseSamples
 from zscl.data.sample import Samples

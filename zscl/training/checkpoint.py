@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from schemas.compute import Checkpoint
-from schemas.results import CheckpointWritten, Note
+from schemas.events import CheckpointWritten, Note
 from zscl.runtime.atomic_io import os_error_of, patiently, set_aside, whole_file
 from zscl.runtime.distributed import agree, barrier, rank
 

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from schemas.errors import InputError
-from schemas.results import Note, StepLosses, StepsTaken
+from schemas.events import Note, StepsTaken
+from schemas.results import StepLosses
 
 EXPLODED, TYPICAL_STEPS = 100, 20  # gradients so many times the median of so many steps before
 EXPLOSIONS_NAMED = 5  # of a stage

@@ -15,9 +15,10 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from schemas.compute import Compute
 from schemas.errors import InputError
+from schemas.events import CheckpointWritten, Note, StepsTaken, WorkersUsed
 from schemas.experiment import Experiment
 from schemas.method import Average
-from schemas.results import CheckpointWritten, Note, StageResult, StepLosses, StepsTaken, WorkersUsed
+from schemas.results import StageResult, StepLosses
 from zscl.data.loader import Decode, Loader, TrainingImages
 from zscl.data.sample import Sample, Samples
 from zscl.data.task import TaskFolder

@@ -10,7 +10,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-from schemas.results import WorkersUsed, WorkerUse
+from schemas.events import WorkersUsed, WorkerUse
 from zscl.runtime.distributed import agree, gather_unequal, rank
 
 EVERY_SECONDS = 10.0

@@ -7,8 +7,9 @@ import pytest
 from rich.console import Console
 
 from orchestrate.runs.progress import Bar, Display
+from schemas.events import RowMeasured, StageStarted, StepsTaken
 from schemas.experiment import Experiment
-from schemas.results import RowMeasured, StageStarted, StepLosses, StepsTaken
+from schemas.results import StepLosses
 
 
 def steps(stage: int, step: int) -> StepsTaken:

@@ -33,22 +33,18 @@ from orchestrate.tracking.mlflow_client import (
 )
 from orchestrate.tracking.uploader import Shipper
 from schemas.errors import InputError
-from schemas.experiment import Experiment
-from schemas.redaction import mask
-from schemas.results import (
+from schemas.events import (
     CheckpointWritten,
-    Metrics,
     Note,
-    Result,
     RowMeasured,
     RunStarted,
-    StageResult,
     StageStarted,
     StageTrained,
-    StepLosses,
     StepsTaken,
-    TaskName,
 )
+from schemas.experiment import Experiment
+from schemas.redaction import mask
+from schemas.results import Metrics, Result, StageResult, StepLosses, TaskName
 from zscl.sequence.journal import JOURNAL, Journal
 
 Make = Callable[..., Experiment]

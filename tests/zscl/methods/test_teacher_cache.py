@@ -19,8 +19,8 @@ from pydantic import BaseModel
 from torch import nn
 
 from schemas.errors import InputError
+from schemas.events import ImagesEmbedded, Note, StepsTaken
 from schemas.experiment import Experiment
-from schemas.results import ImagesEmbedded, Note, StepsTaken
 from zscl.methods.teacher_cache import (
     CHECKS,
     FEATURES,

@@ -13,9 +13,10 @@ import torch.distributed as dist
 import torch.multiprocessing as processes
 from safetensors.torch import load_file
 
+from schemas.events import WorkersUsed
 from schemas.experiment import Experiment
 from schemas.method import PRESETS
-from schemas.results import Result, WorkersUsed
+from schemas.results import Result
 from zscl.runtime.distributed import share
 from zscl.sequence.journal import JOURNAL, JournalReader
 from zscl.sequence.run import run_sequence

@@ -6,16 +6,8 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from schemas.results import (
-    Note,
-    RowMeasured,
-    RunStarted,
-    StageResult,
-    StageStarted,
-    StageTrained,
-    StepLosses,
-    StepsTaken,
-)
+from schemas.events import Note, RowMeasured, RunStarted, StageStarted, StageTrained, StepsTaken
+from schemas.results import StageResult, StepLosses
 from zscl.sequence.journal import Journal, JournalReader
 
 

@@ -16,8 +16,8 @@ from pydantic import BaseModel
 from orchestrate.runs.preflight import refuse_other
 from schemas.algorithm import algorithm
 from schemas.errors import InputError
+from schemas.events import Note, RowMeasured, StageTrained, TaskEvaluated
 from schemas.experiment import Experiment
-from schemas.results import Note, RowMeasured, StageTrained, TaskEvaluated
 from zscl.evaluation.metrics import at_chance
 from zscl.runtime.atomic_io import write_text
 from zscl.sequence.matrix import Elsewhere, Handle, check_run_folder, refuse_other_run, stage_files

@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from support.data import make_task
 
 from schemas.errors import InputError
+from schemas.events import Note, StepsTaken
 from schemas.experiment import Experiment
-from schemas.results import Note, Result, StepsTaken
+from schemas.results import Result
 from zscl.data.shard_urls import open_samples
 from zscl.data.task import TaskFolder
 from zscl.methods.terms import Teacher

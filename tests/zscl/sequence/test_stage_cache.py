@@ -9,9 +9,10 @@ import pytest
 import torch
 from filelock import FileLock
 
+from schemas.events import Note, StageStarted
 from schemas.experiment import Experiment
 from schemas.method import Average
-from schemas.results import Note, Result, StageStarted
+from schemas.results import Result
 from zscl.sequence.resolve import open_experiment
 from zscl.sequence.run import run_sequence
 from zscl.sequence.stage_cache import Shared, StageStore, stage_identity

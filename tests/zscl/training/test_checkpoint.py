@@ -18,8 +18,8 @@ from support.data import TINY_MODEL
 from support.faults import same
 
 from schemas.compute import Checkpoint
+from schemas.events import CheckpointWritten, Note, StepsTaken
 from schemas.experiment import Experiment
-from schemas.results import CheckpointWritten, Note, StepsTaken
 from zscl.sequence.journal import JOURNAL, JournalReader
 from zscl.sequence.run import run_sequence
 from zscl.training.checkpoint import CHECKPOINT, Checkpoints, StoppedError, read_checkpoint

@@ -11,8 +11,8 @@ from pydantic import BaseModel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from schemas.errors import InputError
+from schemas.events import Note, StepsTaken
 from schemas.experiment import Experiment
-from schemas.results import Note, StepsTaken
 from zscl.sequence.run import run_sequence
 from zscl.training.checkpoint import CHECKPOINT
 from zscl.training.loss_log import EXPLODED, EXPLOSIONS_NAMED, TYPICAL_STEPS, Curves, NotFiniteError

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from schemas.events import WorkersUsed
 from schemas.experiment import Experiment
-from schemas.results import Result, WorkersUsed
+from schemas.results import Result
 from zscl.sequence.journal import JOURNAL, JournalReader
 from zscl.sequence.run import run_sequence
 from zscl.training import throughput as usage
