@@ -1,7 +1,7 @@
 """Errors that users see, and the phrases of their messages."""
 
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 from schemas.redaction import mask
@@ -60,3 +60,17 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
     """The end of a sentence that guesses what was meant; empty where nothing known is like it."""
     nearest = get_close_matches(given, known, n=1)
     return f"; did you mean '{nearest[0]}'?" if nearest else ""
+
+
+NAMED = 5  # in a sentence
+
+
+def named(names: Sequence[str], one: str, many: str = "") -> str:
+    """How many there are, and the first names."""
+    more = ", …" if len(names) > NAMED else ""
+    return f"{counted(len(names), one, many)} ({', '.join(names[:NAMED])}{more})"
+
+
+def counted(number: int, one: str, many: str = "") -> str:
+    """A number and its noun."""
+    return f"{number} {one if number == 1 else many or one + 's'}"

@@ -14,8 +14,8 @@ from rich.text import Text
 
 from orchestrate.runs.progress import Bar
 from schemas.dataset_report import Duplicates, Extent, Inspection, SplitFinding
+from schemas.errors import counted
 from zscl.checks.contact_sheet import ContactRow, contact_rows
-from zscl.checks.findings import counted
 from zscl.checks.scan import inspect
 from zscl.checks.task_scan import OpenedTask, open_task
 from zscl.runtime.atomic_io import whole_file

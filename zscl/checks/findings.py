@@ -1,12 +1,9 @@
 """What is wrong with a task's data, and what is only worth knowing: findings → sentences."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 from schemas.dataset_report import ClassNames, Duplicates, SplitFinding, Templates, Unreadable
-from zscl.data.sample import printable_name
-
-NAMED = 5  # in a sentence
+from schemas.errors import counted, named
 
 
 def class_problems(classnames: ClassNames, splits: Sequence[SplitFinding]) -> Iterator[str]:
@@ -65,32 +62,6 @@ def trait_warnings(traits: Mapping[str, int]) -> Iterator[str]:
     """What of the images training does not see as an image viewer shows it."""
     for trait, images in traits.items():
         yield f"found {counted(images, 'image')} with {trait}"
-
-
-def dotted(split: str, keys: Sequence[str]) -> str:
-    """A sentence about keys that other readers of such shards cut."""
-    found = named(keys, "sample whose key has a dot", "samples whose keys have dots")
-    return (
-        f"{split}: found {found}: they are read here up to the last dot, each image as a sample of its own; "
-        "WebDataset's own tools cut at the first"
-    )
-
-
-def uncounted(split: str, shards: Sequence[Path]) -> str:
-    """A sentence about shards that are there and not counted."""
-    found = named([printable_name(file.name) for file in shards], "shard")
-    return f"{split}: found {found} that nshards.txt does not count: never read"
-
-
-def named(names: Sequence[str], one: str, many: str = "") -> str:
-    """How many there are, and the first names."""
-    more = ", …" if len(names) > NAMED else ""
-    return f"{counted(len(names), one, many)} ({', '.join(names[:NAMED])}{more})"
-
-
-def counted(number: int, one: str, many: str = "") -> str:
-    """A number and its noun."""
-    return f"{number} {one if number == 1 else many or one + 's'}"
 
 
 def _other_labels(pairs: Duplicates) -> str:

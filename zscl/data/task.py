@@ -8,6 +8,7 @@
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,12 +16,12 @@ from pathlib import Path
 import fsspec
 
 from schemas.data import Reference, Task
-from schemas.errors import InputError
+from schemas.errors import InputError, named
 from schemas.experiment import HeldOut
 from zscl.checks import findings as verdict
 from zscl.data.captions.formats import read_captions
 from zscl.data.indexed import IndexedSamples
-from zscl.data.sample import BrokenSampleError, Sample, decoded_label, refuse_broken
+from zscl.data.sample import BrokenSampleError, Sample, decoded_label, printable_name, refuse_broken
 from zscl.data.shard_urls import MOST_SHARDS, open_samples
 from zscl.data.splits import few_of_each, split_off
 from zscl.data.streaming import StreamedSamples
@@ -376,3 +377,18 @@ class ReferenceSet:
     def digest(self) -> str:
         """Identity of the set: images by names and sizes, texts by content."""
         return digest(self.images.digest, "\n".join(self.texts))
+
+
+def dotted(split: str, keys: Sequence[str]) -> str:
+    """A sentence about keys that other readers of such shards cut."""
+    found = named(keys, "sample whose key has a dot", "samples whose keys have dots")
+    return (
+        f"{split}: found {found}: they are read here up to the last dot, each image as a sample of its own; "
+        "WebDataset's own tools cut at the first"
+    )
+
+
+def uncounted(split: str, shards: Sequence[Path]) -> str:
+    """A sentence about shards that are there and not counted."""
+    found = named([printable_name(file.name) for file in shards], "shard")
+    return f"{split}: found {found} that nshards.txt does not count: never read"

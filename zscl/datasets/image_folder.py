@@ -4,8 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from schemas.errors import InputError
-from zscl.checks.findings import counted
+from schemas.errors import InputError, counted
 from zscl.checks.image import has_header
 from zscl.data.sample import printable_name
 from zscl.data.tar import IMAGE_SUFFIXES, is_image_name
