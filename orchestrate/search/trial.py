@@ -35,7 +35,8 @@ from schemas.redaction import mask
 from schemas.results import Result
 from schemas.search import Search, TrialEnded, TrialNews, TrialStarted, objectives_of
 from zscl.evaluation.metrics import metrics
-from zscl.runtime.atomic_io import acquired, link_folder
+from zscl.runtime.atomic_io import link_folder
+from zscl.runtime.retry import acquired
 from zscl.sequence.resolve import Opened, open_experiment
 from zscl.sequence.run import RESULT, run_sequence
 from zscl.sequence.stage_cache import Averages, Shared

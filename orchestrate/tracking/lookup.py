@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from orchestrate.lifecycle.paths import EXPERIMENT, LEVELS, sqlite_file, sqlite_uri
 from schemas.errors import InputError, did_you_mean
 from schemas.redaction import mask
-from zscl.runtime.atomic_io import digest, nearest
+from zscl.runtime.hashing import digest
+from zscl.runtime.paths import nearest
 from zscl.sequence.journal import RunIdentity, identity_of
 from zscl.sequence.run import RESULT
 

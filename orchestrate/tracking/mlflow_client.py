@@ -34,7 +34,7 @@ from orchestrate.tracking.local_store import artefacts_beside, follow_artefacts
 from orchestrate.tracking.store_errors import FAILURES, store_error
 from schemas.errors import InputError
 from schemas.redaction import mask
-from zscl.runtime.atomic_io import digest
+from zscl.runtime.hashing import digest
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)
 # It prints the traceback of every attempt at a locked database.

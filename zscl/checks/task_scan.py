@@ -12,7 +12,7 @@ from zscl.checks import findings as verdict
 from zscl.data.indexed import IndexedSamples
 from zscl.data.sample import printable_name
 from zscl.data.task import MANIFEST, TaskFolder, lines_of, text_of
-from zscl.runtime.atomic_io import file_digest
+from zscl.runtime.hashing import file_digest
 
 Progress = Callable[[str, int, int], None]  # what, done, total
 

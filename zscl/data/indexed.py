@@ -12,7 +12,8 @@ import torch
 from schemas.errors import InputError
 from zscl.data.sample import Draw, Fault, Sample, decoded_text, printable_name
 from zscl.data.tar import EXPECTED_SUFFIXES, OTHER_IMAGE_SUFFIXES, Member, assemble, is_side_data, tar_members
-from zscl.runtime.atomic_io import digest, patiently
+from zscl.runtime.hashing import digest
+from zscl.runtime.retry import patiently
 from zscl.runtime.seeding import seed_of
 
 KINDS = ("image", "label", "text")

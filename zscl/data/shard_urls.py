@@ -18,7 +18,9 @@ from schemas.redaction import mask_urls
 from zscl.data.indexed import IndexedSamples
 from zscl.data.streaming import StreamedSamples
 from zscl.data.tar import is_image_name
-from zscl.runtime.atomic_io import digest, files_within, is_hidden, nearest, whole_file
+from zscl.runtime.atomic_io import whole_file
+from zscl.runtime.hashing import digest
+from zscl.runtime.paths import files_within, is_hidden, nearest
 
 MOST_SHARDS = 1_000_000
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4", ".tar.z")

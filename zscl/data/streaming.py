@@ -14,7 +14,7 @@ from schemas.errors import InputError
 from schemas.redaction import mask_urls
 from zscl.data.sample import ATTEMPTS, Draw, Sample, decoded_text
 from zscl.data.tar import Tail, read_samples, reason_of
-from zscl.runtime.atomic_io import digest
+from zscl.runtime.hashing import digest
 from zscl.runtime.seeding import seed_of
 
 SHUFFLE_BUFFER = 2_000  # samples held while streaming; local shards are shuffled as a whole instead

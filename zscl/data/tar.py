@@ -14,7 +14,7 @@ from typing import IO, Generic, NamedTuple, TypeVar
 
 from schemas.errors import InputError
 from zscl.data.sample import Fault, Sample, printable_name
-from zscl.runtime.atomic_io import is_hidden
+from zscl.runtime.paths import is_hidden
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 EXPECTED_SUFFIXES = f"expected one of {', '.join(f'.{suffix}' for suffix in IMAGE_SUFFIXES)}"

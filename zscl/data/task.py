@@ -25,7 +25,8 @@ from zscl.data.sample import BrokenSampleError, Sample, decoded_label, printable
 from zscl.data.shard_urls import MOST_SHARDS, open_samples
 from zscl.data.splits import few_of_each, split_off
 from zscl.data.streaming import StreamedSamples
-from zscl.runtime.atomic_io import digest, is_hidden, nearest
+from zscl.runtime.hashing import digest
+from zscl.runtime.paths import is_hidden, nearest
 
 MANIFEST = "zscl.json"
 

@@ -12,7 +12,8 @@ from zscl.data.task import MANIFEST, TaskFolder, lines_of
 from zscl.datasets.mtil import classnames_of, templates_of
 from zscl.datasets.sources import Prepared, kept_task
 from zscl.datasets.task_writer import FileList
-from zscl.runtime.atomic_io import file_digest, whole_folder, write_text
+from zscl.runtime.atomic_io import whole_folder, write_text
+from zscl.runtime.hashing import file_digest
 
 SPLIT_FAMILY = "clip-benchmark-wds"
 

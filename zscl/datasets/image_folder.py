@@ -10,7 +10,7 @@ from zscl.data.sample import printable_name
 from zscl.data.tar import IMAGE_SUFFIXES, is_image_name
 from zscl.datasets.sources import SPLIT_SEED, File, Prepared, random_split, said_in_one_sentence, write_files
 from zscl.datasets.task_writer import image_suffix
-from zscl.runtime.atomic_io import files_within, is_hidden
+from zscl.runtime.paths import files_within, is_hidden
 
 DEFAULT_TEMPLATE = "a photo of a {c}."
 MOST_NAMED = 8  # classes or files, in a sentence

@@ -12,7 +12,8 @@ import webdataset
 from schemas.errors import InputError
 from zscl.data.tar import IMAGE_SUFFIXES
 from zscl.data.task import MANIFEST
-from zscl.runtime.atomic_io import file_digest, whole_folder, write_text
+from zscl.runtime.atomic_io import whole_folder, write_text
+from zscl.runtime.hashing import file_digest
 
 FILES = "files.txt"  # of a split: what each sample was called at its source
 

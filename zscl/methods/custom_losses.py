@@ -14,8 +14,8 @@ import torch
 
 from schemas.errors import InputError
 from schemas.method import FurtherLoss
-from zscl.runtime.atomic_io import digest
 from zscl.runtime.distributed import world_size
+from zscl.runtime.hashing import digest
 
 if TYPE_CHECKING:
     from zscl.methods.terms import Batch, Features, Part, Stage

@@ -15,8 +15,10 @@ from schemas.method import Distill
 from zscl.data.task import ReferenceSet, TaskFolder
 from zscl.models.clip import Clip, at_least_float32
 from zscl.models.load_checks import refuse_not_finite
-from zscl.runtime.atomic_io import digest, patiently, whole_file
+from zscl.runtime.atomic_io import whole_file
 from zscl.runtime.distributed import from_main, gather, rank, share, sum_over_workers
+from zscl.runtime.hashing import digest
+from zscl.runtime.retry import patiently
 from zscl.runtime.seeding import seed_of
 
 TEXTS_AT_ONCE = 512

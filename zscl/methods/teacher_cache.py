@@ -36,8 +36,10 @@ from zscl.data.loader import Decode, EvaluationImages, Loader
 from zscl.data.sample import Sample
 from zscl.models.clip import Clip, at_least_float32, precision_context
 from zscl.models.load_checks import refuse_not_finite
-from zscl.runtime.atomic_io import digest, patiently, set_aside
+from zscl.runtime.atomic_io import set_aside
 from zscl.runtime.distributed import barrier, rank, share, sum_over_workers, world_size
+from zscl.runtime.hashing import digest
+from zscl.runtime.retry import patiently
 
 FEATURES, CHECKS = "features.npy", "checks.npy"
 OPEN_SECONDS = 20.0  # to wait for a store that storage does not give: a run goes on without it

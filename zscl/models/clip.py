@@ -27,7 +27,10 @@ from zscl.models.load_checks import (
     refuse_unknown_name,
     refuse_unreachable_weights,
 )
-from zscl.runtime.atomic_io import digest, file_digest, nearest, os_error_of, patiently, whole_folder
+from zscl.runtime.atomic_io import whole_folder
+from zscl.runtime.hashing import digest, file_digest
+from zscl.runtime.paths import nearest
+from zscl.runtime.retry import os_error_of, patiently
 
 EMBEDDED_MODEL = Path(__file__).parent / "embedded_model"
 WEIGHTS = "open_clip_model.safetensors"

@@ -21,7 +21,7 @@ from schemas.events import (
     StepsTaken,
     TaskEvaluated,
 )
-from zscl.runtime.atomic_io import patiently
+from zscl.runtime.retry import patiently
 
 JOURNAL = "journal.jsonl"
 

@@ -23,8 +23,9 @@ from zscl.data.task import TaskFolder
 from zscl.evaluation.metrics import at_chance
 from zscl.evaluation.zero_shot import accuracies, embed_classes, head
 from zscl.models.clip import WEIGHTS, Clip
-from zscl.runtime.atomic_io import patiently, read_if_there, remove, write_text
+from zscl.runtime.atomic_io import remove, write_text
 from zscl.runtime.distributed import agree, barrier, from_main_text, gather_sentences, rank
+from zscl.runtime.retry import patiently, read_if_there
 from zscl.sequence.resolve import Opened
 from zscl.sequence.stage_cache import TRAINING, StageStore, stage_identity
 from zscl.training.checkpoint import CHECKPOINT, StoppedError

@@ -22,7 +22,9 @@ from fsspec.implementations.local import LocalFileSystem
 
 from schemas.errors import InputError, one_line
 from schemas.redaction import mask
-from zscl.runtime.atomic_io import ASIDE, digest, patiently, remove, whole_file, write_text
+from zscl.runtime.atomic_io import ASIDE, remove, whole_file, write_text
+from zscl.runtime.hashing import digest
+from zscl.runtime.retry import patiently
 
 KNOWN = ".mirror.json"
 EVERY_SECONDS = 10.0

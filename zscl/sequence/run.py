@@ -39,8 +39,9 @@ from zscl.evaluation.metrics import metrics
 from zscl.methods import exemplars as memory
 from zscl.methods.weight_averaging import interpolate
 from zscl.models.clip import Clip, has_no_deterministic_kernel, load, load_weights, use_deterministic_kernels
-from zscl.runtime.atomic_io import patiently, read_if_there, remove, whole_folder, write_text
+from zscl.runtime.atomic_io import remove, whole_folder, write_text
 from zscl.runtime.distributed import barrier, from_main_text, rank, world_size
+from zscl.runtime.retry import patiently, read_if_there
 from zscl.runtime.seeding import seed_of
 from zscl.sequence.journal import JOURNAL, Journal
 from zscl.sequence.matrix import (

@@ -22,16 +22,10 @@ from pydantic import ValidationError
 from schemas.algorithm import algorithm
 from schemas.method import Average
 from schemas.results import StageResult
-from zscl.runtime.atomic_io import (
-    acquired,
-    digest,
-    link_folder,
-    patiently,
-    read_if_there,
-    set_aside,
-    write_text,
-)
+from zscl.runtime.atomic_io import link_folder, set_aside, write_text
 from zscl.runtime.distributed import agree, barrier, from_main_text, rank
+from zscl.runtime.hashing import digest
+from zscl.runtime.retry import acquired, patiently, read_if_there
 from zscl.sequence.resolve import Opened
 from zscl.training.checkpoint import StoppedError
 

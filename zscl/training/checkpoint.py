@@ -21,8 +21,9 @@ from torch import nn
 
 from schemas.compute import Checkpoint
 from schemas.events import CheckpointWritten, Note
-from zscl.runtime.atomic_io import os_error_of, patiently, set_aside, whole_file
+from zscl.runtime.atomic_io import set_aside, whole_file
 from zscl.runtime.distributed import agree, barrier, rank
+from zscl.runtime.retry import os_error_of, patiently
 
 CHECKPOINT = "checkpoint.pt"
 LOOK_EVERY_SECONDS = 1.0

@@ -18,8 +18,9 @@ from torch import nn
 from schemas.errors import InputError
 from schemas.method import Average
 from zscl.methods.weight_averaging import hand_on, trained_parameters
-from zscl.runtime.atomic_io import os_error_of, patiently, whole_file
+from zscl.runtime.atomic_io import whole_file
 from zscl.runtime.distributed import rank
+from zscl.runtime.retry import os_error_of, patiently
 
 FOLDER = "snapshots"
 SUFFIX = ".safetensors"

@@ -29,10 +29,11 @@ from zscl.models.clip import Clip, image_size, precision_context
 from zscl.models.pruned_forward import Towers
 from zscl.runtime.distributed import gather_sentences, gather_with_gradient, rank, share, world_size
 from zscl.runtime.seeding import seed_of
+from zscl.runtime.timing import Clock, peak_memory
 from zscl.training.checkpoint import Checkpoints, State, fits, read_checkpoint
 from zscl.training.loss_log import Curves
 from zscl.training.snapshots import Snapshots, place_of
-from zscl.training.throughput import Clock, Usage, peak_memory
+from zscl.training.throughput import Usage
 
 Report = Callable[[StepsTaken | CheckpointWritten | WorkersUsed | Note], None]
 

@@ -19,7 +19,7 @@ from support.command import Command
 
 from orchestrate.recipes import recipe as recipes
 from schemas.results import Result, RunState
-from zscl.runtime.atomic_io import patiently
+from zscl.runtime.retry import patiently
 from zscl.sequence.run import run_sequence
 
 Zscl = Callable[..., Command]

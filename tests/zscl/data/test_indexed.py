@@ -11,7 +11,7 @@ from support.data import coloured, make_task
 from schemas.errors import InputError
 from zscl.data.indexed import IndexedSamples
 from zscl.data.shard_urls import open_samples
-from zscl.runtime.atomic_io import patiently
+from zscl.runtime.retry import patiently
 
 
 def test_loose_images_are_samples_too(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError, ReadTimeoutError
 
-from zscl.runtime.atomic_io import is_transient, os_error_of, patiently, whole_file, whole_folder, write_text
+from zscl.runtime.atomic_io import whole_file, whole_folder, write_text
+from zscl.runtime.retry import is_transient, os_error_of, patiently
 
 
 def half(write: Callable[[Path], AbstractContextManager[Path]], path: Path) -> None:

@@ -10,10 +10,11 @@ import torch
 from schemas.events import WorkersUsed
 from schemas.experiment import Experiment
 from schemas.results import Result
+from zscl.runtime.timing import Clock
 from zscl.sequence.journal import JOURNAL, JournalReader
 from zscl.sequence.run import run_sequence
 from zscl.training import throughput as usage
-from zscl.training.throughput import Clock, Usage
+from zscl.training.throughput import Usage
 
 
 def test_a_clock_counts_blocks_items_and_calls() -> None:
