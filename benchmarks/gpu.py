@@ -60,8 +60,9 @@ from schemas.events import CheckpointWritten, StepsTaken
 from schemas.experiment import Experiment, Model
 from schemas.results import Result
 from zscl.data.loader import Loader
+from zscl.data.tar import write_shards
 from zscl.data.task import TaskFolder
-from zscl.datasets.task_writer import write_shards, write_task
+from zscl.datasets.task_writer import write_task
 from zscl.evaluation.zero_shot import accuracies, embed_classes
 from zscl.models.clip import Clip, load, precision_context
 from zscl.sequence.run import run_sequence

@@ -33,10 +33,11 @@ import torch
 from open_clip import image_transform
 from PIL import Image
 
-from zscl.data.loader import Decode, Loader, TrainingImages
+from zscl.data.decode import Decode
+from zscl.data.loader import Loader, TrainingImages
 from zscl.data.sample import Sample
 from zscl.data.shard_urls import open_samples
-from zscl.datasets.task_writer import write_shards
+from zscl.data.tar import write_shards
 
 BATCH, SEED = 64, 0
 CPU = torch.device("cpu")

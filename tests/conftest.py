@@ -28,7 +28,7 @@ from support.command import Command
 from support.data import COLOURS, TINY_MODEL, coloured, make_task
 
 from schemas.experiment import Experiment
-from zscl.datasets.task_writer import write_shards
+from zscl.data.tar import write_shards
 
 
 @pytest.fixture(scope="session")

@@ -30,8 +30,9 @@ from ruamel.yaml import YAML
 from orchestrate.recipes import recipe as recipes
 from schemas.data import Task
 from schemas.errors import InputError
+from zscl.data.decode import Decode
 from zscl.data.indexed import IndexedSamples
-from zscl.data.loader import Decode, EvaluationImages, TrainingImages
+from zscl.data.loader import EvaluationImages, TrainingImages
 from zscl.data.sample import Samples
 from zscl.data.streaming import StreamedSamples
 from zscl.data.task import TaskFolder

@@ -17,7 +17,7 @@ from ruamel.yaml import YAML
 from orchestrate.cluster.auth import loopback_alone
 from schemas.events import RunStarted, StepsTaken
 from support.data import coloured, make_task
-from zscl.datasets.task_writer import write_shards
+from zscl.data.tar import write_shards
 from zscl.sequence.journal import JOURNAL, JournalReader
 
 PATIENCE_SECONDS = 900.0  # that an event may take: only what hangs takes longer, on however busy a machine

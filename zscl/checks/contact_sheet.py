@@ -7,8 +7,8 @@ from PIL import Image
 
 from zscl.checks.image import Decoded, look_at, silent_decoders
 from zscl.checks.task_scan import OpenedTask
+from zscl.data.decode import decode_image
 from zscl.data.indexed import IndexedSamples
-from zscl.data.loader import decode_image
 from zscl.data.sample import decoded_label
 from zscl.data.task import number_of
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from PIL import Image, UnidentifiedImageError
 
 from schemas.dataset_report import Reason
-from zscl.data.loader import FORMATS, decode_image
+from zscl.data.decode import FORMATS, decode_image
 
 # What of an image training does not see as an image viewer shows it.
 TRAITS: Mapping[str, Callable[[Image.Image], bool]] = {

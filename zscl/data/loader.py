@@ -5,7 +5,6 @@ equally augmented, however many workers and loader processes share it, and from 
 that cannot be used is skipped and named (another stands in for it while training); too many of them end the run.
 """
 
-import io
 import os
 import tempfile
 from collections import Counter
@@ -15,28 +14,24 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
-import numpy as np
 import torch
 import webdataset
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch.utils.data import get_worker_info
 
+from schemas.compute import Compute
 from schemas.errors import InputError
+from schemas.events import Note
+from zscl.data.decode import Decode, Decoded
 from zscl.data.indexed import IndexedSamples
+from zscl.data.loader import Loader, TrainingImages
 from zscl.data.sample import ATTEMPTS, BrokenSampleError, Draw, Sample, Samples, refuse_broken
 from zscl.data.streaming import StreamedSamples
 from zscl.runtime.distributed import gather_sentences, sum_over_workers, world_size
 from zscl.runtime.seeding import seed_of
 
-Transform = Callable[[Any], torch.Tensor]
-Label = int | tuple[int, ...]
-LabelOf = Callable[[Sample], Label]
-Decoded = tuple[torch.Tensor, Label]
 # What a stream is made of: decoded images, and the sentences of samples that were skipped.
 Items = Iterator[Decoded | str]
-# Whatever a file is called: other formats of PIL start other programs, or are read by code that few look at.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM")
-LONGEST_SIDES = 100  # the longer side by the shorter: a strip of one pixel would be enlarged beyond all memory
 LONGEST_TEMPORARY = 107 - 32  # bytes: a path to a Unix socket has 107, of which multiprocessing adds up to 32
 
 PIXEL_BYTES = 4  # that Pillow takes for a pixel of RGB
@@ -151,62 +146,6 @@ class Loader:
             if sentence not in self.broken:
                 self.broken[sentence] = None
                 self.note(f"skipped {sentence}")
-
-
-@dataclass(frozen=True)
-class Decode:
-    """Encoded sample → (image [3, H, W], label)."""
-
-    transform: Transform
-    label_of: LabelOf
-
-    def __call__(self, sample: Sample) -> Decoded:
-        """Decode one image and transform it.
-
-        Raises:
-            BrokenSampleError: the image or the label cannot be read.
-        """
-        sample.check()
-        label = self.label_of(sample)
-        return self.transform(self.read(sample)), label
-
-    def read(self, sample: Sample) -> Image.Image:
-        """Decode one image, as it is.
-
-        Raises:
-            BrokenSampleError: the image cannot be read.
-        """
-        try:
-            return decode_image(sample.image)
-        except Exception as error:  # what a decoder raises on foreign bytes is no closed list
-            unknown = isinstance(error, UnidentifiedImageError)  # its own words show an address, another each time
-            reason = f"found {len(sample.image)} bytes of no known format" if unknown else str(error)
-            raise BrokenSampleError(
-                f"{sample.shard}: sample '{sample.key}' is no readable image ({reason or type(error).__name__})"
-            ) from error
-
-
-def decode_image(encoded: bytes) -> Image.Image:
-    """Decode an image to its last pixel; RGB.
-
-    Of 16 bits, the upper 8 are taken; of several frames, the first; transparency and EXIF orientation are left alone.
-
-    Raises:
-        UnidentifiedImageError: it is in none of `FORMATS`.
-        ValueError: its sides are too unlike.
-        Exception: what the decoder raises.
-    """
-    with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
-        if max(image.size) > LONGEST_SIDES * min(image.size):
-            raise ValueError(
-                f"found {image.width} x {image.height} pixels, expected no side over {LONGEST_SIDES} times the other"
-            )
-        if image.mode == "F":
-            raise ValueError("found pixels of floating point, expected whole numbers")
-        if image.mode.startswith("I"):  # 16 bits, which `convert` would cut off at 255: nearly all would be white
-            pixels = (np.asarray(image).clip(0, 2**16 - 1) >> 8).astype(np.uint8)
-            return Image.fromarray(pixels).convert("RGB")
-        return image.convert("RGB")
 
 
 class DecodedImages:
@@ -417,3 +356,13 @@ def _stack(samples: list[Decoded]) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.empty(0), torch.empty(0)
     images, labels = zip(*samples, strict=True)
     return torch.stack(images), torch.tensor(labels)
+
+
+def loader_of(compute: Compute, device: torch.device, report: Callable[[Note], None]) -> Loader:
+    """How a worker reads; what it skips is reported."""
+    return Loader(
+        device,
+        compute.loader_processes,
+        max_broken_share=compute.max_broken_share,
+        note=lambda sentence: report(Note(text=sentence)),
+    )

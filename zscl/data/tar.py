@@ -7,13 +7,18 @@ Nothing here unpickles: only image, label and text members are ever read.
 
 import re
 import tarfile
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import IO, Generic, NamedTuple, TypeVar
 
+import webdataset
+
 from schemas.errors import InputError
 from zscl.data.sample import Fault, Sample, printable_name
+from zscl.data.tar import IMAGE_SUFFIXES
+from zscl.runtime.hashing import file_digest
 from zscl.runtime.paths import is_hidden
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
@@ -337,3 +342,22 @@ def reason_of(error: Exception) -> str:
     """What an error says, on one line, whole."""
     said = error.args[0] if error.args and isinstance(error.args[0], str) else error  # WebDataset appends to it
     return " ".join(str(said).split()) or type(error).__name__
+
+
+def write_shards(folder: Path, samples: Iterable[Mapping[str, bytes]], shard_images: int) -> list[dict[str, object]]:
+    """Write samples (suffix -> content) to 0.tar, 1.tar, …; the same samples give the same bytes.
+
+    Returns each shard's file name, samples, bytes and sha256.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    shards: list[dict[str, object]] = []
+    remaining, total = iter(samples), 0
+    while content := list(islice(remaining, shard_images)):
+        file = folder / f"{len(shards)}.tar"
+        with file.open("wb") as stream, webdataset.TarWriter(stream, encoder=False, mtime=0) as writer:
+            for number, sample in enumerate(content, start=total):
+                writer.write({"__key__": f"{number:07d}", **sample})
+        size = file.stat().st_size
+        shards.append({"file": file.name, "samples": len(content), "bytes": size, "sha256": file_digest(file)})
+        total += len(content)
+    return shards

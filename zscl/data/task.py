@@ -15,11 +15,10 @@ from pathlib import Path
 
 import fsspec
 
-from schemas.data import Reference, Task
+from schemas.data import Task
 from schemas.errors import InputError, named
 from schemas.experiment import HeldOut
 from zscl.checks import findings as verdict
-from zscl.data.captions.formats import read_captions
 from zscl.data.indexed import IndexedSamples
 from zscl.data.sample import BrokenSampleError, Sample, decoded_label, printable_name, refuse_broken
 from zscl.data.shard_urls import MOST_SHARDS, open_samples
@@ -352,32 +351,6 @@ class TaskFolder:
                 f"{self.path}/{MANIFEST}: found no manifest ({error}), expected zscl's own, or no such file"
             ) from error
         return hashes
-
-
-class ReferenceSet:
-    """A reference set, opened: unlabelled images and unpaired texts."""
-
-    def __init__(self, reference: Reference, cache: str | None = None) -> None:
-        self.images = open_samples(reference.images, cache)
-        self.texts = self._texts(reference)[: reference.max_texts]
-        if not self.texts:
-            raise InputError(
-                f"reference: found no texts in {', '.join(reference.images)}, expected .txt members beside the "
-                "images, a captions.txt in the folder, or reference.texts: FILE"
-            )
-
-    def _texts(self, reference: Reference) -> list[str]:
-        if reference.texts is not None:
-            return list(read_captions(reference.texts, lenient=True))
-        for location in reference.images:
-            if "://" not in location and Path(location, "captions.txt").is_file():
-                return list(read_captions(f"{location}/captions.txt", lenient=True))
-        return [text for text in self.images.texts() if text]
-
-    @cached_property
-    def digest(self) -> str:
-        """Identity of the set: images by names and sizes, texts by content."""
-        return digest(self.images.digest, "\n".join(self.texts))
 
 
 def dotted(split: str, keys: Sequence[str]) -> str:

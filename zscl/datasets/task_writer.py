@@ -3,17 +3,13 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-import webdataset
-
 from schemas.errors import InputError
-from zscl.data.tar import IMAGE_SUFFIXES
+from zscl.data.tar import IMAGE_SUFFIXES, write_shards
 from zscl.data.task import MANIFEST
 from zscl.runtime.atomic_io import whole_folder, write_text
-from zscl.runtime.hashing import file_digest
 
 FILES = "files.txt"  # of a split: what each sample was called at its source
 
@@ -123,22 +119,3 @@ def image_suffix(name: str) -> str:
     if suffix not in IMAGE_SUFFIXES:
         raise InputError(f"{name}: found no image file that shards hold, expected one of {', '.join(IMAGE_SUFFIXES)}")
     return suffix
-
-
-def write_shards(folder: Path, samples: Iterable[Mapping[str, bytes]], shard_images: int) -> list[dict[str, object]]:
-    """Write samples (suffix -> content) to 0.tar, 1.tar, …; the same samples give the same bytes.
-
-    Returns each shard's file name, samples, bytes and sha256.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    shards: list[dict[str, object]] = []
-    remaining, total = iter(samples), 0
-    while content := list(islice(remaining, shard_images)):
-        file = folder / f"{len(shards)}.tar"
-        with file.open("wb") as stream, webdataset.TarWriter(stream, encoder=False, mtime=0) as writer:
-            for number, sample in enumerate(content, start=total):
-                writer.write({"__key__": f"{number:07d}", **sample})
-        size = file.stat().st_size
-        shards.append({"file": file.name, "samples": len(content), "bytes": size, "sha256": file_digest(file)})
-        total += len(content)
-    return shards

@@ -12,7 +12,8 @@ import torch
 
 from schemas.errors import InputError, command
 from schemas.evaluation import Bin, Confused, Judged, Protocol
-from zscl.data.loader import Decode, EvaluationImages, Loader
+from zscl.data.decode import Decode
+from zscl.data.loader import EvaluationImages, Loader
 from zscl.data.task import TaskFolder
 from zscl.evaluation.zero_shot import embed_classes
 from zscl.models.clip import Clip, at_least_float32, precision_context

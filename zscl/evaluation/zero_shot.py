@@ -6,7 +6,8 @@ import torch
 from open_clip import build_zero_shot_classifier
 
 from schemas.errors import InputError, command
-from zscl.data.loader import Decode, EvaluationImages, Loader
+from zscl.data.decode import Decode
+from zscl.data.loader import EvaluationImages, Loader
 from zscl.data.task import TaskFolder
 from zscl.models.clip import Clip, at_least_float32, precision_context
 from zscl.models.load_checks import refuse_not_finite

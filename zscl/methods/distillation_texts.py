@@ -12,7 +12,8 @@ from torch import nn
 from schemas.algorithm import FEATURES_VERSION
 from schemas.errors import InputError
 from schemas.method import Distill
-from zscl.data.task import ReferenceSet, TaskFolder
+from zscl.data.reference_set import ReferenceSet
+from zscl.data.task import TaskFolder
 from zscl.models.clip import Clip, at_least_float32
 from zscl.models.load_checks import refuse_not_finite
 from zscl.runtime.atomic_io import whole_file

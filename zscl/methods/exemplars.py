@@ -13,12 +13,13 @@ import torch
 from PIL import Image
 
 from schemas.errors import InputError
+from zscl.data.decode import FORMATS, Decode
 from zscl.data.indexed import IndexedSamples
-from zscl.data.loader import FORMATS, Decode, EvaluationImages, Loader
+from zscl.data.loader import EvaluationImages, Loader
 from zscl.data.sample import Samples
 from zscl.data.shard_urls import open_samples
+from zscl.data.tar import write_shards
 from zscl.data.task import TaskFolder
-from zscl.datasets.task_writer import write_shards
 from zscl.models.clip import Clip, at_least_float32, image_size, precision_context
 from zscl.runtime.distributed import gather_unequal, rank, world_size
 

@@ -31,8 +31,9 @@ from numpy.lib.format import open_memmap
 from torch import nn
 
 from schemas.algorithm import FEATURES_VERSION
+from zscl.data.decode import Decode
 from zscl.data.indexed import IndexedSamples
-from zscl.data.loader import Decode, EvaluationImages, Loader
+from zscl.data.loader import EvaluationImages, Loader
 from zscl.data.sample import Sample
 from zscl.models.clip import Clip, at_least_float32, precision_context
 from zscl.models.load_checks import refuse_not_finite

@@ -19,6 +19,7 @@ from schemas.base import Strict, parse_json
 from schemas.errors import InputError
 from schemas.events import Note, RowMeasured, TaskEvaluated
 from schemas.results import StageResult
+from zscl.data.loader import loader_of
 from zscl.data.task import TaskFolder
 from zscl.evaluation.metrics import at_chance
 from zscl.evaluation.zero_shot import accuracies, embed_classes, head
@@ -29,7 +30,6 @@ from zscl.runtime.retry import patiently, read_if_there
 from zscl.sequence.resolve import Opened
 from zscl.sequence.stage_cache import TRAINING, StageStore, stage_identity
 from zscl.training.checkpoint import CHECKPOINT, StoppedError
-from zscl.training.stage import loader_of
 
 Report = Callable[[BaseModel], None]
 ZERO_SHOT, ACCURACY = "zero_shot.json", "accuracy.json"

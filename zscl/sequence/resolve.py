@@ -13,7 +13,8 @@ from schemas.data import ClassIncremental, Task
 from schemas.errors import InputError, did_you_mean
 from schemas.experiment import Experiment
 from zscl.data.indexed import IndexedSamples
-from zscl.data.task import ReferenceSet, TaskFolder, lines_of
+from zscl.data.reference_set import ReferenceSet
+from zscl.data.task import TaskFolder, lines_of
 from zscl.methods import custom_losses as further
 from zscl.methods import exemplars as memory
 from zscl.models.clip import weights_digest

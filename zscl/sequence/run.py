@@ -34,7 +34,7 @@ from schemas.errors import InputError
 from schemas.events import CheckpointWritten, Note, RowMeasured, RunStarted, StageStarted, StageTrained
 from schemas.experiment import LOCAL_MODEL, Experiment, Model
 from schemas.results import Result, StageResult, StepLosses, TaskName
-from zscl.data.loader import Loader
+from zscl.data.loader import Loader, loader_of
 from zscl.evaluation.metrics import metrics
 from zscl.methods import exemplars as memory
 from zscl.methods.weight_averaging import interpolate
@@ -61,7 +61,7 @@ from zscl.sequence.stage_cache import TRAINING, Shared, StageStore, stage_identi
 from zscl.sequence.teacher import Teaching, frozen, store_beside
 from zscl.training.checkpoint import CHECKPOINT
 from zscl.training.loss_log import NotFiniteError
-from zscl.training.stage import loader_of, train_stage
+from zscl.training.stage import train_stage
 
 Report = Callable[[BaseModel], None]
 RESULT = "result.json"

@@ -15,6 +15,7 @@ from schemas.events import ImagesEmbedded, Note
 from schemas.experiment import Experiment, Model
 from schemas.results import Embedded
 from zscl.data.indexed import IndexedSamples
+from zscl.data.loader import loader_of
 from zscl.data.noise import NoiseSamples
 from zscl.data.sample import Samples
 from zscl.data.task import TaskFolder
@@ -26,7 +27,6 @@ from zscl.methods.weight_averaging import interpolate
 from zscl.models.clip import Clip, freeze, image_size, load
 from zscl.runtime.distributed import rank
 from zscl.sequence.resolve import Opened, open_experiment
-from zscl.training.stage import loader_of
 
 Report = Callable[[BaseModel], None]
 

@@ -19,8 +19,9 @@ from torchvision.transforms import Compose, RandomCrop
 from schemas.data import Task
 from schemas.errors import InputError
 from schemas.pretraining import Pretraining
+from zscl.data.decode import Decode
 from zscl.data.indexed import IndexedSamples
-from zscl.data.loader import Decode, Loader, TrainingImages
+from zscl.data.loader import Loader, TrainingImages
 from zscl.data.sample import decoded_text
 from zscl.data.shard_urls import open_samples
 from zscl.data.task import TaskFolder

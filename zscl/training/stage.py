@@ -13,13 +13,13 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from schemas.compute import Compute
 from schemas.errors import InputError
 from schemas.events import CheckpointWritten, Note, StepsTaken, WorkersUsed
 from schemas.experiment import Experiment
 from schemas.method import Average
 from schemas.results import StageResult, StepLosses
-from zscl.data.loader import Decode, Loader, TrainingImages
+from zscl.data.decode import Decode
+from zscl.data.loader import Loader, TrainingImages, loader_of
 from zscl.data.sample import Sample, Samples
 from zscl.data.task import TaskFolder
 from zscl.methods import terms as objective
@@ -313,16 +313,6 @@ def adamw(parameters: list[nn.Parameter], learning_rate: float, experiment: Expe
         weight_decay=optimisation.weight_decay,
         fused=savings.fused_optimizer,
         foreach=None if savings.fused_optimizer else False,
-    )
-
-
-def loader_of(compute: Compute, device: torch.device, report: Callable[[Note], None]) -> Loader:
-    """How a worker reads; what it skips is reported."""
-    return Loader(
-        device,
-        compute.loader_processes,
-        max_broken_share=compute.max_broken_share,
-        note=lambda sentence: report(Note(text=sentence)),
     )
 
 

@@ -13,7 +13,7 @@ from ruamel.yaml import YAML
 from support.command import Command
 from support.data import coloured, make_task
 
-from zscl.datasets.task_writer import write_shards
+from zscl.data.tar import write_shards
 
 SECRETS = {
     "password": "p%40ss-w0rd/of#url",

@@ -19,7 +19,7 @@ from schemas.dataset_report import Inspection
 from zscl.checks.contact_sheet import contact_rows
 from zscl.checks.scan import LISTED, inspect
 from zscl.checks.task_scan import open_task
-from zscl.datasets.task_writer import write_shards
+from zscl.data.tar import write_shards
 
 Members = dict[str, bytes]
 

@@ -19,23 +19,13 @@ from torchvision.transforms import Compose, RandomResizedCrop, ToTensor
 from schemas.errors import InputError
 from schemas.experiment import Model
 from zscl.checks.image import Decoded, look_at
+from zscl.data.decode import FORMATS, LONGEST_SIDES, Decode, Label, decode_image
 from zscl.data.indexed import IndexedSamples
-from zscl.data.loader import (
-    FORMATS,
-    LONGEST_SIDES,
-    Batched,
-    Decode,
-    DecodedImages,
-    EvaluationImages,
-    Label,
-    Loader,
-    TrainingImages,
-    decode_image,
-)
+from zscl.data.loader import Batched, DecodedImages, EvaluationImages, Loader, TrainingImages
 from zscl.data.noise import NoiseSamples
 from zscl.data.sample import Sample
 from zscl.data.shard_urls import open_samples
-from zscl.datasets.task_writer import write_shards
+from zscl.data.tar import write_shards
 from zscl.models.clip import Clip, load
 
 AUGMENT = Compose([RandomResizedCrop(8, scale=(0.3, 1.0)), ToTensor()])

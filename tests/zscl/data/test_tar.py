@@ -17,7 +17,7 @@ from schemas.errors import InputError
 from zscl.data.indexed import IndexedSamples
 from zscl.data.sample import BrokenSampleError, Sample
 from zscl.data.shard_urls import open_samples
-from zscl.datasets.task_writer import write_shards
+from zscl.data.tar import write_shards
 
 
 def test_only_images_labels_and_texts_are_read(tmp_path: Path) -> None:

@@ -8,8 +8,10 @@ from support.data import coloured, make_task, opened
 
 from schemas.data import Reference, Task
 from schemas.errors import InputError
-from zscl.data.task import ReferenceSet, TaskFolder
-from zscl.datasets.task_writer import write_shards, write_task
+from zscl.data.reference_set import ReferenceSet
+from zscl.data.tar import write_shards
+from zscl.data.task import TaskFolder
+from zscl.datasets.task_writer import write_task
 
 
 def test_names_a_sample_without_a_label(tmp_path: Path) -> None:

@@ -21,8 +21,9 @@ from support.data import TINY_MODEL, coloured, make_task
 from schemas.data import Task
 from schemas.errors import InputError
 from schemas.experiment import Experiment, Model
+from zscl.data.decode import Decode
 from zscl.data.indexed import IndexedSamples
-from zscl.data.loader import Decode, EvaluationImages, TrainingImages
+from zscl.data.loader import EvaluationImages, TrainingImages
 from zscl.data.shard_urls import open_samples
 from zscl.data.streaming import StreamedSamples
 from zscl.data.task import TaskFolder

@@ -14,7 +14,7 @@ from support.data import coloured
 
 from schemas.data import Reference
 from schemas.errors import InputError
-from zscl.data.task import ReferenceSet
+from zscl.data.reference_set import ReferenceSet
 from zscl.datasets.captions import write_captions
 
 

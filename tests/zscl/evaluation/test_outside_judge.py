@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from schemas.experiment import Experiment, Model
-from zscl.data.loader import Decode, EvaluationImages, Loader
+from zscl.data.decode import Decode
+from zscl.data.loader import EvaluationImages, Loader
 from zscl.data.task import TaskFolder
 from zscl.evaluation.zero_shot import class_embeddings
 from zscl.models.clip import load

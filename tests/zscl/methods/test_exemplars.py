@@ -8,7 +8,7 @@ import torch
 from support.data import coloured
 
 from zscl.data.shard_urls import open_samples
-from zscl.datasets.task_writer import write_shards
+from zscl.data.tar import write_shards
 from zscl.methods.exemplars import choose, herd, per_class, recall, write
 
 

@@ -3,9 +3,10 @@
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from zscl.data.tar import write_shards
 from zscl.data.task import MANIFEST
 from zscl.datasets.synthetic import domains, embedded
-from zscl.datasets.task_writer import write_shards, write_task
+from zscl.datasets.task_writer import write_task
 from zscl.runtime.atomic_io import whole_folder
 
 REFERENCE_PAIRS = 2_000
