@@ -38,7 +38,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from schemas.compute import Compute
 from schemas.method import Average, Distill
-from zscl.methods.terms import Batch, Classification, Consolidation, Distillation, Objective, Teacher
+from zscl.methods.interfaces import Batch, Teacher
+from zscl.methods.terms import Classification, Consolidation, Distillation, Objective
 from zscl.methods.weight_averaging import hand_on, trained_parameters
 from zscl.models.clip import at_least_float32, precision_context
 from zscl.models.pruned_forward import Towers

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from zscl.methods.terms import Batch, Features, Stage
+from zscl.methods.interfaces import Batch, Features, Stage
 from zscl.runtime.distributed import gather
 
 

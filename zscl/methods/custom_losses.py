@@ -18,7 +18,7 @@ from zscl.runtime.distributed import world_size
 from zscl.runtime.hashing import digest
 
 if TYPE_CHECKING:
-    from zscl.methods.terms import Batch, Features, Part, Stage
+    from zscl.methods.interfaces import Batch, Features, Part, Stage
 
 NAME = re.compile(r"[A-Za-z0-9_:-][A-Za-z0-9_.: -]*(/[A-Za-z0-9_:-][A-Za-z0-9_.: -]*)*")  # of an MLflow metric
 COLUMNS = ("step", "learning_rate", "gradient_norm")  # of losses.csv, beside the losses

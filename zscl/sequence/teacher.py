@@ -22,7 +22,7 @@ from zscl.data.task import TaskFolder
 from zscl.methods import distillation_texts as reference
 from zscl.methods import exemplars as memory
 from zscl.methods import teacher_cache as features
-from zscl.methods.terms import Teacher
+from zscl.methods.interfaces import Teacher
 from zscl.methods.weight_averaging import interpolate
 from zscl.models.clip import Clip, freeze, image_size, load
 from zscl.runtime.distributed import rank

@@ -23,7 +23,8 @@ from zscl.data.loader import Loader, TrainingImages, loader_of
 from zscl.data.sample import Sample, Samples
 from zscl.data.task import TaskFolder
 from zscl.methods import terms as objective
-from zscl.methods.terms import Batch, Features, Objective, Teacher
+from zscl.methods.interfaces import Batch, Features, Teacher
+from zscl.methods.terms import Objective
 from zscl.methods.weight_averaging import HandOn, hand_on, trained_parameters
 from zscl.models.clip import Clip, image_size, precision_context
 from zscl.models.pruned_forward import Towers

@@ -23,7 +23,7 @@ from schemas.experiment import Experiment
 from schemas.results import Result
 from zscl.data.shard_urls import open_samples
 from zscl.data.task import TaskFolder
-from zscl.methods.terms import Teacher
+from zscl.methods.interfaces import Teacher
 from zscl.models.clip import freeze, load
 from zscl.sequence.resolve import open_experiment
 from zscl.sequence.run import run_sequence

@@ -25,7 +25,7 @@ from zscl.data.loader import Loader
 from zscl.data.sample import Samples
 from zscl.methods import exemplars as memory
 from zscl.methods.distillation_texts import random_sentences, tokens_of
-from zscl.methods.terms import Batch
+from zscl.methods.interfaces import Batch
 from zscl.models.clip import load
 from zscl.sequence.resolve import open_experiment
 from zscl.sequence.run import run_sequence
