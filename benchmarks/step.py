@@ -6,7 +6,7 @@
 Three steps on the same images, prompts and captions, taken in turn, each for as many rounds as asked; every ratio is
 the median over rounds of the ratio within a round, so that a machine that slows down slows all three.
 
-- ours: `zscl.training.stage.train_step` for zscl (distillation, consolidation, AdamW; averaging every step), with the
+- ours: `zscl.training.step.train_step` for zscl (distillation, consolidation, AdamW; averaging every step), with the
   teacher's embeddings stored; and once more with the teacher's images encoded in every step;
 - floor: forward and backward of the student alone on the same task images, distilled images and prompts, written
   plainly in open_clip: two image passes, prompts cut to the longest; no losses on the captions, no optimizer;
@@ -43,7 +43,8 @@ from zscl.methods.terms import Classification, Consolidation, Distillation, Obje
 from zscl.methods.weight_averaging import hand_on, trained_parameters
 from zscl.models.clip import at_least_float32, precision_context
 from zscl.models.pruned_forward import Towers
-from zscl.training.stage import Student, choose_trained, train_step
+from zscl.training.optim import choose_trained
+from zscl.training.step import Student, train_step
 
 SMALL = {
     "embed_dim": 192,

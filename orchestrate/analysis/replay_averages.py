@@ -32,8 +32,8 @@ from zscl.models.clip import Clip, load
 from zscl.runtime.atomic_io import whole_file, write_text
 from zscl.sequence.matrix import model_folder
 from zscl.sequence.resolve import open_tasks
+from zscl.training.optim import choose_trained
 from zscl.training.snapshots import interval, place_of, replay
-from zscl.training.stage import choose_trained
 
 Choice = Average | None
 

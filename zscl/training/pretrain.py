@@ -28,7 +28,7 @@ from zscl.data.task import TaskFolder
 from zscl.evaluation.zero_shot import accuracies, embed_classes
 from zscl.models.clip import CONFIG, Clip
 from zscl.runtime.seeding import seed_of
-from zscl.training.stage import learning_rate_factor
+from zscl.training.optim import learning_rate_factor
 
 LARGEST_SCALE = 100.0  # CLIP's bound on exp(logit_scale)
 

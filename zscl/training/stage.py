@@ -1,16 +1,14 @@
 """One stage: the step, and the loop that reads straight down."""
 
-import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from schemas.errors import InputError
@@ -18,83 +16,30 @@ from schemas.events import CheckpointWritten, Note, StepsTaken, WorkersUsed
 from schemas.experiment import Experiment
 from schemas.method import Average
 from schemas.results import StageResult, StepLosses
-from zscl.data.decode import Decode
-from zscl.data.loader import Loader, TrainingImages, loader_of
-from zscl.data.sample import Sample, Samples
+from zscl.data.loader import Loader, loader_of
 from zscl.data.task import TaskFolder
 from zscl.methods import terms as objective
-from zscl.methods.interfaces import Batch, Features, Teacher
-from zscl.methods.terms import Objective
+from zscl.methods.interfaces import Teacher
 from zscl.methods.weight_averaging import HandOn, hand_on, trained_parameters
-from zscl.models.clip import Clip, image_size, precision_context
+from zscl.models.clip import Clip, image_size
 from zscl.models.pruned_forward import Towers
-from zscl.runtime.distributed import gather_sentences, gather_with_gradient, rank, share, world_size
+from zscl.runtime.distributed import gather_sentences, rank, share, world_size
 from zscl.runtime.seeding import seed_of
 from zscl.runtime.timing import Clock, peak_memory
+from zscl.training.batches import training_batches
 from zscl.training.checkpoint import Checkpoints, State, fits, read_checkpoint
 from zscl.training.loss_log import Curves
+from zscl.training.optim import adamw, choose_trained, learning_rate_factor
 from zscl.training.snapshots import Snapshots, place_of
+from zscl.training.step import Student, train_step
 from zscl.training.throughput import Usage
 
 Report = Callable[[StepsTaken | CheckpointWritten | WorkersUsed | Note], None]
 
 
-@dataclass(frozen=True)
-class Student:
-    """The model in training, seen from the step: batch in, global features out."""
-
-    towers: nn.Module
-    prompts: int
-    scale: torch.Tensor
-    batch_size: int
-    reference_batch_size: int
-    precision: str
-
-    def __call__(self, batch: Batch) -> Features:
-        """Encode this worker's images and class prompts; gather over the workers."""
-        with precision_context(self.precision, batch.images.device):
-            images, references, prompts = self.towers(batch.images, batch.references)
-        return Features(
-            images=gather_with_gradient(images, self.batch_size),
-            prompts=gather_with_gradient(prompts, self.prompts) if shares_prompts(self.prompts) else prompts,
-            references=None if references is None else gather_with_gradient(references, self.reference_batch_size),
-            scale=self.scale,
-        )
-
-
 def shares_prompts(prompts: int) -> bool:
     """Whether the workers share the class prompts, or every one encodes all of them: too few to go round."""
     return prompts >= world_size()
-
-
-def train_step(
-    student: Student,
-    losses_of: Objective,
-    optimizer: Optimizer,
-    schedule: LRScheduler,
-    batch: Batch,
-    max_gradient_norm: float | None = None,
-) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Update the student once. Returns each named loss, detached, and the norm of the gradients before any clipping."""
-    named = losses_of(student(batch), batch)
-    optimizer.zero_grad()
-    torch.stack(list(named.values())).sum().backward()
-    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    gradient_norm = get_total_norm([parameter.grad for parameter in trained if parameter.grad is not None])
-    if max_gradient_norm is not None:
-        clip_grads_with_norm_(trained, max_gradient_norm, gradient_norm)
-    optimizer.step()
-    schedule.step()
-    return {name: loss.detach() for name, loss in named.items()}, gradient_norm
-
-
-def learning_rate_factor(step: int, warmup_steps: int, steps: int) -> float:
-    """Linear warm-up, then half a cosine; `step` counts from 0."""
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    if step >= steps:  # asked for once behind the last step, and 0 / 0 where all of them warm up
-        return 0.0
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / (steps - warmup_steps)))
 
 
 def train_stage(
@@ -302,64 +247,6 @@ class UnderWay:
         self.loader.resumed.extend(state.get("broken_of_sets", []))
         note(f"stage {self.stage} goes on behind step {state['step']}")
         return int(state["step"])
-
-
-def adamw(parameters: list[nn.Parameter], learning_rate: float, experiment: Experiment) -> AdamW:
-    """The optimizer of a stage."""
-    optimisation, savings = experiment.optimisation, experiment.compute.savings
-    return AdamW(
-        parameters,
-        lr=learning_rate,
-        betas=optimisation.betas,
-        weight_decay=optimisation.weight_decay,
-        fused=savings.fused_optimizer,
-        foreach=None if savings.fused_optimizer else False,
-    )
-
-
-def training_batches(
-    experiment: Experiment,
-    stage: int,
-    folder: TaskFolder,
-    clip: Clip,
-    distilled: Samples | None,
-    loader: Loader,
-    first_step: int = 0,
-) -> Iterator[Batch]:
-    """This worker's endless batches of a stage: task images augmented, distilled ones as in evaluation."""
-    optimisation = experiment.optimisation
-    keep_in = experiment.compute.decoded_megabytes * 1_000_000
-    keep_bytes = keep_in // (1 if distilled is None else 2)
-    images = TrainingImages(
-        samples=folder.train,
-        decode=Decode(clip.train_transform, folder.label_of),
-        seed=seed_of(experiment.seed, stage, "task"),
-        batch_size=optimisation.batch_size,
-        own=share(optimisation.batch_size),
-        first_step=first_step,
-        keep_bytes=keep_bytes,
-        keep_in=keep_in,
-    ).batches(loader)
-    if distilled is None:
-        return (Batch(batch, labels) for batch, labels in images)
-    references = TrainingImages(
-        samples=distilled,
-        decode=Decode(clip.evaluation_transform, Sample.identity),
-        seed=seed_of(experiment.seed, stage, "reference"),
-        batch_size=optimisation.reference_batch_size,
-        own=share(optimisation.reference_batch_size),
-        first_step=first_step,
-        keep_bytes=keep_bytes,
-        keep_in=keep_in,
-    ).batches(replace(loader, labels_stay=True))
-    return (Batch(*ours, *theirs) for ours, theirs in zip(images, references, strict=True))
-
-
-def choose_trained(model: nn.Module, train: str) -> None:
-    """Train the model, its `image_tower` or its `text_tower`; never the logit scale (and a sigmoid model's bias)."""
-    for name, parameter in model.named_parameters():
-        tower = "image_tower" if name.startswith("visual.") else "text_tower"
-        parameter.requires_grad_(train in ("model", tower) and name not in ("logit_scale", "logit_bias"))
 
 
 def distribute(towers: nn.Module, image_size: tuple[int, int], *batch_sizes: int) -> nn.Module:

@@ -14,7 +14,7 @@ from zscl.data.noise import NoiseSamples
 from zscl.methods.distillation_texts import tokens_of
 from zscl.models.clip import image_size, load
 from zscl.sequence.resolve import open_experiment
-from zscl.training.stage import training_batches
+from zscl.training.batches import training_batches
 
 CPU = torch.device("cpu")
 

@@ -29,7 +29,8 @@ from zscl.methods.interfaces import Batch
 from zscl.models.clip import load
 from zscl.sequence.resolve import open_experiment
 from zscl.sequence.run import run_sequence
-from zscl.training.stage import learning_rate_factor, training_batches
+from zscl.training.batches import training_batches
+from zscl.training.optim import learning_rate_factor
 
 CPU = torch.device("cpu")
 STEPS, WARMUP, EVERY, TEMPERATURE, SMOOTHING, MERGED, BUDGET = 16, 6, 4, 2.0, 0.2, 0.2, 12

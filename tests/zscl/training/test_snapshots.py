@@ -14,8 +14,8 @@ from schemas.method import Average
 from zscl.models.clip import load
 from zscl.sequence.run import run_sequence
 from zscl.training.checkpoint import StoppedError
+from zscl.training.optim import choose_trained
 from zscl.training.snapshots import interval, replay
-from zscl.training.stage import choose_trained
 
 Make = Callable[..., Experiment]
 CPU = torch.device("cpu")
