@@ -33,10 +33,9 @@ from zscl.evaluation.metrics import metrics
 from zscl.evaluation.protocols import judge
 from zscl.models.clip import CONFIG, load, weights_digest
 from zscl.runtime.atomic_io import whole_file, write_text
-from zscl.sequence.matrix import stage_files
+from zscl.sequence.layout import TRAINING, stage_files
 from zscl.sequence.resolve import open_tasks
 from zscl.sequence.run import LIBRARIES
-from zscl.sequence.stage_cache import TRAINING
 
 EVALUATION = "evaluation.json"
 ALL = "all"

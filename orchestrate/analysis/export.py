@@ -15,7 +15,7 @@ from schemas.redaction import mask
 from schemas.results import Result
 from zscl.models.clip import CONFIG
 from zscl.runtime.atomic_io import whole_folder
-from zscl.sequence.matrix import model_folder
+from zscl.sequence.layout import model_folder
 
 CARD = """---
 {{ card_data }}

@@ -30,7 +30,7 @@ from zscl.evaluation.zero_shot import accuracies, embed_classes, head
 from zscl.methods.weight_averaging import interpolate
 from zscl.models.clip import Clip, load
 from zscl.runtime.atomic_io import whole_file, write_text
-from zscl.sequence.matrix import model_folder
+from zscl.sequence.layout import model_folder
 from zscl.sequence.resolve import open_tasks
 from zscl.training.optim import choose_trained
 from zscl.training.snapshots import interval, place_of, replay

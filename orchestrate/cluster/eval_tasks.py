@@ -10,7 +10,7 @@ from ray.exceptions import RayTaskError
 from orchestrate.cluster.storage_sync import NOT_WATCHED
 from schemas.errors import InputError
 from schemas.experiment import Experiment
-from zscl.sequence.matrix import Elsewhere
+from zscl.sequence.async_matrix import Elsewhere
 from zscl.sequence.object_store import Mirror, on_this_node
 from zscl.sequence.run import measure_row
 from zscl.training.checkpoint import StoppedError

@@ -22,10 +22,9 @@ from schemas.method import PRESETS
 from schemas.results import Result, StageResult, TaskName
 from zscl.data.task import TaskFolder
 from zscl.evaluation.metrics import metrics
-from zscl.sequence.matrix import ACCURACY, ROW_ADVICE, STAGE_ADVICE, AccuracyRow, stage_files
-from zscl.sequence.matrix import ZERO_SHOT as ROW_BEFORE
-from zscl.sequence.run import RESULT
-from zscl.sequence.stage_cache import TRAINING
+from zscl.sequence.layout import ACCURACY, RESULT, TRAINING, stage_files
+from zscl.sequence.layout import ZERO_SHOT as ROW_BEFORE
+from zscl.sequence.result import ROW_ADVICE, STAGE_ADVICE, AccuracyRow
 
 mpl.rcParams["text.parse_math"] = False  # a name with two dollar signs is no formula
 MAIN = ("transfer", "avg", "last", "forgetting")  # of the figures: those that are always shown

@@ -13,7 +13,7 @@ from orchestrate.reports import charts as report
 from orchestrate.reports.charts import FURTHER, change, label_of
 from schemas.errors import InputError
 from schemas.results import Result
-from zscl.sequence.matrix import named
+from zscl.sequence.result import named
 
 CONFIDENCE = 0.95
 ROUNDING = 1e-9  # of an accuracy: differences that lie closer together are equal

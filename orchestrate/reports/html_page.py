@@ -14,7 +14,7 @@ from orchestrate.reports import charts as report
 from orchestrate.reports.charts import MAIN, ZERO_SHOT
 from orchestrate.reports.comparison import Comparison
 from orchestrate.reports.tables import CHANGES, Row, group_table
-from zscl.sequence.matrix import stage_folder
+from zscl.sequence.layout import stage_folder
 
 MOST_POINTS = 60  # of a loss curve
 HEIGHT = 150  # pixels of a small chart

@@ -15,8 +15,9 @@ from orchestrate.runs.progress import Bar
 from schemas.errors import InputError, InterruptedRunError
 from schemas.events import StepsTaken
 from zscl.data.indexed import IndexedSamples
-from zscl.sequence.matrix import ZERO_SHOT, AccuracyRow
+from zscl.sequence.layout import ZERO_SHOT
 from zscl.sequence.resolve import Opened
+from zscl.sequence.result import AccuracyRow
 from zscl.sequence.stage_cache import Shared
 from zscl.sequence.teacher import store_beside
 

@@ -22,15 +22,9 @@ from zscl.data.sample import refuse_broken
 from zscl.data.task import TaskFolder
 from zscl.models.clip import load, open_clip_name
 from zscl.models.pruned_forward import Towers, left_in_full
-from zscl.sequence.matrix import (
-    ZERO_SHOT,
-    OtherAlgorithmError,
-    check_run_folder,
-    part_of,
-    refuse_other_run,
-    stage_folder,
-)
+from zscl.sequence.layout import ZERO_SHOT, part_of, stage_folder
 from zscl.sequence.resolve import Opened, open_experiment
+from zscl.sequence.result import OtherAlgorithmError, check_run_folder, refuse_other_run
 from zscl.sequence.teacher import store_beside, way_of_features
 from zscl.training.checkpoint import CHECKPOINT
 from zscl.training.snapshots import LAST, SUFFIX, place_of

@@ -38,8 +38,8 @@ from schemas.errors import InputError
 from schemas.results import Result
 from schemas.search import SearchResult, Trial, TrialNews
 from zscl.runtime.atomic_io import link_folder, write_text
-from zscl.sequence.matrix import named, write_whole
-from zscl.sequence.stage_cache import TRAINING
+from zscl.sequence.layout import TRAINING
+from zscl.sequence.result import named, write_whole
 
 if TYPE_CHECKING:
     from ray.tune import ResultGrid

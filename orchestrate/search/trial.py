@@ -37,8 +37,9 @@ from schemas.search import Search, TrialEnded, TrialNews, TrialStarted, objectiv
 from zscl.evaluation.metrics import metrics
 from zscl.runtime.atomic_io import link_folder
 from zscl.runtime.retry import acquired
+from zscl.sequence.layout import RESULT
 from zscl.sequence.resolve import Opened, open_experiment
-from zscl.sequence.run import RESULT, run_sequence
+from zscl.sequence.run import run_sequence
 from zscl.sequence.stage_cache import Averages, Shared
 from zscl.training.checkpoint import StoppedError
 

@@ -15,7 +15,7 @@ from schemas.redaction import mask
 from zscl.runtime.hashing import digest
 from zscl.runtime.paths import nearest
 from zscl.sequence.journal import RunIdentity, identity_of
-from zscl.sequence.run import RESULT
+from zscl.sequence.layout import RESULT
 
 if TYPE_CHECKING:
     from mlflow.entities import Run

@@ -45,7 +45,7 @@ from schemas.experiment import Experiment
 from schemas.redaction import mask
 from schemas.results import Result, RunState, StageResult
 from zscl.sequence.journal import begun_in
-from zscl.sequence.matrix import model_folder
+from zscl.sequence.layout import model_folder
 from zscl.sequence.resolve import open_tasks
 
 log = logging.getLogger(__name__)

@@ -9,215 +9,27 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import torch
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from schemas.algorithm import algorithm
-from schemas.base import Strict, parse_json
-from schemas.errors import InputError
 from schemas.events import Note, RowMeasured, TaskEvaluated
-from schemas.results import StageResult
 from zscl.data.loader import loader_of
 from zscl.data.task import TaskFolder
 from zscl.evaluation.metrics import at_chance
 from zscl.evaluation.zero_shot import accuracies, embed_classes, head
-from zscl.models.clip import WEIGHTS, Clip
-from zscl.runtime.atomic_io import remove, write_text
+from zscl.models.clip import Clip
+from zscl.runtime.atomic_io import remove
 from zscl.runtime.distributed import agree, barrier, from_main_text, gather_sentences, rank
-from zscl.runtime.retry import patiently, read_if_there
+from zscl.runtime.retry import read_if_there
+from zscl.sequence.layout import ACCURACY, ZERO_SHOT, part_of, place_of
 from zscl.sequence.resolve import Opened
-from zscl.sequence.stage_cache import TRAINING, StageStore, stage_identity
-from zscl.training.checkpoint import CHECKPOINT, StoppedError
+from zscl.sequence.result import AccuracyRow, parsed_row, write_whole
+from zscl.sequence.stage_cache import StageStore
+from zscl.training.checkpoint import StoppedError
 
 Report = Callable[[BaseModel], None]
-ZERO_SHOT, ACCURACY = "zero_shot.json", "accuracy.json"
-MOST_BEHIND = 2  # rows that training may be ahead of
-LOOK_EVERY_SECONDS = 0.5
-
-
-ROW_ADVICE = "remove the file, to have the row measured again"
-STAGE_ADVICE = "remove the stage's folder and those of the stages behind it, to have them trained again"
-
-
-class AccuracyRow(Strict):
-    """`zero_shot.json`, `accuracy.json`: a row of the matrix and what it cost."""
-
-    fingerprint: str
-    algorithm: str = ""  # before there were versions
-    accuracy: dict[str, float]
-    images: dict[str, int]
-    under_later_heads: dict[str, list[float]] = Field(default_factory=dict)
-    broken: dict[str, list[str]] = Field(default_factory=dict)
-    seconds: float
-
-
-def part_of(row: Path) -> Path:
-    """Where a row is kept while its cells are measured."""
-    return row.with_suffix(".part.json")
-
-
-def place_of(opened: Opened, folder: Path, stage: int) -> Path:
-    """A stage's folder in that of its run."""
-    return stage_folder(folder, stage, opened.tasks[stage - 1].name)
-
-
-def stage_folder(run: Path, stage: int, task: str) -> Path:
-    """The folder of a stage, counted from 1, that trains a task, in that of its run."""
-    return run / "stages" / f"{stage}-{task}"
-
-
-def model_folder(run: Path, stage: int, task: str) -> Path:
-    """Where the model lies that such a stage hands on, as open_clip's `local-dir:` reads it."""
-    return stage_folder(run, stage, task) / "model"
-
-
-class OtherAlgorithmError(InputError):
-    """A folder holds results of another version of the algorithm (see `schemas.algorithm`)."""
-
-
-def named(version: str) -> str:
-    """Return a version of the algorithm as messages name it; empty stands for runs older than the versions."""
-    return f"algorithm version {version}" if version else "an algorithm older than version 1.1"
-
-
-def refuse_other_run(folder: Path, fingerprint: str) -> None:
-    """Refuse to mix two experiments in one folder; one that has come to nothing yet may be taken.
-
-    Raises:
-        OtherAlgorithmError: the folder holds a run that another version of the algorithm computed.
-        InputError: the folder holds a run of another experiment.
-    """
-    row = _first_row(folder)
-    if row is None or row.fingerprint == fingerprint:
-        return
-    kept = (folder / ZERO_SHOT, folder / CHECKPOINT, *folder.glob(f"stages/*/{TRAINING}"))
-    if row.accuracy or any(file.is_file() for file in kept):
-        if row.algorithm != algorithm():
-            raise OtherAlgorithmError(
-                f"{folder}: found a run that was computed by {named(row.algorithm)}, expected {named(algorithm())}, "
-                "which is what this version of zscl computes: the two may give different numbers. Choose another "
-                "folder; the results there stay as they are, for `zscl compare` for example"
-            )
-        raise InputError(
-            f"{folder}: found a run of another experiment (fingerprint {row.fingerprint}), expected {fingerprint} or "
-            "an empty folder; choose another folder"
-        )
-
-
-def claim(folder: Path, fingerprint: str) -> None:
-    """Say whose run a folder holds before anything else lies in it: a row may be measured long after training began."""
-    row = _first_row(folder)
-    if row is None or row.fingerprint != fingerprint:
-        write_whole(
-            part_of(folder / ZERO_SHOT),
-            AccuracyRow(fingerprint=fingerprint, algorithm=algorithm(), accuracy={}, images={}, seconds=0.0),
-        )
-
-
-def _first_row(folder: Path) -> AccuracyRow | None:
-    """The zero-shot row, or as much of it as is measured."""
-    files = [file for file in (folder / ZERO_SHOT, part_of(folder / ZERO_SHOT)) if file.is_file()]
-    return parse_json(AccuracyRow, read_if_there(files[0], folder), files[0], ROW_ADVICE) if files else None
-
-
-def stage_files(run: Path, name: str) -> list[Path]:
-    """List a file of every stage of a run that has one, in the order of the stages.
-
-    Args:
-        run: the run's folder.
-        name: the file's, in a stage's folder.
-
-    Raises:
-        InputError: a folder is not called as a stage is, or one before it is missing.
-    """
-    found: dict[int, Path] = {}
-    for file in run.glob(f"stages/[!.]*/{name}"):
-        number = file.parent.name.partition("-")[0]
-        if not (number.isascii() and number.isdecimal()) or int(number) in found:
-            raise InputError(f"{file.parent}: found it among the stages, expected one folder <number>-<task> for each")
-        found[int(number)] = file
-    for expected, stage in enumerate(sorted(found), start=1):
-        if expected != stage:
-            raise InputError(f"{found[stage].parent}: found stage {stage} and no stage {expected}, expected both")
-    return [found[stage] for stage in sorted(found)]
-
-
-def parsed_row(opened: Opened, text: str, file: Path, whole: bool = True) -> AccuracyRow:
-    """Read a row of this run.
-
-    Args:
-        opened: the run's experiment.
-        text: the file's content.
-        file: for the sentence.
-        whole: expect every task in it.
-
-    Raises:
-        InputError: it is damaged, or of another run.
-    """
-    row = parse_json(AccuracyRow, text, file, ROW_ADVICE)
-    if row.fingerprint != opened.fingerprint:
-        raise InputError(
-            f"{file}: found the row of another run (fingerprint {row.fingerprint}), expected {opened.fingerprint}; "
-            f"where the whole folder was copied from there, remove it, to have the stage done again; else {ROW_ADVICE}"
-        )
-    names = {task.name for task in opened.tasks}
-    measured = row.accuracy.keys() & row.images.keys()
-    if unknown := (row.accuracy.keys() | row.images.keys()) - names:
-        raise InputError(f"{file}: found the task {min(unknown)!r}, which the run does not have; {ROW_ADVICE}")
-    if whole and (missing := names - measured):
-        raise InputError(f"{file}: found no accuracy on the task {min(missing)!r}, expected one on each; {ROW_ADVICE}")
-    return row
-
-
-def parsed_training(opened: Opened, stage: int, text: str, file: Path) -> StageResult:
-    """Read the outcome of a stage of this run.
-
-    Args:
-        opened: the run's experiment.
-        stage: which stage, from 1.
-        text: the file's content.
-        file: for the sentence.
-
-    Raises:
-        InputError: it is damaged, or of another run's stage.
-    """
-    result = parse_json(StageResult, text, file, STAGE_ADVICE)
-    task = opened.experiment.tasks[stage - 1]
-    expected: dict[str, tuple[object, object]] = {
-        "stage": (result.stage, stage),
-        "task": (result.task, task.name),
-        "steps": (result.steps, opened.experiment.stage_steps(task)),
-    }
-    if result.identity:  # older runs left none
-        expected["identity"] = (result.identity, stage_identity(opened, stage))
-    for name, (found, wanted) in expected.items():
-        if found != wanted:
-            raise InputError(
-                f"{file}: found {name} {found}, expected {wanted}: the stage was trained by another run; {STAGE_ADVICE}"
-            )
-    return result
-
-
-def check_run_folder(opened: Opened, folder: Path) -> None:
-    """Read every small file that a run leaves, as far as it is there, before anything goes on from it.
-
-    Raises:
-        InputError: naming the first file that is damaged, missing beside others, or of another run.
-    """
-    finished = (folder / "result.json").is_file()  # its models may have been removed
-    rows = [folder / ZERO_SHOT, *(place_of(opened, folder, k) / ACCURACY for k in range(1, len(opened.tasks) + 1))]
-    for stage, row in enumerate(rows):
-        for file, whole in ((row, True), (part_of(row), False)):
-            if text := read_if_there(file, folder) if folder.is_dir() else "":
-                parsed_row(opened, text, file, whole)
-        training = row.with_name(TRAINING)
-        if stage and (text := read_if_there(training, folder) if folder.is_dir() else ""):
-            parsed_training(opened, stage, text, training)
-            weights = row.parent / "model" / WEIGHTS
-            if not finished and not weights.is_file():
-                raise InputError(f"{weights}: found no such file, expected stage {stage}'s weights; {STAGE_ADVICE}")
 
 
 @dataclass
@@ -368,76 +180,3 @@ class Rows:
             }
             for stage in range(len(names))
         ]
-
-
-class Handle(Protocol):
-    """Something that goes on elsewhere: a `concurrent.futures.Future`, say."""
-
-    def done(self) -> bool:
-        """Whether it has ended."""
-
-    def result(self) -> object:
-        """Wait for its end, and raise what it failed with."""
-
-
-Elsewhere = Callable[[int], Handle]
-
-
-@dataclass
-class RowsElsewhere(Rows):
-    """Rows that are measured elsewhere while training goes on; it is never more than a few of them ahead.
-
-    elsewhere: begins to measure a stage's row, which will lie in the run's folder; called on the main worker.
-    """
-
-    elsewhere: Elsewhere | None = None
-    _under_way: dict[int, Handle | None] = field(default_factory=dict)
-
-    def measure(self, stage: int, clip: Clip) -> None:
-        """Have the row measured, unless it is there; take those that have come in meanwhile."""
-        row = self.read(self.file(stage))
-        if row is not None:
-            self.take(stage, row)
-            return
-        assert self.elsewhere is not None
-        self._under_way[stage] = self.elsewhere(stage) if rank() == 0 else None
-        self._collect(most=MOST_BEHIND)
-
-    def measured(self) -> list[AccuracyRow]:
-        """Wait for the rows; in the order of their stages."""
-        self._collect(most=0)
-        return super().measured()
-
-    def _collect(self, most: int) -> None:
-        """Take what has come in, in order, and wait until at most so many rows are missing."""
-        for stage in list(self._under_way):
-            while not self._there(stage):
-                if len(self._under_way) <= most:
-                    return
-                time.sleep(LOOK_EVERY_SECONDS)
-            row = self.read(self.file(stage))
-            if row is None:
-                raise OSError(f"{self.file(stage)}: found no such file, expected the row that was measured elsewhere")
-            del self._under_way[stage]
-            self.take(stage, row)
-
-    def _there(self, stage: int) -> bool:
-        """Whether a row has come in, as all workers agree.
-
-        Raises:
-            StoppedError: the run was asked to stop.
-            Exception: what the measuring failed with.
-        """
-        handle = self._under_way[stage]  # the main worker's
-        there = handle is not None and handle.done()
-        if handle is not None and there:
-            handle.result()
-        there, stop = map(bool, agree(there, not there and rank() == 0 and self.asked_to_stop()))
-        if stop:
-            raise StoppedError(f"stopped while the row of stage {stage} is measured")
-        return there
-
-
-def write_whole(file: Path, content: BaseModel, within: Path | None = None) -> None:
-    """Write JSON as a whole, when storage takes it; `within` is a folder that was there before."""
-    patiently(lambda: write_text(file, content.model_dump_json(indent=1) + "\n"), within=within, what=file)

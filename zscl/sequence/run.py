@@ -43,28 +43,20 @@ from zscl.runtime.atomic_io import remove, whole_folder, write_text
 from zscl.runtime.distributed import barrier, from_main_text, rank, world_size
 from zscl.runtime.retry import patiently, read_if_there
 from zscl.runtime.seeding import seed_of
+from zscl.sequence.async_matrix import Elsewhere, RowsElsewhere
 from zscl.sequence.journal import JOURNAL, Journal
-from zscl.sequence.matrix import (
-    AccuracyRow,
-    Elsewhere,
-    Rows,
-    RowsElsewhere,
-    claim,
-    parsed_training,
-    place_of,
-    refuse_other_run,
-    write_whole,
-)
+from zscl.sequence.layout import RESULT, TRAINING, place_of
+from zscl.sequence.matrix import Rows
 from zscl.sequence.object_store import Mirror
 from zscl.sequence.resolve import Opened, open_experiment
-from zscl.sequence.stage_cache import TRAINING, Shared, StageStore, stage_identity
+from zscl.sequence.result import AccuracyRow, claim, parsed_training, refuse_other_run, write_whole
+from zscl.sequence.stage_cache import Shared, StageStore, stage_identity
 from zscl.sequence.teacher import Teaching, frozen, store_beside
 from zscl.training.checkpoint import CHECKPOINT
 from zscl.training.loss_log import NotFiniteError
 from zscl.training.stage import train_stage
 
 Report = Callable[[BaseModel], None]
-RESULT = "result.json"
 LIBRARIES = ("torch", "open_clip_torch", "webdataset")
 
 

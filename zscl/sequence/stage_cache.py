@@ -26,12 +26,12 @@ from zscl.runtime.atomic_io import link_folder, set_aside, write_text
 from zscl.runtime.distributed import agree, barrier, from_main_text, rank
 from zscl.runtime.hashing import digest
 from zscl.runtime.retry import acquired, patiently, read_if_there
+from zscl.sequence.layout import TRAINING
 from zscl.sequence.resolve import Opened
 from zscl.training.checkpoint import StoppedError
 
 log = logging.getLogger(__name__)
 
-TRAINING = "training.json"
 LOOK_EVERY_SECONDS = 1.0
 Averages = tuple[Average | None, ...]
 

@@ -20,8 +20,10 @@ from schemas.events import Note, RowMeasured, StageTrained, TaskEvaluated
 from schemas.experiment import Experiment
 from zscl.evaluation.metrics import at_chance
 from zscl.runtime.atomic_io import write_text
-from zscl.sequence.matrix import Elsewhere, Handle, check_run_folder, refuse_other_run, stage_files
+from zscl.sequence.async_matrix import Elsewhere, Handle
+from zscl.sequence.layout import stage_files
 from zscl.sequence.resolve import open_experiment
+from zscl.sequence.result import check_run_folder, refuse_other_run
 from zscl.sequence.run import measure_row, run_sequence
 from zscl.training.checkpoint import StoppedError
 
