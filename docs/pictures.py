@@ -9,7 +9,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from orchestrate.reports.charts import load_result, percent
+from orchestrate.reports.results import load_result, percent
 from schemas.results import Result
 
 FOLDER = Path(__file__).parent / "pictures"

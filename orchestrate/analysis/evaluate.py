@@ -16,7 +16,8 @@ from rich.table import Table
 
 from orchestrate.lifecycle import paths as places
 from orchestrate.recipes.recipe import load_experiment
-from orchestrate.reports.charts import ZERO_SHOT, percent
+from orchestrate.reports.charts import ZERO_SHOT
+from orchestrate.reports.results import percent
 from orchestrate.runs.progress import Bar
 from orchestrate.tracking.attachments import attach
 from schemas.base import explain

@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from orchestrate.lifecycle import paths as places
 from orchestrate.recipes.recipe import load_experiment
 from orchestrate.reports import charts as report
-from orchestrate.reports.charts import percent
+from orchestrate.reports.results import percent
 from schemas.errors import InputError
 from schemas.experiment import Experiment
 from schemas.redaction import mask

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from orchestrate.lifecycle import paths as places
 from orchestrate.recipes.recipe import load_experiment
-from orchestrate.reports.charts import percent
+from orchestrate.reports.results import percent
 from orchestrate.runs.progress import Bar
 from schemas.base import explain
 from schemas.errors import InputError

@@ -10,7 +10,8 @@ from statistics import fmean, stdev
 from scipy.stats import ttest_1samp
 
 from orchestrate.reports import charts as report
-from orchestrate.reports.charts import FURTHER, change, label_of
+from orchestrate.reports.charts import FURTHER
+from orchestrate.reports.results import change, label_of
 from schemas.errors import InputError
 from schemas.results import Result
 from zscl.sequence.result import named

@@ -13,7 +13,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from orchestrate.reports.charts import MAIN, percent
+from orchestrate.reports.charts import MAIN
+from orchestrate.reports.results import percent
 from schemas.search import Search, SearchResult, Trial, direction_of
 from zscl.runtime.atomic_io import whole_file
 

@@ -15,7 +15,7 @@ from orchestrate.lifecycle.lock import owned
 from orchestrate.lifecycle.paths import store_uri, unmasked
 from orchestrate.lifecycle.run_status import read_state
 from orchestrate.recipes.recipe import load_experiment
-from orchestrate.reports.charts import load_result
+from orchestrate.reports.results import load_result
 from orchestrate.tracking.run_recorder import Record
 from orchestrate.tracking.store_errors import FAILURES, OFFLINE, ArtifactError, reason_of, store_error
 from schemas.errors import InputError, command

@@ -22,8 +22,9 @@ from support.command import Command
 
 from orchestrate.cli.run import _ended
 from orchestrate.recipes import recipe as recipes
-from orchestrate.reports.charts import colours, label_of
+from orchestrate.reports.charts import colours
 from orchestrate.reports.comparison import Comparison, Difference, gather, paired_interval
+from orchestrate.reports.results import label_of
 from orchestrate.reports.tables import escaped, run_rows, terminal_tables
 from orchestrate.tracking.lookup import place_of
 from orchestrate.tracking.mlflow_client import PARENT
