@@ -19,7 +19,6 @@ from orchestrate.cluster.storage_sync import storage_of
 from orchestrate.lifecycle import lock as ownership
 from orchestrate.lifecycle import paths as places
 from orchestrate.runs import preflight
-from orchestrate.search.preflight import Prepared, megabytes_of_models
 from schemas.compute import Compute
 from schemas.dataset_report import Manifest
 from schemas.errors import InputError
@@ -112,25 +111,6 @@ def check_run(opened: Opened, folder: Path, offline: bool, connect: Connect) -> 
     checklist.check("recipe, data and model", lambda: f"{stages} stages, a model of {model:.0f} MB")
     _check_common(checklist, opened, folder, offline, connect)
     checklist.check("disk", lambda: _disk(folder, preflight.megabytes_needed(opened, folder)))
-    return checklist
-
-
-def check_search(prepared: Prepared, folder: Path, offline: bool, connect: Connect) -> Checklist:
-    """Check what a search needs beside its recipe, data and models, which `search_preflight.prepare` has looked at.
-
-    Args:
-        prepared: the search.
-        folder: of it.
-        offline: whether it is run without MLflow.
-        connect: to the cluster, if the recipe or the environment names one.
-    """
-    checklist, opened = Checklist(), prepared.base
-    if (folder / places.FOUND).is_file():
-        checklist.check("search", lambda: "finished before, nothing is left to do")
-        return checklist
-    checklist.check("recipe, data and model", lambda: f"{prepared.trials} trials of {prepared.stages} stages")
-    _check_common(checklist, opened, folder, offline, connect)
-    checklist.check("disk", lambda: _disk(folder, megabytes_of_models(prepared)))
     return checklist
 
 

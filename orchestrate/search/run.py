@@ -30,8 +30,9 @@ from orchestrate.lifecycle.lock import owned
 from orchestrate.lifecycle.run_status import outcome_told, write_state
 from orchestrate.lifecycle.signals import Interruption, signals_taken
 from orchestrate.recipes import recipe as recipes
-from orchestrate.runs.progress import Bar, SearchDisplay
+from orchestrate.runs.progress import Bar
 from orchestrate.search.preflight import Prepared
+from orchestrate.search.progress import SearchDisplay
 from orchestrate.search.results import front_of, goodness_of, load_found, stage_trainings, trials_of
 from schemas.algorithm import algorithm
 from schemas.errors import InputError

@@ -1,0 +1,80 @@
+"""Commands of a search."""
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from orchestrate.cli.options import (
+    AsJson,
+    Offline,
+    Overrides,
+    emit,
+    note,
+    progress_console,
+)
+from orchestrate.cli.terminal import tables_on_stdout
+from schemas.errors import command
+from schemas.redaction import mask
+
+if TYPE_CHECKING:
+    from orchestrate.search.preflight import Prepared
+
+
+def search(
+    recipe: Annotated[Path, typer.Argument(help="Recipe of a search (YAML).")],
+    overrides: Overrides = [],  # noqa: B006
+    out: Annotated[Path | None, typer.Option(help="The search's folder. Default: runs/NAME-FINGERPRINT.")] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Check recipe, data, model, shards, folders, disk, cluster, tracking; say what would be done.",
+        ),
+    ] = False,
+    offline: Offline = False,
+    as_json: AsJson = False,
+) -> None:
+    """Search a recipe's values: many sequences, judged on held-out training images, the chosen one on test, once.
+
+    Example: zscl search experiments/search-embedded.yaml --set search.trials=4 --set optimisation.steps=30
+    """
+    from orchestrate.recipes import recipe as recipes
+    from orchestrate.search import preflight as search_preflight
+
+    prepared = search_preflight.prepare(recipe, overrides)
+    folder = search_preflight.folder_of(prepared, out)
+    if dry_run:
+        from orchestrate.runs import dry_run as checks
+        from orchestrate.runs import run as running
+        from orchestrate.search import run as searching
+
+        searching.refuse_other_search(prepared, folder)
+        connect = partial(running.connect_cluster, prepared.base.experiment, folder, progress_console)
+        checklist = checks.check_search(prepared, folder, offline, connect)
+        checklist.refuse_failures(note)
+        content: dict[str, Any] = {"plan": search_preflight.plan(prepared, folder) | {"checked": checklist.lines}}
+        emit(content, as_json, [recipes.dump(content)])
+        return
+    _searched(prepared, folder, offline, as_json)
+
+
+def _searched(prepared: "Prepared", folder: Path, offline: bool, as_json: bool) -> None:
+    """Run a search, or go on with it, and show what it found."""
+    from orchestrate.lifecycle import paths as places
+    from orchestrate.search import run as searching
+
+    found = searching.search(prepared, folder, progress_console, offline)
+    if not as_json:
+        from orchestrate.search.report import terminal_tables
+
+        tables_on_stdout().print(terminal_tables(found))
+    uri = None if offline else places.store_uri(prepared.base.experiment, folder)
+    lines = [
+        f"search  {folder}",
+        f"MLflow  {places.browse_command(uri) if uri else command('zscl', 'sync', folder)}",
+        f"run the chosen recipe on all training images: {command('zscl', 'run', folder / places.CHOSEN)}",
+    ]
+    shown = {"folder": str(folder), "tracking_uri": uri and mask(uri)}
+    emit({**shown, "search": found.model_dump(mode="json")}, as_json, lines)
