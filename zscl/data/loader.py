@@ -24,7 +24,6 @@ from schemas.errors import InputError
 from schemas.events import Note
 from zscl.data.decode import Decode, Decoded
 from zscl.data.indexed import IndexedSamples
-from zscl.data.loader import Loader, TrainingImages
 from zscl.data.sample import ATTEMPTS, BrokenSampleError, Draw, Sample, Samples, refuse_broken
 from zscl.data.streaming import StreamedSamples
 from zscl.runtime.distributed import gather_sentences, sum_over_workers, world_size

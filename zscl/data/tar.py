@@ -17,7 +17,6 @@ import webdataset
 
 from schemas.errors import InputError
 from zscl.data.sample import Fault, Sample, printable_name
-from zscl.data.tar import IMAGE_SUFFIXES
 from zscl.runtime.hashing import file_digest
 from zscl.runtime.paths import is_hidden
 

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from schemas.errors import InputError
-from zscl.sequence.layout import TRAINING, place_of
 from zscl.sequence.resolve import Opened
 
 ZERO_SHOT, ACCURACY = "zero_shot.json", "accuracy.json"
