@@ -6,7 +6,8 @@
 Three ratios, measured in one run and in turn, medians over rounds, and one on memory:
 
 - over_ceiling: images per second of `zscl.data.loader.TrainingImages` over local shards, against decoding and
-  transforming the same encoded images, read into memory before, in a plain loop (or a plain DataLoader of as many processes);
+  transforming the same encoded images, read into memory before, in a plain loop (or a plain DataLoader of as many
+  processes);
 - remote_over_ceiling: the same through the stream that remote shards take (read from a file:// URL);
 - kept_over_decoded: images per second with decoded images kept in memory, against decoding them in every epoch;
 - memory_growth: peak resident memory over a set ten times as large, against the set, decoded images not kept.

@@ -10,8 +10,8 @@ from typing import Any
 from rich.console import Console
 
 from orchestrate.lifecycle.paths import EXPERIMENT
-from orchestrate.reports import charts as report
 from orchestrate.reports import html_page as page
+from orchestrate.reports.charts import MAIN, draw_accuracies, draw_comparison
 from orchestrate.reports.comparison import Comparison, Difference, gather
 from orchestrate.reports.tables import (
     FIGURES,
@@ -120,8 +120,8 @@ def write_comparison(comparison: Comparison, rows: Sequence[Row], folder: Path, 
     results = [run.result for run in comparison.runs]
     labels = [f"{run.label}, seed {run.result.seed}" for run in comparison.runs]
     pictures = {
-        "picture": report.draw_comparison(results, labels, {name: comparison.zero_shot(name) for name in report.MAIN}),
-        "curves": report.draw_accuracies(*results, labels=labels),
+        "picture": draw_comparison(results, labels, {name: comparison.zero_shot(name) for name in MAIN}),
+        "curves": draw_accuracies(*results, labels=labels),
     }
     for kind, figure in pictures.items():
         with whole_file(written[kind]) as temporary:

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from rich.console import Console, Group
 from rich.table import Table
 
-from orchestrate.lifecycle import paths as places
+from orchestrate.lifecycle.paths import EXPERIMENT, SEARCH
 from orchestrate.recipes.recipe import load_experiment
 from orchestrate.reports.charts import ZERO_SHOT
 from orchestrate.reports.results import percent
@@ -121,9 +121,9 @@ def subject(
     """
     folder = Path(what).expanduser().absolute()
     extra = tuple(_opened(suite) for suite in suites)
-    if (folder / places.SEARCH).is_file():
+    if (folder / SEARCH).is_file():
         raise InputError(f"{what}: found a search, expected a run: one of {folder}/trials, say")
-    if not (folder / places.EXPERIMENT).is_file():
+    if not (folder / EXPERIMENT).is_file():
         if stage is not None:
             raise InputError(f"--stage {stage}: found '{what}', which is no run's folder, expected one that has stages")
         if not tasks and "/" in what and not folder.exists():
@@ -135,7 +135,7 @@ def subject(
         return Subject(((None, model),), tuple(map(_opened, tasks)), extra)
     if pretrained is not None:
         raise InputError(f"--pretrained {pretrained}: found it with a run, whose models bring their weights")
-    experiment = load_experiment(folder / places.EXPERIMENT)
+    experiment = load_experiment(folder / EXPERIMENT)
     trained = stage_files(folder, TRAINING)
     models = [(0, experiment.model)]
     models += [(k, Model(name=f"{LOCAL_MODEL}{file.parent}/model")) for k, file in enumerate(trained, start=1)]

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from orchestrate.lifecycle import paths as places
+from orchestrate.lifecycle.paths import EXPERIMENT
 from orchestrate.recipes.recipe import load_experiment
-from orchestrate.reports import charts as report
-from orchestrate.reports.results import percent
+from orchestrate.reports.charts import draw_accuracies, draw_matrix
+from orchestrate.reports.results import cell, changes_of, load_result, markdown_table, matrix_columns, percent
 from schemas.errors import InputError
 from schemas.experiment import Experiment
 from schemas.redaction import mask
@@ -79,7 +79,7 @@ def export(run: Path, stage: int | None, out: Path) -> Path:
     Raises:
         InputError: there is no such run or stage, its weights are gone, or `out` is there.
     """
-    result = report.load_result(run)
+    result = load_result(run)
     stages = len(result.stages)
     number = stages if stage is None else stage
     if not 1 <= number <= stages:
@@ -90,12 +90,12 @@ def export(run: Path, stage: int | None, out: Path) -> Path:
     model = model_folder(run, number, result.tasks[number - 1].name)
     if not (model / CONFIG).is_file():
         raise InputError(f"{model}: found no model, expected the weights of stage {number} (keep_models)")
-    experiment = load_experiment(run / places.EXPERIMENT)
+    experiment = load_experiment(run / EXPERIMENT)
     with whole_folder(out) as temporary:
         shutil.copytree(model, temporary, dirs_exist_ok=True)
-        shutil.copy(run / places.EXPERIMENT, temporary)
+        shutil.copy(run / EXPERIMENT, temporary)
         (temporary / "README.md").write_text(str(_card(result, experiment, number)), encoding="utf-8")
-        for name, figure in (("matrix", report.draw_matrix(result)), ("by_stage", report.draw_accuracies(result))):
+        for name, figure in (("matrix", draw_matrix(result)), ("by_stage", draw_accuracies(result))):
             figure.savefig(temporary / f"accuracy_{name}.png", dpi=120)
     return out
 
@@ -119,7 +119,7 @@ def _card(result: Result, experiment: Experiment, stage: int) -> ModelCard:
         trained=tasks[:stage],
         row=f"{stage}-{tasks[stage - 1]}",
         method=result.method,
-        changes=report.changes_of(result),
+        changes=changes_of(result),
         paper=PAPER,
         judged_on="held-out training" if _held_out(result) else "test",
         matrix=_matrix(result),
@@ -148,6 +148,6 @@ def _held_out(result: Result) -> bool:
 
 def _matrix(result: Result) -> str:
     """The accuracy matrix in Markdown."""
-    columns = report.matrix_columns(result)
-    rows = [[report.cell(each) for each in row] for row in zip(*columns.values(), strict=True)]
-    return report.markdown_table([list(columns), *rows], left=1)
+    columns = matrix_columns(result)
+    rows = [[cell(each) for each in row] for row in zip(*columns.values(), strict=True)]
+    return markdown_table([list(columns), *rows], left=1)

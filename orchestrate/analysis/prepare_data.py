@@ -20,8 +20,8 @@ from schemas.errors import InputError, InterruptedRunError
 from zscl.data.sample import printable_name
 from zscl.datasets import captions, mtil, sources
 from zscl.datasets import clip_benchmark as copies
-from zscl.datasets import image_folder as image_folders
-from zscl.datasets import imagenet as imagenets
+from zscl.datasets.image_folder import DEFAULT_TEMPLATE, prepare_folder
+from zscl.datasets.imagenet import prepare_imagenet, prepare_tinyimagenet
 from zscl.datasets.mtil import MTIL
 from zscl.datasets.sources import Prepared, known
 from zscl.datasets.synthetic.suites import write_embedded
@@ -68,13 +68,13 @@ def prepare(
         case "captions":
             return _captions(captions.write_captions(Path(rest[0]).expanduser(), out, options.get("column")), out)
         case "folder":
-            images, templates = Path(rest[0]).expanduser(), options.get("template", [image_folders.DEFAULT_TEMPLATE])
+            images, templates = Path(rest[0]).expanduser(), options.get("template", [DEFAULT_TEMPLATE])
             seed = options.get("seed", sources.SPLIT_SEED)
-            return _described([image_folders.prepare_folder(images.absolute(), out, templates, seed)])
+            return _described([prepare_folder(images.absolute(), out, templates, seed)])
         case "tinyimagenet":
-            return _described([imagenets.prepare_tinyimagenet(Path(rest[0]).expanduser(), out)])
+            return _described([prepare_tinyimagenet(Path(rest[0]).expanduser(), out)])
         case "imagenet":
-            return _described([imagenets.prepare_imagenet(Path(rest[0]).expanduser(), out, options.get("classes"))])
+            return _described([prepare_imagenet(Path(rest[0]).expanduser(), out, options.get("classes"))])
         case _:
             tasks, root = task_names("data prepare", names), options.get("root")
             mtil.check_copies(tasks, out, root)

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from orchestrate.lifecycle import paths as places
+from orchestrate.lifecycle.paths import EXPERIMENT
 from orchestrate.recipes.recipe import load_experiment
 from orchestrate.reports.results import percent
 from orchestrate.runs.progress import Bar
@@ -115,9 +115,9 @@ class Stage:
         Raises:
             InputError: there is no such run or stage, or it has no snapshots.
         """
-        if not (run / places.EXPERIMENT).is_file():
-            raise InputError(f"{run}: found no {places.EXPERIMENT}, expected the folder of a run")
-        experiment, tasks, _ = open_tasks(load_experiment(run / places.EXPERIMENT))
+        if not (run / EXPERIMENT).is_file():
+            raise InputError(f"{run}: found no {EXPERIMENT}, expected the folder of a run")
+        experiment, tasks, _ = open_tasks(load_experiment(run / EXPERIMENT))
         kept = [k for k, task in enumerate(tasks, start=1) if place_of(run, k, task.name).is_dir()]
         number = number if number is not None else max(kept, default=len(tasks))
         if not 1 <= number <= len(tasks):

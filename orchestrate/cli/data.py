@@ -46,7 +46,7 @@ def prepare(
     Example: zscl data prepare mtil --out data/mtil --root ~/torchvision
     """
     from orchestrate.analysis import prepare_data as making
-    from orchestrate.lifecycle import paths as places
+    from orchestrate.lifecycle.paths import refuse_unwritable
 
     options = {
         "root": root and root.absolute(),
@@ -58,7 +58,7 @@ def prepare(
         "column": column,
     }
     given = {name: value for name, value in options.items() if value is not None}
-    places.refuse_unwritable(out.absolute())
+    refuse_unwritable(out.absolute())
     content, lines = making.prepare(names, out.absolute(), given, progress_console)
     emit(content, as_json, lines)
 
@@ -80,9 +80,9 @@ def fetch(
     Example: zscl data fetch Aircraft Food --out data/copies
     """
     from orchestrate.analysis import prepare_data as making
-    from orchestrate.lifecycle import paths as places
+    from orchestrate.lifecycle.paths import refuse_unwritable
 
-    places.refuse_unwritable(out.absolute())
+    refuse_unwritable(out.absolute())
     content, lines = making.fetch(names, out.absolute(), jobs, progress_console)
     emit(content, as_json, lines)
 
@@ -98,10 +98,10 @@ def check(
     Example: zscl data check runs/demo/data/digits --picture digits.png
     """
     from orchestrate.analysis import validate_data as checking
-    from orchestrate.lifecycle import paths as places
+    from orchestrate.lifecycle.paths import refuse_unwritable
 
     if picture is not None:
-        places.refuse_unwritable(picture.absolute().parent, "choose another file with --picture")
+        refuse_unwritable(picture.absolute().parent, "choose another file with --picture")
     finding = checking.check(folder, picture, per_class, progress_console)
     if not as_json:
         checking.show(finding, tables_on_stdout())

@@ -12,29 +12,30 @@ from typing import Annotated, Any
 
 import typer
 
-from orchestrate.cli import analysis as looking
 from orchestrate.cli import data, models, terminal
-from orchestrate.cli import run as running
+from orchestrate.cli.analysis import average, compare, evaluate, sync
 from orchestrate.cli.output import readers_may_go
+from orchestrate.cli.run import demo, embed, resume, run, schema, submit
+from orchestrate.cli.search import search
 from orchestrate.lifecycle.signals import end_on_signals
 from schemas.base import expand
 from schemas.errors import InputError, InterruptedRunError
 from schemas.redaction import mask
 
 VERBS: tuple[Callable[..., None], ...] = (  # in the order of `zscl --help`
-    running.run,
-    running.search,
-    running.resume,
-    running.embed,
-    looking.sync,
-    looking.compare,
-    running.submit,
-    looking.evaluate,
-    looking.average,
+    run,
+    search,
+    resume,
+    embed,
+    sync,
+    compare,
+    submit,
+    evaluate,
+    average,
     models.export,
-    running.schema,
+    schema,
     models.pretrain,
-    running.demo,
+    demo,
 )
 UNUSABLE = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG, errno.ELOOP,

@@ -19,9 +19,9 @@ def export(
     Example: zscl export runs/demo/zscl --stage 6 --out runs/demo-zscl-model
     """
     from orchestrate.analysis import export as exporting
-    from orchestrate.lifecycle import paths as places
+    from orchestrate.lifecycle.paths import refuse_unwritable
 
-    places.refuse_unwritable(out.absolute())
+    refuse_unwritable(out.absolute())
     folder = exporting.export(run.absolute(), stage, out.absolute())
     lines = [f"model   {folder}  (open_clip: local-dir:{folder})", f"upload  hf upload OWNER/NAME {folder}"]
     emit({"folder": str(folder)}, as_json, lines)
@@ -37,13 +37,13 @@ def pretrain(
 
     Example: zscl pretrain experiments/pretrain-embedded.yaml --out runs/embedded-model
     """
-    from orchestrate.lifecycle import paths as places
-    from orchestrate.recipes import recipe as recipes
+    from orchestrate.lifecycle.paths import refuse_unwritable
+    from orchestrate.recipes.recipe import name_of, parse, read
     from orchestrate.runs.progress import Bar
     from schemas.pretraining import Pretraining
 
-    checked = recipes.parse(Pretraining, {"name": recipes.name_of(recipe), **recipes.read(recipe, overrides)}, recipe)
-    places.refuse_unwritable(out.absolute())
+    checked = parse(Pretraining, {"name": name_of(recipe), **read(recipe, overrides)}, recipe)
+    refuse_unwritable(out.absolute())
     import torch
 
     from zscl.training.pretrain import pretrain as train

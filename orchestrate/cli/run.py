@@ -59,6 +59,7 @@ def run(
     Example: zscl run experiments/embedded.yaml --set method=finetune --set seed=1
     """
     from orchestrate.recipes import recipe as recipes
+    from orchestrate.recipes.yaml_loader import dump
     from orchestrate.runs import run as running
 
     if probe and not dry_run:
@@ -84,7 +85,7 @@ def run(
         lines += said
     content = one_or_all(contents, "variants")
     if dry_run:
-        lines = [recipes.dump(content)]
+        lines = [dump(content)]
     elif len(contents) > 1:
         folders = {each["folder"]: Path(each["folder"]) for each in contents}
         place = Path(contents[0]["folder"]).parent / "comparison"
@@ -95,21 +96,21 @@ def run(
 
 def _ended(experiment: "Experiment", folder: Path, result: "Result", offline: bool) -> tuple[dict[str, Any], list[str]]:
     """What a finished run has made and where, for programs and for people."""
-    from orchestrate.lifecycle import paths as places
-    from orchestrate.reports import charts as report
+    from orchestrate.lifecycle.paths import browse_command, store_uri
+    from orchestrate.reports.results import percent, where_time_went
 
-    uri = None if offline else places.store_uri(experiment, folder)
+    uri = None if offline else store_uri(experiment, folder)
     shown = {"folder": str(folder), "tracking_uri": uri and mask(uri)}
     figures = "  ".join(
-        f"{name.replace('_', ' ')} {report.percent(value)}" for name, value in result.metrics.model_dump().items()
+        f"{name.replace('_', ' ')} {percent(value)}" for name, value in result.metrics.model_dump().items()
     )
     lines = [
         *([f"warnings {len(result.warnings)}, said above and in {folder}/result.json"] if result.warnings else []),
-        f"{figures}  (zero-shot transfer {report.percent(result.zero_shot_metrics.transfer)})",
-        f"time    {report.where_time_went(result, beside=experiment.compute.evaluation == 'overlapped')}",
+        f"{figures}  (zero-shot transfer {percent(result.zero_shot_metrics.transfer)})",
+        f"time    {where_time_went(result, beside=experiment.compute.evaluation == 'overlapped')}",
         f"run     {folder}",
         f"models  {folder}/stages/<k>-<task>/model  (open_clip: local-dir:…)",
-        f"MLflow  {places.browse_command(uri) if uri else command('zscl', 'sync', folder)}",
+        f"MLflow  {browse_command(uri) if uri else command('zscl', 'sync', folder)}",
     ]
     return {**shown, "result": result.model_dump(mode="json")}, lines
 
@@ -127,15 +128,15 @@ def resume(
 
     Example: zscl resume runs/embedded-zscl-1a2b3c4d --set compute.workers=1
     """
-    from orchestrate.lifecycle import paths as places
+    from orchestrate.lifecycle.paths import SEARCH
     from orchestrate.runs import preflight
     from orchestrate.runs import run as running
 
     folder = folder.absolute()
-    if (folder / places.SEARCH).is_file():
-        from orchestrate.search import preflight as search_preflight
+    if (folder / SEARCH).is_file():
+        from orchestrate.search.preflight import resumable
 
-        _searched(search_preflight.resumable(folder, overrides), folder, offline, as_json)
+        _searched(resumable(folder, overrides), folder, offline, as_json)
         return
     opened = preflight.prepare(running.resumable(folder, overrides))
     content, lines = _ended(opened.experiment, folder, running.run(opened, folder, progress_console, offline), offline)
@@ -216,15 +217,15 @@ def demo(
 
     Example: zscl demo --out runs/demo
     """
-    from orchestrate.lifecycle import paths as places
+    from orchestrate.lifecycle.paths import browse_command, refuse_unwritable
     from orchestrate.runs import demo as demonstration
 
-    places.refuse_unwritable(out.absolute())
+    refuse_unwritable(out.absolute())
     runs, uri = demonstration.demo(recipe, out.absolute(), overrides, progress_console, offline)
     progress_console.rule("comparison")
     found_runs = {str(run): run for run in runs}
     content, lines = compared(found_runs, out.absolute() / "comparison", as_json, offline)
-    browse = command("zscl", "sync", *runs) if offline else places.browse_command(uri)
+    browse = command("zscl", "sync", *runs) if offline else browse_command(uri)
     lines.append(f"MLflow    {browse}")
     shown = None if offline else mask(uri)
     found = {"runs": [str(run) for run in runs], "tracking_uri": shown, **content}

@@ -40,29 +40,29 @@ def search(
 
     Example: zscl search experiments/search-embedded.yaml --set search.trials=4 --set optimisation.steps=30
     """
-    from orchestrate.recipes import recipe as recipes
-    from orchestrate.search import preflight as search_preflight
+    from orchestrate.recipes.yaml_loader import dump
+    from orchestrate.search.preflight import folder_of, plan, prepare
 
-    prepared = search_preflight.prepare(recipe, overrides)
-    folder = search_preflight.folder_of(prepared, out)
+    prepared = prepare(recipe, overrides)
+    folder = folder_of(prepared, out)
     if dry_run:
-        from orchestrate.runs import dry_run as checks
-        from orchestrate.runs import run as running
+        from orchestrate.runs.run import connect_cluster
         from orchestrate.search import run as searching
+        from orchestrate.search.dry_run import check_search
 
         searching.refuse_other_search(prepared, folder)
-        connect = partial(running.connect_cluster, prepared.base.experiment, folder, progress_console)
-        checklist = checks.check_search(prepared, folder, offline, connect)
+        connect = partial(connect_cluster, prepared.base.experiment, folder, progress_console)
+        checklist = check_search(prepared, folder, offline, connect)
         checklist.refuse_failures(note)
-        content: dict[str, Any] = {"plan": search_preflight.plan(prepared, folder) | {"checked": checklist.lines}}
-        emit(content, as_json, [recipes.dump(content)])
+        content: dict[str, Any] = {"plan": plan(prepared, folder) | {"checked": checklist.lines}}
+        emit(content, as_json, [dump(content)])
         return
     _searched(prepared, folder, offline, as_json)
 
 
 def _searched(prepared: "Prepared", folder: Path, offline: bool, as_json: bool) -> None:
     """Run a search, or go on with it, and show what it found."""
-    from orchestrate.lifecycle import paths as places
+    from orchestrate.lifecycle.paths import CHOSEN, browse_command, store_uri
     from orchestrate.search import run as searching
 
     found = searching.search(prepared, folder, progress_console, offline)
@@ -70,11 +70,11 @@ def _searched(prepared: "Prepared", folder: Path, offline: bool, as_json: bool) 
         from orchestrate.search.report import terminal_tables
 
         tables_on_stdout().print(terminal_tables(found))
-    uri = None if offline else places.store_uri(prepared.base.experiment, folder)
+    uri = None if offline else store_uri(prepared.base.experiment, folder)
     lines = [
         f"search  {folder}",
-        f"MLflow  {places.browse_command(uri) if uri else command('zscl', 'sync', folder)}",
-        f"run the chosen recipe on all training images: {command('zscl', 'run', folder / places.CHOSEN)}",
+        f"MLflow  {browse_command(uri) if uri else command('zscl', 'sync', folder)}",
+        f"run the chosen recipe on all training images: {command('zscl', 'run', folder / CHOSEN)}",
     ]
     shown = {"folder": str(folder), "tracking_uri": uri and mask(uri)}
     emit({**shown, "search": found.model_dump(mode="json")}, as_json, lines)

@@ -12,8 +12,8 @@ from pathlib import Path
 from threading import Thread
 from typing import IO, TYPE_CHECKING
 
-from orchestrate.cluster import auth as access
-from orchestrate.recipes import recipe as recipes
+from orchestrate.cluster.auth import use_token
+from orchestrate.recipes.recipe import load_variants
 from schemas.errors import InputError, InterruptedRunError, one_line
 from schemas.errors import command as shown
 from schemas.redaction import mask
@@ -44,7 +44,7 @@ def entrypoint(recipe: Path, overrides: Sequence[str], out: str | None, working_
     Raises:
         InputError: the recipe lies outside of that, or is refused.
     """
-    recipes.load_variants(recipe, overrides)  # refused here rather than minutes later on the cluster
+    load_variants(recipe, overrides)  # refused here rather than minutes later on the cluster
     if not recipe.resolve().is_relative_to(working_dir):
         raise InputError(f"{recipe}: found it outside of {working_dir}, expected it in the working directory")
     command = ["zscl", "run", str(recipe.resolve().relative_to(working_dir))]
@@ -72,7 +72,7 @@ def connect(address: str | None, note: Callable[[str], None]) -> "JobSubmissionC
     Raises:
         InputError: Ray's client finds no cluster, or gets no answer within `ANSWER_SECONDS`.
     """
-    access.use_token(starts_here=False)
+    use_token(starts_here=False)
     from ray.exceptions import RayError
     from ray.job_submission import JobSubmissionClient
 

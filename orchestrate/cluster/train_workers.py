@@ -25,10 +25,10 @@ from pydantic import BaseModel, TypeAdapter
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
-from orchestrate.cluster import metrics_export as gauges
 from orchestrate.cluster.channel import line_from_here, listening
 from orchestrate.cluster.connect import check_resources
 from orchestrate.cluster.eval_tasks import on_ray
+from orchestrate.cluster.metrics_export import show
 from orchestrate.cluster.storage_sync import storage_of
 from orchestrate.lifecycle.signals import Interruption
 from schemas.errors import InputError
@@ -293,7 +293,7 @@ def _work(config: dict[str, Any]) -> str:
 
     def report(progress: BaseModel) -> None:
         if isinstance(progress, WorkersUsed):
-            gauges.show(config["folder"].name, progress)
+            show(config["folder"].name, progress)
         ray.get(line.put.remote(progress.model_dump_json()))
 
     logging.getLogger("zscl").addHandler(_Noted(report))

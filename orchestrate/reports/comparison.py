@@ -9,9 +9,8 @@ from statistics import fmean, stdev
 
 from scipy.stats import ttest_1samp
 
-from orchestrate.reports import charts as report
 from orchestrate.reports.charts import FURTHER
-from orchestrate.reports.results import change, label_of
+from orchestrate.reports.results import change, label_of, load_result_so_far
 from schemas.errors import InputError
 from schemas.results import Result
 from zscl.sequence.result import named
@@ -204,7 +203,7 @@ def gather(found: Mapping[str, Path | InputError]) -> Comparison:
                 raise place
             if (same := given_as.setdefault(place.resolve(), given)) != given:
                 raise InputError(f"{given}: found the run that was given as {same}, too; it counts once")
-            result = report.load_result_so_far(place)
+            result = load_result_so_far(place)
             if results:
                 _refuse_other_tasks(result, next(iter(results.values())), given)
             results[place] = result

@@ -10,8 +10,7 @@ import altair as alt
 import vl_convert
 from jinja2 import Environment, PackageLoader, select_autoescape
 
-from orchestrate.reports import charts as report
-from orchestrate.reports.charts import MAIN, ZERO_SHOT
+from orchestrate.reports.charts import MAIN, ZERO_SHOT, colours
 from orchestrate.reports.comparison import Comparison
 from orchestrate.reports.tables import CHANGES, Row, group_table
 from zscl.sequence.layout import stage_folder
@@ -171,9 +170,7 @@ def _accuracy_by_stage(comparison: Comparison) -> Any:
 def _colour(comparison: Comparison) -> Any:
     """A colour a method, which it keeps whatever else is shown."""
     methods = list(comparison.groups)
-    return alt.Color(
-        "method:N", sort=None, title=None, scale=alt.Scale(domain=methods, range=report.colours(len(methods)))
-    )
+    return alt.Color("method:N", sort=None, title=None, scale=alt.Scale(domain=methods, range=colours(len(methods))))
 
 
 def _shown() -> list[Any]:

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 
 from orchestrate.lifecycle.paths import store_uri
-from orchestrate.recipes import recipe as recipes
+from orchestrate.recipes.recipe import name_of, parse, read
 from orchestrate.runs import preflight
 from orchestrate.runs import run as running
 from schemas.experiment import Experiment
@@ -25,13 +25,13 @@ def demo(
     Returns the runs' folders and the URI of the store they are recorded in, or would be if not `offline`.
     """
     data = folder / "data"
-    content = recipes.read(recipe, overrides)
+    content = read(recipe, overrides)
     content["tasks"] = [_moved(task, data) for task in content["tasks"]]
     content["reference"] = str(data / "reference")
     experiments = {}
     for method, parts in METHODS.items():
-        named = {"name": recipes.name_of(recipe), **content, "method": parts or content["method"]}
-        experiments[folder / method] = recipes.parse(Experiment, named, recipe)
+        named = {"name": name_of(recipe), **content, "method": parts or content["method"]}
+        experiments[folder / method] = parse(Experiment, named, recipe)
     write_embedded(data, corpus=False, note=lambda text: console.print(text, highlight=False))
     for run, experiment in experiments.items():
         console.rule(run.name)

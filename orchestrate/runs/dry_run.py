@@ -16,8 +16,8 @@ from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from orchestrate.cluster.storage_sync import storage_of
-from orchestrate.lifecycle import lock as ownership
-from orchestrate.lifecycle import paths as places
+from orchestrate.lifecycle.lock import at_work
+from orchestrate.lifecycle.paths import refuse_unwritable, sqlite_file, store_uri
 from orchestrate.runs import preflight
 from schemas.compute import Compute
 from schemas.dataset_report import Manifest
@@ -138,7 +138,7 @@ def _folder(experiment: Experiment, folder: Path) -> str:
             with FileLock(lock, timeout=0):
                 pass
         except Timeout as error:
-            raise InputError(ownership.at_work(folder)) from error
+            raise InputError(at_work(folder)) from error
         except OSError as error:
             raise InputError(f"{lock}: cannot be locked ({error.strerror}), expected a file of this user") from error
     return f"{folder} can be written"
@@ -174,11 +174,11 @@ def _tracking(experiment: Experiment, folder: Path, offline: bool) -> str:
     """See that the tracking store answers, and that its experiment takes runs. Nothing is made there."""
     if offline:
         raise SkippedError("--offline")
-    uri = places.store_uri(experiment, folder)
-    file = places.sqlite_file(uri)
+    uri = store_uri(experiment, folder)
+    file = sqlite_file(uri)
     if file is not None:
         for made in (file.parent, file.parent / "mlflow-artifacts"):  # the files of runs lie beside the database
-            places.refuse_unwritable(made, "set tracking.uri to another store, or run with --offline")
+            refuse_unwritable(made, "set tracking.uri to another store, or run with --offline")
         if not file.exists():
             return f"{mask(uri)} will be made"
         if file.is_dir() or not os.access(file, os.W_OK):

@@ -9,17 +9,16 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from orchestrate.lifecycle import paths as places
+from orchestrate.lifecycle.paths import EXPERIMENT, SEARCH, refuse_unwritable
 from orchestrate.lifecycle.run_status import STATE
-from orchestrate.recipes import recipe as recipes
+from orchestrate.recipes.recipe import load_experiment, shown
 from schemas.compute import Compute, Savings
-from schemas.errors import InputError
+from schemas.errors import InputError, counted
 from schemas.experiment import LOCAL_MODEL, Experiment, Model
-from zscl.checks import findings as verdict
 from zscl.checks.prompts import prompt_warnings
 from zscl.data.indexed import IndexedSamples
 from zscl.data.sample import refuse_broken
-from zscl.data.task import TaskFolder
+from zscl.data.task import TaskFolder, dotted
 from zscl.models.clip import load, open_clip_name
 from zscl.models.pruned_forward import Towers, left_in_full
 from zscl.sequence.layout import ZERO_SHOT, part_of, stage_folder
@@ -31,7 +30,7 @@ from zscl.training.snapshots import LAST, SUFFIX, place_of
 
 MOST_NAMED = 3  # samples in a sentence
 NO_PART = ("name", "compute.", "tracking.")  # of what is computed
-OF_A_RUN = (places.EXPERIMENT, STATE, ZERO_SHOT, part_of(Path(ZERO_SHOT)).name, "stages", CHECKPOINT)
+OF_A_RUN = (EXPERIMENT, STATE, ZERO_SHOT, part_of(Path(ZERO_SHOT)).name, "stages", CHECKPOINT)
 LONGEST_SHOWN = 60  # characters of a value, where two values differ
 
 
@@ -74,7 +73,7 @@ def refuse_other(opened: Opened, folder: Path) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: found a file, expected a run's folder, or none yet")
-    if (folder / places.SEARCH).is_file():
+    if (folder / SEARCH).is_file():
         raise InputError(f"{folder}: found a search, expected a run's folder, an empty or a new one")
     others = [each.name for each in folder.glob("[!.]*")]
     if others and not any((folder / name).exists() for name in OF_A_RUN):
@@ -91,10 +90,10 @@ def refuse_other(opened: Opened, folder: Path) -> None:
 def _how_it_differs(experiment: Experiment, folder: Path) -> str:
     """The end of a sentence about another experiment's folder: which fields are others there."""
     try:
-        there = recipes.load_experiment(folder / places.EXPERIMENT)
+        there = load_experiment(folder / EXPERIMENT)
     except InputError:
         return ""
-    found = _differences(recipes.shown(there), recipes.shown(experiment))
+    found = _differences(shown(there), shown(experiment))
     unlike = [f"{path} {was} there, {now} here" for path, (was, now) in found.items() if not path.startswith(NO_PART)]
     if not unlike:
         return " (the recipe is alike: the data, the model or a further loss's code is another)"
@@ -216,9 +215,9 @@ def check_places(experiment: Experiment, folder: Path) -> None:
         InputError: naming the folder, and the option or field to change.
     """
     for each in (folder, folder.parent, store_beside(folder)):
-        places.refuse_unwritable(each)
+        refuse_unwritable(each)
     if experiment.compute.shard_cache is not None:
-        places.refuse_unwritable(Path(experiment.compute.shard_cache).absolute(), "change compute.shard_cache")
+        refuse_unwritable(Path(experiment.compute.shard_cache).absolute(), "change compute.shard_cache")
 
 
 def warnings(opened: Opened) -> list[str]:
@@ -248,13 +247,13 @@ def _left_out(opened: Opened) -> list[str]:
         found.append(f"reference.images: {_skipped(broken)}")
     images = opened.reference.images if opened.reference else None
     if isinstance(images, IndexedSamples) and (keys := images.dotted_keys()):
-        found.append(verdict.dotted("reference.images", keys))
+        found.append(dotted("reference.images", keys))
     return found
 
 
 def _skipped(sentences: Sequence[str]) -> str:
     more = f"; and {len(sentences) - MOST_NAMED} more" if len(sentences) > MOST_NAMED else ""
-    samples = verdict.counted(len(sentences), "sample")
+    samples = counted(len(sentences), "sample")
     return f"found {samples} to be skipped: {'; '.join(sentences[:MOST_NAMED])}{more}"
 
 

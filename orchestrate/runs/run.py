@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from orchestrate.cluster.storage_sync import Following, kept
-from orchestrate.lifecycle import paths as places
 from orchestrate.lifecycle.lock import owned
+from orchestrate.lifecycle.paths import EXPERIMENT, folder_of, refuse_unwritable
 from orchestrate.lifecycle.run_status import outcome_told, read_state, write_state
 from orchestrate.lifecycle.signals import signals_taken
-from orchestrate.recipes import recipe as recipes
-from orchestrate.recipes import variants as group
-from orchestrate.reports import charts as report
+from orchestrate.recipes.recipe import load_experiment, load_variants, write_experiment
+from orchestrate.recipes.variants import members
+from orchestrate.reports.results import load_result
 from orchestrate.runs import preflight
 from orchestrate.runs.progress import Bar, Display
 from schemas.errors import InputError, command
@@ -50,10 +50,10 @@ def prepare_variants(
     Raises:
         InputError: a recipe is refused, or something that one names is missing or wrong.
     """
-    experiments = group.members(recipes.load_variants(recipe, overrides, variant), seeds, orders)
+    experiments = members(load_variants(recipe, overrides, variant), seeds, orders)
     for name, experiment in experiments.items():
         opened = preflight.prepare(experiment, recipe)
-        yield opened, places.folder_of(experiment, opened.fingerprint, out, name if len(experiments) > 1 else "")
+        yield opened, folder_of(experiment, opened.fingerprint, out, name if len(experiments) > 1 else "")
 
 
 def run(opened: Opened, folder: Path, console: Console, offline: bool = False) -> Result:
@@ -82,15 +82,13 @@ def resumable(folder: Path, overrides: Sequence[str]) -> Experiment:
     Raises:
         InputError: there is no run, or an override would make it another one.
     """
-    file = folder / places.EXPERIMENT
+    file = folder / EXPERIMENT
     if not file.is_file():
-        raise InputError(
-            f"{folder}: found no {places.EXPERIMENT}, expected the folder of a run that was started before"
-        )
+        raise InputError(f"{folder}: found no {EXPERIMENT}, expected the folder of a run that was started before")
     for override in overrides:
         if not override.startswith(("compute.", "tracking.")):
             raise InputError(f"--set {override}: expected a field of compute or tracking; all else is what the run is")
-    experiment = recipes.load_experiment(file, overrides)
+    experiment = load_experiment(file, overrides)
     if MASK in experiment.model_dump_json(exclude={"tracking"}):
         raise InputError(
             f"{file}: found {MASK} where the recipe has secrets, expected the recipe: "
@@ -115,7 +113,7 @@ def embed(opened: Opened, folder: Path, console: Console) -> Embedded:
             "compute.storage: found it in `zscl embed`, expected a folder that all nodes see: nothing else "
             "lets them share the features"
         )
-    places.refuse_unwritable(folder.parent)
+    refuse_unwritable(folder.parent)
     connect(opened.experiment.compute, note=lambda text: console.print(text, highlight=False))
     scratch = tempfile.TemporaryDirectory(prefix=".embedding-", dir=_made(folder.parent), ignore_cleanup_errors=True)
     with scratch, Bar(console) as bar, signals_taken() as interruption:
@@ -132,7 +130,7 @@ def _finished(opened: Opened, folder: Path, console: Console, offline: bool) -> 
     preflight.refuse_other(opened, folder)
     if not (folder / "result.json").is_file():
         return None
-    result = report.load_result(folder)
+    result = load_result(folder)
     if result.fingerprint != opened.fingerprint:
         raise InputError(
             f"{folder / 'result.json'}: found the result of another run (fingerprint {result.fingerprint}), expected "
@@ -167,7 +165,7 @@ def _run(opened: Opened, folder: Path, console: Console, offline: bool, followin
     with signals_taken() as interruption:
         shipper = None if offline else _shipper(opened, folder, console)
         with outcome_told(folder, shipper):
-            recipes.write_experiment(experiment, folder / places.EXPERIMENT)
+            write_experiment(experiment, folder / EXPERIMENT)
             write_state(folder, "RUNNING")
             with bar, following():
                 result = train(experiment, folder, Display(experiment, bar), interruption)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from orchestrate.lifecycle import paths as places
+from orchestrate.lifecycle.paths import FOUND
 from orchestrate.runs.dry_run import Checklist, Connect, _check_common, _disk
 from orchestrate.search.preflight import Prepared, megabytes_of_models
 
@@ -17,7 +17,7 @@ def check_search(prepared: Prepared, folder: Path, offline: bool, connect: Conne
         connect: to the cluster, if the recipe or the environment names one.
     """
     checklist, opened = Checklist(), prepared.base
-    if (folder / places.FOUND).is_file():
+    if (folder / FOUND).is_file():
         checklist.check("search", lambda: "finished before, nothing is left to do")
         return checklist
     checklist.check("recipe, data and model", lambda: f"{prepared.trials} trials of {prepared.stages} stages")

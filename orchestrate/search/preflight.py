@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrate.lifecycle import paths as places
-from orchestrate.recipes import recipe as recipes
+from orchestrate.lifecycle.paths import SEARCH
+from orchestrate.recipes.recipe import at, load_search, name_of
 from orchestrate.runs import preflight
 from schemas.errors import InputError, command
 from schemas.redaction import MASK
@@ -55,8 +55,8 @@ def prepare(file: Path, overrides: Sequence[str] = ()) -> Prepared:
     Raises:
         InputError: something is refused, missing or wrong.
     """
-    search, content = recipes.load_search(file, overrides)
-    experiment = recipes.at(search, content, {}, file)
+    search, content = load_search(file, overrides)
+    experiment = at(search, content, {}, file)
     points = [{path: end} for path, domain in search.domains.items() for end in domain.ends]
     if search.sampler == "grid":
         values = [[(path, value) for value in domain.values or ()] for path, domain in search.domains.items()]
@@ -64,7 +64,7 @@ def prepare(file: Path, overrides: Sequence[str] = ()) -> Prepared:
     refusals: list[str] = []
     for point in points:
         try:
-            at_point = recipes.at(search, content, point, file)
+            at_point = at(search, content, point, file)
             if any(path.split(".")[0] in DATA for path in point):
                 preflight.prepare(at_point)
         except InputError as error:
@@ -93,10 +93,10 @@ def resumable(folder: Path, overrides: Sequence[str]) -> Prepared:
     for override in overrides:
         if not override.startswith(("compute.", "tracking.")):
             raise InputError(f"--set {override}: expected a field of compute or tracking; all else is what is searched")
-    prepared = prepare(folder / places.SEARCH, overrides)
+    prepared = prepare(folder / SEARCH, overrides)
     if MASK in prepared.base.experiment.model_dump_json(exclude={"tracking"}):
         raise InputError(
-            f"{folder / places.SEARCH}: found {MASK} where the recipe has secrets, expected the recipe: "
+            f"{folder / SEARCH}: found {MASK} where the recipe has secrets, expected the recipe: "
             + command("zscl", "search", "RECIPE", "--out", folder)
         )
     return prepared
@@ -123,7 +123,7 @@ def _averages(search: Search, content: Mapping[str, Any], file: Path) -> Average
     found: dict[Any, None] = {}
     for point in itertools.islice(itertools.product(*relevant.values()), 1_000):
         try:
-            found[recipes.at(search, content, dict(zip(relevant, point, strict=True)), file).method.average] = None
+            found[at(search, content, dict(zip(relevant, point, strict=True)), file).method.average] = None
         except InputError:  # the trial will say so
             continue
     return tuple(found) if 1 < len(found) <= MOST_AVERAGES else ()
@@ -133,7 +133,7 @@ def folder_of(prepared: Prepared, out: Path | None) -> Path:
     """Where a search's folder is."""
     if out is not None:
         return out.absolute()
-    return Path.cwd() / "runs" / f"{recipes.name_of(prepared.file)}-{prepared.fingerprint[:8]}"
+    return Path.cwd() / "runs" / f"{name_of(prepared.file)}-{prepared.fingerprint[:8]}"
 
 
 def megabytes_of_models(prepared: Prepared) -> float:

@@ -25,11 +25,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 
-from orchestrate.lifecycle import paths as places
 from orchestrate.lifecycle.lock import owned
+from orchestrate.lifecycle.paths import CHOSEN, EXPERIMENT, FINGERPRINT, FOUND, SEARCH, SearchIdentity, search_identity
 from orchestrate.lifecycle.run_status import outcome_told, write_state
 from orchestrate.lifecycle.signals import Interruption, signals_taken
-from orchestrate.recipes import recipe as recipes
+from orchestrate.recipes.recipe import at, name_of, write_experiment, write_search
 from orchestrate.runs.progress import Bar
 from orchestrate.search.preflight import Prepared
 from orchestrate.search.progress import SearchDisplay
@@ -65,7 +65,7 @@ def search(prepared: Prepared, folder: Path, console: Console, offline: bool = F
         InterruptedRunError: a signal ended it; it can go on.
     """
     refuse_other_search(prepared, folder)
-    if (folder / places.FOUND).is_file():
+    if (folder / FOUND).is_file():
         console.print(f"{folder}: finished before, nothing to do", highlight=False)
         return load_found(folder)
     with owned(folder, note=partial(console.print, highlight=False, soft_wrap=True)):
@@ -78,9 +78,9 @@ def refuse_other_search(prepared: Prepared, folder: Path) -> None:
     Raises:
         InputError: it does.
     """
-    file = folder / places.FINGERPRINT
+    file = folder / FINGERPRINT
     if file.is_file():
-        found = places.search_identity(folder)
+        found = search_identity(folder)
         if found.algorithm != algorithm():
             raise InputError(
                 f"{folder}: found a search that was computed by {named(found.algorithm)}, expected "
@@ -92,7 +92,7 @@ def refuse_other_search(prepared: Prepared, folder: Path) -> None:
                 f"{folder}: found another search (fingerprint {found.fingerprint}), expected {prepared.fingerprint} or "
                 "an empty folder; choose another folder"
             )
-    if not file.is_file() and (folder / places.EXPERIMENT).is_file():
+    if not file.is_file() and (folder / EXPERIMENT).is_file():
         raise InputError(f"{folder}: found a run, expected a search or an empty folder; choose another folder")
 
 
@@ -110,15 +110,15 @@ def _search(prepared: Prepared, folder: Path, console: Console, offline: bool) -
     slots = slots_of(experiment.compute)
     queued = ", the others wait for their turn" if slots < prepared.trials else ""
     say(f"{prepared.trials} trials of {prepared.stages} stages; the cluster holds {slots} at once{queued}")
-    identity = places.SearchIdentity(prepared.fingerprint, algorithm(), time.time_ns() // 1_000_000)
-    if (folder / places.FINGERPRINT).is_file():
-        identity = places.search_identity(folder)
+    identity = SearchIdentity(prepared.fingerprint, algorithm(), time.time_ns() // 1_000_000)
+    if (folder / FINGERPRINT).is_file():
+        identity = search_identity(folder)
     with signals_taken() as interruption:
         recording = None if offline else _recording(prepared, folder, say, identity)
         with outcome_told(folder, recording):
-            write_text(folder / places.FINGERPRINT, f"{identity}\n")
-            if not (folder / places.SEARCH).is_file():
-                recipes.write_search(prepared.search, prepared.content, folder / places.SEARCH)
+            write_text(folder / FINGERPRINT, f"{identity}\n")
+            if not (folder / SEARCH).is_file():
+                write_search(prepared.search, prepared.content, folder / SEARCH)
             write_state(folder, "RUNNING")
             line = line_from_here(search=str(folder))
             common = Common(prepared.search, prepared.content, prepared.file, folder, prepared.averages, line)
@@ -134,7 +134,7 @@ def _search(prepared: Prepared, folder: Path, console: Console, offline: bool) -
 
 
 def _recording(
-    prepared: Prepared, folder: Path, note: Callable[[str], None], identity: places.SearchIdentity
+    prepared: Prepared, folder: Path, note: Callable[[str], None], identity: SearchIdentity
 ) -> "SearchRecording":
     from orchestrate.search.tracking import SearchRecording
 
@@ -155,7 +155,7 @@ def _fit(prepared: Prepared, common: "Common", slots: int) -> "ResultGrid":
     from ray import tune
 
     from orchestrate.cluster.connect import check_resources
-    from orchestrate.search import samplers as sampling
+    from orchestrate.search.samplers import Sampling, scheduler
     from orchestrate.search.trial import STAGES, SearchTrial
 
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what a trial failed with, the search says itself
@@ -176,8 +176,8 @@ def _fit(prepared: Prepared, common: "Common", slots: int) -> "ResultGrid":
             trainable,
             tune_config=tune.TuneConfig(
                 num_samples=prepared.trials,
-                search_alg=sampling.Sampling(prepared.search),
-                scheduler=sampling.scheduler(prepared.search, prepared.stages, STAGES),
+                search_alg=Sampling(prepared.search),
+                scheduler=scheduler(prepared.search, prepared.stages, STAGES),
                 max_concurrent_trials=slots,
                 reuse_actors=True,
             ),
@@ -239,12 +239,12 @@ def _conclude(
         )
         raise InputError(f"{folder}: found no trial of {len(trials)} that finished ({reasons})")
     chosen = max(front, key=lambda trial: (goodness_of(trial.objectives), -trial.number))
-    recipe = recipes.at(search, prepared.content, chosen.values, prepared.file, judged_on=None)
-    name = recipes.name_of(prepared.file, "-chosen")
-    recipes.write_experiment(recipe.model_copy(update={"name": name}), folder / places.CHOSEN)
+    recipe = at(search, prepared.content, chosen.values, prepared.file, judged_on=None)
+    name = name_of(prepared.file, "-chosen")
+    write_experiment(recipe.model_copy(update={"name": name}), folder / CHOSEN)
     test = _judged_on_test(chosen, prepared, common, interruption)
     result = SearchResult(
-        name=recipes.name_of(prepared.file),
+        name=name_of(prepared.file),
         fingerprint=prepared.fingerprint,
         objectives=search.objectives,
         held_out_share=search.validation_share,
@@ -261,7 +261,7 @@ def _conclude(
     if search.keep_models == "chosen":
         _forget_models(folder, keep=chosen)
     draw(search, result.trials, folder)
-    write_whole(folder / places.FOUND, result)
+    write_whole(folder / FOUND, result)
     return result
 
 
@@ -269,12 +269,12 @@ def _judged_on_test(chosen: Trial, prepared: Prepared, common: "Common", interru
     """Judge the chosen trial's models on the test images: nothing is trained."""
     from orchestrate.search.trial import judged_on_test
 
-    experiment = recipes.at(prepared.search, prepared.content, chosen.values, prepared.file, judged_on="test")
+    experiment = at(prepared.search, prepared.content, chosen.values, prepared.file, judged_on="test")
     place = common.folder / TEST
     for stage in (common.folder / chosen.folder / "stages").iterdir():
         if not (place / "stages" / stage.name / TRAINING).is_file() and not stage.name.startswith("."):
             link_folder(stage, place / "stages" / stage.name, without=("accuracy*",))
-    recipes.write_experiment(experiment, place / places.EXPERIMENT)
+    write_experiment(experiment, place / EXPERIMENT)
     judging = partial(judged_on_test, experiment, place, common)
     result = _waited(judging, common.line, interruption, lambda: True)
     write_state(place, "FINISHED")

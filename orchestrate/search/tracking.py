@@ -16,8 +16,8 @@ from mlflow.entities import Metric, Param
 from orchestrate.lifecycle import paths as places
 from orchestrate.lifecycle.lock import owned
 from orchestrate.lifecycle.run_status import read_state
-from orchestrate.recipes import recipe as recipes
-from orchestrate.search import report as search_report
+from orchestrate.recipes.recipe import at, load_search
+from orchestrate.search.report import trial_columns
 from orchestrate.search.results import load_found
 from orchestrate.tracking.mlflow_client import (
     ARTIFACTS,
@@ -167,7 +167,7 @@ class SearchRecord:
 
     def _log_files(self, found: SearchResult, folder: Path) -> None:
         """Record the table of trials, the recipes and the pictures."""
-        log_table(self.client, self.run_id, search_report.trial_columns(found), TABLE)
+        log_table(self.client, self.run_id, trial_columns(found), TABLE)
         for file in (places.SEARCH, places.FOUND, places.CHOSEN):
             self.client.log_artifact(self.run_id, str(folder / file))
         for picture in sorted(folder.glob("*.png")):
@@ -203,7 +203,7 @@ class SearchRecording:
             case TrialStarted(values=values, fingerprint=fingerprint, folder=folder) if told.trial > 0:
                 if told.trial not in self._shippers:
                     prepared = self._prepared
-                    experiment = recipes.at(prepared.search, prepared.content, values, prepared.file)
+                    experiment = at(prepared.search, prepared.content, values, prepared.file)
                     self._shippers[told.trial] = Shipper(
                         experiment, fingerprint, Path(folder), self._note, self._record.run_id
                     )
@@ -250,8 +250,8 @@ def sync_search(folder: Path, uri: str | None, on_sent: Callable[[str, int, int]
         InputError: it is under way, or the store or its artefact store cannot be reached.
     """
     with owned(folder, advice="copy the run to such a folder, and sync the copy"):
-        search, content = recipes.load_search(folder / places.SEARCH)
-        experiment = recipes.at(search, content, {}, folder / places.SEARCH)
+        search, content = load_search(folder / places.SEARCH)
+        experiment = at(search, content, {}, folder / places.SEARCH)
         uri = uri or places.unmasked(places.store_uri(experiment, folder))
         identity = places.search_identity(folder)
         sent, failure = 0, None

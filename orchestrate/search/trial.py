@@ -25,7 +25,7 @@ from orchestrate.cluster.train_workers import train
 from orchestrate.lifecycle.paths import EXPERIMENT
 from orchestrate.lifecycle.run_status import write_state
 from orchestrate.lifecycle.signals import Interruption
-from orchestrate.recipes import recipe as recipes
+from orchestrate.recipes.recipe import at, write_experiment
 from orchestrate.search.samplers import NUMBER
 from schemas.base import parse_json
 from schemas.errors import InputError, InterruptedRunError
@@ -149,7 +149,7 @@ class SearchTrial(tune.Trainable):  # type: ignore[misc]
 
     def _run(self) -> Result:
         opened = self._opened = open_experiment(
-            recipes.at(self._common.search, self._common.content, self._values, self._common.file)
+            at(self._common.search, self._common.content, self._values, self._common.file)
         )
         self._fingerprint, folder = opened.fingerprint, self._common.place(opened.fingerprint)
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -158,7 +158,7 @@ class SearchTrial(tune.Trainable):  # type: ignore[misc]
             if not found.is_file():
                 self._take_from_other_search(folder)
             self._read = found.is_file()
-            recipes.write_experiment(opened.experiment, folder / EXPERIMENT)
+            write_experiment(opened.experiment, folder / EXPERIMENT)
             started = TrialStarted(
                 values=self._values, fingerprint=opened.fingerprint, folder=str(folder), read=self._read
             )

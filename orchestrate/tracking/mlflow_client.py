@@ -12,8 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-# `orchestrate.tracking.uploader` retries, with longer and longer pauses. A request that MLflow itself repeats because its
-# answer was lost would create a second run. A silent server is noticed in seconds, not in two minutes.
+# `orchestrate.tracking.uploader` retries, with longer and longer pauses. A request that MLflow itself repeats because
+# its answer was lost would create a second run. A silent server is noticed in seconds, not in two minutes.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 # Standard output holds results alone.

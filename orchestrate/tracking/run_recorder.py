@@ -17,7 +17,8 @@ from pathlib import Path
 
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
 
-from orchestrate.reports import charts as report
+from orchestrate.reports.charts import draw_accuracies, draw_matrix
+from orchestrate.reports.results import matrix_columns
 from orchestrate.tracking.mlflow_client import (
     ARTIFACTS,
     FINGERPRINT,
@@ -161,9 +162,9 @@ class Record:
         """Record matrix, recipe, pictures, and the models that the store would not take before."""
         self.client.log_artifact(self.parent, str(folder / "experiment.yaml"))
         self.client.log_artifact(self.parent, str(folder / "result.json"))
-        log_table(self.client, self.parent, report.matrix_columns(result), "accuracy_matrix.json")
-        self.client.log_figure(self.parent, report.draw_matrix(result), "figures/accuracy_matrix.png")
-        self.client.log_figure(self.parent, report.draw_accuracies(result), "figures/accuracy_by_stage.png")
+        log_table(self.client, self.parent, matrix_columns(result), "accuracy_matrix.json")
+        self.client.log_figure(self.parent, draw_matrix(result), "figures/accuracy_matrix.png")
+        self.client.log_figure(self.parent, draw_accuracies(result), "figures/accuracy_by_stage.png")
         for trained in result.stages:
             if child := self._find_child(trained.stage):
                 self._log_model(child.info.run_id, trained)

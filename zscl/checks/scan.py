@@ -30,7 +30,7 @@ from schemas.dataset_report import (
     UnreadableSample,
 )
 from schemas.errors import InputError
-from zscl.checks import findings as verdict
+from zscl.checks.findings import class_problems, sample_problems, template_problems, trait_warnings, warnings_of
 from zscl.checks.image import Decoded, Undecodable, look_at, silent_decoders
 from zscl.checks.prompts import prompt_warnings
 from zscl.checks.task_scan import OpenedTask, Progress, Shard, no_progress
@@ -182,9 +182,9 @@ def _finding(opened: OpenedTask, gathered: _Gathered) -> Inspection:
     problems = (
         *opened.problems,
         *(problem for shard in shards for problem in shard.problems),
-        *verdict.class_problems(classnames, splits),
-        *verdict.template_problems(templates),
-        *verdict.sample_problems(unreadable, between),
+        *class_problems(classnames, splits),
+        *template_problems(templates),
+        *sample_problems(unreadable, between),
     )
     return Inspection(
         task=opened.task.name,
@@ -200,8 +200,8 @@ def _finding(opened: OpenedTask, gathered: _Gathered) -> Inspection:
         problems=problems,
         warnings=(
             *opened.warnings,
-            *verdict.warnings_of(classnames, templates, within, splits),
-            *verdict.trait_warnings(traits),
+            *warnings_of(classnames, templates, within, splits),
+            *trait_warnings(traits),
             *_prompts_of_clip(opened.task),
         ),
     )

@@ -8,10 +8,9 @@ from pydantic import ValidationError
 
 from schemas.dataset_report import SPLITS, Manifest, ManifestShard, ShardFinding, Split
 from schemas.errors import InputError
-from zscl.checks import findings as verdict
 from zscl.data.indexed import IndexedSamples
 from zscl.data.sample import printable_name
-from zscl.data.task import MANIFEST, TaskFolder, lines_of, text_of
+from zscl.data.task import MANIFEST, TaskFolder, dotted, lines_of, text_of, uncounted
 from zscl.runtime.hashing import file_digest
 
 Progress = Callable[[str, int, int], None]  # what, done, total
@@ -88,7 +87,7 @@ def _open_shards(opened: OpenedTask, progress: Progress) -> None:
             continue
         promised += [(split, file) for file in files]
         if others := opened.task.uncounted_shards(split):
-            opened.warnings.append(verdict.uncounted(split, others))
+            opened.warnings.append(uncounted(split, others))
     records = _records(opened.manifest)
     for done, (split, file) in enumerate(promised):
         progress("indexing shards", done, len(promised))
@@ -97,7 +96,7 @@ def _open_shards(opened: OpenedTask, progress: Progress) -> None:
     for split in SPLITS:
         found = [shard.samples.dotted_keys() for shard in opened.shards if shard.split == split and shard.samples]
         if keys := [key for each in found for key in each]:
-            opened.warnings.append(verdict.dotted(split, keys))
+            opened.warnings.append(dotted(split, keys))
     opened.problems += [
         f"{MANIFEST}: found {place} in it, expected only shards that nshards.txt promises" for place in records
     ]

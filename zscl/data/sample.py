@@ -1,12 +1,16 @@
-"""What a sample is, and what any set of them can be asked for."""
+"""Samples, the protocol of a set of samples, and a set of uniform noise."""
 
 import hashlib
+import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import count
 from typing import Protocol
 
 from schemas.dataset_report import Reason
 from schemas.errors import InputError
+from zscl.runtime.seeding import seed_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,3 +110,28 @@ class Samples(Protocol):
 
     def once(self, part: int, parts: int) -> Iterator[Sample]:
         """Yield every `parts`-th sample from `part` on, each sample of the whole in exactly one part."""
+
+
+@dataclass(frozen=True)
+class NoiseSamples:
+    """Endless noise: every position has an image of its own, drawn from (seed, position) alone.
+
+    size: height and width in pixels.
+    """
+
+    size: tuple[int, int]
+
+    def at(self, positions: Iterable[int], seed: int) -> Iterator[Draw]:
+        """See `Samples.at`."""
+        for position in positions:
+            yield partial(self._draw, seed, position)
+
+    def once(self, part: int, parts: int) -> Iterator[Sample]:
+        """See `Samples.once`; here there is no end to it."""
+        return (draw(0) for draw in self.at(count(part, parts), seed=0))
+
+    def _draw(self, seed: int, position: int, attempt: int) -> Sample:
+        height, width = self.size
+        header = f"P6 {width} {height} 255\n".encode()  # PPM: plain pixels behind a header
+        pixels = random.Random(seed_of(seed, position)).randbytes(3 * height * width)
+        return Sample(header + pixels, None, None, "noise", str(position))

@@ -18,7 +18,6 @@ import fsspec
 from schemas.data import Task
 from schemas.errors import InputError, named
 from schemas.experiment import HeldOut
-from zscl.checks import findings as verdict
 from zscl.data.indexed import IndexedSamples
 from zscl.data.sample import BrokenSampleError, Sample, decoded_label, printable_name, refuse_broken
 from zscl.data.shard_urls import MOST_SHARDS, open_samples
@@ -228,9 +227,9 @@ class TaskFolder:
         sentences = []
         samples = self.train if split == "train" else self.test
         if isinstance(samples, IndexedSamples) and (keys := samples.dotted_keys()):
-            sentences.append(verdict.dotted(split, keys))
+            sentences.append(dotted(split, keys))
         if shards := self.uncounted_shards(split):
-            sentences.append(verdict.uncounted(split, shards))
+            sentences.append(uncounted(split, shards))
         return sentences
 
     def uncounted_shards(self, split: str) -> list[Path]:

@@ -11,8 +11,8 @@ import torch
 from schemas.errors import InputError
 from schemas.experiment import Experiment
 from schemas.method import Distill
-from zscl.methods import custom_losses as further
 from zscl.methods import losses
+from zscl.methods.custom_losses import bind
 from zscl.methods.interfaces import Batch, Features, Part, Stage, Teacher
 from zscl.runtime.distributed import gather
 
@@ -114,5 +114,5 @@ def build(experiment: Experiment, stage: Stage) -> Objective:
     if method.consolidate:
         multi_tensor = experiment.compute.savings.multi_tensor
         parts.append(Consolidation(stage.trained, stage.start, method.consolidate.weight, multi_tensor))
-    parts += [further.bind(loss, stage) for loss in method.further_losses]
+    parts += [bind(loss, stage) for loss in method.further_losses]
     return Objective(parts)

@@ -15,8 +15,8 @@ from schemas.experiment import Experiment
 from zscl.data.indexed import IndexedSamples
 from zscl.data.reference_set import ReferenceSet
 from zscl.data.task import TaskFolder, lines_of
-from zscl.methods import custom_losses as further
-from zscl.methods import exemplars as memory
+from zscl.methods import custom_losses
+from zscl.methods.exemplars import check_budget
 from zscl.models.clip import weights_digest
 from zscl.runtime.seeding import seed_of
 
@@ -53,7 +53,7 @@ def open_experiment(experiment: Experiment) -> Opened:
     used = experiment.reference if experiment.method.needs_reference else None
     opened = ReferenceSet(used, cache) if used else None
     if experiment.method.memory:
-        memory.check_budget(experiment.method.memory.budget, tasks)
+        check_budget(experiment.method.memory.budget, tasks)
         for remembered in tasks[:-1]:
             if not isinstance(remembered.train, IndexedSamples):
                 raise InputError(
@@ -62,7 +62,7 @@ def open_experiment(experiment: Experiment) -> Opened:
                 )
     weights = weights_digest(experiment.model)
     contents = {path: folder.digest for path, folder in folders.items()} | {experiment.model.name: weights}
-    contents |= {loss.path: further.digest_of(loss) for loss in experiment.method.further_losses}
+    contents |= {loss.path: custom_losses.digest_of(loss) for loss in experiment.method.further_losses}
     if opened:
         contents["reference"] = opened.digest
     return Opened(experiment, tasks, opened, weights, contents, experiment.fingerprint(contents))

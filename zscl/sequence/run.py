@@ -36,7 +36,7 @@ from schemas.experiment import LOCAL_MODEL, Experiment, Model
 from schemas.results import Result, StageResult, StepLosses, TaskName
 from zscl.data.loader import Loader, loader_of
 from zscl.evaluation.metrics import metrics
-from zscl.methods import exemplars as memory
+from zscl.methods.exemplars import choose, encode, per_class, write
 from zscl.methods.weight_averaging import interpolate
 from zscl.models.clip import Clip, has_no_deterministic_kernel, load, load_weights, use_deterministic_kernels
 from zscl.runtime.atomic_io import remove, whole_folder, write_text
@@ -219,11 +219,11 @@ class _Run:
         experiment, task = self.opened.experiment, self.opened.tasks[stage - 1]
         if experiment.method.memory is None or stage == len(self.opened.tasks):
             return []
-        features, labels, places = memory.encode(
+        features, labels, places = encode(
             clip, task, self.loader(), experiment.optimisation.precision, experiment.compute.evaluation_batch_size
         )
-        count = memory.per_class(experiment.method.memory.budget, stage, len(task.classnames))
-        return memory.choose(features, labels, places, count)
+        count = per_class(experiment.method.memory.budget, stage, len(task.classnames))
+        return choose(features, labels, places, count)
 
     def have_trained(self, stage: int, clip: Clip) -> None:
         """Train one stage, unless a run beside this one has trained the same."""
@@ -308,7 +308,7 @@ class _Run:
         with whole_folder(place) as temporary:
             clip.save(model, temporary / "model")
             if exemplars:
-                memory.write(temporary / "exemplars", self.opened.tasks[stage - 1].train, exemplars)
+                write(temporary / "exemplars", self.opened.tasks[stage - 1].train, exemplars)
             write_text(temporary / "losses.csv", _losses_table(steps))
             write_text(temporary / TRAINING, result.model_dump_json(indent=1) + "\n")
 

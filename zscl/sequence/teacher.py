@@ -16,12 +16,11 @@ from schemas.experiment import Experiment, Model
 from schemas.results import Embedded
 from zscl.data.indexed import IndexedSamples
 from zscl.data.loader import loader_of
-from zscl.data.noise import NoiseSamples
-from zscl.data.sample import Samples
+from zscl.data.sample import NoiseSamples, Samples
 from zscl.data.task import TaskFolder
-from zscl.methods import distillation_texts as reference
-from zscl.methods import exemplars as memory
-from zscl.methods import teacher_cache as features
+from zscl.methods import teacher_cache
+from zscl.methods.distillation_texts import text_embeddings, tokens_of
+from zscl.methods.exemplars import recall
 from zscl.methods.interfaces import Teacher
 from zscl.methods.weight_averaging import interpolate
 from zscl.models.clip import Clip, freeze, image_size, load
@@ -88,25 +87,25 @@ class Teaching:
         if distill is None or images is None:
             return None
         model, weights = self._model(clip)
-        texts = reference.text_embeddings(
-            reference.tokens_of(distill, clip, task, self.opened.tasks, self.opened.reference, experiment.seed),
+        texts = text_embeddings(
+            tokens_of(distill, clip, task, self.opened.tasks, self.opened.reference, experiment.seed),
             model,
             store=self.store,
             weights=weights,
             device=self.device,
             note=self._note,
         )
-        encode = features.encoder(model, experiment.optimisation.precision)
+        encode = teacher_cache.encoder(model, experiment.optimisation.precision)
         way = way_of_features(experiment, stage, images)
         if way == "never":
             return Teacher(images, texts, lambda shown, identities: encode(shown))
         assert isinstance(images, IndexedSamples)
         assert weights is not None
         precision = experiment.optimisation.precision
-        store = features.store_of(self.store, clip, weights, precision, images, texts.shape[1], self._note)
+        store = teacher_cache.store_of(self.store, clip, weights, precision, images, texts.shape[1], self._note)
         if store is None:
             return Teacher(images, texts, lambda shown, identities: encode(shown))
-        stored = features.StoredFeatures(store, encode, self._note)
+        stored = teacher_cache.StoredFeatures(store, encode, self._note)
         if way == "ahead":
             self._embed_ahead(stored, images, clip)
             model.forget()
@@ -124,7 +123,7 @@ class Teaching:
                 return task.train
             case "exemplars":
                 assert method.memory is not None
-                return memory.recall(exemplars, method.memory.budget)
+                return recall(exemplars, method.memory.budget)
             case "noise":
                 return NoiseSamples(image_size(clip.model))
 
@@ -140,7 +139,7 @@ class Teaching:
             interpolate(list(model.parameters()), list(initial.parameters()), 1 - distill.blend)
         return OnDemand(lambda: model), None
 
-    def _embed_ahead(self, stored: features.StoredFeatures, images: IndexedSamples, clip: Clip) -> None:
+    def _embed_ahead(self, stored: teacher_cache.StoredFeatures, images: IndexedSamples, clip: Clip) -> None:
         compute = self.opened.experiment.compute
         computed = stored.fill(
             images,
@@ -172,7 +171,7 @@ def way_of_features(experiment: Experiment, stage: int, images: Samples) -> Lite
         return wanted
     drawing = experiment.tasks if distill.images == "reference" else experiment.tasks[stage - 1 : stage]
     draws = [experiment.stage_steps(task) * experiment.optimisation.reference_batch_size for task in drawing]
-    return "ahead" if features.share_met(len(images), draws) >= features.NEARLY_ALL else "as_met"
+    return "ahead" if teacher_cache.share_met(len(images), draws) >= teacher_cache.NEARLY_ALL else "as_met"
 
 
 def check_embeddable(opened: Opened) -> IndexedSamples:
@@ -218,7 +217,7 @@ def embed_reference(
     teaching = Teaching(opened, store_beside(run), device, report if rank() == 0 else lambda progress: None)
     teacher = teaching.teacher(1, load(experiment.model, device), exemplars=())
     assert teacher is not None
-    if not isinstance(teacher.image_features, features.StoredFeatures):
+    if not isinstance(teacher.image_features, teacher_cache.StoredFeatures):
         raise InputError(f"{store_beside(run)}: cannot be written, expected a folder with room for the features")
     store = teacher.image_features.store
     return Embedded(folder=str(store.folder), images=len(images), texts=len(teacher.texts), megabytes=store.megabytes)

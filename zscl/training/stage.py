@@ -18,8 +18,8 @@ from schemas.method import Average
 from schemas.results import StageResult, StepLosses
 from zscl.data.loader import Loader, loader_of
 from zscl.data.task import TaskFolder
-from zscl.methods import terms as objective
-from zscl.methods.interfaces import Teacher
+from zscl.methods.interfaces import Stage, Teacher
+from zscl.methods.terms import build
 from zscl.methods.weight_averaging import HandOn, hand_on, trained_parameters
 from zscl.models.clip import Clip, image_size
 from zscl.models.pruned_forward import Towers
@@ -104,8 +104,8 @@ def train_stage(
     clock = Clock()
     if teacher is not None:
         teacher = replace(teacher, image_features=clock.around("teacher", teacher.image_features))
-    bound_to = objective.Stage(optimisation.batch_size, optimisation.reference_batch_size, trained, start, teacher)
-    losses_of = objective.build(experiment, bound_to)
+    bound_to = Stage(optimisation.batch_size, optimisation.reference_batch_size, trained, start, teacher)
+    losses_of = build(experiment, bound_to)
     batch_sizes = [optimisation.batch_size, *([optimisation.reference_batch_size] if teacher else [])]
     student = Student(
         towers=distribute(towers, image_size(model), *batch_sizes),

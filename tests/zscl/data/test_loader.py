@@ -22,8 +22,7 @@ from zscl.checks.image import Decoded, look_at
 from zscl.data.decode import FORMATS, LONGEST_SIDES, Decode, Label, decode_image
 from zscl.data.indexed import IndexedSamples
 from zscl.data.loader import Batched, DecodedImages, EvaluationImages, Loader, TrainingImages
-from zscl.data.noise import NoiseSamples
-from zscl.data.sample import Sample
+from zscl.data.sample import NoiseSamples, Sample
 from zscl.data.shard_urls import open_samples
 from zscl.data.tar import write_shards
 from zscl.models.clip import Clip, load

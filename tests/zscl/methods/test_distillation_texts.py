@@ -10,7 +10,7 @@ from PIL import Image
 from schemas.experiment import Experiment
 from schemas.method import Distill
 from zscl.data.loader import Loader
-from zscl.data.noise import NoiseSamples
+from zscl.data.sample import NoiseSamples
 from zscl.methods.distillation_texts import tokens_of
 from zscl.models.clip import image_size, load
 from zscl.sequence.resolve import open_experiment
