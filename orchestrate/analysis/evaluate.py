@@ -16,8 +16,7 @@ from rich.table import Table
 
 from orchestrate.lifecycle.paths import EXPERIMENT, SEARCH
 from orchestrate.recipes.recipe import load_experiment
-from orchestrate.reports.charts import ZERO_SHOT
-from orchestrate.reports.results import percent
+from orchestrate.reports.results import ZERO_SHOT, percent
 from orchestrate.runs.progress import Bar
 from orchestrate.tracking.attachments import attach
 from schemas.base import explain

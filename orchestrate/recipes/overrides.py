@@ -1,10 +1,14 @@
 """Overrides of a recipe's fields from the command line."""
 
+from collections.abc import Mapping
 from typing import Any
 
-from orchestrate.recipes.recipe import ABBREVIABLE
 from orchestrate.recipes.yaml_loader import _parsed
+from schemas.base import Abbreviable
+from schemas.data import ClassIncremental, Reference, Task
 from schemas.errors import InputError
+from schemas.experiment import Model
+from schemas.method import Method
 
 
 def _override(content: dict[str, Any], override: str) -> None:
@@ -48,3 +52,13 @@ def _position(node: list[Any], key: str, path: str) -> int:
         expected = f"0 to {len(node) - 1}" if node else "a list with something in it"
         raise InputError(f"{path}: found position '{key}', expected {expected}")
     return int(key)
+
+
+# Sections that a recipe may abbreviate to a string; an override of one of their fields needs the long form.
+ABBREVIABLE: Mapping[str, type[Abbreviable]] = {
+    "method": Method,
+    "model": Model,
+    "reference": Reference,
+    "tasks": Task,
+    "class_incremental": ClassIncremental,
+}

@@ -13,24 +13,13 @@ from ruamel.yaml.error import YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
 from orchestrate.recipes.overrides import _override, _set
-from orchestrate.recipes.yaml_loader import MOST_BYTES, _parsed, _yaml, dump
-from schemas.base import Abbreviable, Strict, explain
-from schemas.data import ClassIncremental, Reference, Task
+from orchestrate.recipes.yaml_loader import MOST_BYTES, _parsed, _place, _yaml, dump
+from schemas.base import Strict, explain
 from schemas.errors import InputError, command
-from schemas.experiment import LONGEST_NAME, Experiment, Model
-from schemas.method import Method
+from schemas.experiment import LONGEST_NAME, Experiment
 from schemas.redaction import masked
 from schemas.search import Search
 from zscl.runtime.atomic_io import write_text
-
-# Sections that a recipe may abbreviate to a string; an override of one of their fields needs the long form.
-ABBREVIABLE: Mapping[str, type[Abbreviable]] = {
-    "method": Method,
-    "model": Model,
-    "reference": Reference,
-    "tasks": Task,
-    "class_incremental": ClassIncremental,
-}
 
 
 class Searched(Strict):
@@ -290,10 +279,6 @@ def _line_and_column(tree: Node | None, field: str) -> str:
             break
         mark, tree = found[0].start_mark, found[1]
     return "" if mark is None else f" ({_place(mark)})"
-
-
-def _place(mark: Any) -> str:
-    return f"line {mark.line + 1}, column {mark.column + 1}"
 
 
 def _whose(line: str, overrides: Sequence[str]) -> str | None:

@@ -9,7 +9,6 @@ from ruamel.yaml.error import MarkedYAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from ruamel.yaml.reader import ReaderError
 
-from orchestrate.recipes.recipe import _place
 from schemas.errors import InputError, one_line
 
 # A recipe is written by hand: what is larger is none, or means to keep us busy.
@@ -166,3 +165,7 @@ def _where_and_what(error: MarkedYAMLError) -> str:
     said = one_line(f"{problem} {context}" if began else problem)
     advice = next((f"; expected {each}" for words, each in _ADVICE if words in said), "")
     return f"{_place(mark)}: {said}{advice}" if mark else f"{said}{advice}"
+
+
+def _place(mark: Any) -> str:
+    return f"line {mark.line + 1}, column {mark.column + 1}"

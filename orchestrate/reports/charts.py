@@ -12,13 +12,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from orchestrate.reports.results import label_of, percent
+from orchestrate.reports.results import ZERO_SHOT, label_of, percent
 from schemas.results import Result
 
 mpl.rcParams["text.parse_math"] = False  # a name with two dollar signs is no formula
 MAIN = ("transfer", "avg", "last", "forgetting")  # of the figures: those that are always shown
-ZERO_SHOT = "zero-shot"
-FURTHER = "further_losses."
 # Colours that can be told apart by whoever sees few of them (Okabe & Ito), on light and on dark.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6BB1", "#7F7F7F"]
 SIGNS_OF_A_ROW, ROW_LINE_INCHES = 40, 0.17  # of the runs beside the bars of a comparison

@@ -9,8 +9,7 @@ from statistics import fmean, stdev
 
 from scipy.stats import ttest_1samp
 
-from orchestrate.reports.charts import FURTHER
-from orchestrate.reports.results import change, label_of, load_result_so_far
+from orchestrate.reports.results import FURTHER, change, label_of, load_result_so_far
 from schemas.errors import InputError
 from schemas.results import Result
 from zscl.sequence.result import named

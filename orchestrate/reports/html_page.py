@@ -10,8 +10,9 @@ import altair as alt
 import vl_convert
 from jinja2 import Environment, PackageLoader, select_autoescape
 
-from orchestrate.reports.charts import MAIN, ZERO_SHOT, colours
+from orchestrate.reports.charts import MAIN, colours
 from orchestrate.reports.comparison import Comparison
+from orchestrate.reports.results import ZERO_SHOT
 from orchestrate.reports.tables import CHANGES, Row, group_table
 from zscl.sequence.layout import stage_folder
 

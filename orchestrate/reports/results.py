@@ -6,7 +6,6 @@ from pathlib import Path
 
 from orchestrate.lifecycle.paths import EXPERIMENT
 from orchestrate.recipes.recipe import load_experiment
-from orchestrate.reports.charts import FURTHER, ZERO_SHOT
 from schemas.base import parse_json
 from schemas.errors import InputError, command
 from schemas.method import PRESETS
@@ -166,3 +165,9 @@ def markdown_table(rows: Sequence[Sequence[str]], left: int) -> str:
     head, *body = rows
     rule = ["---"] * left + ["---:"] * (len(head) - left)
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, rule, *body])
+
+
+ZERO_SHOT = "zero-shot"
+
+
+FURTHER = "further_losses."

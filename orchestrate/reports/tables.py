@@ -8,10 +8,10 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from orchestrate.reports.charts import MAIN, ZERO_SHOT
+from orchestrate.reports.charts import MAIN
 from orchestrate.reports.comparison import Comparison, Difference, Summary
 from orchestrate.reports.published import MTIL
-from orchestrate.reports.results import cell, markdown_table, percent
+from orchestrate.reports.results import ZERO_SHOT, cell, markdown_table, percent
 from schemas.errors import InputError
 from schemas.results import Result
 

@@ -125,9 +125,8 @@ def load(model: Model, device: torch.device | str = "cpu") -> Clip:
             f"{shown} normalises over the batch (BatchNorm), expected a model whose features do not depend on "
             "which images share a batch or a worker (any ViT)"
         )
-    clip = Clip(network, tokenizer, train_transform, evaluation_transform, config)
-    check_features(clip, shown, device)
-    return clip
+    check_features(network, tokenizer, evaluation_transform, shown, device)
+    return Clip(network, tokenizer, train_transform, evaluation_transform, config)
 
 
 def _created(name: str, model: Model, device: torch.device | str, shown: str) -> tuple[nn.Module, Any, Any]:

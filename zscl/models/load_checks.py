@@ -1,10 +1,10 @@
 """Checks of a model when it is loaded: its name, its packages, its weights, and one forward pass of both towers."""
 
 import importlib.util
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import huggingface_hub
 import open_clip
@@ -16,9 +16,6 @@ from torch import nn
 
 from schemas.errors import InputError, did_you_mean
 from schemas.experiment import LOCAL_MODEL, Model
-
-if TYPE_CHECKING:
-    from zscl.models.clip import Clip
 
 HUB_MODEL = "hf-hub:"
 HUB_TIMEOUT_SECONDS = 10.0
@@ -160,11 +157,19 @@ def mismatch(name: str, file: Path) -> str:
 
 
 @torch.no_grad()
-def check_features(clip: "Clip", shown: str, device: torch.device | str) -> None:
+def check_features(
+    model: Any,
+    tokenizer: Callable[[list[str]], torch.Tensor],
+    image_transform: Callable[[Any], torch.Tensor],
+    shown: str,
+    device: torch.device | str,
+) -> None:
     """Encode two images and two texts, and refuse features that nothing can be computed with.
 
     Args:
-        clip: the model with its tokenizer and transforms.
+        model: a CLIP of open_clip.
+        tokenizer: the model's.
+        image_transform: the model's transform for evaluation.
         shown: what the model is called in a sentence.
         device: where the model is.
 
@@ -172,7 +177,6 @@ def check_features(clip: "Clip", shown: str, device: torch.device | str) -> None
         InputError: weights or features are not finite, features are not of shape [n, D] with one D for both towers, or
             a tower fails.
     """
-    model: Any = clip.model
     wrong = [
         name
         for name, weight in model.named_parameters()
@@ -187,9 +191,9 @@ def check_features(clip: "Clip", shown: str, device: torch.device | str) -> None
     try:
         with _failure_named(f"{shown}: its image transform fails on an image"):
             pictures = [Image.linear_gradient("L").convert("RGB"), Image.radial_gradient("L").convert("RGB")]
-            images = torch.stack([clip.evaluation_transform(picture) for picture in pictures]).to(device)
+            images = torch.stack([image_transform(picture) for picture in pictures]).to(device)
         with _failure_named(f"{shown}: its tokenizer fails on a text"):
-            tokens = clip.tokenizer(TEXTS)
+            tokens = tokenizer(TEXTS)
         _refuse_unknown_tokens(model, tokens, shown)
         image_features = _encode(model, "encode_image", images, f"{shown}: its image tower")
         text_features = _encode(model, "encode_text", tokens.to(device), f"{shown}: its text tower")

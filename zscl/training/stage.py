@@ -31,15 +31,10 @@ from zscl.training.checkpoint import Checkpoints, State, fits, read_checkpoint
 from zscl.training.loss_log import Curves
 from zscl.training.optim import adamw, choose_trained, learning_rate_factor
 from zscl.training.snapshots import Snapshots, place_of
-from zscl.training.step import Student, train_step
+from zscl.training.step import Student, shares_prompts, train_step
 from zscl.training.throughput import Usage
 
 Report = Callable[[StepsTaken | CheckpointWritten | WorkersUsed | Note], None]
-
-
-def shares_prompts(prompts: int) -> bool:
-    """Whether the workers share the class prompts, or every one encodes all of them: too few to go round."""
-    return prompts >= world_size()
 
 
 def train_stage(

@@ -11,8 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from zscl.methods.interfaces import Batch, Features
 from zscl.methods.terms import Objective
 from zscl.models.clip import precision_context
-from zscl.runtime.distributed import gather_with_gradient
-from zscl.training.stage import shares_prompts
+from zscl.runtime.distributed import gather_with_gradient, world_size
 
 
 @dataclass(frozen=True)
@@ -57,3 +56,8 @@ def train_step(
     optimizer.step()
     schedule.step()
     return {name: loss.detach() for name, loss in named.items()}, gradient_norm
+
+
+def shares_prompts(prompts: int) -> bool:
+    """Whether the workers share the class prompts, or every one encodes all of them: too few to go round."""
+    return prompts >= world_size()

@@ -140,7 +140,7 @@ def test_towers_of_different_widths_are_refused(folder: Path, monkeypatch: pytes
 
     narrow = Clip(Narrow(), clip.tokenizer, clip.train_transform, clip.evaluation_transform, {})
     with pytest.raises(InputError, match="found features of 8 numbers an image and 4 a text"):
-        model_checks.check_features(narrow, "it", CPU)
+        model_checks.check_features(narrow.model, narrow.tokenizer, narrow.evaluation_transform, "it", CPU)
 
 
 @pytest.mark.parametrize(
