@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from zscl.methods.interfaces import Batch, Features, Stage
-from zscl.runtime.distributed import gather
+from zscl.extend import Batch, Features, Stage, gather
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,9 @@
+"""Stable names for code outside this package, such as custom losses (`method.further_losses`).
+
+These names keep their meaning between releases; other modules of `zscl` may move.
+"""
+
+from zscl.methods.interfaces import Batch, Features, Part, Stage, Teacher
+from zscl.runtime.distributed import gather, rank, world_size
+
+__all__ = ["Batch", "Features", "Part", "Stage", "Teacher", "gather", "rank", "world_size"]
