@@ -51,7 +51,7 @@ def _thumbnails(places: Sequence[tuple[IndexedSamples, int]], count: int, edge: 
     for part in _parts(range(len(places)), count):
         for number in part:
             samples, index = places[number]
-            [sample] = samples.only([index]).once()
+            [sample] = samples.subset([index]).once()
             if isinstance(look_at(sample.image), Decoded):
                 small = decode_image(sample.image)
                 small.thumbnail((edge, edge))

@@ -13,7 +13,7 @@ from schemas.errors import InputError
 from zscl.data.sample import Draw, Fault, Sample, decoded_text, printable_name
 from zscl.data.tar import EXPECTED_SUFFIXES, OTHER_IMAGE_SUFFIXES, Member, assemble, is_side_data, tar_members
 from zscl.runtime.hashing import digest
-from zscl.runtime.retry import patiently
+from zscl.runtime.retry import retry_io
 from zscl.runtime.seeding import seed_of
 
 KINDS = ("image", "label", "text")
@@ -51,7 +51,7 @@ class IndexedSamples:
     def __len__(self) -> int:
         return len(self.table)
 
-    def only(self, indices: Sequence[int]) -> "IndexedSamples":
+    def subset(self, indices: Sequence[int]) -> "IndexedSamples":
         """The samples at these places, in this order; each keeps its place in the whole set."""
         chosen, wanted = copy(self), list(indices)
         chosen.__dict__.pop("digest", None)
@@ -212,7 +212,7 @@ class _Descriptors:
 
     def read(self, path: Path, offset: int, size: int) -> bytes:
         try:
-            return patiently(lambda: self._read(path, offset, size), within=path.parent, what=path)
+            return retry_io(lambda: self._read(path, offset, size), folder=path.parent, what=path)
         except OSError as error:
             raise InputError(f"{path}: cannot be read any more ({error.strerror}), expected a shard") from error
 

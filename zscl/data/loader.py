@@ -233,7 +233,7 @@ class TrainingImages:
         """Yield what this loader process decodes: every so-many-th batch of the worker."""
         name = self.samples.layout if isinstance(self.samples, IndexedSamples) else ""
         with _decoded.opened(name):
-            for position, draw in zip(self._positions(), self.samples.at(self._positions(), self.seed), strict=True):
+            for position, draw in zip(self._positions(), self.samples.iter_positions(self._positions(), self.seed), strict=True):
                 yield from self._decode(position, draw, name)
 
     def _decode(self, position: int, draw: Draw, name: str) -> Items:

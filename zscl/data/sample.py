@@ -102,7 +102,7 @@ ATTEMPTS = 8
 class Samples(Protocol):
     """Samples in an endless shuffled order, or once in their own."""
 
-    def at(self, positions: Iterable[int], seed: int) -> Iterator[Draw]:
+    def iter_positions(self, positions: Iterable[int], seed: int) -> Iterator[Draw]:
         """Yield the draws at the given rising positions of the endless order that `seed` makes.
 
         A draw holds until the next one is asked for; what stands in depends on seed and position alone.

@@ -52,7 +52,7 @@ def split_off(
         )
     out = set(held)
     kept = [place for place in range(len(samples)) if place not in out]
-    return samples.only(kept).counted_anew(), samples.only(sorted(held)).counted_anew()
+    return samples.subset(kept).counted_anew(), samples.subset(sorted(held)).counted_anew()
 
 
 def few_of_each(
@@ -78,7 +78,7 @@ def few_of_each(
     drawn: list[int] = []
     for label, places in _by_class(samples, is_usable).items():
         drawn += random.Random(seed_of(seed, "shots", label)).sample(places, min(shots, len(places)))
-    return samples.only(sorted(drawn)).counted_anew()
+    return samples.subset(sorted(drawn)).counted_anew()
 
 
 def _by_class(

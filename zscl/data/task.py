@@ -175,7 +175,7 @@ class TaskFolder:
         chosen = [place for place, text in enumerate(self.whole.labels[split]) if number_of(text) in wanted]
         if not chosen:
             raise InputError(f"{self.path}/{split}: found no image of the classes of '{self.name}', expected some")
-        return samples.only(chosen).counted_anew()
+        return samples.subset(chosen).counted_anew()
 
     def _all_samples(self, split: str) -> IndexedSamples | StreamedSamples:
         return open_samples(self.shards(split), self.cache, as_written=True)

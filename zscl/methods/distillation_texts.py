@@ -19,7 +19,7 @@ from zscl.models.load_checks import refuse_not_finite
 from zscl.runtime.atomic_io import whole_file
 from zscl.runtime.distributed import from_main, gather, rank, share, sum_over_workers
 from zscl.runtime.hashing import digest
-from zscl.runtime.retry import patiently
+from zscl.runtime.retry import retry_io
 from zscl.runtime.seeding import seed_of
 
 TEXTS_AT_ONCE = 512
@@ -127,7 +127,7 @@ def _stored(file: Path, count: int, note: Callable[[str], None]) -> torch.Tensor
     if not file.is_file():
         return None
     try:
-        array = patiently(lambda: np.load(file, allow_pickle=False), READ_SECONDS, what=file)
+        array = retry_io(lambda: np.load(file, allow_pickle=False), READ_SECONDS, what=file)
         if not isinstance(array, np.ndarray) or array.dtype.kind != "f" or array.ndim != 2 or len(array) != count:
             raise ValueError("other numbers than embeddings")
         return torch.from_numpy(array)

@@ -142,4 +142,4 @@ def recall(folders: Sequence[Path], budget: int) -> IndexedSamples | None:
         for (folder, _), places in by_class.items()
         for place in places[: per_class(budget, len(folders), classes[folder])]
     ]
-    return samples.only(sorted(allowed))
+    return samples.subset(sorted(allowed))

@@ -40,7 +40,7 @@ from zscl.models.load_checks import refuse_not_finite
 from zscl.runtime.atomic_io import set_aside
 from zscl.runtime.distributed import barrier, rank, share, sum_over_workers, world_size
 from zscl.runtime.hashing import digest
-from zscl.runtime.retry import patiently
+from zscl.runtime.retry import retry_io
 
 FEATURES, CHECKS = "features.npy", "checks.npy"
 OPEN_SECONDS = 20.0  # to wait for a store that storage does not give: a run goes on without it
@@ -187,10 +187,10 @@ def _open_or_replace(
     opening = partial(FeatureStore, folder, count, width, dtype)
     try:
         with suppress(_DamagedError):
-            return patiently(partial(_opened, opening, folder), OPEN_SECONDS, what=folder)
+            return retry_io(partial(_opened, opening, folder), OPEN_SECONDS, what=folder)
         with FileLock(folder.with_name(f".{folder.name}.lock")):  # another worker may be replacing it
             try:
-                return patiently(partial(_opened, opening, folder), OPEN_SECONDS, what=folder)
+                return retry_io(partial(_opened, opening, folder), OPEN_SECONDS, what=folder)
             except _DamagedError as error:
                 aside = set_aside(folder)
                 if aside is not None:
@@ -261,7 +261,7 @@ class StoredFeatures:
         barrier()  # all have looked before any writes
         own, done = [lacking[index] for index in share(len(lacking))], 0
         decode = Decode(clip.evaluation_transform, Sample.identity)
-        for batch, identities in EvaluationImages(images.only(own), decode, 0, 1, total=len(images)).batches(
+        for batch, identities in EvaluationImages(images.subset(own), decode, 0, 1, total=len(images)).batches(
             batch_size, loader
         ):
             self(batch, identities)

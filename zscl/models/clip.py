@@ -30,7 +30,7 @@ from zscl.models.load_checks import (
 from zscl.runtime.atomic_io import whole_folder
 from zscl.runtime.hashing import digest, file_digest
 from zscl.runtime.paths import nearest
-from zscl.runtime.retry import os_error_of, patiently
+from zscl.runtime.retry import os_error_of, retry_io
 
 EMBEDDED_MODEL = Path(__file__).parent / "embedded_model"
 WEIGHTS = "open_clip_model.safetensors"
@@ -70,7 +70,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     """
     file = folder / WEIGHTS
     try:
-        weights = patiently(lambda: load_file(file), within=folder.parent, what=file)
+        weights = retry_io(lambda: load_file(file), folder=folder.parent, what=file)
     except Exception as error:  # safetensors raises what it meets
         reason = " ".join(str(error).split())
         raise InputError(f"{file}: found no readable weights, expected a model's ({reason})") from error

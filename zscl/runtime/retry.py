@@ -72,8 +72,8 @@ def is_transient(error: BaseException) -> bool:
     return any(isinstance(status, int) and (status in TRANSIENT_STATUSES or 500 <= status < 600) for status in statuses)
 
 
-def patiently(
-    access: Callable[[], T], seconds: float = PATIENCE_SECONDS, within: Path | None = None, what: object = ""
+def retry_io(
+    access: Callable[[], T], seconds: float = PATIENCE_SECONDS, folder: Path | None = None, what: object = ""
 ) -> T:
     """Access storage, and try again while it fails with a transient error. Each retry is logged.
 
@@ -96,12 +96,12 @@ def patiently(
             return access()
         except Exception as error:
             away = (
-                within is not None and isinstance(error, OSError) and error.errno in MISSING and not _is_there(within)
+                folder is not None and isinstance(error, OSError) and error.errno in MISSING and not _is_there(folder)
             )
             left = seconds - (time.monotonic() - started)
             if not (away or is_transient(error)) or pause > left:
                 raise
-            reason = f"{within} is away" if away else mask(" ".join(str(error).split()) or type(error).__name__)
+            reason = f"{folder} is away" if away else mask(" ".join(str(error).split()) or type(error).__name__)
             named = f"{what}: " if str(what) and str(what) not in reason else ""
             log.warning("%s%s; trying again in %.1f s, for %.0f s more", named, reason, pause, left)
         time.sleep(pause)
@@ -145,7 +145,7 @@ def read_if_there(file: Path, within: Path) -> str:
                 raise
             return ""
 
-    return patiently(read, within=within)
+    return retry_io(read, folder=within)
 
 
 def acquired(lock: FileLock, seconds: float) -> bool:

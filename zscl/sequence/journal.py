@@ -21,7 +21,7 @@ from schemas.events import (
     StepsTaken,
     TaskEvaluated,
 )
-from zscl.runtime.retry import patiently
+from zscl.runtime.retry import retry_io
 
 JOURNAL = "journal.jsonl"
 
@@ -93,7 +93,7 @@ class Journal:
         Raises:
             OSError: storage does not take it.
         """
-        patiently(lambda: self._write(flush=True), within=self.file.parent, what=self.file)
+        retry_io(lambda: self._write(flush=True), folder=self.file.parent, what=self.file)
 
     def _write(self, flush: bool = False) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)

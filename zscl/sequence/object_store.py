@@ -24,7 +24,7 @@ from schemas.errors import InputError, one_line
 from schemas.redaction import mask
 from zscl.runtime.atomic_io import ASIDE, remove, whole_file, write_text
 from zscl.runtime.hashing import digest
-from zscl.runtime.retry import patiently
+from zscl.runtime.retry import retry_io
 
 KNOWN = ".mirror.json"
 EVERY_SECONDS = 10.0
@@ -222,7 +222,7 @@ class Mirror:
             OSError: it still fails; of whatever the client of the storage has raised.
         """
         try:
-            return patiently(access, what=mask(self.url))
+            return retry_io(access, what=mask(self.url))
         except OSError:
             raise
         except Exception as error:

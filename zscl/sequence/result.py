@@ -10,7 +10,7 @@ from schemas.errors import InputError
 from schemas.results import StageResult
 from zscl.models.clip import WEIGHTS
 from zscl.runtime.atomic_io import write_text
-from zscl.runtime.retry import patiently, read_if_there
+from zscl.runtime.retry import retry_io, read_if_there
 from zscl.sequence.layout import ACCURACY, TRAINING, ZERO_SHOT, part_of, place_of
 from zscl.sequence.resolve import Opened
 from zscl.sequence.stage_cache import stage_identity
@@ -161,4 +161,4 @@ def check_run_folder(opened: Opened, folder: Path) -> None:
 
 def write_whole(file: Path, content: BaseModel, within: Path | None = None) -> None:
     """Write JSON as a whole, when storage takes it; `within` is a folder that was there before."""
-    patiently(lambda: write_text(file, content.model_dump_json(indent=1) + "\n"), within=within, what=file)
+    retry_io(lambda: write_text(file, content.model_dump_json(indent=1) + "\n"), folder=within, what=file)

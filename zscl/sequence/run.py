@@ -41,7 +41,7 @@ from zscl.methods.weight_averaging import interpolate
 from zscl.models.clip import Clip, has_no_deterministic_kernel, load, load_weights, use_deterministic_kernels
 from zscl.runtime.atomic_io import remove, whole_folder, write_text
 from zscl.runtime.distributed import barrier, from_main_text, rank, world_size
-from zscl.runtime.retry import patiently, read_if_there
+from zscl.runtime.retry import retry_io, read_if_there
 from zscl.runtime.seeding import seed_of
 from zscl.sequence.async_matrix import Elsewhere, RowsElsewhere
 from zscl.sequence.journal import JOURNAL, Journal
@@ -93,7 +93,7 @@ def run_sequence(
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     opened = experiment if isinstance(experiment, Opened) else open_experiment(experiment)
-    patiently(lambda: folder.mkdir(parents=True, exist_ok=True))
+    retry_io(lambda: folder.mkdir(parents=True, exist_ok=True))
     refuse_other_run(folder, opened.fingerprint)
     barrier()  # every worker has looked
     if rank() == 0:
@@ -282,7 +282,7 @@ class _Run:
             for place, identity, (model, result) in reversed(list(zip(places, identities, trained, strict=True))):
                 result = result.model_copy(update={"identity": identity})  # the run's own stage comes last
                 leave = partial(self._leave, place, stage, clip, model, exemplars, result, steps)
-                patiently(leave, within=self.folder, what=place)
+                retry_io(leave, folder=self.folder, what=place)
             if self.store:
                 self.store.keep(stage, self.place(stage))
             remove(self.folder / CHECKPOINT)

@@ -25,7 +25,7 @@ from schemas.results import StageResult
 from zscl.runtime.atomic_io import link_folder, set_aside, write_text
 from zscl.runtime.distributed import agree, barrier, from_main_text, rank
 from zscl.runtime.hashing import digest
-from zscl.runtime.retry import acquired, patiently, read_if_there
+from zscl.runtime.retry import acquired, retry_io, read_if_there
 from zscl.sequence.layout import TRAINING
 from zscl.sequence.resolve import Opened
 from zscl.training.checkpoint import StoppedError
@@ -78,7 +78,7 @@ class StageStore:
             StoppedError: the run was asked to stop while it waited.
         """
         if rank() == 0:
-            patiently(lambda: self.folder.mkdir(parents=True, exist_ok=True))
+            retry_io(lambda: self.folder.mkdir(parents=True, exist_ok=True))
         lock, waits = FileLock(self.folder / f".{key}.lock"), False
         while True:
             got = rank() == 0 and acquired(lock, LOOK_EVERY_SECONDS)
@@ -104,7 +104,7 @@ class StageStore:
         if result is not None:
             shared = result.model_copy(update={"shared": True})
             content = shared.model_dump_json(indent=1) + "\n"
-            patiently(lambda: link_folder(trained, place, {TRAINING: content}), within=self.folder)
+            retry_io(lambda: link_folder(trained, place, {TRAINING: content}), folder=self.folder)
         [taken] = agree(there)
         barrier()
         return bool(taken)
@@ -125,7 +125,7 @@ class StageStore:
         """Let other runs take a stage; on the main worker."""
         kept = self.folder / self.handed_on(stage)
         if not kept.is_dir():
-            patiently(lambda: link_folder(place, kept), within=self.folder)
+            retry_io(lambda: link_folder(place, kept), folder=self.folder)
 
     def for_other(self, stage: int, average: Average | None) -> Path:
         """Where the folder of a stage with another average belongs."""
@@ -137,7 +137,7 @@ class StageStore:
 
     def keep_row(self, key: str, row: str) -> None:
         """Let other runs read a row; on the main worker."""
-        patiently(lambda: write_text(self.folder / f"{key}.row.json", row), within=self.folder)
+        retry_io(lambda: write_text(self.folder / f"{key}.row.json", row), folder=self.folder)
 
     def course(self, stage: int) -> str:
         """Identity of all steps of a stage; the average has no part in those of the first."""

@@ -23,7 +23,7 @@ from schemas.compute import Checkpoint
 from schemas.events import CheckpointWritten, Note
 from zscl.runtime.atomic_io import set_aside, whole_file
 from zscl.runtime.distributed import agree, barrier, rank
-from zscl.runtime.retry import os_error_of, patiently
+from zscl.runtime.retry import os_error_of, retry_io
 
 CHECKPOINT = "checkpoint.pt"
 LOOK_EVERY_SECONDS = 1.0
@@ -47,7 +47,7 @@ def read_checkpoint(file: Path | None, stage: int, note: Callable[[str], None]) 
     state: State | None = None
     if file is not None and file.is_file():
         try:
-            state = patiently(partial(_read, file), within=file.parent, what=file)
+            state = retry_io(partial(_read, file), folder=file.parent, what=file)
         except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
             reason = str(error).strip().partition("\n")[0]
             aside = set_aside(file) if rank() == 0 else None

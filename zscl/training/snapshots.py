@@ -20,7 +20,7 @@ from schemas.method import Average
 from zscl.methods.weight_averaging import hand_on, trained_parameters
 from zscl.runtime.atomic_io import whole_file
 from zscl.runtime.distributed import rank
-from zscl.runtime.retry import os_error_of, patiently
+from zscl.runtime.retry import os_error_of, retry_io
 
 FOLDER = "snapshots"
 SUFFIX = ".safetensors"
@@ -49,9 +49,9 @@ class Snapshots:
     def after_step(self, step: int) -> None:
         """Keep the weights, on the main worker, when the step is a multiple of the interval or the stage's end."""
         if rank() == 0 and step == self.steps:
-            patiently(lambda: self._write(LAST), within=self.folder.parents[1])
+            retry_io(lambda: self._write(LAST), folder=self.folder.parents[1])
         elif rank() == 0 and step % self.every == 0:
-            patiently(lambda: self._write(f"{step}{SUFFIX}"), within=self.folder.parents[1])
+            retry_io(lambda: self._write(f"{step}{SUFFIX}"), folder=self.folder.parents[1])
 
     def _write(self, name: str) -> None:
         weights = {name: tensor.detach().to("cpu").contiguous() for name, tensor in self.weights().items()}

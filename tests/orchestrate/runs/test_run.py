@@ -19,7 +19,7 @@ from support.command import Command
 
 from orchestrate.recipes import recipe as recipes
 from schemas.results import Result, RunState
-from zscl.runtime.retry import patiently
+from zscl.runtime.retry import retry_io
 from zscl.sequence.run import run_sequence
 
 Zscl = Callable[..., Command]
@@ -298,7 +298,7 @@ def test_what_a_forked_loader_process_logs_goes_to_its_standard_error(capfd: pyt
                 raise failure
             return name
 
-        return patiently(access)
+        return retry_io(access)
 
     logger, handler = logging.getLogger("zscl"), _Noted(report)
     logger.addHandler(handler)

@@ -11,7 +11,7 @@ from support.data import coloured, make_task
 from schemas.errors import InputError
 from zscl.data.indexed import IndexedSamples
 from zscl.data.shard_urls import open_samples
-from zscl.runtime.retry import patiently
+from zscl.runtime.retry import retry_io
 
 
 def test_loose_images_are_samples_too(tmp_path: Path) -> None:
@@ -40,6 +40,6 @@ def test_shards_that_are_away_for_a_moment_are_waited_for(tmp_path: Path) -> Non
 def test_shards_that_are_gone_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     samples = open_samples([str(make_task(tmp_path / "task", seed=0) / "train")])
     shutil.rmtree(tmp_path / "task")
-    monkeypatch.setattr("zscl.data.indexed.patiently", partial(patiently, seconds=0.2))
+    monkeypatch.setattr("zscl.data.indexed.patiently", partial(retry_io, seconds=0.2))
     with pytest.raises(InputError, match=r"train/0\.tar: cannot be read any more \(No such file"):
         list(samples.once(0, 1))

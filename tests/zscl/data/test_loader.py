@@ -93,7 +93,7 @@ def test_goes_on_from_any_step(samples: IndexedSamples, processes: int, first_st
 def test_seed_and_position_draw_order_and_augmentation(samples: IndexedSamples, tmp_path: Path) -> None:
     labels = [torch.cat([label for _, label in batches(samples, range(6), seed=seed)]) for seed in (3, 4)]
     assert not torch.equal(*labels)
-    one = samples.only([0])  # of one image, all that differs is its augmentation
+    one = samples.subset([0])  # of one image, all that differs is its augmentation
     first, other = (torch.cat([images for images, _ in batches(one, range(6), seed=seed)]) for seed in (3, 4))
     assert len(first.unique(dim=0)) > 0.8 * len(first)  # crops of few pixels may be the same by chance
     assert len(torch.cat([first, other]).unique(dim=0)) > 1.6 * len(first)
@@ -372,7 +372,7 @@ def test_loader_processes_may_be_started_in_any_way(tasks: list[str], clip: Clip
 
 
 def test_a_part_of_a_set_is_judged_by_its_own_size(tmp_path: Path) -> None:
-    part = with_broken(tmp_path, {3: b"no image"}).only(range(10)).counted_anew()
+    part = with_broken(tmp_path, {3: b"no image"}).subset(range(10)).counted_anew()
     for images in (
         EvaluationImages(part, Decode(ToTensor(), label_of), 0, 1).batches(4, bearing(0.05)[0]),
         TrainingImages(part, Decode(AUGMENT, label_of), 3, 6, range(6)).batches(bearing(0.05)[0]),

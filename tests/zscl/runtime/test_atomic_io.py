@@ -11,7 +11,7 @@ import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError, ReadTimeoutError
 
 from zscl.runtime.atomic_io import whole_file, whole_folder, write_text
-from zscl.runtime.retry import is_transient, os_error_of, patiently
+from zscl.runtime.retry import is_transient, os_error_of, retry_io
 
 
 def half(write: Callable[[Path], AbstractContextManager[Path]], path: Path) -> None:
@@ -42,7 +42,7 @@ def test_storage_that_comes_back_takes_what_waits(monkeypatch: pytest.MonkeyPatc
             raise OSError(errno.ESTALE, "Stale file handle", "/shared/file")
         return "written"
 
-    assert patiently(write) == "written"
+    assert retry_io(write) == "written"
     assert pauses == [0.1, 0.2, 0.4]
 
 
@@ -51,7 +51,7 @@ def test_patience_ends() -> None:
         raise OSError(errno.EIO, "Input/output error")
 
     with pytest.raises(OSError, match="Input/output error"):
-        patiently(fail, seconds=0.3)
+        retry_io(fail, seconds=0.3)
 
 
 def test_each_retry_is_logged_with_its_cause(caplog: pytest.LogCaptureFixture) -> None:
@@ -62,7 +62,7 @@ def test_each_retry_is_logged_with_its_cause(caplog: pytest.LogCaptureFixture) -
             raise failure
         return "content"
 
-    assert patiently(read, what="/shared/file") == "content"
+    assert retry_io(read, what="/shared/file") == "content"
     first, second = caplog.messages
     assert first.startswith("/shared/file: [Errno 5] Input/output error; trying again in 0.1 s, for 300 s more")
     assert "is slow; trying again in 0.2 s" in second
@@ -89,7 +89,7 @@ def attempts_of(failure: Exception) -> int:
             raise failure
 
     with suppress(type(failure)):
-        patiently(once)
+        retry_io(once)
     return len(attempts)
 
 
@@ -125,7 +125,7 @@ def test_a_missing_file_is_waited_for_only_while_its_folder_is_away(tmp_path: Pa
     run = tmp_path / "run"
     run.mkdir()
     with pytest.raises(FileNotFoundError):
-        patiently(lambda: (run / "file").read_text(), within=run)
+        retry_io(lambda: (run / "file").read_text(), folder=run)
     write_text(run / "file", "content")
     run.rename(tmp_path / "away")
     attempts = []
@@ -136,7 +136,7 @@ def test_a_missing_file_is_waited_for_only_while_its_folder_is_away(tmp_path: Pa
             (tmp_path / "away").rename(run)
         return (run / "file").read_text()
 
-    assert patiently(read, within=run) == "content"
+    assert retry_io(read, folder=run) == "content"
     assert len(attempts) == 2
 
 
