@@ -25,7 +25,7 @@ from torch.optim import AdamW
 
 from schemas.compute import Checkpoint
 from zscl.methods.weight_averaging import trained_parameters
-from zscl.training.checkpoint import CHECKPOINT, Checkpoints, State
+from zscl.training.checkpoint import CHECKPOINT, CheckpointWriter, State
 
 SMALL = {
     "embed_dim": 192,
@@ -41,7 +41,7 @@ def steps(model: Any, images: torch.Tensor, options: argparse.Namespace, way: st
     trained = trained_parameters(model)
     optimizer = AdamW(trained, lr=1e-6, fused=True)
     settings = NEVER if way == "none" else Checkpoint(every_minutes=1e6, every_steps=options.every)
-    checkpoints = Checkpoints(folder / CHECKPOINT, settings, lambda said: None, lambda: False)
+    checkpoints = CheckpointWriter(folder / CHECKPOINT, settings, lambda said: None, lambda: False)
 
     def state() -> State:
         return {"stage": 1, "step": 0, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
@@ -51,14 +51,14 @@ def steps(model: Any, images: torch.Tensor, options: argparse.Namespace, way: st
         optimizer.zero_grad()
         model.encode_image(images, normalize=True).sum().backward()
         optimizer.step()
-        if step + 1 == checkpoints.next_look:
-            checkpoints.look(step + 1, state)
+        if step + 1 == checkpoints.next_poll_step:
+            checkpoints.maybe_save(step + 1, state)
             if way == "waited":
-                checkpoints.end()
+                checkpoints.wait()
     if images.device.type == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - started
-    checkpoints.end()
+    checkpoints.wait()
     return seconds
 
 

@@ -64,7 +64,7 @@ from zscl.data.tar import write_shards
 from zscl.data.task import TaskFolder
 from zscl.datasets.task_writer import write_task
 from zscl.evaluation.zero_shot import accuracies, embed_classes
-from zscl.models.clip import Clip, load, precision_context
+from zscl.models.clip import Clip, load_clip, precision_context
 from zscl.sequence.run import run_sequence
 
 # Largest accepted differences from the CPU's run. Losses: at any step, relative to the sum of the step's losses.
@@ -575,7 +575,7 @@ def measure_data(context: Context) -> None:
     """Measure evaluation, and training end to end, by number of loader processes."""
     recipe = write_photo_recipe(context)
     with context.record.errors("evaluation"):
-        clip = load(Model(name=recipe["model"]), context.device)
+        clip = load_clip(Model(name=recipe["model"]), context.device)
         measure_evaluation(context, clip, TaskFolder.open(Task(path=str(context.folder / "test-photos"))))
         del clip
     for processes in context.sizes.processes:

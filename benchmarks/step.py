@@ -40,11 +40,11 @@ from schemas.compute import Compute
 from schemas.method import Average, Distill
 from zscl.methods.interfaces import Batch, Teacher
 from zscl.methods.terms import Classification, Consolidation, Distillation, Objective
-from zscl.methods.weight_averaging import hand_on, trained_parameters
+from zscl.methods.weight_averaging import build_averager, trained_parameters
 from zscl.models.clip import at_least_float32, precision_context
-from zscl.models.pruned_forward import Towers
-from zscl.training.optim import choose_trained
-from zscl.training.step import Student, train_step
+from zscl.models.pruned_forward import PrunedForward
+from zscl.training.optim import select_trained_parameters
+from zscl.training.step import GlobalBatchForward, train_step
 
 SMALL = {
     "embed_dim": 192,
@@ -91,7 +91,7 @@ def ours(model: Any, inputs: Inputs, options: argparse.Namespace, online: bool) 
     """The product's own step, and its averaging."""
     model = deepcopy(model).train()
     initial = deepcopy(model).eval().requires_grad_(False)
-    choose_trained(model, "model")
+    select_trained_parameters(model, "model")
     with torch.no_grad(), precision_context(options.precision, inputs.images.device):
         stored = at_least_float32(initial.encode_image(inputs.references, normalize=True))
         embedded = torch.cat([initial.encode_text(part, normalize=True) for part in inputs.captions.split(256)])
@@ -103,7 +103,7 @@ def ours(model: Any, inputs: Inputs, options: argparse.Namespace, online: bool) 
             return at_least_float32(initial.encode_image(images, normalize=True))
 
     compute = Compute(compile=options.compile)
-    towers = Towers(model, inputs.prompts, range(len(inputs.prompts)), compute, unused_embeddings_stay=True)
+    towers = PrunedForward(model, inputs.prompts, range(len(inputs.prompts)), compute, unused_embeddings_stay=True)
     trained = trained_parameters(model)
     start = [parameter.detach().clone() for parameter in trained]
     batch_size = len(inputs.images)
@@ -113,13 +113,13 @@ def ours(model: Any, inputs: Inputs, options: argparse.Namespace, online: bool) 
         Distill(),
     )
     losses_of = Objective([Classification(batch_size, SMOOTHING), distillation, Consolidation(trained, start, 1.0)])
-    student = Student(
+    student = GlobalBatchForward(
         towers, len(inputs.prompts), model.logit_scale.detach().exp(), batch_size, len(inputs.references),
         options.precision,
     )  # fmt: skip
     optimizer = AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
     schedule = LambdaLR(optimizer, lambda step: 1.0)
-    ensemble = hand_on(Average(every=1), model)
+    ensemble = build_averager(Average(every=1), model)
     batch = Batch(inputs.images, inputs.labels, inputs.references, torch.zeros(len(inputs.references), 2))
 
     def step() -> None:
@@ -132,7 +132,7 @@ def ours(model: Any, inputs: Inputs, options: argparse.Namespace, online: bool) 
 def floor(model: Any, inputs: Inputs, options: argparse.Namespace) -> Callable[[], None]:
     """The student's forward and backward pass, plainly written."""
     model = deepcopy(model).train()
-    choose_trained(model, "model")
+    select_trained_parameters(model, "model")
     longest = int(inputs.prompts.argmax(dim=1).max()) + 1
     model.positional_embedding = torch.nn.Parameter(model.positional_embedding[:longest].detach().clone())
     model.attn_mask = model.attn_mask[:longest, :longest]
@@ -156,7 +156,7 @@ def authors(model: Any, inputs: Inputs, options: argparse.Namespace) -> Callable
     model = deepcopy(model).train()
     initial = deepcopy(model).eval().requires_grad_(False)
     anchor, average = deepcopy(initial), deepcopy(initial)
-    choose_trained(model, "model")
+    select_trained_parameters(model, "model")
     optimizer = AdamW(trained_parameters(model), lr=LEARNING_RATE, weight_decay=0.0)
     scale = model.logit_scale.detach().exp()
     steps = 0

@@ -34,7 +34,7 @@ import torch
 from open_clip import image_transform
 from PIL import Image
 
-from zscl.data.decode import Decode
+from zscl.data.decode import Decoder
 from zscl.data.loader import Loader, TrainingImages
 from zscl.data.sample import Sample
 from zscl.data.shard_urls import open_samples
@@ -70,7 +70,7 @@ def label_of(sample: Sample) -> int:
 class InMemory(torch.utils.data.Dataset[torch.Tensor]):
     """The ceiling: encoded images in memory, the same decoder and transform, nothing else."""
 
-    def __init__(self, images: list[bytes], decode: Decode) -> None:
+    def __init__(self, images: list[bytes], decode: Decoder) -> None:
         self.samples = [Sample(image, None, None, "", "") for image in images]
         self.decode = decode
 
@@ -81,7 +81,7 @@ class InMemory(torch.utils.data.Dataset[torch.Tensor]):
         return self.decode(self.samples[index])[0]
 
 
-def ceiling(images: list[bytes], decode: Decode, options: argparse.Namespace) -> Iterator[torch.Tensor]:
+def ceiling(images: list[bytes], decode: Decoder, options: argparse.Namespace) -> Iterator[torch.Tensor]:
     """Batches of the ceiling, endlessly."""
     dataset = InMemory(images, decode)
     while True:
@@ -92,7 +92,7 @@ def ceiling(images: list[bytes], decode: Decode, options: argparse.Namespace) ->
         yield from loader
 
 
-def stream(location: str, decode: Decode, options: argparse.Namespace, keep_bytes: int = 0) -> Iterator[torch.Tensor]:
+def stream(location: str, decode: Decoder, options: argparse.Namespace, keep_bytes: int = 0) -> Iterator[torch.Tensor]:
     """Batches of the product."""
     samples = open_samples([location])
     images = TrainingImages(samples, decode, SEED, BATCH, range(BATCH), keep_bytes=keep_bytes)
@@ -108,7 +108,7 @@ def images_per_second(batches: Iterator[torch.Tensor], count: int) -> float:
 
 def _peak_memory(location: str, images: int, size: int, send: Any) -> None:
     torch.set_num_threads(1)
-    decode = Decode(image_transform(size, is_train=True), label_of)
+    decode = Decoder(image_transform(size, is_train=True), label_of)
     batches = stream(location, decode, argparse.Namespace(processes=0))
     for _ in islice(batches, -(-images // BATCH)):
         pass
@@ -128,7 +128,7 @@ def peak_memory(location: str, images: int, size: int) -> int:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """All ratios."""
     images = list(encoded_images(options.images, options.size))
-    decode = Decode(image_transform(options.pixels, is_train=True), label_of)
+    decode = Decoder(image_transform(options.pixels, is_train=True), label_of)
     with tempfile.TemporaryDirectory() as folder:
         place = write(Path(folder) / "set", images)
         large = write(Path(folder) / "large", images * 10)

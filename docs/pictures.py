@@ -9,7 +9,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from orchestrate.reports.results import load_result, percent
+from orchestrate.reports.results import format_percent, load_result
 from schemas.results import Result
 
 FOLDER = Path(__file__).parent / "pictures"
@@ -25,7 +25,9 @@ def matrices(*results: Result) -> None:
         for stage, row in enumerate(rows):
             for task, value in enumerate(row):
                 dark = value < 0.65
-                axes.text(task, stage, percent(value), ha="center", va="center", color="white" if dark else "black")
+                axes.text(
+                    task, stage, format_percent(value), ha="center", va="center", color="white" if dark else "black"
+                )
                 if stage == task + 1:
                     axes.add_patch(plt.Rectangle((task - 0.5, stage - 0.5), 1, 1, fill=False, lw=2))
         axes.set(title=result.method, xticks=range(len(names)), yticks=range(len(rows)))
@@ -54,7 +56,7 @@ def table(results: list[Result]) -> str:
     lines = ["| method | Transfer | Avg | Last | forgetting |", "|---|---:|---:|---:|---:|"]
     for result in results:
         figures = (result.metrics.transfer, result.metrics.avg, result.metrics.last, result.metrics.forgetting)
-        lines.append(f"| {result.method} | {' | '.join(map(percent, figures))} |")
+        lines.append(f"| {result.method} | {' | '.join(map(format_percent, figures))} |")
     return "\n".join(lines)
 
 

@@ -24,7 +24,7 @@ from pydantic_core import CoreSchema, PydanticCustomError
 from schemas.errors import LONGEST_NAME, LONGEST_PATH, MOST_PROBLEMS, InputError, did_you_mean
 
 
-class Strict(BaseModel):
+class StrictModel(BaseModel):
     """Immutable, no silent conversion, no unknown field. Where a field may be NaN, JSON has it as such."""
 
     model_config = ConfigDict(
@@ -40,7 +40,7 @@ class Strict(BaseModel):
         return data
 
 
-class Abbreviable(Strict):
+class ShorthandModel(StrictModel):
     """A section that a recipe may give as a bare string: the value of its main field."""
 
     main_field: ClassVar[str]
@@ -171,7 +171,7 @@ def _short(found: object) -> str:
 
 T = TypeVar("T")
 # YAML and JSON only have lists; inside, a sequence is a tuple because nothing here may change.
-Many = Annotated[tuple[T, ...], Field(strict=False)]
+TupleOf = Annotated[tuple[T, ...], Field(strict=False)]
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -179,7 +179,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})", flags=re.ASCII)
 
 
-def expand(location: str, root: Path | None = None) -> str:
+def expand_path(location: str, root: Path | None = None) -> str:
     """Expand `~` and environment variables (`$NAME`, `${NAME}`) in a path; a path that exists as it is stays.
 
     In a URL, variables that are set are expanded, and everything else stays.
@@ -219,7 +219,7 @@ def anchor(location: str, info: ValidationInfo) -> str:
         raise ValueError(f"found {_short(location)}, expected a path or a URL of printable characters")
     root = (info.context or {}).get("root")
     if root is not None:
-        location = expand(location, Path(root))
+        location = expand_path(location, Path(root))
     if "://" in location:
         return location
     if len(location.encode()) > LONGEST_PATH or any(len(part.encode()) > LONGEST_NAME for part in Path(location).parts):

@@ -13,12 +13,12 @@ from pydantic import (
     model_validator,
 )
 
-from schemas.base import Location, Share, Strict, expand
+from schemas.base import Location, Share, StrictModel, expand_path
 
 Saving = Literal["auto", "always", "never"]
 
 
-class Savings(Strict):
+class Savings(StrictModel):
     """Exact savings of a training step: the same numbers for less work.
 
     auto: where the model allows it; always: a model that does not allow it is refused; never: the plain way.
@@ -41,14 +41,14 @@ class Savings(Strict):
         return self
 
 
-class Checkpoint(Strict):
+class Checkpoint(StrictModel):
     """How much work an interruption may cost; the end of a stage is always kept."""
 
     every_minutes: PositiveFloat = Field(10.0, description="Time between checkpoints inside a stage")
     every_steps: PositiveInt | None = Field(None, description="Also after so many steps of a stage")
 
 
-class Compute(Strict):
+class Compute(StrictModel):
     """What one run asks of the cluster."""
 
     address: str | None = Field(None, description="Ray cluster, as in ray.init; default: RAY_ADDRESS, else a local one")
@@ -140,10 +140,10 @@ class Compute(Strict):
 def _expand_file(uri: str) -> str:
     """Expand `~` and variables in the path of a store that is a file; URIs of servers may hold passwords with a `$`."""
     scheme, separator, path = uri.partition(":///")
-    return f"{scheme}{separator}{expand(path)}" if separator and scheme in ("sqlite", "file") else uri
+    return f"{scheme}{separator}{expand_path(path)}" if separator and scheme in ("sqlite", "file") else uri
 
 
-class Tracking(Strict):
+class Tracking(StrictModel):
     """The MLflow store."""
 
     uri: Annotated[str, AfterValidator(_expand_file)] | None = Field(

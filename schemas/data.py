@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from schemas.base import Abbreviable, Location, Many
+from schemas.base import Location, ShorthandModel, TupleOf
 
 RESERVED_NAMES = (
     "method", "seed", "run", "transfer", "avg", "last", "forgetting", "backward_transfer", "forward_transfer",
@@ -42,7 +42,7 @@ def _several(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-class Task(Abbreviable):
+class Task(ShorthandModel):
     """One task of the sequence: a folder in the layout of CLIP_benchmark. In a recipe, a bare path will do."""
 
     main_field: ClassVar[str] = "path"
@@ -58,7 +58,7 @@ class Task(Abbreviable):
     )
     learning_rate: PositiveFloat | None = Field(None, description="Instead of optimisation.learning_rate in this stage")
     steps: PositiveInt | None = Field(None, description="Instead of optimisation.steps in this stage")
-    classes: Many[NonNegativeInt] | None = Field(
+    classes: TupleOf[NonNegativeInt] | None = Field(
         None, min_length=1, description="Only these labels of the folder, in this order; default: all"
     )
     shots: PositiveInt | None = Field(
@@ -75,7 +75,7 @@ class Task(Abbreviable):
         return data
 
 
-class ClassIncremental(Abbreviable):
+class ClassIncremental(ShorthandModel):
     """One dataset, its classes learnt a group a stage and told apart by one head. A bare path will do."""
 
     main_field: ClassVar[str] = "path"
@@ -98,12 +98,12 @@ class ClassIncremental(Abbreviable):
         return self
 
 
-class Reference(Abbreviable):
+class Reference(ShorthandModel):
     """Unlabelled images and unpaired texts. In a recipe, a bare path will do for a folder that holds both."""
 
     main_field: ClassVar[str] = "images"
 
-    images: Annotated[Many[Location], BeforeValidator(_several)] = Field(
+    images: Annotated[TupleOf[Location], BeforeValidator(_several)] = Field(
         min_length=1,
         description="Shards (paths, globs, brace ranges, URLs) or folders of shards or of image files",
     )

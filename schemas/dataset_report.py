@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt
 
-from schemas.base import Many, Strict
+from schemas.base import StrictModel, TupleOf
 
 Split = Literal["train", "test"]
 SPLITS: tuple[Split, ...] = ("train", "test")
@@ -38,7 +38,7 @@ class Manifest(BaseModel):
     splits: dict[str, list[ManifestShard]]
 
 
-class Extent(Strict):
+class Extent(StrictModel):
     """Smallest, middle and largest of a number of pixels."""
 
     min: PositiveInt
@@ -46,31 +46,31 @@ class Extent(Strict):
     max: PositiveInt
 
 
-class SplitFinding(Strict):
+class SplitFinding(StrictModel):
     """A split in figures. An image counts where it can be decoded and its label is in the class list."""
 
     split: Split
     shards: NonNegativeInt = Field(description="That nshards.txt promises")
     samples: NonNegativeInt = Field(description="Of every kind, readable or not, in the shards that are whole")
     images: NonNegativeInt
-    per_class: Many[NonNegativeInt] = Field(description="Images of each class, in label order")
-    empty_classes: Many[NonNegativeInt] = Field(description="Labels of which the split has no image")
+    per_class: TupleOf[NonNegativeInt] = Field(description="Images of each class, in label order")
+    empty_classes: TupleOf[NonNegativeInt] = Field(description="Labels of which the split has no image")
     width: Extent | None
     height: Extent | None
     formats: dict[str, int]
     modes: dict[str, int] = Field(description="PIL's: RGB, L for grey, P for a palette, ...")
 
 
-class ShardFinding(Strict):
+class ShardFinding(StrictModel):
     """A shard: what is there, and what is wrong with it."""
 
     shard: str = Field(description="Relative to the task's folder, as every shard here")
     samples: NonNegativeInt | None = Field(description="None where the shard is missing or broken")
     bytes: NonNegativeInt | None = Field(description="None where the shard is missing")
-    problems: Many[str]
+    problems: TupleOf[str]
 
 
-class UnreadableSample(Strict):
+class UnreadableSample(StrictModel):
     """A sample that training cannot use."""
 
     shard: str
@@ -79,15 +79,15 @@ class UnreadableSample(Strict):
     detail: str
 
 
-class Unreadable(Strict):
+class Unreadable(StrictModel):
     """Samples that training cannot use."""
 
     samples: NonNegativeInt
     reasons: dict[Reason, int] = Field(description="A sample with a broken image and no label counts in both")
-    first: Many[UnreadableSample]
+    first: TupleOf[UnreadableSample]
 
 
-class SeenImage(Strict):
+class SeenImage(StrictModel):
     """One of two images that are the same."""
 
     shard: str
@@ -95,57 +95,57 @@ class SeenImage(Strict):
     label: int | None = Field(description="None where it is missing or outside the class list")
 
 
-class DuplicatePair(Strict):
+class DuplicatePair(StrictModel):
     """Two images of the same encoded bytes."""
 
     first: SeenImage
     again: SeenImage
 
 
-class Duplicates(Strict):
+class Duplicates(StrictModel):
     """Images that are there again, each paired with the first one of the same bytes (train comes before test)."""
 
     pairs: NonNegativeInt
     of_other_label: NonNegativeInt = Field(description="Pairs whose two labels differ")
-    first: Many[DuplicatePair]
+    first: TupleOf[DuplicatePair]
 
 
-class RepeatedName(Strict):
+class RepeatedName(StrictModel):
     """A class name that stands for several labels."""
 
     name: str
-    labels: Many[NonNegativeInt]
+    labels: TupleOf[NonNegativeInt]
 
 
-class ClassNames(Strict):
+class ClassNames(StrictModel):
     """`classnames.txt` against the labels."""
 
-    names: Many[str]
-    repeated: Many[RepeatedName]
-    empty: Many[NonNegativeInt] = Field(description="Labels without a name")
-    unused: Many[NonNegativeInt] = Field(description="Labels that no image has, in either split")
+    names: TupleOf[str]
+    repeated: TupleOf[RepeatedName]
+    empty: TupleOf[NonNegativeInt] = Field(description="Labels without a name")
+    unused: TupleOf[NonNegativeInt] = Field(description="Labels that no image has, in either split")
 
 
-class Templates(Strict):
+class Templates(StrictModel):
     """`zeroshot_classification_templates.txt`."""
 
-    templates: Many[str]
-    repeated: Many[str]
-    without_place: Many[str] = Field(description="Those without a {c}")
+    templates: TupleOf[str]
+    repeated: TupleOf[str]
+    without_place: TupleOf[str] = Field(description="Those without a {c}")
 
 
-class Inspection(Strict):
+class Inspection(StrictModel):
     """Everything found in a task folder."""
 
     task: str
     path: str
-    splits: Many[SplitFinding]
-    shards: Many[ShardFinding]
+    splits: TupleOf[SplitFinding]
+    shards: TupleOf[ShardFinding]
     manifest: bool = Field(description="Whether there is one, and the shards were compared with it")
     unreadable: Unreadable
     between_splits: Duplicates = Field(description="Test images that are training images too")
     within_splits: Duplicates
     classnames: ClassNames
     templates: Templates
-    problems: Many[str] = Field(description="What should be mended before training, a sentence each")
-    warnings: Many[str] = Field(description="What is worth knowing, a sentence each")
+    problems: TupleOf[str] = Field(description="What should be mended before training, a sentence each")
+    warnings: TupleOf[str] = Field(description="What is worth knowing, a sentence each")

@@ -65,7 +65,7 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
 NAMED = 5  # in a sentence
 
 
-def named(names: Sequence[str], one: str, many: str = "") -> str:
+def listed(names: Sequence[str], one: str, many: str = "") -> str:
     """How many there are, and the first names."""
     more = ", …" if len(names) > NAMED else ""
     return f"{counted(len(names), one, many)} ({', '.join(names[:NAMED])}{more})"

@@ -4,14 +4,14 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from schemas.base import Many, Strict
-from schemas.results import Metrics, Shown
+from schemas.base import StrictModel, TupleOf
+from schemas.results import Metrics, RedactedStr
 
 Protocol = Literal["task-aware", "task-agnostic"]
 PROTOCOLS: tuple[Protocol, ...] = ("task-aware", "task-agnostic")
 
 
-class Confused(Strict):
+class ConfusionCount(StrictModel):
     """Test images of one class that the model took for another, or for their own."""
 
     true: str
@@ -19,7 +19,7 @@ class Confused(Strict):
     images: PositiveInt
 
 
-class Bin(Strict):
+class Bin(StrictModel):
     """Images whose top prediction has a confidence in one of equal intervals of [0, 1]."""
 
     images: NonNegativeInt
@@ -27,7 +27,7 @@ class Bin(Strict):
     accuracy: float
 
 
-class Judged(Strict):
+class TaskEvaluation(StrictModel):
     """One model on one task under one protocol; shares of 1."""
 
     task: str
@@ -39,37 +39,37 @@ class Judged(Strict):
     mean_per_class: float = Field(description="Mean over the task's classes of the top-1 accuracy on their images")
     calibration_error: float = Field(description="Expected |confidence − accuracy|, over equal intervals of confidence")
     per_class: dict[str, float] = Field(description="Top-1 accuracy on each class that has test images")
-    bins: Many[Bin]
-    confused: Many[Confused] = Field(description="Every pair with images, the right predictions among them")
+    bins: TupleOf[Bin]
+    confused: TupleOf[ConfusionCount] = Field(description="Every pair with images, the right predictions among them")
 
 
-class JudgedModel(Strict):
+class ModelEvaluation(StrictModel):
     """One model on all tasks and suites."""
 
-    model: Shown
+    model: RedactedStr
     stage: NonNegativeInt | None = Field(None, description="Of a run; 0 is the initial model")
     digest: str = Field(description="Content hash of the weights")
-    judged: Many[Judged]
+    judged: TupleOf[TaskEvaluation]
 
 
-class Evaluation(Strict):
+class Evaluation(StrictModel):
     """`evaluation.json`."""
 
-    tasks: Many[str] = Field(description="Whose classes share the label space of the task-agnostic protocol")
-    suites: Many[str] = Field(description="Judged beside them, each among its own classes")
+    tasks: TupleOf[str] = Field(description="Whose classes share the label space of the task-agnostic protocol")
+    suites: TupleOf[str] = Field(description="Judged beside them, each among its own classes")
     templates: Literal["all", "first"]
     held_out: bool = Field(
         description="The tasks are judged on held-out training images, as the run was; suites always on test images"
     )
-    models: Many[JudgedModel]
+    models: TupleOf[ModelEvaluation]
     figures: dict[Protocol, Metrics] = Field(
         description="Of the accuracy matrix under each protocol, where all stages of a run were judged on its tasks"
     )
     versions: dict[str, str]
-    warnings: Many[str] = Field((), description="Prompts that are cut, and classes that a model cannot tell apart")
+    warnings: TupleOf[str] = Field((), description="Prompts that are cut, and classes that a model cannot tell apart")
 
 
-class TriedAverage(Strict):
+class TriedAverage(StrictModel):
     """What a stage would have handed on with another average, or merged with an anchor; accuracies are shares of 1."""
 
     kind: Literal["none", "mean", "exponential"]
@@ -84,7 +84,7 @@ class TriedAverage(Strict):
     later: float | None = Field(description="Mean over the tasks behind it: what zero-shot ability is left")
 
 
-class TriedAverages(Strict):
+class TriedAverages(StrictModel):
     """`averages.json`."""
 
     stage: PositiveInt
@@ -92,4 +92,4 @@ class TriedAverages(Strict):
     snapshots_every: PositiveInt
     anchor: Literal["stage_start", "initial"]
     start: dict[str, float] = Field(description="The stage's start, on each task")
-    tried: Many[TriedAverage]
+    tried: TupleOf[TriedAverage]

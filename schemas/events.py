@@ -4,11 +4,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt
 
-from schemas.base import Many, Strict
-from schemas.results import Shown, StageResult, StepLosses
+from schemas.base import StrictModel, TupleOf
+from schemas.results import RedactedStr, StageResult, StepLosses
 
 
-class StageStarted(Strict):
+class StageStarted(StrictModel):
     """Stage `stage` (from 1) begins."""
 
     event: Literal["stage_started"] = "stage_started"
@@ -17,17 +17,17 @@ class StageStarted(Strict):
     steps: int
 
 
-class StepsTaken(Strict):
+class StepsTaken(StrictModel):
     """Steps since the last such report, on all workers together."""
 
     event: Literal["steps_taken"] = "steps_taken"
     stage: int
     task: str
-    steps: Many[StepLosses]
+    steps: TupleOf[StepLosses]
     images_per_second: float
 
 
-class WorkerUse(Strict):
+class WorkerUse(StrictModel):
     """What one worker has used of late."""
 
     images_per_second: float = Field(description="Its own, task and distilled images")
@@ -37,23 +37,23 @@ class WorkerUse(Strict):
     gpu_memory_megabytes: float | None = Field(None, description="That torch holds of its GPU")
 
 
-class WorkersUsed(Strict):
+class WorkersUsed(StrictModel):
     """What every worker has used since the last such report, in the order of their ranks."""
 
     event: Literal["workers_used"] = "workers_used"
     stage: int
     step: int
-    workers: Many[WorkerUse]
+    workers: TupleOf[WorkerUse]
 
 
-class StageTrained(Strict):
+class StageTrained(StrictModel):
     """The stage's model is on disk."""
 
     event: Literal["stage_trained"] = "stage_trained"
     result: StageResult
 
 
-class TaskEvaluated(Strict):
+class TaskEvaluated(StrictModel):
     """One cell of the matrix; stage 0 is the zero-shot row."""
 
     event: Literal["task_evaluated"] = "task_evaluated"
@@ -63,7 +63,7 @@ class TaskEvaluated(Strict):
     images: int
 
 
-class RowMeasured(Strict):
+class RowMeasured(StrictModel):
     """A row of the matrix is complete and on disk; stage 0 is the zero-shot row."""
 
     event: Literal["row_measured"] = "row_measured"
@@ -71,7 +71,7 @@ class RowMeasured(Strict):
     accuracy: dict[str, float]
 
 
-class ImagesEmbedded(Strict):
+class ImagesEmbedded(StrictModel):
     """The teacher's features of the distilled images, computed ahead of training."""
 
     event: Literal["images_embedded"] = "images_embedded"
@@ -79,14 +79,14 @@ class ImagesEmbedded(Strict):
     total: NonNegativeInt
 
 
-class RunStarted(Strict):
+class RunStarted(StrictModel):
     """A run begins, or goes on."""
 
     event: Literal["run_started"] = "run_started"
     fingerprint: str
 
 
-class CheckpointWritten(Strict):
+class CheckpointWritten(StrictModel):
     """The stage can go on from behind so many steps."""
 
     event: Literal["checkpoint_written"] = "checkpoint_written"
@@ -94,11 +94,11 @@ class CheckpointWritten(Strict):
     steps: NonNegativeInt
 
 
-class Note(Strict):
+class Note(StrictModel):
     """Something worth a line in the log."""
 
     event: Literal["note"] = "note"
-    text: Shown
+    text: RedactedStr
 
 
 Progress = Annotated[
@@ -116,7 +116,7 @@ Progress = Annotated[
 ]
 
 
-class JournalEntry(Strict):
+class JournalEntry(StrictModel):
     """A line of `journal.jsonl`."""
 
     time: int = Field(description="Unix time, in milliseconds")

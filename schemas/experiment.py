@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationInfo, model_validator
 
 from schemas.algorithm import algorithm
-from schemas.base import Abbreviable, Many, Share, Strict, anchor
+from schemas.base import Share, ShorthandModel, StrictModel, TupleOf, anchor
 from schemas.compute import Compute, Tracking
 from schemas.data import ClassIncremental, Reference, Task, check_names
 from schemas.errors import did_you_mean
@@ -30,7 +30,7 @@ def _anchor_file(tag_or_file: str, info: ValidationInfo) -> str:
     return anchor(tag_or_file, info) if is_file else tag_or_file
 
 
-class Model(Abbreviable):
+class Model(ShorthandModel):
     """An open_clip model. In a recipe, a bare name will do."""
 
     main_field: ClassVar[str] = "name"
@@ -56,7 +56,7 @@ class Model(Abbreviable):
         return self
 
 
-class Optimisation(Strict):
+class Optimisation(StrictModel):
     """AdamW with linear warm-up and cosine decay, afresh in every stage. Batch sizes are global."""
 
     steps: PositiveInt = Field(1000, description="Updates a stage")
@@ -77,7 +77,7 @@ class Optimisation(Strict):
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast of the two towers")
 
 
-class HeldOut(Strict):
+class HeldOut(StrictModel):
     """A part of every task's training images, drawn class by class, that is not trained on."""
 
     share: float = Field(0.2, gt=0, lt=1, description="Of each class's training images")
@@ -87,14 +87,14 @@ class HeldOut(Strict):
     )
 
 
-class Evaluation(Strict):
+class Evaluation(StrictModel):
     """Top-1 accuracy on each task's test split, among that task's classes."""
 
     templates: Literal["all", "first"] = Field("all", description="Templates averaged into a class embedding")
     held_out: HeldOut | None = Field(None, description="Judge on a part of the training images instead")
 
 
-class Experiment(Strict):
+class Experiment(StrictModel):
     """A sequence of tasks, learnt by one method."""
 
     name: str = Field(
@@ -104,7 +104,7 @@ class Experiment(Strict):
         description="Default: the recipe's file name, with - for other characters than letters, digits and _.-",
     )
     model: Model = Field(description="What the first stage starts from: the initial model")
-    tasks: Many[Task] = Field((), description="The stages, in order")
+    tasks: TupleOf[Task] = Field((), description="The stages, in order")
     class_incremental: ClassIncremental | None = Field(
         None, description="Instead of tasks: one dataset, a group of its classes a stage"
     )

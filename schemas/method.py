@@ -19,17 +19,17 @@ from pydantic import (
     model_validator,
 )
 
-from schemas.base import Abbreviable, Many, Strict
+from schemas.base import ShorthandModel, StrictModel, TupleOf
 
 
-def check_read(part: Strict, field: str, is_read: bool, by: str) -> None:
+def check_read(part: StrictModel, field: str, is_read: bool, by: str) -> None:
     """Refuse a setting that nothing reads: whoever gave it expects it to count."""
     value = getattr(part, field)
     if not is_read and value != type(part).model_fields[field].default:
         raise ValueError(f"found {field} {value!r}, which nothing reads, expected {by} beside it")
 
 
-class TaskLoss(Strict):
+class TaskLoss(StrictModel):
     """Cross-entropy over the current task's class prompts (paper, section 3; method step 1)."""
 
     label_smoothing: float = Field(0.2, ge=0, lt=1, description="Share of the target spread over all classes")
@@ -37,7 +37,7 @@ class TaskLoss(Strict):
     negatives: NonNegativeInt = Field(0, description="So many random reference texts join the softmax, drawn by stage")
 
 
-class Distill(Strict):
+class Distill(StrictModel):
     """Distillation from a frozen teacher (paper, section 4.1). A weight of 0 takes its loss out."""
 
     teacher: Literal["initial", "previous", "blended"] = Field(
@@ -81,13 +81,13 @@ class Distill(Strict):
         return self
 
 
-class Consolidate(Strict):
+class Consolidate(StrictModel):
     """Weight consolidation: squared L2 distance to the weights at the stage's start."""
 
     weight: PositiveFloat = Field(1.0, description="Of the sum over all trained parameters, without ½")
 
 
-class Average(Strict):
+class Average(StrictModel):
     """Weight ensemble: an average of the stage's start and the weights every so many steps (paper, section 4.2)."""
 
     every: PositiveInt = Field(100, description="Steps from one merge to the next")
@@ -103,13 +103,13 @@ class Average(Strict):
         return self
 
 
-class Memory(Strict):
+class Memory(StrictModel):
     """Exemplars of earlier tasks, herded on image features (iCaRL), shared out evenly over tasks and classes."""
 
     budget: PositiveInt = Field(10_000, description="Images in all")
 
 
-class Merge(Strict):
+class Merge(StrictModel):
     """After a stage, the weights are drawn back towards an anchor (WiSE-FT)."""
 
     anchor: Literal["stage_start", "initial"] = Field(
@@ -124,7 +124,7 @@ def _dotted(path: str) -> str:
     return path
 
 
-class FurtherLoss(Abbreviable):
+class CustomLoss(ShorthandModel):
     """A term of the loss that is not ours. A bare dotted name will do. **The code that it names is run.**
 
     It is called with a `zscl.extend.Stage` and the settings when a stage begins, and returns a `zscl.extend.Part`.
@@ -156,7 +156,7 @@ Preset = Literal["zero-shot", "finetune", "we", "wc", "we+wc", "wise-ft", "lwf",
 PARTS = ("distill", "consolidate", "average", "merge", "memory")
 
 
-class Method(Abbreviable):
+class Method(ShorthandModel):
     """Which parts act in a training step, and on the weights along the way. A bare preset will do."""
 
     main_field: ClassVar[str] = "preset"
@@ -174,7 +174,9 @@ class Method(Abbreviable):
     average: Average | None = Field(None, description="Weight ensemble along the stage")
     merge: Merge | None = Field(None, description="Weights drawn back after the stage")
     memory: Memory | None = Field(None, description="Exemplars of earlier tasks, to distil on")
-    further_losses: Many[FurtherLoss] = Field((), description="Terms of the loss from other code, added to the others")
+    further_losses: TupleOf[CustomLoss] = Field(
+        (), description="Terms of the loss from other code, added to the others"
+    )
     train: Literal["model", "image_tower", "text_tower"] = Field("model", description="Which parameters are trained")
 
     @model_validator(mode="before")

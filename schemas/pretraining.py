@@ -4,10 +4,10 @@ from typing import Annotated, Any
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from schemas.base import Location, Many, Share, Strict
+from schemas.base import Location, Share, StrictModel, TupleOf
 
 
-class Preprocess(Strict):
+class Preprocess(StrictModel):
     """How the model wants its images, in open_clip's words."""
 
     mean: Annotated[tuple[float, float, float], Field(strict=False)]
@@ -16,14 +16,14 @@ class Preprocess(Strict):
     resize_mode: str = Field("shortest", pattern="^(shortest|longest|squash)$")
 
 
-class Pretraining(Strict):
+class Pretraining(StrictModel):
     """Contrastive pre-training; pairs of one caption in a batch are all positives."""
 
     name: str = Field("", pattern=r"^[A-Za-z0-9_.-]*$", description="Default: the recipe's file name")
     architecture: dict[str, Any] = Field(description="open_clip model_cfg: embed_dim, vision_cfg, text_cfg")
     preprocess: Preprocess
-    corpus: Many[Location] = Field(min_length=1, description="Shards or folders of images with .txt captions")
-    judge: Many[Location] = Field((), description="Task folders whose zero-shot accuracy is measured at the end")
+    corpus: TupleOf[Location] = Field(min_length=1, description="Shards or folders of images with .txt captions")
+    judge: TupleOf[Location] = Field((), description="Task folders whose zero-shot accuracy is measured at the end")
     epochs: PositiveInt = 6
     batch_size: PositiveInt = 128
     learning_rate: PositiveFloat = 1e-3

@@ -4,16 +4,16 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, AllowInfNan, Field, JsonValue, NonNegativeInt
 
-from schemas.base import Many, Strict
+from schemas.base import StrictModel, TupleOf
 from schemas.experiment import HeldOut
 from schemas.redaction import mask
 
 # A text that others read: a presigned URL may be in it, whose signature is a password.
-Shown = Annotated[str, AfterValidator(mask)]
-Row = Many[float]  # accuracies in [0, 1], one a task, in the order of the tasks
+RedactedStr = Annotated[str, AfterValidator(mask)]
+Row = TupleOf[float]  # accuracies in [0, 1], one a task, in the order of the tasks
 
 
-class Metrics(Strict):
+class Metrics(StrictModel):
     """Figures of an accuracy matrix, as fractions; `None` where a single task leaves them undefined."""
 
     transfer: float | None = Field(description="Mean over tasks i ≥ 2 of the mean accuracy before stage i")
@@ -32,7 +32,7 @@ class Metrics(Strict):
     )
 
 
-class StageResult(Strict):
+class StageResult(StrictModel):
     """One finished stage: what it cost and where it ended."""
 
     stage: int = Field(ge=1)
@@ -50,24 +50,24 @@ class StageResult(Strict):
     )
     merges: NonNegativeInt = Field(description="Models in the weight ensemble, the stage's start included")
     losses: dict[str, float] = Field(description="Each named loss at the last step")
-    warnings: Many[str] = Field((), description="What looks like a failed stage, a sentence each")
-    broken: Many[Shown] = Field((), description="Training samples that were skipped, a sentence each")
+    warnings: TupleOf[str] = Field((), description="What looks like a failed stage, a sentence each")
+    broken: TupleOf[RedactedStr] = Field((), description="Training samples that were skipped, a sentence each")
     identity: str = Field("", description="Content hash of all that the stage's training reads")
     shared: bool = Field(False, description="Trained by another run beside this one, for both: the cost is the other's")
 
 
-class TaskName(Strict):
+class TaskName(StrictModel):
     """A task as a result names it."""
 
     name: str
-    path: Shown
+    path: RedactedStr
     digest: str = Field(description="Content hash of the task's shards, class names and templates")
     test_images: NonNegativeInt
     broken_test_images: NonNegativeInt = Field(0, description="That were skipped; not among the test images")
     split_family: str = Field("", description="How train and test were told apart, as the task's manifest says")
 
 
-class Result(Strict):
+class Result(StrictModel):
     """`result.json`: everything a comparison reads."""
 
     name: str
@@ -81,32 +81,32 @@ class Result(Strict):
     settings: dict[str, JsonValue] = Field(
         default_factory=dict, description="What training went by beside the method, by dotted path of the recipe"
     )
-    model: Shown = Field("", description="The initial model, as the recipe names it")
+    model: RedactedStr = Field("", description="The initial model, as the recipe names it")
     model_digest: str = Field("", description="Content hash of its weights")
     seed: int
     fingerprint: str
     algorithm: str = Field("", description="Version of the algorithm that computed it; empty: older than versions")
-    tasks: Many[TaskName]
+    tasks: TupleOf[TaskName]
     held_out: HeldOut | None = Field(
         None, description="The part of the training images that was not trained on; judged_on says what the rows are of"
     )
     zero_shot: Row
-    accuracy_matrix: Many[Row] = Field(description="Row: after that stage; column: accuracy on that task")
+    accuracy_matrix: TupleOf[Row] = Field(description="Row: after that stage; column: accuracy on that task")
     metrics: Metrics
     zero_shot_metrics: Metrics = Field(description="The same figures if every row were the zero-shot row")
-    stages: Many[StageResult]
+    stages: TupleOf[StageResult]
     reference_texts: NonNegativeInt
     reference: str = Field("", description="Content hash of the reference set, where one was read")
     templates: Literal["all", "first"] = Field("all", description="Averaged into a class embedding, in evaluation")
     workers: int
     device: str
-    warnings: Many[str] = Field((), description="What looks like a failed stage, a sentence each")
+    warnings: TupleOf[str] = Field((), description="What looks like a failed stage, a sentence each")
     train_seconds: float
     evaluation_seconds: float
     versions: dict[str, str]
 
 
-class Embedded(Strict):
+class Embedded(StrictModel):
     """What of the reference set is embedded by the teacher."""
 
     folder: str = Field(description="The store of the image features")
@@ -115,7 +115,7 @@ class Embedded(Strict):
     megabytes: float = Field(description="On disk, of the image features")
 
 
-class Synced(Strict):
+class Synced(StrictModel):
     """What a store got of a run, afterwards."""
 
     folder: str
@@ -124,7 +124,7 @@ class Synced(Strict):
     status: str
 
 
-class StepLosses(Strict):
+class StepLosses(StrictModel):
     """One training step: `step` counts from 0."""
 
     step: NonNegativeInt
@@ -135,7 +135,7 @@ class StepLosses(Strict):
     )
 
 
-class RunState(Strict):
+class RunState(StrictModel):
     """`state.json`: how the last attempt at a run stands."""
 
     status: Literal["RUNNING", "FINISHED", "FAILED", "KILLED"] = Field(description="As MLflow names it")

@@ -7,9 +7,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, model_validator
 
-from schemas.base import Abbreviable, Many, Strict
+from schemas.base import ShorthandModel, StrictModel, TupleOf
 from schemas.events import Progress
-from schemas.results import Metrics, Result, Shown
+from schemas.results import Metrics, RedactedStr, Result
 
 FEW_VALUES = 16  # as many can be tried one by one
 FIXED = ("compute", "tracking", "name", "evaluation")  # have no part in the numbers, or in what all are judged by
@@ -18,14 +18,14 @@ Pair = Annotated[tuple[float, float], Field(strict=False)]
 WholePair = Annotated[tuple[int, int], Field(strict=False)]
 
 
-class Domain(Strict):
+class Domain(StrictModel):
     """Where one value is looked for: exactly one of the fields."""
 
     uniform: Pair | None = Field(None, description="[low, high]: any number between them")
     log_uniform: Pair | None = Field(None, description="[low, high]: any number, small ones as likely as large ones")
     integer: WholePair | None = Field(None, description="[low, high]: any whole number, both ends included")
     log_integer: WholePair | None = Field(None, description="[low, high]: as integer, small ones as likely as large")
-    choice: Many[Any] | None = Field(None, min_length=1, description="One of these values, whatever they are")
+    choice: TupleOf[Any] | None = Field(None, min_length=1, description="One of these values, whatever they are")
 
     @model_validator(mode="after")
     def _is_one(self) -> "Domain":
@@ -82,7 +82,7 @@ class Domain(Strict):
         return self.log_uniform is not None or self.log_integer is not None
 
 
-class EarlyStopping(Abbreviable):
+class EarlyStopping(ShorthandModel):
     """When a trial that does badly is given up; a rung is a finished stage. A bare kind will do."""
 
     main_field: ClassVar[str] = "kind"
@@ -98,11 +98,11 @@ def _several(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-class Search(Strict):
+class Search(StrictModel):
     """What is searched, by which figure, and how."""
 
     domains: dict[str, Domain] = Field(min_length=1, description="By dotted path of the recipe")
-    objectives: Annotated[Many[str], BeforeValidator(_several, json_schema_input_type=str | list[str])] = Field(
+    objectives: Annotated[TupleOf[str], BeforeValidator(_several, json_schema_input_type=str | list[str])] = Field(
         ("transfer",),
         min_length=1,
         description=f"Figures of the accuracy matrix ({', '.join(Metrics.model_fields)}), or accuracy/TASK after the "
@@ -190,7 +190,7 @@ def _written(value: Any) -> str:
     return json.dumps(value, sort_keys=True, default=str)
 
 
-class Trial(Strict):
+class Trial(StrictModel):
     """One trial of a search."""
 
     number: PositiveInt
@@ -198,7 +198,7 @@ class Trial(Strict):
     status: Literal["finished", "read", "stopped", "failed"] = Field(
         description="read: finished before, in this search or one beside it; stopped: given up early"
     )
-    reason: Shown = Field("", description="Of a failure")
+    reason: RedactedStr = Field("", description="Of a failure")
     fingerprint: str = ""
     folder: str = Field("", description="The run's, from the search's folder")
     stages: NonNegativeInt = Field(0, description="That are finished")
@@ -207,7 +207,7 @@ class Trial(Strict):
     train_seconds: float = 0.0
 
 
-class StageTrainings(Strict):
+class StageTrainings(StrictModel):
     """What became of the stage trainings that a search asked for."""
 
     asked: NonNegativeInt = Field(description="Trials times stages")
@@ -218,25 +218,25 @@ class StageTrainings(Strict):
     failed: NonNegativeInt = Field(description="Of trials that failed")
 
 
-class SearchResult(Strict):
+class SearchResult(StrictModel):
     """`search.json`: what a search found."""
 
     name: str
     fingerprint: str
-    objectives: Many[str]
+    objectives: TupleOf[str]
     held_out_share: float = Field(description="Of each class's training images: the trials are judged on these")
     held_out_seed: int
-    trials: Many[Trial]
-    front: Many[PositiveInt] = Field(description="Numbers of the trials that no other one beats in all objectives")
+    trials: TupleOf[Trial]
+    front: TupleOf[PositiveInt] = Field(description="Numbers of the trials that no other one beats in all objectives")
     chosen: PositiveInt = Field(description="Of the front, the one with the best mean of the objectives")
     importance: dict[str, float] = Field(description="Share of the objective's variance that a path explains (fANOVA)")
     stage_trainings: StageTrainings
     test: Result = Field(description="The chosen trial's models, judged on the test images, once, at the end")
-    warnings: Many[Shown] = ()
+    warnings: TupleOf[RedactedStr] = ()
     seconds: float = Field(description="Wall time of the last attempt")
 
 
-class TrialStarted(Strict):
+class TrialStarted(StrictModel):
     """A trial begins, or goes on."""
 
     event: Literal["trial_started"] = "trial_started"
@@ -246,17 +246,17 @@ class TrialStarted(Strict):
     read: bool = Field(description="Whether it was finished before")
 
 
-class TrialEnded(Strict):
+class TrialEnded(StrictModel):
     """A trial ends."""
 
     event: Literal["trial_ended"] = "trial_ended"
     status: Literal["finished", "read", "stopped", "failed", "interrupted"]
-    reason: Shown = ""
+    reason: RedactedStr = ""
     stages: NonNegativeInt
     objectives: dict[str, float]
 
 
-class TrialNews(Strict):
+class TrialNews(StrictModel):
     """What a trial reports while a search goes on."""
 
     trial: NonNegativeInt = Field(description="Its number; 0: the chosen one, judged on the test images")

@@ -158,9 +158,9 @@ def ray_cluster() -> Iterator[None]:
     """A local cluster of four logical CPUs for all tests of this process."""
     import ray
 
-    from orchestrate.cluster.auth import loopback_alone
+    from orchestrate.cluster.auth import bind_to_loopback
 
-    with loopback_alone():  # without a token, as the tests are, nobody else may reach it
+    with bind_to_loopback():  # without a token, as the tests are, nobody else may reach it
         ray.init(
             address="local",  # never what somebody else has started on this machine
             num_cpus=4,

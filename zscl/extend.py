@@ -3,7 +3,7 @@
 These names keep their meaning between releases; other modules of `zscl` may move.
 """
 
-from zscl.methods.interfaces import Batch, Features, Part, Stage, Teacher
+from zscl.methods.interfaces import Batch, Features, LossTerm, StageContext, Teacher
 from zscl.runtime.distributed import gather, rank, world_size
 
-__all__ = ["Batch", "Features", "Part", "Stage", "Teacher", "gather", "rank", "world_size"]
+__all__ = ["Batch", "Features", "LossTerm", "StageContext", "Teacher", "gather", "rank", "world_size"]

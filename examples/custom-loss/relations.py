@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from zscl.extend import Batch, Features, Stage, gather
+from zscl.extend import Batch, Features, StageContext, gather
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Relations:
     A part is made once a stage, from the stage and the recipe's settings, and called once a step.
     """
 
-    stage: Stage
+    stage: StageContext
     weight: float = 1.0
 
     def __call__(self, features: Features, batch: Batch) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ from rich.console import Console
 from orchestrate.lifecycle.paths import EXPERIMENT
 from orchestrate.reports import html_page as page
 from orchestrate.reports.charts import MAIN, draw_accuracies, draw_comparison
-from orchestrate.reports.comparison import Comparison, Difference, gather
+from orchestrate.reports.comparison import Comparison, Difference, group_runs
 from orchestrate.reports.tables import (
     FIGURES,
     Row,
@@ -22,9 +22,9 @@ from orchestrate.reports.tables import (
     run_rows,
     terminal_tables,
 )
-from orchestrate.tracking.attachments import attach
+from orchestrate.tracking.attachments import attach_files
 from schemas.errors import InputError, did_you_mean
-from zscl.runtime.atomic_io import whole_file, write_text
+from zscl.runtime.atomic_io import atomic_file, write_text
 
 
 def compare(
@@ -50,7 +50,7 @@ def compare(
     Raises:
         InputError: nothing is left to compare, or there is no such baseline or order.
     """
-    comparison = gather(found)
+    comparison = group_runs(found)
     labels = list(comparison.groups)
     if baseline is not None and baseline not in labels:
         raise InputError(
@@ -68,7 +68,7 @@ def compare(
         place = "comparison" if folder.name == "comparison" else f"comparison/{folder.name}"
         for run in comparison.runs:
             if (run.folder / EXPERIMENT).is_file():
-                attach(run.folder, [Path(written["page"])], place, note)
+                attach_files(run.folder, [Path(written["page"])], place, note)
     lines = [f"left out: {reason}" for reason in comparison.left_out.values()]
     if against is not None and baseline is None:
         lines.append(f"baseline  {against} (by default finetune, else zero-shot, else the first; --baseline METHOD)")
@@ -116,7 +116,7 @@ def write_comparison(comparison: Comparison, rows: Sequence[Row], folder: Path, 
     write_text(written["csv"], table.getvalue())
     write_text(written["markdown"], markdown(comparison, rows, baseline))
     write_text(written["latex"], latex(comparison))
-    write_text(written["page"], page.page(comparison, rows, baseline))
+    write_text(written["page"], page.build_page(comparison, rows, baseline))
     results = [run.result for run in comparison.runs]
     labels = [f"{run.label}, seed {run.result.seed}" for run in comparison.runs]
     pictures = {
@@ -124,6 +124,6 @@ def write_comparison(comparison: Comparison, rows: Sequence[Row], folder: Path, 
         "curves": draw_accuracies(*results, labels=labels),
     }
     for kind, figure in pictures.items():
-        with whole_file(written[kind]) as temporary:
+        with atomic_file(written[kind]) as temporary:
             figure.savefig(temporary, format="png", dpi=120)
     return {kind: str(file) for kind, file in written.items()}

@@ -16,13 +16,13 @@ from rich.table import Table
 
 from orchestrate.lifecycle.paths import EXPERIMENT, SEARCH
 from orchestrate.recipes.recipe import load_experiment
-from orchestrate.reports.results import ZERO_SHOT, percent
-from orchestrate.runs.progress import Bar
-from orchestrate.tracking.attachments import attach
+from orchestrate.reports.results import ZERO_SHOT, format_percent
+from orchestrate.runs.progress import ProgressBar
+from orchestrate.tracking.attachments import attach_files
 from schemas.base import explain
 from schemas.data import Task
 from schemas.errors import InputError
-from schemas.evaluation import PROTOCOLS, Evaluation, Judged, JudgedModel, Protocol
+from schemas.evaluation import PROTOCOLS, Evaluation, ModelEvaluation, Protocol, TaskEvaluation
 from schemas.experiment import LOCAL_MODEL, Experiment, Model
 from schemas.results import Metrics
 from zscl.checks.prompts import prompt_warnings
@@ -30,11 +30,11 @@ from zscl.data.indexed import IndexedSamples
 from zscl.data.loader import Loader
 from zscl.data.task import TaskFolder
 from zscl.evaluation.metrics import metrics
-from zscl.evaluation.protocols import judge
-from zscl.models.clip import CONFIG, load, weights_digest
-from zscl.runtime.atomic_io import whole_file, write_text
+from zscl.evaluation.protocols import evaluate_tasks
+from zscl.models.clip import CONFIG, load_clip, weights_digest
+from zscl.runtime.atomic_io import atomic_file, write_text
 from zscl.sequence.layout import TRAINING, stage_files
-from zscl.sequence.resolve import open_tasks
+from zscl.sequence.resolve import resolve_tasks
 from zscl.sequence.run import LIBRARIES
 
 EVALUATION = "evaluation.json"
@@ -138,7 +138,7 @@ def subject(
     trained = stage_files(folder, TRAINING)
     models = [(0, experiment.model)]
     models += [(k, Model(name=f"{LOCAL_MODEL}{file.parent}/model")) for k, file in enumerate(trained, start=1)]
-    opened = tuple(map(_opened, tasks)) if tasks else open_tasks(experiment)[1]
+    opened = tuple(map(_opened, tasks)) if tasks else resolve_tasks(experiment)[1]
     whole = stage == ALL and not tasks and len(trained) == len(opened)
     return Subject(tuple(_chosen(models, stage, folder)), opened, extra, folder, experiment, not tasks, whole)
 
@@ -182,22 +182,22 @@ def evaluate(subject: Subject, options: Options, console: Console) -> Evaluation
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sets = [task.test for task in (*subject.tasks, *subject.suites)]
     images = sum(len(each) for each in sets if isinstance(each, IndexedSamples)) * len(subject.models)
-    judged_models, warnings = list[JudgedModel](), list[str]()
-    with Bar(console, total=images or None) as bar:
-        loader = Loader(device, options.loader_processes, max_broken_share=share, note=bar.say)
+    judged_models, warnings = list[ModelEvaluation](), list[str]()
+    with ProgressBar(console, total=images or None) as bar:
+        loader = Loader(device, options.loader_processes, max_broken_share=share, on_skip=bar.say)
         for task in (*subject.tasks, *subject.suites):
-            for sentence in task.oddities("test"):
+            for sentence in task.warnings("test"):
                 bar.say(f"warning: task '{task.name}', {sentence}")
         for stage, model in subject.models:
             name = subject.place(stage, model)
             bar.update(f"judging {name}", bar.done)
-            clip = load(model, device)
+            clip = load_clip(model, device)
             if not judged_models:  # several models are the stages of one run, which have one tokenizer
                 prompted = (*subject.tasks, *subject.suites)
                 warnings += dict.fromkeys(each for task in prompted for each in prompt_warnings(task, clip.tokenizer))
                 for sentence in warnings:
                     bar.say(f"warning: {sentence}")
-            judged = judge(
+            judged = evaluate_tasks(
                 clip,
                 subject.tasks,
                 subject.suites,
@@ -209,7 +209,7 @@ def evaluate(subject: Subject, options: Options, console: Console) -> Evaluation
                 on_images=_counter(bar, f"judging {name}"),
             )
             judged_models.append(
-                JudgedModel(model=name, stage=stage, digest=weights_digest(model), judged=tuple(judged))
+                ModelEvaluation(model=name, stage=stage, digest=weights_digest(model), judged=tuple(judged))
             )
     return Evaluation(
         tasks=tuple(task.name for task in subject.tasks),
@@ -225,7 +225,7 @@ def evaluate(subject: Subject, options: Options, console: Console) -> Evaluation
     )
 
 
-def _counter(bar: Bar, what: str) -> Callable[[int], None]:
+def _counter(bar: ProgressBar, what: str) -> Callable[[int], None]:
     return lambda images: bar.update(what, bar.done + images)
 
 
@@ -236,12 +236,12 @@ def _refuse_same_names(tasks: Sequence[TaskFolder]) -> None:
             raise InputError(f"found two tasks or suites called '{name}', expected folders of different names")
 
 
-def _figures(models: Sequence[JudgedModel], subject: Subject, protocol: Protocol) -> Metrics:
+def _figures(models: Sequence[ModelEvaluation], subject: Subject, protocol: Protocol) -> Metrics:
     zero_shot, *matrix = [[each.top1 for each in _of(model, protocol, subject.tasks)] for model in models]
     return metrics(matrix, zero_shot)
 
 
-def _of(model: JudgedModel, protocol: Protocol, tasks: Sequence[TaskFolder]) -> list[Judged]:
+def _of(model: ModelEvaluation, protocol: Protocol, tasks: Sequence[TaskFolder]) -> list[TaskEvaluation]:
     names = [task.name for task in tasks]
     return [each for each in model.judged if each.protocol == protocol and each.task in names]
 
@@ -257,7 +257,7 @@ def terminal_tables(found: Evaluation) -> Group:
     return Group(*(_by_model(found, protocol) for protocol in protocols))
 
 
-def _detailed(model: JudgedModel, protocol: Protocol) -> Table:
+def _detailed(model: ModelEvaluation, protocol: Protocol) -> Table:
     table = Table(title=f"{model.model}, {protocol}, %", title_justify="left")
     table.add_column("task")
     for column in ("images", "classes", "top-1", "top-5", "mean per class", "calibration error", "most confused"):
@@ -265,11 +265,13 @@ def _detailed(model: JudgedModel, protocol: Protocol) -> Table:
     for each in model.judged:
         if each.protocol == protocol:
             shares = (each.top1, each.top5, each.mean_per_class, each.calibration_error)
-            table.add_row(each.task, str(each.images), str(each.classes), *map(percent, shares), _most_confused(each))
+            table.add_row(
+                each.task, str(each.images), str(each.classes), *map(format_percent, shares), _most_confused(each)
+            )
     return table
 
 
-def _most_confused(judged: Judged) -> str:
+def _most_confused(judged: TaskEvaluation) -> str:
     wrong = [pair for pair in judged.confused if pair.true != pair.predicted]
     worst = max(wrong, key=lambda pair: pair.images, default=None)
     return f"{worst.true} → {worst.predicted} ({worst.images})" if worst else "–"
@@ -279,14 +281,14 @@ def _by_model(found: Evaluation, protocol: Protocol) -> Table:
     figures = found.figures.get(protocol)
     said = ""
     if figures is not None:
-        said = f": Transfer {percent(figures.transfer)}, Avg {percent(figures.avg)}, Last {percent(figures.last)}"
+        said = f": Transfer {format_percent(figures.transfer)}, Avg {format_percent(figures.avg)}, Last {format_percent(figures.last)}"
     table = Table(title=f"top-1, {protocol}, %{said}", title_justify="left")
     table.add_column("after")
     names = [each.task for each in found.models[0].judged if each.protocol == protocol]
     for name in names:
         table.add_column(name, justify="right")
     for model in found.models:
-        table.add_row(model.model, *(percent(each.top1) for each in model.judged if each.protocol == protocol))
+        table.add_row(model.model, *(format_percent(each.top1) for each in model.judged if each.protocol == protocol))
     return table
 
 
@@ -314,7 +316,7 @@ def write_evaluation(found: Evaluation, folder: Path) -> dict[str, str]:
     last = found.models[-1]
     for kind, figure in (("calibration", _draw_calibration(last)), ("confusions", _draw_confusions(last))):
         written[kind] = folder / f"{kind}.png"
-        with whole_file(written[kind]) as temporary:
+        with atomic_file(written[kind]) as temporary:
             figure.savefig(temporary, format="png", dpi=120)
     return {kind: str(file) for kind, file in written.items()}
 
@@ -325,7 +327,7 @@ def _table(rows: Sequence[Sequence[object]]) -> str:
     return text.getvalue()
 
 
-def _draw_calibration(model: JudgedModel) -> Figure:
+def _draw_calibration(model: ModelEvaluation) -> Figure:
     """Accuracy against confidence, a panel a task and a line a protocol: below the diagonal, too sure of itself."""
     names = list(dict.fromkeys(each.task for each in model.judged))
     figure, panels = _panels(names, f"{model.model}: accuracy against confidence")
@@ -335,7 +337,7 @@ def _draw_calibration(model: JudgedModel) -> Figure:
             if each.task == name:
                 filled = [one for one in each.bins if one.images]
                 sizes = [8 + 60 * one.images / each.images for one in filled]
-                label = f"{each.protocol}, error {percent(each.calibration_error)}"
+                label = f"{each.protocol}, error {format_percent(each.calibration_error)}"
                 [line] = axes.plot([one.confidence for one in filled], [one.accuracy for one in filled], label=label)
                 x, y = line.get_data()
                 axes.scatter(x, y, s=sizes, color=line.get_color())
@@ -344,7 +346,7 @@ def _draw_calibration(model: JudgedModel) -> Figure:
     return figure
 
 
-def _draw_confusions(model: JudgedModel) -> Figure:
+def _draw_confusions(model: ModelEvaluation) -> Figure:
     """Each task's confusion table among its own classes, in shares of the true class."""
     own = [each for each in model.judged if each.protocol == "task-aware"] or list(model.judged)
     figure, panels = _panels([each.task for each in own], f"{model.model}: true class (row), predicted (column)")
@@ -389,4 +391,4 @@ def record(
             for each in model.judged:
                 if each.task in found.tasks:
                     series.setdefault(f"{each.protocol}/{each.task}", {})[model.stage or 0] = each.top1
-    return attach(subject.run, list(map(Path, files)), "evaluation", note, series)
+    return attach_files(subject.run, list(map(Path, files)), "evaluation", note, series)

@@ -8,13 +8,20 @@ from huggingface_hub import ModelCard, ModelCardData
 from orchestrate.lifecycle.paths import EXPERIMENT
 from orchestrate.recipes.recipe import load_experiment
 from orchestrate.reports.charts import draw_accuracies, draw_matrix
-from orchestrate.reports.results import cell, changes_of, load_result, markdown_table, matrix_columns, percent
+from orchestrate.reports.results import (
+    format_cell,
+    format_percent,
+    load_result,
+    markdown_table,
+    matrix_columns,
+    method_changes,
+)
 from schemas.errors import InputError
 from schemas.experiment import Experiment
 from schemas.redaction import mask
 from schemas.results import Result
 from zscl.models.clip import CONFIG
-from zscl.runtime.atomic_io import whole_folder
+from zscl.runtime.atomic_io import atomic_folder
 from zscl.sequence.layout import model_folder
 
 CARD = """---
@@ -91,7 +98,7 @@ def export(run: Path, stage: int | None, out: Path) -> Path:
     if not (model / CONFIG).is_file():
         raise InputError(f"{model}: found no model, expected the weights of stage {number} (keep_models)")
     experiment = load_experiment(run / EXPERIMENT)
-    with whole_folder(out) as temporary:
+    with atomic_folder(out) as temporary:
         shutil.copytree(model, temporary, dirs_exist_ok=True)
         shutil.copy(run / EXPERIMENT, temporary)
         (temporary / "README.md").write_text(str(_card(result, experiment, number)), encoding="utf-8")
@@ -104,7 +111,7 @@ def _card(result: Result, experiment: Experiment, stage: int) -> ModelCard:
     """What the hub shows of the model: data, method, matrix, figures."""
     tasks = [task.name for task in result.tasks]
     figures = "  ".join(
-        f"{name} {percent(value)}" for name, value in result.metrics.model_dump().items() if value is not None
+        f"{name} {format_percent(value)}" for name, value in result.metrics.model_dump().items() if value is not None
     )
     optimisation = experiment.optimisation
     card_data = ModelCardData(
@@ -119,7 +126,7 @@ def _card(result: Result, experiment: Experiment, stage: int) -> ModelCard:
         trained=tasks[:stage],
         row=f"{stage}-{tasks[stage - 1]}",
         method=result.method,
-        changes=changes_of(result),
+        changes=method_changes(result),
         paper=PAPER,
         judged_on="held-out training" if _held_out(result) else "test",
         matrix=_matrix(result),
@@ -149,5 +156,5 @@ def _held_out(result: Result) -> bool:
 def _matrix(result: Result) -> str:
     """The accuracy matrix in Markdown."""
     columns = matrix_columns(result)
-    rows = [[cell(each) for each in row] for row in zip(*columns.values(), strict=True)]
+    rows = [[format_cell(each) for each in row] for row in zip(*columns.values(), strict=True)]
     return markdown_table([list(columns), *rows], left=1)

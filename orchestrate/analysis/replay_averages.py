@@ -17,8 +17,8 @@ from rich.table import Table
 
 from orchestrate.lifecycle.paths import EXPERIMENT
 from orchestrate.recipes.recipe import load_experiment
-from orchestrate.reports.results import percent
-from orchestrate.runs.progress import Bar
+from orchestrate.reports.results import format_percent
+from orchestrate.runs.progress import ProgressBar
 from schemas.base import explain
 from schemas.errors import InputError
 from schemas.evaluation import TriedAverage, TriedAverages
@@ -26,20 +26,20 @@ from schemas.experiment import LOCAL_MODEL, Experiment, Model
 from schemas.method import Average, Merge
 from zscl.data.loader import Loader
 from zscl.data.task import TaskFolder
-from zscl.evaluation.zero_shot import accuracies, embed_classes, head
+from zscl.evaluation.zero_shot import accuracies, embed_classes, slice_head
 from zscl.methods.weight_averaging import interpolate
-from zscl.models.clip import Clip, load
-from zscl.runtime.atomic_io import whole_file, write_text
+from zscl.models.clip import Clip, load_clip
+from zscl.runtime.atomic_io import atomic_file, write_text
 from zscl.sequence.layout import model_folder
-from zscl.sequence.resolve import open_tasks
-from zscl.training.optim import choose_trained
+from zscl.sequence.resolve import resolve_tasks
+from zscl.training.optim import select_trained_parameters
 from zscl.training.snapshots import interval, place_of, replay
 
 Choice = Average | None
 
 
 @dataclass(frozen=True)
-class Wanted:
+class AverageGrid:
     """What is tried: each average, with each share of the anchor merged in behind it."""
 
     averages: tuple[Choice, ...]
@@ -50,7 +50,7 @@ class Wanted:
 KINDS: tuple[str, ...] = get_args(Average.model_fields["kind"].annotation)
 
 
-def wanted(every: str, kinds: str, decay: float, shares: str, anchor: str) -> Wanted:
+def parse_grid(every: str, kinds: str, decay: float, shares: str, anchor: str) -> AverageGrid:
     """Read what the command line was given.
 
     Raises:
@@ -74,7 +74,7 @@ def wanted(every: str, kinds: str, decay: float, shares: str, anchor: str) -> Wa
         Merge.model_validate({"anchor": anchor})
     except ValidationError as error:
         raise InputError(f"--anchor: {explain(error)}") from error
-    return Wanted(tuple(dict.fromkeys(averages)), tuple(dict.fromkeys(found)), anchor)
+    return AverageGrid(tuple(dict.fromkeys(averages)), tuple(dict.fromkeys(found)), anchor)
 
 
 def _whole(text: str) -> int:
@@ -94,7 +94,7 @@ def _fraction(text: str) -> float:
 
 
 @dataclass(frozen=True)
-class Stage:
+class ReplayedStage:
     """A stage of a run whose weights were kept along the way.
 
     number: from 1; start: what it started from; every: steps from one snapshot to the next.
@@ -109,7 +109,7 @@ class Stage:
     device: torch.device
 
     @classmethod
-    def of(cls, run: Path, number: int | None) -> "Stage":
+    def of(cls, run: Path, number: int | None) -> "ReplayedStage":
         """Find a stage of a run; default: the last one that has snapshots.
 
         Raises:
@@ -117,7 +117,7 @@ class Stage:
         """
         if not (run / EXPERIMENT).is_file():
             raise InputError(f"{run}: found no {EXPERIMENT}, expected the folder of a run")
-        experiment, tasks, _ = open_tasks(load_experiment(run / EXPERIMENT))
+        experiment, tasks, _ = resolve_tasks(load_experiment(run / EXPERIMENT))
         kept = [k for k, task in enumerate(tasks, start=1) if place_of(run, k, task.name).is_dir()]
         number = number if number is not None else max(kept, default=len(tasks))
         if not 1 <= number <= len(tasks):
@@ -128,7 +128,7 @@ class Stage:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return cls(run, experiment, tasks, number, start, every, device)
 
-    def check(self, wanted: Wanted) -> None:
+    def check(self, wanted: AverageGrid) -> None:
         """Refuse an average whose merges fall between two snapshots.
 
         Raises:
@@ -142,8 +142,8 @@ class Stage:
 
     def replay(self, average: Choice) -> tuple[Clip, int]:
         """The stage's outcome with an average, and how many models are in it."""
-        clip = load(self.start, self.device)
-        choose_trained(clip.model, self.experiment.method.train)
+        clip = load_clip(self.start, self.device)
+        select_trained_parameters(clip.model, self.experiment.method.train)
         name = self.tasks[self.number - 1].name
         steps = self.experiment.stage_steps(self.experiment.tasks[self.number - 1])
         model, merges = replay(
@@ -165,7 +165,7 @@ class Stage:
         for index, task in enumerate(tasks):
             classes = embedded[index]
             if experiment.class_incremental is not None:  # one head, of all classes seen by then
-                classes = head(embedded, index, max(self.number - 1, index))
+                classes = slice_head(embedded, index, max(self.number - 1, index))
             [found[task.name]], _ = accuracies(clip, task, [classes], loader, precision=precision)
         return found
 
@@ -194,16 +194,16 @@ class Stage:
         )
 
 
-def explore(stage: Stage, wanted: Wanted, console: Console) -> TriedAverages:
+def replay_grid(stage: ReplayedStage, wanted: AverageGrid, console: Console) -> TriedAverages:
     """Judge what a stage would have handed on, on all tasks of the run, as the run's matrix is judged.
 
     Raises:
         InputError: a snapshot or a model cannot be read.
     """
-    anchor = load(stage.experiment.model if wanted.anchor == "initial" else stage.start, stage.device).model
+    anchor = load_clip(stage.experiment.model if wanted.anchor == "initial" else stage.start, stage.device).model
     tried: list[TriedAverage] = []
-    with Bar(console, total=len(wanted.averages) * len(wanted.shares) + 1) as bar:
-        start = stage.judge(load(stage.start, stage.device))
+    with ProgressBar(console, total=len(wanted.averages) * len(wanted.shares) + 1) as bar:
+        start = stage.judge(load_clip(stage.start, stage.device))
         for average in wanted.averages:
             clip, merges = stage.replay(average)
             whole = [parameter.detach().clone() for parameter in clip.model.parameters()]
@@ -241,7 +241,7 @@ def terminal_table(found: TriedAverages) -> Table:
     for each in found.tried:
         figures = (each.trained, each.earlier, each.later)
         name = f"{name_of(each)}{' (this run)' if each.own else ''}"
-        table.add_row(name, f"{each.share:g}", str(each.merges), *map(percent, figures))
+        table.add_row(name, f"{each.share:g}", str(each.merges), *map(format_percent, figures))
     return table
 
 
@@ -255,7 +255,7 @@ def write_averages(found: TriedAverages, folder: Path) -> dict[str, str]:
     written = {kind: folder / f"averages.{kind}" for kind in ("json", "csv", "png")}
     write_text(written["json"], found.model_dump_json(indent=1) + "\n")
     write_text(written["csv"], text.getvalue())
-    with whole_file(written["png"]) as temporary:
+    with atomic_file(written["png"]) as temporary:
         _draw(found).savefig(temporary, format="png", dpi=120)
     return {kind: str(file) for kind, file in written.items()}
 

@@ -12,13 +12,13 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from orchestrate.runs.progress import Bar
+from orchestrate.runs.progress import ProgressBar
 from schemas.dataset_report import Duplicates, Extent, Inspection, SplitFinding
 from schemas.errors import counted
 from zscl.checks.contact_sheet import ContactRow, contact_rows
-from zscl.checks.scan import inspect
-from zscl.checks.task_scan import OpenedTask, open_task
-from zscl.runtime.atomic_io import whole_file
+from zscl.checks.scan import inspect_task
+from zscl.checks.task_scan import ScannedTask, scan_task
+from zscl.runtime.atomic_io import atomic_file
 
 PATIENCE_SECONDS = 1.0
 CLASSES_IN_FULL = 40
@@ -29,15 +29,15 @@ PICTURE_CLASSES = 24
 BACKGROUND = "#ececec"
 
 
-def check(folder: str, picture: Path | None, per_class: int, console: Console) -> Inspection:
+def check_task(folder: str, picture: Path | None, per_class: int, console: Console) -> Inspection:
     """Look at a task folder, and draw a contact sheet of it where a file is given for one.
 
     Raises:
         InputError: the folder is no task at all.
     """
     with patient_progress(console) as progress:
-        opened = open_task(folder, progress)
-        finding = inspect(opened, progress)
+        opened = scan_task(folder, progress)
+        finding = inspect_task(opened, progress)
     if picture is not None:
         write_picture(opened, finding, per_class, picture)
     return finding
@@ -47,14 +47,14 @@ def check(folder: str, picture: Path | None, per_class: int, console: Console) -
 def patient_progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
     """Give a way to report work done; a kind of work that takes longer than a second gets a bar."""
     started: dict[str, float] = {}
-    bars: dict[str, Bar] = {}
+    bars: dict[str, ProgressBar] = {}
     with ExitStack() as shown:
 
         def report(what: str, done: int, total: int) -> None:
             now = time.monotonic()
             if what not in bars and now - started.setdefault(what, now) >= PATIENCE_SECONDS:
                 shown.close()  # a terminal has room for one at a time
-                bars[what] = shown.enter_context(Bar(console, total))
+                bars[what] = shown.enter_context(ProgressBar(console, total))
             if what in bars:
                 bars[what].update(what, done, total)
 
@@ -178,14 +178,14 @@ def _shards(finding: Inspection) -> Text:
 # ----------------------------------------------------------------------------------------------- the picture
 
 
-def write_picture(opened: OpenedTask, finding: Inspection, per_class: int, file: Path) -> None:
+def write_picture(opened: ScannedTask, finding: Inspection, per_class: int, file: Path) -> None:
     """Write a contact sheet of a task as PNG."""
     rows = contact_rows(opened, per_class, PICTURE_CLASSES, CELL_PIXELS)
     train, test = (split.images for split in finding.splits)
     classes = len(finding.classnames.names)
     shown = f"{len(rows)} of {classes} classes" if len(rows) < classes else f"{classes} classes"
     title = f"{finding.task}: {shown}, {train} training and {test} test images"
-    with whole_file(file) as temporary:
+    with atomic_file(file) as temporary:
         draw_contact_sheet(title, rows, per_class).savefig(temporary, format="png", dpi=DOTS_PER_INCH)
 
 

@@ -20,20 +20,20 @@ def sync(
     Example: zscl sync runs/demo/finetune runs/demo/zscl
     """
     from orchestrate.lifecycle.paths import SEARCH
-    from orchestrate.runs.progress import Bar
+    from orchestrate.runs.progress import ProgressBar
     from orchestrate.search.tracking import sync_search
     from orchestrate.tracking import uploader as shipping
 
     contents: list[dict[str, Any]] = []
     lines: list[str] = []
     for run in runs:
-        with Bar(progress_console) as bar:
+        with ProgressBar(progress_console) as bar:
             if (run / SEARCH).is_file():
                 synced = sync_search(
                     run.absolute(), uri, lambda name, *how_far, bar=bar: bar.update(f"sending {name}", *how_far)
                 )
             else:
-                synced = shipping.sync(run, uri, partial(bar.update, f"sending {run.name}"))
+                synced = shipping.sync_run(run, uri, partial(bar.update, f"sending {run.name}"))
         contents.append(synced.model_dump())
         lines.append(f"{run}: {synced.entries} entries sent to {synced.tracking_uri}, {synced.status}")
     emit(one_or_all(contents, "runs"), as_json, lines)
@@ -67,14 +67,14 @@ def compare(
 
     Example: zscl compare runs/demo/finetune runs/demo/zscl
     """
-    from orchestrate.lifecycle.paths import refuse_unwritable
-    from orchestrate.tracking.lookup import find, place_of
+    from orchestrate.lifecycle.paths import check_writable
+    from orchestrate.tracking.lookup import find_runs, place_of
 
     if out is not None:
-        refuse_unwritable(out.absolute())
-    found = find(runs or [], where, uri)
+        check_writable(out.absolute())
+    found = find_runs(runs or [], where, uri)
     folder = (out or place_of(found)).absolute()
-    refuse_unwritable(folder)
+    check_writable(folder)
     content, lines = compared(found, folder, as_json, offline, published, baseline)
     emit(content, as_json, lines)
 
@@ -109,12 +109,12 @@ def evaluate(
     Example: zscl evaluate runs/demo/zscl --stage all
     """
     from orchestrate.analysis import evaluate as judging
-    from orchestrate.lifecycle.paths import refuse_unwritable
+    from orchestrate.lifecycle.paths import check_writable
 
     options = judging.options(protocol, templates, precision, batch_size, loader_processes)
     subject = judging.subject(what, pretrained, stage, task, suite)
     folder = (out or (subject.run / "evaluation" if subject.run else Path("runs/evaluation"))).absolute()
-    refuse_unwritable(folder)
+    check_writable(folder)
     found = judging.evaluate(subject, options, progress_console)
     written = judging.write_evaluation(found, folder)
     if not as_json:
@@ -143,13 +143,13 @@ def average(
     Example: zscl average runs/own-snapshots --every 5,10 --kind mean,exponential,none --share 0,0.3
     """
     from orchestrate.analysis import replay_averages as averages
-    from orchestrate.lifecycle.paths import refuse_unwritable
+    from orchestrate.lifecycle.paths import check_writable
 
-    wanted = averages.wanted(every, kind, decay, share, anchor)
-    found_stage = averages.Stage.of(run.absolute(), stage)
+    wanted = averages.parse_grid(every, kind, decay, share, anchor)
+    found_stage = averages.ReplayedStage.of(run.absolute(), stage)
     found_stage.check(wanted)
-    refuse_unwritable((out or run).absolute())
-    found = averages.explore(found_stage, wanted, progress_console)
+    check_writable((out or run).absolute())
+    found = averages.replay_grid(found_stage, wanted, progress_console)
     place = f"averages/{found.stage}-{found.task}"
     written = averages.write_averages(found, (out or run / place).absolute())
     if not as_json:

@@ -46,7 +46,7 @@ def prepare(
     Example: zscl data prepare mtil --out data/mtil --root ~/torchvision
     """
     from orchestrate.analysis import prepare_data as making
-    from orchestrate.lifecycle.paths import refuse_unwritable
+    from orchestrate.lifecycle.paths import check_writable
 
     options = {
         "root": root and root.absolute(),
@@ -58,7 +58,7 @@ def prepare(
         "column": column,
     }
     given = {name: value for name, value in options.items() if value is not None}
-    refuse_unwritable(out.absolute())
+    check_writable(out.absolute())
     content, lines = making.prepare(names, out.absolute(), given, progress_console)
     emit(content, as_json, lines)
 
@@ -80,9 +80,9 @@ def fetch(
     Example: zscl data fetch Aircraft Food --out data/copies
     """
     from orchestrate.analysis import prepare_data as making
-    from orchestrate.lifecycle.paths import refuse_unwritable
+    from orchestrate.lifecycle.paths import check_writable
 
-    refuse_unwritable(out.absolute())
+    check_writable(out.absolute())
     content, lines = making.fetch(names, out.absolute(), jobs, progress_console)
     emit(content, as_json, lines)
 
@@ -98,11 +98,11 @@ def check(
     Example: zscl data check runs/demo/data/digits --picture digits.png
     """
     from orchestrate.analysis import validate_data as checking
-    from orchestrate.lifecycle.paths import refuse_unwritable
+    from orchestrate.lifecycle.paths import check_writable
 
     if picture is not None:
-        refuse_unwritable(picture.absolute().parent, "choose another file with --picture")
-    finding = checking.check(folder, picture, per_class, progress_console)
+        check_writable(picture.absolute().parent, "choose another file with --picture")
+    finding = checking.check_task(folder, picture, per_class, progress_console)
     if not as_json:
         checking.show(finding, tables_on_stdout())
     emit(finding.model_dump(mode="json"), as_json, [f"picture {picture}"] if picture else [])

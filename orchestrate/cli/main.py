@@ -18,7 +18,7 @@ from orchestrate.cli.output import readers_may_go
 from orchestrate.cli.run import demo, embed, resume, run, schema, submit
 from orchestrate.cli.search import search
 from orchestrate.lifecycle.signals import end_on_signals
-from schemas.base import expand
+from schemas.base import expand_path
 from schemas.errors import InputError, InterruptedRunError
 from schemas.redaction import mask
 
@@ -54,7 +54,7 @@ def expanding(verb: Callable[..., None]) -> Callable[..., None]:
         if isinstance(value, list):
             return [expanded(name, each) for each in value]
         try:
-            return Path(expand(str(value))) if isinstance(value, Path) else value
+            return Path(expand_path(str(value))) if isinstance(value, Path) else value
         except ValueError as error:
             raise InputError(f"{name}: {error}") from error
 

@@ -19,9 +19,9 @@ def export(
     Example: zscl export runs/demo/zscl --stage 6 --out runs/demo-zscl-model
     """
     from orchestrate.analysis import export as exporting
-    from orchestrate.lifecycle.paths import refuse_unwritable
+    from orchestrate.lifecycle.paths import check_writable
 
-    refuse_unwritable(out.absolute())
+    check_writable(out.absolute())
     folder = exporting.export(run.absolute(), stage, out.absolute())
     lines = [f"model   {folder}  (open_clip: local-dir:{folder})", f"upload  hf upload OWNER/NAME {folder}"]
     emit({"folder": str(folder)}, as_json, lines)
@@ -37,19 +37,19 @@ def pretrain(
 
     Example: zscl pretrain experiments/pretrain-embedded.yaml --out runs/embedded-model
     """
-    from orchestrate.lifecycle.paths import refuse_unwritable
-    from orchestrate.recipes.recipe import name_of, parse, read
-    from orchestrate.runs.progress import Bar
+    from orchestrate.lifecycle.paths import check_writable
+    from orchestrate.recipes.recipe import parse_recipe, read_recipe, recipe_name
+    from orchestrate.runs.progress import ProgressBar
     from schemas.pretraining import Pretraining
 
-    checked = parse(Pretraining, {"name": name_of(recipe), **read(recipe, overrides)}, recipe)
-    refuse_unwritable(out.absolute())
+    checked = parse_recipe(Pretraining, {"name": recipe_name(recipe), **read_recipe(recipe, overrides)}, recipe)
+    check_writable(out.absolute())
     import torch
 
     from zscl.training.pretrain import pretrain as train
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with Bar(progress_console) as bar:
+    with ProgressBar(progress_console) as bar:
         made = train(
             checked,
             out.absolute(),

@@ -59,7 +59,7 @@ def run(
     Example: zscl run experiments/embedded.yaml --set method=finetune --set seed=1
     """
     from orchestrate.recipes import recipe as recipes
-    from orchestrate.recipes.yaml_loader import dump
+    from orchestrate.recipes.yaml_loader import dump_yaml
     from orchestrate.runs import run as running
 
     if probe and not dry_run:
@@ -71,21 +71,21 @@ def run(
         if variant == recipes.ALL or seeds > 1 or orders:
             note(f"run {len(contents) + 1}: {folder}")
         if dry_run:
-            plan = running.plan(opened, folder, progress_console, offline)
+            plan = running.plan_run(opened, folder, progress_console, offline)
             if probe:
                 from orchestrate.runs import estimate as probing
 
-                plan["estimate"] = probing.probe(opened, folder, progress_console)
-            contents.append({"experiment": recipes.shown(opened.experiment), "plan": plan})
+                plan["estimate"] = probing.estimate_run(opened, folder, progress_console)
+            contents.append({"experiment": recipes.as_recipe(opened.experiment), "plan": plan})
             continue
         content, said = _ended(
-            opened.experiment, folder, running.run(opened, folder, progress_console, offline), offline
+            opened.experiment, folder, running.run_experiment(opened, folder, progress_console, offline), offline
         )
         contents.append(content)
         lines += said
     content = one_or_all(contents, "variants")
     if dry_run:
-        lines = [dump(content)]
+        lines = [dump_yaml(content)]
     elif len(contents) > 1:
         folders = {each["folder"]: Path(each["folder"]) for each in contents}
         place = Path(contents[0]["folder"]).parent / "comparison"
@@ -97,16 +97,16 @@ def run(
 def _ended(experiment: "Experiment", folder: Path, result: "Result", offline: bool) -> tuple[dict[str, Any], list[str]]:
     """What a finished run has made and where, for programs and for people."""
     from orchestrate.lifecycle.paths import browse_command, store_uri
-    from orchestrate.reports.results import percent, where_time_went
+    from orchestrate.reports.results import format_percent, where_time_went
 
     uri = None if offline else store_uri(experiment, folder)
     shown = {"folder": str(folder), "tracking_uri": uri and mask(uri)}
     figures = "  ".join(
-        f"{name.replace('_', ' ')} {percent(value)}" for name, value in result.metrics.model_dump().items()
+        f"{name.replace('_', ' ')} {format_percent(value)}" for name, value in result.metrics.model_dump().items()
     )
     lines = [
         *([f"warnings {len(result.warnings)}, said above and in {folder}/result.json"] if result.warnings else []),
-        f"{figures}  (zero-shot transfer {percent(result.zero_shot_metrics.transfer)})",
+        f"{figures}  (zero-shot transfer {format_percent(result.zero_shot_metrics.transfer)})",
         f"time    {where_time_went(result, beside=experiment.compute.evaluation == 'overlapped')}",
         f"run     {folder}",
         f"models  {folder}/stages/<k>-<task>/model  (open_clip: local-dir:…)",
@@ -134,12 +134,14 @@ def resume(
 
     folder = folder.absolute()
     if (folder / SEARCH).is_file():
-        from orchestrate.search.preflight import resumable
+        from orchestrate.search.preflight import load_resumable_search
 
-        _searched(resumable(folder, overrides), folder, offline, as_json)
+        _searched(load_resumable_search(folder, overrides), folder, offline, as_json)
         return
-    opened = preflight.prepare(running.resumable(folder, overrides))
-    content, lines = _ended(opened.experiment, folder, running.run(opened, folder, progress_console, offline), offline)
+    opened = preflight.prepare(running.load_resumable_run(folder, overrides))
+    content, lines = _ended(
+        opened.experiment, folder, running.run_experiment(opened, folder, progress_console, offline), offline
+    )
     emit(content, as_json, lines)
 
 
@@ -159,7 +161,7 @@ def embed(
     contents: list[dict[str, Any]] = []
     lines: list[str] = []
     for opened, folder in running.prepare_variants(recipe, overrides, variant, out):
-        done = running.embed(opened, folder, progress_console)
+        done = running.run_embedding(opened, folder, progress_console)
         contents.append(done.model_dump())
         lines.append(f"{done.images} images, {done.texts} texts; {done.megabytes:.1f} MB of features in {done.folder}")
     emit(one_or_all(contents, "variants"), as_json, lines)
@@ -217,11 +219,11 @@ def demo(
 
     Example: zscl demo --out runs/demo
     """
-    from orchestrate.lifecycle.paths import browse_command, refuse_unwritable
+    from orchestrate.lifecycle.paths import browse_command, check_writable
     from orchestrate.runs import demo as demonstration
 
-    refuse_unwritable(out.absolute())
-    runs, uri = demonstration.demo(recipe, out.absolute(), overrides, progress_console, offline)
+    check_writable(out.absolute())
+    runs, uri = demonstration.run_demo(recipe, out.absolute(), overrides, progress_console, offline)
     progress_console.rule("comparison")
     found_runs = {str(run): run for run in runs}
     content, lines = compared(found_runs, out.absolute() / "comparison", as_json, offline)

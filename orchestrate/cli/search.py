@@ -19,7 +19,7 @@ from schemas.errors import command
 from schemas.redaction import mask
 
 if TYPE_CHECKING:
-    from orchestrate.search.preflight import Prepared
+    from orchestrate.search.preflight import PreparedSearch
 
 
 def search(
@@ -40,32 +40,32 @@ def search(
 
     Example: zscl search experiments/search-embedded.yaml --set search.trials=4 --set optimisation.steps=30
     """
-    from orchestrate.recipes.yaml_loader import dump
-    from orchestrate.search.preflight import folder_of, plan, prepare
+    from orchestrate.recipes.yaml_loader import dump_yaml
+    from orchestrate.search.preflight import folder_of, plan, prepare_search
 
-    prepared = prepare(recipe, overrides)
+    prepared = prepare_search(recipe, overrides)
     folder = folder_of(prepared, out)
     if dry_run:
         from orchestrate.runs.run import connect_cluster
         from orchestrate.search import run as searching
         from orchestrate.search.dry_run import check_search
 
-        searching.refuse_other_search(prepared, folder)
+        searching.check_same_search(prepared, folder)
         connect = partial(connect_cluster, prepared.base.experiment, folder, progress_console)
         checklist = check_search(prepared, folder, offline, connect)
         checklist.refuse_failures(note)
         content: dict[str, Any] = {"plan": plan(prepared, folder) | {"checked": checklist.lines}}
-        emit(content, as_json, [dump(content)])
+        emit(content, as_json, [dump_yaml(content)])
         return
     _searched(prepared, folder, offline, as_json)
 
 
-def _searched(prepared: "Prepared", folder: Path, offline: bool, as_json: bool) -> None:
+def _searched(prepared: "PreparedSearch", folder: Path, offline: bool, as_json: bool) -> None:
     """Run a search, or go on with it, and show what it found."""
     from orchestrate.lifecycle.paths import CHOSEN, browse_command, store_uri
     from orchestrate.search import run as searching
 
-    found = searching.search(prepared, folder, progress_console, offline)
+    found = searching.run_search(prepared, folder, progress_console, offline)
     if not as_json:
         from orchestrate.search.report import terminal_tables
 

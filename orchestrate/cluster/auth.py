@@ -29,9 +29,9 @@ def use_token(starts_here: bool) -> None:
     mode = os.environ.get(MODE, "token").lower()
     if mode != "token":
         return
-    if not given() and starts_here:
+    if not has_token() and starts_here:
         _make()
-    if not given():
+    if not has_token():
         return  # the cluster to join says whether it needs one
     os.environ[MODE] = mode
     Config.initialize("")  # Ray reads the mode when it is imported, and again here
@@ -40,7 +40,7 @@ def use_token(starts_here: bool) -> None:
 
 
 @contextmanager
-def loopback_alone() -> Iterator[None]:
+def bind_to_loopback() -> Iterator[None]:
     """Let a Ray that is started meanwhile listen on the loopback interface alone, with all its processes.
 
     It is what Ray does on macOS and Windows, where its one switch for it is off by default.
@@ -53,7 +53,7 @@ def loopback_alone() -> Iterator[None]:
         ray_constants.ENABLE_RAY_CLUSTER = before
 
 
-def given() -> bool:
+def has_token() -> bool:
     """Whether there is a token, in a variable or in its file."""
     return bool(os.environ.get("RAY_AUTH_TOKEN")) or _can_read(token_file())
 

@@ -22,7 +22,7 @@ SEARCHES = "zscl-searches"  # Ray's namespace for actors of searches
 _END = "end"
 
 
-class Line:
+class RunChannel:
     """Progress one way, the wish to stop the other."""
 
     def __init__(self) -> None:
@@ -55,7 +55,7 @@ class Line:
         return self._stop
 
 
-def line_from_here(search: str | None = None) -> Any:
+def open_channel(search: str | None = None) -> Any:
     """A line whose actor lives on this node.
 
     Args:
@@ -63,17 +63,17 @@ def line_from_here(search: str | None = None) -> Any:
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     named = {} if search is None else {"name": f"{search} ({secrets.token_hex(4)})", "namespace": SEARCHES}
-    return ray.remote(Line).options(num_cpus=0, scheduling_strategy=here, **named).remote()
+    return ray.remote(RunChannel).options(num_cpus=0, scheduling_strategy=here, **named).remote()
 
 
-def searches_on_cluster() -> list[str]:
+def running_searches() -> list[str]:
     """The searches that are under way on the cluster, by name."""
     actors = ray.util.list_named_actors(all_namespaces=True)
     return [actor["name"] for actor in actors if actor["namespace"] == SEARCHES]
 
 
 @contextmanager
-def listening(line: Any, hear: Callable[[str], None]) -> Iterator[None]:
+def consume_events(line: Any, hear: Callable[[str], None]) -> Iterator[None]:
     """Hand on what comes over a line, from a thread, until the block ends; then the line is gone.
 
     Nothing that goes wrong with a display may stop the training, or keep this process: it is logged.

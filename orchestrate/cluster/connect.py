@@ -14,11 +14,11 @@ from ray.exceptions import AuthenticationError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrate.cluster.address import ADDRESS, check_gcs, named_address
-from orchestrate.cluster.auth import loopback_alone, use_token
-from orchestrate.lifecycle.signals import end_on_signals, warnings_held_back
+from orchestrate.cluster.auth import bind_to_loopback, use_token
+from orchestrate.lifecycle.signals import defer_warning_signals, end_on_signals
 from schemas.compute import Compute
 from schemas.errors import InputError
-from zscl.runtime.atomic_io import remove
+from zscl.runtime.atomic_io import remove_quietly
 
 # Workers train in a thread, whose freed memory the C library gives back at once: a step on a CPU would spend a sixth of
 # its time on getting it again. Ray's processes inherit what is set when it is started.
@@ -35,7 +35,7 @@ LONGEST_PID = 7  # digits
 LOOK_SECONDS = 60.0  # for a node to start a process and say something
 
 
-def is_named(compute: Compute) -> bool:
+def names_cluster(compute: Compute) -> bool:
     """Whether the recipe or the environment names a cluster that somebody has started."""
     return named_address(compute) is not None
 
@@ -63,7 +63,7 @@ def _join(address: str, compute: Compute, note: Callable[[str], None]) -> None:
     check_gcs(address, field)
     use_token(starts_here=False)
     try:
-        with warnings_held_back():
+        with defer_warning_signals():
             ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
     except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
         raise InputError(
@@ -82,7 +82,7 @@ def _start(note: Callable[[str], None]) -> None:
     for name, value in KEEP_MEMORY.items():
         os.environ.setdefault(name, value)
     try:
-        with warnings_held_back(), loopback_alone():
+        with defer_warning_signals(), bind_to_loopback():
             ray.init(
                 address="local",  # never what somebody else may have started beside us
                 num_cpus=cores,
@@ -122,7 +122,7 @@ def local_folder() -> str:
     return str(Path(given if usable else "/tmp", "ray").absolute())
 
 
-def slots_of(compute: Compute) -> int:
+def worker_resources(compute: Compute) -> int:
     """How many runs of this size the cluster holds at once.
 
     Raises:
@@ -210,7 +210,7 @@ def check_folder(folder: Path) -> None:
                 )
     finally:
         for mark in marks.values():
-            remove(mark)
+            remove_quietly(mark)
 
 
 def own_node() -> str:

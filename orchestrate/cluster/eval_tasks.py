@@ -10,18 +10,18 @@ from ray.exceptions import RayTaskError
 from orchestrate.cluster.storage_sync import NOT_WATCHED
 from schemas.errors import InputError
 from schemas.experiment import Experiment
-from zscl.sequence.async_matrix import Elsewhere
-from zscl.sequence.object_store import Mirror, on_this_node
+from zscl.sequence.async_matrix import SubmitEvaluation
+from zscl.sequence.object_store import RemoteSync, node_local_folder
 from zscl.sequence.run import measure_row
 from zscl.training.checkpoint import StoppedError
 
 RETRIES = 3  # of a task whose process or node has died: cells that are measured stay
 
 
-class Task:
+class EvaluationTask:
     """A task under way."""
 
-    def __init__(self, reference: Any, mirror: Mirror | None) -> None:
+    def __init__(self, reference: Any, mirror: RemoteSync | None) -> None:
         self._reference, self._mirror = reference, mirror
 
     def done(self) -> bool:
@@ -46,7 +46,9 @@ class Task:
             self._mirror.pull(without=NOT_WATCHED)
 
 
-def on_ray(experiment: Experiment, folder: Path, use_gpu: bool, line: Any, mirror: Mirror | None) -> Elsewhere:
+def submit_to_ray(
+    experiment: Experiment, folder: Path, use_gpu: bool, line: Any, mirror: RemoteSync | None
+) -> SubmitEvaluation:
     """What begins to measure a row, with as much of the cluster as a worker gets.
 
     Args:
@@ -64,16 +66,16 @@ def on_ray(experiment: Experiment, folder: Path, use_gpu: bool, line: Any, mirro
     )
     recipe = experiment.model_dump_json()
 
-    def begin(stage: int) -> Task:
+    def begin(stage: int) -> EvaluationTask:
         if mirror:
             mirror.push()
-        return Task(measure.remote(recipe, folder, stage, use_gpu, line, mirror and mirror.url), mirror)
+        return EvaluationTask(measure.remote(recipe, folder, stage, use_gpu, line, mirror and mirror.url), mirror)
 
     return begin
 
 
 def _measure(recipe: str, folder: Path, stage: int, use_gpu: bool, line: Any, url: str | None) -> None:
-    mirror = on_this_node(url) if url else None
+    mirror = node_local_folder(url) if url else None
     if mirror:
         folder = mirror.folder
         mirror.pull(without=NOT_WATCHED)

@@ -20,7 +20,7 @@ def _gauge(name: str) -> Gauge:
     return Gauge(f"zscl_{name}", description=GAUGES[name], tag_keys=("run", "worker"))
 
 
-def show(run: str, used: WorkersUsed) -> None:
+def export_usage(run: str, used: WorkersUsed) -> None:
     """Set the gauges `ray_zscl_…`, each by run and worker; on the main worker."""
     for worker, use in enumerate(used.workers):
         for name in GAUGES:

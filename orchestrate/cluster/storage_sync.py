@@ -6,21 +6,21 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from schemas.experiment import Experiment
-from zscl.sequence.object_store import Mirror, follow, url_of
+from zscl.sequence.object_store import RemoteSync, pull_periodically, storage_url
 from zscl.training.checkpoint import CHECKPOINT
 
 NOT_WATCHED = (CHECKPOINT,)  # large, and of no use but to the workers
 Following = Callable[[], AbstractContextManager[None]]
 
 
-def storage_of(experiment: Experiment, folder: Path) -> str | None:
+def remote_folder_url(experiment: Experiment, folder: Path) -> str | None:
     """Where the run's folder is in object storage, if it is kept there."""
     storage = experiment.compute.storage
-    return None if storage is None else url_of(storage, folder)
+    return None if storage is None else storage_url(storage, folder)
 
 
 @contextmanager
-def kept(experiment: Experiment, folder: Path) -> Iterator[Following]:
+def synced_folder(experiment: Experiment, folder: Path) -> Iterator[Following]:
     """Begin with what storage has of a run's folder, and leave there what is said in it here.
 
     Gives what follows, in a block, what the workers leave; when the block ends, everything is here.
@@ -28,11 +28,11 @@ def kept(experiment: Experiment, folder: Path) -> Iterator[Following]:
     Raises:
         InputError: storage cannot be written.
     """
-    url = storage_of(experiment, folder)
+    url = remote_folder_url(experiment, folder)
     if url is None:
         yield _nothing
         return
-    mirror = Mirror(url, folder)
+    mirror = RemoteSync(url, folder)
     mirror.check()
     mirror.pull(without=NOT_WATCHED)
 
@@ -40,7 +40,9 @@ def kept(experiment: Experiment, folder: Path) -> Iterator[Following]:
     def following() -> Iterator[None]:
         mirror.push()
         ended = threading.Event()
-        thread = threading.Thread(target=follow, args=(mirror, NOT_WATCHED, ended.wait), name="follow", daemon=True)
+        thread = threading.Thread(
+            target=pull_periodically, args=(mirror, NOT_WATCHED, ended.wait), name="follow", daemon=True
+        )
         thread.start()
         try:
             yield

@@ -25,20 +25,20 @@ from pydantic import BaseModel, TypeAdapter
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
-from orchestrate.cluster.channel import line_from_here, listening
+from orchestrate.cluster.channel import consume_events, open_channel
 from orchestrate.cluster.connect import check_resources
-from orchestrate.cluster.eval_tasks import on_ray
-from orchestrate.cluster.metrics_export import show
-from orchestrate.cluster.storage_sync import storage_of
-from orchestrate.lifecycle.signals import Interruption
+from orchestrate.cluster.eval_tasks import submit_to_ray
+from orchestrate.cluster.metrics_export import export_usage
+from orchestrate.cluster.storage_sync import remote_folder_url
+from orchestrate.lifecycle.signals import StopRequest
 from schemas.errors import InputError
 from schemas.events import Note, Progress, WorkersUsed
 from schemas.experiment import Experiment
 from schemas.results import Embedded, Result
 from zscl.runtime.distributed import barrier, rank
-from zscl.sequence.object_store import Mirror, on_this_node
+from zscl.sequence.object_store import RemoteSync, node_local_folder
 from zscl.sequence.run import run_sequence
-from zscl.sequence.stage_cache import Shared
+from zscl.sequence.stage_cache import SharedWork
 from zscl.sequence.teacher import embed_reference
 from zscl.training.checkpoint import CHECKPOINT, StoppedError
 
@@ -73,8 +73,8 @@ def train(
     experiment: Experiment,
     folder: Path,
     on_progress: OnProgress,
-    interruption: Interruption,
-    shared: Shared | None = None,
+    interruption: StopRequest,
+    shared: SharedWork | None = None,
     grace_seconds: float | None = None,
 ) -> Result:
     """Run an experiment on the cluster that `connect` chose.
@@ -99,7 +99,7 @@ def train(
     )
 
 
-def embed(experiment: Experiment, folder: Path, on_progress: OnProgress, interruption: Interruption) -> Embedded:
+def embed(experiment: Experiment, folder: Path, on_progress: OnProgress, interruption: StopRequest) -> Embedded:
     """Fill the teacher's stores for an experiment; as `train` otherwise."""
     # What is embedded is stored as it goes: there is nothing to wait for.
     return Embedded.model_validate_json(_on_workers("embed", experiment, folder, on_progress, interruption, 0.0, {}))
@@ -110,13 +110,13 @@ def _on_workers(
     experiment: Experiment,
     folder: Path,
     on_progress: OnProgress,
-    interruption: Interruption,
+    interruption: StopRequest,
     grace_seconds: float,
     given: Mapping[str, Any],
 ) -> str:
     """Call one of `WORK` on every worker of a group. Returns the main worker's answer, as JSON."""
-    line, stopped = line_from_here(), Future[str]()
-    with listening(line, partial(_hear, on_progress, stopped)):
+    line, stopped = open_channel(), Future[str]()
+    with consume_events(line, partial(_hear, on_progress, stopped)):
         # In a thread of its own, for in the main one Ray would take the signals.
         answer: Future[str] = Future()
         fitting = partial(_fit, work, experiment, folder, line, check_resources(experiment.compute), given)
@@ -139,7 +139,7 @@ def _settle(answer: "Future[str]", function: Callable[[], str]) -> None:
 
 
 def _wait(
-    answer: "Future[str]", line: Any, stopped: "Future[str]", interruption: Interruption, grace_seconds: float
+    answer: "Future[str]", line: Any, stopped: "Future[str]", interruption: StopRequest, grace_seconds: float
 ) -> str:
     """Wait for the workers' answer; after a signal, for them to stop where they can go on, if that is soon.
 
@@ -184,9 +184,9 @@ def _fit(work: str, experiment: Experiment, folder: Path, line: Any, use_gpu: bo
 
 def _reached(experiment: Experiment, folder: Path) -> object:
     """What tells how far a run has come."""
-    if url := storage_of(experiment, folder):
+    if url := remote_folder_url(experiment, folder):
         tells = (CHECKPOINT, ".json")
-        return {name: version for name, version in Mirror(url, folder).versions().items() if name.endswith(tells)}
+        return {name: version for name, version in RemoteSync(url, folder).versions().items() if name.endswith(tells)}
     found = [folder / CHECKPOINT, *folder.glob("*.json"), *folder.glob("stages/*/*.json")]
     return sorted((file, file.stat().st_mtime_ns) for file in found if file.is_file())
 
@@ -208,7 +208,7 @@ def _trainer(
             "work": work,
             "experiment": experiment.model_dump_json(),
             "folder": folder,
-            "storage": storage_of(experiment, folder),
+            "storage": remote_folder_url(experiment, folder),
             "line": line,
             "given": given,
         },
@@ -234,7 +234,7 @@ def _trainer(
 
 def _storage_of_ray(experiment: Experiment, folder: Path) -> dict[str, Any]:
     """Where Ray keeps what it writes of a group: little, but all nodes must see it."""
-    url = storage_of(experiment, folder)
+    url = remote_folder_url(experiment, folder)
     if url is None:
         return {"storage_path": str(folder / "ray")}
     import fsspec
@@ -293,7 +293,7 @@ def _work(config: dict[str, Any]) -> str:
 
     def report(progress: BaseModel) -> None:
         if isinstance(progress, WorkersUsed):
-            show(config["folder"].name, progress)
+            export_usage(config["folder"].name, progress)
         ray.get(line.put.remote(progress.model_dump_json()))
 
     logging.getLogger("zscl").addHandler(_Noted(report))
@@ -306,7 +306,7 @@ def _work(config: dict[str, Any]) -> str:
             if mirror:
                 folder, given = mirror.folder, given | {"mirror": mirror}
             if config["work"] == "run" and experiment.compute.evaluation == "overlapped":
-                given = given | {"elsewhere": on_ray(experiment, folder, device.type == "cuda", line, mirror)}
+                given = given | {"elsewhere": submit_to_ray(experiment, folder, device.type == "cuda", line, mirror)}
             answer = WORK[config["work"]](
                 experiment,
                 folder,
@@ -329,12 +329,12 @@ def _work(config: dict[str, Any]) -> str:
 
 
 @contextmanager
-def _on_this_node(storage: str | None) -> Iterator[Mirror | None]:
+def _on_this_node(storage: str | None) -> Iterator[RemoteSync | None]:
     """This node's folder of a run that is kept in storage: as it is there, and there as the main worker leaves it."""
     if storage is None:
         yield None
         return
-    mirror = on_this_node(storage)
+    mirror = node_local_folder(storage)
     mirror.pull(exactly=True)  # those of one node after each other
     barrier()
     try:

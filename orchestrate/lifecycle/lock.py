@@ -14,13 +14,13 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
-from orchestrate.lifecycle.paths import refuse_unwritable
-from schemas.base import Strict
+from orchestrate.lifecycle.paths import check_writable
+from schemas.base import StrictModel
 from schemas.errors import InputError
-from zscl.runtime.atomic_io import remove, write_text
+from zscl.runtime.atomic_io import remove_quietly, write_text
 
 
-class Owner(Strict):
+class Owner(StrictModel):
     """The process at work on a run."""
 
     host: str
@@ -32,7 +32,7 @@ class Owner(Strict):
 
 
 @contextmanager
-def owned(
+def run_lock(
     folder: Path,
     note: Callable[[str], None] = lambda text: None,
     advice: str = "choose another place with --out",
@@ -47,8 +47,8 @@ def owned(
     Raises:
         InputError: another process has it, or it cannot be written.
     """
-    refuse_unwritable(folder, advice)
-    refuse_unwritable(folder.parent, advice)  # where the lock lies
+    check_writable(folder, advice)
+    check_writable(folder.parent, advice)  # where the lock lies
     folder.parent.mkdir(parents=True, exist_ok=True)
     name = _name(folder)
     try:
@@ -60,12 +60,12 @@ def owned(
             try:
                 yield
             finally:
-                remove(name)
+                remove_quietly(name)
     except Timeout as error:
-        raise InputError(at_work(folder)) from error
+        raise InputError(owner_message(folder)) from error
 
 
-def at_work(folder: Path) -> str:
+def owner_message(folder: Path) -> str:
     """Return the sentence about a run that another process is at work on."""
     found = f"{folder}: found another process at work on this run ({_read(_name(folder)) or 'unknown'})"
     return f"{found}, expected none; end it, or choose another folder"

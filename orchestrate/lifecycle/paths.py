@@ -22,7 +22,7 @@ EXPERIMENT = "experiment.yaml"  # of a run's folder: the recipe, with every defa
 SEARCH, FINGERPRINT, FOUND, CHOSEN = "search.yaml", "fingerprint", "search.json", "chosen.yaml"
 
 
-def folder_of(experiment: Experiment, fingerprint: str, out: Path | None, name: str) -> Path:
+def run_folder(experiment: Experiment, fingerprint: str, out: Path | None, name: str) -> Path:
     """A folder a run: the same experiment finds its folder again, another one gets another.
 
     Args:
@@ -61,7 +61,7 @@ def search_identity(folder: Path) -> SearchIdentity:
     return SearchIdentity(fingerprint, rest[0], int(rest[1])) if rest else SearchIdentity(fingerprint)
 
 
-def refuse_unwritable(folder: Path, advice: str = "choose another place with --out") -> None:
+def check_writable(folder: Path, advice: str = "choose another place with --out") -> None:
     """Refuse a folder that cannot be made or written. Nothing is left there, nor made.
 
     Args:
@@ -121,7 +121,7 @@ def sqlite_file(uri: str) -> Path | None:
     return Path(database).absolute() if database and database != ":memory:" else None
 
 
-def unmasked(uri: str) -> str:
+def restore_password(uri: str) -> str:
     """The URI of a recipe that was written down, without the password.
 
     Raises:

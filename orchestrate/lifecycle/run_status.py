@@ -32,7 +32,7 @@ def read_state(folder: Path) -> RunState | None:
         return None
 
 
-class Records(Protocol):
+class Recorder(Protocol):
     """What is sent to MLflow beside the work."""
 
     def end(self, patience: float = ...) -> object:
@@ -40,7 +40,7 @@ class Records(Protocol):
 
 
 @contextmanager
-def outcome_told(folder: Path, records: Records | None) -> Iterator[None]:
+def record_outcome(folder: Path, records: Recorder | None) -> Iterator[None]:
     """Say in a folder, and then to MLflow, how the block ended: FINISHED, KILLED by a signal, or FAILED, and why.
 
     Args:

@@ -18,7 +18,7 @@ URGENT = (signal.SIGTERM, signal.SIGINT)
 WARNINGS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
-class Interruption:
+class StopRequest:
     """Whether this process was asked to stop, and by which signal, if by one."""
 
     def __init__(self) -> None:
@@ -67,12 +67,12 @@ def end_on_signals() -> None:
 
 
 @contextmanager
-def signals_taken() -> Iterator[Interruption]:
+def handle_signals() -> Iterator[StopRequest]:
     """Take signals while the block runs; elsewhere than in the main thread, leave them alone.
 
     Ray sets handlers of its own when it starts: enter this afterwards.
     """
-    interruption = Interruption()
+    interruption = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield interruption
         return
@@ -87,7 +87,7 @@ def signals_taken() -> Iterator[Interruption]:
 
 
 @contextmanager
-def warnings_held_back() -> Iterator[None]:
+def defer_warning_signals() -> Iterator[None]:
     """Hold SIGHUP, SIGUSR1 and SIGUSR2 back while the block runs; processes that it starts never get them.
 
     A closed terminal and a batch system send them to every process of a job. Ray's processes, and the workers among

@@ -3,22 +3,22 @@
 from collections.abc import Mapping
 from typing import Any
 
-from orchestrate.recipes.yaml_loader import _parsed
-from schemas.base import Abbreviable
+from orchestrate.recipes.yaml_loader import parse_yaml
+from schemas.base import ShorthandModel
 from schemas.data import ClassIncremental, Reference, Task
 from schemas.errors import InputError
 from schemas.experiment import Model
 from schemas.method import Method
 
 
-def _override(content: dict[str, Any], override: str) -> None:
+def apply_override(content: dict[str, Any], override: str) -> None:
     path, equals, value = override.partition("=")
     if not equals or not path:
         raise InputError(f"--set {override}: expected a.b.c=value")
-    _set(content, path, _parsed(value, f"--set {override}: found no readable value"), f"--set {path}")
+    set_field(content, path, parse_yaml(value, f"--set {override}: found no readable value"), f"--set {path}")
 
 
-def _set(content: dict[str, Any], path: str, value: Any, shown: str) -> None:
+def set_field(content: dict[str, Any], path: str, value: Any, shown: str) -> None:
     """Set the field at a dotted path; `shown` is what the user gave."""
     *parents, last = path.split(".")
     node: Any = content
@@ -55,7 +55,7 @@ def _position(node: list[Any], key: str, path: str) -> int:
 
 
 # Sections that a recipe may abbreviate to a string; an override of one of their fields needs the long form.
-ABBREVIABLE: Mapping[str, type[Abbreviable]] = {
+ABBREVIABLE: Mapping[str, type[ShorthandModel]] = {
     "method": Method,
     "model": Model,
     "reference": Reference,

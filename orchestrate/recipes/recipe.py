@@ -12,9 +12,9 @@ from pydantic import ValidationError
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
-from orchestrate.recipes.overrides import _override, _set
-from orchestrate.recipes.yaml_loader import MOST_BYTES, _parsed, _place, _yaml, dump
-from schemas.base import Strict, explain
+from orchestrate.recipes.overrides import apply_override, set_field
+from orchestrate.recipes.yaml_loader import MOST_BYTES, dump_yaml, mark_text, parse_yaml, yaml_writer
+from schemas.base import StrictModel, explain
 from schemas.errors import InputError, command
 from schemas.experiment import LONGEST_NAME, Experiment
 from schemas.redaction import masked
@@ -22,13 +22,13 @@ from schemas.search import Search
 from zscl.runtime.atomic_io import write_text
 
 
-class Searched(Strict):
+class SearchRecipe(StrictModel):
     """What a search's recipe has beside its experiment."""
 
     search: Search
 
 
-SchemaT = TypeVar("SchemaT", bound=Strict)
+SchemaT = TypeVar("SchemaT", bound=StrictModel)
 
 ALL = "all"
 _VARIANT = re.compile(r"[A-Za-z0-9_.-]*[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -53,19 +53,19 @@ def load_variants(file: Path, overrides: Sequence[str] = (), variant: str | None
     Raises:
         InputError: as of `load_experiment`.
     """
-    table = read(file)
+    table = read_recipe(file)
     if "variants" not in table:
         if variant is not None:
             raise InputError(f"--variant {variant}: found no variants in {file}, expected a recipe that has some")
         for override in overrides:
-            _override(table, override)
+            apply_override(table, override)
         if "search" in table:
             raise InputError(
                 f"{file}: found a search, expected a run's recipe; to search: {command('zscl', 'search', file)}"
             )
         if "base" in table:
             raise InputError(f"{file}: found base alone, expected variants beside it, a row each")
-        return {"": parse(Experiment, {"name": name_of(file), **table}, file, overrides=overrides)}
+        return {"": parse_recipe(Experiment, {"name": recipe_name(file), **table}, file, overrides=overrides)}
     if table.keys() != {"base", "variants"} or not isinstance(table["variants"], dict):
         raise InputError(
             f"{file}: found the fields {', '.join(map(str, table))}, expected base and variants (a row each) alone"
@@ -89,7 +89,7 @@ def load_variants(file: Path, overrides: Sequence[str] = (), variant: str | None
     }
 
 
-def name_of(file: Path, ending: str = "") -> str:
+def recipe_name(file: Path, ending: str = "") -> str:
     """Name an experiment after its recipe's file, with the characters and the length that a name may have.
 
     Args:
@@ -105,14 +105,14 @@ def _vary(file: Path, base: Path, name: str, changes: Any, overrides: Sequence[s
     if not isinstance(changes, dict):
         raise InputError(f"{file}: variants.{name}: found {changes!r}, expected fields by dotted path")
     try:
-        content = read(base)
+        content = read_recipe(base)
     except InputError as error:
         raise InputError(f"{file}: base: {error}") from error
     for path, value in changes.items():
-        _set(content, str(path), value, f"{file}: variants.{name}: {path}")
+        set_field(content, str(path), value, f"{file}: variants.{name}: {path}")
     for override in overrides:
-        _override(content, override)
-    return parse(Experiment, {**content, "name": name_of(file, f"-{name}")}, file, overrides=overrides)
+        apply_override(content, override)
+    return parse_recipe(Experiment, {**content, "name": recipe_name(file, f"-{name}")}, file, overrides=overrides)
 
 
 def load_search(file: Path, overrides: Sequence[str] = ()) -> tuple[Search, dict[str, Any]]:
@@ -125,7 +125,7 @@ def load_search(file: Path, overrides: Sequence[str] = ()) -> tuple[Search, dict
     Raises:
         InputError: the file, its base or an override cannot be read, or the section is refused.
     """
-    content = read(file)
+    content = read_recipe(file)
     section = content.pop("search", None)
     if not isinstance(section, dict):
         raise InputError(f"{file}: found no section 'search', expected one with domains and objectives")
@@ -137,18 +137,18 @@ def load_search(file: Path, overrides: Sequence[str] = ()) -> tuple[Search, dict
             )
         base = file.parent / str(content["base"])
         try:
-            content = read(base)
+            content = read_recipe(base)
         except InputError as error:
             raise InputError(f"{file}: base: {error}") from error
     searched = {"search": section}
     for override in overrides:
-        _override(searched if override.startswith("search.") else content, override)
+        apply_override(searched if override.startswith("search.") else content, override)
     section["root"] = str(Path.cwd() / str(section.get("root", "")))
-    named = {**content, "name": content.get("name") or name_of(file)}
-    return parse(Searched, searched, file, overrides=overrides).search, named
+    named = {**content, "name": content.get("name") or recipe_name(file)}
+    return parse_recipe(SearchRecipe, searched, file, overrides=overrides).search, named
 
 
-def at(
+def with_values(
     search: Search,
     content: Mapping[str, Any],
     values: Mapping[str, Any],
@@ -169,13 +169,13 @@ def at(
     """
     varied = deepcopy(dict(content))
     for path, value in values.items():
-        _set(varied, path, value, f"{file}: search.domains.{path}")
+        set_field(varied, path, value, f"{file}: search.domains.{path}")
     if judged_on is not None:
         held_out = {"share": search.validation_share, "seed": search.seed, "judged_on": judged_on}
-        _set(varied, "evaluation.held_out", held_out, "evaluation.held_out")
+        set_field(varied, "evaluation.held_out", held_out, "evaluation.held_out")
     try:
         root = None if search.root is None else Path(search.root)
-        return parse(Experiment, varied, file, root, as_written=not values)
+        return parse_recipe(Experiment, varied, file, root, as_written=not values)
     except InputError as error:
         if not values:
             raise
@@ -188,10 +188,10 @@ def _written(values: Mapping[str, Any]) -> str:
 
 def write_search(search: Search, content: Mapping[str, Any], file: Path) -> None:
     """Write a search with its experiment, as `load_search` reads it."""
-    write_text(file, dump(masked({**content, "search": search.model_dump(mode="json", exclude_none=True)})))
+    write_text(file, dump_yaml(masked({**content, "search": search.model_dump(mode="json", exclude_none=True)})))
 
 
-def read(file: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def read_recipe(file: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Read a recipe's YAML with its overrides (`a.b.c=value`), unchecked."""
     try:
         with file.open("rb") as stream:
@@ -209,16 +209,16 @@ def read(file: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         raise InputError(
             f"{file}: found no readable YAML (line {line} has a byte that is no UTF-8), expected UTF-8"
         ) from error
-    content = _parsed(text, f"{file}: found no readable YAML")
+    content = parse_yaml(text, f"{file}: found no readable YAML")
     if not isinstance(content, dict):
         found = {type(None): "nothing", str: "a text", list: "a list"}.get(type(content), "a single value")
         raise InputError(f"{file}: found {found}, expected fields such as 'model:' and 'tasks:'")
     for override in overrides:
-        _override(content, override)
+        apply_override(content, override)
     return content
 
 
-def parse(
+def parse_recipe(
     schema: type[SchemaT],
     content: dict[str, Any],
     file: Path,
@@ -258,7 +258,7 @@ def _field_of(line: str) -> str:
 def _tree(file: Path) -> Node | None:
     """What a recipe's file holds, with its places; nothing where it cannot be read, or is a table of variants."""
     try:
-        tree = _yaml().compose(file.read_text(encoding="utf-8"))
+        tree = yaml_writer().compose(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, YAMLError):
         return None
     keys = {key.value for key, _ in tree.value} if isinstance(tree, MappingNode) else set()
@@ -278,7 +278,7 @@ def _line_and_column(tree: Node | None, field: str) -> str:
         if found is None:
             break
         mark, tree = found[0].start_mark, found[1]
-    return "" if mark is None else f" ({_place(mark)})"
+    return "" if mark is None else f" ({mark_text(mark)})"
 
 
 def _whose(line: str, overrides: Sequence[str]) -> str | None:
@@ -293,10 +293,10 @@ def _whose(line: str, overrides: Sequence[str]) -> str | None:
 
 def write_experiment(experiment: Experiment, file: Path) -> None:
     """Write the resolved recipe; `load_experiment` reads it back to the same experiment."""
-    write_text(file, dump(shown(experiment)))
+    write_text(file, dump_yaml(as_recipe(experiment)))
 
 
-def shown(experiment: Experiment) -> dict[str, Any]:
+def as_recipe(experiment: Experiment) -> dict[str, Any]:
     """Every field, as it may be written down: without the secrets that its URLs hold."""
     content = experiment.model_dump(mode="json")
     content["optimisation"]["warmup_steps"] = experiment.warmup_steps

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from schemas.data import Task
 from schemas.errors import InputError
 from schemas.experiment import Experiment
-from zscl.runtime.seeding import seed_of
+from zscl.runtime.seeding import derive_seed
 
 # The orders of the paper's tables (Zheng et al., supplementary material).
 MTIL_ORDERS: Mapping[str, Sequence[str]] = {
@@ -23,7 +23,7 @@ KNOWN = "given, reversed, I, II or random:N"
 MOST_ORDERS = 100
 
 
-def members(experiments: Mapping[str, Experiment], seeds: int, orders: str) -> dict[str, Experiment]:
+def expand_seeds_and_orders(experiments: Mapping[str, Experiment], seeds: int, orders: str) -> dict[str, Experiment]:
     """Every experiment in every order with every seed, by name.
 
     Args:
@@ -61,7 +61,7 @@ def _orders(experiment: Experiment, orders: str) -> dict[str, Sequence[Task]]:
             found[kind] = _mtil(tasks, kind)
         elif kind == "random" and count.isdecimal() and 1 <= int(count) <= MOST_ORDERS:
             for number in range(1, int(count) + 1):
-                draw = random.Random(seed_of("task order", number))
+                draw = random.Random(derive_seed("task order", number))
                 found[f"random-{number}"] = draw.sample(tasks, len(tasks))
         else:
             raise InputError(f"--orders: found '{name}', expected {KNOWN} (N up to {MOST_ORDERS}), parted by commas")

@@ -15,14 +15,14 @@ from schemas.errors import InputError, one_line
 MOST_BYTES, MOST_VALUES = 1_000_000, 100_000
 
 
-def dump(content: dict[str, Any]) -> str:
+def dump_yaml(content: dict[str, Any]) -> str:
     """Format as YAML."""
     stream = io.StringIO()
-    _yaml().dump(content, stream)
+    yaml_writer().dump(content, stream)
     return stream.getvalue()
 
 
-def _yaml() -> YAML:
+def yaml_writer() -> YAML:
     yaml = YAML(typ="safe", pure=True)  # pure: YAML 1.2, where 1e-5 is a number
     yaml.default_flow_style = False
     yaml.width = MOST_BYTES  # a sentence stays on its line
@@ -42,7 +42,7 @@ _ODD_IN_SCALAR = re.compile(r"(?:[\w.]+:)?" + _ODD)  # at its beginning, or behi
 _DEEP = re.compile(r"(?:[\[{]\s*){50}")
 
 
-def _parsed(text: str, refusal: str) -> Any:
+def parse_yaml(text: str, refusal: str) -> Any:
     """The plain values that a YAML text means; nothing in it makes an object of ours or takes longer than its size.
 
     Raises:
@@ -51,7 +51,7 @@ def _parsed(text: str, refusal: str) -> Any:
     if _DEEP.search(text):  # the parser would take seconds to find out
         raise InputError(f"{refusal} (it is nested too deep), expected a recipe's few levels")
     try:
-        yaml = _yaml()
+        yaml = yaml_writer()
         node = yaml.compose(text)
         _count(node, {}, refusal)
         return None if node is None else yaml.constructor.construct_document(node)
@@ -111,12 +111,12 @@ def _refuse_slips(node: MappingNode, refusal: str) -> None:
         if isinstance(key, ScalarNode) and isinstance(value, ScalarNode) and value.value == "" and not value.style:
             if key.value.isdecimal() and before.lstrip("+-").isdecimal():
                 raise InputError(
-                    f"{refusal} ({_place(key.start_mark)}: found the number {before},{key.value}, expected a decimal "
+                    f"{refusal} ({mark_text(key.start_mark)}: found the number {before},{key.value}, expected a decimal "
                     f"point, {before}.{key.value}, or no comma, {before}{key.value})"
                 )
             if ":" in key.value:
                 raise InputError(
-                    f"{refusal} ({_place(key.start_mark)}: found '{key.value}', expected a space behind the colon)"
+                    f"{refusal} ({mark_text(key.start_mark)}: found '{key.value}', expected a space behind the colon)"
                 )
         before = value.value if isinstance(value, ScalarNode) else ""
 
@@ -164,8 +164,8 @@ def _where_and_what(error: MarkedYAMLError) -> str:
     mark = (error.context_mark if began else None) or error.problem_mark or error.context_mark
     said = one_line(f"{problem} {context}" if began else problem)
     advice = next((f"; expected {each}" for words, each in _ADVICE if words in said), "")
-    return f"{_place(mark)}: {said}{advice}" if mark else f"{said}{advice}"
+    return f"{mark_text(mark)}: {said}{advice}" if mark else f"{said}{advice}"
 
 
-def _place(mark: Any) -> str:
+def mark_text(mark: Any) -> str:
     return f"line {mark.line + 1}, column {mark.column + 1}"

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from orchestrate.reports.results import ZERO_SHOT, label_of, percent
+from orchestrate.reports.results import ZERO_SHOT, format_percent, run_label
 from schemas.results import Result
 
 mpl.rcParams["text.parse_math"] = False  # a name with two dollar signs is no formula
@@ -42,7 +42,7 @@ def draw_matrix(result: Result) -> Figure:
         axes.add_patch(_frame(stage - 1, stage))
     axes.set_xticks(range(len(tasks)), tasks, rotation=30, ha="right")
     axes.set_yticks(range(len(rows)), [ZERO_SHOT, *(f"after {task}" for task in tasks)])
-    axes.set_title(f"{label_of(result)}\naccuracy on each task, %", fontsize="medium")
+    axes.set_title(f"{run_label(result)}\naccuracy on each task, %", fontsize="medium")
     figure.colorbar(image, label="top-1 accuracy, %", shrink=0.8)
     return figure
 
@@ -97,7 +97,7 @@ def _draw_task(axes: Axes, task: str, results: Sequence[Result], labels: Sequenc
 
 
 def _run_label(result: Result) -> str:
-    return f"{label_of(result)}, seed {result.seed}"
+    return f"{run_label(result)}, seed {result.seed}"
 
 
 def draw_comparison(results: Sequence[Result], labels: Sequence[str], zero_shot: Mapping[str, float | None]) -> Figure:
@@ -116,7 +116,7 @@ def draw_comparison(results: Sequence[Result], labels: Sequence[str], zero_shot:
         values = [getattr(result.metrics, name) for result in results]
         bars = axes.barh(range(len(values)), [0 if value is None else 100 * value for value in values], height=0.7)
         background = {"facecolor": "white", "linewidth": 0, "pad": 0.5}  # against the dashed line
-        axes.bar_label(bars, [percent(value) for value in values], padding=3, bbox=background)
+        axes.bar_label(bars, [format_percent(value) for value in values], padding=3, bbox=background)
         axes.margins(x=0.3)
         untrained = zero_shot[name]
         if untrained is not None and name != "forgetting":

@@ -9,17 +9,17 @@ from statistics import fmean, stdev
 
 from scipy.stats import ttest_1samp
 
-from orchestrate.reports.results import FURTHER, change, label_of, load_result_so_far
+from orchestrate.reports.results import FURTHER, format_change, load_result_so_far, run_label
 from schemas.errors import InputError
 from schemas.results import Result
-from zscl.sequence.result import named
+from zscl.sequence.result import describe_version
 
 CONFIDENCE = 0.95
 ROUNDING = 1e-9  # of an accuracy: differences that lie closer together are equal
 
 
 @dataclass(frozen=True)
-class Compared:
+class ComparedRun:
     """A run in a comparison.
 
     Attributes:
@@ -55,7 +55,7 @@ class Compared:
 
 
 @dataclass(frozen=True)
-class Summary:
+class MeanOverRuns:
     """A figure of a group over its runs.
 
     Attributes:
@@ -96,13 +96,13 @@ class Difference:
 class Comparison:
     """Runs that were compared, and those that were not, with the reason."""
 
-    runs: tuple[Compared, ...]
+    runs: tuple[ComparedRun, ...]
     left_out: Mapping[str, str]
 
     @property
-    def groups(self) -> dict[str, list[Compared]]:
+    def groups(self) -> dict[str, list[ComparedRun]]:
         """The runs by method, in the order in which they were given."""
-        grouped: dict[str, list[Compared]] = {}
+        grouped: dict[str, list[ComparedRun]] = {}
         for run in self.runs:
             grouped.setdefault(run.label, []).append(run)
         return grouped
@@ -120,7 +120,7 @@ class Comparison:
             return None
         return next((label for label in BASELINES if label in labels), labels[0])
 
-    def summary(self, label: str, figure: str) -> Summary | None:
+    def summary(self, label: str, figure: str) -> MeanOverRuns | None:
         """A group's figure; none where a single task leaves it undefined."""
         values = [run.figures[figure] for run in self.groups[label]]
         return summary_of([value for value in values if value is not None])
@@ -150,11 +150,11 @@ class Comparison:
 BASELINES = ("finetune", "zero-shot")
 
 
-def summary_of(values: Sequence[float]) -> Summary | None:
+def summary_of(values: Sequence[float]) -> MeanOverRuns | None:
     """Mean and standard deviation."""
     if not values:
         return None
-    return Summary(fmean(values), stdev(values) if len(values) > 1 else None, len(values))
+    return MeanOverRuns(fmean(values), stdev(values) if len(values) > 1 else None, len(values))
 
 
 def _means(values: Iterator[tuple[Hashable, float]]) -> list[float]:
@@ -184,7 +184,7 @@ def paired_interval(differences: Sequence[float]) -> tuple[float, float] | None:
     return float(low), float(high)
 
 
-def gather(found: Mapping[str, Path | InputError]) -> Comparison:
+def group_runs(found: Mapping[str, Path | InputError]) -> Comparison:
     """Read runs and see which of them can be compared; the first one is what the others are held against.
 
     Args:
@@ -210,10 +210,10 @@ def gather(found: Mapping[str, Path | InputError]) -> Comparison:
             left_out[given] = str(error)
     if not results:
         raise InputError("\n".join(left_out.values()))
-    runs: list[Compared] = []
+    runs: list[ComparedRun] = []
     names, labels, expected = _names(list(results)), _labels(list(results.values())), _Expected()
     for (folder, result), name, label in zip(results.items(), names, labels, strict=True):
-        runs.append(_told_apart(Compared(name, folder, result, label, expected.mark(result)), runs))
+        runs.append(_told_apart(ComparedRun(name, folder, result, label, expected.mark(result)), runs))
     return Comparison(tuple(runs), left_out)
 
 
@@ -232,12 +232,12 @@ def _labels(results: Sequence[Result]) -> list[str]:
     """Label each run by its method; of methods of one name with other settings, add the settings that differ."""
     labels = []
     for result in results:
-        label = label_of(result)
-        alike = [other for other in results if label_of(other) == label]
+        label = run_label(result)
+        alike = [other for other in results if run_label(other) == label]
         recorded = all(other.method_settings for other in alike)  # not by older runs
         settings = [other.method_settings if recorded else other.method_changes for other in alike]
         own = result.method_settings if recorded else result.method_changes
-        added = [change(path, value) for path, value in own.items() if _differs(path, settings)]
+        added = [format_change(path, value) for path, value in own.items() if _differs(path, settings)]
         labels.append(f"{label} ({', '.join(added)})" if added else label)
     return labels
 
@@ -258,7 +258,7 @@ def _refuse_other_tasks(result: Result, first: Result, given: str) -> None:
         )
 
 
-def _told_apart(run: Compared, others: Sequence[Compared]) -> Compared:
+def _told_apart(run: ComparedRun, others: Sequence[ComparedRun]) -> ComparedRun:
     """The run, marked where its group has its seed and order already: it is no further sample of its method."""
     of_key = {(other.label, other.order, other.result.seed): other for other in others}
     while other := of_key.get((run.label, run.order, run.result.seed)):
@@ -286,7 +286,7 @@ class _Expected:
             if self._settings[path] != value
         ]
         if result.algorithm != first.algorithm:
-            marks.append(f"computed by {named(result.algorithm)}")
+            marks.append(f"computed by {describe_version(result.algorithm)}")
         if result.model_digest and result.model_digest != self._model:
             marks.append(f"model {PurePosixPath(result.model).name}")
         if len(result.accuracy_matrix) < len(result.tasks):

@@ -34,7 +34,7 @@ THEME = {
 }
 
 
-def page(comparison: Comparison, rows: Sequence[Row], baseline: str | None) -> str:
+def build_page(comparison: Comparison, rows: Sequence[Row], baseline: str | None) -> str:
     """The page as HTML.
 
     Args:

@@ -101,18 +101,18 @@ def load_result_so_far(run: Path) -> Result:
     )
 
 
-def label_of(result: Result) -> str:
+def run_label(result: Result) -> str:
     """The method's name; where that is the name of a preset, with what was changed in it."""
-    changes = changes_of(result) if result.method in PRESETS else ""
+    changes = method_changes(result) if result.method in PRESETS else ""
     return f"{result.method} ({changes})" if changes else result.method
 
 
-def changes_of(result: Result) -> str:
+def method_changes(result: Result) -> str:
     """What was changed in its method's preset, if anything."""
-    return ", ".join(change(path, value) for path, value in result.method_changes.items())
+    return ", ".join(format_change(path, value) for path, value in result.method_changes.items())
 
 
-def change(path: str, value: object) -> str:
+def format_change(path: str, value: object) -> str:
     """A change as it is read: `distill.image_weight=2.0`, a further loss as its call, `spread.Spread(weight=0.5)`."""
     if not path.startswith(FURTHER):
         return f"{path}={json.dumps(value)}"
@@ -150,14 +150,14 @@ def matrix_columns(result: Result) -> dict[str, list[object]]:
     return columns
 
 
-def percent(value: float | None) -> str:
+def format_percent(value: float | None) -> str:
     """A fraction in per cent, to one decimal."""
     return "–" if value is None else f"{100 * value:.1f}"
 
 
-def cell(value: str | float | None) -> str:
+def format_cell(value: str | float | None) -> str:
     """What stands in a table: a text as it is, a fraction in per cent."""
-    return value if isinstance(value, str) else percent(value)
+    return value if isinstance(value, str) else format_percent(value)
 
 
 def markdown_table(rows: Sequence[Sequence[str]], left: int) -> str:

@@ -9,9 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrate.reports.charts import MAIN
-from orchestrate.reports.comparison import Comparison, Difference, Summary
+from orchestrate.reports.comparison import Comparison, Difference, MeanOverRuns
 from orchestrate.reports.published import MTIL
-from orchestrate.reports.results import ZERO_SHOT, cell, markdown_table, percent
+from orchestrate.reports.results import ZERO_SHOT, format_cell, format_percent, markdown_table
 from schemas.errors import InputError
 from schemas.results import Result
 
@@ -94,7 +94,7 @@ def published_rows(order: str, tasks: Sequence[str]) -> list[Row]:
 def group_table(comparison: Comparison, baseline: str | None = None) -> list[list[str]]:
     """The groups as text, heads first: mean ± standard deviation in per cent; differences from a baseline, if any."""
     head = ["method", "runs", *MAIN]
-    rows = [[ZERO_SHOT, "", *(percent(comparison.zero_shot(figure)) for figure in MAIN)]]
+    rows = [[ZERO_SHOT, "", *(format_percent(comparison.zero_shot(figure)) for figure in MAIN)]]
     for label, runs in comparison.groups.items():
         cells = [_plus_minus(comparison.summary(label, figure)) for figure in MAIN]
         if baseline is not None and label != baseline:
@@ -104,10 +104,12 @@ def group_table(comparison: Comparison, baseline: str | None = None) -> list[lis
     return [head, *rows]
 
 
-def _plus_minus(summary: Summary | None) -> str:
+def _plus_minus(summary: MeanOverRuns | None) -> str:
     if summary is None:
-        return percent(None)
-    return percent(summary.mean) + ("" if summary.deviation is None else f" ± {percent(summary.deviation)}")
+        return format_percent(None)
+    return format_percent(summary.mean) + (
+        "" if summary.deviation is None else f" ± {format_percent(summary.deviation)}"
+    )
 
 
 def _change(difference: Difference | None) -> str:
@@ -141,12 +143,14 @@ def terminal_tables(comparison: Comparison, rows: Sequence[Row], baseline: str |
         tables.append(_table(title, head, body, ("method",)))
     words = ("run", "method", "seed")
     columns = (*words, *MAIN)
-    tables.append(_table("Each run, %", columns, [[cell(row.get(name)) for name in columns] for row in rows], words))
+    tables.append(
+        _table("Each run, %", columns, [[format_cell(row.get(name)) for name in columns] for row in rows], words)
+    )
     names = comparison.tasks
     measured = [row for row in rows if row.get(names[0]) is not None]
     for part in _fitting(measured, width - max(map(len, ["task", *names])) - 4):
         head = ["task", *(_heading(row) for row in part)]
-        body = [[name, *(cell(row[name]) for row in part)] for name in names]
+        body = [[name, *(format_cell(row[name]) for row in part)] for name in names]
         tables.append(_table("Accuracy on each task after the last stage, %", head, body, ("task",)))
     return Group(*tables)
 
@@ -187,7 +191,7 @@ def markdown(comparison: Comparison, rows: Sequence[Row], baseline: str | None) 
     columns = [
         name for name in rows[0] if name not in ("order", "worker_hours", "images_per_second", "peak_memory_megabytes")
     ]
-    runs = [columns, *([cell(row.get(column)) for column in columns] for row in rows)]
+    runs = [columns, *([format_cell(row.get(column)) for column in columns] for row in rows)]
     parts = [
         "## Methods\n",
         "In per cent, mean ± standard deviation over the runs."

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 
 from orchestrate.lifecycle.paths import store_uri
-from orchestrate.recipes.recipe import name_of, parse, read
+from orchestrate.recipes.recipe import parse_recipe, read_recipe, recipe_name
 from orchestrate.runs import preflight
 from orchestrate.runs import run as running
 from schemas.experiment import Experiment
@@ -17,7 +17,7 @@ from zscl.datasets.synthetic.suites import write_embedded
 METHODS = {"finetune": "finetune", "zscl": None}
 
 
-def demo(
+def run_demo(
     recipe: Path, folder: Path, overrides: Sequence[str], console: Console, offline: bool = False
 ) -> tuple[list[Path], str]:
     """Draw the suite into `folder` and run the recipe there by both methods.
@@ -25,17 +25,17 @@ def demo(
     Returns the runs' folders and the URI of the store they are recorded in, or would be if not `offline`.
     """
     data = folder / "data"
-    content = read(recipe, overrides)
+    content = read_recipe(recipe, overrides)
     content["tasks"] = [_moved(task, data) for task in content["tasks"]]
     content["reference"] = str(data / "reference")
     experiments = {}
     for method, parts in METHODS.items():
-        named = {"name": name_of(recipe), **content, "method": parts or content["method"]}
-        experiments[folder / method] = parse(Experiment, named, recipe)
+        named = {"name": recipe_name(recipe), **content, "method": parts or content["method"]}
+        experiments[folder / method] = parse_recipe(Experiment, named, recipe)
     write_embedded(data, corpus=False, note=lambda text: console.print(text, highlight=False))
     for run, experiment in experiments.items():
         console.rule(run.name)
-        running.run(preflight.prepare(experiment), run, console, offline)
+        running.run_experiment(preflight.prepare(experiment), run, console, offline)
     return list(experiments), store_uri(experiment, run)
 
 

@@ -15,18 +15,18 @@ from typing import Literal, TypeVar
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
-from orchestrate.cluster.storage_sync import storage_of
-from orchestrate.lifecycle.lock import at_work
-from orchestrate.lifecycle.paths import refuse_unwritable, sqlite_file, store_uri
+from orchestrate.cluster.storage_sync import remote_folder_url
+from orchestrate.lifecycle.lock import owner_message
+from orchestrate.lifecycle.paths import check_writable, sqlite_file, store_uri
 from orchestrate.runs import preflight
 from schemas.compute import Compute
 from schemas.dataset_report import Manifest
 from schemas.errors import InputError
 from schemas.experiment import Experiment
 from schemas.redaction import mask
-from zscl.data.task import MANIFEST, TaskFolder, text_of
-from zscl.sequence.object_store import Mirror
-from zscl.sequence.resolve import Opened
+from zscl.data.task import MANIFEST, TaskFolder, read_text
+from zscl.sequence.object_store import RemoteSync
+from zscl.sequence.resolve import ResolvedExperiment
 
 DIGEST_SECONDS = 5.0  # for the shards' SHA-256, of all tasks together
 ANSWER_SECONDS = 20.0  # for a server or a bucket to answer
@@ -94,7 +94,7 @@ class Checklist:
             raise InputError("\n".join(dict.fromkeys(failed)))
 
 
-def check_run(opened: Opened, folder: Path, offline: bool, connect: Connect) -> Checklist:
+def check_run(opened: ResolvedExperiment, folder: Path, offline: bool, connect: Connect) -> Checklist:
     """Check what a run needs beside its recipe, data and model, which `preflight.prepare` has looked at.
 
     Args:
@@ -116,7 +116,7 @@ def check_run(opened: Opened, folder: Path, offline: bool, connect: Connect) -> 
 
 def _check_common(
     checklist: Checklist,
-    opened: Opened,
+    opened: ResolvedExperiment,
     folder: Path,
     offline: bool,
     connect: Connect,
@@ -138,32 +138,32 @@ def _folder(experiment: Experiment, folder: Path) -> str:
             with FileLock(lock, timeout=0):
                 pass
         except Timeout as error:
-            raise InputError(at_work(folder)) from error
+            raise InputError(owner_message(folder)) from error
         except OSError as error:
             raise InputError(f"{lock}: cannot be locked ({error.strerror}), expected a file of this user") from error
     return f"{folder} can be written"
 
 
 def _disk(folder: Path, needed: float) -> str:
-    preflight.refuse_full_disk(folder, needed)
+    preflight.check_free_disk(folder, needed)
     return f"{needed:.0f} MB needed, {preflight.megabytes_free(folder):.0f} MB free"
 
 
 def _storage(experiment: Experiment, folder: Path) -> str:
     """See that object storage can be written and read."""
-    url = storage_of(experiment, folder)
+    url = remote_folder_url(experiment, folder)
     if url is None:
         raise SkippedError("no compute.storage")
     with _known_by(f"compute.storage: {mask(url)}"):
-        _answered(lambda: Mirror(url, folder).check())
+        _answered(lambda: RemoteSync(url, folder).check())
     return f"{mask(url)} can be written"
 
 
 def _cluster(compute: Compute, connect: Connect) -> str:
     """See that the cluster holds the workers; where there is none yet, that this machine does."""
-    from orchestrate.cluster.connect import check_resources, is_named, resources_here
+    from orchestrate.cluster.connect import check_resources, names_cluster, resources_here
 
-    if is_named(compute):
+    if names_cluster(compute):
         return ", ".join(f"{kind} {amount:g}" for kind, amount in connect().items())
     here = resources_here()
     check_resources(compute, here)
@@ -178,7 +178,7 @@ def _tracking(experiment: Experiment, folder: Path, offline: bool) -> str:
     file = sqlite_file(uri)
     if file is not None:
         for made in (file.parent, file.parent / "mlflow-artifacts"):  # the files of runs lie beside the database
-            refuse_unwritable(made, "set tracking.uri to another store, or run with --offline")
+            check_writable(made, "set tracking.uri to another store, or run with --offline")
         if not file.exists():
             return f"{mask(uri)} will be made"
         if file.is_dir() or not os.access(file, os.W_OK):
@@ -226,7 +226,7 @@ def _digests(tasks: Sequence[TaskFolder]) -> str:
 
 def _manifest(path: str) -> Iterator[tuple[Path, int, str]]:
     """Give each shard that a task's manifest lists, with its size and SHA-256."""
-    text = text_of(f"{path}/{MANIFEST}")
+    text = read_text(f"{path}/{MANIFEST}")
     if text is None:
         return
     try:

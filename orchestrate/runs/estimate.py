@@ -9,22 +9,24 @@ from statistics import median
 from pydantic import BaseModel
 from rich.console import Console
 
-from orchestrate.lifecycle.signals import signals_taken
+from orchestrate.lifecycle.signals import handle_signals
 from orchestrate.runs.preflight import images_through_student
-from orchestrate.runs.progress import Bar
+from orchestrate.runs.progress import ProgressBar
 from schemas.errors import InputError, InterruptedRunError
 from schemas.events import StepsTaken
 from zscl.data.indexed import IndexedSamples
 from zscl.sequence.layout import ZERO_SHOT
-from zscl.sequence.resolve import Opened
+from zscl.sequence.resolve import ResolvedExperiment
 from zscl.sequence.result import AccuracyRow
-from zscl.sequence.stage_cache import Shared
-from zscl.sequence.teacher import store_beside
+from zscl.sequence.stage_cache import SharedWork
+from zscl.sequence.teacher import teacher_cache_folder
 
 SECONDS = 60.0  # of training
 
 
-def probe(opened: Opened, folder: Path, console: Console, seconds: float = SECONDS) -> dict[str, float]:
+def estimate_run(
+    opened: ResolvedExperiment, folder: Path, console: Console, seconds: float = SECONDS
+) -> dict[str, float]:
     """Measure the first task's row and train on that task for a minute, on the recipe's cluster. Returns figures.
 
     The teacher's features are met as they come, as in the slowest step of a run, and stay in the store beside `folder`.
@@ -60,10 +62,10 @@ def probe(opened: Opened, folder: Path, console: Console, seconds: float = SECON
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = tempfile.TemporaryDirectory(prefix=".probe-", dir=folder.parent, ignore_cleanup_errors=True)
-    with scratch, Bar(console) as bar, signals_taken() as interruption:
+    with scratch, ProgressBar(console) as bar, handle_signals() as interruption:
         run = Path(scratch.name, "run")
         with suppress(InterruptedRunError):  # of a minute that is over; a signal is told below
-            train(part, run, hear, interruption, Shared(store_beside(folder)))
+            train(part, run, hear, interruption, SharedWork(teacher_cache_folder(folder)))
         if interruption.signal is not None:
             raise interruption.error("the probe was stopped, and gives no estimate; the same command probes anew")
         row = AccuracyRow.model_validate_json((run / ZERO_SHOT).read_text())

@@ -9,32 +9,32 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from orchestrate.lifecycle.paths import EXPERIMENT, SEARCH, refuse_unwritable
+from orchestrate.lifecycle.paths import EXPERIMENT, SEARCH, check_writable
 from orchestrate.lifecycle.run_status import STATE
-from orchestrate.recipes.recipe import load_experiment, shown
+from orchestrate.recipes.recipe import as_recipe, load_experiment
 from schemas.compute import Compute, Savings
 from schemas.errors import InputError, counted
 from schemas.experiment import LOCAL_MODEL, Experiment, Model
 from zscl.checks.prompts import prompt_warnings
 from zscl.data.indexed import IndexedSamples
-from zscl.data.sample import refuse_broken
-from zscl.data.task import TaskFolder, dotted
-from zscl.models.clip import load, open_clip_name
-from zscl.models.pruned_forward import Towers, left_in_full
-from zscl.sequence.layout import ZERO_SHOT, part_of, stage_folder
-from zscl.sequence.resolve import Opened, open_experiment
-from zscl.sequence.result import OtherAlgorithmError, check_run_folder, refuse_other_run
-from zscl.sequence.teacher import store_beside, way_of_features
+from zscl.data.sample import check_broken_share
+from zscl.data.task import TaskFolder, dotted_keys_warning
+from zscl.models.clip import load_clip, open_clip_name
+from zscl.models.pruned_forward import PrunedForward, unpruned_parts
+from zscl.sequence.layout import ZERO_SHOT, partial_row_file, stage_folder
+from zscl.sequence.resolve import ResolvedExperiment, resolve
+from zscl.sequence.result import OtherAlgorithmError, check_run_folder, check_same_run
+from zscl.sequence.teacher import feature_policy, teacher_cache_folder
 from zscl.training.checkpoint import CHECKPOINT
 from zscl.training.snapshots import LAST, SUFFIX, place_of
 
 MOST_NAMED = 3  # samples in a sentence
 NO_PART = ("name", "compute.", "tracking.")  # of what is computed
-OF_A_RUN = (EXPERIMENT, STATE, ZERO_SHOT, part_of(Path(ZERO_SHOT)).name, "stages", CHECKPOINT)
+OF_A_RUN = (EXPERIMENT, STATE, ZERO_SHOT, partial_row_file(Path(ZERO_SHOT)).name, "stages", CHECKPOINT)
 LONGEST_SHOWN = 60  # characters of a value, where two values differ
 
 
-def plan(opened: Opened, folder: Path) -> dict[str, object]:
+def plan(opened: ResolvedExperiment, folder: Path) -> dict[str, object]:
     """What a run will do, in numbers.
 
     Raises:
@@ -43,7 +43,7 @@ def plan(opened: Opened, folder: Path) -> dict[str, object]:
     experiment = opened.experiment
     steps = sum(map(experiment.stage_steps, experiment.tasks))
     test = {task.name: _count(task.test) for task in opened.tasks}
-    refuse_other(opened, folder)
+    check_run_folder_is_same(opened, folder)
     return {
         "warnings": warnings(opened),
         "fingerprint": opened.fingerprint,
@@ -64,7 +64,7 @@ def plan(opened: Opened, folder: Path) -> dict[str, object]:
     }
 
 
-def refuse_other(opened: Opened, folder: Path) -> None:
+def check_run_folder_is_same(opened: ResolvedExperiment, folder: Path) -> None:
     """Refuse a place for a run where something else lies; of another experiment's run, say which fields are others.
 
     Raises:
@@ -79,7 +79,7 @@ def refuse_other(opened: Opened, folder: Path) -> None:
     if others and not any((folder / name).exists() for name in OF_A_RUN):
         raise InputError(f"{folder}: found {others[0]} in it, expected a run's folder, an empty or a new one")
     try:
-        refuse_other_run(folder, opened.fingerprint)
+        check_same_run(folder, opened.fingerprint)
     except OtherAlgorithmError:
         raise
     except InputError as error:
@@ -93,7 +93,7 @@ def _how_it_differs(experiment: Experiment, folder: Path) -> str:
         there = load_experiment(folder / EXPERIMENT)
     except InputError:
         return ""
-    found = _differences(shown(there), shown(experiment))
+    found = _differences(as_recipe(there), as_recipe(experiment))
     unlike = [f"{path} {was} there, {now} here" for path, (was, now) in found.items() if not path.startswith(NO_PART)]
     if not unlike:
         return " (the recipe is alike: the data, the model or a further loss's code is another)"
@@ -133,12 +133,12 @@ def images_through_student(experiment: Experiment) -> int:
     return steps * (optimisation.batch_size + distilled)
 
 
-def model_megabytes(opened: Opened) -> float:
+def model_megabytes(opened: ResolvedExperiment) -> float:
     """What a stage's model takes up on disk."""
     return _looked_at(opened)[0]
 
 
-def _looked_at(opened: Opened) -> tuple[float, tuple[str, ...]]:
+def _looked_at(opened: ResolvedExperiment) -> tuple[float, tuple[str, ...]]:
     """Megabytes of the model on disk, and which of its towers are computed in full.
 
     Raises:
@@ -151,16 +151,16 @@ def _looked_at(opened: Opened) -> tuple[float, tuple[str, ...]]:
 @lru_cache(maxsize=8)
 def _load_and_look(model: Model, weights: str, savings: Savings, checkpointing: bool) -> tuple[float, tuple[str, ...]]:
     """Load a model once, whatever is asked of it; `weights`, their digest, tells it from one of the same name."""
-    clip = load(model)
+    clip = load_clip(model)
     network = clip.model
     values = sum(weight.numel() for weight in network.state_dict().values())
     if checkpointing:  # as a stage does
         compute, tokens = Compute(savings=savings, gradient_checkpointing=True), clip.tokenizer(["a text"])
-        Towers(network, tokens, range(1), compute, unused_embeddings_stay=False)
-    return 4 * values / 1e6, tuple(left_in_full(network, savings))  # written as float32
+        PrunedForward(network, tokens, range(1), compute, unused_embeddings_stay=False)
+    return 4 * values / 1e6, tuple(unpruned_parts(network, savings))  # written as float32
 
 
-def megabytes_needed(opened: Opened, folder: Path) -> float:
+def megabytes_needed(opened: ResolvedExperiment, folder: Path) -> float:
     """What a run has yet to write: models of stages, snapshots, and the checkpoint of the stage under way, twice.
 
     A checkpoint is there twice while a new one takes the old one's place: weights, two moments, and the average.
@@ -185,16 +185,16 @@ def megabytes_free(folder: Path) -> float:
     return shutil.disk_usage(there).free / 1e6
 
 
-def check_disk(opened: Opened, folder: Path) -> None:
+def check_disk(opened: ResolvedExperiment, folder: Path) -> None:
     """Refuse a run that the disk has no room for.
 
     Raises:
         InputError: saying how much is free, and how much is needed.
     """
-    refuse_full_disk(folder, megabytes_needed(opened, folder))
+    check_free_disk(folder, megabytes_needed(opened, folder))
 
 
-def refuse_full_disk(folder: Path, needed: float) -> None:
+def check_free_disk(folder: Path, needed: float) -> None:
     """Refuse a folder whose disk has no room for so many megabytes.
 
     Raises:
@@ -214,13 +214,13 @@ def check_places(experiment: Experiment, folder: Path) -> None:
     Raises:
         InputError: naming the folder, and the option or field to change.
     """
-    for each in (folder, folder.parent, store_beside(folder)):
-        refuse_unwritable(each)
+    for each in (folder, folder.parent, teacher_cache_folder(folder)):
+        check_writable(each)
     if experiment.compute.shard_cache is not None:
-        refuse_unwritable(Path(experiment.compute.shard_cache).absolute(), "change compute.shard_cache")
+        check_writable(Path(experiment.compute.shard_cache).absolute(), "change compute.shard_cache")
 
 
-def warnings(opened: Opened) -> list[str]:
+def warnings(opened: ResolvedExperiment) -> list[str]:
     """What is allowed but hardly meant, a sentence each: of the recipe, of prompts, of what is read again and again."""
     return [
         *opened.experiment.warnings,
@@ -230,24 +230,24 @@ def warnings(opened: Opened) -> list[str]:
     ]
 
 
-def _whole_tasks(opened: Opened) -> list[TaskFolder]:
+def _whole_tasks(opened: ResolvedExperiment) -> list[TaskFolder]:
     """The tasks as their folders hold them: a sample that cannot be used belongs to no class, and is drawn nowhere."""
     wholes = (task.whole or task.without_shots for task in opened.tasks)
     return list(dict.fromkeys(wholes))
 
 
-def _left_out(opened: Opened) -> list[str]:
+def _left_out(opened: ResolvedExperiment) -> list[str]:
     """A sentence a set with samples that cannot be used, or with shards that are not counted."""
     found = []
     for task in _whole_tasks(opened):
         for split, broken in task.broken.items():
             found += [f"task '{task.name}', {split}: {_skipped(broken)}"] if broken else []
-            found += [f"task '{task.name}', {sentence}" for sentence in task.oddities(split)]
+            found += [f"task '{task.name}', {sentence}" for sentence in task.warnings(split)]
     if broken := _broken_references(opened):
         found.append(f"reference.images: {_skipped(broken)}")
     images = opened.reference.images if opened.reference else None
     if isinstance(images, IndexedSamples) and (keys := images.dotted_keys()):
-        found.append(dotted("reference.images", keys))
+        found.append(dotted_keys_warning("reference.images", keys))
     return found
 
 
@@ -257,14 +257,14 @@ def _skipped(sentences: Sequence[str]) -> str:
     return f"found {samples} to be skipped: {'; '.join(sentences[:MOST_NAMED])}{more}"
 
 
-def _broken_references(opened: Opened) -> list[str]:
+def _broken_references(opened: ResolvedExperiment) -> list[str]:
     """A sentence a reference image that cannot be used, as far as file names tell."""
     images = opened.reference.images if opened.reference else None
     faulty = images.faulty() if isinstance(images, IndexedSamples) else []
     return [str(sample.error()) for sample in faulty]
 
 
-def _prompts(opened: Opened) -> list[str]:
+def _prompts(opened: ResolvedExperiment) -> list[str]:
     """A sentence for prompts that the model does not read to their end, and for classes that it cannot tell apart."""
     import open_clip
 
@@ -274,7 +274,7 @@ def _prompts(opened: Opened) -> list[str]:
     return [sentence for task in judged for sentence in prompt_warnings(task, tokenizer)]
 
 
-def _read_again(opened: Opened) -> list[str]:
+def _read_again(opened: ResolvedExperiment) -> list[str]:
     """A sentence a set whose remote shards several readers would each fetch whole."""
     compute = opened.experiment.compute
     readers = compute.workers * max(compute.loader_processes, 1)
@@ -289,7 +289,7 @@ def _read_again(opened: Opened) -> list[str]:
     ]
 
 
-def _teacher_features(opened: Opened) -> dict[str, str]:
+def _teacher_features(opened: ResolvedExperiment) -> dict[str, str]:
     """When the teacher's features of the images that each stage distils on are computed for the store, if ever."""
     experiment, distill = opened.experiment, opened.experiment.method.distill
     if distill is None:
@@ -297,7 +297,7 @@ def _teacher_features(opened: Opened) -> dict[str, str]:
     reference = opened.reference.images if opened.reference else None
     images = [reference if distill.images == "reference" else task.train for task in opened.tasks]
     return {
-        task.name: way_of_features(experiment, stage, distilled)
+        task.name: feature_policy(experiment, stage, distilled)
         for stage, (task, distilled) in enumerate(zip(opened.tasks, images, strict=True), start=1)
         if distilled is not None
     }
@@ -308,7 +308,7 @@ def _count(samples: object) -> int | None:
     return len(samples) if isinstance(samples, IndexedSamples) else None
 
 
-def prepare(experiment: Experiment, recipe: Path | None = None, root: Path | None = None) -> Opened:
+def prepare(experiment: Experiment, recipe: Path | None = None, root: Path | None = None) -> ResolvedExperiment:
     """Look at everything the experiment names before anything is started.
 
     Args:
@@ -349,13 +349,13 @@ def _matches(path: Path) -> bool:
     return False
 
 
-def _prepare(experiment: Experiment) -> Opened:
-    opened, share = open_experiment(experiment), experiment.compute.max_broken_share
+def _prepare(experiment: Experiment) -> ResolvedExperiment:
+    opened, share = resolve(experiment), experiment.compute.max_broken_share
     for task in dict.fromkeys([*_whole_tasks(opened), *opened.tasks]):
         task.check(share)
     if broken := _broken_references(opened):
         assert opened.reference is not None
         assert isinstance(opened.reference.images, IndexedSamples)
-        refuse_broken(broken[0], len(broken), len(opened.reference.images), share)
+        check_broken_share(broken[0], len(broken), len(opened.reference.images), share)
     _looked_at(opened)
     return opened

@@ -30,7 +30,7 @@ LINE_EVERY_SECONDS = 15.0
 SPEED_OVER_SECONDS = 1800.0
 
 
-class Bar:
+class ProgressBar:
     """Steps done, steps in all, and the time left; on standard error, so that standard output holds results alone."""
 
     def __init__(self, console: Console, total: int | None = None) -> None:
@@ -52,7 +52,7 @@ class Bar:
         self._task = self._bar.add_task("starting", total=total)
         self._aside: TaskID | None = None
 
-    def __enter__(self) -> "Bar":
+    def __enter__(self) -> "ProgressBar":
         self._bar.start()
         return self
 
@@ -90,10 +90,10 @@ class Bar:
         self.console.print(line, highlight=False, soft_wrap=True)
 
 
-class Display:
+class RunDisplay:
     """Shows a run's progress on a bar."""
 
-    def __init__(self, experiment: Experiment, bar: Bar) -> None:
+    def __init__(self, experiment: Experiment, bar: ProgressBar) -> None:
         self.bar = bar
         self.steps = [experiment.stage_steps(task) for task in experiment.tasks]
         self._workers = ""

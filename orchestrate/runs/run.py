@@ -8,25 +8,25 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from orchestrate.cluster.storage_sync import Following, kept
-from orchestrate.lifecycle.lock import owned
-from orchestrate.lifecycle.paths import EXPERIMENT, folder_of, refuse_unwritable
-from orchestrate.lifecycle.run_status import outcome_told, read_state, write_state
-from orchestrate.lifecycle.signals import signals_taken
+from orchestrate.cluster.storage_sync import Following, synced_folder
+from orchestrate.lifecycle.lock import run_lock
+from orchestrate.lifecycle.paths import EXPERIMENT, check_writable, run_folder
+from orchestrate.lifecycle.run_status import read_state, record_outcome, write_state
+from orchestrate.lifecycle.signals import handle_signals
 from orchestrate.recipes.recipe import load_experiment, load_variants, write_experiment
-from orchestrate.recipes.variants import members
+from orchestrate.recipes.variants import expand_seeds_and_orders
 from orchestrate.reports.results import load_result
 from orchestrate.runs import preflight
-from orchestrate.runs.progress import Bar, Display
+from orchestrate.runs.progress import ProgressBar, RunDisplay
 from schemas.errors import InputError, command
 from schemas.experiment import Experiment
 from schemas.redaction import MASK
 from schemas.results import Embedded, Result
-from zscl.sequence.resolve import Opened
+from zscl.sequence.resolve import ResolvedExperiment
 from zscl.sequence.teacher import check_embeddable
 
 if TYPE_CHECKING:
-    from orchestrate.tracking.uploader import Shipper
+    from orchestrate.tracking.uploader import JournalUploader
 
 
 def prepare_variants(
@@ -36,7 +36,7 @@ def prepare_variants(
     out: Path | None,
     seeds: int = 1,
     orders: str = "",
-) -> Iterator[tuple[Opened, Path]]:
+) -> Iterator[tuple[ResolvedExperiment, Path]]:
     """Prepare what a recipe means, one experiment after another, each with its folder.
 
     Args:
@@ -50,13 +50,13 @@ def prepare_variants(
     Raises:
         InputError: a recipe is refused, or something that one names is missing or wrong.
     """
-    experiments = members(load_variants(recipe, overrides, variant), seeds, orders)
+    experiments = expand_seeds_and_orders(load_variants(recipe, overrides, variant), seeds, orders)
     for name, experiment in experiments.items():
         opened = preflight.prepare(experiment, recipe)
-        yield opened, folder_of(experiment, opened.fingerprint, out, name if len(experiments) > 1 else "")
+        yield opened, run_folder(experiment, opened.fingerprint, out, name if len(experiments) > 1 else "")
 
 
-def run(opened: Opened, folder: Path, console: Console, offline: bool = False) -> Result:
+def run_experiment(opened: ResolvedExperiment, folder: Path, console: Console, offline: bool = False) -> Result:
     """Run an experiment on Ray, recorded in MLflow; one that is finished in `folder` is not run again.
 
     Offline, its journal is all that records it, and `orchestrate.tracking.uploader.sync` sends that later.
@@ -67,12 +67,12 @@ def run(opened: Opened, folder: Path, console: Console, offline: bool = False) -
     """
     if finished := _finished(opened, folder, console, offline):
         return finished
-    owner = owned(folder, note=partial(console.print, highlight=False, soft_wrap=True))
-    with owner, kept(opened.experiment, folder) as following:
+    owner = run_lock(folder, note=partial(console.print, highlight=False, soft_wrap=True))
+    with owner, synced_folder(opened.experiment, folder) as following:
         return _finished(opened, folder, console, offline) or _run(opened, folder, console, offline, following)
 
 
-def resumable(folder: Path, overrides: Sequence[str]) -> Experiment:
+def load_resumable_run(folder: Path, overrides: Sequence[str]) -> Experiment:
     """Read the experiment that a run's folder holds.
 
     Args:
@@ -97,7 +97,7 @@ def resumable(folder: Path, overrides: Sequence[str]) -> Experiment:
     return experiment
 
 
-def embed(opened: Opened, folder: Path, console: Console) -> Embedded:
+def run_embedding(opened: ResolvedExperiment, folder: Path, console: Console) -> Embedded:
     """Fill the teacher's stores beside a run's folder, on Ray.
 
     Raises:
@@ -113,11 +113,11 @@ def embed(opened: Opened, folder: Path, console: Console) -> Embedded:
             "compute.storage: found it in `zscl embed`, expected a folder that all nodes see: nothing else "
             "lets them share the features"
         )
-    refuse_unwritable(folder.parent)
+    check_writable(folder.parent)
     connect(opened.experiment.compute, note=lambda text: console.print(text, highlight=False))
     scratch = tempfile.TemporaryDirectory(prefix=".embedding-", dir=_made(folder.parent), ignore_cleanup_errors=True)
-    with scratch, Bar(console) as bar, signals_taken() as interruption:
-        return embed_on_workers(opened.experiment, Path(scratch.name), Display(opened.experiment, bar), interruption)
+    with scratch, ProgressBar(console) as bar, handle_signals() as interruption:
+        return embed_on_workers(opened.experiment, Path(scratch.name), RunDisplay(opened.experiment, bar), interruption)
 
 
 def _made(folder: Path) -> Path:
@@ -125,9 +125,9 @@ def _made(folder: Path) -> Path:
     return folder
 
 
-def _finished(opened: Opened, folder: Path, console: Console, offline: bool) -> Result | None:
+def _finished(opened: ResolvedExperiment, folder: Path, console: Console, offline: bool) -> Result | None:
     """What a run has come to before, if it is finished."""
-    preflight.refuse_other(opened, folder)
+    preflight.check_run_folder_is_same(opened, folder)
     if not (folder / "result.json").is_file():
         return None
     result = load_result(folder)
@@ -151,7 +151,7 @@ def _finished(opened: Opened, folder: Path, console: Console, offline: bool) -> 
     return result
 
 
-def _run(opened: Opened, folder: Path, console: Console, offline: bool, following: Following) -> Result:
+def _run(opened: ResolvedExperiment, folder: Path, console: Console, offline: bool, following: Following) -> Result:
     # Ray and MLflow take seconds to import: only once there is something to run.
     from orchestrate.cluster.train_workers import train
 
@@ -161,18 +161,18 @@ def _run(opened: Opened, folder: Path, console: Console, offline: bool, followin
     preflight.check_places(experiment, folder)
     preflight.check_disk(opened, folder)
     connect_cluster(experiment, folder, console)
-    bar = Bar(console, total=sum(map(experiment.stage_steps, experiment.tasks)) or None)
-    with signals_taken() as interruption:
+    bar = ProgressBar(console, total=sum(map(experiment.stage_steps, experiment.tasks)) or None)
+    with handle_signals() as interruption:
         shipper = None if offline else _shipper(opened, folder, console)
-        with outcome_told(folder, shipper):
+        with record_outcome(folder, shipper):
             write_experiment(experiment, folder / EXPERIMENT)
             write_state(folder, "RUNNING")
             with bar, following():
-                result = train(experiment, folder, Display(experiment, bar), interruption)
+                result = train(experiment, folder, RunDisplay(experiment, bar), interruption)
     return result
 
 
-def plan(opened: Opened, folder: Path, console: Console, offline: bool = False) -> dict[str, object]:
+def plan_run(opened: ResolvedExperiment, folder: Path, console: Console, offline: bool = False) -> dict[str, object]:
     """What a run would do, in numbers, and what was checked; on a cluster that somebody has started, what that has.
 
     Raises:
@@ -209,8 +209,8 @@ def connect_cluster(experiment: Experiment, folder: Path, console: Console) -> d
     return {"nodes": len(ray.nodes()), **{kind: resources[kind] for kind in ("CPU", "GPU") if kind in resources}}
 
 
-def _shipper(opened: Opened, folder: Path, console: Console) -> "Shipper":
-    from orchestrate.tracking.uploader import Shipper
+def _shipper(opened: ResolvedExperiment, folder: Path, console: Console) -> "JournalUploader":
+    from orchestrate.tracking.uploader import JournalUploader
 
     note = partial(console.print, highlight=False, soft_wrap=True)
-    return Shipper(opened.experiment, opened.fingerprint, folder, note)
+    return JournalUploader(opened.experiment, opened.fingerprint, folder, note)

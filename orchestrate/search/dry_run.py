@@ -4,10 +4,10 @@ from pathlib import Path
 
 from orchestrate.lifecycle.paths import FOUND
 from orchestrate.runs.dry_run import Checklist, Connect, _check_common, _disk
-from orchestrate.search.preflight import Prepared, megabytes_of_models
+from orchestrate.search.preflight import PreparedSearch, megabytes_of_models
 
 
-def check_search(prepared: Prepared, folder: Path, offline: bool, connect: Connect) -> Checklist:
+def check_search(prepared: PreparedSearch, folder: Path, offline: bool, connect: Connect) -> Checklist:
     """Check what a search needs beside its recipe, data and models, which `search_preflight.prepare` has looked at.
 
     Args:

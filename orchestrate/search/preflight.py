@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from orchestrate.lifecycle.paths import SEARCH
-from orchestrate.recipes.recipe import at, load_search, name_of
+from orchestrate.recipes.recipe import load_search, recipe_name, with_values
 from orchestrate.runs import preflight
 from schemas.errors import InputError, command
 from schemas.redaction import MASK
 from schemas.search import TASK_ACCURACY, Search
-from zscl.sequence.resolve import Opened
+from zscl.sequence.resolve import ResolvedExperiment
 from zscl.sequence.stage_cache import Averages
 
 MOST_AVERAGES = 8  # models beside the student while the first stage is trained
@@ -22,7 +22,7 @@ DATA = ("model", "tasks", "reference", "class_incremental")  # domains whose val
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedSearch:
     """A search that was looked at.
 
     base: its experiment as the recipe has it, judged on what is held out; content: of that experiment, unchecked;
@@ -32,7 +32,7 @@ class Prepared:
     search: Search
     content: Mapping[str, Any]
     file: Path
-    base: Opened
+    base: ResolvedExperiment
     fingerprint: str
     averages: Averages
 
@@ -49,14 +49,14 @@ class Prepared:
         return math.prod(len(domain.values or ()) for domain in self.search.domains.values())
 
 
-def prepare(file: Path, overrides: Sequence[str] = ()) -> Prepared:
+def prepare_search(file: Path, overrides: Sequence[str] = ()) -> PreparedSearch:
     """Check a search before anything is started: its experiment, each domain's ends, its data, its objectives.
 
     Raises:
         InputError: something is refused, missing or wrong.
     """
     search, content = load_search(file, overrides)
-    experiment = at(search, content, {}, file)
+    experiment = with_values(search, content, {}, file)
     points = [{path: end} for path, domain in search.domains.items() for end in domain.ends]
     if search.sampler == "grid":
         values = [[(path, value) for value in domain.values or ()] for path, domain in search.domains.items()]
@@ -64,7 +64,7 @@ def prepare(file: Path, overrides: Sequence[str] = ()) -> Prepared:
     refusals: list[str] = []
     for point in points:
         try:
-            at_point = at(search, content, point, file)
+            at_point = with_values(search, content, point, file)
             if any(path.split(".")[0] in DATA for path in point):
                 preflight.prepare(at_point)
         except InputError as error:
@@ -81,10 +81,12 @@ def prepare(file: Path, overrides: Sequence[str] = ()) -> Prepared:
         )
     base = preflight.prepare(experiment, file, Path(search.root) if search.root else None)
     _check_objectives(search, base, file)
-    return Prepared(search, content, file, base, search.fingerprint(base.fingerprint), _averages(search, content, file))
+    return PreparedSearch(
+        search, content, file, base, search.fingerprint(base.fingerprint), _averages(search, content, file)
+    )
 
 
-def resumable(folder: Path, overrides: Sequence[str]) -> Prepared:
+def load_resumable_search(folder: Path, overrides: Sequence[str]) -> PreparedSearch:
     """Read the search that a folder holds.
 
     Raises:
@@ -93,7 +95,7 @@ def resumable(folder: Path, overrides: Sequence[str]) -> Prepared:
     for override in overrides:
         if not override.startswith(("compute.", "tracking.")):
             raise InputError(f"--set {override}: expected a field of compute or tracking; all else is what is searched")
-    prepared = prepare(folder / SEARCH, overrides)
+    prepared = prepare_search(folder / SEARCH, overrides)
     if MASK in prepared.base.experiment.model_dump_json(exclude={"tracking"}):
         raise InputError(
             f"{folder / SEARCH}: found {MASK} where the recipe has secrets, expected the recipe: "
@@ -102,7 +104,7 @@ def resumable(folder: Path, overrides: Sequence[str]) -> Prepared:
     return prepared
 
 
-def _check_objectives(search: Search, base: Opened, file: Path) -> None:
+def _check_objectives(search: Search, base: ResolvedExperiment, file: Path) -> None:
     names = [task.name for task in base.tasks]
     for objective in search.objectives:
         task = objective.removeprefix(TASK_ACCURACY)
@@ -123,25 +125,25 @@ def _averages(search: Search, content: Mapping[str, Any], file: Path) -> Average
     found: dict[Any, None] = {}
     for point in itertools.islice(itertools.product(*relevant.values()), 1_000):
         try:
-            found[at(search, content, dict(zip(relevant, point, strict=True)), file).method.average] = None
+            found[with_values(search, content, dict(zip(relevant, point, strict=True)), file).method.average] = None
         except InputError:  # the trial will say so
             continue
     return tuple(found) if 1 < len(found) <= MOST_AVERAGES else ()
 
 
-def folder_of(prepared: Prepared, out: Path | None) -> Path:
+def folder_of(prepared: PreparedSearch, out: Path | None) -> Path:
     """Where a search's folder is."""
     if out is not None:
         return out.absolute()
-    return Path.cwd() / "runs" / f"{name_of(prepared.file)}-{prepared.fingerprint[:8]}"
+    return Path.cwd() / "runs" / f"{recipe_name(prepared.file)}-{prepared.fingerprint[:8]}"
 
 
-def megabytes_of_models(prepared: Prepared) -> float:
+def megabytes_of_models(prepared: PreparedSearch) -> float:
     """What the trials' models take up on disk."""
     return prepared.trials * prepared.stages * preflight.model_megabytes(prepared.base)
 
 
-def plan(prepared: Prepared, folder: Path) -> dict[str, object]:
+def plan(prepared: PreparedSearch, folder: Path) -> dict[str, object]:
     """What a search will do, in numbers."""
     experiment, trials = prepared.base.experiment, prepared.trials
     steps = sum(map(experiment.stage_steps, experiment.tasks))

@@ -4,8 +4,8 @@ from itertools import accumulate
 
 from pydantic import BaseModel
 
-from orchestrate.runs.progress import Bar, _short
-from orchestrate.search.results import goodness_of
+from orchestrate.runs.progress import ProgressBar, _short
+from orchestrate.search.results import utility
 from schemas.events import (
     RowMeasured,
     StageTrained,
@@ -21,7 +21,7 @@ class SearchDisplay:
     running: the numbers of the trials that run.
     """
 
-    def __init__(self, search: Search, experiment: Experiment, trials: int, bar: Bar) -> None:
+    def __init__(self, search: Search, experiment: Experiment, trials: int, bar: ProgressBar) -> None:
         self.search, self.trials, self.bar = search, trials, bar
         self.tasks = [task.name for task in experiment.tasks]
         self._ends = list(accumulate(experiment.stage_steps(task) for task in experiment.tasks))
@@ -69,7 +69,7 @@ class SearchDisplay:
         self._over.add(number)
         figures = ", ".join(f"{name} {100 * value:.1f}" for name, value in end.objectives.items())
         if end.status in ("finished", "read"):
-            goodness = goodness_of(end.objectives)
+            goodness = utility(end.objectives)
             self._best = max(self._best or (goodness, -number), (goodness, number))
         said = {"stopped": f"given up early behind stage {end.stages}", "failed": f"failed: {end.reason}"}
         self._stages[number] = len(self.tasks)  # none of it is left

@@ -14,9 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrate.reports.charts import MAIN
-from orchestrate.reports.results import percent
+from orchestrate.reports.results import format_percent
 from schemas.search import Search, SearchResult, Trial, direction_of
-from zscl.runtime.atomic_io import whole_file
+from zscl.runtime.atomic_io import atomic_file
 
 DPI = 120
 IMPORTANCE_FROM = 10  # trials: of fewer, a share of variance explained says little
@@ -54,7 +54,7 @@ def terminal_tables(found: SearchResult) -> Group:
         table.add_column(Text(_short(name)), justify="left" if name in ("status", "note") else "right", overflow="fold")
     for number, row in enumerate(zip(*columns.values(), strict=True), start=1):
         cells = [
-            Text(percent(value) if name in found.objectives else shown(value))
+            Text(format_percent(value) if name in found.objectives else shown(value))
             for name, value in zip(columns, row, strict=True)
         ]
         table.add_row(*cells, style="bold" if number == found.chosen else None)
@@ -77,7 +77,7 @@ def _importance(found: SearchResult) -> str:
 
 def _figures(found: SearchResult) -> str:
     figures = found.test.metrics
-    return ", ".join(f"{name} {percent(getattr(figures, name))}" for name in MAIN)
+    return ", ".join(f"{name} {format_percent(getattr(figures, name))}" for name in MAIN)
 
 
 def shown(value: Any) -> str:
@@ -121,7 +121,7 @@ def draw(search: Search, trials: Sequence[Trial], folder: Path) -> list[Path]:
 
 
 def _kept(figure: Any, file: Path, pyplot: Any) -> Path:
-    with whole_file(file) as temporary:
+    with atomic_file(file) as temporary:
         figure.savefig(temporary, format="png", dpi=DPI, bbox_inches="tight")
     pyplot.close(figure)
     return file

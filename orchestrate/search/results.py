@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from ray.tune import ResultGrid
 
 
-def load_found(folder: Path) -> SearchResult:
+def load_search_result(folder: Path) -> SearchResult:
     """What a finished search found, as its folder says."""
     return parse_json(SearchResult, (folder / FOUND).read_bytes(), folder / FOUND, "remove the file, and search again")
 
 
-def trials_of(grid: "ResultGrid", search: Search) -> list[Trial]:
+def trials_from_grid(grid: "ResultGrid", search: Search) -> list[Trial]:
     """What became of the trials, in the order of suggestion."""
     from orchestrate.search.samplers import NUMBER
     from orchestrate.search.trial import STAGES
@@ -56,10 +56,10 @@ def _last_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
-def front_of(trials: Sequence[Trial], objectives: Sequence[str]) -> list[Trial]:
+def pareto_front(trials: Sequence[Trial], objectives: Sequence[str]) -> list[Trial]:
     """The finished trials that no other one beats: better in one objective, and worse in none."""
     done = [trial for trial in trials if trial.status in ("finished", "read") and trial.objectives]
-    goodness = {trial.number: [goodness_of({name: trial.objectives[name]}) for name in objectives] for trial in done}
+    goodness = {trial.number: [utility({name: trial.objectives[name]}) for name in objectives] for trial in done}
 
     def beaten(trial: Trial) -> bool:
         mine = goodness[trial.number]
@@ -71,7 +71,7 @@ def front_of(trials: Sequence[Trial], objectives: Sequence[str]) -> list[Trial]:
     return [trial for trial in done if not beaten(trial)]
 
 
-def goodness_of(objectives: Mapping[str, float]) -> float:
+def utility(objectives: Mapping[str, float]) -> float:
     """The mean of a trial's objectives, each the larger the better; all are differences or means of accuracies."""
     return fmean(value if direction_of(name) == "max" else -value for name, value in objectives.items())
 

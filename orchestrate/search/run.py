@@ -25,28 +25,28 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 
-from orchestrate.lifecycle.lock import owned
+from orchestrate.lifecycle.lock import run_lock
 from orchestrate.lifecycle.paths import CHOSEN, EXPERIMENT, FINGERPRINT, FOUND, SEARCH, SearchIdentity, search_identity
-from orchestrate.lifecycle.run_status import outcome_told, write_state
-from orchestrate.lifecycle.signals import Interruption, signals_taken
-from orchestrate.recipes.recipe import at, name_of, write_experiment, write_search
-from orchestrate.runs.progress import Bar
-from orchestrate.search.preflight import Prepared
+from orchestrate.lifecycle.run_status import record_outcome, write_state
+from orchestrate.lifecycle.signals import StopRequest, handle_signals
+from orchestrate.recipes.recipe import recipe_name, with_values, write_experiment, write_search
+from orchestrate.runs.progress import ProgressBar
+from orchestrate.search.preflight import PreparedSearch
 from orchestrate.search.progress import SearchDisplay
-from orchestrate.search.results import front_of, goodness_of, load_found, stage_trainings, trials_of
+from orchestrate.search.results import load_search_result, pareto_front, stage_trainings, trials_from_grid, utility
 from schemas.algorithm import algorithm
 from schemas.errors import InputError
 from schemas.results import Result
 from schemas.search import SearchResult, Trial, TrialNews
 from zscl.runtime.atomic_io import link_folder, write_text
 from zscl.sequence.layout import TRAINING
-from zscl.sequence.result import named, write_whole
+from zscl.sequence.result import describe_version, write_json
 
 if TYPE_CHECKING:
     from ray.tune import ResultGrid
 
-    from orchestrate.search.tracking import SearchRecording
-    from orchestrate.search.trial import Common
+    from orchestrate.search.tracking import SearchUploader
+    from orchestrate.search.trial import TrialContext
 
 TEST = "test"
 WAITING_BYTES = 10**6  # Ray wants a trial to ask for something
@@ -57,22 +57,22 @@ ONE_SEARCH = (
 GRACE_SECONDS = 30.0  # for the trials to stop where they can go on
 
 
-def search(prepared: Prepared, folder: Path, console: Console, offline: bool = False) -> SearchResult:
+def run_search(prepared: PreparedSearch, folder: Path, console: Console, offline: bool = False) -> SearchResult:
     """Run a search on Ray Tune, recorded in MLflow, or go on with it; one that is finished is not run again.
 
     Raises:
         InputError: the cluster, the tracking store or the folder is not as expected, or all trials failed.
         InterruptedRunError: a signal ended it; it can go on.
     """
-    refuse_other_search(prepared, folder)
+    check_same_search(prepared, folder)
     if (folder / FOUND).is_file():
         console.print(f"{folder}: finished before, nothing to do", highlight=False)
-        return load_found(folder)
-    with owned(folder, note=partial(console.print, highlight=False, soft_wrap=True)):
+        return load_search_result(folder)
+    with run_lock(folder, note=partial(console.print, highlight=False, soft_wrap=True)):
         return _search(prepared, folder, console, offline)
 
 
-def refuse_other_search(prepared: Prepared, folder: Path) -> None:
+def check_same_search(prepared: PreparedSearch, folder: Path) -> None:
     """Refuse a folder that holds another search, or a run.
 
     Raises:
@@ -83,8 +83,8 @@ def refuse_other_search(prepared: Prepared, folder: Path) -> None:
         found = search_identity(folder)
         if found.algorithm != algorithm():
             raise InputError(
-                f"{folder}: found a search that was computed by {named(found.algorithm)}, expected "
-                f"{named(algorithm())}, which is what this version of zscl computes: the two may give different "
+                f"{folder}: found a search that was computed by {describe_version(found.algorithm)}, expected "
+                f"{describe_version(algorithm())}, which is what this version of zscl computes: the two may give different "
                 "numbers. Choose another folder"
             )
         if found.fingerprint != prepared.fingerprint:
@@ -96,49 +96,49 @@ def refuse_other_search(prepared: Prepared, folder: Path) -> None:
         raise InputError(f"{folder}: found a run, expected a search or an empty folder; choose another folder")
 
 
-def _search(prepared: Prepared, folder: Path, console: Console, offline: bool) -> SearchResult:
+def _search(prepared: PreparedSearch, folder: Path, console: Console, offline: bool) -> SearchResult:
     # Ray and MLflow take seconds to import: only once there is something to run.
-    from orchestrate.cluster.channel import line_from_here, listening, searches_on_cluster
-    from orchestrate.cluster.connect import connect, slots_of
-    from orchestrate.search.trial import Common
+    from orchestrate.cluster.channel import consume_events, open_channel, running_searches
+    from orchestrate.cluster.connect import connect, worker_resources
+    from orchestrate.search.trial import TrialContext
 
     started, experiment = time.monotonic(), prepared.base.experiment
     say = partial(console.print, highlight=False, soft_wrap=True)
     connect(experiment.compute, note=say)
-    if others := searches_on_cluster():
+    if others := running_searches():
         say(f"warning: found another search on this Ray cluster ({others[0]}); {ONE_SEARCH}")
-    slots = slots_of(experiment.compute)
+    slots = worker_resources(experiment.compute)
     queued = ", the others wait for their turn" if slots < prepared.trials else ""
     say(f"{prepared.trials} trials of {prepared.stages} stages; the cluster holds {slots} at once{queued}")
     identity = SearchIdentity(prepared.fingerprint, algorithm(), time.time_ns() // 1_000_000)
     if (folder / FINGERPRINT).is_file():
         identity = search_identity(folder)
-    with signals_taken() as interruption:
+    with handle_signals() as interruption:
         recording = None if offline else _recording(prepared, folder, say, identity)
-        with outcome_told(folder, recording):
+        with record_outcome(folder, recording):
             write_text(folder / FINGERPRINT, f"{identity}\n")
             if not (folder / SEARCH).is_file():
                 write_search(prepared.search, prepared.content, folder / SEARCH)
             write_state(folder, "RUNNING")
-            line = line_from_here(search=str(folder))
-            common = Common(prepared.search, prepared.content, prepared.file, folder, prepared.averages, line)
+            line = open_channel(search=str(folder))
+            common = TrialContext(prepared.search, prepared.content, prepared.file, folder, prepared.averages, line)
             steps = sum(map(experiment.stage_steps, experiment.tasks))
-            with Bar(console, total=prepared.trials * steps) as bar:
+            with ProgressBar(console, total=prepared.trials * steps) as bar:
                 display = SearchDisplay(prepared.search, experiment, prepared.trials, bar)
-                with listening(line, partial(_hear, [display, recording] if recording else [display])):
+                with consume_events(line, partial(_hear, [display, recording] if recording else [display])):
                     fitting = partial(_fit, prepared, common, slots)
                     grid = _waited(fitting, line, interruption, lambda: not display.running)
-                    trials = trials_of(grid, prepared.search)
+                    trials = trials_from_grid(grid, prepared.search)
                     found = _conclude(trials, prepared, common, interruption, time.monotonic() - started)
     return found
 
 
 def _recording(
-    prepared: Prepared, folder: Path, note: Callable[[str], None], identity: SearchIdentity
-) -> "SearchRecording":
-    from orchestrate.search.tracking import SearchRecording
+    prepared: PreparedSearch, folder: Path, note: Callable[[str], None], identity: SearchIdentity
+) -> "SearchUploader":
+    from orchestrate.search.tracking import SearchUploader
 
-    return SearchRecording(prepared, folder, note, identity)
+    return SearchUploader(prepared, folder, note, identity)
 
 
 def _hear(listeners: "Sequence[Callable[[TrialNews], None]]", message: str) -> None:
@@ -147,7 +147,7 @@ def _hear(listeners: "Sequence[Callable[[TrialNews], None]]", message: str) -> N
         listener(news)
 
 
-def _fit(prepared: Prepared, common: "Common", slots: int) -> "ResultGrid":
+def _fit(prepared: PreparedSearch, common: "TrialContext", slots: int) -> "ResultGrid":
     """Run the trials that are not over yet."""
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")  # Tune's default forgets finished trials, when killed
     os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
@@ -155,7 +155,7 @@ def _fit(prepared: Prepared, common: "Common", slots: int) -> "ResultGrid":
     from ray import tune
 
     from orchestrate.cluster.connect import check_resources
-    from orchestrate.search.samplers import Sampling, scheduler
+    from orchestrate.search.samplers import OptunaSearcher, scheduler
     from orchestrate.search.trial import STAGES, SearchTrial
 
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what a trial failed with, the search says itself
@@ -176,7 +176,7 @@ def _fit(prepared: Prepared, common: "Common", slots: int) -> "ResultGrid":
             trainable,
             tune_config=tune.TuneConfig(
                 num_samples=prepared.trials,
-                search_alg=Sampling(prepared.search),
+                search_alg=OptunaSearcher(prepared.search),
                 scheduler=scheduler(prepared.search, prepared.stages, STAGES),
                 max_concurrent_trials=slots,
                 reuse_actors=True,
@@ -195,7 +195,7 @@ def _fit(prepared: Prepared, common: "Common", slots: int) -> "ResultGrid":
 T = TypeVar("T")
 
 
-def _waited(work: Callable[[], T], line: Any, interruption: Interruption, all_stopped: Callable[[], bool]) -> T:
+def _waited(work: Callable[[], T], line: Any, interruption: StopRequest, all_stopped: Callable[[], bool]) -> T:
     """Do something in a thread, for in the main one Ray would take the signals; wait for it, or for one of these.
 
     Raises:
@@ -225,26 +225,26 @@ def _waited(work: Callable[[], T], line: Any, interruption: Interruption, all_st
 
 
 def _conclude(
-    trials: Sequence[Trial], prepared: Prepared, common: "Common", interruption: Interruption, seconds: float
+    trials: Sequence[Trial], prepared: PreparedSearch, common: "TrialContext", interruption: StopRequest, seconds: float
 ) -> SearchResult:
     """Choose, judge on test, and write down what was found."""
     from orchestrate.search.report import draw
     from orchestrate.search.samplers import importance
 
     search, folder = prepared.search, common.folder
-    front = front_of(trials, search.objectives)
+    front = pareto_front(trials, search.objectives)
     if not front:
         reasons = (
             "; ".join(dict.fromkeys(trial.reason for trial in trials if trial.reason)) or "all were given up early"
         )
         raise InputError(f"{folder}: found no trial of {len(trials)} that finished ({reasons})")
-    chosen = max(front, key=lambda trial: (goodness_of(trial.objectives), -trial.number))
-    recipe = at(search, prepared.content, chosen.values, prepared.file, judged_on=None)
-    name = name_of(prepared.file, "-chosen")
+    chosen = max(front, key=lambda trial: (utility(trial.objectives), -trial.number))
+    recipe = with_values(search, prepared.content, chosen.values, prepared.file, judged_on=None)
+    name = recipe_name(prepared.file, "-chosen")
     write_experiment(recipe.model_copy(update={"name": name}), folder / CHOSEN)
     test = _judged_on_test(chosen, prepared, common, interruption)
     result = SearchResult(
-        name=name_of(prepared.file),
+        name=recipe_name(prepared.file),
         fingerprint=prepared.fingerprint,
         objectives=search.objectives,
         held_out_share=search.validation_share,
@@ -261,22 +261,24 @@ def _conclude(
     if search.keep_models == "chosen":
         _forget_models(folder, keep=chosen)
     draw(search, result.trials, folder)
-    write_whole(folder / FOUND, result)
+    write_json(folder / FOUND, result)
     return result
 
 
-def _judged_on_test(chosen: Trial, prepared: Prepared, common: "Common", interruption: Interruption) -> Result:
+def _judged_on_test(
+    chosen: Trial, prepared: PreparedSearch, common: "TrialContext", interruption: StopRequest
+) -> Result:
     """Judge the chosen trial's models on the test images: nothing is trained."""
     from orchestrate.search.trial import judged_on_test
 
-    experiment = at(prepared.search, prepared.content, chosen.values, prepared.file, judged_on="test")
+    experiment = with_values(prepared.search, prepared.content, chosen.values, prepared.file, judged_on="test")
     place = common.folder / TEST
     for stage in (common.folder / chosen.folder / "stages").iterdir():
         if not (place / "stages" / stage.name / TRAINING).is_file() and not stage.name.startswith("."):
             link_folder(stage, place / "stages" / stage.name, without=("accuracy*",))
     write_experiment(experiment, place / EXPERIMENT)
     judging = partial(judged_on_test, experiment, place, common)
-    result = _waited(judging, common.line, interruption, lambda: True)
+    result = _waited(judging, common.channel, interruption, lambda: True)
     write_state(place, "FINISHED")
     return result
 

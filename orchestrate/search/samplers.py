@@ -29,7 +29,7 @@ RANDOM_FIRST = 10  # trials that tell TPE something, at most a third of all
 MEDIAN_OF = 3  # trials that came as far, before any is given up
 
 
-class Sampling(OptunaSearch):  # type: ignore[misc]
+class OptunaSearcher(OptunaSearch):  # type: ignore[misc]
     """Suggests trials batch by batch: a batch when all of the one before are over, told in the order of suggestion.
 
     So what is suggested does not depend on which trial is finished first. Values are coded (see `Domain.codes`).

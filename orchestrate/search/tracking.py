@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 from mlflow.entities import Metric, Param
 
 from orchestrate.lifecycle import paths as places
-from orchestrate.lifecycle.lock import owned
+from orchestrate.lifecycle.lock import run_lock
 from orchestrate.lifecycle.run_status import read_state
-from orchestrate.recipes.recipe import at, load_search
+from orchestrate.recipes.recipe import load_search, with_values
 from orchestrate.search.report import trial_columns
-from orchestrate.search.results import load_found
+from orchestrate.search.results import load_search_result
 from orchestrate.tracking.mlflow_client import (
     ARTIFACTS,
     FINGERPRINT,
@@ -28,18 +28,18 @@ from orchestrate.tracking.mlflow_client import (
     LONGEST_VALUE,
     REASON,
     TAKEN,
-    flat,
-    forget_reason,
+    clear_reason,
+    find_recorded,
+    flatten,
     log_metrics,
     log_table,
     open_store,
     provenance,
-    recorded,
     runs_of,
     valid_name,
 )
 from orchestrate.tracking.store_errors import FAILURES, OFFLINE, ArtifactError, artifact_error, store_error
-from orchestrate.tracking.uploader import PATIENCE_SECONDS, Shipper, send_run
+from orchestrate.tracking.uploader import PATIENCE_SECONDS, JournalUploader, upload_run
 from schemas.errors import InputError, command
 from schemas.redaction import mask
 from schemas.results import RunState, Synced
@@ -47,7 +47,7 @@ from schemas.search import Search, SearchResult, TrialEnded, TrialNews, TrialSta
 from zscl.sequence.journal import JOURNAL
 
 if TYPE_CHECKING:
-    from orchestrate.search.preflight import Prepared
+    from orchestrate.search.preflight import PreparedSearch
 
 TABLE = "trials.json"
 TRIAL_SECONDS = 120.0  # for a trial's records to arrive, beside what goes on
@@ -60,7 +60,7 @@ def _begun_in(folder: Path) -> int | None:
     return places.search_identity(folder).begun
 
 
-class SearchRecord:
+class SearchRecorder:
     """A search in a store. Every method raises one of `store_errors.FAILURES` where the store does not answer."""
 
     def __init__(
@@ -78,7 +78,7 @@ class SearchRecord:
         self.search = search
         self.client, self.experiment_id = open_store(uri, experiment)
         known, begun = runs_of(self.client, [self.experiment_id], identity.fingerprint, ["search"]), identity.begun
-        found = recorded(known, folder, begun, _begun_in)
+        found = find_recorded(known, folder, begun, _begun_in)
         if found is None:
             tags = {
                 LEVEL: "search",
@@ -90,7 +90,7 @@ class SearchRecord:
                 "mlflow.note.content": "Trials are judged on held-out training images; `test/…` on the test images.",
             }
             found = self.client.create_run(self.experiment_id, run_name=folder.name[:LONGEST_NAME], tags=tags)
-            given = flat(search.model_dump(mode="json", exclude_none=True))
+            given = flatten(search.model_dump(mode="json", exclude_none=True))
             self.client.log_batch(
                 found.info.run_id,
                 params=[Param(valid_name(name), str(value)[:LONGEST_VALUE]) for name, value in given],
@@ -103,9 +103,9 @@ class SearchRecord:
     def resume(self) -> None:
         """Say that the search is under way."""
         self.client.update_run(self.run_id, status="RUNNING")
-        forget_reason(self.client, self.run_id)
+        clear_reason(self.client, self.run_id)
 
-    def settle(self, folder: Path, files: bool = True) -> str:
+    def finalize(self, folder: Path, files: bool = True) -> str:
         """Record how the search stands, as its folder says. Returns the status.
 
         Args:
@@ -117,7 +117,7 @@ class SearchRecord:
         """
         state = read_state(folder)
         if (folder / places.FOUND).is_file():
-            self.finish(load_found(folder), folder, files)
+            self.finish(load_search_result(folder), folder, files)
             return "FINISHED"
         if state is None or state.status in ("RUNNING", "FINISHED"):  # and yet nobody works on it
             state = RunState(status="KILLED", reason="the process is gone", time=time.time_ns() // 1_000_000)
@@ -150,7 +150,7 @@ class SearchRecord:
             metrics += [Metric(f"trial/{name}", value, now, trial.number) for name, value in trial.objectives.items()]
         log_metrics(self.client, self.run_id, metrics)
         self.client.set_tag(self.run_id, "zscl.chosen", str(found.chosen))
-        forget_reason(self.client, self.run_id)
+        clear_reason(self.client, self.run_id)
         # The status comes before the files: their store may be another one, which does not answer.
         sync = command("zscl", "sync", folder)
         self.client.set_tag(self.run_id, ARTIFACTS, f"not sent yet; this command sends them: {sync}"[:LONGEST_VALUE])
@@ -174,11 +174,11 @@ class SearchRecord:
             self.client.log_artifact(self.run_id, str(picture), "figures")
 
 
-class SearchRecording:
+class SearchUploader:
     """Sends a search and its trials while it goes on; nobody waits for it until the end."""
 
     def __init__(
-        self, prepared: "Prepared", folder: Path, note: Callable[[str], None], identity: places.SearchIdentity
+        self, prepared: "PreparedSearch", folder: Path, note: Callable[[str], None], identity: places.SearchIdentity
     ) -> None:
         """Open the store.
 
@@ -187,14 +187,14 @@ class SearchRecording:
         """
         self._prepared, self._folder, self._note = prepared, folder, note
         experiment = prepared.base.experiment
-        uri = places.unmasked(places.store_uri(experiment, folder))
+        uri = places.restore_password(places.store_uri(experiment, folder))
         try:
-            self._record = SearchRecord(prepared.search, experiment.tracking.experiment, identity, folder, uri)
+            self._record = SearchRecorder(prepared.search, experiment.tracking.experiment, identity, folder, uri)
             self._record.resume()
         except (*FAILURES, InputError) as error:
             raise store_error(uri, error, OFFLINE) from error
         self._uri = uri
-        self._shippers: dict[int, Shipper] = {}
+        self._shippers: dict[int, JournalUploader] = {}
         self._ending: list[threading.Thread] = []
 
     def __call__(self, told: TrialNews) -> None:
@@ -203,8 +203,8 @@ class SearchRecording:
             case TrialStarted(values=values, fingerprint=fingerprint, folder=folder) if told.trial > 0:
                 if told.trial not in self._shippers:
                     prepared = self._prepared
-                    experiment = at(prepared.search, prepared.content, values, prepared.file)
-                    self._shippers[told.trial] = Shipper(
+                    experiment = with_values(prepared.search, prepared.content, values, prepared.file)
+                    self._shippers[told.trial] = JournalUploader(
                         experiment, fingerprint, Path(folder), self._note, self._record.run_id
                     )
             case TrialEnded() if told.trial in self._shippers:
@@ -231,7 +231,7 @@ class SearchRecording:
         for thread in self._ending:
             thread.join(max(0.0, deadline - time.monotonic()))
         try:
-            self._record.settle(self._folder)
+            self._record.finalize(self._folder)
         except (*FAILURES, ArtifactError) as error:
             why = error if isinstance(error, ArtifactError) else store_error(self._uri, error)
             rest = command("zscl", "sync", self._folder)
@@ -249,21 +249,21 @@ def sync_search(folder: Path, uri: str | None, on_sent: Callable[[str, int, int]
     Raises:
         InputError: it is under way, or the store or its artefact store cannot be reached.
     """
-    with owned(folder, advice="copy the run to such a folder, and sync the copy"):
+    with run_lock(folder, advice="copy the run to such a folder, and sync the copy"):
         search, content = load_search(folder / places.SEARCH)
-        experiment = at(search, content, {}, folder / places.SEARCH)
-        uri = uri or places.unmasked(places.store_uri(experiment, folder))
+        experiment = with_values(search, content, {}, folder / places.SEARCH)
+        uri = uri or places.restore_password(places.store_uri(experiment, folder))
         identity = places.search_identity(folder)
         sent, failure = 0, None
         try:
-            record = SearchRecord(search, experiment.tracking.experiment, identity, folder, uri)
+            record = SearchRecorder(search, experiment.tracking.experiment, identity, folder, uri)
             for trial in sorted((folder / "trials").glob(f"*/{JOURNAL}")):
                 told = partial(on_sent, trial.parent.name)
                 try:
-                    sent += send_run(trial.parent, uri, told, record.run_id, files=failure is None).entries
+                    sent += upload_run(trial.parent, uri, told, record.run_id, files=failure is None).entries
                 except ArtifactError as error:  # the others' metrics and status may be sent nevertheless
                     failure = error
-            status = record.settle(folder, files=failure is None)
+            status = record.finalize(folder, files=failure is None)
         except ArtifactError as error:
             failure = error
         except FAILURES as error:

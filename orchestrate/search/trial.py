@@ -24,8 +24,8 @@ from orchestrate.cluster.connect import check_resources
 from orchestrate.cluster.train_workers import train
 from orchestrate.lifecycle.paths import EXPERIMENT
 from orchestrate.lifecycle.run_status import write_state
-from orchestrate.lifecycle.signals import Interruption
-from orchestrate.recipes.recipe import at, write_experiment
+from orchestrate.lifecycle.signals import StopRequest
+from orchestrate.recipes.recipe import with_values, write_experiment
 from orchestrate.search.samplers import NUMBER
 from schemas.base import parse_json
 from schemas.errors import InputError, InterruptedRunError
@@ -36,11 +36,11 @@ from schemas.results import Result
 from schemas.search import Search, TrialEnded, TrialNews, TrialStarted, objectives_of
 from zscl.evaluation.metrics import metrics
 from zscl.runtime.atomic_io import link_folder
-from zscl.runtime.retry import acquired
+from zscl.runtime.retry import try_acquire
 from zscl.sequence.layout import RESULT
-from zscl.sequence.resolve import Opened, open_experiment
+from zscl.sequence.resolve import ResolvedExperiment, resolve
 from zscl.sequence.run import run_sequence
-from zscl.sequence.stage_cache import Averages, Shared
+from zscl.sequence.stage_cache import Averages, SharedWork
 from zscl.training.checkpoint import StoppedError
 
 STAGES = "stages_done"  # what Tune counts a trial's time in
@@ -49,7 +49,7 @@ WORKERS_STOP_SECONDS = 300.0  # of a trial that is given up, so that nothing of 
 
 
 @dataclass(frozen=True)
-class Common:
+class TrialContext:
     """What all trials of a search have in common.
 
     search: what is looked for; content: of the experiment, without values; file: the recipe, for what is refused;
@@ -62,12 +62,12 @@ class Common:
     file: Path
     folder: Path
     averages: Averages
-    line: Any
+    channel: Any
 
     @property
-    def shared(self) -> Shared:
+    def shared(self) -> SharedWork:
         """What the trials share: stages among each other, the teacher's embeddings with all runs beside the search."""
-        return Shared(self.folder.parent / "teacher", self.folder / "stages", self.averages)
+        return SharedWork(self.folder.parent / "teacher", self.folder / "stages", self.averages)
 
     def place(self, fingerprint: str) -> Path:
         """The folder of a trial."""
@@ -77,7 +77,7 @@ class Common:
 class SearchTrial(tune.Trainable):  # type: ignore[misc]
     """A trial: each step of Tune's is a stage of the sequence, which goes on only when it is asked for."""
 
-    def setup(self, config: dict[str, Any], common: Common) -> None:
+    def setup(self, config: dict[str, Any], common: TrialContext) -> None:
         """Get ready; nothing begins before the first step, for Tune may yet give the trial to another actor."""
         self._common, self._told = common, False
         self._thread: threading.Thread | None = None
@@ -148,8 +148,8 @@ class SearchTrial(tune.Trainable):  # type: ignore[misc]
             self._outcomes.put(error)
 
     def _run(self) -> Result:
-        opened = self._opened = open_experiment(
-            at(self._common.search, self._common.content, self._values, self._common.file)
+        opened = self._opened = resolve(
+            with_values(self._common.search, self._common.content, self._values, self._common.file)
         )
         self._fingerprint, folder = opened.fingerprint, self._common.place(opened.fingerprint)
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -174,7 +174,7 @@ class SearchTrial(tune.Trainable):  # type: ignore[misc]
     def _alone(self, folder: Path) -> Iterator[None]:
         """Wait for another trial of the same values, if there is one: two may be suggested at once."""
         lock = FileLock(folder.with_name(f".{folder.name}.lock"))
-        while not acquired(lock, LOOK_EVERY_SECONDS):
+        while not try_acquire(lock, LOOK_EVERY_SECONDS):
             if self._asked_to_stop():
                 raise StoppedError("stopped while another trial of the same values is at work")
         try:
@@ -188,11 +188,11 @@ class SearchTrial(tune.Trainable):  # type: ignore[misc]
             link_folder(finished.parent, folder)
             return
 
-    def _sequence(self, opened: Opened, folder: Path) -> Result:
+    def _sequence(self, opened: ResolvedExperiment, folder: Path) -> Result:
         experiment = opened.experiment
         if experiment.compute.workers == 1:
             return run_sequence(opened, folder, self._hear, _device(), self._asked_to_stop, self._common.shared)
-        interruption = _WhenAsked(self._asked_to_stop)
+        interruption = StopPoller(self._asked_to_stop)
         return train(
             experiment, folder, self._hear, interruption, self._common.shared, grace_seconds=WORKERS_STOP_SECONDS
         )
@@ -259,13 +259,13 @@ class SearchTrial(tune.Trainable):  # type: ignore[misc]
             write_state(self._common.place(self._fingerprint), status, reason)
 
     def _asked_to_stop(self) -> bool:
-        return self._given_up.is_set() or bool(ray.get(self._common.line.asked_to_stop.remote()))
+        return self._given_up.is_set() or bool(ray.get(self._common.channel.asked_to_stop.remote()))
 
     def _news(self, news: BaseModel) -> None:
-        _tell(self._common.line, self._number, news)
+        _tell(self._common.channel, self._number, news)
 
 
-class _WhenAsked(Interruption):
+class StopPoller(StopRequest):
     """An interruption that comes of another wish than a signal."""
 
     def __init__(self, asked: Callable[[], bool]) -> None:
@@ -280,7 +280,7 @@ class _WhenAsked(Interruption):
         return super().__bool__()
 
 
-def judged_on_test(experiment: Experiment, place: Path, common: Common) -> Result:
+def judged_on_test(experiment: Experiment, place: Path, common: TrialContext) -> Result:
     """Judge trained stages in a run's folder, on the cluster; called in the process that watches.
 
     Args:
@@ -288,16 +288,16 @@ def judged_on_test(experiment: Experiment, place: Path, common: Common) -> Resul
         place: the folder; its stages are trained.
         common: of the search.
     """
-    compute, shared = experiment.compute, Shared(common.shared.teacher)
+    compute, shared = experiment.compute, SharedWork(common.shared.teacher)
     if compute.workers > 1:
-        return train(experiment, place, partial(_tell, common.line, 0), Interruption(), shared)
+        return train(experiment, place, partial(_tell, common.channel, 0), StopRequest(), shared)
     gpus = compute.gpus_per_worker if check_resources(compute) else 0.0
     task = ray.remote(_judge).options(num_cpus=compute.cpus_per_worker, num_gpus=gpus)
-    return Result.model_validate_json(ray.get(task.remote(experiment.model_dump_json(), place, common.line, shared)))
+    return Result.model_validate_json(ray.get(task.remote(experiment.model_dump_json(), place, common.channel, shared)))
 
 
-def _judge(experiment: str, place: Path, line: Any, shared: Shared) -> str:
-    opened = open_experiment(Experiment.model_validate_json(experiment))
+def _judge(experiment: str, place: Path, line: Any, shared: SharedWork) -> str:
+    opened = resolve(Experiment.model_validate_json(experiment))
     return run_sequence(opened, place, partial(_tell, line, 0), _device(), shared=shared).model_dump_json()
 
 

@@ -3,14 +3,14 @@
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from orchestrate.lifecycle.paths import EXPERIMENT, LEVELS, sqlite_file, store_uri, unmasked
+from orchestrate.lifecycle.paths import EXPERIMENT, LEVELS, restore_password, sqlite_file, store_uri
 from orchestrate.recipes.recipe import load_experiment
 from schemas.errors import InputError
 from schemas.redaction import mask
 from zscl.sequence.journal import begun_in, identity_of
 
 
-def attach(
+def attach_files(
     run: Path,
     files: Sequence[Path],
     place: str,
@@ -30,7 +30,7 @@ def attach(
     """
     try:
         experiment = load_experiment(run / EXPERIMENT)
-        uri = unmasked(store_uri(experiment, run))
+        uri = restore_password(store_uri(experiment, run))
     except InputError as error:
         note(f"not left in MLflow: {error}")
         return False
@@ -39,7 +39,7 @@ def attach(
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
     from orchestrate.tracking.local_store import artefacts_now
-    from orchestrate.tracking.mlflow_client import log_metrics, open_client, recorded, runs_of
+    from orchestrate.tracking.mlflow_client import find_recorded, log_metrics, open_client, runs_of
     from orchestrate.tracking.store_errors import reason_of
 
     try:
@@ -49,7 +49,7 @@ def attach(
         client = open_client(uri)
         found = client.get_experiment_by_name(experiment.tracking.experiment)
         runs = runs_of(client, [found.experiment_id], identity.fingerprint, LEVELS) if found else []
-        run_there = recorded(runs, run.absolute(), identity.begun, begun_in)
+        run_there = find_recorded(runs, run.absolute(), identity.begun, begun_in)
         if run_there is not None:
             where = run_there.info.run_id
             uri_now = artefacts_now(run_there.info.artifact_uri, file)

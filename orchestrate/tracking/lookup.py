@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from orchestrate.lifecycle.paths import EXPERIMENT, LEVELS, sqlite_file, sqlite_uri
 from schemas.errors import InputError, did_you_mean
 from schemas.redaction import mask
-from zscl.runtime.hashing import digest
-from zscl.runtime.paths import nearest
+from zscl.runtime.hashing import sha256_of
+from zscl.runtime.paths import did_you_mean_path
 from zscl.sequence.journal import RunIdentity, identity_of
 from zscl.sequence.layout import RESULT
 
@@ -26,7 +26,7 @@ MOST_RUNS = 1_000
 DOWNLOADED = "zscl-downloaded-"  # beginning of the name of a folder for as long as the comparison takes
 
 
-def find(given: Sequence[str], where: str | None, uri: str | None) -> dict[str, Path | InputError]:
+def find_runs(given: Sequence[str], where: str | None, uri: str | None) -> dict[str, Path | InputError]:
     """Find where runs lie, by what the user gave, in that order.
 
     A run of MLflow's is in its folder, as recorded; where that is not on this machine, or holds another run by now, its
@@ -77,7 +77,9 @@ def _folder(name: str) -> Path:
             f"{name}: found no such folder and no run id, expected a folder, or the 32 digits (0-9, a-f) of a run's id "
             "in MLflow"
         )
-    raise InputError(f"{name}: found no such folder, expected a run's folder or its id in MLflow{nearest(path)}")
+    raise InputError(
+        f"{name}: found no such folder, expected a run's folder or its id in MLflow{did_you_mean_path(path)}"
+    )
 
 
 def place_of(found: Mapping[str, Path | InputError]) -> Path:
@@ -93,7 +95,7 @@ def place_of(found: Mapping[str, Path | InputError]) -> Path:
     }
     beside = next((folder.parent for folder in here.values()), Path.cwd() / "runs")
     which = [str(here[given].resolve()) if given in here else given for given in found]
-    return beside / "comparison" / digest(*which)[:8]
+    return beside / "comparison" / sha256_of(*which)[:8]
 
 
 class _Store:
@@ -156,9 +158,9 @@ class _Store:
 
     def _folder(self, run: "Run") -> Path:
         """Find a run's folder, or download what a comparison needs."""
-        from orchestrate.tracking.mlflow_client import FINGERPRINT, begun_of
+        from orchestrate.tracking.mlflow_client import FINGERPRINT, start_times
 
-        begun = begun_of(run)
+        begun = start_times(run)
         identity = RunIdentity(run.data.tags.get(FINGERPRINT, ""), -1 if begun is None else begun)
         for folder in self._candidates(run):
             if identity_of(folder) == identity:

@@ -34,7 +34,7 @@ from orchestrate.tracking.local_store import artefacts_beside, follow_artefacts
 from orchestrate.tracking.store_errors import FAILURES, store_error
 from schemas.errors import InputError
 from schemas.redaction import mask
-from zscl.runtime.hashing import digest
+from zscl.runtime.hashing import sha256_of
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)
 # It prints the traceback of every attempt at a locked database.
@@ -165,7 +165,7 @@ def runs_of(client: MlflowClient, experiments: Sequence[str], fingerprint: str, 
     return [run for run in found if run.data.tags.get(LEVEL) in levels]
 
 
-def recorded(
+def find_recorded(
     runs: Sequence[Run], folder: Path, begun: int | None, begun_in: Callable[[Path], int | None]
 ) -> Run | None:
     """Choose, among the runs of one fingerprint, the record of what lies in a folder.
@@ -187,7 +187,7 @@ def recorded(
         except OSError:
             return False
 
-    began = [(run, Path(run.data.tags.get(FOLDER, "/")), begun_of(run)) for run in runs]
+    began = [(run, Path(run.data.tags.get(FOLDER, "/")), start_times(run)) for run in runs]
     alike = [(run, place) for run, place, when in began if when == begun]
     choices = [run for run, place in alike if is_here(place)]
     if begun is not None:
@@ -196,13 +196,13 @@ def recorded(
     return choices[0] if choices else None
 
 
-def begun_of(run: Run) -> int | None:
+def start_times(run: Run) -> int | None:
     """Return when what a run records began, if it says so."""
     begun = run.data.tags.get(TAKEN, "").partition(" since ")[2]
     return int(begun) if begun else None
 
 
-def forget_reason(client: MlflowClient, run: str) -> None:
+def clear_reason(client: MlflowClient, run: str) -> None:
     """Forget why an earlier attempt at a run, or search, ended."""
     if REASON in client.get_run(run).data.tags:
         client.delete_tag(run, REASON)
@@ -233,14 +233,14 @@ def valid_name(name: str) -> str:
     plain = "/".join(part for part in plain.split("/") if part not in ("", ".", ".."))
     if plain == name and len(name) <= LONGEST_NAME:
         return name
-    return f"{plain[: LONGEST_NAME - 9]}-{digest(name)[:8]}"
+    return f"{plain[: LONGEST_NAME - 9]}-{sha256_of(name)[:8]}"
 
 
-def flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+def flatten(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     """Every value of a tree, by dotted path."""
     rows: list[tuple[str, Any]] = []
     for name, value in tree.items():
-        rows += flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
+        rows += flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
     return rows
 
 

@@ -29,13 +29,13 @@ from orchestrate.tracking.mlflow_client import (
     PARENT,
     REASON,
     TAKEN,
-    flat,
-    forget_reason,
+    clear_reason,
+    find_recorded,
+    flatten,
     log_metrics,
     log_table,
     open_store,
     provenance,
-    recorded,
     runs_of,
     valid_name,
 )
@@ -47,7 +47,7 @@ from schemas.redaction import mask
 from schemas.results import Result, RunState, StageResult
 from zscl.sequence.journal import begun_in
 from zscl.sequence.layout import model_folder
-from zscl.sequence.resolve import open_tasks
+from zscl.sequence.resolve import resolve_tasks
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ STAGE = "zscl.stage"
 LONGEST_DIGEST = 36
 
 
-class Record:
+class RunRecorder:
     """One run in a store. Every method raises one of `store_errors.FAILURES` where the store does not answer."""
 
     def __init__(
@@ -94,13 +94,13 @@ class Record:
         if not found.data.params:
             what = experiment.model_dump(mode="json", exclude={"compute", "tracking", "tasks"})
             what["optimisation"]["warmup_steps"] = experiment.warmup_steps
-            params = [Param(valid_name(name), mask(str(value))[:LONGEST_VALUE]) for name, value in flat(what)]
+            params = [Param(valid_name(name), mask(str(value))[:LONGEST_VALUE]) for name, value in flatten(what)]
             self.client.log_batch(self.parent, params=params)
 
     def resume(self) -> None:
         """Say that the run is under way."""
         self.client.update_run(self.parent, status="RUNNING")
-        forget_reason(self.client, self.parent)
+        clear_reason(self.client, self.parent)
 
     def send(self, entries: Sequence[JournalEntry]) -> None:
         """Send the entries behind those that were taken, and note how many that makes."""
@@ -142,7 +142,7 @@ class Record:
         self._log_data(result)
         if result.warnings:
             self.client.set_tag(self.parent, "zscl.warnings", "\n".join(result.warnings)[:LONGEST_VALUE])
-        forget_reason(self.client, self.parent)
+        clear_reason(self.client, self.parent)
         # The status comes before the files: their store may be another one, which does not answer.
         sync = command("zscl", "sync", folder)
         self.client.set_tag(self.parent, ARTIFACTS, f"not sent yet; this command sends them: {sync}"[:LONGEST_VALUE])
@@ -204,7 +204,7 @@ class Record:
     def _find(self, fingerprint: str) -> Run | None:
         runs = runs_of(self.client, [self.experiment_id], fingerprint, [self._level])
         of_search = [run for run in runs if run.data.tags.get(PARENT) == self.search]
-        return recorded(of_search, self.folder, self.begun, begun_in)
+        return find_recorded(of_search, self.folder, self.begun, begun_in)
 
     @property
     def _level(self) -> str:
@@ -285,7 +285,7 @@ class Record:
     def _words(self, stage: int) -> tuple[Sequence[str], Sequence[str]]:
         """Class names and templates of a stage's task; none where its folder cannot be read from here."""
         try:
-            task = open_tasks(self.experiment)[1][stage - 1]
+            task = resolve_tasks(self.experiment)[1][stage - 1]
         except InputError:
             return (), ()
         return task.classnames, task.templates

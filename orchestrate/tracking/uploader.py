@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from orchestrate.lifecycle.lock import owned
-from orchestrate.lifecycle.paths import store_uri, unmasked
+from orchestrate.lifecycle.lock import run_lock
+from orchestrate.lifecycle.paths import restore_password, store_uri
 from orchestrate.lifecycle.run_status import read_state
 from orchestrate.recipes.recipe import load_experiment
 from orchestrate.reports.results import load_result
-from orchestrate.tracking.run_recorder import Record
+from orchestrate.tracking.run_recorder import RunRecorder
 from orchestrate.tracking.store_errors import FAILURES, OFFLINE, ArtifactError, reason_of, store_error
 from schemas.errors import InputError, command
 from schemas.events import JournalEntry, RunStarted
@@ -33,7 +33,7 @@ PATIENCE_SECONDS = 20.0  # at the end of a run
 ENTRIES_AT_ONCE = 100  # about two minutes of steps: little is sent again after a failure
 
 
-class Shipment:
+class UploadSession:
     """A journal on its way into a store. After a failure, begin another one: nothing is known but what they say."""
 
     def __init__(
@@ -45,7 +45,7 @@ class Shipment:
         self._last = 0
         self._read()
         begun = self._waiting[0].time if self._waiting else None
-        self.record = Record(experiment, fingerprint, folder, uri, begun, search)
+        self.record = RunRecorder(experiment, fingerprint, folder, uri, begun, search)
         del self._waiting[: self.record.taken]
 
     def send(self) -> Iterator[tuple[int, int]]:
@@ -57,7 +57,7 @@ class Shipment:
             del self._waiting[:ENTRIES_AT_ONCE]
             yield total - len(self._waiting), total
 
-    def settle(self, files: bool = True) -> str:
+    def finalize(self, files: bool = True) -> str:
         """Record how the run ended, as its folder says. Returns the status.
 
         Args:
@@ -82,7 +82,7 @@ class Shipment:
         self._last = entries[-1].time if entries else self._last
 
 
-class Shipper:
+class JournalUploader:
     """Sends a run's journal while the run goes on, from a thread of its own, which nobody waits for until the end."""
 
     def __init__(
@@ -107,7 +107,7 @@ class Shipper:
             InputError: the store cannot be reached.
         """
         self.folder, self._note = folder, note
-        uri = unmasked(store_uri(experiment, folder if search is None else folder.parents[1]))
+        uri = restore_password(store_uri(experiment, folder if search is None else folder.parents[1]))
         self._uri, self._failure, self._noted = uri, "", ""
         self._begin = partial(self._shipment, experiment, fingerprint, folder, uri, search)
         shipment = None
@@ -136,13 +136,15 @@ class Shipper:
         return not self._thread.is_alive()
 
     @staticmethod
-    def _shipment(experiment: Experiment, fingerprint: str, folder: Path, uri: str, search: str | None) -> Shipment:
-        shipment = Shipment(experiment, fingerprint, folder, uri, search)
+    def _shipment(
+        experiment: Experiment, fingerprint: str, folder: Path, uri: str, search: str | None
+    ) -> UploadSession:
+        shipment = UploadSession(experiment, fingerprint, folder, uri, search)
         if shipment.record.status != "FINISHED":
             shipment.record.resume()
         return shipment
 
-    def _work(self, shipment: Shipment | None) -> None:
+    def _work(self, shipment: UploadSession | None) -> None:
         pause, away = PAUSES[0], False
         while not self._abandoned.is_set():
             ending = self._ending.is_set()  # asked before the journal is read: nothing comes after the end
@@ -153,7 +155,7 @@ class Shipper:
                     if self._abandoned.is_set():
                         return
                 if ending:
-                    shipment.settle()
+                    shipment.finalize()
             except Exception as error:  # also whatever a store of artefacts may raise: training is worth more
                 shipment = None
                 log.debug("MLflow did not take records", exc_info=True)
@@ -184,7 +186,7 @@ class Shipper:
         return str(error) if isinstance(error, ArtifactError) else reason_of(error, self._uri)
 
 
-def sync(folder: Path, uri: str | None, on_sent: Callable[[int, int], None]) -> Synced:
+def sync_run(folder: Path, uri: str | None, on_sent: Callable[[int, int], None]) -> Synced:
     """Send what a store does not have yet of a run on which nobody works.
 
     Args:
@@ -196,12 +198,12 @@ def sync(folder: Path, uri: str | None, on_sent: Callable[[int, int], None]) -> 
         InputError: there is no such run, it is under way, or the store or its artefact store cannot be reached.
     """
     try:
-        return send_run(folder, uri, on_sent)
+        return upload_run(folder, uri, on_sent)
     except ArtifactError as error:
         raise InputError(f"{folder}: {error}; then repeat: {command('zscl', 'sync', folder)}") from error
 
 
-def send_run(
+def upload_run(
     folder: Path, uri: str | None, on_sent: Callable[[int, int], None], search: str | None = None, files: bool = True
 ) -> Synced:
     """Do what `sync` does for a run, or for a trial of a search.
@@ -220,17 +222,17 @@ def send_run(
     folder = folder.absolute()
     if not folder.is_dir():
         raise InputError(f"{folder}: found no such folder, expected a run's folder")
-    with owned(folder, advice="copy the run to such a folder, and sync the copy"):
+    with run_lock(folder, advice="copy the run to such a folder, and sync the copy"):
         fingerprint = _fingerprint(folder)
         experiment = load_experiment(folder / "experiment.yaml")
-        uri = uri or unmasked(store_uri(experiment, folder))
+        uri = uri or restore_password(store_uri(experiment, folder))
         try:
-            shipment = Shipment(experiment, fingerprint, folder, uri, search)
+            shipment = UploadSession(experiment, fingerprint, folder, uri, search)
             sent = 0
             for sent, total in shipment.send():
                 on_sent(sent, total)
             known = shipment.record.complete and not sent
-            status = "FINISHED" if known else shipment.settle(files)
+            status = "FINISHED" if known else shipment.finalize(files)
         except FAILURES as error:
             raise store_error(uri, error) from error
     return Synced(folder=str(folder), tracking_uri=mask(uri), entries=sent, status=status)

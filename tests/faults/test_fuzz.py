@@ -30,13 +30,13 @@ from ruamel.yaml import YAML
 from orchestrate.recipes import recipe as recipes
 from schemas.data import Task
 from schemas.errors import InputError
-from zscl.data.decode import Decode
+from zscl.data.decode import Decoder
 from zscl.data.indexed import IndexedSamples
 from zscl.data.loader import EvaluationImages, TrainingImages
 from zscl.data.sample import Samples
 from zscl.data.streaming import StreamedSamples
 from zscl.data.task import TaskFolder
-from zscl.sequence.resolve import open_experiment
+from zscl.sequence.resolve import resolve
 
 RECIPES, SHARDS = 4_000, 600
 AT_ONCE = {"recipes": 200, "shards": 40}  # cases in one test; the first of each runs with the other tests
@@ -217,7 +217,7 @@ def good(recipe: Callable[..., dict[str, Any]], tasks: list[str], tmp_path: Path
     (tmp_path / "captions.txt").write_text("one\ntwo\n")
     return [
         plain,
-        recipes.shown(recipes.load_experiment(spelt_out)),
+        recipes.as_recipe(recipes.load_experiment(spelt_out)),
         scenario,
         recipe(reference={"images": shards, "texts": "captions.txt"}, method="zscl"),
         recipe(method={"preset": "icarl", "memory": {"budget": 8}}, tasks=[{"path": task} for task in tasks[:2]]),
@@ -248,7 +248,7 @@ def test_a_malformed_recipe_is_read_or_refused(
             return sentence_of(error, str(file), str(tmp_path / "good.yaml"), "--set", "--variant")
         for experiment in experiments.values():
             try:
-                opened = open_experiment(experiment)
+                opened = resolve(experiment)
             except InputError as error:
                 return sentence_of(error, "expected")
             assert len(opened.fingerprint) == 16
@@ -479,7 +479,7 @@ def decoded(image: Image.Image) -> torch.Tensor:
 
 
 def read_all(samples: Samples, task: TaskFolder) -> None:
-    decode = Decode(decoded, task.label_of)
+    decode = Decoder(decoded, task.label_of)
     for item in EvaluationImages(samples, decode, 0, 1)():
         assert isinstance(item, str) or item[0].shape == (3, 16, 16)
     for _ in islice(TrainingImages(samples, decode, seed=0, batch_size=4, own=range(4))(), 10):

@@ -10,7 +10,7 @@ import pytest
 from ray.cluster_utils import Cluster
 from support.faults import add_node, ended, numbers, processes, starts_of, trained, until
 
-from orchestrate.cluster.auth import loopback_alone
+from orchestrate.cluster.auth import bind_to_loopback
 from zscl.training.checkpoint import CHECKPOINT
 
 pytest_plugins = ["support.faulty_cluster", "support.object_storage"]
@@ -22,7 +22,7 @@ Launch = Callable[..., Any]
 def cluster(bucket: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A head without CPUs, and two nodes of one CPU with temporary folders of their own."""
     head = {"num_cpus": 0, "include_dashboard": False, "node_ip_address": "127.0.0.1"}
-    with loopback_alone():
+    with bind_to_loopback():
         cluster = Cluster(initialize_head=True, head_node_args=head)
     cluster.scratch = [tmp_path_factory.mktemp(f"node-{number}") for number in range(2)]
     for scratch in cluster.scratch:

@@ -72,7 +72,9 @@ def test_a_trial_and_a_search_are_killed(launch: Launch, tmp_path: Path, search:
     section, content = recipes.load_search(search)
     for trial in found.trials:
         alone = tmp_path / "alone" / str(trial.number)
-        result = run_sequence(recipes.at(section, content, trial.values, search), alone, device=torch.device("cpu"))
+        result = run_sequence(
+            recipes.with_values(section, content, trial.values, search), alone, device=torch.device("cpu")
+        )
         assert trial.objectives == {"last": result.metrics.last, "avg": result.metrics.avg}
 
 

@@ -26,7 +26,7 @@ from orchestrate.lifecycle.run_status import write_state
 from orchestrate.recipes import recipe as recipes
 from orchestrate.tracking import uploader as shipping
 from orchestrate.tracking.mlflow_client import PARENT
-from orchestrate.tracking.uploader import Shipper
+from orchestrate.tracking.uploader import JournalUploader
 from schemas.events import RowMeasured, RunStarted, StageStarted, StageTrained, StepsTaken
 from schemas.experiment import Experiment
 from schemas.results import StageResult, StepLosses
@@ -130,17 +130,17 @@ class Training:
 @pytest.fixture
 def begin(
     tmp_path: Path, experiment: Callable[..., Experiment]
-) -> Callable[[str], tuple[Training, Shipper, list[str]]]:
-    def start(uri: str) -> tuple[Training, Shipper, list[str]]:
+) -> Callable[[str], tuple[Training, JournalUploader, list[str]]]:
+    def start(uri: str) -> tuple[Training, JournalUploader, list[str]]:
         made, folder, said = experiment(tracking={"uri": uri}), tmp_path / "run", list[str]()
         recipes.write_experiment(made, folder / "experiment.yaml")
         write_state(folder, "RUNNING")
-        return Training(folder), Shipper(made, "abc", folder, said.append), said
+        return Training(folder), JournalUploader(made, "abc", folder, said.append), said
 
     return start
 
 
-Begin = Callable[[str], tuple[Training, Shipper, list[str]]]
+Begin = Callable[[str], tuple[Training, JournalUploader, list[str]]]
 
 
 @pytest.mark.fault(
@@ -186,7 +186,7 @@ def test_a_server_that_never_comes_back_holds_nobody_up(server: Server, begin: B
     assert said[-1].endswith(f"zscl sync {tmp_path / 'run'}")
     assert training.latest < MOST_SECONDS
     server.start()
-    made = shipping.sync(tmp_path / "run", None, lambda sent, total: None)
+    made = shipping.sync_run(tmp_path / "run", None, lambda sent, total: None)
     assert (made.status, made.entries > 400) == ("KILLED", True)
     training.check(server.uri)
 

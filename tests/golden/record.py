@@ -153,7 +153,7 @@ def stop_after_three_steps(root: Path) -> Path:
                 Experiment.model_validate(recipe),
                 folder,
                 device=torch.device("cpu"),
-                asked_to_stop=lambda asked=asked, moment=moment: next(asked) == moment,  # type: ignore[misc]
+                stop_requested=lambda asked=asked, moment=moment: next(asked) == moment,  # type: ignore[misc]
             )
         except StoppedError:
             file = folder / "checkpoint.pt"

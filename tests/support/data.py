@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from schemas.data import Task
-from zscl.data.sample import Draw, Sample
+from zscl.data.sample import Sample, SampleFetcher
 from zscl.data.task import TaskFolder
 from zscl.datasets.task_writer import write_task
 
@@ -77,7 +77,7 @@ def opened(folder: str | Path) -> TaskFolder:
     return TaskFolder.open(Task.model_validate(str(folder)))
 
 
-def first(draws: Iterator[Draw]) -> Iterator[Sample]:
+def first(draws: Iterator[SampleFetcher]) -> Iterator[Sample]:
     """What is drawn where every sample can be used."""
     return (draw(0) for draw in draws)
 

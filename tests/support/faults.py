@@ -14,7 +14,7 @@ import psutil
 import pytest
 from ruamel.yaml import YAML
 
-from orchestrate.cluster.auth import loopback_alone
+from orchestrate.cluster.auth import bind_to_loopback
 from schemas.events import RunStarted, StepsTaken
 from support.data import coloured, make_task
 from zscl.data.tar import write_shards
@@ -122,7 +122,7 @@ def a_worker() -> psutil.Process:
 
 def add_node(cluster: Any, cpus: int = 2, **variables: str) -> Any:
     """Give a cluster a node, on the loopback interface, with environment variables of its own."""
-    with loopback_alone():
+    with bind_to_loopback():
         return cluster.add_node(num_cpus=cpus, node_ip_address="127.0.0.1", env_vars=variables or None)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from ray.cluster_utils import Cluster
 
-from orchestrate.cluster.auth import loopback_alone
+from orchestrate.cluster.auth import bind_to_loopback
 from orchestrate.recipes import recipe as recipes
 from support.faults import add_node, recipe_for_faults, started
 from zscl.sequence.run import run_sequence
@@ -20,7 +20,7 @@ Launch = Callable[..., Any]
 def cluster() -> Iterator[Cluster]:
     """A head without CPUs and a node with two."""
     head = {"num_cpus": 0, "include_dashboard": False, "node_ip_address": "127.0.0.1"}
-    with loopback_alone():
+    with bind_to_loopback():
         cluster = Cluster(initialize_head=True, head_node_args=head)
     add_node(cluster)
     yield cluster

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from zscl.checks.image import Decoded, look_at, silent_decoders
-from zscl.checks.task_scan import OpenedTask
+from zscl.checks.image import ImageFacts, inspect_image, silent_decoders
+from zscl.checks.task_scan import ScannedTask
 from zscl.data.decode import decode_image
 from zscl.data.indexed import IndexedSamples
-from zscl.data.sample import decoded_label
-from zscl.data.task import number_of
+from zscl.data.sample import decode_label
+from zscl.data.task import parse_count
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class ContactRow:
     images: tuple[Image.Image, ...]
 
 
-def contact_rows(opened: OpenedTask, per_class: int, classes: int, edge: int) -> list[ContactRow]:
+def contact_rows(opened: ScannedTask, per_class: int, classes: int, edge: int) -> list[ContactRow]:
     """Choose classes and training images of each, evenly; an image is made to fit into a square of `edge` pixels."""
     task = opened.task
     labels = [spread[0] for spread in _parts(range(len(task.classnames)), classes)]
@@ -29,7 +29,7 @@ def contact_rows(opened: OpenedTask, per_class: int, classes: int, edge: int) ->
     for shard in opened.shards:
         if shard.split == "train" and shard.samples:
             for index, sample in enumerate(shard.samples.labels()):
-                number = number_of(decoded_label(sample.label))
+                number = parse_count(decode_label(sample.label))
                 if number in places:
                     places[number].append((shard.samples, index))
     template = task.templates[0] if task.templates else "{c}"
@@ -51,8 +51,8 @@ def _thumbnails(places: Sequence[tuple[IndexedSamples, int]], count: int, edge: 
     for part in _parts(range(len(places)), count):
         for number in part:
             samples, index = places[number]
-            [sample] = samples.subset([index]).once()
-            if isinstance(look_at(sample.image), Decoded):
+            [sample] = samples.subset([index]).iter_shard()
+            if isinstance(inspect_image(sample.image), ImageFacts):
                 small = decode_image(sample.image)
                 small.thumbnail((edge, edge))
                 yield small

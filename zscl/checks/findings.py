@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 from schemas.dataset_report import ClassNames, Duplicates, SplitFinding, Templates, Unreadable
-from schemas.errors import counted, named
+from schemas.errors import counted, listed
 
 
 def class_problems(classnames: ClassNames, splits: Sequence[SplitFinding]) -> Iterator[str]:
@@ -16,7 +16,7 @@ def class_problems(classnames: ClassNames, splits: Sequence[SplitFinding]) -> It
         if split.shards and not split.images:
             yield f"{split.split}: found no sample that can be used, expected some"
         elif split.images and missing:
-            classes = named([classnames.names[label] for label in missing], "class", "classes")
+            classes = listed([classnames.names[label] for label in missing], "class", "classes")
             yield f"{split.split}: found no image of {classes}, expected at least one of each"
 
 
@@ -44,7 +44,7 @@ def warnings_of(
         labels = " and ".join(map(str, repeated.labels))
         yield f"classnames.txt: found {repeated.name!r} for the labels {labels}: no prompt tells them apart"
     if classnames.unused and any(split.images for split in splits):
-        classes = named([classnames.names[label] for label in classnames.unused], "class", "classes")
+        classes = listed([classnames.names[label] for label in classnames.unused], "class", "classes")
         yield f"classnames.txt: found {classes} of which neither split has an image"
     for template in templates.repeated:
         yield f"templates: found {template!r} more than once"

@@ -23,7 +23,7 @@ ORIENTATION = 0x0112  # tag of EXIF
 
 
 @dataclass(frozen=True, slots=True)
-class Decoded:
+class ImageFacts:
     """What is kept of a readable image."""
 
     width: int
@@ -35,14 +35,14 @@ class Decoded:
 
 
 @dataclass(frozen=True, slots=True)
-class Undecodable:
+class DecodeError:
     """Why an image cannot be read."""
 
     reason: Reason
     detail: str
 
 
-def look_at(encoded: bytes) -> Decoded | Undecodable:
+def inspect_image(encoded: bytes) -> ImageFacts | DecodeError:
     """Decode an image to its last pixel, as training does, and keep only figures of it."""
     try:
         with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
@@ -50,9 +50,9 @@ def look_at(encoded: bytes) -> Decoded | Undecodable:
             traits = tuple(trait for trait, has in TRAITS.items() if has(image))
         decode_image(encoded)
     except Exception as error:  # what a decoder raises on foreign bytes is no closed list, and is the finding itself
-        return Undecodable(_reason(error), _detail(error))
+        return DecodeError(_reason(error), _detail(error))
     content = hashlib.blake2b(encoded, digest_size=16).digest()
-    return Decoded(width, height, name, mode, content, traits)
+    return ImageFacts(width, height, name, mode, content, traits)
 
 
 def has_header(encoded: bytes) -> bool:

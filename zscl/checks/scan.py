@@ -31,10 +31,10 @@ from schemas.dataset_report import (
 )
 from schemas.errors import InputError
 from zscl.checks.findings import class_problems, sample_problems, template_problems, trait_warnings, warnings_of
-from zscl.checks.image import Decoded, Undecodable, look_at, silent_decoders
+from zscl.checks.image import DecodeError, ImageFacts, inspect_image, silent_decoders
 from zscl.checks.prompts import prompt_warnings
-from zscl.checks.task_scan import OpenedTask, Progress, Shard, no_progress
-from zscl.data.sample import Sample, decoded_label
+from zscl.checks.task_scan import Progress, ScannedTask, Shard, no_progress
+from zscl.data.sample import Sample, decode_label
 from zscl.data.task import TaskFolder
 
 LISTED = 20  # samples and pairs named one by one; all are counted
@@ -53,7 +53,7 @@ class _Tally:
     modes: Counter[str] = field(default_factory=Counter)
     traits: Counter[str] = field(default_factory=Counter)
 
-    def add(self, image: Decoded, label: int) -> None:
+    def add(self, image: ImageFacts, label: int) -> None:
         self.per_class[label] += 1
         self.widths[image.width] += 1
         self.heights[image.height] += 1
@@ -101,12 +101,12 @@ class _Gathered:
         self._first_unreadable: list[UnreadableSample] = []
         self._seen: dict[bytes, _Sighting] = {}
 
-    def add(self, shard: Shard, sample: Sample, image: Decoded | Undecodable) -> None:
+    def add(self, shard: Shard, sample: Sample, image: ImageFacts | DecodeError) -> None:
         label = self._label(sample)
-        faults = [fault for fault in (image, label) if isinstance(fault, Undecodable)]
+        faults = [fault for fault in (image, label) if isinstance(fault, DecodeError)]
         if faults:
             self._unreadable(shard, sample.key, faults)
-        if isinstance(image, Decoded):
+        if isinstance(image, ImageFacts):
             known = label if isinstance(label, int) else None
             if known is not None:
                 self.tallies[shard.split].add(image, known)
@@ -119,19 +119,19 @@ class _Gathered:
             first=tuple(self._first_unreadable),
         )
 
-    def _label(self, sample: Sample) -> int | Undecodable | None:
+    def _label(self, sample: Sample) -> int | DecodeError | None:
         if sample.fault is not None:  # that is enough: `image` says it
             return None
         if sample.label is None:
-            return Undecodable("no label", "expected a .cls member")
+            return DecodeError("no label", "expected a .cls member")
         try:
             return self.task.label_of(sample)
         except InputError:
-            text = decoded_label(sample.label[:40])
+            text = decode_label(sample.label[:40])
             last = len(self.task.classnames) - 1
-            return Undecodable("label outside the class list", f"found {text!r}, expected 0 to {last}")
+            return DecodeError("label outside the class list", f"found {text!r}, expected 0 to {last}")
 
-    def _unreadable(self, shard: Shard, key: str, faults: Sequence[Undecodable]) -> None:
+    def _unreadable(self, shard: Shard, key: str, faults: Sequence[DecodeError]) -> None:
         self._unreadable_samples += 1
         for fault in faults:
             self.reasons[fault.reason] += 1
@@ -147,14 +147,14 @@ class _Gathered:
             pairs.add(first, sighting)
 
 
-def inspect(opened: OpenedTask, progress: Progress = no_progress) -> Inspection:
+def inspect_task(opened: ScannedTask, progress: Progress = no_progress) -> Inspection:
     """Look at every sample of a task."""
     gathered = _Gathered(opened.task)
     total = sum(shard.finding.samples or 0 for shard in opened.shards)
     done = 0
     with silent_decoders(), ThreadPoolExecutor(THREADS) as threads:  # decoders let other threads run
         for shard in opened.shards:
-            remaining = shard.samples.once() if shard.samples else iter(())
+            remaining = shard.samples.iter_shard() if shard.samples else iter(())
             while samples := list(islice(remaining, AT_ONCE)):
                 images = threads.map(_look_at, samples)
                 for sample, image in zip(samples, images, strict=True):
@@ -164,15 +164,15 @@ def inspect(opened: OpenedTask, progress: Progress = no_progress) -> Inspection:
     return _finding(opened, gathered)
 
 
-def _look_at(sample: Sample) -> Decoded | Undecodable:
+def _look_at(sample: Sample) -> ImageFacts | DecodeError:
     fault = sample.fault
-    return look_at(sample.image) if fault is None else Undecodable(fault.reason, fault.detail)
+    return inspect_image(sample.image) if fault is None else DecodeError(fault.reason, fault.detail)
 
 
 # ------------------------------------------------------------------------------------------------- the finding
 
 
-def _finding(opened: OpenedTask, gathered: _Gathered) -> Inspection:
+def _finding(opened: ScannedTask, gathered: _Gathered) -> Inspection:
     splits = [_split_finding(split, opened, gathered.tallies[split]) for split in SPLITS]
     classnames = _classnames(opened.task.classnames, splits)
     templates = _templates(opened.task.templates)
@@ -213,7 +213,7 @@ def _prompts_of_clip(task: TaskFolder) -> list[str]:
     return [f"{sentence} (as CLIP's own tokenizer reads them)" for sentence in sentences]
 
 
-def _split_finding(split: Split, opened: OpenedTask, tally: _Tally) -> SplitFinding:
+def _split_finding(split: Split, opened: ScannedTask, tally: _Tally) -> SplitFinding:
     shards = [shard.finding for shard in opened.shards if shard.split == split]
     return SplitFinding(
         split=split,

@@ -10,8 +10,8 @@ from schemas.dataset_report import SPLITS, Manifest, ManifestShard, ShardFinding
 from schemas.errors import InputError
 from zscl.data.indexed import IndexedSamples
 from zscl.data.sample import printable_name
-from zscl.data.task import MANIFEST, TaskFolder, dotted, lines_of, text_of, uncounted
-from zscl.runtime.hashing import file_digest
+from zscl.data.task import MANIFEST, TaskFolder, dotted_keys_warning, read_lines, read_text, uncounted_shards_warning
+from zscl.runtime.hashing import sha256_of_file
 
 Progress = Callable[[str, int, int], None]  # what, done, total
 
@@ -30,7 +30,7 @@ class Shard:
 
 
 @dataclass
-class OpenedTask:
+class ScannedTask:
     """A task folder whose words are read and whose shards are indexed, whatever is wrong with them."""
 
     task: TaskFolder
@@ -40,7 +40,7 @@ class OpenedTask:
     warnings: list[str] = field(default_factory=list)
 
 
-def open_task(folder: str, progress: Progress = no_progress) -> OpenedTask:
+def scan_task(folder: str, progress: Progress = no_progress) -> ScannedTask:
     """Read a task's words, index its shards and compare them with the manifest.
 
     Raises:
@@ -52,16 +52,16 @@ def open_task(folder: str, progress: Progress = no_progress) -> OpenedTask:
         raise InputError(f"{printable_name(folder)}: found a path that is no text, expected printable characters")
     if not Path(folder).is_dir():
         raise InputError(f"{folder}: found no such folder, expected a task")
-    classnames = lines_of(f"{folder}/classnames.txt", "class names")
+    classnames = read_lines(f"{folder}/classnames.txt", "class names")
     problems: list[str] = []
     templates: list[str] = []
     try:
-        lines = lines_of(f"{folder}/zeroshot_classification_templates.txt", "prompt templates")
+        lines = read_lines(f"{folder}/zeroshot_classification_templates.txt", "prompt templates")
         templates = [line for line in lines if line]
     except InputError as error:
         problems.append(str(error))
     task = TaskFolder(Path(folder).resolve().name, folder, tuple(classnames), tuple(templates))
-    opened = OpenedTask(task, problems=problems)
+    opened = ScannedTask(task, problems=problems)
     opened.manifest = _read_manifest(task, problems)
     _open_shards(opened, progress)
     return opened
@@ -69,7 +69,7 @@ def open_task(folder: str, progress: Progress = no_progress) -> OpenedTask:
 
 def _read_manifest(task: TaskFolder, problems: list[str]) -> Manifest | None:
     try:
-        text = text_of(f"{task.path}/{MANIFEST}")
+        text = read_text(f"{task.path}/{MANIFEST}")
         return None if text is None else Manifest.model_validate_json(text)
     except (InputError, ValidationError) as error:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
@@ -77,7 +77,7 @@ def _read_manifest(task: TaskFolder, problems: list[str]) -> Manifest | None:
         return None
 
 
-def _open_shards(opened: OpenedTask, progress: Progress) -> None:
+def _open_shards(opened: ScannedTask, progress: Progress) -> None:
     promised: list[tuple[Split, Path]] = []
     for split in SPLITS:
         try:
@@ -87,7 +87,7 @@ def _open_shards(opened: OpenedTask, progress: Progress) -> None:
             continue
         promised += [(split, file) for file in files]
         if others := opened.task.uncounted_shards(split):
-            opened.warnings.append(uncounted(split, others))
+            opened.warnings.append(uncounted_shards_warning(split, others))
     records = _records(opened.manifest)
     for done, (split, file) in enumerate(promised):
         progress("indexing shards", done, len(promised))
@@ -96,7 +96,7 @@ def _open_shards(opened: OpenedTask, progress: Progress) -> None:
     for split in SPLITS:
         found = [shard.samples.dotted_keys() for shard in opened.shards if shard.split == split and shard.samples]
         if keys := [key for each in found for key in each]:
-            opened.warnings.append(dotted(split, keys))
+            opened.warnings.append(dotted_keys_warning(split, keys))
     opened.problems += [
         f"{MANIFEST}: found {place} in it, expected only shards that nshards.txt promises" for place in records
     ]
@@ -138,6 +138,6 @@ def _against_manifest(place: str, file: Path, samples: int | None, record: Manif
         problems.append(f"{place}: found {samples} samples, expected {record.samples} as {MANIFEST} says")
     if size != record.bytes:
         problems.append(f"{place}: found {size} bytes, expected {record.bytes} as {MANIFEST} says")
-    elif (found := file_digest(file)) != record.sha256:
+    elif (found := sha256_of_file(file)) != record.sha256:
         problems.append(f"{place}: found the SHA-256 {found}, expected {record.sha256} as {MANIFEST} says")
     return problems

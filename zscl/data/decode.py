@@ -31,7 +31,7 @@ LONGEST_SIDES = 100  # the longer side by the shorter: a strip of one pixel woul
 
 
 @dataclass(frozen=True)
-class Decode:
+class Decoder:
     """Encoded sample → (image [3, H, W], label)."""
 
     transform: Transform

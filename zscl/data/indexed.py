@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 
 from schemas.errors import InputError
-from zscl.data.sample import Draw, Fault, Sample, decoded_text, printable_name
+from zscl.data.sample import Fault, Sample, SampleFetcher, decode_text, printable_name
 from zscl.data.tar import EXPECTED_SUFFIXES, OTHER_IMAGE_SUFFIXES, Member, assemble, is_side_data, tar_members
-from zscl.runtime.hashing import digest
+from zscl.runtime.hashing import sha256_of
 from zscl.runtime.retry import retry_io
-from zscl.runtime.seeding import seed_of
+from zscl.runtime.seeding import derive_seed
 
 KINDS = ("image", "label", "text")
 ABSENT = (-1, 0, 0)
@@ -58,27 +58,27 @@ class IndexedSamples:
         chosen.table, chosen.places, chosen._rows = self.table[wanted], self.places[wanted], self._rows[wanted]
         return chosen
 
-    def counted_anew(self) -> "IndexedSamples":
+    def reindexed(self) -> "IndexedSamples":
         """The same samples as a set of their own, in which their places are counted from 0."""
         chosen = copy(self)
         chosen.places = torch.arange(len(self))
         return chosen
 
-    def at(self, positions: Iterable[int], seed: int) -> Iterator[Draw]:
+    def iter_positions(self, positions: Iterable[int], seed: int) -> Iterator[SampleFetcher]:
         """See `Samples.at`: epoch after epoch, each a permutation of its own; any other sample may stand in."""
         epoch, order = -1, torch.empty(0)
         with _Descriptors() as descriptors:
             for position in positions:
                 if position // len(self) != epoch:
                     epoch = position // len(self)
-                    generator = torch.Generator().manual_seed(seed_of(seed, epoch))
+                    generator = torch.Generator().manual_seed(derive_seed(seed, epoch))
                     order = torch.randperm(len(self), generator=generator)
                 yield partial(self._draw, descriptors, int(order[position % len(self)]), (seed, position))
 
     def _draw(self, descriptors: "_Descriptors", index: int, place: tuple[int, int], attempt: int) -> Sample:
-        return self._read(descriptors, index if attempt == 0 else seed_of(*place, attempt) % len(self))
+        return self._read(descriptors, index if attempt == 0 else derive_seed(*place, attempt) % len(self))
 
-    def once(self, part: int = 0, parts: int = 1) -> Iterator[Sample]:
+    def iter_shard(self, part: int = 0, parts: int = 1) -> Iterator[Sample]:
         """See `Samples.once`."""
         with _Descriptors() as descriptors:
             for index in range(part, len(self), parts):
@@ -90,7 +90,7 @@ class IndexedSamples:
             for places, row in zip(self.table.tolist(), self._rows.tolist(), strict=True):
                 text = None if row in self._faults else self._member(descriptors, places[KINDS.index("text")])
                 if text is not None:
-                    yield decoded_text(text)
+                    yield decode_text(text)
 
     def labels(self) -> Iterator[Sample]:
         """Each sample without its image and text, in order."""
@@ -119,7 +119,7 @@ class IndexedSamples:
     @property
     def layout(self) -> str:
         """What tells these samples from others on this machine, at no cost: where their members lie."""
-        return digest(self.table.numpy().tobytes(), self.places.numpy().tobytes(), *map(os.fsencode, self.files))
+        return sha256_of(self.table.numpy().tobytes(), self.places.numpy().tobytes(), *map(os.fsencode, self.files))
 
     @cached_property
     def digest(self) -> str:
@@ -128,7 +128,7 @@ class IndexedSamples:
             os.fsencode(Path(sample.shard).name) + f" {sample.key} ".encode() + (sample.label or b"")
             for sample in self.labels()
         )
-        return digest(self.table.numpy().tobytes(), *names)
+        return sha256_of(self.table.numpy().tobytes(), *names)
 
     def _read(self, descriptors: "_Descriptors", index: int, kinds: Sequence[str] = KINDS) -> Sample:
         places, row, place = self.table[index].tolist(), int(self._rows[index]), int(self.places[index])
@@ -212,7 +212,7 @@ class _Descriptors:
 
     def read(self, path: Path, offset: int, size: int) -> bytes:
         try:
-            return retry_io(lambda: self._read(path, offset, size), folder=path.parent, what=path)
+            return retry_io(lambda: self._read(path, offset, size), must_exist=path.parent, what=path)
         except OSError as error:
             raise InputError(f"{path}: cannot be read any more ({error.strerror}), expected a shard") from error
 

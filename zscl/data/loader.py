@@ -22,12 +22,12 @@ from torch.utils.data import get_worker_info
 from schemas.compute import Compute
 from schemas.errors import InputError
 from schemas.events import Note
-from zscl.data.decode import Decode, Decoded
+from zscl.data.decode import Decoded, Decoder
 from zscl.data.indexed import IndexedSamples
-from zscl.data.sample import ATTEMPTS, BrokenSampleError, Draw, Sample, Samples, refuse_broken
+from zscl.data.sample import ATTEMPTS, BrokenSampleError, Sample, SampleFetcher, Samples, check_broken_share
 from zscl.data.streaming import StreamedSamples
-from zscl.runtime.distributed import gather_sentences, sum_over_workers, world_size
-from zscl.runtime.seeding import seed_of
+from zscl.runtime.distributed import all_gather_unique, all_reduce_ints, world_size
+from zscl.runtime.seeding import derive_seed
 
 # What a stream is made of: decoded images, and the sentences of samples that were skipped.
 Items = Iterator[Decoded | str]
@@ -47,7 +47,7 @@ def _keep_socket_paths_short(process: int) -> None:
 
 
 @dataclass
-class ReadSet:
+class ReadProgress:
     """A set that a worker reads, as far as it is read.
 
     broken: sentences of the samples that cannot be used; drawn: samples read so far; total: samples in the set, if that
@@ -79,12 +79,12 @@ class Loader:
     processes: int = 0
     labels_stay: bool = False
     max_broken_share: float = 0.0
-    note: Callable[[str], None] = lambda sentence: None
+    on_skip: Callable[[str], None] = lambda sentence: None
     broken: dict[str, None] = field(default_factory=dict)
-    sets: list[ReadSet] = field(default_factory=list)
+    sets: list[ReadProgress] = field(default_factory=list)
     resumed: list[Sequence[str]] = field(default_factory=list)
 
-    def __call__(self, batches: "Batched", total: int | None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def __call__(self, batches: "BatchedDataset", total: int | None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Read batches and bring them to the device: images [b, 3, H, W] and labels [b].
 
         Args:
@@ -103,7 +103,7 @@ class Loader:
             worker_init_fn=_keep_socket_paths_short,
             generator=torch.Generator(),  # or it would draw from everybody's
         )
-        read = ReadSet(total, dict.fromkeys(self.resumed.pop(0) if self.resumed else ()))
+        read = ReadProgress(total, dict.fromkeys(self.resumed.pop(0) if self.resumed else ()))
         self.sets.append(read)
         for batch in loader:
             if isinstance(batch, str):  # an input error, carried as it is out of the loader process
@@ -114,7 +114,7 @@ class Loader:
             if skipped:
                 read.broken.update(dict.fromkeys(skipped))
                 total_by_now = read.total or max(read.drawn, FEW)
-                refuse_broken(skipped[0], len(read.broken), total_by_now, self.max_broken_share)
+                check_broken_share(skipped[0], len(read.broken), total_by_now, self.max_broken_share)
                 self._name(skipped)
             if len(labels):
                 images = images.to(self.device, non_blocking=True)
@@ -130,21 +130,21 @@ class Loader:
         for read in self.sets:
             known = read.total is not None
             broken, drawn, total, knowing, done = map(
-                int, sum_over_workers(len(read.broken), read.drawn, read.total or 0, known, read.is_read)
+                int, all_reduce_ints(len(read.broken), read.drawn, read.total or 0, known, read.is_read)
             )
             if knowing:
                 total //= knowing
             else:  # of a stream; whoever read all of it knows now how many there are
                 total = drawn if done == world_size() else max(drawn, FEW)
             if broken > self.max_broken_share * total:  # a sample that two workers met counts once
-                sentences = gather_sentences(read.broken)
-                refuse_broken(sentences[0], len(sentences), total, self.max_broken_share)
+                sentences = all_gather_unique(read.broken)
+                check_broken_share(sentences[0], len(sentences), total, self.max_broken_share)
 
     def _name(self, skipped: list[str]) -> None:
         for sentence in skipped:
             if sentence not in self.broken:
                 self.broken[sentence] = None
-                self.note(f"skipped {sentence}")
+                self.on_skip(f"skipped {sentence}")
 
 
 class DecodedImages:
@@ -168,7 +168,7 @@ class DecodedImages:
         finally:
             self._readers[name] -= 1
 
-    def read(self, name: str, sample: Sample, decode: Decode, budget: int, total_budget: int) -> Image.Image:
+    def read(self, name: str, sample: Sample, decode: Decoder, budget: int, total_budget: int) -> Image.Image:
         """Decode a sample's image, or take what is kept of it.
 
         Args:
@@ -181,7 +181,7 @@ class DecodedImages:
         Raises:
             BrokenSampleError: the image cannot be read.
         """
-        if budget == 0 or sample.place < 0:  # nothing is kept of a stream
+        if budget == 0 or sample.index < 0:  # nothing is kept of a stream
             return decode.read(sample)
         kept, content = self._sets[name], sample.identity()[1]
         if content in kept:
@@ -221,7 +221,7 @@ class TrainingImages:
     """
 
     samples: Samples
-    decode: Decode
+    decode: Decoder
     seed: int
     batch_size: int
     own: range
@@ -233,10 +233,12 @@ class TrainingImages:
         """Yield what this loader process decodes: every so-many-th batch of the worker."""
         name = self.samples.layout if isinstance(self.samples, IndexedSamples) else ""
         with _decoded.opened(name):
-            for position, draw in zip(self._positions(), self.samples.iter_positions(self._positions(), self.seed), strict=True):
+            for position, draw in zip(
+                self._positions(), self.samples.iter_positions(self._positions(), self.seed), strict=True
+            ):
                 yield from self._decode(position, draw, name)
 
-    def _decode(self, position: int, draw: Draw, name: str) -> Items:
+    def _decode(self, position: int, draw: SampleFetcher, name: str) -> Items:
         """Decode the sample at a position, or what stands in for it."""
         processes = _process()[1]
         budget, total = self.keep_bytes // processes, max(self.keep_bytes, self.keep_in) // processes
@@ -250,7 +252,7 @@ class TrainingImages:
                 yield str(error)
                 continue
             with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(seed_of(self.seed, position))
+                torch.default_generator.manual_seed(derive_seed(self.seed, position))
                 decoded = self.decode.transform(image), label
             yield decoded
             return
@@ -266,7 +268,7 @@ class TrainingImages:
 
     def batches(self, loader: Loader) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Images [b, 3, H, W] and labels [b]; the b of all workers add up to the global batch."""
-        return loader(Batched(self, len(self.own), self.count), self.count())
+        return loader(BatchedDataset(self, len(self.own), self.count), self.count())
 
     def count(self) -> int | None:
         """Samples in the set, if that is known by now."""
@@ -278,7 +280,7 @@ class EvaluationImages:
     """Every sample exactly once over all workers and their loader processes."""
 
     samples: Samples
-    decode: Decode
+    decode: Decoder
     worker: int
     workers: int
     total: int | None = None  # samples in the set that these are a part of; default: these are all
@@ -287,7 +289,7 @@ class EvaluationImages:
         """Yield what this loader process decodes."""
         process, processes = _process()
         part = self.worker * processes + process
-        for sample in self.samples.once(part, self.workers * processes):
+        for sample in self.samples.iter_shard(part, self.workers * processes):
             try:
                 yield self.decode(sample)
             except BrokenSampleError as error:
@@ -295,7 +297,7 @@ class EvaluationImages:
 
     def batches(self, batch_size: int, loader: Loader) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Images [b, 3, H, W] and labels [b], with b at most `batch_size`."""
-        return loader(Batched(self, batch_size, self.count), self.count())
+        return loader(BatchedDataset(self, batch_size, self.count), self.count())
 
     def count(self) -> int | None:
         """Samples in the set, if that is known by now."""
@@ -307,7 +309,7 @@ def _unknown() -> int | None:
 
 
 @dataclass(frozen=True)
-class Batched:
+class BatchedDataset:
     """Decoded images, stacked; an input error ends the stream as its sentence, to cross process borders whole."""
 
     items: Callable[[], Items]
@@ -357,11 +359,11 @@ def _stack(samples: list[Decoded]) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.stack(images), torch.tensor(labels)
 
 
-def loader_of(compute: Compute, device: torch.device, report: Callable[[Note], None]) -> Loader:
+def build_loader(compute: Compute, device: torch.device, report: Callable[[Note], None]) -> Loader:
     """How a worker reads; what it skips is reported."""
     return Loader(
         device,
         compute.loader_processes,
         max_broken_share=compute.max_broken_share,
-        note=lambda sentence: report(Note(text=sentence)),
+        on_skip=lambda sentence: report(Note(text=sentence)),
     )

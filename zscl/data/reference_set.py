@@ -7,7 +7,7 @@ from schemas.data import Reference
 from schemas.errors import InputError
 from zscl.data.captions.formats import read_captions
 from zscl.data.shard_urls import open_samples
-from zscl.runtime.hashing import digest
+from zscl.runtime.hashing import sha256_of
 
 
 class ReferenceSet:
@@ -33,4 +33,4 @@ class ReferenceSet:
     @cached_property
     def digest(self) -> str:
         """Identity of the set: images by names and sizes, texts by content."""
-        return digest(self.images.digest, "\n".join(self.texts))
+        return sha256_of(self.images.digest, "\n".join(self.texts))

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from schemas.dataset_report import Reason
 from schemas.errors import InputError
-from zscl.runtime.seeding import seed_of
+from zscl.runtime.seeding import derive_seed
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Sample:
     text: bytes | None
     shard: str
     key: str
-    place: int = -1
+    index: int = -1
     fault: Fault | None = None
 
     def check(self) -> None:
@@ -52,7 +52,7 @@ class Sample:
 
     def identity(self) -> tuple[int, int]:
         """Its place, and a hash of the encoded image that is never 0."""
-        return self.place, 1 + int.from_bytes(hashlib.blake2b(self.image, digest_size=7).digest())
+        return self.index, 1 + int.from_bytes(hashlib.blake2b(self.image, digest_size=7).digest())
 
 
 def printable_name(name: str) -> str:
@@ -61,12 +61,12 @@ def printable_name(name: str) -> str:
     return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
 
 
-def decoded_label(member: bytes | None) -> str:
+def decode_label(member: bytes | None) -> str:
     """What a .cls member says; nothing where there is none."""
     return (member or b"").decode("ascii", errors="replace").strip()
 
 
-def decoded_text(member: bytes | None) -> str:
+def decode_text(member: bytes | None) -> str:
     """What a .txt member says; nothing where there is none."""
     return (member or b"").decode("utf-8", errors="replace").strip()
 
@@ -75,7 +75,7 @@ class BrokenSampleError(InputError):
     """A sample that cannot be used; its sentence names shard and key."""
 
 
-def refuse_broken(sentence: str, broken: int, total: int, max_broken_share: float) -> None:
+def check_broken_share(sentence: str, broken: int, total: int, max_broken_share: float) -> None:
     """Refuse a set of which too many samples cannot be used.
 
     Args:
@@ -95,20 +95,20 @@ def refuse_broken(sentence: str, broken: int, total: int, max_broken_share: floa
 
 
 # A position of an endless order: the sample there, or what stands in for it at the k-th attempt to find a usable one.
-Draw = Callable[[int], Sample]
+SampleFetcher = Callable[[int], Sample]
 ATTEMPTS = 8
 
 
 class Samples(Protocol):
     """Samples in an endless shuffled order, or once in their own."""
 
-    def iter_positions(self, positions: Iterable[int], seed: int) -> Iterator[Draw]:
+    def iter_positions(self, positions: Iterable[int], seed: int) -> Iterator[SampleFetcher]:
         """Yield the draws at the given rising positions of the endless order that `seed` makes.
 
         A draw holds until the next one is asked for; what stands in depends on seed and position alone.
         """
 
-    def once(self, part: int, parts: int) -> Iterator[Sample]:
+    def iter_shard(self, part: int, parts: int) -> Iterator[Sample]:
         """Yield every `parts`-th sample from `part` on, each sample of the whole in exactly one part."""
 
 
@@ -121,17 +121,17 @@ class NoiseSamples:
 
     size: tuple[int, int]
 
-    def at(self, positions: Iterable[int], seed: int) -> Iterator[Draw]:
+    def iter_positions(self, positions: Iterable[int], seed: int) -> Iterator[SampleFetcher]:
         """See `Samples.at`."""
         for position in positions:
             yield partial(self._draw, seed, position)
 
-    def once(self, part: int, parts: int) -> Iterator[Sample]:
+    def iter_shard(self, part: int, parts: int) -> Iterator[Sample]:
         """See `Samples.once`; here there is no end to it."""
-        return (draw(0) for draw in self.at(count(part, parts), seed=0))
+        return (draw(0) for draw in self.iter_positions(count(part, parts), seed=0))
 
     def _draw(self, seed: int, position: int, attempt: int) -> Sample:
         height, width = self.size
         header = f"P6 {width} {height} 255\n".encode()  # PPM: plain pixels behind a header
-        pixels = random.Random(seed_of(seed, position)).randbytes(3 * height * width)
+        pixels = random.Random(derive_seed(seed, position)).randbytes(3 * height * width)
         return Sample(header + pixels, None, None, "noise", str(position))

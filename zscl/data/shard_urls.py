@@ -18,9 +18,9 @@ from schemas.redaction import mask_urls
 from zscl.data.indexed import IndexedSamples
 from zscl.data.streaming import StreamedSamples
 from zscl.data.tar import is_image_name
-from zscl.runtime.atomic_io import whole_file
-from zscl.runtime.hashing import digest
-from zscl.runtime.paths import files_within, is_hidden, nearest
+from zscl.runtime.atomic_io import atomic_file
+from zscl.runtime.hashing import sha256_of
+from zscl.runtime.paths import did_you_mean_path, files_within, is_hidden
 
 MOST_SHARDS = 1_000_000
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4", ".tar.z")
@@ -49,7 +49,7 @@ def open_samples(
         ]
         if cache is None:
             return StreamedSamples(urls)
-        return _with_images(IndexedSamples([cached(url, cache) for url in urls]))
+        return _with_images(IndexedSamples([download_to_cache(url, cache) for url in urls]))
     return _with_images(IndexedSamples([path for shard in expanded for path in _local_files(Path(shard))]))
 
 
@@ -102,7 +102,7 @@ def _remote_glob(url: str) -> list[str]:
     return sorted(found, key=lambda name: _natural(Path(name)))
 
 
-def cached(url: str, cache: str) -> Path:
+def download_to_cache(url: str, cache: str) -> Path:
     """Copy a remote file to the cache, whole or not at all, unless it is there with the size it has; return the copy.
 
     Raises:
@@ -110,13 +110,13 @@ def cached(url: str, cache: str) -> Path:
     """
     # A presigned URL is signed anew each day, and its secrets are no part of a file's name.
     name = PurePosixPath(urlsplit(url).path).stem[:100] or "shard"
-    copy_of_it = Path(cache) / digest(mask_urls(url))[:16] / f"{name}.tar"
+    copy_of_it = Path(cache) / sha256_of(mask_urls(url))[:16] / f"{name}.tar"
     try:
         filesystem, path = fsspec.core.url_to_fs(url)
         copy_of_it.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(copy_of_it.with_suffix(".lock")):  # of the workers on a machine, one copies
             if not copy_of_it.is_file() or copy_of_it.stat().st_size != filesystem.size(path):
-                with whole_file(copy_of_it) as temporary:
+                with atomic_file(copy_of_it) as temporary:
                     filesystem.get_file(path, str(temporary))
     except Exception as error:  # fsspec raises what its stores raise: no credentials, no such bucket, ...
         raise InputError(f"{url}: found no readable shard ({error}), expected a tar") from error
@@ -143,7 +143,7 @@ def _found_files(path: Path) -> list[Path]:
         if not files:
             raise InputError(f"{path}: found no file of that pattern, expected at least one shard")
         return files
-    raise InputError(f"{path}: found no such file, expected a shard{nearest(path)}")
+    raise InputError(f"{path}: found no such file, expected a shard{did_you_mean_path(path)}")
 
 
 def _files_of(folder: Path) -> list[Path]:

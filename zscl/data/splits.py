@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 from schemas.errors import InputError
 from schemas.experiment import HeldOut
 from zscl.data.indexed import IndexedSamples
-from zscl.data.sample import Sample, decoded_label
+from zscl.data.sample import Sample, decode_label
 from zscl.data.streaming import StreamedSamples
-from zscl.runtime.seeding import seed_of
+from zscl.runtime.seeding import derive_seed
 
 
-def split_off(
+def hold_out(
     samples: IndexedSamples | StreamedSamples, held_out: HeldOut, path: str, classnames: Sequence[str]
 ) -> tuple[IndexedSamples, IndexedSamples]:
     """Draw a share of each class's images, by a seed. Returns those that stay, and those held out.
@@ -44,7 +44,7 @@ def split_off(
                 f"{path}: evaluation.held_out.share is {held_out.share:g}, which leaves the class '{name}' without "
                 f"training images (found {len(places)}), expected a smaller share"
             )
-        held += random.Random(seed_of(held_out.seed, "held out", label)).sample(places, count)
+        held += random.Random(derive_seed(held_out.seed, "held out", label)).sample(places, count)
     if not held:
         raise InputError(
             f"{path}: evaluation.held_out.share is {held_out.share:g}, which holds out none of its {len(samples)} "
@@ -52,10 +52,10 @@ def split_off(
         )
     out = set(held)
     kept = [place for place in range(len(samples)) if place not in out]
-    return samples.subset(kept).counted_anew(), samples.subset(sorted(held)).counted_anew()
+    return samples.subset(kept).reindexed(), samples.subset(sorted(held)).reindexed()
 
 
-def few_of_each(
+def draw_shots(
     samples: IndexedSamples | StreamedSamples, shots: int, seed: int, path: str, is_usable: Callable[[Sample], bool]
 ) -> IndexedSamples:
     """Draw so many images of each class, by a seed; of a class that has fewer, all.
@@ -77,8 +77,8 @@ def few_of_each(
         )
     drawn: list[int] = []
     for label, places in _by_class(samples, is_usable).items():
-        drawn += random.Random(seed_of(seed, "shots", label)).sample(places, min(shots, len(places)))
-    return samples.subset(sorted(drawn)).counted_anew()
+        drawn += random.Random(derive_seed(seed, "shots", label)).sample(places, min(shots, len(places)))
+    return samples.subset(sorted(drawn)).reindexed()
 
 
 def _by_class(
@@ -88,5 +88,5 @@ def _by_class(
     of_class: defaultdict[str, list[int]] = defaultdict(list)
     for place, sample in enumerate(samples.labels()):
         if is_usable(sample):
-            of_class[decoded_label(sample.label)].append(place)
+            of_class[decode_label(sample.label)].append(place)
     return dict(of_class)

@@ -12,10 +12,10 @@ import webdataset
 
 from schemas.errors import InputError
 from schemas.redaction import mask_urls
-from zscl.data.sample import ATTEMPTS, Draw, Sample, decoded_text
+from zscl.data.sample import ATTEMPTS, Sample, SampleFetcher, decode_text
 from zscl.data.tar import Tail, read_samples, reason_of
-from zscl.runtime.hashing import digest
-from zscl.runtime.seeding import seed_of
+from zscl.runtime.hashing import sha256_of
+from zscl.runtime.seeding import derive_seed
 
 SHUFFLE_BUFFER = 2_000  # samples held while streaming; local shards are shuffled as a whole instead
 
@@ -31,7 +31,7 @@ class StreamedSamples:
         self.urls = list(urls)
         self.count: int | None = None  # of samples, once this process has read all of them
 
-    def at(self, positions: Iterable[int], seed: int) -> Iterator[Draw]:
+    def iter_positions(self, positions: Iterable[int], seed: int) -> Iterator[SampleFetcher]:
         """See `Samples.at`; a sample from just before in the stream may stand in, at its start one from just behind."""
         stream = itertools.chain.from_iterable(self._epoch(seed, epoch) for epoch in itertools.count())
         first = list(itertools.islice(stream, ATTEMPTS))
@@ -48,9 +48,9 @@ class StreamedSamples:
     @property
     def digest(self) -> str:
         """Of remote samples, only where they lie is known beforehand."""
-        return digest(*map(mask_urls, self.urls))
+        return sha256_of(*map(mask_urls, self.urls))
 
-    def once(self, part: int = 0, parts: int = 1) -> Iterator[Sample]:
+    def iter_shard(self, part: int = 0, parts: int = 1) -> Iterator[Sample]:
         """See `Samples.once`."""
         return itertools.islice(self._counted(_stream(self.urls)), part, None, parts)
 
@@ -58,10 +58,10 @@ class StreamedSamples:
         """The .txt members of usable samples, in order."""
         for sample in _stream(self.urls):
             if sample.fault is None and sample.text is not None:
-                yield decoded_text(sample.text)
+                yield decode_text(sample.text)
 
     def _epoch(self, seed: int, epoch: int) -> Iterator[Sample]:
-        rng = random.Random(seed_of(seed, epoch))
+        rng = random.Random(derive_seed(seed, epoch))
         urls = rng.sample(self.urls, len(self.urls))
         shuffle = webdataset.filters.shuffle(SHUFFLE_BUFFER, initial=SHUFFLE_BUFFER, rng=rng)
         yield from shuffle(self._counted(_stream(urls)))

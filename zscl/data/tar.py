@@ -17,7 +17,7 @@ import webdataset
 
 from schemas.errors import InputError
 from zscl.data.sample import Fault, Sample, printable_name
-from zscl.runtime.hashing import file_digest
+from zscl.runtime.hashing import sha256_of_file
 from zscl.runtime.paths import is_hidden
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
@@ -357,6 +357,6 @@ def write_shards(folder: Path, samples: Iterable[Mapping[str, bytes]], shard_ima
             for number, sample in enumerate(content, start=total):
                 writer.write({"__key__": f"{number:07d}", **sample})
         size = file.stat().st_size
-        shards.append({"file": file.name, "samples": len(content), "bytes": size, "sha256": file_digest(file)})
+        shards.append({"file": file.name, "samples": len(content), "bytes": size, "sha256": sha256_of_file(file)})
         total += len(content)
     return shards

@@ -16,20 +16,20 @@ from pathlib import Path
 import fsspec
 
 from schemas.data import Task
-from schemas.errors import InputError, named
+from schemas.errors import InputError, listed
 from schemas.experiment import HeldOut
 from zscl.data.indexed import IndexedSamples
-from zscl.data.sample import BrokenSampleError, Sample, decoded_label, printable_name, refuse_broken
+from zscl.data.sample import BrokenSampleError, Sample, check_broken_share, decode_label, printable_name
 from zscl.data.shard_urls import MOST_SHARDS, open_samples
-from zscl.data.splits import few_of_each, split_off
+from zscl.data.splits import draw_shots, hold_out
 from zscl.data.streaming import StreamedSamples
-from zscl.runtime.hashing import digest
-from zscl.runtime.paths import is_hidden, nearest
+from zscl.runtime.hashing import sha256_of
+from zscl.runtime.paths import did_you_mean_path, is_hidden
 
 MANIFEST = "zscl.json"
 
 
-def text_of(location: str) -> str | None:
+def read_text(location: str) -> str | None:
     """Read a small text file, local or remote; `None` where there is none."""
     try:
         # Only \n ends a line: the number of a line may be a label.
@@ -51,13 +51,13 @@ def text_of(location: str) -> str | None:
         raise InputError(f"{location}: cannot be read ({error}), expected a text file") from error
 
 
-def lines_of(location: str, what: str) -> list[str]:
+def read_lines(location: str, what: str) -> list[str]:
     """Read a file's lines. Only \\n and \\r\\n end a line: other line separators of Unicode are part of it.
 
     Raises:
         InputError: there is no such file, it is empty, or it holds NUL bytes.
     """
-    text = text_of(location)
+    text = read_text(location)
     if text is None:
         raise InputError(f"{location}: found no such file, expected {what}, one a line")
     if not text.strip():
@@ -70,7 +70,7 @@ def lines_of(location: str, what: str) -> list[str]:
     return lines
 
 
-def number_of(text: str) -> int | None:
+def parse_count(text: str) -> int | None:
     """The number that a text writes in digits, if it is one that may count something."""
     return int(text) if text.isascii() and text.isdecimal() and len(text) < 20 else None
 
@@ -103,21 +103,21 @@ class TaskFolder:
             InputError: the folder, a file of it or the template's `{c}` is missing.
         """
         if "://" not in task.path and not Path(task.path).is_dir():
-            near = nearest(Path(task.path))
+            near = did_you_mean_path(Path(task.path))
             raise InputError(f"{task.path}: found no such folder, expected a task (task '{task.name}'){near}")
         if "://" not in task.path and not Path(task.path, "classnames.txt").exists():
             raise InputError(
                 f"{task.path}/classnames.txt: found no such file, expected class names, one a line; a folder of images "
                 "becomes a task with: zscl data prepare folder"
             )
-        classnames = lines_of(f"{task.path}/classnames.txt", "class names")
+        classnames = read_lines(f"{task.path}/classnames.txt", "class names")
         if "" in classnames:
             raise InputError(
                 f"{task.path}/classnames.txt: found line {classnames.index('') + 1} empty, expected a class name: the "
                 "line number is the label"
             )
         file = f"{task.path}/zeroshot_classification_templates.txt"
-        templates = [line for line in lines_of(file, "prompt templates") if line]
+        templates = [line for line in read_lines(file, "prompt templates") if line]
         for template in templates:
             if "{c}" not in template:
                 raise InputError(f"{file}: found the template {template!r}, expected a {{c}} for the class name in it")
@@ -127,7 +127,7 @@ class TaskFolder:
         """Every class name in a template, in label order."""
         return [template.replace("{c}", name) for name in self.classnames]
 
-    def only(self, classes: tuple[int, ...] | None, name: str) -> "TaskFolder":
+    def subset(self, classes: tuple[int, ...] | None, name: str) -> "TaskFolder":
         """The part of the task that is about some of its labels, renumbered in their order; `None`: all of it.
 
         Raises:
@@ -149,7 +149,7 @@ class TaskFolder:
         """The training images."""
         if self.shots is None:
             return self._samples("train")
-        return few_of_each(self.without_shots.train, self.shots, self.shots_seed, self.path, self._is_usable)
+        return draw_shots(self.without_shots.train, self.shots, self.shots_seed, self.path, self._is_usable)
 
     @cached_property
     def test(self) -> IndexedSamples | StreamedSamples:
@@ -172,10 +172,10 @@ class TaskFolder:
                 "compute.shard_cache makes them local"
             )
         wanted = set(self.classes)
-        chosen = [place for place, text in enumerate(self.whole.labels[split]) if number_of(text) in wanted]
+        chosen = [place for place, text in enumerate(self.whole.labels[split]) if parse_count(text) in wanted]
         if not chosen:
             raise InputError(f"{self.path}/{split}: found no image of the classes of '{self.name}', expected some")
-        return samples.subset(chosen).counted_anew()
+        return samples.subset(chosen).reindexed()
 
     def _all_samples(self, split: str) -> IndexedSamples | StreamedSamples:
         return open_samples(self.shards(split), self.cache, as_written=True)
@@ -185,15 +185,14 @@ class TaskFolder:
         """The training images that are trained on, and those held out of them."""
         assert self.held_out is not None
         samples = self._all_samples("train")
-        kept, held = split_off(samples, self.held_out, self.path, self.classnames)
+        kept, held = hold_out(samples, self.held_out, self.path, self.classnames)
         return {"train": kept, "test": held}
 
     @cached_property
     def labels(self) -> dict[str, list[str]]:
         """What the labels of each local split say, in order."""
         return {
-            split: [decoded_label(sample.label) for sample in samples.labels()]
-            for split, samples in self._local.items()
+            split: [decode_label(sample.label) for sample in samples.labels()] for split, samples in self._local.items()
         }
 
     def shards(self, split: str) -> list[str]:
@@ -216,20 +215,20 @@ class TaskFolder:
             InputError: nshards.txt is missing, or is not a number above 0.
         """
         file = f"{self.path}/{split}/nshards.txt"
-        [count] = lines_of(file, "the number of shards")[:1]
-        shards = number_of(count)
+        [count] = read_lines(file, "the number of shards")[:1]
+        shards = parse_count(count)
         if shards is None or not 1 <= shards <= MOST_SHARDS:
             raise InputError(f"{file}: found {count[:40]!r}, expected the number of shards, at least 1")
         return [f"{self.path}/{split}/{index}.tar" for index in range(shards)]
 
-    def oddities(self, split: str) -> list[str]:
+    def warnings(self, split: str) -> list[str]:
         """Sentences about a local split that is read otherwise than it may be meant."""
         sentences = []
         samples = self.train if split == "train" else self.test
         if isinstance(samples, IndexedSamples) and (keys := samples.dotted_keys()):
-            sentences.append(dotted(split, keys))
+            sentences.append(dotted_keys_warning(split, keys))
         if shards := self.uncounted_shards(split):
-            sentences.append(uncounted(split, shards))
+            sentences.append(uncounted_shards_warning(split, shards))
         return sentences
 
     def uncounted_shards(self, split: str) -> list[Path]:
@@ -253,8 +252,8 @@ class TaskFolder:
             raise BrokenSampleError(
                 f"{sample.shard}: sample '{sample.key}' has no .cls member, expected its label in {sample.key}.cls"
             )
-        text = decoded_label(sample.label)
-        number = number_of(text)
+        text = decode_label(sample.label)
+        number = parse_count(text)
         if number is not None and self.classes is not None and number in self.classes:
             return self.classes.index(number)
         if number is None or number >= len(self.classnames):
@@ -271,9 +270,9 @@ class TaskFolder:
             return False
         return True
 
-    def label_and_place_of(self, sample: Sample) -> tuple[int, int]:
+    def label_and_index_of(self, sample: Sample) -> tuple[int, int]:
         """A sample's label, and its number in its set."""
-        return self.label_of(sample), sample.place
+        return self.label_of(sample), sample.index
 
     @cached_property
     def broken(self) -> dict[str, list[str]]:
@@ -304,26 +303,26 @@ class TaskFolder:
         """
         for split, samples in self._local.items():
             if broken := self.broken[split]:
-                refuse_broken(broken[0], len(broken), len(samples), max_broken_share)
+                check_broken_share(broken[0], len(broken), len(samples), max_broken_share)
 
     @cached_property
     def digest(self) -> str:
         """Identity of the task's content: by the manifest's hashes, else by its samples' names, sizes and labels."""
         if self.whole is not None:
-            return digest(self.whole.digest, repr(self.classes), "\n".join(self.templates))
+            return sha256_of(self.whole.digest, repr(self.classes), "\n".join(self.templates))
         if self.held_out is not None:
             # What the run is judged on has no part in training; the fingerprint counts it.
-            return digest(replace(self, held_out=None).digest, self.held_out.model_dump_json(exclude={"judged_on"}))
+            return sha256_of(replace(self, held_out=None).digest, self.held_out.model_dump_json(exclude={"judged_on"}))
         words = ["\n".join(self.classnames), "\n".join(self.templates)]
-        manifest = text_of(f"{self.path}/{MANIFEST}")
+        manifest = read_text(f"{self.path}/{MANIFEST}")
         if manifest is None:
-            return digest(*words, self.train.digest, self.test.digest)
-        return digest(*words, *self._checked_hashes(manifest))
+            return sha256_of(*words, self.train.digest, self.test.digest)
+        return sha256_of(*words, *self._checked_hashes(manifest))
 
     @property
     def split_family(self) -> str:
         """How the task's manifest says that train and test were told apart; nothing without one."""
-        manifest = text_of(f"{self.path}/{MANIFEST}")
+        manifest = read_text(f"{self.path}/{MANIFEST}")
         try:
             return str(json.loads(manifest or "{}").get("split_family", ""))
         except (ValueError, AttributeError):  # none of ours: `digest` refuses it
@@ -352,16 +351,16 @@ class TaskFolder:
         return hashes
 
 
-def dotted(split: str, keys: Sequence[str]) -> str:
+def dotted_keys_warning(split: str, keys: Sequence[str]) -> str:
     """A sentence about keys that other readers of such shards cut."""
-    found = named(keys, "sample whose key has a dot", "samples whose keys have dots")
+    found = listed(keys, "sample whose key has a dot", "samples whose keys have dots")
     return (
         f"{split}: found {found}: they are read here up to the last dot, each image as a sample of its own; "
         "WebDataset's own tools cut at the first"
     )
 
 
-def uncounted(split: str, shards: Sequence[Path]) -> str:
+def uncounted_shards_warning(split: str, shards: Sequence[Path]) -> str:
     """A sentence about shards that are there and not counted."""
-    found = named([printable_name(file.name) for file in shards], "shard")
+    found = listed([printable_name(file.name) for file in shards], "shard")
     return f"{split}: found {found} that nshards.txt does not count: never read"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from schemas.errors import InputError
 from zscl.data.captions.formats import FORMATS, ONE_A_LINE, read_captions
-from zscl.runtime.atomic_io import whole_file
+from zscl.runtime.atomic_io import atomic_file
 
 SHOWN = 3  # captions shown to the user
 HEADER = b"caption\n"  # below it, every line is a caption
@@ -64,7 +64,7 @@ def write_captions(file: Path, folder: Path, column: str | None = None) -> Writt
         if not all(there == ours for there, ours in itertools.zip_longest(written, captions)):
             raise InputError(f"{place}: found other captions there, expected a folder without a captions.txt")
     else:
-        with whole_file(place) as temporary:
+        with atomic_file(place) as temporary:
             with temporary.open("w", encoding="utf-8") as stream:
                 stream.writelines(caption + "\n" for caption in captions)
             _make_readable(temporary, file, first[0])

@@ -8,12 +8,12 @@ from pathlib import Path
 from schemas.errors import InputError
 from zscl.data.indexed import IndexedSamples
 from zscl.data.shard_urls import open_samples
-from zscl.data.task import MANIFEST, TaskFolder, lines_of
+from zscl.data.task import MANIFEST, TaskFolder, read_lines
 from zscl.datasets.mtil import classnames_of, templates_of
 from zscl.datasets.sources import Prepared, kept_task
 from zscl.datasets.task_writer import FileList
-from zscl.runtime.atomic_io import whole_folder, write_text
-from zscl.runtime.hashing import file_digest
+from zscl.runtime.atomic_io import atomic_folder, write_text
+from zscl.runtime.hashing import sha256_of_file
 
 SPLIT_FAMILY = "clip-benchmark-wds"
 
@@ -64,13 +64,13 @@ def fetch(task: str, out: Path) -> Prepared:
     splits = [split for split in ("train", "test")[not ours :] if (downloaded / split / "nshards.txt").is_file()]
     if "test" not in splits:
         raise InputError(f"{task}: found no test/nshards.txt in clip-benchmark/{repository}, expected a task's layout")
-    classnames, notes = lines_of(f"{downloaded}/classnames.txt", "class names"), list[str]()
-    templates = [] if ours else lines_of(f"{downloaded}/zeroshot_classification_templates.txt", "prompt templates")
+    classnames, notes = read_lines(f"{downloaded}/classnames.txt", "class names"), list[str]()
+    templates = [] if ours else read_lines(f"{downloaded}/zeroshot_classification_templates.txt", "prompt templates")
     if ours:
         classnames, notes = _our_classnames(task, classnames)
         templates = templates_of(task)
     images, manifest = _manifest(task, downloaded, splits, classnames, repository)
-    with whole_folder(folder) as temporary:
+    with atomic_folder(folder) as temporary:
         for split in splits:
             # Moved last of all, when everything about them is known to be right.
             (downloaded / split).rename(temporary / split)
@@ -119,7 +119,12 @@ def _manifest(
                 files.add(f"{split}/{Path(shard).name}/{sample.key}", opened.label_of(sample))
             size = Path(shard).stat().st_size
             shards[split].append(
-                {"file": Path(shard).name, "samples": len(samples), "bytes": size, "sha256": file_digest(Path(shard))}
+                {
+                    "file": Path(shard).name,
+                    "samples": len(samples),
+                    "bytes": size,
+                    "sha256": sha256_of_file(Path(shard)),
+                }
             )
             images[split] += len(samples)
         file_lists[split] = files.sha256

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from schemas.errors import InputError
-from zscl.data.task import lines_of
+from zscl.data.task import read_lines
 from zscl.datasets.image_folder import class_files
 from zscl.datasets.sources import File, Prepared, write_files
 
@@ -25,11 +25,11 @@ def prepare_tinyimagenet(root: Path, folder: Path) -> Prepared:
     Raises:
         InputError: something of it is missing or does not fit together, or something else lies at `folder`.
     """
-    wnids = sorted(lines_of(f"{root}/wnids.txt", "WordNet ids"))
-    words = dict(line.partition("\t")[::2] for line in lines_of(f"{root}/words.txt", "WordNet ids and their names"))
+    wnids = sorted(read_lines(f"{root}/wnids.txt", "WordNet ids"))
+    words = dict(line.partition("\t")[::2] for line in read_lines(f"{root}/words.txt", "WordNet ids and their names"))
     labels = {wnid: label for label, wnid in enumerate(wnids)}
     test = []
-    for line in lines_of(f"{root}/val/val_annotations.txt", "validation images and their WordNet ids"):
+    for line in read_lines(f"{root}/val/val_annotations.txt", "validation images and their WordNet ids"):
         name, wnid, *_ = [*line.split("\t"), ""]
         image = root / "val/images" / name
         if wnid not in labels or not image.is_file():
@@ -60,7 +60,7 @@ def prepare_imagenet(root: Path, folder: Path, classes: Path | None) -> Prepared
         InputError: a folder of a class is missing, a class has no name, or something else lies at `folder`.
     """
     known = _names_of_all(root)
-    lines = lines_of(str(classes), "WordNet ids") if classes else sorted(known)
+    lines = read_lines(str(classes), "WordNet ids") if classes else sorted(known)
     if not lines:
         raise InputError(f"{root}/train: found no thousand folders, expected ImageNet's, or --classes FILE")
     given = dict(line.partition(" ")[::2] for line in lines)

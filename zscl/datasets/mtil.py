@@ -31,7 +31,7 @@ from zscl.datasets.sources import (
     said_in_one_sentence,
 )
 from zscl.datasets.task_writer import write_task
-from zscl.runtime.atomic_io import whole_folder
+from zscl.runtime.atomic_io import atomic_folder
 
 REPORT_EVERY = 200  # images
 
@@ -179,7 +179,7 @@ def prepare(task: str, out: Path, root: Path | None, report: Report = lambda *_:
     downloads = out / ".downloads" / task
     if not downloads.is_dir():
         # torchvision takes a half-unpacked archive for a whole one: a download is whole or not there.
-        with whole_folder(downloads) as temporary:
+        with atomic_folder(downloads) as temporary:
             _open_splits(task, temporary, download=True)
     prepared = _convert(task, folder, downloads, report)
     _remove(downloads)

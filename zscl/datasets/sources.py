@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from schemas.errors import InputError
-from zscl.data.task import MANIFEST, lines_of
+from zscl.data.task import MANIFEST, read_lines
 from zscl.datasets.task_writer import FileList, LabelledImage, write_task
 
 SPLIT_SEED = 42  # of the authors' random splits
@@ -122,7 +122,7 @@ def _check_same(
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     words = {"classnames.txt": classnames, "zeroshot_classification_templates.txt": templates}
     same_words = all(
-        lines_of(str(folder / file), "lines") == [line.strip() for line in lines] for file, lines in words.items()
+        read_lines(str(folder / file), "lines") == [line.strip() for line in lines] for file, lines in words.items()
     )
     if manifest.get("file_lists") != lists or not same_words:
         raise InputError(f"{folder}: found a task of other files, classes or templates, expected a new folder")

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from schemas.errors import InputError
 from zscl.data.tar import IMAGE_SUFFIXES, write_shards
 from zscl.data.task import MANIFEST
-from zscl.runtime.atomic_io import whole_folder, write_text
+from zscl.runtime.atomic_io import atomic_folder, write_text
 
 FILES = "files.txt"  # of a split: what each sample was called at its source
 
@@ -71,7 +71,7 @@ def write_task(
     """
     _refuse_several_lines(folder, "class name", classnames)
     _refuse_several_lines(folder, "template", templates)
-    with whole_folder(folder) as temporary:
+    with atomic_folder(folder) as temporary:
         write_text(temporary / "classnames.txt", "\n".join(classnames) + "\n")
         write_text(temporary / "zeroshot_classification_templates.txt", "\n".join(templates) + "\n")
         shards, file_lists = {}, {}

@@ -53,7 +53,7 @@ def forward_transfer(matrix: Matrix, zero_shot: Sequence[float]) -> float | None
     return fmean(gained) if gained else None
 
 
-def at_chance(accuracy: float, classes: int, images: int) -> bool:
+def is_at_chance(accuracy: float, classes: int, images: int) -> bool:
     """Whether an accuracy is what guessing gives: at most two standard deviations above one in so many classes."""
     guessed = 1 / classes
     return classes > 1 and accuracy <= guessed + 2 * math.sqrt(guessed * (1 - guessed) / images)

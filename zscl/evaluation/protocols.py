@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from schemas.errors import InputError, command
-from schemas.evaluation import Bin, Confused, Judged, Protocol
-from zscl.data.decode import Decode
+from schemas.evaluation import Bin, ConfusionCount, Protocol, TaskEvaluation
+from zscl.data.decode import Decoder
 from zscl.data.loader import EvaluationImages, Loader
 from zscl.data.task import TaskFolder
 from zscl.evaluation.zero_shot import embed_classes
@@ -23,7 +23,7 @@ BINS = 15  # of confidence; Guo et al., On Calibration of Modern Neural Networks
 
 
 @dataclass(frozen=True)
-class Space:
+class LabelSpace:
     """Classes that are told apart.
 
     embeddings: [R, D], normalised, one or more rows a class; owner: [R], each row's class; names: of the C classes.
@@ -42,7 +42,9 @@ class Space:
         return nearest.scatter_reduce(1, self.owner.expand(len(rows), -1), rows, "amax")
 
 
-def shared_space(tasks: Sequence[TaskFolder], embedded: Sequence[torch.Tensor]) -> tuple[Space, list[torch.Tensor]]:
+def shared_space(
+    tasks: Sequence[TaskFolder], embedded: Sequence[torch.Tensor]
+) -> tuple[LabelSpace, list[torch.Tensor]]:
     """One space for all tasks, and for each task its labels' classes in it, [C of the task].
 
     Args:
@@ -62,10 +64,10 @@ def shared_space(tasks: Sequence[TaskFolder], embedded: Sequence[torch.Tensor]) 
                 names.append(name)
             own.append(numbers[key])
         places.append(torch.tensor(own, device=embedded[0].device))
-    return Space(torch.cat(list(embedded)), torch.cat(places), tuple(names)), places
+    return LabelSpace(torch.cat(list(embedded)), torch.cat(places), tuple(names)), places
 
 
-class Tally:
+class TaskTally:
     """What is counted of a task's images in a space.
 
     Args:
@@ -73,7 +75,7 @@ class Tally:
         scale: by which similarities are multiplied before the softmax.
     """
 
-    def __init__(self, space: Space, scale: torch.Tensor) -> None:
+    def __init__(self, space: LabelSpace, scale: torch.Tensor) -> None:
         self.space, self.scale = space, scale
         device, classes = space.embeddings.device, len(space.names)
         self.confusion = torch.zeros(classes, classes, dtype=torch.long, device=device)  # true, predicted
@@ -94,7 +96,7 @@ class Tally:
         for row, each in zip(self.bins, (torch.ones_like(confidence), confidence, predicted == classes), strict=True):
             row.index_add_(0, bins, each.double())
 
-    def judged(self, task: TaskFolder, protocol: Protocol) -> Judged:
+    def judged(self, task: TaskFolder, protocol: Protocol) -> TaskEvaluation:
         """The figures.
 
         Raises:
@@ -112,7 +114,7 @@ class Tally:
         names = _told_apart(self.space.names)
         in_bin, confidence, accurate = self.bins.cpu()
         filled = in_bin.clamp(min=1)
-        return Judged(
+        return TaskEvaluation(
             task=task.name,
             protocol=protocol,
             images=images,
@@ -127,7 +129,7 @@ class Tally:
                 for count, sure, right in zip(in_bin, confidence / filled, accurate / filled, strict=True)
             ),
             confused=tuple(
-                Confused(true=names[true], predicted=names[predicted], images=int(confusion[true, predicted]))
+                ConfusionCount(true=names[true], predicted=names[predicted], images=int(confusion[true, predicted]))
                 for true, predicted in confusion.nonzero().tolist()
             ),
         )
@@ -138,7 +140,7 @@ def _told_apart(names: Sequence[str]) -> list[str]:
     return [name if names.count(name) == 1 else f"{name} [{label}]" for label, name in enumerate(names)]
 
 
-def judge(
+def evaluate_tasks(
     clip: Clip,
     tasks: Sequence[TaskFolder],
     suites: Sequence[TaskFolder],
@@ -149,7 +151,7 @@ def judge(
     precision: str = "fp32",
     batch_size: int = 256,
     on_images: Callable[[int], None] = lambda images: None,
-) -> Iterator[Judged]:
+) -> Iterator[TaskEvaluation]:
     """Judge `clip.model` on every task, and on suites whose classes join no other's.
 
     Args:
@@ -172,12 +174,12 @@ def judge(
     clip.model.eval()
     for number, (task, embeddings) in enumerate(zip([*tasks, *suites], embedded, strict=True)):
         own = torch.arange(len(task.classnames), device=loader.device)
-        tallies: dict[Protocol, tuple[Tally, torch.Tensor]] = {}
+        tallies: dict[Protocol, tuple[TaskTally, torch.Tensor]] = {}
         if "task-aware" in protocols or number >= len(tasks):
-            tallies["task-aware"] = Tally(Space(embeddings, own, task.classnames), scale), own
+            tallies["task-aware"] = TaskTally(LabelSpace(embeddings, own, task.classnames), scale), own
         if "task-agnostic" in protocols and number < len(tasks) and shared is not None:
-            tallies["task-agnostic"] = Tally(shared, scale), places[number]
-        images = EvaluationImages(task.test, Decode(clip.evaluation_transform, task.label_of), worker=0, workers=1)
+            tallies["task-agnostic"] = TaskTally(shared, scale), places[number]
+        images = EvaluationImages(task.test, Decoder(clip.evaluation_transform, task.label_of), worker=0, workers=1)
         with torch.inference_mode():
             for batch, labels in images.batches(batch_size, loader):
                 with precision_context(precision, loader.device):

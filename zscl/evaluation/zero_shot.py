@@ -6,12 +6,12 @@ import torch
 from open_clip import build_zero_shot_classifier
 
 from schemas.errors import InputError, command
-from zscl.data.decode import Decode
+from zscl.data.decode import Decoder
 from zscl.data.loader import EvaluationImages, Loader
 from zscl.data.task import TaskFolder
 from zscl.models.clip import Clip, at_least_float32, precision_context
 from zscl.models.load_checks import refuse_not_finite
-from zscl.runtime.distributed import gather, rank, share, sum_over_workers, world_size
+from zscl.runtime.distributed import all_reduce_ints, gather, rank, rank_slice, world_size
 
 CLASSES_AT_ONCE = 32  # classes (times templates) in one pass of the text tower
 
@@ -71,7 +71,7 @@ def embed_classes(
     return embedded
 
 
-def head(embedded: Sequence[torch.Tensor], task: int, last: int) -> torch.Tensor:
+def slice_head(embedded: Sequence[torch.Tensor], task: int, last: int) -> torch.Tensor:
     """What tells the classes of the tasks up to `last` apart, those of `task`, one of them, first. [C or more, D]"""
     return torch.cat([embedded[task], *embedded[:task], *embedded[task + 1 : last + 1]])
 
@@ -80,7 +80,7 @@ def class_embeddings(clip: Clip, task: TaskFolder, templates: str, device: torch
     """Embed every class; the workers share the classes. Returns [C, D], normalised."""
     used = task.templates if templates == "all" else task.templates[:1]
     formats = [lambda name, template=template: template.replace("{c}", name) for template in used]
-    own = share(len(task.classnames))
+    own = rank_slice(len(task.classnames))
     # With more workers than classes, some have none to embed: they embed one, for its shape, and give no row.
     names = [task.classnames[index] for index in own] or [task.classnames[0]]
     embedded = build_zero_shot_classifier(
@@ -95,7 +95,7 @@ def count_correct(
     clip: Clip, task: TaskFolder, heads: Sequence[torch.Tensor], loader: Loader, precision: str, batch_size: int
 ) -> tuple[list[int], int]:
     """Classify every test image once over all workers. Returns (correct under each head, images)."""
-    images = EvaluationImages(task.test, Decode(clip.evaluation_transform, task.label_of), rank(), world_size())
+    images = EvaluationImages(task.test, Decoder(clip.evaluation_transform, task.label_of), rank(), world_size())
     correct, seen, finite = [0] * len(heads), 0, True
     for batch, labels in images.batches(batch_size, loader):
         with precision_context(precision, loader.device):
@@ -105,7 +105,7 @@ def count_correct(
             correct[number] += int((features @ head.T).argmax(dim=1).eq(labels).sum())
         seen += len(labels)
     loader.check_over_workers()
-    *correct_everywhere, seen_everywhere, finite_everywhere = map(int, sum_over_workers(*correct, seen, finite))
+    *correct_everywhere, seen_everywhere, finite_everywhere = map(int, all_reduce_ints(*correct, seen, finite))
     if finite_everywhere < world_size():  # all workers raise
         raise InputError(f"{task.path}/test: the model gives its images features that are NaN or Inf, expected numbers")
     return correct_everywhere, seen_everywhere

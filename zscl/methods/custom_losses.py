@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING
 import torch
 
 from schemas.errors import InputError
-from schemas.method import FurtherLoss
+from schemas.method import CustomLoss
 from zscl.runtime.distributed import world_size
-from zscl.runtime.hashing import digest
+from zscl.runtime.hashing import sha256_of
 
 if TYPE_CHECKING:
-    from zscl.methods.interfaces import Batch, Features, Part, Stage
+    from zscl.methods.interfaces import Batch, Features, LossTerm, StageContext
 
 NAME = re.compile(r"[A-Za-z0-9_:-][A-Za-z0-9_.: -]*(/[A-Za-z0-9_:-][A-Za-z0-9_.: -]*)*")  # of an MLflow metric
 COLUMNS = ("step", "learning_rate", "gradient_norm")  # of losses.csv, beside the losses
 
 
-def find(loss: FurtherLoss) -> Callable[..., "Part"]:
+def import_custom_loss(loss: CustomLoss) -> Callable[..., "LossTerm"]:
     """Import what a recipe names.
 
     Raises:
@@ -43,13 +43,13 @@ def find(loss: FurtherLoss) -> Callable[..., "Part"]:
     return found  # type: ignore[no-any-return]
 
 
-def digest_of(loss: FurtherLoss) -> str:
+def digest_of_code(loss: CustomLoss) -> str:
     """Identity of the code that a recipe names: the source of its module. Its settings are looked at, too.
 
     Raises:
         InputError: there is no such code, or it does not take the settings.
     """
-    found = find(loss)
+    found = import_custom_loss(loss)
     try:
         inspect.signature(found).bind("a stage", **loss.settings)
     except (TypeError, ValueError) as error:
@@ -59,33 +59,33 @@ def digest_of(loss: FurtherLoss) -> str:
         ) from error
     module = inspect.getmodule(found)
     try:
-        return digest(inspect.getsource(module) if module else loss.path)
+        return sha256_of(inspect.getsource(module) if module else loss.path)
     except (OSError, TypeError):  # compiled, or made in an interpreter
-        return digest(loss.path)
+        return sha256_of(loss.path)
 
 
-def bind(loss: FurtherLoss, stage: "Stage") -> "Part":
+def build_term(loss: CustomLoss, stage: "StageContext") -> "LossTerm":
     """Bind a loss to a stage.
 
     Raises:
         InputError: it fails, or what it gives is no part.
     """
     with _failure_told(loss):
-        part = find(loss)(stage, **loss.settings)
+        part = import_custom_loss(loss)(stage, **loss.settings)
     if not callable(part):
         raise InputError(
             f"method.further_losses: '{loss.path}' gives {type(part).__name__}, expected a part: something that is "
             "called with features and batch, and gives losses by name"
         )
-    return Checked(loss, part)
+    return CheckedTerm(loss, part)
 
 
 @dataclass(frozen=True)
-class Checked:
+class CheckedTerm:
     """Another's part, whose mistakes are said in a sentence: starting again would not mend them."""
 
-    loss: FurtherLoss
-    part: "Part"
+    loss: CustomLoss
+    part: "LossTerm"
 
     def __call__(self, features: "Features", batch: "Batch") -> dict[str, torch.Tensor]:
         """Return the part's losses by name.
@@ -119,7 +119,7 @@ class Checked:
 
 
 @contextmanager
-def _failure_told(loss: FurtherLoss) -> Iterator[None]:
+def _failure_told(loss: CustomLoss) -> Iterator[None]:
     try:
         yield
     except (InputError, torch.OutOfMemoryError):

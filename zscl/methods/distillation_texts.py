@@ -16,17 +16,17 @@ from zscl.data.reference_set import ReferenceSet
 from zscl.data.task import TaskFolder
 from zscl.models.clip import Clip, at_least_float32
 from zscl.models.load_checks import refuse_not_finite
-from zscl.runtime.atomic_io import whole_file
-from zscl.runtime.distributed import from_main, gather, rank, share, sum_over_workers
-from zscl.runtime.hashing import digest
+from zscl.runtime.atomic_io import atomic_file
+from zscl.runtime.distributed import all_reduce_ints, broadcast_tensor, gather, rank, rank_slice
+from zscl.runtime.hashing import sha256_of
 from zscl.runtime.retry import retry_io
-from zscl.runtime.seeding import seed_of
+from zscl.runtime.seeding import derive_seed
 
 TEXTS_AT_ONCE = 512
 READ_SECONDS = 20.0  # to wait for a file that storage does not give: a run goes on without it
 
 
-def tokens_of(
+def distillation_tokens(
     distill: Distill,
     clip: Clip,
     task: TaskFolder,
@@ -72,7 +72,7 @@ def random_sentences(tokenizer: Any, count: int, length: int, seed: int) -> torc
             f"method.distill.random_length: found {length}, expected at most {context - 2}: the model reads {context} "
             "tokens with start and end"
         )
-    generator = torch.Generator().manual_seed(seed_of(seed, "random texts"))
+    generator = torch.Generator().manual_seed(derive_seed(seed, "random texts"))
     sentences = torch.zeros(count, context, dtype=torch.long)
     sentences[:, 0], sentences[:, length + 1] = start, end
     # CLIP's special tokens are the vocabulary's last: every id below the start token is a plain one.
@@ -80,7 +80,7 @@ def random_sentences(tokenizer: Any, count: int, length: int, seed: int) -> torc
     return sentences
 
 
-def text_embeddings(
+def embed_texts(
     tokens: torch.Tensor,
     teacher: Callable[[], nn.Module],
     store: Path,
@@ -106,16 +106,16 @@ def text_embeddings(
     """
     if weights is None:
         return _embedded(teacher(), tokens, device)
-    file = store / f"texts-{digest(str(FEATURES_VERSION), weights, tokens.numpy().tobytes())[:24]}.npy"
+    file = store / f"texts-{sha256_of(str(FEATURES_VERSION), weights, tokens.numpy().tobytes())[:24]}.npy"
     stored = _stored(file, len(tokens), note) if rank() == 0 else None
-    [found] = sum_over_workers(stored is not None)  # the main worker's answer, for all
+    [found] = all_reduce_ints(stored is not None)  # the main worker's answer, for all
     if found:
-        return from_main(stored.to(device) if stored is not None else None, like=torch.empty(0, device=device))
+        return broadcast_tensor(stored.to(device) if stored is not None else None, like=torch.empty(0, device=device))
     note(f"Teacher embeds {len(tokens)} reference texts, once")
     embedded = _embedded(teacher(), tokens, device)
     if rank() == 0:
         try:
-            with whole_file(file) as temporary, temporary.open("wb") as stream:
+            with atomic_file(file) as temporary, temporary.open("wb") as stream:
                 np.save(stream, embedded.cpu().numpy())
         except OSError as error:  # a store saves work; a run goes on without it
             note(f"{store}: teacher embeddings of texts are not stored ({error})")
@@ -148,7 +148,7 @@ def _embedded(teacher: nn.Module, tokens: torch.Tensor, device: torch.device) ->
 
 @torch.no_grad()  # not inference_mode: the losses save these embeddings for their backward pass
 def _encode(teacher: nn.Module, tokens: torch.Tensor, device: torch.device) -> torch.Tensor:
-    own = share(len(tokens))
+    own = rank_slice(len(tokens))
     chunks = tokens[own.start : own.stop].split(TEXTS_AT_ONCE)
     encoded = [teacher.encode_text(chunk.to(device), normalize=True) for chunk in chunks]  # type: ignore[operator]
     return at_least_float32(torch.cat(encoded))

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from schemas.errors import InputError
-from zscl.data.decode import FORMATS, Decode
+from zscl.data.decode import FORMATS, Decoder
 from zscl.data.indexed import IndexedSamples
 from zscl.data.loader import EvaluationImages, Loader
 from zscl.data.sample import Samples
@@ -21,13 +21,13 @@ from zscl.data.shard_urls import open_samples
 from zscl.data.tar import write_shards
 from zscl.data.task import TaskFolder
 from zscl.models.clip import Clip, at_least_float32, image_size, precision_context
-from zscl.runtime.distributed import gather_unequal, rank, world_size
+from zscl.runtime.distributed import gather_ragged, rank, world_size
 
 SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 SHARD_IMAGES = 1_000
 
 
-def per_class(budget: int, tasks: int, classes: int) -> int:
+def exemplars_per_class(budget: int, tasks: int, classes: int) -> int:
     """Exemplars of each class of a task when so many tasks share the budget."""
     return budget // tasks // classes
 
@@ -40,7 +40,7 @@ def check_budget(budget: int, tasks: Sequence[TaskFolder]) -> None:
     """
     remembered = tasks[:-1]
     for task in remembered:
-        if per_class(budget, len(remembered), len(task.classnames)) == 0:
+        if exemplars_per_class(budget, len(remembered), len(task.classnames)) == 0:
             raise InputError(
                 f"method.memory.budget: found {budget}, expected at least {len(remembered) * len(task.classnames)}: "
                 f"{len(remembered)} tasks share it and {task.name} has {len(task.classnames)} classes"
@@ -71,7 +71,7 @@ def herd(features: torch.Tensor, count: int) -> list[int]:
 
 
 @torch.inference_mode()
-def encode(
+def encode_training_images(
     clip: Clip, task: TaskFolder, loader: Loader, precision: str, batch_size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Encode a task's training images as in evaluation; what cannot be used is left out.
@@ -80,7 +80,7 @@ def encode(
     """
     was_training = clip.model.training
     clip.model.eval()
-    decode = Decode(clip.evaluation_transform, task.label_and_place_of)
+    decode = Decoder(clip.evaluation_transform, task.label_and_index_of)
     # A worker may have no image at all: it encodes one, for its shape, and gives no row.
     blank = torch.zeros(1, 3, *image_size(clip.model), device=loader.device)
     features = [at_least_float32(clip.model.encode_image(blank, normalize=True))[:0]]  # type: ignore[operator]
@@ -93,13 +93,15 @@ def encode(
         found.append(label_and_place)
     loader.check_over_workers()
     clip.model.train(was_training)
-    everyones, labels_and_places = gather_unequal(torch.cat(features)), gather_unequal(torch.cat(found))
+    everyones, labels_and_places = gather_ragged(torch.cat(features)), gather_ragged(torch.cat(found))
     labels, places = labels_and_places.unbind(dim=1)
     order = places.argsort()
     return everyones[order], labels[order], places[order]
 
 
-def choose(features: torch.Tensor, labels: torch.Tensor, places: torch.Tensor, count: int) -> list[tuple[int, int]]:
+def choose_exemplars(
+    features: torch.Tensor, labels: torch.Tensor, places: torch.Tensor, count: int
+) -> list[tuple[int, int]]:
     """Herd every class. Returns (place, label) of the chosen, the best of each class first."""
     ranked = []
     for label in labels.unique().tolist():
@@ -109,10 +111,10 @@ def choose(features: torch.Tensor, labels: torch.Tensor, places: torch.Tensor, c
     return [(place, label) for _, label, place in sorted(ranked)]
 
 
-def write(folder: Path, samples: Samples, chosen: Sequence[tuple[int, int]]) -> None:
+def write_exemplars(folder: Path, samples: Samples, chosen: Sequence[tuple[int, int]]) -> None:
     """Write the chosen (place, label) as shards, in their order, with the encoded images as they were."""
     wanted = {place for place, _ in chosen}
-    images = {sample.place: sample.image for sample in samples.once(0, 1) if sample.place in wanted}
+    images = {sample.index: sample.image for sample in samples.iter_shard(0, 1) if sample.index in wanted}
     kept = ({_suffix(images[place]): images[place], "cls": str(label).encode()} for place, label in chosen)
     write_shards(folder, kept, SHARD_IMAGES)
 
@@ -122,7 +124,7 @@ def _suffix(encoded: bytes) -> str:
         return SUFFIXES.get(image.format or "", "png")
 
 
-def recall(folders: Sequence[Path], budget: int) -> IndexedSamples | None:
+def load_exemplars(folders: Sequence[Path], budget: int) -> IndexedSamples | None:
     """The exemplars of the earlier stages that the budget allows; `None` before there are any.
 
     Args:
@@ -140,6 +142,6 @@ def recall(folders: Sequence[Path], budget: int) -> IndexedSamples | None:
     allowed = [
         place
         for (folder, _), places in by_class.items()
-        for place in places[: per_class(budget, len(folders), classes[folder])]
+        for place in places[: exemplars_per_class(budget, len(folders), classes[folder])]
     ]
     return samples.subset(sorted(allowed))

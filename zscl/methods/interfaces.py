@@ -36,7 +36,7 @@ class Features:
     scale: torch.Tensor
 
 
-class Part(Protocol):
+class LossTerm(Protocol):
     """One term, or a few, of a method's loss."""
 
     def __call__(self, features: Features, batch: Batch) -> dict[str, torch.Tensor]:
@@ -57,7 +57,7 @@ class Teacher:
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageContext:
     """What a part may want to know of the stage that it is bound to.
 
     batch_size, reference_batch_size: B and B', over all workers; trained: the student's trained parameters; start: what

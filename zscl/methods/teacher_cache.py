@@ -31,15 +31,15 @@ from numpy.lib.format import open_memmap
 from torch import nn
 
 from schemas.algorithm import FEATURES_VERSION
-from zscl.data.decode import Decode
+from zscl.data.decode import Decoder
 from zscl.data.indexed import IndexedSamples
 from zscl.data.loader import EvaluationImages, Loader
 from zscl.data.sample import Sample
 from zscl.models.clip import Clip, at_least_float32, precision_context
 from zscl.models.load_checks import refuse_not_finite
-from zscl.runtime.atomic_io import set_aside
-from zscl.runtime.distributed import barrier, rank, share, sum_over_workers, world_size
-from zscl.runtime.hashing import digest
+from zscl.runtime.atomic_io import quarantine
+from zscl.runtime.distributed import all_reduce_ints, barrier, rank, rank_slice, world_size
+from zscl.runtime.hashing import sha256_of
 from zscl.runtime.retry import retry_io
 
 FEATURES, CHECKS = "features.npy", "checks.npy"
@@ -48,7 +48,7 @@ NEARLY_ALL = 0.9  # of a set: a run that meets so much of it may as well compute
 Encode = Callable[[torch.Tensor], torch.Tensor]
 
 
-def encoder(teacher: Callable[[], nn.Module], precision: str) -> Encode:
+def build_encoder(teacher: Callable[[], nn.Module], precision: str) -> Encode:
     """Encode images with a teacher that is loaded when it is first needed. [b, 3, H, W] → [b, D], normalised
 
     Nothing here waits for the device. Whether features are finite is checked before they are stored, or by the loss.
@@ -141,7 +141,7 @@ def _checksum(row: np.ndarray, image: np.integer) -> int:
     return zlib.crc32(row.tobytes(), int(image) & 0xFFFFFFFF)
 
 
-def store_of(
+def open_feature_store(
     root: Path,
     clip: Clip,
     weights: str,
@@ -168,11 +168,11 @@ def store_of(
     transform = re.sub(r" at 0x[0-9a-f]+", "", str(clip.evaluation_transform))  # a function shows its address
     dtype = torch.promote_types(next(clip.model.parameters()).dtype, torch.float32)
     made_by = str(FEATURES_VERSION), weights, transform, precision, str(dtype), images.digest
-    folder = root / f"images-{digest(*made_by)[:24]}"
+    folder = root / f"images-{sha256_of(*made_by)[:24]}"
     opened = _open_or_replace(folder, len(images), width, dtype, note) if rank() == 0 else None
     barrier()  # who shares the main worker's folder finds its store there
     opened = opened or _open_or_replace(folder, len(images), width, dtype, note)
-    [usable] = sum_over_workers(opened is not None)
+    [usable] = all_reduce_ints(opened is not None)
     return opened if usable == world_size() else None
 
 
@@ -192,7 +192,7 @@ def _open_or_replace(
             try:
                 return retry_io(partial(_opened, opening, folder), OPEN_SECONDS, what=folder)
             except _DamagedError as error:
-                aside = set_aside(folder)
+                aside = quarantine(folder)
                 if aside is not None:
                     note(f"{folder}: found no readable features ({error}); it lies at {aside.name}, and is made again")
             return opening()
@@ -259,8 +259,8 @@ class StoredFeatures:
         """
         lacking = self.store.missing()
         barrier()  # all have looked before any writes
-        own, done = [lacking[index] for index in share(len(lacking))], 0
-        decode = Decode(clip.evaluation_transform, Sample.identity)
+        own, done = [lacking[index] for index in rank_slice(len(lacking))], 0
+        decode = Decoder(clip.evaluation_transform, Sample.identity)
         for batch, identities in EvaluationImages(images.subset(own), decode, 0, 1, total=len(images)).batches(
             batch_size, loader
         ):
@@ -285,7 +285,7 @@ class StoredFeatures:
             self.note(f"{self.store.folder}: teacher features are no longer stored ({error})")
 
 
-def share_met(count: int, draws: Sequence[int]) -> float:
+def share_drawn(count: int, draws: Sequence[int]) -> float:
     """Share of a set that is met at least once.
 
     Args:

@@ -12,8 +12,8 @@ from schemas.errors import InputError
 from schemas.experiment import Experiment
 from schemas.method import Distill
 from zscl.methods import losses
-from zscl.methods.custom_losses import bind
-from zscl.methods.interfaces import Batch, Features, Part, Stage, Teacher
+from zscl.methods.custom_losses import build_term
+from zscl.methods.interfaces import Batch, Features, LossTerm, StageContext, Teacher
 from zscl.runtime.distributed import gather
 
 
@@ -88,12 +88,12 @@ class Consolidation:
 class Objective:
     """All parts of a method, for one stage."""
 
-    parts: Sequence[Part]
+    terms: Sequence[LossTerm]
 
     def __call__(self, features: Features, batch: Batch) -> dict[str, torch.Tensor]:
         """Return every part's losses by name."""
         named: dict[str, torch.Tensor] = {}
-        for part in self.parts:
+        for part in self.terms:
             found = part(features, batch)
             if twice := named.keys() & found.keys():
                 raise InputError(
@@ -103,10 +103,10 @@ class Objective:
         return named
 
 
-def build(experiment: Experiment, stage: Stage) -> Objective:
+def build_objective(experiment: Experiment, stage: StageContext) -> Objective:
     """Bind the experiment's method to one stage."""
     method = experiment.method
-    parts: list[Part] = []
+    parts: list[LossTerm] = []
     if method.task_loss:
         parts.append(Classification(stage.batch_size, method.task_loss.label_smoothing))
     if method.distill and stage.teacher is not None:  # without a teacher: nothing to distil on yet
@@ -114,5 +114,5 @@ def build(experiment: Experiment, stage: Stage) -> Objective:
     if method.consolidate:
         multi_tensor = experiment.compute.savings.multi_tensor
         parts.append(Consolidation(stage.trained, stage.start, method.consolidate.weight, multi_tensor))
-    parts += [bind(loss, stage) for loss in method.further_losses]
+    parts += [build_term(loss, stage) for loss in method.further_losses]
     return Objective(parts)

@@ -19,7 +19,7 @@ from torch.optim.swa_utils import (
 from schemas.method import Average
 
 
-class HandOn(Protocol):
+class WeightAverager(Protocol):
     """Follows the student through a stage and gives the model that the stage hands on."""
 
     @property
@@ -40,7 +40,7 @@ class HandOn(Protocol):
         """Go on from a checkpoint."""
 
 
-class LastWeights:
+class LastIterate:
     """No average: the student as it is."""
 
     merges = 0
@@ -59,7 +59,7 @@ class LastWeights:
         """Nothing to do."""
 
 
-class WeightEnsemble:
+class RunningAverage:
     """Running average of the stage's start and the weights after steps 0, I, 2I, …, T (paper, eq. 7).
 
     A plain mean, or an exponential average: mean ← decay · mean + (1 − decay) · θ; after each merge, a share of the
@@ -111,9 +111,9 @@ def _averaged(student: nn.Module, settings: Average, multi_tensor: bool) -> Aver
     return AveragedModel(student, avg_fn=get_ema_avg_fn(settings.decay) if exponential else get_swa_avg_fn())
 
 
-def hand_on(
+def build_averager(
     average: Average | None, student: nn.Module, start: Sequence[torch.Tensor] = (), multi_tensor: bool = True
-) -> HandOn:
+) -> WeightAverager:
     """Build what follows the student, from the method's averaging part.
 
     Args:
@@ -122,7 +122,7 @@ def hand_on(
         start: the trained parameters at the stage's start, for a part that blends them in.
         multi_tensor: merge all tensors at once, or one after another.
     """
-    return LastWeights(student) if average is None else WeightEnsemble(student, average, start, multi_tensor)
+    return LastIterate(student) if average is None else RunningAverage(student, average, start, multi_tensor)
 
 
 def trained_parameters(model: nn.Module) -> list[nn.Parameter]:

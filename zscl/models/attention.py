@@ -91,7 +91,7 @@ def project(attention: nn.MultiheadAttention, rows: torch.Tensor, parts: slice) 
     return [part.unflatten(-1, (attention.num_heads, -1)) for part in projected.split(width, dim=-1)]
 
 
-def look(
+def attend(
     queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Attention over [n, rows, heads, width]; rows come back with their heads joined."""
@@ -99,7 +99,7 @@ def look(
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
-def behind_attention(block: ResidualAttentionBlock, rows: torch.Tensor, looked: torch.Tensor) -> torch.Tensor:
+def finish_block(block: ResidualAttentionBlock, rows: torch.Tensor, looked: torch.Tensor) -> torch.Tensor:
     """The rest of a block: what `look` gave for these rows, projected and added, and the MLP. [..., W] → the same"""
     between = rows + block.ls_1(block.attn.out_proj(looked))
     behind: torch.Tensor = between + block.ls_2(block.mlp(block.ln_2(between)))

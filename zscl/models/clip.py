@@ -27,9 +27,9 @@ from zscl.models.load_checks import (
     refuse_unknown_name,
     refuse_unreachable_weights,
 )
-from zscl.runtime.atomic_io import whole_folder
-from zscl.runtime.hashing import digest, file_digest
-from zscl.runtime.paths import nearest
+from zscl.runtime.atomic_io import atomic_folder
+from zscl.runtime.hashing import sha256_of, sha256_of_file
+from zscl.runtime.paths import did_you_mean_path
 from zscl.runtime.retry import os_error_of, retry_io
 
 EMBEDDED_MODEL = Path(__file__).parent / "embedded_model"
@@ -50,7 +50,7 @@ class Clip:
 
     def save(self, model: nn.Module, folder: Path, dtype: torch.dtype = torch.float32) -> None:
         """Write `model`, of this architecture, as an open_clip folder, whole or not at all."""
-        with whole_folder(folder) as temporary:
+        with atomic_folder(folder) as temporary:
             weights = {name: value.detach().to("cpu", dtype).contiguous() for name, value in model.state_dict().items()}
             try:
                 save_file(weights, temporary / WEIGHTS)
@@ -70,7 +70,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     """
     file = folder / WEIGHTS
     try:
-        weights = retry_io(lambda: load_file(file), folder=folder.parent, what=file)
+        weights = retry_io(lambda: load_file(file), must_exist=folder.parent, what=file)
     except Exception as error:  # safetensors raises what it meets
         reason = " ".join(str(error).split())
         raise InputError(f"{file}: found no readable weights, expected a model's ({reason})") from error
@@ -86,7 +86,7 @@ def open_clip_name(model: Model) -> str:
     return model.name if model.name.startswith((LOCAL_MODEL, HUB_MODEL)) else model.name.replace("/", "-")
 
 
-def load(model: Model, device: torch.device | str = "cpu") -> Clip:
+def load_clip(model: Model, device: torch.device | str = "cpu") -> Clip:
     """Load a model, its tokenizer and its two image transforms, with float32 weights; nothing in its files is run.
 
     Two images and two texts are encoded, so that a model whose features are unusable is refused.
@@ -151,7 +151,7 @@ def _created(name: str, model: Model, device: torch.device | str, shown: str) ->
 
 def _refuse_without_safetensors(folder: Path, shown: str) -> None:
     if not folder.is_dir():
-        raise InputError(f"{shown}: found no such folder, expected an open_clip folder{nearest(folder)}")
+        raise InputError(f"{shown}: found no such folder, expected an open_clip folder{did_you_mean_path(folder)}")
     if not any(folder.glob("*.safetensors")):
         raise InputError(f"{shown}: found no .safetensors in the folder, expected {CONFIG} and {WEIGHTS}")
     pickled = sorted(file.name for pattern in ("*.bin", "*.pth") for file in folder.glob(pattern))
@@ -192,7 +192,7 @@ def _content_digest(model: Model) -> str:
     name = open_clip_name(model)
     if not name.startswith(LOCAL_MODEL):
         weights = Path(model.pretrained or "")
-        return f"{name} {file_digest(weights) if weights.is_file() else model.pretrained}"
+        return f"{name} {sha256_of_file(weights) if weights.is_file() else model.pretrained}"
     folder = Path(name.removeprefix(LOCAL_MODEL))
     _refuse_without_safetensors(folder, f"model: '{model.name}'")
     if not (folder / CONFIG).is_file():
@@ -201,7 +201,7 @@ def _content_digest(model: Model) -> str:
         config = json.dumps(json.loads((folder / CONFIG).read_text()), sort_keys=True)
     except (ValueError, RecursionError) as error:
         raise InputError(f"model: '{model.name}' cannot be loaded, expected JSON in {CONFIG} ({error})") from error
-    return digest(config, *(file_digest(file) for file in sorted(folder.glob("*.safetensors"))))
+    return sha256_of(config, *(sha256_of_file(file) for file in sorted(folder.glob("*.safetensors"))))
 
 
 def image_size(model: nn.Module) -> tuple[int, int]:

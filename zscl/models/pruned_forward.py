@@ -25,9 +25,9 @@ from schemas.compute import Compute, Savings
 from schemas.errors import InputError
 from zscl.models.attention import NotApplicableError
 from zscl.models.clip import at_least_float32, image_size
-from zscl.models.text_tower import Prompts, TextTower, UsedEmbeddings, lay_out
+from zscl.models.text_tower import PackedPrompts, TextTower, UsedEmbeddings, pack_prompts
 from zscl.models.vision_tower import ImageTower
-from zscl.runtime.distributed import sum_over_workers, world_size
+from zscl.runtime.distributed import all_reduce_ints, world_size
 
 TOLERANCE = 1e-5  # largest difference between normalised features that round-off explains
 IMAGE_SAVINGS = ("pooled_row",)
@@ -38,7 +38,7 @@ class OutputsDifferError(NotApplicableError):
     """A tower's structure gives no reason, but its features do."""
 
 
-class Towers(nn.Module):
+class PrunedForward(nn.Module):
     """Both towers in one forward pass, which is what DistributedDataParallel can follow.
 
     Args:
@@ -53,13 +53,13 @@ class Towers(nn.Module):
     """
 
     def __init__(
-        self, clip: nn.Module, tokens: torch.Tensor, own: range, compute: Compute, unused_embeddings_stay: bool
+        self, clip: nn.Module, tokens: torch.Tensor, rank_prompts: range, compute: Compute, unused_embeddings_stay: bool
     ) -> None:
         super().__init__()
         self.clip, self.one_pass, self.images_at_once = clip, compute.savings.one_pass, compute.images_at_once
-        self._tokens = tokens[own.start : own.stop]
+        self._tokens = tokens[rank_prompts.start : rank_prompts.stop]
         self._used: UsedEmbeddings | None = None
-        self._prompts: Prompts | None = None
+        self._prompts: PackedPrompts | None = None
         savings, checkpointed = compute.savings, compute.gradient_checkpointing
         self.notes: list[str] = []
         self._image_tower = _image_tower(clip, savings, checkpointed, self.notes)
@@ -94,7 +94,7 @@ class Towers(nn.Module):
         encoded = self._images(torch.cat([images, references]))
         return encoded[: len(images)], encoded[len(images) :], prompts
 
-    def restore(self, clip: nn.Module) -> None:
+    def restore_embeddings(self, clip: nn.Module) -> None:
         """Give the model, or a copy of it made since, its whole token embedding back."""
         if self._used is not None:
             self._used.restore(clip)
@@ -126,9 +126,9 @@ class Towers(nn.Module):
         return at_least_float32(self._text_tower(self._prompts, self._pooled_row))
 
 
-def _lay_out(tower: TextTower, tokens: torch.Tensor, savings: Savings) -> Prompts:
+def _lay_out(tower: TextTower, tokens: torch.Tensor, savings: Savings) -> PackedPrompts:
     cut = savings.context_cut != "never"
-    return lay_out(tokens, tower.ends(tokens), cut=cut, pack=cut and savings.packed_prompts != "never")
+    return pack_prompts(tokens, tower.ends(tokens), cut=cut, pack=cut and savings.packed_prompts != "never")
 
 
 def _image_tower(clip: nn.Module, savings: Savings, checkpointed: bool, notes: list[str]) -> ImageTower | None:
@@ -190,7 +190,7 @@ def _check(
     clip.eval()
     difference = float((ours(own) - plain(whole, normalize=True)).abs().max())
     clip.train(was_training)
-    [agreeing] = sum_over_workers(difference <= TOLERANCE)
+    [agreeing] = all_reduce_ints(difference <= TOLERANCE)
     if agreeing < world_size():
         raise OutputsDifferError(f"its features would differ by {difference:.1g}")
 
@@ -230,7 +230,7 @@ def _enable_gradient_checkpointing(clip: nn.Module, tokens: torch.Tensor, image_
     clip.train(was_training)
 
 
-def left_in_full(clip: nn.Module, savings: Savings) -> list[str]:
+def unpruned_parts(clip: nn.Module, savings: Savings) -> list[str]:
     """Which towers a model's structure leaves to be computed in full, and why; a sentence each.
 
     Raises:

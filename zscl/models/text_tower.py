@@ -12,8 +12,8 @@ from torch import nn
 
 from zscl.models.attention import (
     NotApplicableError,
-    behind_attention,
-    look,
+    attend,
+    finish_block,
     plain_blocks,
     project,
     require,
@@ -22,7 +22,7 @@ from zscl.models.attention import (
 
 
 @dataclass(frozen=True)
-class Prompts:
+class PackedPrompts:
     """Token ids of C prompts as R rows: first those that all prompts share, then what follows in each of them.
 
     ids and positions [R]; padded [C, S]: the row in each place of a prompt's own part, where places behind its end
@@ -53,7 +53,7 @@ class Prompts:
         return (looked_at <= self.shared + self.ends[:, None])[:, None, None]
 
 
-def lay_out(tokens: torch.Tensor, ends: torch.Tensor, *, cut: bool, pack: bool) -> Prompts:
+def pack_prompts(tokens: torch.Tensor, ends: torch.Tensor, *, cut: bool, pack: bool) -> PackedPrompts:
     """Lay prompts out for a causal tower.
 
     Args:
@@ -72,7 +72,7 @@ def lay_out(tokens: torch.Tensor, ends: torch.Tensor, *, cut: bool, pack: bool) 
     kept = place < own  # [C, S]
     first = shared + torch.cat([own.new_zeros(1, 1), own.cumsum(dim=0)[:-1]])
     positions = (shared + place).expand_as(kept)[kept]
-    return Prompts(
+    return PackedPrompts(
         ids=torch.cat([tokens[0, :shared], tokens[:, shared : shared + len(place)][kept]]),
         positions=torch.cat([torch.arange(shared, device=tokens.device), positions]),
         shared=shared,
@@ -129,7 +129,7 @@ class TextTower:
         """Where the tower pools: CLIP's end token is the largest id. [C, L] → [C]"""
         return (tokens if self.end_token is None else (tokens == self.end_token).int()).argmax(dim=1)
 
-    def __call__(self, prompts: Prompts, pooled_row: bool = True) -> torch.Tensor:
+    def __call__(self, prompts: PackedPrompts, pooled_row: bool = True) -> torch.Tensor:
         """Encode prompts. Returns [C, D], normalised."""
         rows = self.token_embedding(prompts.ids) + self.positional_embedding[prompts.positions]
         for block in self.blocks[:-1]:
@@ -144,7 +144,7 @@ class TextTower:
 
 
 def prompt_block(
-    block: ResidualAttentionBlock, rows: torch.Tensor, prompts: Prompts, pooled_row: bool = False
+    block: ResidualAttentionBlock, rows: torch.Tensor, prompts: PackedPrompts, pooled_row: bool = False
 ) -> torch.Tensor:
     """A block over packed prompts. [R, W] → the same, or [C, W] for the end tokens alone."""
     attention, normalised, shared = block.attn, block.ln_1(rows), prompts.shared
@@ -155,19 +155,19 @@ def prompt_block(
     if pooled_row:
         ends = prompts.end_rows
         [query] = project(attention, normalised.index_select(0, ends), slice(0, 1))
-        looked = look(query[:, None], keys, values, prompts.end_mask())
-        return behind_attention(block, rows.index_select(0, ends), looked[:, 0])
+        looked = attend(query[:, None], keys, values, prompts.end_mask())
+        return finish_block(block, rows.index_select(0, ends), looked[:, 0])
     [query] = project(attention, normalised, slice(0, 1))
-    looked = look(_padded(query, prompts), keys, values, prompts.mask())
+    looked = attend(_padded(query, prompts), keys, values, prompts.mask())
     looked = looked.flatten(0, 1).index_select(0, prompts.places)
     if shared:
         causal = torch.ones(shared, shared, dtype=torch.bool, device=rows.device).tril()
-        beginning = look(query[None, :shared], keys[:1, :shared], values[:1, :shared], causal)
+        beginning = attend(query[None, :shared], keys[:1, :shared], values[:1, :shared], causal)
         looked = torch.cat([beginning[0], looked])
-    return behind_attention(block, rows, looked)
+    return finish_block(block, rows, looked)
 
 
-def _padded(rows: torch.Tensor, prompts: Prompts) -> torch.Tensor:
+def _padded(rows: torch.Tensor, prompts: PackedPrompts) -> torch.Tensor:
     """Rows in each prompt's places. [R, ...] → [C, S, ...]"""
     padded: torch.Tensor = rows.index_select(0, prompts.padded.flatten()).unflatten(0, prompts.padded.shape)
     return padded
@@ -181,7 +181,7 @@ class UsedEmbeddings:
         self.whole, self.rows = embedding.weight, tokens.unique()
         embedding.weight = nn.Parameter(self.whole.detach()[self.rows])
 
-    def renumber(self, prompts: Prompts) -> Prompts:
+    def renumber(self, prompts: PackedPrompts) -> PackedPrompts:
         """The prompts with their ids counted in the small table."""
         return replace(prompts, ids=torch.searchsorted(self.rows, prompts.ids))
 

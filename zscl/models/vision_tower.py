@@ -10,8 +10,8 @@ from torch import nn
 
 from zscl.models.attention import (
     NotApplicableError,
-    behind_attention,
-    look,
+    attend,
+    finish_block,
     plain_blocks,
     project,
     require,
@@ -23,9 +23,9 @@ def image_block(block: ResidualAttentionBlock, rows: torch.Tensor, pooled_row: b
     """A block over an image's tokens. [n, tokens, W] → the same, or [n, 1, W] for the first token alone."""
     normalised = block.ln_1(rows)
     if not pooled_row:
-        return behind_attention(block, rows, look(*project(block.attn, normalised, slice(0, 3))))
+        return finish_block(block, rows, attend(*project(block.attn, normalised, slice(0, 3))))
     [query] = project(block.attn, normalised[:, :1], slice(0, 1))
-    return behind_attention(block, rows[:, :1], look(query, *project(block.attn, normalised, slice(1, 3))))
+    return finish_block(block, rows[:, :1], attend(query, *project(block.attn, normalised, slice(1, 3))))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ ASIDE = "damaged-"  # begins the names of what is set aside
 
 
 @contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
+def atomic_folder(folder: Path) -> Iterator[Path]:
     """Give a temporary folder that takes `folder`'s place when the block ends, and vanishes when it fails.
 
     What was at `folder` before is moved aside, and removed only when the new folder is in its place.
@@ -38,7 +38,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_file(file: Path) -> Iterator[Path]:
+def atomic_file(file: Path) -> Iterator[Path]:
     """Give a temporary file that takes `file`'s place when the block ends, and vanishes when it fails."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(file)
@@ -68,17 +68,17 @@ def _flush(path: Path) -> None:
 
 def write_text(file: Path, text: str) -> None:
     """Write a text file as a whole."""
-    with whole_file(file) as temporary:
+    with atomic_file(file) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def remove(file: Path) -> None:
+def remove_quietly(file: Path) -> None:
     """Remove a file, if it is there and storage lets us: what is left behind does no harm."""
     with suppress(OSError):
         file.unlink(missing_ok=True)
 
 
-def set_aside(path: Path) -> Path | None:
+def quarantine(path: Path) -> Path | None:
     """Rename a damaged file or folder, so that another can be made and nothing is lost.
 
     Args:
@@ -106,7 +106,7 @@ def link_folder(
         changed: content of files that are others there.
         without: names, or patterns of names, that are left out.
     """
-    with whole_folder(target) as temporary:
+    with atomic_folder(target) as temporary:
         left_out = shutil.ignore_patterns(*without)
         shutil.copytree(source, temporary, copy_function=_link_or_copy, dirs_exist_ok=True, ignore=left_out)
         for name, content in (changed or {}).items():

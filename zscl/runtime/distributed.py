@@ -27,7 +27,7 @@ def barrier() -> None:
         dist.barrier()
 
 
-def share(total: int, of_rank: int | None = None) -> range:
+def rank_slice(total: int, of_rank: int | None = None) -> range:
     """A worker's part of `total` things, this one's by default: contiguous, as even as can be."""
     worker = rank() if of_rank is None else of_rank
     return range(worker * total // world_size(), (worker + 1) * total // world_size())
@@ -37,7 +37,7 @@ def gather(rows: torch.Tensor, total: int) -> torch.Tensor:
     """Concatenate the workers' shares of `total` rows. [b, …] → [total, …]"""
     if world_size() == 1:
         return rows
-    counts = [len(share(total, worker)) for worker in range(world_size())]
+    counts = [len(rank_slice(total, worker)) for worker in range(world_size())]
     padded = rows.new_zeros(max(counts), *rows.shape[1:])
     padded[: len(rows)] = rows
     gathered = [torch.empty_like(padded) for _ in counts]
@@ -45,7 +45,7 @@ def gather(rows: torch.Tensor, total: int) -> torch.Tensor:
     return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
 
 
-def gather_unequal(rows: torch.Tensor) -> torch.Tensor:
+def gather_ragged(rows: torch.Tensor) -> torch.Tensor:
     """Concatenate the workers' rows, as many as each has. [b, …] → [sum of all b, …]"""
     if world_size() == 1:
         return rows
@@ -58,7 +58,7 @@ def gather_unequal(rows: torch.Tensor) -> torch.Tensor:
     return torch.cat([part[: int(count)] for part, count in zip(gathered, counts, strict=True)])
 
 
-def gather_sentences(sentences: Iterable[str]) -> list[str]:
+def all_gather_unique(sentences: Iterable[str]) -> list[str]:
     """What any worker has to say, each sentence once, sorted: the same for any number of workers."""
     if world_size() == 1:
         return sorted(set(sentences))
@@ -67,7 +67,7 @@ def gather_sentences(sentences: Iterable[str]) -> list[str]:
     return sorted({sentence for own in gathered for sentence in own})
 
 
-def agree(*numbers: int) -> list[int]:
+def broadcast_ints(*numbers: int) -> list[int]:
     """The main worker's whole numbers, for all."""
     if world_size() == 1:
         return list(numbers)
@@ -76,7 +76,7 @@ def agree(*numbers: int) -> list[int]:
     return [int(number) for number in agreed]
 
 
-def from_main_text(text: str) -> str:
+def broadcast_text(text: str) -> str:
     """The main worker's text, for all."""
     if world_size() == 1:
         return text
@@ -94,7 +94,7 @@ class _GatherWithGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(context: Any, rows: torch.Tensor, total: int) -> torch.Tensor:
-        context.share = share(total)
+        context.share = rank_slice(total)
         return gather(rows, total)
 
     @staticmethod
@@ -110,7 +110,7 @@ def gather_with_gradient(rows: torch.Tensor, total: int) -> torch.Tensor:
     return _GatherWithGradient.apply(rows, total)  # type: ignore[no-any-return]
 
 
-def sum_over_workers(*numbers: float) -> list[float]:
+def all_reduce_ints(*numbers: float) -> list[float]:
     """Sum each number over the workers."""
     if world_size() == 1:
         return list(numbers)
@@ -120,7 +120,7 @@ def sum_over_workers(*numbers: float) -> list[float]:
     return [float(number) for number in sums]
 
 
-def from_main(rows: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+def broadcast_tensor(rows: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
     """Give every worker the main worker's rows, a matrix of `like`'s dtype and device."""
     if world_size() == 1:
         assert rows is not None

@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 
 
-def digest(*contents: bytes | str) -> str:
+def sha256_of(*contents: bytes | str) -> str:
     """SHA-256 over the contents and their borders, in hexadecimal digits."""
     total = hashlib.sha256()
     for content in contents:
@@ -14,7 +14,7 @@ def digest(*contents: bytes | str) -> str:
     return total.hexdigest()
 
 
-def file_digest(file: Path) -> str:
+def sha256_of_file(file: Path) -> str:
     """SHA-256 of a file's content, in hexadecimal digits."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -41,7 +41,7 @@ def _files_within(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
             yield path
 
 
-def nearest(path: Path) -> str:
+def did_you_mean_path(path: Path) -> str:
     """The end of a sentence about a path that is not there: what is called nearly so, if anything."""
     with suppress(OSError):
         return did_you_mean(path.name, [each.name for each in path.parent.iterdir()])

@@ -73,7 +73,7 @@ def is_transient(error: BaseException) -> bool:
 
 
 def retry_io(
-    access: Callable[[], T], seconds: float = PATIENCE_SECONDS, folder: Path | None = None, what: object = ""
+    access: Callable[[], T], seconds: float = PATIENCE_SECONDS, must_exist: Path | None = None, what: object = ""
 ) -> T:
     """Access storage, and try again while it fails with a transient error. Each retry is logged.
 
@@ -96,12 +96,15 @@ def retry_io(
             return access()
         except Exception as error:
             away = (
-                folder is not None and isinstance(error, OSError) and error.errno in MISSING and not _is_there(folder)
+                must_exist is not None
+                and isinstance(error, OSError)
+                and error.errno in MISSING
+                and not _is_there(must_exist)
             )
             left = seconds - (time.monotonic() - started)
             if not (away or is_transient(error)) or pause > left:
                 raise
-            reason = f"{folder} is away" if away else mask(" ".join(str(error).split()) or type(error).__name__)
+            reason = f"{must_exist} is away" if away else mask(" ".join(str(error).split()) or type(error).__name__)
             named = f"{what}: " if str(what) and str(what) not in reason else ""
             log.warning("%s%s; trying again in %.1f s, for %.0f s more", named, reason, pause, left)
         time.sleep(pause)
@@ -131,7 +134,7 @@ def os_error_of(error: Exception) -> OSError:
     return OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error))
 
 
-def read_if_there(file: Path, within: Path) -> str:
+def read_text_if_exists(file: Path, run: Path) -> str:
     """Read a text file; nothing where there is no such file. While the folder around it is away, wait.
 
     A file without content gives a line break, so that it is not taken for none.
@@ -141,14 +144,14 @@ def read_if_there(file: Path, within: Path) -> str:
         try:
             return file.read_text(encoding="utf-8", errors="replace") or "\n"
         except FileNotFoundError:
-            if not within.is_dir():
+            if not run.is_dir():
                 raise
             return ""
 
-    return retry_io(read, folder=within)
+    return retry_io(read, must_exist=run)
 
 
-def acquired(lock: FileLock, seconds: float) -> bool:
+def try_acquire(lock: FileLock, seconds: float) -> bool:
     """Take a lock, if that is possible within so many seconds."""
     try:
         lock.acquire(timeout=seconds)

@@ -3,6 +3,6 @@
 import hashlib
 
 
-def seed_of(*names: object) -> int:
+def derive_seed(*names: object) -> int:
     """Hash any names to a seed that does not depend on the process or platform."""
     return int.from_bytes(hashlib.sha256(repr(names).encode()).digest()[:7])

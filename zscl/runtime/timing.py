@@ -59,11 +59,11 @@ def resident_megabytes() -> float:
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except OSError:
-        return peak_memory(torch.device("cpu"))
+        return peak_memory_megabytes(torch.device("cpu"))
     return pages * resource.getpagesize() / 1e6
 
 
-def peak_memory(device: torch.device) -> float:
+def peak_memory_megabytes(device: torch.device) -> float:
     """Megabytes that this process has taken up at most, so far: on its GPU, or in all."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6

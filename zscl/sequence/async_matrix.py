@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from zscl.models.clip import Clip
-from zscl.runtime.distributed import agree, rank
-from zscl.sequence.matrix import Rows
+from zscl.runtime.distributed import broadcast_ints, rank
+from zscl.sequence.matrix import MatrixEvaluator
 from zscl.sequence.result import AccuracyRow
 from zscl.training.checkpoint import StoppedError
 
@@ -27,33 +27,33 @@ class Handle(Protocol):
         """Wait for its end, and raise what it failed with."""
 
 
-Elsewhere = Callable[[int], Handle]
+SubmitEvaluation = Callable[[int], Handle]
 
 
 @dataclass
-class RowsElsewhere(Rows):
+class AsyncMatrixEvaluator(MatrixEvaluator):
     """Rows that are measured elsewhere while training goes on; it is never more than a few of them ahead.
 
     elsewhere: begins to measure a stage's row, which will lie in the run's folder; called on the main worker.
     """
 
-    elsewhere: Elsewhere | None = None
+    submit: SubmitEvaluation | None = None
     _under_way: dict[int, Handle | None] = field(default_factory=dict)
 
     def measure(self, stage: int, clip: Clip) -> None:
         """Have the row measured, unless it is there; take those that have come in meanwhile."""
         row = self.read(self.file(stage))
         if row is not None:
-            self.take(stage, row)
+            self.accept(stage, row)
             return
-        assert self.elsewhere is not None
-        self._under_way[stage] = self.elsewhere(stage) if rank() == 0 else None
+        assert self.submit is not None
+        self._under_way[stage] = self.submit(stage) if rank() == 0 else None
         self._collect(most=MOST_BEHIND)
 
-    def measured(self) -> list[AccuracyRow]:
+    def rows(self) -> list[AccuracyRow]:
         """Wait for the rows; in the order of their stages."""
         self._collect(most=0)
-        return super().measured()
+        return super().rows()
 
     def _collect(self, most: int) -> None:
         """Take what has come in, in order, and wait until at most so many rows are missing."""
@@ -66,7 +66,7 @@ class RowsElsewhere(Rows):
             if row is None:
                 raise OSError(f"{self.file(stage)}: found no such file, expected the row that was measured elsewhere")
             del self._under_way[stage]
-            self.take(stage, row)
+            self.accept(stage, row)
 
     def _there(self, stage: int) -> bool:
         """Whether a row has come in, as all workers agree.
@@ -79,7 +79,7 @@ class RowsElsewhere(Rows):
         there = handle is not None and handle.done()
         if handle is not None and there:
             handle.result()
-        there, stop = map(bool, agree(there, not there and rank() == 0 and self.asked_to_stop()))
+        there, stop = map(bool, broadcast_ints(there, not there and rank() == 0 and self.stop_requested()))
         if stop:
             raise StoppedError(f"stopped while the row of stage {stage} is measured")
         return there

@@ -93,7 +93,7 @@ class Journal:
         Raises:
             OSError: storage does not take it.
         """
-        retry_io(lambda: self._write(flush=True), folder=self.file.parent, what=self.file)
+        retry_io(lambda: self._write(flush=True), must_exist=self.file.parent, what=self.file)
 
     def _write(self, flush: bool = False) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)

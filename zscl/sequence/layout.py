@@ -3,17 +3,17 @@
 from pathlib import Path
 
 from schemas.errors import InputError
-from zscl.sequence.resolve import Opened
+from zscl.sequence.resolve import ResolvedExperiment
 
 ZERO_SHOT, ACCURACY = "zero_shot.json", "accuracy.json"
 
 
-def part_of(row: Path) -> Path:
+def partial_row_file(row: Path) -> Path:
     """Where a row is kept while its cells are measured."""
     return row.with_suffix(".part.json")
 
 
-def place_of(opened: Opened, folder: Path, stage: int) -> Path:
+def stage_folder_of(opened: ResolvedExperiment, folder: Path, stage: int) -> Path:
     """A stage's folder in that of its run."""
     return stage_folder(folder, stage, opened.tasks[stage - 1].name)
 

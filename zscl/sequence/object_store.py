@@ -22,8 +22,8 @@ from fsspec.implementations.local import LocalFileSystem
 
 from schemas.errors import InputError, one_line
 from schemas.redaction import mask
-from zscl.runtime.atomic_io import ASIDE, remove, whole_file, write_text
-from zscl.runtime.hashing import digest
+from zscl.runtime.atomic_io import ASIDE, atomic_file, remove_quietly, write_text
+from zscl.runtime.hashing import sha256_of
 from zscl.runtime.retry import retry_io
 
 KNOWN = ".mirror.json"
@@ -34,17 +34,17 @@ LAST = ("training.json", "zero_shot.json", "accuracy.json", "result.json")
 VERSIONS = ("ETag", "etag", "md5Hash", "content_md5", "mtime", "LastModified", "last_modified", "created", "updated")
 
 
-def url_of(storage: str, folder: Path) -> str:
+def storage_url(storage: str, folder: Path) -> str:
     """Where a run's folder lies in storage: under its own name."""
     return f"{storage.rstrip('/')}/{folder.name}"
 
 
-def on_this_node(url: str) -> "Mirror":
+def node_local_folder(url: str) -> "RemoteSync":
     """A worker's mirror, in a temporary folder that the workers of a machine share."""
-    return Mirror(url, Path(tempfile.gettempdir()) / f"zscl-{os.getuid()}" / digest(url)[:16] / "run")
+    return RemoteSync(url, Path(tempfile.gettempdir()) / f"zscl-{os.getuid()}" / sha256_of(url)[:16] / "run")
 
 
-class Mirror:
+class RemoteSync:
     """A folder here and the same in storage.
 
     Both sides are compared with what they were when they last agreed, which a hidden file in the folder remembers; a
@@ -131,8 +131,8 @@ class Mirror:
             OSError: storage has failed for minutes.
         """
         with self._alone():
-            known, there = self._known(), self._patiently(self.versions)
-            skipped, here = frozenset(without), dict(self._here())
+            known, there = self._manifest(), self._patiently(self.versions)
+            skipped, here = frozenset(without), dict(self._local())
             for name in sorted(there, key=_order):
                 if Path(name).name in skipped or _hidden(name):
                     continue
@@ -148,7 +148,7 @@ class Mirror:
                     known[name] = {"here": _stamp(file), "there": there[name]}
             for name in [name for name in here if name not in there and (exactly or name in known)]:
                 if exactly or here[name] == known[name]["here"]:
-                    remove(self.folder / name)
+                    remove_quietly(self.folder / name)
                     known.pop(name, None)
             self._remember(known)
 
@@ -160,7 +160,7 @@ class Mirror:
         """
         self._thread.submit(self._push).result()
 
-    def keep_up(self, soon: bool = False) -> None:
+    def push_async(self, soon: bool = False) -> None:
         """Push now and then, or soon, beside what goes on; what fails is tried again, or fails in the next `push`."""
         idle = self._pushing is None or self._pushing.done()
         if idle and (soon or time.monotonic() - self._pushed > EVERY_SECONDS):
@@ -169,7 +169,7 @@ class Mirror:
 
     def _push(self) -> None:
         with self._alone():
-            known, here = self._known(), dict(self._here())
+            known, here = self._manifest(), dict(self._local())
             for name in sorted(here, key=_order):
                 if here[name] == known.get(name, {}).get("here"):
                     continue
@@ -207,7 +207,7 @@ class Mirror:
         """Fetch a file. Returns whether it was there: others may have removed it meanwhile."""
         place = f"{self._root}/{name}"
         try:
-            with whole_file(file) as temporary:
+            with atomic_file(file) as temporary:
                 self._storage.get_file(place, str(temporary))
         except FileNotFoundError:
             if self._storage.exists(place):
@@ -234,13 +234,13 @@ class Mirror:
         self.folder.mkdir(parents=True, exist_ok=True)
         return FileLock(self.folder / ".mirror.lock")
 
-    def _here(self) -> Iterable[tuple[str, str]]:
+    def _local(self) -> Iterable[tuple[str, str]]:
         for file in self.folder.rglob("*"):
             name = file.relative_to(self.folder).as_posix()
             if not _hidden(name) and file.is_file():
                 yield name, _stamp(file)
 
-    def _known(self) -> dict[str, dict[str, str]]:
+    def _manifest(self) -> dict[str, dict[str, str]]:
         try:
             known: dict[str, dict[str, str]] = json.loads((self.folder / KNOWN).read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
@@ -273,7 +273,7 @@ def _version(info: Mapping[str, Any]) -> str:
     return " ".join(str(info[key]) for key in ("size", *VERSIONS) if info.get(key) is not None)
 
 
-def follow(mirror: Mirror, without: Iterable[str], until: Callable[[float], bool]) -> None:
+def pull_periodically(mirror: RemoteSync, without: Iterable[str], until: Callable[[float], bool]) -> None:
     """Pull again and again, while storage lets us, until `until(seconds)` says so."""
     while not until(EVERY_SECONDS):
         try:

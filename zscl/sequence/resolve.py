@@ -14,15 +14,15 @@ from schemas.errors import InputError, did_you_mean
 from schemas.experiment import Experiment
 from zscl.data.indexed import IndexedSamples
 from zscl.data.reference_set import ReferenceSet
-from zscl.data.task import TaskFolder, lines_of
+from zscl.data.task import TaskFolder, read_lines
 from zscl.methods import custom_losses
 from zscl.methods.exemplars import check_budget
 from zscl.models.clip import weights_digest
-from zscl.runtime.seeding import seed_of
+from zscl.runtime.seeding import derive_seed
 
 
 @dataclass(frozen=True)
-class Opened:
+class ResolvedExperiment:
     """An experiment whose data is found and whose identity is known; its stages are spelt out.
 
     weights: digest of the initial model's; contents: digest of what lies at each location (see `Experiment.identity`).
@@ -36,20 +36,20 @@ class Opened:
     fingerprint: str
 
     @property
-    def further_code(self) -> dict[str, str]:
+    def custom_loss_digests(self) -> dict[str, str]:
         """The beginning of the digest of each further loss's code, by the name under which results record it."""
         losses = self.experiment.method.further_losses
         return {f"code of {loss.path}": self.contents[loss.path][:8] for loss in losses}
 
 
-def open_experiment(experiment: Experiment) -> Opened:
+def resolve(experiment: Experiment) -> ResolvedExperiment:
     """Find all that the experiment names, and cut the stages of class-incremental learning.
 
     Raises:
         InputError: a task, shard, template, caption, model or further loss is missing or broken.
     """
     cache = experiment.compute.shard_cache
-    experiment, tasks, folders = open_tasks(experiment)
+    experiment, tasks, folders = resolve_tasks(experiment)
     used = experiment.reference if experiment.method.needs_reference else None
     opened = ReferenceSet(used, cache) if used else None
     if experiment.method.memory:
@@ -62,13 +62,13 @@ def open_experiment(experiment: Experiment) -> Opened:
                 )
     weights = weights_digest(experiment.model)
     contents = {path: folder.digest for path, folder in folders.items()} | {experiment.model.name: weights}
-    contents |= {loss.path: custom_losses.digest_of(loss) for loss in experiment.method.further_losses}
+    contents |= {loss.path: custom_losses.digest_of_code(loss) for loss in experiment.method.further_losses}
     if opened:
         contents["reference"] = opened.digest
-    return Opened(experiment, tasks, opened, weights, contents, experiment.fingerprint(contents))
+    return ResolvedExperiment(experiment, tasks, opened, weights, contents, experiment.fingerprint(contents))
 
 
-def open_tasks(experiment: Experiment) -> tuple[Experiment, tuple[TaskFolder, ...], dict[str, TaskFolder]]:
+def resolve_tasks(experiment: Experiment) -> tuple[Experiment, tuple[TaskFolder, ...], dict[str, TaskFolder]]:
     """Find an experiment's tasks. Returns it with its stages spelt out, its tasks, and the folder at each path.
 
     Raises:
@@ -81,18 +81,18 @@ def open_tasks(experiment: Experiment) -> tuple[Experiment, tuple[TaskFolder, ..
         whole = TaskFolder.open(Task(path=scenario.path, name="classes"), cache, held_out)
         template = scenario.template or whole.templates[0]
         folders[scenario.path] = replace(whole, templates=(template,))
-        experiment = spell_out(experiment, scenario, folders[scenario.path])
+        experiment = expand_class_incremental(experiment, scenario, folders[scenario.path])
     for task in experiment.tasks:
         if task.path not in folders:
             folders[task.path] = TaskFolder.open(task, cache, held_out)
     tasks = tuple(
-        replace(folders[task.path].only(task.classes, task.name), shots=task.shots, shots_seed=experiment.seed)
+        replace(folders[task.path].subset(task.classes, task.name), shots=task.shots, shots_seed=experiment.seed)
         for task in experiment.tasks
     )
     return experiment, tasks, folders
 
 
-def spell_out(experiment: Experiment, scenario: ClassIncremental, whole: TaskFolder) -> Experiment:
+def expand_class_incremental(experiment: Experiment, scenario: ClassIncremental, whole: TaskFolder) -> Experiment:
     """Cut the dataset into the stages that a class-incremental experiment means.
 
     Raises:
@@ -106,7 +106,7 @@ def spell_out(experiment: Experiment, scenario: ClassIncremental, whole: TaskFol
     stages = []
     for start, stop in itertools.pairwise(borders):
         name, classes = f"classes-{start + 1}-{stop}", tuple(order[start:stop])
-        images = whole.only(classes, name).train
+        images = whole.subset(classes, name).train
         assert isinstance(images, IndexedSamples)
         steps = math.ceil(scenario.epochs * len(images) / experiment.optimisation.batch_size)
         stages.append({"path": scenario.path, "name": name, "classes": classes, "steps": steps})
@@ -131,8 +131,8 @@ def class_order(scenario: ClassIncremental, whole: TaskFolder) -> Sequence[int]:
     """
     count = len(whole.classnames)
     if isinstance(scenario.order, int):
-        return random.Random(seed_of(scenario.order, "class order")).sample(range(count), count)
-    lines = lines_of(scenario.order, "class names or labels")
+        return random.Random(derive_seed(scenario.order, "class order")).sample(range(count), count)
+    lines = read_lines(scenario.order, "class names or labels")
     names = {name: label for label, name in enumerate(whole.classnames)}
     labels = {str(label): label for label in range(count)}
     only_labels = all(map(str.isdecimal, lines)) and not names.keys() >= set(lines)

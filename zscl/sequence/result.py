@@ -5,14 +5,14 @@ from pathlib import Path
 from pydantic import BaseModel, Field
 
 from schemas.algorithm import algorithm
-from schemas.base import Strict, parse_json
+from schemas.base import StrictModel, parse_json
 from schemas.errors import InputError
 from schemas.results import StageResult
 from zscl.models.clip import WEIGHTS
 from zscl.runtime.atomic_io import write_text
-from zscl.runtime.retry import retry_io, read_if_there
-from zscl.sequence.layout import ACCURACY, TRAINING, ZERO_SHOT, part_of, place_of
-from zscl.sequence.resolve import Opened
+from zscl.runtime.retry import read_text_if_exists, retry_io
+from zscl.sequence.layout import ACCURACY, TRAINING, ZERO_SHOT, partial_row_file, stage_folder_of
+from zscl.sequence.resolve import ResolvedExperiment
 from zscl.sequence.stage_cache import stage_identity
 from zscl.training.checkpoint import CHECKPOINT
 
@@ -22,7 +22,7 @@ ROW_ADVICE = "remove the file, to have the row measured again"
 STAGE_ADVICE = "remove the stage's folder and those of the stages behind it, to have them trained again"
 
 
-class AccuracyRow(Strict):
+class AccuracyRow(StrictModel):
     """`zero_shot.json`, `accuracy.json`: a row of the matrix and what it cost."""
 
     fingerprint: str
@@ -38,12 +38,12 @@ class OtherAlgorithmError(InputError):
     """A folder holds results of another version of the algorithm (see `schemas.algorithm`)."""
 
 
-def named(version: str) -> str:
+def describe_version(version: str) -> str:
     """Return a version of the algorithm as messages name it; empty stands for runs older than the versions."""
     return f"algorithm version {version}" if version else "an algorithm older than version 1.1"
 
 
-def refuse_other_run(folder: Path, fingerprint: str) -> None:
+def check_same_run(folder: Path, fingerprint: str) -> None:
     """Refuse to mix two experiments in one folder; one that has come to nothing yet may be taken.
 
     Raises:
@@ -57,7 +57,7 @@ def refuse_other_run(folder: Path, fingerprint: str) -> None:
     if row.accuracy or any(file.is_file() for file in kept):
         if row.algorithm != algorithm():
             raise OtherAlgorithmError(
-                f"{folder}: found a run that was computed by {named(row.algorithm)}, expected {named(algorithm())}, "
+                f"{folder}: found a run that was computed by {describe_version(row.algorithm)}, expected {describe_version(algorithm())}, "
                 "which is what this version of zscl computes: the two may give different numbers. Choose another "
                 "folder; the results there stay as they are, for `zscl compare` for example"
             )
@@ -67,23 +67,23 @@ def refuse_other_run(folder: Path, fingerprint: str) -> None:
         )
 
 
-def claim(folder: Path, fingerprint: str) -> None:
+def write_run_marker(folder: Path, fingerprint: str) -> None:
     """Say whose run a folder holds before anything else lies in it: a row may be measured long after training began."""
     row = _first_row(folder)
     if row is None or row.fingerprint != fingerprint:
-        write_whole(
-            part_of(folder / ZERO_SHOT),
+        write_json(
+            partial_row_file(folder / ZERO_SHOT),
             AccuracyRow(fingerprint=fingerprint, algorithm=algorithm(), accuracy={}, images={}, seconds=0.0),
         )
 
 
 def _first_row(folder: Path) -> AccuracyRow | None:
     """The zero-shot row, or as much of it as is measured."""
-    files = [file for file in (folder / ZERO_SHOT, part_of(folder / ZERO_SHOT)) if file.is_file()]
-    return parse_json(AccuracyRow, read_if_there(files[0], folder), files[0], ROW_ADVICE) if files else None
+    files = [file for file in (folder / ZERO_SHOT, partial_row_file(folder / ZERO_SHOT)) if file.is_file()]
+    return parse_json(AccuracyRow, read_text_if_exists(files[0], folder), files[0], ROW_ADVICE) if files else None
 
 
-def parsed_row(opened: Opened, text: str, file: Path, whole: bool = True) -> AccuracyRow:
+def parse_row(opened: ResolvedExperiment, text: str, file: Path, whole: bool = True) -> AccuracyRow:
     """Read a row of this run.
 
     Args:
@@ -110,7 +110,7 @@ def parsed_row(opened: Opened, text: str, file: Path, whole: bool = True) -> Acc
     return row
 
 
-def parsed_training(opened: Opened, stage: int, text: str, file: Path) -> StageResult:
+def parse_stage_result(opened: ResolvedExperiment, stage: int, text: str, file: Path) -> StageResult:
     """Read the outcome of a stage of this run.
 
     Args:
@@ -139,26 +139,29 @@ def parsed_training(opened: Opened, stage: int, text: str, file: Path) -> StageR
     return result
 
 
-def check_run_folder(opened: Opened, folder: Path) -> None:
+def check_run_folder(opened: ResolvedExperiment, folder: Path) -> None:
     """Read every small file that a run leaves, as far as it is there, before anything goes on from it.
 
     Raises:
         InputError: naming the first file that is damaged, missing beside others, or of another run.
     """
     finished = (folder / "result.json").is_file()  # its models may have been removed
-    rows = [folder / ZERO_SHOT, *(place_of(opened, folder, k) / ACCURACY for k in range(1, len(opened.tasks) + 1))]
+    rows = [
+        folder / ZERO_SHOT,
+        *(stage_folder_of(opened, folder, k) / ACCURACY for k in range(1, len(opened.tasks) + 1)),
+    ]
     for stage, row in enumerate(rows):
-        for file, whole in ((row, True), (part_of(row), False)):
-            if text := read_if_there(file, folder) if folder.is_dir() else "":
-                parsed_row(opened, text, file, whole)
+        for file, whole in ((row, True), (partial_row_file(row), False)):
+            if text := read_text_if_exists(file, folder) if folder.is_dir() else "":
+                parse_row(opened, text, file, whole)
         training = row.with_name(TRAINING)
-        if stage and (text := read_if_there(training, folder) if folder.is_dir() else ""):
-            parsed_training(opened, stage, text, training)
+        if stage and (text := read_text_if_exists(training, folder) if folder.is_dir() else ""):
+            parse_stage_result(opened, stage, text, training)
             weights = row.parent / "model" / WEIGHTS
             if not finished and not weights.is_file():
                 raise InputError(f"{weights}: found no such file, expected stage {stage}'s weights; {STAGE_ADVICE}")
 
 
-def write_whole(file: Path, content: BaseModel, within: Path | None = None) -> None:
+def write_json(file: Path, content: BaseModel, within: Path | None = None) -> None:
     """Write JSON as a whole, when storage takes it; `within` is a folder that was there before."""
-    retry_io(lambda: write_text(file, content.model_dump_json(indent=1) + "\n"), folder=within, what=file)
+    retry_io(lambda: write_text(file, content.model_dump_json(indent=1) + "\n"), must_exist=within, what=file)

@@ -34,24 +34,24 @@ from schemas.errors import InputError
 from schemas.events import CheckpointWritten, Note, RowMeasured, RunStarted, StageStarted, StageTrained
 from schemas.experiment import LOCAL_MODEL, Experiment, Model
 from schemas.results import Result, StageResult, StepLosses, TaskName
-from zscl.data.loader import Loader, loader_of
+from zscl.data.loader import Loader, build_loader
 from zscl.evaluation.metrics import metrics
-from zscl.methods.exemplars import choose, encode, per_class, write
+from zscl.methods.exemplars import choose_exemplars, encode_training_images, exemplars_per_class, write_exemplars
 from zscl.methods.weight_averaging import interpolate
-from zscl.models.clip import Clip, has_no_deterministic_kernel, load, load_weights, use_deterministic_kernels
-from zscl.runtime.atomic_io import remove, whole_folder, write_text
-from zscl.runtime.distributed import barrier, from_main_text, rank, world_size
-from zscl.runtime.retry import retry_io, read_if_there
-from zscl.runtime.seeding import seed_of
-from zscl.sequence.async_matrix import Elsewhere, RowsElsewhere
+from zscl.models.clip import Clip, has_no_deterministic_kernel, load_clip, load_weights, use_deterministic_kernels
+from zscl.runtime.atomic_io import atomic_folder, remove_quietly, write_text
+from zscl.runtime.distributed import barrier, broadcast_text, rank, world_size
+from zscl.runtime.retry import read_text_if_exists, retry_io
+from zscl.runtime.seeding import derive_seed
+from zscl.sequence.async_matrix import AsyncMatrixEvaluator, SubmitEvaluation
 from zscl.sequence.journal import JOURNAL, Journal
-from zscl.sequence.layout import RESULT, TRAINING, place_of
-from zscl.sequence.matrix import Rows
-from zscl.sequence.object_store import Mirror
-from zscl.sequence.resolve import Opened, open_experiment
-from zscl.sequence.result import AccuracyRow, claim, parsed_training, refuse_other_run, write_whole
-from zscl.sequence.stage_cache import Shared, StageStore, stage_identity
-from zscl.sequence.teacher import Teaching, frozen, store_beside
+from zscl.sequence.layout import RESULT, TRAINING, stage_folder_of
+from zscl.sequence.matrix import MatrixEvaluator
+from zscl.sequence.object_store import RemoteSync
+from zscl.sequence.resolve import ResolvedExperiment, resolve
+from zscl.sequence.result import AccuracyRow, check_same_run, parse_stage_result, write_json, write_run_marker
+from zscl.sequence.stage_cache import SharedWork, StageCache, stage_identity
+from zscl.sequence.teacher import TeacherBuilder, load_frozen, teacher_cache_folder
 from zscl.training.checkpoint import CHECKPOINT
 from zscl.training.loss_log import NotFiniteError
 from zscl.training.stage import train_stage
@@ -61,14 +61,14 @@ LIBRARIES = ("torch", "open_clip_torch", "webdataset")
 
 
 def run_sequence(
-    experiment: Experiment | Opened,
+    experiment: Experiment | ResolvedExperiment,
     folder: Path,
     report: Report = lambda progress: None,
     device: torch.device | None = None,
-    asked_to_stop: Callable[[], bool] = lambda: False,
-    shared: Shared | None = None,
-    elsewhere: Elsewhere | None = None,
-    mirror: Mirror | None = None,
+    stop_requested: Callable[[], bool] = lambda: False,
+    shared: SharedWork | None = None,
+    submit_evaluation: SubmitEvaluation | None = None,
+    sync: RemoteSync | None = None,
 ) -> Result:
     """Run an experiment in `folder`, or go on from what is there: stages, rows, cells of a row, steps of a stage.
 
@@ -92,38 +92,47 @@ def run_sequence(
         OSError: storage has failed for minutes.
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    opened = experiment if isinstance(experiment, Opened) else open_experiment(experiment)
+    opened = experiment if isinstance(experiment, ResolvedExperiment) else resolve(experiment)
     retry_io(lambda: folder.mkdir(parents=True, exist_ok=True))
-    refuse_other_run(folder, opened.fingerprint)
+    check_same_run(folder, opened.fingerprint)
     barrier()  # every worker has looked
     if rank() == 0:
-        claim(folder, opened.fingerprint)
-    run = _Run(opened, folder, report, device, asked_to_stop, shared or Shared(store_beside(folder)), elsewhere, mirror)
+        write_run_marker(folder, opened.fingerprint)
+    run = _Run(
+        opened,
+        folder,
+        report,
+        device,
+        stop_requested,
+        shared or SharedWork(teacher_cache_folder(folder)),
+        submit_evaluation,
+        sync,
+    )
     experiment = opened.experiment
     run.report(RunStarted(fingerprint=opened.fingerprint))
-    run.note_what_is_there()
+    run.clean_up_and_report()
     use_deterministic_kernels(device, experiment.compute.deterministic)
-    clip = load(experiment.model, device)
+    clip = load_clip(experiment.model, device)
     run.rows.measure(0, clip)
     if experiment.method.task_loss is None:
-        [zero_shot] = run.rows.measured()
+        [zero_shot] = run.rows.rows()
         return run.finish(zero_shot, run.rows.untrained(zero_shot), [])
 
     stages = []
-    for stage in range(1, len(run.opened.tasks) + 1):
+    for stage in range(1, len(run.resolved.tasks) + 1):
         place = run.place(stage)
         if not run.trained(stage):
-            run.have_trained(stage, clip)
+            run.train_or_reuse(stage, clip)
         load_weights(clip.model, place / "model")
-        stages.append(parsed_training(run.opened, stage, run.trained(stage), place / TRAINING))
+        stages.append(parse_stage_result(run.resolved, stage, run.trained(stage), place / TRAINING))
         run.report(StageTrained(result=stages[-1]))
         run.rows.measure(stage, clip)
-    zero_shot, *rows = run.rows.measured()
+    zero_shot, *rows = run.rows.rows()
     return run.finish(zero_shot, [row.accuracy for row in rows], stages)
 
 
 def measure_row(
-    experiment: Experiment, folder: Path, stage: int, device: torch.device, asked_to_stop: Callable[[], bool]
+    experiment: Experiment, folder: Path, stage: int, device: torch.device, stop_requested: Callable[[], bool]
 ) -> None:
     """Measure one row of a run that trains elsewhere meanwhile; cells that are measured already stay.
 
@@ -138,48 +147,52 @@ def measure_row(
         InputError: a task or the model is missing or broken.
         StoppedError: it was asked to stop.
     """
-    opened = open_experiment(experiment)
-    clip = load(start_of(opened, folder, stage + 1), device)
-    Rows(opened, folder, lambda progress: None, device, asked_to_stop).measure(stage, clip)
+    opened = resolve(experiment)
+    clip = load_clip(stage_start(opened, folder, stage + 1), device)
+    MatrixEvaluator(opened, folder, lambda progress: None, device, stop_requested).measure(stage, clip)
 
 
-def start_of(opened: Opened, folder: Path, stage: int) -> Model:
+def stage_start(opened: ResolvedExperiment, folder: Path, stage: int) -> Model:
     """What a stage starts from: the model that the one before it left, or the initial one."""
     if stage == 1:
         return opened.experiment.model
-    return Model(name=f"{LOCAL_MODEL}{place_of(opened, folder, stage - 1)}/model")
+    return Model(name=f"{LOCAL_MODEL}{stage_folder_of(opened, folder, stage - 1)}/model")
 
 
 @dataclass
 class _Run:
     """One run under way: what its stages share."""
 
-    opened: Opened
+    resolved: ResolvedExperiment
     folder: Path
     tell: Report
     device: torch.device
-    asked_to_stop: Callable[[], bool]
-    shared: Shared
-    elsewhere: Elsewhere | None
-    mirror: Mirror | None
+    stop_requested: Callable[[], bool]
+    shared: SharedWork
+    submit_evaluation: SubmitEvaluation | None
+    sync: RemoteSync | None
 
     def __post_init__(self) -> None:
         self.journal = Journal(self.folder / JOURNAL)
         stages, averages = self.shared.stages, self.shared.averages
-        self.store = None if stages is None else StageStore(self.opened, stages, averages)
-        given = self.opened, self.folder, self.report, self.device, self.asked_to_stop, self.store
-        self.rows = Rows(*given) if self.elsewhere is None else RowsElsewhere(*given, elsewhere=self.elsewhere)
-        self.teaching = Teaching(self.opened, self.shared.teacher, self.device, self.report)
+        self.store = None if stages is None else StageCache(self.resolved, stages, averages)
+        given = self.resolved, self.folder, self.report, self.device, self.stop_requested, self.store
+        self.rows = (
+            MatrixEvaluator(*given)
+            if self.submit_evaluation is None
+            else AsyncMatrixEvaluator(*given, submit=self.submit_evaluation)
+        )
+        self.teaching = TeacherBuilder(self.resolved, self.shared.teacher, self.device, self.report)
 
     def report(self, progress: BaseModel) -> None:
         """Write down what happens, and tell whoever watches; on the main worker."""
         if rank() == 0:
             self.journal(progress)
             self.tell(progress)
-            if self.mirror:
-                self.mirror.keep_up(soon=isinstance(progress, CheckpointWritten | RowMeasured))
+            if self.sync:
+                self.sync.push_async(soon=isinstance(progress, CheckpointWritten | RowMeasured))
 
-    def note_what_is_there(self) -> None:
+    def clean_up_and_report(self) -> None:
         """Say where the run goes on, and sweep what a killed process left half-written."""
         trained = len(list(self.folder.glob("stages/*/training.json")))
         if trained:
@@ -187,73 +200,75 @@ class _Run:
         if rank() == 0:
             for where in (".*.partial", "stages/.*.partial", "stages/*/.*.partial"):
                 for leftover in self.folder.glob(where):
-                    shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else remove(leftover)
+                    shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else remove_quietly(leftover)
 
-    def further_texts(self, stage: int) -> list[str]:
+    def extra_texts(self, stage: int) -> list[str]:
         """What joins the softmax of a stage's task loss beside its own class prompts."""
-        experiment, loss = self.opened.experiment, self.opened.experiment.method.task_loss
+        experiment, loss = self.resolved.experiment, self.resolved.experiment.method.task_loss
         assert loss is not None
-        earlier = self.opened.tasks[: stage - 1] if loss.earlier_names else ()
+        earlier = self.resolved.tasks[: stage - 1] if loss.earlier_names else ()
         texts = [prompt for task in earlier for prompt in task.prompts(task.templates[0])]
-        if loss.negatives and self.opened.reference:
-            known = self.opened.reference.texts
-            draw = random.Random(seed_of(experiment.seed, stage, "negatives"))
+        if loss.negatives and self.resolved.reference:
+            known = self.resolved.reference.texts
+            draw = random.Random(derive_seed(experiment.seed, stage, "negatives"))
             texts += draw.sample(known, min(loss.negatives, len(known)))
         return texts
 
     def loader(self) -> Loader:
         """How this worker reads."""
-        return loader_of(self.opened.experiment.compute, self.device, self.report)
+        return build_loader(self.resolved.experiment.compute, self.device, self.report)
 
     def place(self, stage: int) -> Path:
         """A stage's folder."""
-        return place_of(self.opened, self.folder, stage)
+        return stage_folder_of(self.resolved, self.folder, stage)
 
     def trained(self, stage: int) -> str:
         """What a trained stage's `training.json` says, as the main worker reads it; nothing before it is trained."""
         file = self.place(stage) / TRAINING
-        return from_main_text(read_if_there(file, self.folder) if rank() == 0 else "")
+        return broadcast_text(read_text_if_exists(file, self.folder) if rank() == 0 else "")
 
     def exemplars(self, stage: int, clip: Clip) -> list[tuple[int, int]]:
         """Herd what the stage leaves in memory, as many as it may ever need; nothing without a memory."""
-        experiment, task = self.opened.experiment, self.opened.tasks[stage - 1]
-        if experiment.method.memory is None or stage == len(self.opened.tasks):
+        experiment, task = self.resolved.experiment, self.resolved.tasks[stage - 1]
+        if experiment.method.memory is None or stage == len(self.resolved.tasks):
             return []
-        features, labels, places = encode(
+        features, labels, places = encode_training_images(
             clip, task, self.loader(), experiment.optimisation.precision, experiment.compute.evaluation_batch_size
         )
-        count = per_class(experiment.method.memory.budget, stage, len(task.classnames))
-        return choose(features, labels, places, count)
+        count = exemplars_per_class(experiment.method.memory.budget, stage, len(task.classnames))
+        return choose_exemplars(features, labels, places, count)
 
-    def have_trained(self, stage: int, clip: Clip) -> None:
+    def train_or_reuse(self, stage: int, clip: Clip) -> None:
         """Train one stage, unless a run beside this one has trained the same."""
         if self.store is None:
             self.train(stage, clip)
             return
-        with self.store.alone(self.store.course(stage), self.asked_to_stop, lambda text: self.report(Note(text=text))):
-            if not self.store.take(stage, self.place(stage)):
+        with self.store.lock(
+            self.store.training_key(stage), self.stop_requested, lambda text: self.report(Note(text=text))
+        ):
+            if not self.store.get(stage, self.place(stage)):
                 self.train(stage, clip)
 
     def train(self, stage: int, clip: Clip) -> None:
         """Train one stage and leave its folder, whole."""
-        experiment = self.opened.experiment
+        experiment = self.resolved.experiment
         task, merge = experiment.tasks[stage - 1], experiment.method.merge
-        start = start_of(self.opened, self.folder, stage)
+        start = stage_start(self.resolved, self.folder, stage)
         self.report(StageStarted(stage=stage, task=task.name, steps=experiment.stage_steps(task)))
-        others = self.store.others(stage) if self.store else ()
-        identities = [stage_identity(self.opened, stage, *average) for average in ((), *((each,) for each in others))]
+        others = self.store.other_averages(stage) if self.store else ()
+        identities = [stage_identity(self.resolved, stage, *average) for average in ((), *((each,) for each in others))]
         try:
             trained, steps = train_stage(
                 experiment,
                 stage,
-                self.opened.tasks[stage - 1],
+                self.resolved.tasks[stage - 1],
                 clip,
-                self.teaching.teacher(stage, clip, [self.place(before) / "exemplars" for before in range(1, stage)]),
-                self.further_texts(stage),
+                self.teaching.build(stage, clip, [self.place(before) / "exemplars" for before in range(1, stage)]),
+                self.extra_texts(stage),
                 self.device,
                 self.report,
                 self.folder / CHECKPOINT,
-                self.asked_to_stop,
+                self.stop_requested,
                 others,
                 identities[0],
             )
@@ -272,25 +287,28 @@ class _Run:
                 "round-off from run to run"
             ) from error
         if merge is not None:
-            anchor = frozen(experiment.model if merge.anchor == "initial" else start, self.device)
+            anchor = load_frozen(experiment.model if merge.anchor == "initial" else start, self.device)
             for model, _ in trained:
                 interpolate(list(model.parameters()), list(anchor.parameters()), merge.share)
         exemplars = self.exemplars(stage, replace(clip, model=trained[0][0]))
         if rank() == 0:
             self.journal.flush()  # what the folder holds is to be found in the journal
-            places = [self.place(stage), *(self.store.for_other(stage, average) for average in others if self.store)]
+            places = [
+                self.place(stage),
+                *(self.store.folder_for_average(stage, average) for average in others if self.store),
+            ]
             for place, identity, (model, result) in reversed(list(zip(places, identities, trained, strict=True))):
                 result = result.model_copy(update={"identity": identity})  # the run's own stage comes last
                 leave = partial(self._leave, place, stage, clip, model, exemplars, result, steps)
-                retry_io(leave, folder=self.folder, what=place)
+                retry_io(leave, must_exist=self.folder, what=place)
             if self.store:
-                self.store.keep(stage, self.place(stage))
-            remove(self.folder / CHECKPOINT)
-            if self.mirror:
-                self.mirror.push()
+                self.store.put(stage, self.place(stage))
+            remove_quietly(self.folder / CHECKPOINT)
+            if self.sync:
+                self.sync.push()
         barrier()
-        if self.mirror and rank() > 0:
-            self.mirror.pull()
+        if self.sync and rank() > 0:
+            self.sync.pull()
 
     def _leave(
         self,
@@ -305,16 +323,16 @@ class _Run:
         """Write a trained stage's folder, whole, unless it is there: a group given up for dead may have left it."""
         if (place / TRAINING).is_file():
             return
-        with whole_folder(place) as temporary:
+        with atomic_folder(place) as temporary:
             clip.save(model, temporary / "model")
             if exemplars:
-                write(temporary / "exemplars", self.opened.tasks[stage - 1].train, exemplars)
+                write_exemplars(temporary / "exemplars", self.resolved.tasks[stage - 1].train, exemplars)
             write_text(temporary / "losses.csv", _losses_table(steps))
             write_text(temporary / TRAINING, result.model_dump_json(indent=1) + "\n")
 
     def finish(self, zero_shot: AccuracyRow, rows: list[dict[str, float]], stages: list[StageResult]) -> Result:
         """Put the result together and write it."""
-        experiment, opened = self.opened.experiment, self.opened
+        experiment, opened = self.resolved.experiment, self.resolved
         matrix, untrained = (
             tuple(tuple(row[task.name] for task in opened.tasks) for row in each)
             for each in (rows, self.rows.untrained(zero_shot))
@@ -326,7 +344,7 @@ class _Run:
             method=experiment.method.name,
             method_changes=experiment.method.changes,
             method_settings=experiment.method.settings,
-            settings=experiment.settings | self.opened.further_code,
+            settings=experiment.settings | self.resolved.custom_loss_digests,
             model=experiment.model.name,
             model_digest=opened.weights,
             seed=experiment.seed,
@@ -362,8 +380,8 @@ class _Run:
         barrier()
         if rank() == 0:
             self.journal.flush()
-            write_whole(self.folder / RESULT, result, within=self.folder)
-            remove(self.folder / CHECKPOINT)
+            write_json(self.folder / RESULT, result, within=self.folder)
+            remove_quietly(self.folder / CHECKPOINT)
         return result
 
 

@@ -22,12 +22,12 @@ from pydantic import ValidationError
 from schemas.algorithm import algorithm
 from schemas.method import Average
 from schemas.results import StageResult
-from zscl.runtime.atomic_io import link_folder, set_aside, write_text
-from zscl.runtime.distributed import agree, barrier, from_main_text, rank
-from zscl.runtime.hashing import digest
-from zscl.runtime.retry import acquired, retry_io, read_if_there
+from zscl.runtime.atomic_io import link_folder, quarantine, write_text
+from zscl.runtime.distributed import barrier, broadcast_ints, broadcast_text, rank
+from zscl.runtime.hashing import sha256_of
+from zscl.runtime.retry import read_text_if_exists, retry_io, try_acquire
 from zscl.sequence.layout import TRAINING
-from zscl.sequence.resolve import Opened
+from zscl.sequence.resolve import ResolvedExperiment
 from zscl.training.checkpoint import StoppedError
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ Averages = tuple[Average | None, ...]
 
 
 @dataclass(frozen=True)
-class Shared:
+class SharedWork:
     """What a run shares with those beside it.
 
     teacher: folder of the teacher's embeddings; stages: folder of trained stages, `None`: every run trains its own;
@@ -50,10 +50,10 @@ class Shared:
     averages: Averages = ()
 
 
-class StageStore:
+class StageCache:
     """Stages and rows that an experiment has in common with others."""
 
-    def __init__(self, opened: Opened, folder: Path, averages: Averages) -> None:
+    def __init__(self, opened: ResolvedExperiment, folder: Path, averages: Averages) -> None:
         """Look at a store.
 
         Args:
@@ -66,12 +66,12 @@ class StageStore:
         different = [average for average in averages if average != method.average]
         self._others = tuple(dict.fromkeys(different)) if method.memory is None else ()
 
-    def others(self, stage: int) -> Averages:
+    def other_averages(self, stage: int) -> Averages:
         """Averages that the stage's training serves beside the method's own; later stages start from an average."""
         return self._others if stage == 1 else ()
 
     @contextmanager
-    def alone(self, key: str, asked_to_stop: Callable[[], bool], note: Callable[[str], None]) -> Iterator[None]:
+    def lock(self, key: str, asked_to_stop: Callable[[], bool], note: Callable[[str], None]) -> Iterator[None]:
         """Wait until no other run is at what has this key, and keep others from it. All workers enter together.
 
         Raises:
@@ -81,8 +81,8 @@ class StageStore:
             retry_io(lambda: self.folder.mkdir(parents=True, exist_ok=True))
         lock, waits = FileLock(self.folder / f".{key}.lock"), False
         while True:
-            got = rank() == 0 and acquired(lock, LOOK_EVERY_SECONDS)
-            ours, stop = agree(got, rank() == 0 and not got and asked_to_stop())
+            got = rank() == 0 and try_acquire(lock, LOOK_EVERY_SECONDS)
+            ours, stop = broadcast_ints(got, rank() == 0 and not got and asked_to_stop())
             if ours:
                 break
             if stop:
@@ -96,56 +96,56 @@ class StageStore:
             if rank() == 0:
                 lock.release()
 
-    def take(self, stage: int, place: Path) -> bool:
+    def get(self, stage: int, place: Path) -> bool:
         """Leave a stage's folder at `place` as another run trained it, if one has. All workers ask together."""
-        trained = self.folder / self.handed_on(stage)
+        trained = self.folder / self.model_key(stage)
         result = self._trained(trained) if rank() == 0 else None
         there = result is not None
         if result is not None:
             shared = result.model_copy(update={"shared": True})
             content = shared.model_dump_json(indent=1) + "\n"
-            retry_io(lambda: link_folder(trained, place, {TRAINING: content}), folder=self.folder)
-        [taken] = agree(there)
+            retry_io(lambda: link_folder(trained, place, {TRAINING: content}), must_exist=self.folder)
+        [taken] = broadcast_ints(there)
         barrier()
         return bool(taken)
 
     def _trained(self, folder: Path) -> StageResult | None:
         """Read what a stage's folder in the store says; one that is damaged is set aside."""
-        text = read_if_there(folder / TRAINING, self.folder)
+        text = read_text_if_exists(folder / TRAINING, self.folder)
         if not text:
             return None
         try:
             return StageResult.model_validate_json(text)
         except ValidationError:
-            aside = set_aside(folder)
+            aside = quarantine(folder)
             log.warning("%s: found a damaged %s; the stage is trained again, this lies at %s", folder, TRAINING, aside)
             return None
 
-    def keep(self, stage: int, place: Path) -> None:
+    def put(self, stage: int, place: Path) -> None:
         """Let other runs take a stage; on the main worker."""
-        kept = self.folder / self.handed_on(stage)
+        kept = self.folder / self.model_key(stage)
         if not kept.is_dir():
-            retry_io(lambda: link_folder(place, kept), folder=self.folder)
+            retry_io(lambda: link_folder(place, kept), must_exist=self.folder)
 
-    def for_other(self, stage: int, average: Average | None) -> Path:
+    def folder_for_average(self, stage: int, average: Average | None) -> Path:
         """Where the folder of a stage with another average belongs."""
-        return self.folder / self.handed_on(stage, average)
+        return self.folder / self.model_key(stage, average)
 
-    def read_row(self, key: str) -> str:
+    def get_row(self, key: str) -> str:
         """A row as another run measured it; nothing where none has."""
-        return from_main_text(read_if_there(self.folder / f"{key}.row.json", self.folder) if rank() == 0 else "")
+        return broadcast_text(read_text_if_exists(self.folder / f"{key}.row.json", self.folder) if rank() == 0 else "")
 
-    def keep_row(self, key: str, row: str) -> None:
+    def put_row(self, key: str, row: str) -> None:
         """Let other runs read a row; on the main worker."""
-        retry_io(lambda: write_text(self.folder / f"{key}.row.json", row), folder=self.folder)
+        retry_io(lambda: write_text(self.folder / f"{key}.row.json", row), must_exist=self.folder)
 
-    def course(self, stage: int) -> str:
+    def training_key(self, stage: int) -> str:
         """Identity of all steps of a stage; the average has no part in those of the first."""
         if stage > 1:
-            return self.handed_on(stage)
+            return self.model_key(stage)
         return _key("course", {**self._identity, "method": self._method, "tasks": self._tasks(stage)})
 
-    def handed_on(self, stage: int, *average: Average | None) -> str:
+    def model_key(self, stage: int, *average: Average | None) -> str:
         """Identity of what a stage hands on, with the method's own average or another; stage 0: the initial model."""
         if stage == 0:
             return _key("initial", {"model": self.opened.weights})
@@ -153,11 +153,11 @@ class StageStore:
         method = {**self._method, "average": None if chosen is None else chosen.model_dump(mode="json")}
         return _key("stage", {**self._identity, "method": method, "tasks": self._tasks(stage)})
 
-    def row(self, stage: int) -> str:
+    def row_key(self, stage: int) -> str:
         """Identity of the row that is measured after a stage."""
         experiment = self.opened.experiment
         judged = {
-            "model": self.handed_on(stage),
+            "model": self.model_key(stage),
             "tasks": [task.digest for task in self.opened.tasks],
             "one_head": experiment.class_incremental is not None,
             "stage": stage,
@@ -186,7 +186,7 @@ class StageStore:
         return {"stage": stage, "tasks": tasks if reads_all else tasks[:stage]}
 
 
-def stage_identity(opened: Opened, stage: int, *average: Average | None) -> str:
+def stage_identity(opened: ResolvedExperiment, stage: int, *average: Average | None) -> str:
     """Return the content hash of all that the training of a stage reads: the stages before it included.
 
     Args:
@@ -194,8 +194,8 @@ def stage_identity(opened: Opened, stage: int, *average: Average | None) -> str:
         stage: counted from 1.
         average: another one than the method's own.
     """
-    return StageStore(opened, Path(), ()).handed_on(stage, *average)
+    return StageCache(opened, Path(), ()).model_key(stage, *average)
 
 
 def _key(kind: str, content: Mapping[str, Any]) -> str:
-    return f"{kind}-{digest(algorithm(), json.dumps(content, sort_keys=True))[:24]}"
+    return f"{kind}-{sha256_of(algorithm(), json.dumps(content, sort_keys=True))[:24]}"

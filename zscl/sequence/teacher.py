@@ -15,27 +15,27 @@ from schemas.events import ImagesEmbedded, Note
 from schemas.experiment import Experiment, Model
 from schemas.results import Embedded
 from zscl.data.indexed import IndexedSamples
-from zscl.data.loader import loader_of
+from zscl.data.loader import build_loader
 from zscl.data.sample import NoiseSamples, Samples
 from zscl.data.task import TaskFolder
 from zscl.methods import teacher_cache
-from zscl.methods.distillation_texts import text_embeddings, tokens_of
-from zscl.methods.exemplars import recall
+from zscl.methods.distillation_texts import distillation_tokens, embed_texts
+from zscl.methods.exemplars import load_exemplars
 from zscl.methods.interfaces import Teacher
 from zscl.methods.weight_averaging import interpolate
-from zscl.models.clip import Clip, freeze, image_size, load
+from zscl.models.clip import Clip, freeze, image_size, load_clip
 from zscl.runtime.distributed import rank
-from zscl.sequence.resolve import Opened, open_experiment
+from zscl.sequence.resolve import ResolvedExperiment, resolve
 
 Report = Callable[[BaseModel], None]
 
 
-def store_beside(run: Path) -> Path:
+def teacher_cache_folder(run: Path) -> Path:
     """Where the teacher's embeddings lie: beside a run's folder, so that runs share them."""
     return run.parent / "teacher"
 
 
-class OnDemand:
+class LazyModel:
     """A frozen model that is loaded when it is first needed, and can be forgotten."""
 
     def __init__(self, load: Callable[[], nn.Module]) -> None:
@@ -47,33 +47,33 @@ class OnDemand:
         self._model = self._model or self._load()
         return self._model
 
-    def forget(self) -> None:
+    def unload(self) -> None:
         """Give its memory back; asked again, it is loaded again."""
         self._model = None
 
 
-def frozen(model: Model, device: torch.device) -> nn.Module:
+def load_frozen(model: Model, device: torch.device) -> nn.Module:
     """Load a model to look back at."""
-    return freeze(load(model, device).model)
+    return freeze(load_clip(model, device).model)
 
 
 @dataclass
-class Teaching:
+class TeacherBuilder:
     """Makes each stage's teacher.
 
     opened: the experiment; store: where embeddings are kept; exemplars: the earlier stages' folders of them.
     """
 
-    opened: Opened
+    opened: ResolvedExperiment
     store: Path
     device: torch.device
     report: Report
-    _initial: OnDemand = field(init=False)
+    _initial: LazyModel = field(init=False)
 
     def __post_init__(self) -> None:
-        self._initial = OnDemand(lambda: frozen(self.opened.experiment.model, self.device))
+        self._initial = LazyModel(lambda: load_frozen(self.opened.experiment.model, self.device))
 
-    def teacher(self, stage: int, clip: Clip, exemplars: Sequence[Path]) -> Teacher | None:
+    def build(self, stage: int, clip: Clip, exemplars: Sequence[Path]) -> Teacher | None:
         """What a stage distils from; `None` where the method does not, or has nothing to distil on yet.
 
         Args:
@@ -87,28 +87,30 @@ class Teaching:
         if distill is None or images is None:
             return None
         model, weights = self._model(clip)
-        texts = text_embeddings(
-            tokens_of(distill, clip, task, self.opened.tasks, self.opened.reference, experiment.seed),
+        texts = embed_texts(
+            distillation_tokens(distill, clip, task, self.opened.tasks, self.opened.reference, experiment.seed),
             model,
             store=self.store,
             weights=weights,
             device=self.device,
             note=self._note,
         )
-        encode = teacher_cache.encoder(model, experiment.optimisation.precision)
-        way = way_of_features(experiment, stage, images)
+        encode = teacher_cache.build_encoder(model, experiment.optimisation.precision)
+        way = feature_policy(experiment, stage, images)
         if way == "never":
             return Teacher(images, texts, lambda shown, identities: encode(shown))
         assert isinstance(images, IndexedSamples)
         assert weights is not None
         precision = experiment.optimisation.precision
-        store = teacher_cache.store_of(self.store, clip, weights, precision, images, texts.shape[1], self._note)
+        store = teacher_cache.open_feature_store(
+            self.store, clip, weights, precision, images, texts.shape[1], self._note
+        )
         if store is None:
             return Teacher(images, texts, lambda shown, identities: encode(shown))
         stored = teacher_cache.StoredFeatures(store, encode, self._note)
         if way == "ahead":
             self._embed_ahead(stored, images, clip)
-            model.forget()
+            model.unload()
         return Teacher(images, texts, stored)
 
     def _images(self, task: TaskFolder, clip: Clip, exemplars: Sequence[Path]) -> Samples | None:
@@ -123,11 +125,11 @@ class Teaching:
                 return task.train
             case "exemplars":
                 assert method.memory is not None
-                return recall(exemplars, method.memory.budget)
+                return load_exemplars(exemplars, method.memory.budget)
             case "noise":
                 return NoiseSamples(image_size(clip.model))
 
-    def _model(self, clip: Clip) -> tuple[OnDemand, str | None]:
+    def _model(self, clip: Clip) -> tuple[LazyModel, str | None]:
         """The teacher, and the digest of its weights where others can meet it again."""
         distill = self.opened.experiment.method.distill
         assert distill is not None
@@ -135,16 +137,16 @@ class Teaching:
             return self._initial, self.opened.weights
         model = freeze(deepcopy(clip.model))
         if distill.teacher == "blended":
-            initial = frozen(self.opened.experiment.model, self.device)
+            initial = load_frozen(self.opened.experiment.model, self.device)
             interpolate(list(model.parameters()), list(initial.parameters()), 1 - distill.blend)
-        return OnDemand(lambda: model), None
+        return LazyModel(lambda: model), None
 
     def _embed_ahead(self, stored: teacher_cache.StoredFeatures, images: IndexedSamples, clip: Clip) -> None:
         compute = self.opened.experiment.compute
         computed = stored.fill(
             images,
             clip,
-            replace(loader_of(compute, self.device, self.report), labels_stay=True),
+            replace(build_loader(compute, self.device, self.report), labels_stay=True),
             compute.evaluation_batch_size,
             progress=lambda done, total: self.report(ImagesEmbedded(done=done, total=total)),
         )
@@ -156,7 +158,7 @@ class Teaching:
         self.report(Note(text=text))
 
 
-def way_of_features(experiment: Experiment, stage: int, images: Samples) -> Literal["ahead", "as_met", "never"]:
+def feature_policy(experiment: Experiment, stage: int, images: Samples) -> Literal["ahead", "as_met", "never"]:
     """When the teacher's features of the images that a stage distils on are computed for the store, if ever.
 
     Never where no other stage or run could meet them: for a teacher of this stage alone, exemplars, noise, and remote
@@ -171,10 +173,10 @@ def way_of_features(experiment: Experiment, stage: int, images: Samples) -> Lite
         return wanted
     drawing = experiment.tasks if distill.images == "reference" else experiment.tasks[stage - 1 : stage]
     draws = [experiment.stage_steps(task) * experiment.optimisation.reference_batch_size for task in drawing]
-    return "ahead" if teacher_cache.share_met(len(images), draws) >= teacher_cache.NEARLY_ALL else "as_met"
+    return "ahead" if teacher_cache.share_drawn(len(images), draws) >= teacher_cache.NEARLY_ALL else "as_met"
 
 
-def check_embeddable(opened: Opened) -> IndexedSamples:
+def check_embeddable(opened: ResolvedExperiment) -> IndexedSamples:
     """See that there is something to embed ahead. Returns the reference images.
 
     Raises:
@@ -212,12 +214,16 @@ def embed_reference(
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     compute = experiment.compute.model_copy(update={"teacher_features": "ahead"})
-    opened = open_experiment(experiment.model_copy(update={"compute": compute}))
+    opened = resolve(experiment.model_copy(update={"compute": compute}))
     images = check_embeddable(opened)
-    teaching = Teaching(opened, store_beside(run), device, report if rank() == 0 else lambda progress: None)
-    teacher = teaching.teacher(1, load(experiment.model, device), exemplars=())
+    teaching = TeacherBuilder(
+        opened, teacher_cache_folder(run), device, report if rank() == 0 else lambda progress: None
+    )
+    teacher = teaching.build(1, load_clip(experiment.model, device), exemplars=())
     assert teacher is not None
     if not isinstance(teacher.image_features, teacher_cache.StoredFeatures):
-        raise InputError(f"{store_beside(run)}: cannot be written, expected a folder with room for the features")
+        raise InputError(
+            f"{teacher_cache_folder(run)}: cannot be written, expected a folder with room for the features"
+        )
     store = teacher.image_features.store
     return Embedded(folder=str(store.folder), images=len(images), texts=len(teacher.texts), megabytes=store.megabytes)

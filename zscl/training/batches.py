@@ -4,14 +4,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from schemas.experiment import Experiment
-from zscl.data.decode import Decode
+from zscl.data.decode import Decoder
 from zscl.data.loader import Loader, TrainingImages
 from zscl.data.sample import Sample, Samples
 from zscl.data.task import TaskFolder
 from zscl.methods.interfaces import Batch
 from zscl.models.clip import Clip
-from zscl.runtime.distributed import share
-from zscl.runtime.seeding import seed_of
+from zscl.runtime.distributed import rank_slice
+from zscl.runtime.seeding import derive_seed
 
 
 def training_batches(
@@ -29,10 +29,10 @@ def training_batches(
     keep_bytes = keep_in // (1 if distilled is None else 2)
     images = TrainingImages(
         samples=folder.train,
-        decode=Decode(clip.train_transform, folder.label_of),
-        seed=seed_of(experiment.seed, stage, "task"),
+        decode=Decoder(clip.train_transform, folder.label_of),
+        seed=derive_seed(experiment.seed, stage, "task"),
         batch_size=optimisation.batch_size,
-        own=share(optimisation.batch_size),
+        own=rank_slice(optimisation.batch_size),
         first_step=first_step,
         keep_bytes=keep_bytes,
         keep_in=keep_in,
@@ -41,10 +41,10 @@ def training_batches(
         return (Batch(batch, labels) for batch, labels in images)
     references = TrainingImages(
         samples=distilled,
-        decode=Decode(clip.evaluation_transform, Sample.identity),
-        seed=seed_of(experiment.seed, stage, "reference"),
+        decode=Decoder(clip.evaluation_transform, Sample.identity),
+        seed=derive_seed(experiment.seed, stage, "reference"),
         batch_size=optimisation.reference_batch_size,
-        own=share(optimisation.reference_batch_size),
+        own=rank_slice(optimisation.reference_batch_size),
         first_step=first_step,
         keep_bytes=keep_bytes,
         keep_in=keep_in,

@@ -21,8 +21,8 @@ from torch import nn
 
 from schemas.compute import Checkpoint
 from schemas.events import CheckpointWritten, Note
-from zscl.runtime.atomic_io import set_aside, whole_file
-from zscl.runtime.distributed import agree, barrier, rank
+from zscl.runtime.atomic_io import atomic_file, quarantine
+from zscl.runtime.distributed import barrier, broadcast_ints, rank
 from zscl.runtime.retry import os_error_of, retry_io
 
 CHECKPOINT = "checkpoint.pt"
@@ -47,16 +47,16 @@ def read_checkpoint(file: Path | None, stage: int, note: Callable[[str], None]) 
     state: State | None = None
     if file is not None and file.is_file():
         try:
-            state = retry_io(partial(_read, file), folder=file.parent, what=file)
+            state = retry_io(partial(_read, file), must_exist=file.parent, what=file)
         except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
             reason = str(error).strip().partition("\n")[0]
-            aside = set_aside(file) if rank() == 0 else None
+            aside = quarantine(file) if rank() == 0 else None
             kept = f", and lies at {aside.name}" if aside else ""
             note(f"{file}: found no readable checkpoint ({reason}){kept}; the stage begins again")
     if state is not None and state.get("stage") != stage:  # left behind by a stage that is finished
         state = None
     found = state["step"] if state else 0
-    [step] = agree(found)
+    [step] = broadcast_ints(found)
     if step and found != step:
         raise OSError(f"{file}: found the checkpoint of step {found}, the main worker finds that of step {step}")
     return state if step else None
@@ -84,13 +84,13 @@ def _read(file: Path) -> State:
     return state
 
 
-def fits(state: State, model: nn.Module) -> bool:
+def is_compatible(state: State, model: nn.Module) -> bool:
     """Whether a checkpoint's weights have the model's shapes; exact savings change the shape of a token embedding."""
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     return shapes == {name: tensor.shape for name, tensor in state["model"].items()}
 
 
-class Checkpoints:
+class CheckpointWriter:
     """Now and then in a stage: flush the curves, keep a checkpoint when it is time, stop where that was asked for.
 
     The main worker decides and all look at the same steps, so that all stop behind the same one.
@@ -101,7 +101,7 @@ class Checkpoints:
         file: Path | None,
         settings: Checkpoint,
         report: Callable[[CheckpointWritten | Note], None],
-        asked_to_stop: Callable[[], bool],
+        stop_requested: Callable[[], bool],
         first_step: int = 0,
     ) -> None:
         """Begin to count.
@@ -113,15 +113,15 @@ class Checkpoints:
             asked_to_stop: asked on the main worker.
             first_step: steps taken already.
         """
-        self.file, self.settings, self.report, self.asked_to_stop = file, settings, report, asked_to_stop
-        self.next_look = first_step + 1
+        self.file, self.settings, self.report, self.asked_to_stop = file, settings, report, stop_requested
+        self.next_poll_step = first_step + 1
         self._looked = (first_step, time.monotonic())
         self._due = time.monotonic() + 60 * settings.every_minutes
         self._overdue = False
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[CheckpointWritten | Note] | None = None
 
-    def look(self, done: int, state: Callable[[], State]) -> None:
+    def maybe_save(self, done: int, state: Callable[[], State]) -> None:
         """Do what is due behind `done` steps.
 
         Args:
@@ -132,21 +132,21 @@ class Checkpoints:
             StoppedError: the run was asked to stop.
         """
         self._collect()
-        stop, keep, self.next_look = agree(*(self._decide(done) if rank() == 0 else (0, 0, 0)))
+        stop, keep, self.next_poll_step = broadcast_ints(*(self._decide(done) if rank() == 0 else (0, 0, 0)))
         if not (stop or keep):
             return
         now = state()
         if stop:
-            self.end()
+            self.wait()
         if rank() == 0 and self.file is not None:
             self._writing = self._writer.submit(self._write, _copied(now))
         if stop:
-            outcome = self.end()
+            outcome = self.wait()
             barrier()  # nobody ends the run while the main worker writes
             where = f"stage {now['stage']} is stopped behind step {done}"
             raise StoppedError(f"{where}, but {outcome.text}" if isinstance(outcome, Note) else where)
 
-    def end(self) -> CheckpointWritten | Note | None:
+    def wait(self) -> CheckpointWritten | Note | None:
         """Wait for what is being written, and tell what became of it."""
         if self._writing is None:
             return None
@@ -182,7 +182,7 @@ class Checkpoints:
         if not all(bool(tensor.isfinite().all()) for tensor in _numbers(state["model"])):
             return Note(text=f"{where} is not kept: found a weight that is no number")
         try:
-            with whole_file(self.file) as temporary, temporary.open("wb") as stream:
+            with atomic_file(self.file) as temporary, temporary.open("wb") as stream:
                 torch.save(state, stream)
         except (OSError, RuntimeError) as error:  # torch's writer makes the latter of the former
             first: BaseException = error

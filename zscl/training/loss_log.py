@@ -21,7 +21,7 @@ class NotFiniteError(InputError):
     """A loss or the gradients are no numbers any more: the stage is lost, those before it are not."""
 
 
-class Curves:
+class LossLog:
     """Every step's losses, reported now and then: reading a loss waits for the device.
 
     explosions: a sentence for each step whose gradients exploded, the first few.
@@ -30,7 +30,7 @@ class Curves:
     def __init__(self, stage: int, task: str, images_per_step: int, report: Report) -> None:
         self.stage, self.task, self.images_per_step, self.report = stage, task, images_per_step, report
         self.steps: list[StepLosses] = []
-        self.explosions: list[str] = []
+        self.spike_warnings: list[str] = []
         self._pending: list[tuple[int, float, dict[str, torch.Tensor], torch.Tensor]] = []
         self._started = self._reported = time.perf_counter()
 
@@ -43,7 +43,7 @@ class Curves:
         """Report something worth a line."""
         self.report(Note(text=text))
 
-    def take_up(self, steps: list[StepLosses], seconds: float) -> None:
+    def restore(self, steps: list[StepLosses], seconds: float) -> None:
         """Go on behind steps that took so many seconds; who listens may have missed them."""
         self._started, self._reported = time.perf_counter() - seconds, time.perf_counter()
         self._take(steps, speed=len(steps) * self.images_per_step / max(seconds, 1e-9))
@@ -79,7 +79,7 @@ class Curves:
         self._pending, self._reported = [], now
         self._take(taken, speed)
 
-    def refuse_weights(self, model: nn.Module) -> None:
+    def check_weights_finite(self, model: nn.Module) -> None:
         """See that what the stage hands on is made of numbers.
 
         Raises:
@@ -93,7 +93,7 @@ class Curves:
 
     def _take(self, taken: list[StepLosses], speed: float) -> None:
         for step in taken:
-            if exploded(step.gradient_norm, [each.gradient_norm for each in self.steps[-TYPICAL_STEPS:]]):
+            if is_gradient_spike(step.gradient_norm, [each.gradient_norm for each in self.steps[-TYPICAL_STEPS:]]):
                 self._explosion(step)
             self.steps.append(step)
         self.report(StepsTaken(stage=self.stage, task=self.task, steps=tuple(taken), images_per_second=speed))
@@ -107,15 +107,15 @@ class Curves:
                 )
 
     def _explosion(self, step: StepLosses) -> None:
-        if len(self.explosions) < EXPLOSIONS_NAMED:
-            self.explosions.append(
+        if len(self.spike_warnings) < EXPLOSIONS_NAMED:
+            self.spike_warnings.append(
                 f"stage {self.stage} {self.task}: the gradients exploded at step {step.step} (norm "
                 f"{step.gradient_norm:.3g}, over {EXPLODED} times the steps before it); "
                 "optimisation.max_gradient_norm would clip them"
             )
-            self.note(f"warning: {self.explosions[-1]}")
+            self.note(f"warning: {self.spike_warnings[-1]}")
 
 
-def exploded(norm: float, before: Sequence[float]) -> bool:
+def is_gradient_spike(norm: float, before: Sequence[float]) -> bool:
     """Whether a gradient's norm is far above those of the steps before it."""
     return len(before) == TYPICAL_STEPS and norm > EXPLODED * median(before) > 0

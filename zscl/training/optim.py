@@ -17,7 +17,7 @@ def learning_rate_factor(step: int, warmup_steps: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / (steps - warmup_steps)))
 
 
-def adamw(parameters: list[nn.Parameter], learning_rate: float, experiment: Experiment) -> AdamW:
+def build_optimizer(parameters: list[nn.Parameter], learning_rate: float, experiment: Experiment) -> AdamW:
     """The optimizer of a stage."""
     optimisation, savings = experiment.optimisation, experiment.compute.savings
     return AdamW(
@@ -30,7 +30,7 @@ def adamw(parameters: list[nn.Parameter], learning_rate: float, experiment: Expe
     )
 
 
-def choose_trained(model: nn.Module, train: str) -> None:
+def select_trained_parameters(model: nn.Module, train: str) -> None:
     """Train the model, its `image_tower` or its `text_tower`; never the logit scale (and a sigmoid model's bias)."""
     for name, parameter in model.named_parameters():
         tower = "image_tower" if name.startswith("visual.") else "text_tower"

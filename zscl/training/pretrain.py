@@ -19,15 +19,15 @@ from torchvision.transforms import Compose, RandomCrop
 from schemas.data import Task
 from schemas.errors import InputError
 from schemas.pretraining import Pretraining
-from zscl.data.decode import Decode
+from zscl.data.decode import Decoder
 from zscl.data.indexed import IndexedSamples
 from zscl.data.loader import Loader, TrainingImages
-from zscl.data.sample import decoded_text
+from zscl.data.sample import decode_text
 from zscl.data.shard_urls import open_samples
 from zscl.data.task import TaskFolder
 from zscl.evaluation.zero_shot import accuracies, embed_classes
 from zscl.models.clip import CONFIG, Clip
-from zscl.runtime.seeding import seed_of
+from zscl.runtime.seeding import derive_seed
 from zscl.training.optim import learning_rate_factor
 
 LARGEST_SCALE = 100.0  # CLIP's bound on exp(logit_scale)
@@ -43,7 +43,7 @@ class Pretrained:
     zero_shot: dict[str, float]
 
 
-def build(recipe: Pretraining, device: torch.device) -> Clip:
+def build_untrained(recipe: Pretraining, device: torch.device) -> Clip:
     """Make a randomly initialised model from the recipe.
 
     Raises:
@@ -102,13 +102,13 @@ def pretrain(
     """
     tasks = [TaskFolder.open(Task.model_validate(path)) for path in recipe.judge]
     corpus, numbers = _open_corpus(recipe)
-    clip = build(recipe, device)
+    clip = build_untrained(recipe, device)
     tokens = clip.tokenizer(list(numbers)).to(device)
     steps = recipe.epochs * len(corpus) // recipe.batch_size
     batches = TrainingImages(
         samples=corpus,
-        decode=Decode(_shifting(recipe, clip), lambda sample: numbers[decoded_text(sample.text)]),
-        seed=seed_of(recipe.seed, "corpus"),
+        decode=Decoder(_shifting(recipe, clip), lambda sample: numbers[decode_text(sample.text)]),
+        seed=derive_seed(recipe.seed, "corpus"),
         batch_size=recipe.batch_size,
         own=range(recipe.batch_size),
     ).batches(Loader(device))

@@ -17,8 +17,8 @@ from torch import nn
 
 from schemas.errors import InputError
 from schemas.method import Average
-from zscl.methods.weight_averaging import hand_on, trained_parameters
-from zscl.runtime.atomic_io import whole_file
+from zscl.methods.weight_averaging import build_averager, trained_parameters
+from zscl.runtime.atomic_io import atomic_file
 from zscl.runtime.distributed import rank
 from zscl.runtime.retry import os_error_of, retry_io
 
@@ -32,7 +32,7 @@ def place_of(run: Path, stage: int, task: str) -> Path:
     return run / FOLDER / f"{stage}-{task}"
 
 
-class Snapshots:
+class SnapshotWriter:
     """Keeps the weights after every so many steps; a step that is taken again, after an interruption, is kept again."""
 
     def __init__(self, folder: Path, every: int, steps: int, weights: Callable[[], Mapping[str, torch.Tensor]]) -> None:
@@ -49,13 +49,13 @@ class Snapshots:
     def after_step(self, step: int) -> None:
         """Keep the weights, on the main worker, when the step is a multiple of the interval or the stage's end."""
         if rank() == 0 and step == self.steps:
-            retry_io(lambda: self._write(LAST), folder=self.folder.parents[1])
+            retry_io(lambda: self._write(LAST), must_exist=self.folder.parents[1])
         elif rank() == 0 and step % self.every == 0:
-            retry_io(lambda: self._write(f"{step}{SUFFIX}"), folder=self.folder.parents[1])
+            retry_io(lambda: self._write(f"{step}{SUFFIX}"), must_exist=self.folder.parents[1])
 
     def _write(self, name: str) -> None:
         weights = {name: tensor.detach().to("cpu").contiguous() for name, tensor in self.weights().items()}
-        with whole_file(self.folder / name) as temporary:
+        with atomic_file(self.folder / name) as temporary:
             try:
                 save_file(weights, temporary)
             except SafetensorError as error:  # of a full disk, too
@@ -102,7 +102,7 @@ def replay(
             f"--every {average.every}: found snapshots of every {every} steps in {folder}, expected a multiple of that"
         )
     start = [parameter.detach().clone() for parameter in trained_parameters(student)]
-    handed_on = hand_on(average, student, start, multi_tensor)
+    handed_on = build_averager(average, student, start, multi_tensor)
     for step, file in _merged(folder, average.every if average else steps, steps):
         _load(student, file)
         handed_on.after_step(step)

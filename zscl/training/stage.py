@@ -16,23 +16,23 @@ from schemas.events import CheckpointWritten, Note, StepsTaken, WorkersUsed
 from schemas.experiment import Experiment
 from schemas.method import Average
 from schemas.results import StageResult, StepLosses
-from zscl.data.loader import Loader, loader_of
+from zscl.data.loader import Loader, build_loader
 from zscl.data.task import TaskFolder
-from zscl.methods.interfaces import Stage, Teacher
-from zscl.methods.terms import build
-from zscl.methods.weight_averaging import HandOn, hand_on, trained_parameters
+from zscl.methods.interfaces import StageContext, Teacher
+from zscl.methods.terms import build_objective
+from zscl.methods.weight_averaging import WeightAverager, build_averager, trained_parameters
 from zscl.models.clip import Clip, image_size
-from zscl.models.pruned_forward import Towers
-from zscl.runtime.distributed import gather_sentences, rank, share, world_size
-from zscl.runtime.seeding import seed_of
-from zscl.runtime.timing import Clock, peak_memory
+from zscl.models.pruned_forward import PrunedForward
+from zscl.runtime.distributed import all_gather_unique, rank, rank_slice, world_size
+from zscl.runtime.seeding import derive_seed
+from zscl.runtime.timing import Clock, peak_memory_megabytes
 from zscl.training.batches import training_batches
-from zscl.training.checkpoint import Checkpoints, State, fits, read_checkpoint
-from zscl.training.loss_log import Curves
-from zscl.training.optim import adamw, choose_trained, learning_rate_factor
-from zscl.training.snapshots import Snapshots, place_of
-from zscl.training.step import Student, shares_prompts, train_step
-from zscl.training.throughput import Usage
+from zscl.training.checkpoint import CheckpointWriter, State, is_compatible, read_checkpoint
+from zscl.training.loss_log import LossLog
+from zscl.training.optim import build_optimizer, learning_rate_factor, select_trained_parameters
+from zscl.training.snapshots import SnapshotWriter, place_of
+from zscl.training.step import GlobalBatchForward, shares_prompts, train_step
+from zscl.training.throughput import ThroughputMonitor
 
 Report = Callable[[StepsTaken | CheckpointWritten | WorkersUsed | Note], None]
 
@@ -43,12 +43,12 @@ def train_stage(
     folder: TaskFolder,
     clip: Clip,
     teacher: Teacher | None,
-    further_texts: Sequence[str],
+    extra_texts: Sequence[str],
     device: torch.device,
     report: Report,
     checkpoint: Path | None = None,
-    asked_to_stop: Callable[[], bool] = lambda: False,
-    further_averages: Sequence[Average | None] = (),
+    stop_requested: Callable[[], bool] = lambda: False,
+    extra_averages: Sequence[Average | None] = (),
     identity: str = "",
 ) -> tuple[list[tuple[nn.Module, StageResult]], list[StepLosses]]:
     """Train `clip.model` on one task, from the stage's start or from behind the step of its checkpoint.
@@ -80,104 +80,111 @@ def train_stage(
 
     # Everything is decided here; the loop below only trains.
     model.train()
-    choose_trained(model, experiment.method.train)
-    tokens = clip.tokenizer([*folder.prompts(folder.templates[0]), *further_texts]).to(device)
-    towers = Towers(
+    select_trained_parameters(model, experiment.method.train)
+    tokens = clip.tokenizer([*folder.prompts(folder.templates[0]), *extra_texts]).to(device)
+    pruned = PrunedForward(
         model,
         tokens,
-        own=share(len(tokens)) if shares_prompts(len(tokens)) else range(len(tokens)),
+        rank_prompts=rank_slice(len(tokens)) if shares_prompts(len(tokens)) else range(len(tokens)),
         compute=experiment.compute,
         unused_embeddings_stay=optimisation.weight_decay == 0,
     )
-    for note in towers.notes:
+    for note in pruned.notes:
         report(Note(text=note))
     trained = trained_parameters(model)
-    averages = [experiment.method.average, *further_averages]
+    averages = [experiment.method.average, *extra_averages]
     blended = any(average and average.start_share for average in averages)
     looks_back = experiment.method.consolidate is not None or bool(experiment.method.further_losses) or blended
     start = [parameter.detach().clone() for parameter in trained] if looks_back else []
     clock = Clock()
     if teacher is not None:
         teacher = replace(teacher, image_features=clock.around("teacher", teacher.image_features))
-    bound_to = Stage(optimisation.batch_size, optimisation.reference_batch_size, trained, start, teacher)
-    losses_of = build(experiment, bound_to)
+    context = StageContext(optimisation.batch_size, optimisation.reference_batch_size, trained, start, teacher)
+    objective = build_objective(experiment, context)
     batch_sizes = [optimisation.batch_size, *([optimisation.reference_batch_size] if teacher else [])]
-    student = Student(
-        towers=distribute(towers, image_size(model), *batch_sizes),
+    forward = GlobalBatchForward(
+        towers=distribute(pruned, image_size(model), *batch_sizes),
         prompts=len(tokens),
         scale=model.logit_scale.detach().exp(),  # type: ignore[operator]
         batch_size=optimisation.batch_size,
         reference_batch_size=optimisation.reference_batch_size,
         precision=optimisation.precision,
     )
-    optimizer = adamw(trained, task.learning_rate or optimisation.learning_rate, experiment)
+    optimizer = build_optimizer(trained, task.learning_rate or optimisation.learning_rate, experiment)
     warmup = experiment.stage_warmup(task)
     schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(step, warmup, steps))
-    handed_on = [hand_on(average, model, start, experiment.compute.savings.multi_tensor) for average in averages]
-    followers: list[HandOn | Snapshots] = [*handed_on, *snapshots_of(experiment, stage, checkpoint, towers)]
-    curves = Curves(stage, task.name, sum(batch_sizes), report)
-    loader = loader_of(experiment.compute, device, report)
-    under_way = UnderWay(experiment.seed, stage, model, optimizer, schedule, handed_on, curves, loader, clock, identity)
-    first_step = under_way.go_on(checkpoint)
+    averagers = [build_averager(average, model, start, experiment.compute.savings.multi_tensor) for average in averages]
+    step_hooks: list[WeightAverager | SnapshotWriter] = [
+        *averagers,
+        *snapshot_writers(experiment, stage, checkpoint, pruned),
+    ]
+    log = LossLog(stage, task.name, sum(batch_sizes), report)
+    loader = build_loader(experiment.compute, device, report)
+    state = StageState(experiment.seed, stage, model, optimizer, schedule, averagers, log, loader, clock, identity)
+    first_step = state.restore(checkpoint)
     batches = training_batches(experiment, stage, folder, clip, teacher.images if teacher else None, loader, first_step)
     batches = clock.over("data", batches)
-    usage = Usage(stage, sum(map(len, map(share, batch_sizes))), clock, device, report, first_step)
-    checkpoints = Checkpoints(checkpoint, experiment.compute.checkpoint, report, asked_to_stop, first_step)
+    throughput = ThroughputMonitor(
+        stage, sum(map(len, map(rank_slice, batch_sizes))), clock, device, report, first_step
+    )
+    checkpoints = CheckpointWriter(checkpoint, experiment.compute.checkpoint, report, stop_requested, first_step)
 
     for step in range(first_step, steps):
-        under_way.seed_step(step)
+        state.seed_step(step)
         learning_rate = float(schedule.get_last_lr()[0])
-        named, norm = train_step(student, losses_of, optimizer, schedule, next(batches), optimisation.max_gradient_norm)
+        named, norm = train_step(forward, objective, optimizer, schedule, next(batches), optimisation.max_gradient_norm)
         with clock("averaging"):
-            for follower in followers:
+            for follower in step_hooks:
                 follower.after_step(step)
-        curves.add(step, learning_rate, named, norm)
-        if step + 1 == checkpoints.next_look < steps:
-            curves.flush()
+        log.add(step, learning_rate, named, norm)
+        if step + 1 == checkpoints.next_poll_step < steps:
+            log.flush()
             loader.check_over_workers()
             with clock("checkpoint"):
-                checkpoints.look(step + 1, under_way.state)
-            usage.look(step + 1)
-    for follower in followers:
+                checkpoints.maybe_save(step + 1, state.state)
+            throughput.poll(step + 1)
+    for follower in step_hooks:
         follower.after_step(steps)
 
-    curves.flush()
+    log.flush()
     loader.check_over_workers()
-    for each in handed_on:
-        curves.refuse_weights(each.model)
-    checkpoints.end()
+    for each in averagers:
+        log.check_weights_finite(each.model)
+    checkpoints.wait()
     optimizer.zero_grad()  # gradients would stay in memory, and in every copy of the model
-    for module in {model, *(each.model for each in handed_on)}:
-        towers.restore(module)
+    for module in {model, *(each.model for each in averagers)}:
+        pruned.restore_embeddings(module)
     result = StageResult(
         stage=stage,
         task=task.name,
         steps=steps,
         images_seen=steps * sum(batch_sizes),
-        train_seconds=curves.seconds,
-        images_per_second=steps * sum(batch_sizes) / curves.seconds,
-        peak_memory_megabytes=peak_memory(device),
-        seconds_by_part=clock.seconds | {"student": curves.seconds - sum(clock.seconds.values())},
-        merges=handed_on[0].merges,
-        losses=curves.steps[-1].losses,
-        warnings=tuple(curves.explosions),
-        broken=tuple(gather_sentences(loader.broken)),
+        train_seconds=log.seconds,
+        images_per_second=steps * sum(batch_sizes) / log.seconds,
+        peak_memory_megabytes=peak_memory_megabytes(device),
+        seconds_by_part=clock.seconds | {"student": log.seconds - sum(clock.seconds.values())},
+        merges=averagers[0].merges,
+        losses=log.steps[-1].losses,
+        warnings=tuple(log.spike_warnings),
+        broken=tuple(all_gather_unique(loader.broken)),
     )
-    results = [result.model_copy(update={"merges": each.merges}) for each in handed_on]
-    return [(each.model, result) for each, result in zip(handed_on, results, strict=True)], curves.steps
+    results = [result.model_copy(update={"merges": each.merges}) for each in averagers]
+    return [(each.model, result) for each, result in zip(averagers, results, strict=True)], log.steps
 
 
-def snapshots_of(experiment: Experiment, stage: int, checkpoint: Path | None, towers: Towers) -> list[Snapshots]:
+def snapshot_writers(
+    experiment: Experiment, stage: int, checkpoint: Path | None, towers: PrunedForward
+) -> list[SnapshotWriter]:
     """What keeps a stage's weights along the way, beside its checkpoint, where the recipe asks for it."""
     every, task = experiment.compute.snapshots_every, experiment.tasks[stage - 1]
     if every is None or checkpoint is None:
         return []
     place = place_of(checkpoint.parent, stage, task.name)
-    return [Snapshots(place, every, experiment.stage_steps(task), towers.trained)]
+    return [SnapshotWriter(place, every, experiment.stage_steps(task), towers.trained)]
 
 
 @dataclass(frozen=True)
-class UnderWay:
+class StageState:
     """A stage's state between two steps: what a checkpoint holds."""
 
     seed: int
@@ -185,36 +192,36 @@ class UnderWay:
     model: nn.Module
     optimizer: Optimizer
     schedule: LRScheduler
-    handed_on: Sequence[HandOn]
-    curves: Curves
+    averagers: Sequence[WeightAverager]
+    log: LossLog
     loader: Loader
     clock: Clock
     identity: str = ""
 
     def seed_step(self, step: int) -> None:
         """Make what is random in the model (dropout) a function of the step, so that no generator need be kept."""
-        torch.manual_seed(seed_of(self.seed, self.stage, "step", step, rank()))
+        torch.manual_seed(derive_seed(self.seed, self.stage, "step", step, rank()))
 
     def state(self) -> State:
         """What it takes to go on from here; all workers ask for it together."""
         return {
             "stage": self.stage,
             "identity": self.identity,
-            "step": len(self.curves.steps),
+            "step": len(self.log.steps),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
-            "handed_on": [each.state_dict() for each in self.handed_on],
-            "curves": [step.model_dump() for step in self.curves.steps],
-            "seconds": self.curves.seconds,
+            "handed_on": [each.state_dict() for each in self.averagers],
+            "curves": [step.model_dump() for step in self.log.steps],
+            "seconds": self.log.seconds,
             "seconds_by_part": dict(self.clock.seconds),
-            "broken": gather_sentences(self.loader.broken),
-            "broken_of_sets": [gather_sentences(read.broken) for read in self.loader.sets],
+            "broken": all_gather_unique(self.loader.broken),
+            "broken_of_sets": [all_gather_unique(read.broken) for read in self.loader.sets],
         }
 
-    def go_on(self, checkpoint: Path | None) -> int:
+    def restore(self, checkpoint: Path | None) -> int:
         """Take up what the checkpoint holds, if there is one for this stage. Returns the steps taken already."""
-        note = self.curves.note
+        note = self.log.note
         state = read_checkpoint(checkpoint, self.stage, note)
         if state is None:
             return 0
@@ -223,20 +230,20 @@ class UnderWay:
                 f"{checkpoint}: found the checkpoint of another run's stage (identity {state['identity']}), expected "
                 f"{self.identity}; remove the file, to begin the stage again"
             )
-        if not fits(state, self.model):
+        if not is_compatible(state, self.model):
             note(
                 f"{checkpoint}: found weights of other shapes, made with other compute.savings; the stage begins again"
             )
             return 0
-        if len(state["handed_on"]) != len(self.handed_on):
+        if len(state["handed_on"]) != len(self.averagers):
             note(f"{checkpoint}: found averages for other runs beside this one; the stage begins again")
             return 0
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
-        for each, kept in zip(self.handed_on, state["handed_on"], strict=True):
+        for each, kept in zip(self.averagers, state["handed_on"], strict=True):
             each.load_state_dict(kept)
-        self.curves.take_up([StepLosses.model_validate(step) for step in state["curves"]], state["seconds"])
+        self.log.restore([StepLosses.model_validate(step) for step in state["curves"]], state["seconds"])
         self.clock.seconds.update(state.get("seconds_by_part", {}))
         self.loader.broken.update(dict.fromkeys(state["broken"]))
         self.loader.resumed.extend(state.get("broken_of_sets", []))
@@ -264,7 +271,8 @@ def distribute(towers: nn.Module, image_size: tuple[int, int], *batch_sizes: int
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
         parallel = DistributedDataParallel(towers, device_ids=devices, broadcast_buffers=False, static_graph=True)
     images, references = (
-        torch.zeros(len(share(size)), 3, *image_size).to(weight) if size else None for size in (*batch_sizes, 0)[:2]
+        torch.zeros(len(rank_slice(size)), 3, *image_size).to(weight) if size else None
+        for size in (*batch_sizes, 0)[:2]
     )
     for _ in range(2):
         encoded = parallel(images, references)

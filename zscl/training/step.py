@@ -15,7 +15,7 @@ from zscl.runtime.distributed import gather_with_gradient, world_size
 
 
 @dataclass(frozen=True)
-class Student:
+class GlobalBatchForward:
     """The model in training, seen from the step: batch in, global features out."""
 
     towers: nn.Module
@@ -38,15 +38,15 @@ class Student:
 
 
 def train_step(
-    student: Student,
-    losses_of: Objective,
+    forward: GlobalBatchForward,
+    objective: Objective,
     optimizer: Optimizer,
     schedule: LRScheduler,
     batch: Batch,
     max_gradient_norm: float | None = None,
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Update the student once. Returns each named loss, detached, and the norm of the gradients before any clipping."""
-    named = losses_of(student(batch), batch)
+    named = objective(forward(batch), batch)
     optimizer.zero_grad()
     torch.stack(list(named.values())).sum().backward()
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]

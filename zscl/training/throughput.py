@@ -6,13 +6,13 @@ from collections.abc import Callable
 import torch
 
 from schemas.events import WorkersUsed, WorkerUse
-from zscl.runtime.distributed import agree, gather_unequal, rank
+from zscl.runtime.distributed import broadcast_ints, gather_ragged, rank
 from zscl.runtime.timing import Clock, resident_megabytes
 
 EVERY_SECONDS = 10.0
 
 
-class Usage:
+class ThroughputMonitor:
     """Reports what every worker has used since the last time, every few seconds; the main worker says when."""
 
     def __init__(
@@ -37,11 +37,11 @@ class Usage:
         self.stage, self.own_images, self.clock, self.device, self.report = stage, own_images, clock, device, report
         self._begin(first_step)
 
-    def look(self, done: int) -> None:
+    def poll(self, done: int) -> None:
         """Report, where it is time, behind `done` steps; all workers look together."""
-        [due] = agree(int(time.monotonic() - self._at[0] >= EVERY_SECONDS) if rank() == 0 else 0)
+        [due] = broadcast_ints(int(time.monotonic() - self._at[0] >= EVERY_SECONDS) if rank() == 0 else 0)
         if due:
-            everyones = gather_unequal(torch.tensor([self._used(done)], device=self.device)).tolist()
+            everyones = gather_ragged(torch.tensor([self._used(done)], device=self.device)).tolist()
             uses = [
                 WorkerUse(
                     images_per_second=images,

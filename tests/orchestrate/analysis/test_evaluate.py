@@ -15,7 +15,7 @@ from support.data import coloured, make_task
 
 from orchestrate.analysis import evaluate
 from orchestrate.recipes import recipe as recipes
-from orchestrate.tracking.uploader import sync
+from orchestrate.tracking.uploader import sync_run
 from schemas.evaluation import Evaluation
 from schemas.experiment import Experiment
 from zscl.checks.prompts import prompt_warnings
@@ -44,7 +44,7 @@ def test_all_stages_of_a_run(
 ) -> None:
     store = f"sqlite:///{tmp_path}/mlflow.db"
     (tmp_path / "mlflow.db").write_bytes(empty_store.read_bytes())
-    sync(run, store, lambda *_: None)
+    sync_run(run, store, lambda *_: None)
     looked_at: list[str] = []
 
     def counted(task: TaskFolder, tokenizer: Any) -> list[str]:

@@ -143,7 +143,7 @@ def test_what_is_prepared_can_be_checked_and_opened(place: Path, zscl: Zscl, nam
     assert made.code == 0, made.error
     said = zscl("data", "check", place / name)
     assert said.code == 0, said.out
-    assert opened(place / name).train.once(0, 1)
+    assert opened(place / name).train.iter_shard(0, 1)
 
 
 def test_a_path_that_is_no_text_is_refused(place: Path, zscl: Zscl) -> None:

@@ -13,7 +13,7 @@ from support.command import Command
 from support.data import coloured
 
 from orchestrate.cli import terminal
-from orchestrate.runs.progress import Bar
+from orchestrate.runs.progress import ProgressBar
 from zscl.datasets.task_writer import write_task
 
 Zscl = Callable[..., Command]
@@ -97,7 +97,7 @@ def test_progress_shows_names_as_they_are(
     monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal, where the bar has a text column
     monkeypatch.setenv("TERM", "xterm")
     console = terminal.progress_on_stderr()
-    with Bar(console, total=5) as bar:
+    with ProgressBar(console, total=5) as bar:
         bar.update(f"stage 1/1 {name}", 1)
         bar.aside(f"aside {name}", 1, 2)
         bar.say(f"said {name}")
@@ -112,7 +112,7 @@ def test_a_dumb_terminal_gets_lines_in_place_of_a_bar(
 ) -> None:
     monkeypatch.setenv("TERM", "dumb")
     monkeypatch.setenv("FORCE_COLOR", "1")
-    with Bar(terminal.progress_on_stderr(), total=5) as bar:
+    with ProgressBar(terminal.progress_on_stderr(), total=5) as bar:
         bar.log("stage 1/2 first: 5 steps")
     assert capsys.readouterr().err == "stage 1/2 first: 5 steps\n"
 

@@ -114,7 +114,7 @@ def test_a_home_that_takes_no_file_leaves_the_token_in_the_environment(
     access.use_token(starts_here=True)
     assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
     assert os.environ["RAY_AUTH_MODE"] == "token"
-    assert access.given()
+    assert access.has_token()
 
 
 def test_a_cluster_to_join_gets_a_token_only_where_there_is_one(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

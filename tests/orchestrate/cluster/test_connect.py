@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from orchestrate.cluster.address import check_gcs, named_address
-from orchestrate.cluster.channel import line_from_here, searches_on_cluster
+from orchestrate.cluster.channel import open_channel, running_searches
 from orchestrate.cluster.connect import LONGEST_TEMPORARY, local_folder
 from orchestrate.lifecycle import network
 from schemas.compute import Compute
@@ -121,10 +121,10 @@ def test_a_cluster_that_is_there(ray_cluster: None, monkeypatch: pytest.MonkeyPa
 def test_a_search_learns_of_another_one_on_the_cluster(ray_cluster: None) -> None:
     import ray
 
-    assert searches_on_cluster() == []
-    line = line_from_here(search="/runs/one")
+    assert running_searches() == []
+    line = open_channel(search="/runs/one")
     assert ray.get(line.refused.remote()) == ""  # it is up
-    [name] = searches_on_cluster()
+    [name] = running_searches()
     assert name.startswith("/runs/one (")
     ray.kill(line)
 

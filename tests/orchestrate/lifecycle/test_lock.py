@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrate.lifecycle.lock import owned
+from orchestrate.lifecycle.lock import run_lock
 from schemas.errors import InputError
 
 
@@ -24,12 +24,12 @@ def test_the_second_is_told_who_the_first_is(tmp_path: Path) -> None:
     with keep(tmp_path / "run", "print('mine', flush=True); input()") as first:
         assert first.stdout is not None
         assert first.stdout.readline() == "mine\n"
-        with pytest.raises(InputError) as refused, owned(tmp_path / "run"):
+        with pytest.raises(InputError) as refused, run_lock(tmp_path / "run"):
             pytest.fail("two processes own one run")
         first.communicate("\n")
     assert f"process {first.pid} on {platform.node()}, started 20" in str(refused.value)
     assert not (tmp_path / "run").exists()
-    with owned(tmp_path / "run", note=pytest.fail):  # the first one has ended, and said so
+    with run_lock(tmp_path / "run", note=pytest.fail):  # the first one has ended, and said so
         pass
 
 
@@ -38,7 +38,7 @@ def test_the_lock_of_a_killed_process_is_stale(tmp_path: Path) -> None:
     with keep(tmp_path / "run", "import os; os.kill(os.getpid(), 9)") as killed:
         killed.wait()
     said: list[str] = []
-    with owned(tmp_path / "run", said.append):
+    with run_lock(tmp_path / "run", said.append):
         assert (tmp_path / ".run.owner.json").is_file()
     assert len(said) == 1
     assert f"its owner (process {killed.pid} on {platform.node()}" in said[0]

@@ -8,8 +8,8 @@ import pytest
 from ruamel.yaml import YAML
 from support.command import Command
 
-from orchestrate.lifecycle.lock import owned
-from orchestrate.lifecycle.paths import refuse_unwritable
+from orchestrate.lifecycle.lock import run_lock
+from orchestrate.lifecycle.paths import check_writable
 from schemas.errors import InputError
 
 Zscl = Callable[..., Command]
@@ -79,14 +79,14 @@ def test_data_is_not_made_for_a_place_that_cannot_be_written(
 def test_a_folder_that_nothing_can_be_written_to(folder: str, reason: str, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     with pytest.raises(InputError, match="cannot be written") as refused:
-        refuse_unwritable(tmp_path / folder)
+        check_writable(tmp_path / folder)
     assert reason in str(refused.value)
-    with pytest.raises(InputError, match="cannot be written"), owned(tmp_path / folder):
+    with pytest.raises(InputError, match="cannot be written"), run_lock(tmp_path / folder):
         pytest.fail("nobody owns such a run")
 
 
 def test_looking_at_a_place_leaves_nothing_there(tmp_path: Path) -> None:
-    refuse_unwritable(tmp_path / "new [folder] (ü)/x")
+    check_writable(tmp_path / "new [folder] (ü)/x")
     assert list(tmp_path.iterdir()) == []
 
 

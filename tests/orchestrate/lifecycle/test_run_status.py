@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrate.lifecycle.run_status import HASTE_SECONDS, outcome_told, read_state, write_state
+from orchestrate.lifecycle.run_status import HASTE_SECONDS, read_state, record_outcome, write_state
 from schemas.errors import InputError, InterruptedRunError
 
 
@@ -23,7 +23,7 @@ class Records:
 
 def test_what_ends_well_is_finished(tmp_path: Path) -> None:
     records = Records(tmp_path)
-    with outcome_told(tmp_path, records):
+    with record_outcome(tmp_path, records):
         write_state(tmp_path, "RUNNING")
     assert records.ended == [("FINISHED", None)]
 
@@ -42,11 +42,11 @@ def test_what_ends_otherwise_says_why(
     tmp_path: Path, error: BaseException, status: str, reason: str, patience: float | None
 ) -> None:
     records = Records(tmp_path)
-    with pytest.raises(type(error)), outcome_told(tmp_path, records):
+    with pytest.raises(type(error)), record_outcome(tmp_path, records):
         raise error
     state = read_state(tmp_path)
     assert state is not None
     assert (state.status, state.reason) == (status, reason)
     assert records.ended == [(status, patience)]
-    with pytest.raises(type(error)), outcome_told(tmp_path, None):  # offline
+    with pytest.raises(type(error)), record_outcome(tmp_path, None):  # offline
         raise error

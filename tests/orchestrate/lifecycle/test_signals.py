@@ -12,9 +12,9 @@ import pytest
 from support.command import Command
 from support.data import coloured
 
-from orchestrate.lifecycle.signals import URGENT, WARNINGS, end_on_signals, signals_taken, warnings_held_back
+from orchestrate.lifecycle.signals import URGENT, WARNINGS, defer_warning_signals, end_on_signals, handle_signals
 from schemas.errors import InterruptedRunError
-from zscl.checks.image import look_at
+from zscl.checks.image import inspect_image
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +43,7 @@ def test_a_signal_is_not_taken_for_a_broken_image(number: int, monkeypatch: pyte
     monkeypatch.setattr("zscl.checks.image.decode_image", lambda encoded: os.kill(os.getpid(), number))
     end_on_signals()
     with pytest.raises(InterruptedRunError):
-        look_at(next(coloured(1, 0))[0])
+        inspect_image(next(coloured(1, 0))[0])
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
@@ -63,7 +63,7 @@ def test_a_command_that_is_ended_early_says_so(number: int, code: int, tmp_path:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_the_first_signal_asks_and_the_second_ends(number: int, code: int) -> None:
     before = signal.getsignal(number)
-    with signals_taken() as interruption:
+    with handle_signals() as interruption:
         os.kill(os.getpid(), number)
         assert interruption
         assert interruption.error("").exit_code == code
@@ -74,7 +74,7 @@ def test_the_first_signal_asks_and_the_second_ends(number: int, code: int) -> No
 
 @pytest.mark.parametrize(("number", "code"), [(each, 128 + each) for each in WARNINGS])
 def test_a_warning_asks_however_often_it_comes(number: int, code: int) -> None:
-    with signals_taken() as interruption:
+    with handle_signals() as interruption:
         for each in (number, number, signal.SIGTERM, number):  # the time is up behind a warning; a shell repeats it
             os.kill(os.getpid(), each)
         assert interruption
@@ -95,7 +95,7 @@ def test_after_one_warning_the_next_does_not_disturb_the_end() -> None:
 def test_what_nohup_ignores_stays_ignored() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     end_on_signals()
-    with signals_taken() as interruption:
+    with handle_signals() as interruption:
         os.kill(os.getpid(), signal.SIGHUP)
         assert not interruption
         os.kill(os.getpid(), signal.SIGUSR2)
@@ -104,8 +104,8 @@ def test_what_nohup_ignores_stays_ignored() -> None:
 
 
 def test_processes_that_are_started_while_warnings_are_held_back_never_get_them() -> None:
-    with signals_taken() as interruption:
-        with warnings_held_back():
+    with handle_signals() as interruption:
+        with defer_warning_signals():
             other = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGHUP)  # other threads may take it
             assert not interruption  # not lost, but late

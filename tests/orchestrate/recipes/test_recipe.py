@@ -32,14 +32,14 @@ def file(tmp_path: Path, recipe: Callable[..., dict[str, Any]]) -> Path:
 
 @pytest.mark.parametrize("shipped", SHIPPED, ids=lambda file: file.stem)
 def test_every_shipped_recipe_is_accepted_and_headed_by_its_command(shipped: Path) -> None:
-    content = recipes.read(shipped)
+    content = recipes.read_recipe(shipped)
     if "corpus" in content:
-        assert recipes.parse(Pretraining, content, shipped)
+        assert recipes.parse_recipe(Pretraining, content, shipped)
     elif "search" in content:
         search, base = recipes.load_search(shipped)
         for path, domain in search.domains.items():
             for end in domain.ends:
-                assert recipes.at(search, base, {path: end}, shipped)
+                assert recipes.with_values(search, base, {path: end}, shipped)
     else:
         assert recipes.load_variants(shipped, variant=recipes.ALL if "variants" in content else None)
     head = shipped.read_text().partition("\n\n")[0]
@@ -158,7 +158,7 @@ def test_dry_run_refuses_the_folder_of_another_run(file: Path, tmp_path: Path, z
 
 @pytest.mark.parametrize("shipped", SHIPPED, ids=lambda file: file.stem)
 def test_an_editor_accepts_what_the_product_accepts(shipped: Path, zscl: Callable[..., Command]) -> None:
-    schema, content = json.loads(zscl("schema").out), recipes.read(shipped)
+    schema, content = json.loads(zscl("schema").out), recipes.read_recipe(shipped)
     if "search" in content:
         jsonschema.validate(content["search"], json.loads(zscl("schema", "--search").out))
         return
@@ -260,7 +260,7 @@ def test_a_recipe_makes_no_python_object(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "recipe.yaml"
-    text = recipes.dump(recipe())
+    text = recipes.dump_yaml(recipe())
     file.write_text(text if by_option else f"{text}seed: {tag}\n")
     with pytest.raises(
         InputError, match=r"line \d+, column \d+: could not determine a constructor for the tag 'tag:yaml.org,2002:py"
@@ -405,7 +405,7 @@ def test_any_recipes_file_name_makes_a_name(tmp_path: Path, file: str, name: str
 
 @pytest.mark.parametrize("name", ["a/b", "a b", "..", "[x]", "ü"])
 def test_a_variants_name_must_do_for_a_folder(table: Path, name: str) -> None:
-    table.write_text(recipes.dump({"base": "tiny.yaml", "variants": {name: {"seed": 1}}}))
+    table.write_text(recipes.dump_yaml({"base": "tiny.yaml", "variants": {name: {"seed": 1}}}))
     with pytest.raises(InputError, match="variants: found the name") as refused:
         recipes.load_variants(table, (), "all")
     assert "expected nothing but letters, digits and any of _.-: folders are named after it" in str(refused.value)
@@ -438,7 +438,7 @@ def test_quotes_around_a_number_are_said_to_be_the_matter(
     recipe: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
     (tmp_path / "recipe.yaml").write_text(
-        recipes.dump(recipe(optimisation={"batch_size": "16", "learning_rate": "1e-5"}))
+        recipes.dump_yaml(recipe(optimisation={"batch_size": "16", "learning_rate": "1e-5"}))
     )
     with pytest.raises(InputError) as refused:
         recipes.load_experiment(tmp_path / "recipe.yaml")
@@ -465,11 +465,11 @@ def test_quotes_around_a_number_are_said_to_be_the_matter(
 def test_odd_spaces_in_texts_and_comments_are_left_alone(tmp_path: Path, text: str) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text("model: embedded\n" + text, encoding="utf-8")
-    assert recipes.read(file)["model"] == "embedded"
+    assert recipes.read_recipe(file)["model"] == "embedded"
 
 
 def test_an_odd_space_in_a_comment_does_not_hide_what_is_wrong(tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text("# a:\u00a0b\nname: 'x:\u00a0y'\ntasks: [a\n", encoding="utf-8")
     with pytest.raises(InputError, match=r"line 3, column 8: expected ',' or '\]'"):
-        recipes.read(file)
+        recipes.read_recipe(file)

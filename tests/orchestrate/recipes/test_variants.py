@@ -9,7 +9,7 @@ import pytest
 from ruamel.yaml import YAML
 from support.command import Command
 
-from orchestrate.recipes.variants import MTIL_ORDERS, members
+from orchestrate.recipes.variants import MTIL_ORDERS, expand_seeds_and_orders
 from schemas.errors import InputError
 from schemas.experiment import Experiment
 
@@ -17,7 +17,7 @@ Make = Callable[..., Experiment]
 
 
 def test_every_seed_in_every_order(experiment: Make) -> None:
-    found = members({"": experiment(seed=3)}, 2, "given, reversed,random:2")
+    found = expand_seeds_and_orders({"": experiment(seed=3)}, 2, "given, reversed,random:2")
     assert list(found) == [
         f"{order}-seed-{seed}" for order in ("given", "reversed", "random-1", "random-2") for seed in (3, 4)
     ]
@@ -27,8 +27,8 @@ def test_every_seed_in_every_order(experiment: Make) -> None:
     assert sorted(orders["random-2-seed-3"]) == ["first", "second", "third"]
     assert orders["random-1-seed-3"] == orders["random-1-seed-4"]
     assert {name: each.seed for name, each in found.items()}["given-seed-4"] == 4
-    assert members({"": experiment()}, 1, "") == {"": experiment()}
-    assert list(members({"a": experiment(), "b": experiment()}, 2, "")) == [
+    assert expand_seeds_and_orders({"": experiment()}, 1, "") == {"": experiment()}
+    assert list(expand_seeds_and_orders({"a": experiment(), "b": experiment()}, 2, "")) == [
         "a-seed-0",
         "a-seed-1",
         "b-seed-0",
@@ -38,7 +38,7 @@ def test_every_seed_in_every_order(experiment: Make) -> None:
 
 def test_the_orders_of_the_paper(experiment: Make) -> None:
     made = experiment(tasks=[f"data/{name}" for name in MTIL_ORDERS["I"]])
-    [found] = members({"": made}, 1, "II").values()
+    [found] = expand_seeds_and_orders({"": made}, 1, "II").values()
     assert [task.name for task in found.tasks] == list(MTIL_ORDERS["II"])
     assert sorted(MTIL_ORDERS["I"]) == sorted(MTIL_ORDERS["II"])
 
@@ -54,7 +54,7 @@ def test_the_orders_of_the_paper(experiment: Make) -> None:
 )
 def test_an_order_that_is_none(experiment: Make, orders: str, sentence: str) -> None:
     with pytest.raises(InputError, match=sentence):
-        members({"": experiment()}, 1, orders)
+        expand_seeds_and_orders({"": experiment()}, 1, orders)
 
 
 def test_a_group_ends_with_its_comparison(

@@ -23,16 +23,16 @@ from support.command import Command
 from orchestrate.cli.run import _ended
 from orchestrate.recipes import recipe as recipes
 from orchestrate.reports.charts import colours
-from orchestrate.reports.comparison import Comparison, Difference, gather, paired_interval
-from orchestrate.reports.results import label_of
+from orchestrate.reports.comparison import Comparison, Difference, group_runs, paired_interval
+from orchestrate.reports.results import run_label
 from orchestrate.reports.tables import escaped, run_rows, terminal_tables
 from orchestrate.tracking.lookup import place_of
 from orchestrate.tracking.mlflow_client import PARENT
-from orchestrate.tracking.uploader import Shipper
+from orchestrate.tracking.uploader import JournalUploader
 from schemas.experiment import Experiment
 from schemas.method import Method
 from schemas.results import Result
-from zscl.sequence.resolve import open_experiment
+from zscl.sequence.resolve import resolve
 from zscl.sequence.run import run_sequence
 
 Zscl = Callable[..., Command]
@@ -234,7 +234,7 @@ def test_runs_are_found_in_mlflow(
     ids = []
     for name in ("finetune-0", "zscl-0"):
         made = experiment(method=name.partition("-")[0])
-        shipper = Shipper(made, open_experiment(made).fingerprint, runs[name], print)
+        shipper = JournalUploader(made, resolve(made).fingerprint, runs[name], print)
         assert shipper.end()
         ids.append(shipper.run_id)
     store = ("--uri", f"sqlite:///{place}/mlflow.db", "--out", tmp_path)
@@ -272,7 +272,7 @@ def test_a_method_is_called_by_what_was_changed_in_it(runs: dict[str, Path]) -> 
     settings = '{"weight": 0.5, "kind": "soft"}'
     changes = {"distill.text_weight": 0.0, "average": None, "further_losses.spread.Spread": settings}
     result = result_of(runs["zscl-0"]).model_copy(update={"method_changes": changes})
-    assert label_of(result) == ('zscl (distill.text_weight=0.0, average=null, spread.Spread(weight=0.5, kind="soft"))')
+    assert run_label(result) == ('zscl (distill.text_weight=0.0, average=null, spread.Spread(weight=0.5, kind="soft"))')
     named = Method.model_validate({"preset": "zscl", "name": "mine", "distill": {"text_weight": 0.0}})
     assert named.changes == {"distill.text_weight": 0.0}
 
@@ -306,7 +306,7 @@ def gathered(folder: Path, results: dict[str, Result]) -> Comparison:
     for name, result in results.items():
         (folder / name).mkdir(parents=True)
         (folder / name / "result.json").write_text(result.model_dump_json())
-    return gather({name: folder / name for name in results})
+    return group_runs({name: folder / name for name in results})
 
 
 def reordered(result: Result) -> Result:
@@ -428,7 +428,7 @@ def test_runs_whose_folders_have_one_name_are_told_apart(runs: dict[str, Path], 
         shutil.copytree(runs["zscl-1"], place)
         seeded = result_of(place).model_copy(update={"workers": 1 + number, "seed": number})
         (place / "result.json").write_text(seeded.model_dump_json())
-    found = gather({str(place): place for place in [*places, tmp_path / "a/../a/zscl"]})
+    found = group_runs({str(place): place for place in [*places, tmp_path / "a/../a/zscl"]})
     assert [run.name for run in found.runs] == ["a/zscl", "b/zscl", "other"]
     assert [row["worker_hours"] for row in run_rows(found) if row["run"]] == sorted(
         row["worker_hours"] or 0 for row in run_rows(found) if row["run"]

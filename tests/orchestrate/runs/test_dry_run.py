@@ -17,7 +17,7 @@ from support.data import make_task
 from orchestrate.runs import dry_run
 from schemas.errors import InputError
 from schemas.experiment import Experiment
-from zscl.sequence.resolve import open_experiment
+from zscl.sequence.resolve import resolve
 
 Zscl = Callable[..., Command]
 Make = Callable[..., Experiment]
@@ -33,7 +33,7 @@ def checked(experiment: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
     def check(offline: bool = False, **changes: Any) -> dict[str, str]:
-        opened = open_experiment(experiment(**changes))
+        opened = resolve(experiment(**changes))
         checklist = dry_run.check_run(opened, tmp_path / "runs/mine", offline, no_cluster)
         assert len(checklist.lines) == len(checklist.checks)
         return {check.name: f"{check.status}: {check.detail}" for check in checklist.checks}

@@ -18,12 +18,12 @@ from orchestrate.cluster import connect as cluster
 from orchestrate.lifecycle.signals import WARNINGS
 from orchestrate.runs import preflight
 from orchestrate.runs import run as running
-from orchestrate.runs.estimate import probe
+from orchestrate.runs.estimate import estimate_run
 from schemas.errors import InputError, InterruptedRunError
 from schemas.experiment import Experiment
 from zscl.data.tar import Member, tar_members
 from zscl.datasets.task_writer import write_task
-from zscl.sequence.resolve import open_experiment
+from zscl.sequence.resolve import resolve
 from zscl.sequence.run import run_sequence
 
 pytest_plugins = ["support.object_storage"]
@@ -33,7 +33,7 @@ Make = Callable[..., Experiment]
 def test_what_a_run_writes_is_known_beforehand(experiment: Make, tmp_path: Path) -> None:
     compute = {"device": "cpu", "snapshots_every": 2}
     made = experiment(method="finetune", compute=compute)
-    opened = open_experiment(made)
+    opened = resolve(made)
     model = preflight.model_megabytes(opened)
     run = tmp_path / "run"
     # Three stages of a model and its snapshots after steps 0, 2, 4 and the last one; a checkpoint twice.
@@ -45,7 +45,7 @@ def test_what_a_run_writes_is_known_beforehand(experiment: Make, tmp_path: Path)
 
 
 def test_a_disk_without_room(experiment: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened = open_experiment(experiment())
+    opened = resolve(experiment())
     preflight.check_disk(opened, tmp_path / "not/there/yet")
     monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=2_000_000))
     with pytest.raises(InputError, match=r"run: found 2 MB free on its disk, expected \d+ MB for the stages' models"):
@@ -53,11 +53,11 @@ def test_a_disk_without_room(experiment: Make, tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_prompt_that_is_cut_is_named(experiment: Make, tmp_path: Path) -> None:
-    assert preflight.warnings(open_experiment(experiment())) == []
+    assert preflight.warnings(resolve(experiment())) == []
     long = "a picture of a very small and nearly square patch of {c}"  # the model reads twelve tokens
     splits = {split: list(coloured(8, 0)) for split in ("train", "test")}
     write_task(tmp_path / "long", ["red", "green", "blue", "yellow"], [long, "{c}"], splits, suffix="png", source="")
-    [sentence, equal] = preflight.warnings(open_experiment(experiment(tasks=[str(tmp_path / "long")])))
+    [sentence, equal] = preflight.warnings(resolve(experiment(tasks=[str(tmp_path / "long")])))
     assert "task 'long': found the prompt 'a picture of a very small" in sentence
     assert "to have more than the 12 tokens that the model reads" in sentence
     assert "found the classes 'red' (0), 'green' (1), 'blue' (2), 'yellow' (3) to have the same tokens" in equal
@@ -66,7 +66,7 @@ def test_a_prompt_that_is_cut_is_named(experiment: Make, tmp_path: Path) -> None
 def test_classes_of_one_name_are_named(experiment: Make, tmp_path: Path) -> None:
     splits = {split: list(coloured(8, 0)) for split in ("train", "test")}
     write_task(tmp_path / "birds", ["crane", "heron", "crane", "owl"], ["a {c}"], splits, suffix="png", source="")
-    [sentence] = preflight.warnings(open_experiment(experiment(tasks=[str(tmp_path / "birds")])))
+    [sentence] = preflight.warnings(resolve(experiment(tasks=[str(tmp_path / "birds")])))
     assert sentence == ("task 'birds': found 'crane' to be the name of the classes 0, 2; no prompt tells them apart")
 
 
@@ -80,7 +80,7 @@ def test_classes_that_the_tokenizer_makes_equal_are_named(
     scenario = {"path": place, "first": 2, "increment": 2, "order": 0}
     own = {"class_incremental": scenario, "tasks": []} if class_incremental else {"tasks": [place]}
     own["optimisation"] = {"steps": 1, "warmup_steps": 1, "batch_size": 4, "reference_batch_size": 4}
-    sentences = preflight.warnings(open_experiment(experiment(method="finetune", **own)))
+    sentences = preflight.warnings(resolve(experiment(method="finetune", **own)))
     found = [sentence for sentence in sentences if "the same tokens" in sentence]
     assert [sentence.partition("found the ")[2] for sentence in found] == [
         f"classes {classes} to have the same tokens in the prompt 'a {{c}}'; the model cannot tell them apart"
@@ -92,9 +92,9 @@ def test_remote_shards_for_several_readers(experiment: Make, bucket: Any, tasks:
     bucket.put(f"{tasks[0]}/", "bucket/task/", recursive=True)
     compute = {"device": "cpu", "workers": 2, "loader_processes": 3}
     remote = experiment(tasks=["s3://bucket/task"], compute=compute)
-    [sentence] = preflight.warnings(open_experiment(remote))
+    [sentence] = preflight.warnings(resolve(remote))
     assert sentence.startswith("task 'task': found remote shards and 6 readers")
-    assert preflight.warnings(open_experiment(experiment(tasks=["s3://bucket/task"]))) == []
+    assert preflight.warnings(resolve(experiment(tasks=["s3://bucket/task"]))) == []
 
 
 def test_a_folder_that_a_node_cannot_write(ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,13 +118,13 @@ def test_a_dry_run_looks_at_a_cluster_that_is_named(
     ray_cluster: None, experiment: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     console = Console(stderr=True)
-    assert "cluster" not in running.plan(open_experiment(experiment()), tmp_path / "run", console)
+    assert "cluster" not in running.plan_run(resolve(experiment()), tmp_path / "run", console)
     monkeypatch.setenv("RAY_ADDRESS", "the one that we are connected to")
-    found = running.plan(open_experiment(experiment()), tmp_path / "run", console)
+    found = running.plan_run(resolve(experiment()), tmp_path / "run", console)
     assert found["cluster"] == {"nodes": 1, "CPU": 4.0}
     many = experiment(compute={"device": "cpu", "workers": 5})
     with pytest.raises(InputError, match=r"compute\.workers: 5 workers would need 5 CPUs, found 4"):
-        running.plan(open_experiment(many), tmp_path / "run", console)
+        running.plan_run(resolve(many), tmp_path / "run", console)
 
 
 def test_a_probe_says_how_long_it_takes(
@@ -134,13 +134,13 @@ def test_a_probe_says_how_long_it_takes(
     without_ray: Callable[[], None],
 ) -> None:
     without_ray()
-    opened = open_experiment(experiment())
-    found = probe(opened, tmp_path / "runs/mine", Console(stderr=True), seconds=0.0)
+    opened = resolve(experiment())
+    found = estimate_run(opened, tmp_path / "runs/mine", Console(stderr=True), seconds=0.0)
     assert found["training_images_per_second"] > 0
     assert found["evaluation_images_per_second"] > 0
     assert {path.name for path in (tmp_path / "runs").iterdir()} <= {"teacher"}  # nothing else is left
     with pytest.raises(InputError, match="--probe: method 'zero-shot' trains nothing"):
-        probe(open_experiment(experiment(method="zero-shot")), tmp_path / "run", Console(stderr=True))
+        estimate_run(resolve(experiment(method="zero-shot")), tmp_path / "run", Console(stderr=True))
 
 
 @pytest.fixture
@@ -238,7 +238,7 @@ def test_a_probe_that_is_interrupted_gives_no_estimate(
     few = experiment(optimisation={"steps": 1, "warmup_steps": 0, "batch_size": 6, "reference_batch_size": 5})
     try:
         with pytest.raises(InterruptedRunError, match="the probe was stopped, and gives no estimate") as found:
-            probe(open_experiment(few), tmp_path / "runs/mine", Console(stderr=True))
+            estimate_run(resolve(few), tmp_path / "runs/mine", Console(stderr=True))
     finally:
         for each, handler in handlers.items():
             signal.signal(each, handler)

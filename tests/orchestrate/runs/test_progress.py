@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 from rich.console import Console
 
-from orchestrate.runs.progress import Bar, Display
+from orchestrate.runs.progress import ProgressBar, RunDisplay
 from schemas.events import RowMeasured, StageStarted, StepsTaken
 from schemas.experiment import Experiment
 from schemas.results import StepLosses
@@ -24,8 +24,8 @@ def test_a_log_tells_stage_step_time_left_and_losses(
     monkeypatch.setattr("orchestrate.runs.progress.time.monotonic", lambda: clock[0])
     stream = io.StringIO()
     made = experiment()
-    with Bar(Console(file=stream, width=200), total=15) as bar:
-        display = Display(made, bar)
+    with ProgressBar(Console(file=stream, width=200), total=15) as bar:
+        display = RunDisplay(made, bar)
         display(RowMeasured(stage=1, accuracy={"first": 0.5, "second": 0.25}))
         display(StageStarted(stage=2, task="second", steps=5))  # a resumed run: 5 steps lie behind it
         clock[0] = 30.0
@@ -41,6 +41,6 @@ def test_a_log_tells_stage_step_time_left_and_losses(
 
 def test_a_terminal_gets_a_bar(experiment: Callable[..., Experiment]) -> None:
     stream = io.StringIO()
-    with Bar(Console(file=stream, width=120, force_terminal=True), total=15) as bar:
-        Display(experiment(), bar)(steps(1, 2))
+    with ProgressBar(Console(file=stream, width=120, force_terminal=True), total=15) as bar:
+        RunDisplay(experiment(), bar)(steps(1, 2))
     assert "3/15" in stream.getvalue()

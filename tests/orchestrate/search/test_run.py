@@ -13,7 +13,7 @@ from support.command import Command
 from orchestrate.lifecycle import paths as places
 from orchestrate.recipes import recipe as recipes
 from orchestrate.search import preflight as search_preflight
-from orchestrate.search.run import search
+from orchestrate.search.run import run_search
 from schemas.algorithm import algorithm
 from schemas.errors import InputError
 from schemas.search import Search, SearchResult, Trial
@@ -194,14 +194,14 @@ def test_what_a_search_will_do(write: Callable[..., Path], zscl: Zscl) -> None:
 
 
 def test_a_single_task_leaves_transfer_undefined(write: Callable[..., Path], tasks: list[str]) -> None:
-    from orchestrate.search.preflight import prepare
+    from orchestrate.search.preflight import prepare_search
 
     with pytest.raises(InputError, match="found transfer, which a single task leaves undefined"):
-        prepare(write({"domains": DOMAINS, "trials": 1}, tasks=tasks[:1]))
+        prepare_search(write({"domains": DOMAINS, "trials": 1}, tasks=tasks[:1]))
 
 
 def test_the_front_is_what_nobody_beats() -> None:
-    from orchestrate.search.results import front_of
+    from orchestrate.search.results import pareto_front
 
     def trial(number: int, transfer: float, forgetting: float, status: Any = "finished") -> Trial:
         objectives = {"transfer": transfer, "forgetting": forgetting}
@@ -214,12 +214,12 @@ def test_the_front_is_what_nobody_beats() -> None:
         trial(4, 0.9, 0.0, "stopped"),
         trial(5, 0.5, 0.1),
     ]
-    assert [each.number for each in front_of(trials, ["transfer", "forgetting"])] == [1, 2, 5]
-    assert [each.number for each in front_of(trials, ["forgetting"])] == [1, 5]
+    assert [each.number for each in pareto_front(trials, ["transfer", "forgetting"])] == [1, 2, 5]
+    assert [each.number for each in pareto_front(trials, ["forgetting"])] == [1, 5]
 
 
 def test_a_search_is_found_again_by_when_it_began_and_not_by_its_path(tmp_path: Path, empty_store: Path) -> None:
-    from orchestrate.search.tracking import SearchRecord
+    from orchestrate.search.tracking import SearchRecorder
 
     searched = Search.model_validate({"domains": DOMAINS, "sampler": "grid"})
     uri = places.sqlite_uri(tmp_path / "mlflow.db")
@@ -231,7 +231,7 @@ def test_a_search_is_found_again_by_when_it_began_and_not_by_its_path(tmp_path: 
         identity = places.SearchIdentity("abc", algorithm(), begun)
         (folder / places.FINGERPRINT).write_text(f"{identity}\n")
         assert places.search_identity(folder) == identity
-        return SearchRecord(searched, "zscl", identity, folder, uri).run_id
+        return SearchRecorder(searched, "zscl", identity, folder, uri).run_id
 
     first = recorded("search", 1)
     assert recorded("search", 1) == first
@@ -242,8 +242,8 @@ def test_a_search_is_found_again_by_when_it_began_and_not_by_its_path(tmp_path: 
 
 
 def test_a_search_of_another_version_of_the_algorithm_is_refused(write: Callable[..., Path], tmp_path: Path) -> None:
-    prepared = search_preflight.prepare(write({"domains": DOMAINS, "sampler": "grid"}), [])
+    prepared = search_preflight.prepare_search(write({"domains": DOMAINS, "sampler": "grid"}), [])
     (tmp_path / "look").mkdir()
     (tmp_path / "look" / places.FINGERPRINT).write_text(f"{prepared.fingerprint}\n")
     with pytest.raises(InputError, match=r"computed by an algorithm older than version 1\.1"):
-        search(prepared, tmp_path / "look", Console())
+        run_search(prepared, tmp_path / "look", Console())

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from orchestrate.search.samplers import NUMBER, Sampling, grid, importance
+from orchestrate.search.samplers import NUMBER, OptunaSearcher, grid, importance
 from schemas.search import Search, Trial
 
 DOMAINS = {"a": {"uniform": [0, 1]}, "b": {"choice": [1, 2, 3]}}
@@ -22,7 +22,7 @@ def value_of(values: dict[str, Any]) -> float:
 
 def tried(made: Search, order: int, at_once: int, results: Any = value_of) -> list[dict[str, Any]]:
     """Run trials whose values are known at once; they end in an order of their own."""
-    sampling, draw = Sampling(made), random.Random(order)
+    sampling, draw = OptunaSearcher(made), random.Random(order)
     suggested: list[dict[str, Any]] = []
     running: dict[str, dict[str, Any]] = {}
     while len(suggested) < 12 or running:
@@ -70,7 +70,7 @@ def test_a_grid_is_every_combination() -> None:
     points = grid(made)
     assert len(points) == 8
     assert points[0] == {"a": "x", "b": 1, "c": None}
-    sampling = Sampling(made)
+    sampling = OptunaSearcher(made)
     suggested = []
     for number in range(8):
         values = sampling.suggest(str(number))

@@ -17,9 +17,9 @@ from mlflow.tracking import MlflowClient
 from PIL import Image
 
 from orchestrate.recipes import recipe as recipes
-from orchestrate.tracking.uploader import Shipper
+from orchestrate.tracking.uploader import JournalUploader
 from schemas.experiment import Experiment
-from zscl.sequence.resolve import open_experiment
+from zscl.sequence.resolve import resolve
 from zscl.sequence.run import run_sequence
 
 CHROMIUM = shutil.which("chromium")
@@ -40,7 +40,7 @@ def recorded(place: Path, experiment: Callable[..., Experiment]) -> str:
     """Two recorded runs; the ZSCL run's id."""
     for method in ("finetune", "zscl"):
         made, folder = experiment(method=method), place / f"run-{method}"
-        shipper = Shipper(made, open_experiment(made).fingerprint, folder, print)
+        shipper = JournalUploader(made, resolve(made).fingerprint, folder, print)
         run_sequence(made, folder)
         recipes.write_experiment(made, folder / "experiment.yaml")
         assert shipper.end()

@@ -15,7 +15,7 @@ from mlflow.tracking import MlflowClient
 from support.command import Command
 
 from orchestrate.recipes import recipe as recipes
-from orchestrate.tracking.uploader import sync
+from orchestrate.tracking.uploader import sync_run
 from schemas.experiment import Experiment
 from zscl.sequence.run import run_sequence
 
@@ -74,7 +74,7 @@ def test_a_run_arrives_once(
     recipes.write_experiment(made, tmp_path / "run/experiment.yaml")
     assert "hunter2" not in (tmp_path / "run/experiment.yaml").read_text()
     for _ in range(2):
-        synced = sync(tmp_path / "run", server, lambda *_: None)
+        synced = sync_run(tmp_path / "run", server, lambda *_: None)
         assert (synced.status, "hunter2" in synced.tracking_uri) == ("FINISHED", False)
     client = MlflowClient(server)
     experiment_id = client.get_experiment_by_name("zscl").experiment_id

@@ -12,7 +12,7 @@ from mlflow.tracking import MlflowClient
 from PIL import Image
 
 from orchestrate.recipes import recipe as recipes
-from orchestrate.tracking.uploader import sync
+from orchestrate.tracking.uploader import sync_run
 from schemas.data import Task
 from schemas.experiment import Experiment
 from schemas.results import Result
@@ -33,7 +33,7 @@ def sent(experiment: Make, tmp_path: Path, tasks: list[str], empty_store: Path) 
         run_sequence(made, tmp_path / "run", device=torch.device("cpu"))
         recipes.write_experiment(made, tmp_path / "run/experiment.yaml")
         for _ in range(2):  # what is sent twice is there once
-            sync(tmp_path / "run", uri, lambda *_: None)
+            sync_run(tmp_path / "run", uri, lambda *_: None)
         return MlflowClient(uri)
 
     return send
@@ -58,7 +58,7 @@ def test_it_answers_as_the_run_does(
     assert (version.name, str(version.version)) == ("squares", "1")
     result = Result.model_validate_json((tmp_path / "run/result.json").read_text())
     task = TaskFolder.open(Task.model_validate(tasks[1]))
-    samples = list(task.test.once(0, 1))
+    samples = list(task.test.iter_shard(0, 1))
     found = model.predict(pd.DataFrame({"image": [sample.image for sample in samples]}))
     assert list(found.columns) == list(task.classnames)
     assert found.sum(axis=1).tolist() == pytest.approx([1.0] * len(samples))

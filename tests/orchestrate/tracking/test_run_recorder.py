@@ -15,13 +15,13 @@ import pytest
 from mlflow.tracking import MlflowClient
 from support.command import Command
 
-from orchestrate.lifecycle.lock import owned
-from orchestrate.lifecycle.paths import browse_command, sqlite_file, sqlite_uri, unmasked
+from orchestrate.lifecycle.lock import run_lock
+from orchestrate.lifecycle.paths import browse_command, restore_password, sqlite_file, sqlite_uri
 from orchestrate.lifecycle.run_status import write_state
 from orchestrate.recipes import recipe as recipes
 from orchestrate.tracking import uploader as shipping
-from orchestrate.tracking.attachments import attach
-from orchestrate.tracking.lookup import find
+from orchestrate.tracking.attachments import attach_files
+from orchestrate.tracking.lookup import find_runs
 from orchestrate.tracking.mlflow_client import (
     ARTIFACTS,
     LEVEL,
@@ -31,7 +31,7 @@ from orchestrate.tracking.mlflow_client import (
     check_store,
     valid_name,
 )
-from orchestrate.tracking.uploader import Shipper
+from orchestrate.tracking.uploader import JournalUploader
 from schemas.errors import InputError
 from schemas.events import (
     CheckpointWritten,
@@ -77,9 +77,9 @@ class Run:
         for each in progress:
             self.journal(each)
 
-    def shipper(self, experiment: Experiment, fingerprint: str = "abc") -> Shipper:
+    def shipper(self, experiment: Experiment, fingerprint: str = "abc") -> JournalUploader:
         write_state(self.folder, "RUNNING")
-        return Shipper(experiment, fingerprint, self.folder, self.said.append)
+        return JournalUploader(experiment, fingerprint, self.folder, self.said.append)
 
     def finished(self) -> None:
         stages = tuple(trained(stage).result for stage in (1, 2))
@@ -381,7 +381,7 @@ def test_a_deleted_experiment_is_told_and_what_belongs_there_is_kept(
     assert not shipper.end(patience=0.1)
     assert "tracking.experiment: found 'zscl' deleted" in run.said[0]
     with pytest.raises(InputError, match=r"restore --experiment-id 1\), or set tracking.experiment .* --offline"):
-        Shipper(experiment(), "abc", folder, print)
+        JournalUploader(experiment(), "abc", folder, print)
     refused = zscl("sync", folder)
     assert (refused.code, "tracking.experiment: found 'zscl' deleted" in refused.error) == (2, True)
     client.restore_experiment(identity)
@@ -431,7 +431,7 @@ def test_a_run_whose_process_is_gone_was_killed(folder: Path, zscl: Callable[...
     run = Run(folder)
     write_state(folder, "RUNNING")
     run.happens(*BEGINNING, started(1), steps(1, 0, 1))
-    with owned(folder):
+    with run_lock(folder):
         refused = zscl("sync", folder)
     assert (refused.code, "another process at work on this run" in refused.error) == (2, True)
     assert zscl("sync", folder).code == 0
@@ -483,7 +483,7 @@ def test_a_moved_project_keeps_its_runs_and_its_artefacts(
     assert killed(moved / "run", experiment(), steps(1, 0)) == first
     assert sequences(moved / "mlflow.db") == [first]
     (moved / "run/more.txt").write_text("after")
-    assert attach(moved / "run", [moved / "run/more.txt"], "notes", print)
+    assert attach_files(moved / "run", [moved / "run/more.txt"], "notes", print)
     client = MlflowClient(sqlite_uri(moved / "mlflow.db"))
     assert [each.path for each in client.list_artifacts(first, "notes")] == ["notes/more.txt", "notes/note.txt"]
     assert client.get_run(first).data.tags["zscl.folder"] == str(moved / "run")
@@ -504,12 +504,12 @@ def test_a_store_that_was_moved_is_read_without_a_change(
     folder.parent.rename(moved)
     before, uri = (moved / "mlflow.db").read_bytes(), sqlite_uri(moved / "mlflow.db")
     assert check_store(uri, "zscl") == "experiment 'zscl' is there"
-    assert find([first], None, uri) == {first: moved / "run"}
+    assert find_runs([first], None, uri) == {first: moved / "run"}
     (moved / "run/more.txt").write_text("after")
-    assert attach(moved / "run", [moved / "run/more.txt"], "notes", print)
+    assert attach_files(moved / "run", [moved / "run/more.txt"], "notes", print)
     assert (moved / f"mlflow-artifacts/{first}/artifacts/notes/more.txt").read_text() == "after"
     (moved / "run").rename(moved / "other")
-    downloaded = find([first], None, uri)[first]
+    downloaded = find_runs([first], None, uri)[first]
     assert isinstance(downloaded, Path)
     assert (downloaded / "result.json").read_text() == "{}"
     assert (moved / "mlflow.db").read_bytes() == before
@@ -521,10 +521,10 @@ def test_a_recorded_folder_that_cannot_be_looked_at_is_another_one(folder: Path,
     first = killed(folder, experiment(), *BEGINNING)
     uri, hidden = sqlite_uri(folder.parent / "mlflow.db"), f"/tmp/{'x' * 300}/run"
     MlflowClient(uri).set_tag(first, "zscl.folder", hidden)
-    assert find([first], None, uri) == {first: folder}
+    assert find_runs([first], None, uri) == {first: folder}
     assert killed(folder, experiment(), started(1)) == first
     with pytest.raises(InputError, match=r"run: cannot be read \(File name too long\), expected a run's folder"):
-        find([hidden], None, uri)
+        find_runs([hidden], None, uri)
 
 
 def test_a_copied_project_leaves_its_original_alone(folder: Path, experiment: Make, tmp_path: Path) -> None:
@@ -534,11 +534,11 @@ def test_a_copied_project_leaves_its_original_alone(folder: Path, experiment: Ma
         (tmp_path / name).rename(project / name)
     killed(project / "run", experiment(), *BEGINNING)
     (tmp_path / "note.txt").write_text("x")
-    attach(project / "run", [tmp_path / "note.txt"], "notes", print)
+    attach_files(project / "run", [tmp_path / "note.txt"], "notes", print)
     shutil.copytree(project, tmp_path / "copy")
     before = sorted(project.rglob("*"))
     killed(tmp_path / "copy/run", experiment(), started(1))
-    assert attach(tmp_path / "copy/run", [tmp_path / "note.txt"], "notes", print)
+    assert attach_files(tmp_path / "copy/run", [tmp_path / "note.txt"], "notes", print)
     assert len(sequences(project / "mlflow.db")) == 1
     assert sorted(project.rglob("*")) == before
     assert len(list((tmp_path / "copy/mlflow-artifacts").rglob("note.txt"))) == 2
@@ -576,7 +576,7 @@ def test_whatever_a_folder_is_called_its_store_and_artefacts_lie_in_it(
     assert killed(place / "run", experiment(), started(1)) == first
     assert sequences(store) == [first]
     (place / "run/note.txt").write_text("x")
-    assert attach(place / "run", [place / "run/note.txt"], "notes", print)
+    assert attach_files(place / "run", [place / "run/note.txt"], "notes", print)
     assert len(list((place / "mlflow-artifacts").rglob("note.txt"))) == 1
     assert [each.name for each in (tmp_path / "odd").iterdir()] == [name]
 
@@ -587,13 +587,13 @@ def test_whatever_a_folder_is_called_its_store_and_artefacts_lie_in_it(
 )
 def test_a_store_that_cannot_be_opened_is_refused(experiment: Make, tmp_path: Path, uri: str) -> None:
     with pytest.raises(InputError, match=r"tracking\.uri: found no reachable MLflow store"):
-        Shipper(experiment(tracking={"uri": uri}), "abc", tmp_path / "run", print)
+        JournalUploader(experiment(tracking={"uri": uri}), "abc", tmp_path / "run", print)
 
 
 def test_a_database_that_is_none_is_refused(experiment: Make, tmp_path: Path) -> None:
     (tmp_path / "mlflow.db").write_bytes(b"no database" * 1000)
     with pytest.raises(InputError, match=r"tracking\.uri: found no reachable MLflow store"):
-        Shipper(experiment(), "abc", tmp_path / "run", print)
+        JournalUploader(experiment(), "abc", tmp_path / "run", print)
 
 
 def test_what_cannot_be_synced_is_refused_in_a_sentence(
@@ -624,4 +624,4 @@ def test_a_password_is_not_written_down(experiment: Make, tmp_path: Path, monkey
     assert "secret" not in file.read_text()
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "secret")
-    assert unmasked("http://me:***@somewhere:5000") == "http://somewhere:5000"
+    assert restore_password("http://me:***@somewhere:5000") == "http://somewhere:5000"

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from support.data import jpeg
 
-from zscl.checks.image import Decoded, Undecodable, look_at
+from zscl.checks.image import DecodeError, ImageFacts, inspect_image
 
 
 @pytest.mark.parametrize("cut", [0.3, 0.6, 0.9, 0.99])
@@ -15,5 +15,5 @@ def test_a_cut_image_is_never_taken_for_a_whole_one(kind: str, cut: float) -> No
     stream = io.BytesIO()
     Image.open(io.BytesIO(jpeg())).save(stream, kind)
     whole = stream.getvalue()
-    assert isinstance(look_at(whole), Decoded)
-    assert isinstance(look_at(whole[: int(len(whole) * cut)]), Undecodable)
+    assert isinstance(inspect_image(whole), ImageFacts)
+    assert isinstance(inspect_image(whole[: int(len(whole) * cut)]), DecodeError)

@@ -17,15 +17,15 @@ from support.data import COLOURS, coloured, jpeg, make_task, opened, png, write_
 
 from schemas.dataset_report import Inspection
 from zscl.checks.contact_sheet import contact_rows
-from zscl.checks.scan import LISTED, inspect
-from zscl.checks.task_scan import open_task
+from zscl.checks.scan import LISTED, inspect_task
+from zscl.checks.task_scan import scan_task
 from zscl.data.tar import write_shards
 
 Members = dict[str, bytes]
 
 
 def checked(folder: Path) -> Inspection:
-    return inspect(open_task(str(folder)))
+    return inspect_task(scan_task(str(folder)))
 
 
 def samples(count: int, seed: int) -> list[Members]:
@@ -233,7 +233,7 @@ def test_a_few_images_of_each_class_to_look_at(task: Path) -> None:
     content = samples(24, 0)
     content[0]["png"] = b"broken"  # the first red one: another stands in for it
     rewrite(task, "train", content)
-    opened = open_task(str(task))
+    opened = scan_task(str(task))
     rows = contact_rows(opened, per_class=3, classes=24, edge=8)
     assert [row.prompt for row in rows] == [f"a task square of {colour}" for colour in COLOURS]
     for row, colour in zip(rows, COLOURS.values(), strict=True):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from schemas.errors import InputError
-from zscl.checks.task_scan import open_task
+from zscl.checks.task_scan import scan_task
 
 
 @pytest.mark.parametrize(
@@ -21,4 +21,4 @@ def test_what_is_no_task_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=sentence):
-        open_task(folder)
+        scan_task(folder)

@@ -21,7 +21,7 @@ def test_loose_images_are_samples_too(tmp_path: Path) -> None:
     (tmp_path / ".DS_Store").write_bytes(b"x")
     (tmp_path / "0.png").rename(tmp_path / "0.v2.png")
     samples = open_samples([str(tmp_path)])
-    assert [(sample.key, sample.text) for sample in samples.once(0, 1)] == [
+    assert [(sample.key, sample.text) for sample in samples.iter_shard(0, 1)] == [
         ("0.v2", None), ("1", b"a caption\n"), ("2", None),
     ]  # fmt: skip
     assert isinstance(samples, IndexedSamples)
@@ -33,7 +33,7 @@ def test_shards_that_are_away_for_a_moment_are_waited_for(tmp_path: Path) -> Non
     (tmp_path / "task").rename(tmp_path / "away")
     back = threading.Timer(0.5, (tmp_path / "away").rename, [tmp_path / "task"])
     back.start()
-    assert len(list(samples.once(0, 1))) == 24
+    assert len(list(samples.iter_shard(0, 1))) == 24
     back.join()
 
 
@@ -42,4 +42,4 @@ def test_shards_that_are_gone_are_named(tmp_path: Path, monkeypatch: pytest.Monk
     shutil.rmtree(tmp_path / "task")
     monkeypatch.setattr("zscl.data.indexed.patiently", partial(retry_io, seconds=0.2))
     with pytest.raises(InputError, match=r"train/0\.tar: cannot be read any more \(No such file"):
-        list(samples.once(0, 1))
+        list(samples.iter_shard(0, 1))

@@ -18,14 +18,14 @@ from torchvision.transforms import Compose, RandomResizedCrop, ToTensor
 
 from schemas.errors import InputError
 from schemas.experiment import Model
-from zscl.checks.image import Decoded, look_at
-from zscl.data.decode import FORMATS, LONGEST_SIDES, Decode, Label, decode_image
+from zscl.checks.image import ImageFacts, inspect_image
+from zscl.data.decode import FORMATS, LONGEST_SIDES, Decoder, Label, decode_image
 from zscl.data.indexed import IndexedSamples
-from zscl.data.loader import Batched, DecodedImages, EvaluationImages, Loader, TrainingImages
+from zscl.data.loader import BatchedDataset, DecodedImages, EvaluationImages, Loader, TrainingImages
 from zscl.data.sample import NoiseSamples, Sample
 from zscl.data.shard_urls import open_samples
 from zscl.data.tar import write_shards
-from zscl.models.clip import Clip, load
+from zscl.models.clip import Clip, load_clip
 
 AUGMENT = Compose([RandomResizedCrop(8, scale=(0.3, 1.0)), ToTensor()])
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
@@ -45,13 +45,13 @@ def samples(tmp_path: Path) -> IndexedSamples:
 
 @pytest.fixture
 def clip(tiny_model: str) -> Clip:
-    return load(Model(name=tiny_model))
+    return load_clip(Model(name=tiny_model))
 
 
 def batches(
     samples: IndexedSamples, own: range, processes: int = 0, first_step: int = 0, count: int = 5, seed: int = 3
 ) -> Batches:
-    images = TrainingImages(samples, Decode(AUGMENT, label_of), seed, 6, own, first_step)
+    images = TrainingImages(samples, Decoder(AUGMENT, label_of), seed, 6, own, first_step)
     stream: Iterator[tuple[torch.Tensor, torch.Tensor]] = images.batches(Loader(torch.device("cpu"), processes))
     return list(islice(stream, count))
 
@@ -79,7 +79,7 @@ def test_loader_processes_send_batches_whatever_the_temporary_folder_is_called(
     long = tmp_path / ("a_folder_of_a_job_of_slurm" * 4)
     long.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(long))
-    images = EvaluationImages(samples, Decode(ToTensor(), label_of), 0, 1)
+    images = EvaluationImages(samples, Decoder(ToTensor(), label_of), 0, 1)
     assert sum(len(found) for _, found in images.batches(4, Loader(torch.device("cpu"), 1))) == 10
 
 
@@ -100,8 +100,8 @@ def test_seed_and_position_draw_order_and_augmentation(samples: IndexedSamples, 
 
 
 def test_decoded_images_give_way_to_those_that_are_read(samples: IndexedSamples) -> None:
-    kept, decode = DecodedImages(), Decode(AUGMENT, label_of)
-    shown = list(samples.once(0, 1))
+    kept, decode = DecodedImages(), Decoder(AUGMENT, label_of)
+    shown = list(samples.iter_shard(0, 1))
     size = 4 * 16 * 16  # bytes of an image: Pillow takes four for a pixel
 
     def again(name: str, number: int, budget: int, total: int) -> bool:
@@ -134,7 +134,7 @@ def test_the_callers_random_state_is_left_alone(samples: IndexedSamples) -> None
 def test_evaluation_sees_every_image_once(samples: IndexedSamples, workers: int, processes: int) -> None:
     seen: list[int] = []
     for worker in range(workers):
-        images = EvaluationImages(samples, Decode(ToTensor(), label_of), worker, workers)
+        images = EvaluationImages(samples, Decoder(ToTensor(), label_of), worker, workers)
         seen += [int(n) for _, found in images.batches(4, Loader(torch.device("cpu"), processes)) for n in found]
     assert sorted(seen) == list(range(10))
 
@@ -157,7 +157,7 @@ def bomb() -> bytes:
 
 def bearing(share: float, processes: int = 0) -> tuple[Loader, list[str]]:
     said: list[str] = []
-    return Loader(torch.device("cpu"), processes, max_broken_share=share, note=said.append), said
+    return Loader(torch.device("cpu"), processes, max_broken_share=share, on_skip=said.append), said
 
 
 @pytest.mark.parametrize("processes", [0, 2])
@@ -165,7 +165,7 @@ def test_evaluation_skips_and_names_what_is_broken(tmp_path: Path, processes: in
     truncated = next(coloured(1, 5))[0][:60]
     samples = with_broken(tmp_path, {3: b"no image", 17: truncated, 39: b""})
     loader, said = bearing(0.1, processes)
-    images = EvaluationImages(samples, Decode(ToTensor(), label_of), 0, 1)
+    images = EvaluationImages(samples, Decoder(ToTensor(), label_of), 0, 1)
     seen = [int(n) for _, found in images.batches(4, loader) for n in found]
     assert sorted(seen) == [n for n in range(40) if n not in (3, 17, 39)]
     assert len(said) == len(loader.broken) == 3
@@ -176,7 +176,7 @@ def test_evaluation_skips_and_names_what_is_broken(tmp_path: Path, processes: in
 @pytest.mark.parametrize("processes", [0, 2])
 def test_too_many_broken_samples_end_the_stream_by_name(tmp_path: Path, processes: int) -> None:
     samples = with_broken(tmp_path, {3: b"no image", 17: b"nor this"})
-    images = EvaluationImages(samples, Decode(ToTensor(), label_of), 0, 1)
+    images = EvaluationImages(samples, Decoder(ToTensor(), label_of), 0, 1)
     with pytest.raises(
         InputError, match=r"^.*\.tar: sample '00000\d\d' is no readable image .* found 2 such samples of 40"
     ):
@@ -185,7 +185,7 @@ def test_too_many_broken_samples_end_the_stream_by_name(tmp_path: Path, processe
 
 
 def test_a_decompression_bomb_is_a_broken_sample(tmp_path: Path) -> None:
-    images = EvaluationImages(with_broken(tmp_path, {0: bomb()}), Decode(ToTensor(), label_of), 0, 1)
+    images = EvaluationImages(with_broken(tmp_path, {0: bomb()}), Decoder(ToTensor(), label_of), 0, 1)
     loader, said = bearing(0.1)
     assert len([n for _, found in images.batches(4, loader) for n in found]) == 39
     assert "decompression bomb" in said[0]
@@ -199,7 +199,7 @@ def test_while_training_another_sample_stands_in_whoever_reads(tmp_path: Path, r
     samples = open_samples([f"file://{place}/{{0..2}}.tar" if remote else str(place)])
 
     def read(own: range, processes: int = 0, first_step: int = 0, count: int = 10) -> Batches:
-        images = TrainingImages(samples, Decode(AUGMENT, label_of), 3, 6, own, first_step)
+        images = TrainingImages(samples, Decoder(AUGMENT, label_of), 3, 6, own, first_step)
         return list(islice(images.batches(bearing(0.9, processes)[0]), count))
 
     alone = read(range(6))
@@ -211,7 +211,7 @@ def test_while_training_another_sample_stands_in_whoever_reads(tmp_path: Path, r
     first, second = read(range(0, 2)), read(range(2, 6))
     assert same([(torch.cat([a, c]), torch.cat([b, d])) for (a, b), (c, d) in zip(first, second, strict=True)], alone)
     if not remote:  # the others are where they would be if nothing were broken
-        intact = TrainingImages(whole, Decode(AUGMENT, label_of), 3, 6, range(6)).batches(bearing(0.0)[0])
+        intact = TrainingImages(whole, Decoder(AUGMENT, label_of), 3, 6, range(6)).batches(bearing(0.0)[0])
         for (_, found), (_, expected) in zip(alone, intact, strict=False):
             assert all(a == b or b in (3, 17) for a, b in zip(found.tolist(), expected.tolist(), strict=True))
 
@@ -219,9 +219,9 @@ def test_while_training_another_sample_stands_in_whoever_reads(tmp_path: Path, r
 def test_a_stream_whose_first_sample_is_broken_has_stand_ins(tmp_path: Path) -> None:
     with_broken(tmp_path, {})
     urls = [f"file://{tmp_path}/{{0..2}}.tar"]
-    first = next(open_samples(urls).at([0], 3))(0)
+    first = next(open_samples(urls).iter_positions([0], 3))(0)
     with_broken(tmp_path, {int(first.label or b""): b"no image"})
-    images = TrainingImages(open_samples(urls), Decode(AUGMENT, label_of), 3, 6, range(6))
+    images = TrainingImages(open_samples(urls), Decoder(AUGMENT, label_of), 3, 6, range(6))
     loader, said = bearing(0.05)
     found = list(islice(images.batches(loader), 20))
     assert len(said) == 1
@@ -230,7 +230,7 @@ def test_a_stream_whose_first_sample_is_broken_has_stand_ins(tmp_path: Path) -> 
 
 def test_a_broken_training_sample_is_said_once(tmp_path: Path) -> None:
     loader, said = bearing(0.1)
-    images = TrainingImages(with_broken(tmp_path, {3: b"no image"}), Decode(AUGMENT, label_of), 3, 6, range(6))
+    images = TrainingImages(with_broken(tmp_path, {3: b"no image"}), Decoder(AUGMENT, label_of), 3, 6, range(6))
     list(islice(images.batches(loader), 40))  # six epochs
     assert said == [f"skipped {sentence}" for sentence in loader.broken]
     assert [sentence.partition(": ")[2] for sentence in loader.broken] == [
@@ -241,7 +241,7 @@ def test_a_broken_training_sample_is_said_once(tmp_path: Path) -> None:
 def test_training_bears_a_share_of_the_set(tmp_path: Path) -> None:
     samples = with_broken(tmp_path, dict.fromkeys(range(3), b"no image"), count=20)
     for share, refused in ((0.15, False), (0.14, True)):
-        read = TrainingImages(samples, Decode(AUGMENT, label_of), 3, 6, range(6)).batches(bearing(share)[0])
+        read = TrainingImages(samples, Decoder(AUGMENT, label_of), 3, 6, range(6)).batches(bearing(share)[0])
         if refused:
             with pytest.raises(InputError, match=r"found 3 such samples of 20, expected at most a share of 0\.14"):
                 list(islice(read, 8))
@@ -251,18 +251,18 @@ def test_training_bears_a_share_of_the_set(tmp_path: Path) -> None:
 
 def test_a_set_with_nothing_usable_ends(tmp_path: Path) -> None:
     samples = with_broken(tmp_path, dict.fromkeys(range(3), b"no image"), count=3)
-    images = TrainingImages(samples, Decode(AUGMENT, label_of), 3, 2, range(2))
+    images = TrainingImages(samples, Decoder(AUGMENT, label_of), 3, 2, range(2))
     with pytest.raises(InputError, match="found no usable sample in 8 attempts"):
         next(images.batches(bearing(0.99)[0]))
 
 
 def test_a_single_sample_is_an_endless_stream(tmp_path: Path) -> None:
-    images = TrainingImages(with_broken(tmp_path, {}, count=1), Decode(AUGMENT, label_of), 3, 4, range(4))
+    images = TrainingImages(with_broken(tmp_path, {}, count=1), Decoder(AUGMENT, label_of), 3, 4, range(4))
     found = list(islice(images.batches(Loader(torch.device("cpu"))), 3))
     assert [labels.tolist() for _, labels in found] == [[0] * 4] * 3
 
 
-class CountingDecode(Decode):
+class CountingDecode(Decoder):
     """Counts the images it decodes."""
 
     decoded: ClassVar[list[str]] = []
@@ -292,7 +292,9 @@ def test_a_set_of_unknown_size_is_judged_by_what_was_drawn_so_far(
     monkeypatch.setattr("zscl.data.loader.FEW", 0)
     image = (torch.zeros(3, 8, 8), 0)
     loader = Loader(torch.device("cpu"), max_broken_share=share)
-    read = loader(Batched(lambda: iter([image, image, image, image, "one is broken", image, image]), 3), total=None)
+    read = loader(
+        BatchedDataset(lambda: iter([image, image, image, image, "one is broken", image, image]), 3), total=None
+    )
     next(read)
     if refused:
         with pytest.raises(InputError, match="one is broken; found 1 such samples of 7, expected at most a share"):
@@ -304,7 +306,7 @@ def test_a_set_of_unknown_size_is_judged_by_what_was_drawn_so_far(
 @pytest.mark.parametrize("labels_stay", [False, True])
 def test_batches_go_where_they_are_wanted(samples: IndexedSamples, labels_stay: bool) -> None:
     loader = Loader(torch.device("meta"), labels_stay=labels_stay)
-    images, labels = next(EvaluationImages(samples, Decode(AUGMENT, label_of), 0, 1).batches(4, loader))
+    images, labels = next(EvaluationImages(samples, Decoder(AUGMENT, label_of), 0, 1).batches(4, loader))
     assert images.is_meta
     assert labels.is_meta != labels_stay
 
@@ -333,12 +335,12 @@ def test_an_image_may_be_long_to_a_limit() -> None:
 
 
 def test_a_batch_that_only_skips_has_no_image() -> None:
-    [(images, labels, skipped, _)] = Batched(lambda: iter(["one is broken"]), 3)()
+    [(images, labels, skipped, _)] = BatchedDataset(lambda: iter(["one is broken"]), 3)()
     assert (len(images), len(labels), skipped) == (0, 0, ["one is broken"])
 
 
 def test_evaluation_comes_in_batches(samples: IndexedSamples) -> None:
-    images = EvaluationImages(samples, Decode(ToTensor(), label_of), 0, 1)
+    images = EvaluationImages(samples, Decoder(ToTensor(), label_of), 0, 1)
     assert [len(labels) for _, labels in images.batches(4, Loader(torch.device("cpu")))] == [4, 4, 2]
 
 
@@ -348,7 +350,7 @@ def test_of_16_bits_the_upper_8_are_seen(form: str) -> None:
     Image.fromarray(wide).save(encoded, form)
     seen = np.asarray(decode_image(encoded.getvalue()))
     assert (seen == (wide >> 8)[..., None]).all()
-    assert isinstance(look_at(encoded.getvalue()), Decoded)
+    assert isinstance(inspect_image(encoded.getvalue()), ImageFacts)
 
 
 def test_pixels_of_floating_point_are_refused() -> None:
@@ -361,21 +363,21 @@ def test_pixels_of_floating_point_are_refused() -> None:
 def test_loader_processes_may_be_started_in_any_way(tasks: list[str], clip: Clip) -> None:
     """Spawned and served ones get what they read as a pickle."""
     task = opened(tasks[0])
-    decode = Decode(clip.train_transform, task.label_of)
+    decode = Decoder(clip.train_transform, task.label_of)
     for items in (
         TrainingImages(task.train, decode, 3, 6, range(6)),
-        TrainingImages(NoiseSamples((8, 8)), Decode(clip.evaluation_transform, Sample.identity), 3, 6, range(6)),
-        EvaluationImages(task.test, Decode(clip.evaluation_transform, task.label_and_place_of), 0, 1),
+        TrainingImages(NoiseSamples((8, 8)), Decoder(clip.evaluation_transform, Sample.identity), 3, 6, range(6)),
+        EvaluationImages(task.test, Decoder(clip.evaluation_transform, task.label_and_index_of), 0, 1),
     ):
-        images, *_ = next(pickle.loads(pickle.dumps(Batched(items, 6, items.count)))())
+        images, *_ = next(pickle.loads(pickle.dumps(BatchedDataset(items, 6, items.count)))())
         assert len(images) == 6
 
 
 def test_a_part_of_a_set_is_judged_by_its_own_size(tmp_path: Path) -> None:
-    part = with_broken(tmp_path, {3: b"no image"}).subset(range(10)).counted_anew()
+    part = with_broken(tmp_path, {3: b"no image"}).subset(range(10)).reindexed()
     for images in (
-        EvaluationImages(part, Decode(ToTensor(), label_of), 0, 1).batches(4, bearing(0.05)[0]),
-        TrainingImages(part, Decode(AUGMENT, label_of), 3, 6, range(6)).batches(bearing(0.05)[0]),
+        EvaluationImages(part, Decoder(ToTensor(), label_of), 0, 1).batches(4, bearing(0.05)[0]),
+        TrainingImages(part, Decoder(AUGMENT, label_of), 3, 6, range(6)).batches(bearing(0.05)[0]),
     ):
         with pytest.raises(InputError, match=r"found 1 such samples of 10, expected at most a share of 0\.05"):
             list(islice(images, 8))
@@ -387,9 +389,9 @@ def test_a_small_stream_is_judged_by_its_own_size(training: bool, tmp_path: Path
     samples = open_samples([f"file://{tmp_path}/{{0..2}}.tar"])
     loader, _ = bearing(0.04)
     if training:
-        batches = islice(TrainingImages(samples, Decode(AUGMENT, label_of), 3, 6, range(6)).batches(loader), 14)
+        batches = islice(TrainingImages(samples, Decoder(AUGMENT, label_of), 3, 6, range(6)).batches(loader), 14)
     else:
-        batches = EvaluationImages(samples, Decode(ToTensor(), label_of), 0, 1).batches(4, loader)
+        batches = EvaluationImages(samples, Decoder(ToTensor(), label_of), 0, 1).batches(4, loader)
     with pytest.raises(InputError, match=r"found 2 such samples of 40, expected at most a share of 0\.04"):
         read_all(batches, loader)
 
@@ -402,7 +404,7 @@ def read_all(batches: Iterator[tuple[torch.Tensor, torch.Tensor]], loader: Loade
 def read_a_part(rank: int, port: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     loader = bearing(0.04)[0]
-    images = EvaluationImages(open_samples([str(folder)]), Decode(ToTensor(), label_of), rank, 2)
+    images = EvaluationImages(open_samples([str(folder)]), Decoder(ToTensor(), label_of), rank, 2)
     said = f"{len([n for _, labels in images.batches(4, loader) for n in labels])} images"
     try:
         loader.check_over_workers()
@@ -429,4 +431,4 @@ def test_what_was_broken_before_an_interruption_counts(tmp_path: Path) -> None:
     loader, _ = bearing(0.03)
     loader.resumed.append(["another sample"])
     with pytest.raises(InputError, match="found 2 such samples of 40"):
-        list(EvaluationImages(samples, Decode(ToTensor(), label_of), 0, 1).batches(4, loader))
+        list(EvaluationImages(samples, Decoder(ToTensor(), label_of), 0, 1).batches(4, loader))

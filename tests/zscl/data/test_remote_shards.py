@@ -18,14 +18,14 @@ CPU = torch.device("cpu")
 
 def test_shards_on_s3_are_what_they_are_here(bucket: Any, tasks: list[str], tmp_path: Path) -> None:
     bucket.put(f"{tasks[0]}/train/", "bucket/task/train/", recursive=True)
-    local = [sample.image for sample in open_samples([f"{tasks[0]}/train"]).once(0, 1)]
+    local = [sample.image for sample in open_samples([f"{tasks[0]}/train"]).iter_shard(0, 1)]
     for location in ("s3://bucket/task/train/{0..2}.tar", "s3://bucket/task/train/*.tar"):
         streamed = open_samples([location])
         assert isinstance(streamed, StreamedSamples)
-        assert [sample.image for sample in streamed.once(0, 1)] == local
+        assert [sample.image for sample in streamed.iter_shard(0, 1)] == local
         copied = open_samples([location], cache=str(tmp_path))
         assert isinstance(copied, IndexedSamples)
-        assert [sample.image for sample in copied.once(0, 1)] == local
+        assert [sample.image for sample in copied.iter_shard(0, 1)] == local
 
 
 def test_a_run_from_s3_through_the_cache_is_the_local_run(
@@ -34,7 +34,7 @@ def test_a_run_from_s3_through_the_cache_is_the_local_run(
     for place in tasks[:2]:
         bucket.put(f"{place}/", f"bucket/{Path(place).name}/", recursive=True)
     bucket.put(f"{reference}/", "bucket/reference/", recursive=True)
-    captions = [sample.text or b"" for sample in open_samples([reference]).once(0, 1)]
+    captions = [sample.text or b"" for sample in open_samples([reference]).iter_shard(0, 1)]
     with bucket.open("bucket/captions.txt", "wb") as stream:
         stream.write(b"\n".join(captions))
     remote = {

@@ -10,18 +10,18 @@ from zscl.data.streaming import StreamedSamples
 @pytest.mark.parametrize("remote", [False, True])
 def test_once_gives_every_sample_to_exactly_one_part(shards: list[str], remote: bool) -> None:
     samples = StreamedSamples([f"file://{shard}" for shard in shards]) if remote else open_samples(shards)
-    assert labels(samples.once(0, 1)) == list(range(10))
+    assert labels(samples.iter_shard(0, 1)) == list(range(10))
     for parts in (1, 2, 3, 11):
-        found = [label for part in range(parts) for label in labels(samples.once(part, parts))]
+        found = [label for part in range(parts) for label in labels(samples.iter_shard(part, parts))]
         assert sorted(found) == list(range(10))
 
 
 @pytest.mark.parametrize("remote", [False, True])
 def test_the_endless_order_is_a_pure_function_of_seed_and_position(shards: list[str], remote: bool) -> None:
     samples = StreamedSamples([f"file://{shard}" for shard in shards]) if remote else open_samples(shards)
-    order = labels(first(samples.at(range(30), seed=5)))
+    order = labels(first(samples.iter_positions(range(30), seed=5)))
     assert [sorted(order[start : start + 10]) for start in (0, 10, 20)] == [list(range(10))] * 3
     assert order[:10] != order[10:20]
-    assert labels(first(samples.at(range(13, 27), seed=5))) == order[13:27]
-    assert labels(first(samples.at([1, 2, 17], seed=5))) == [order[1], order[2], order[17]]
-    assert labels(first(samples.at(range(10), seed=6))) != order[:10]
+    assert labels(first(samples.iter_positions(range(13, 27), seed=5))) == order[13:27]
+    assert labels(first(samples.iter_positions([1, 2, 17], seed=5))) == [order[1], order[2], order[17]]
+    assert labels(first(samples.iter_positions(range(10), seed=6))) != order[:10]

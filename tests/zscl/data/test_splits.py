@@ -14,7 +14,7 @@ from schemas.errors import InputError
 from schemas.experiment import Experiment
 from zscl.data.indexed import IndexedSamples
 from zscl.data.sample import Sample
-from zscl.sequence.resolve import Opened, open_experiment
+from zscl.sequence.resolve import ResolvedExperiment, resolve
 from zscl.sequence.run import run_sequence
 
 Make = Callable[..., Experiment]
@@ -22,46 +22,50 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def opened(experiment: Make) -> Callable[..., Opened]:
+def opened(experiment: Make) -> Callable[..., ResolvedExperiment]:
     """Open an experiment with something held out."""
 
-    def make(share: float = 0.25, seed: int = 0, judged_on: str = "held_out", **changes: Any) -> Opened:
+    def make(share: float = 0.25, seed: int = 0, judged_on: str = "held_out", **changes: Any) -> ResolvedExperiment:
         held_out = {"share": share, "seed": seed, "judged_on": judged_on}
-        return open_experiment(experiment(evaluation={"held_out": held_out}, **changes))
+        return resolve(experiment(evaluation={"held_out": held_out}, **changes))
 
     return make
 
 
 def samples(images: object) -> list[Sample]:
     assert isinstance(images, IndexedSamples)
-    return list(images.once())
+    return list(images.iter_shard())
 
 
-def test_every_class_gives_its_share_and_nothing_is_in_both(opened: Callable[..., Opened], experiment: Make) -> None:
-    whole, task = open_experiment(experiment()).tasks[0], opened().tasks[0]
+def test_every_class_gives_its_share_and_nothing_is_in_both(
+    opened: Callable[..., ResolvedExperiment], experiment: Make
+) -> None:
+    whole, task = resolve(experiment()).tasks[0], opened().tasks[0]
     kept, held, everything = samples(task.train), samples(task.test), samples(whole.train)
     assert Counter(sample.label for sample in held) == {str(label).encode(): 2 for label in range(4)}  # a quarter of 6
     assert {sample.key for sample in kept} | {sample.key for sample in held} == {sample.key for sample in everything}
     assert not {sample.key for sample in kept} & {sample.key for sample in held}
-    assert [sample.place for sample in held] == list(range(8))
+    assert [sample.index for sample in held] == list(range(8))
 
 
-def test_the_seed_draws_and_is_part_of_the_identity(opened: Callable[..., Opened], experiment: Make) -> None:
+def test_the_seed_draws_and_is_part_of_the_identity(
+    opened: Callable[..., ResolvedExperiment], experiment: Make
+) -> None:
     first, again, other = opened(), opened(), opened(seed=1)
 
-    def keys(made: Opened) -> list[str]:
+    def keys(made: ResolvedExperiment) -> list[str]:
         return [sample.key for task in made.tasks for sample in samples(task.test)]
 
     assert keys(first) == keys(again) != keys(other)
     prints = {made.fingerprint for made in (first, other, opened(share=0.5), opened(judged_on="test"))}
     assert len(prints) == 4
     assert first.fingerprint == again.fingerprint
-    assert open_experiment(experiment()).fingerprint not in prints
+    assert resolve(experiment()).fingerprint not in prints
     assert first.tasks[0].digest != other.tasks[0].digest
 
 
-def test_judged_on_test_the_part_is_only_left_out(opened: Callable[..., Opened], experiment: Make) -> None:
-    whole, task = open_experiment(experiment()).tasks[0], opened(judged_on="test").tasks[0]
+def test_judged_on_test_the_part_is_only_left_out(opened: Callable[..., ResolvedExperiment], experiment: Make) -> None:
+    whole, task = resolve(experiment()).tasks[0], opened(judged_on="test").tasks[0]
     assert samples(task.test) == samples(whole.test)
     assert [sample.key for sample in samples(task.train)] == [sample.key for sample in samples(opened().tasks[0].train)]
 
@@ -85,12 +89,12 @@ def test_no_test_image_is_read(experiment: Make, tmp_path: Path) -> None:
         (0.01, "evaluation.held_out.share is 0.01, which holds out none of its 24 training images"),
     ],
 )
-def test_a_share_that_does_not_fit(opened: Callable[..., Opened], share: float, sentence: str) -> None:
+def test_a_share_that_does_not_fit(opened: Callable[..., ResolvedExperiment], share: float, sentence: str) -> None:
     with pytest.raises(InputError, match=sentence.replace("(", r"\(").replace(")", r"\)")):
         opened(share).tasks[0].train  # noqa: B018 - looked at before a run, by `check`
 
 
-def test_class_incremental_learning_holds_out_too(opened: Callable[..., Opened], tasks: list[str]) -> None:
+def test_class_incremental_learning_holds_out_too(opened: Callable[..., ResolvedExperiment], tasks: list[str]) -> None:
     made = opened(tasks=[], class_incremental={"path": tasks[0], "first": 2, "increment": 2})
     assert [len(samples(task.train)) for task in made.tasks] == [8, 8]
     assert [len(samples(task.test)) for task in made.tasks] == [4, 4]
@@ -99,17 +103,17 @@ def test_class_incremental_learning_holds_out_too(opened: Callable[..., Opened],
 
 def test_a_few_of_each_class(experiment: Make, tasks: list[str]) -> None:
     few = [{"path": path, "shots": 2} for path in tasks]
-    opened, again, other = (open_experiment(experiment(tasks=few, seed=seed)) for seed in (0, 0, 1))
+    opened, again, other = (resolve(experiment(tasks=few, seed=seed)) for seed in (0, 0, 1))
     labels = Counter(sample.label for sample in samples(opened.tasks[0].train))
     assert labels == {str(label).encode(): 2 for label in range(4)}
     assert len(samples(opened.tasks[0].test)) == 10
 
-    def keys(made: Opened) -> list[str]:
+    def keys(made: ResolvedExperiment) -> list[str]:
         return [sample.key for task in made.tasks for sample in samples(task.train)]
 
     assert keys(opened) == keys(again) != keys(other)
-    all_of_them = open_experiment(experiment(tasks=[{"path": path, "shots": 1000} for path in tasks]))
-    whole = open_experiment(experiment())
+    all_of_them = resolve(experiment(tasks=[{"path": path, "shots": 1000} for path in tasks]))
+    whole = resolve(experiment())
     assert keys(all_of_them) == keys(whole)
     assert len({opened.fingerprint, other.fingerprint, all_of_them.fingerprint, whole.fingerprint}) == 4
 
@@ -117,8 +121,8 @@ def test_a_few_of_each_class(experiment: Make, tasks: list[str]) -> None:
 def test_a_few_of_some_classes_and_of_those_not_held_out(experiment: Make, tasks: list[str]) -> None:
     task = {"path": tasks[0], "name": "some", "classes": [3, 1], "shots": 3}
     held_out = {"held_out": {"share": 0.5, "seed": 0}}
-    opened = open_experiment(experiment(tasks=[task], evaluation=held_out)).tasks[0]
-    kept = open_experiment(experiment(evaluation=held_out)).tasks[0]
+    opened = resolve(experiment(tasks=[task], evaluation=held_out)).tasks[0]
+    kept = resolve(experiment(evaluation=held_out)).tasks[0]
     drawn = samples(opened.train)
     assert Counter(sample.label for sample in drawn) == {b"1": 3, b"3": 3}
     assert {sample.key for sample in drawn} <= {sample.key for sample in samples(kept.train)}
@@ -139,13 +143,13 @@ def odd_task(folder: Path) -> Path:
 
 def test_what_cannot_be_used_is_not_drawn_among_a_few(experiment: Make, tmp_path: Path) -> None:
     task = odd_task(tmp_path / "task")
-    made = open_experiment(experiment(tasks=[{"path": str(task), "shots": 5}])).tasks[0]
+    made = resolve(experiment(tasks=[{"path": str(task), "shots": 5}])).tasks[0]
     drawn = samples(made.train)
     assert Counter(sample.label for sample in drawn) == {str(label).encode(): 5 for label in range(4)}
     assert all(sample.fault is None for sample in drawn)
 
 
-def test_what_cannot_be_used_is_not_held_out(opened: Callable[..., Opened], tmp_path: Path) -> None:
+def test_what_cannot_be_used_is_not_held_out(opened: Callable[..., ResolvedExperiment], tmp_path: Path) -> None:
     task = opened(tasks=[str(odd_task(tmp_path / "task"))]).tasks[0]
     assert all(sample.fault is None for sample in samples(task.test))
     assert [sample.key for sample in samples(task.train) if sample.fault] == ["0000001"]

@@ -25,7 +25,7 @@ def test_only_images_labels_and_texts_are_read(tmp_path: Path) -> None:
     write_shards(
         tmp_path, [{"pkl": b"cos\nsystem\n(S'touch stolen'\ntR."}, {"png": image, "pth": b"x", "cls": b"0"}], 9
     )
-    foreign, sample = open_samples([str(tmp_path)]).once(0, 1)
+    foreign, sample = open_samples([str(tmp_path)]).iter_shard(0, 1)
     assert (sample.image, sample.label, sample.text, sample.key) == (image, b"0", None, "0000001")
     assert (foreign.image, foreign.label, foreign.text) == (b"", None, None)
     assert foreign.fault is not None  # it is counted, and not read
@@ -37,7 +37,7 @@ WHOLE = [("w.png", IMAGE), ("w.cls", b"0")]
 
 def read(folder: Path, remote: bool) -> list[Sample]:
     """All samples of `0.tar`, read as a local or as a streamed shard."""
-    return list(open_samples([f"file://{folder}/0.tar" if remote else f"{folder}/0.tar"]).once(0, 1))
+    return list(open_samples([f"file://{folder}/0.tar" if remote else f"{folder}/0.tar"]).iter_shard(0, 1))
 
 
 @pytest.mark.parametrize("remote", [False, True])
@@ -224,7 +224,7 @@ def test_a_member_larger_than_anything_is_refused_at_once(tmp_path: Path, suffix
     info.size = 2**60
     (tmp_path / "0.tar").write_bytes(info.tobuf(tarfile.GNU_FORMAT) + b"\0" * 10_240)
     with pytest.raises(InputError, match=r"0\.tar: found "):
-        list(open_samples([f"file://{tmp_path}/0.tar" if remote else f"{tmp_path}/0.tar"]).once(0, 1))
+        list(open_samples([f"file://{tmp_path}/0.tar" if remote else f"{tmp_path}/0.tar"]).iter_shard(0, 1))
 
 
 def test_a_member_that_is_there_twice_is_refused(tmp_path: Path) -> None:
@@ -236,7 +236,7 @@ def test_a_member_that_is_there_twice_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"0\.tar: found the member '0\.png' twice"):
         open_samples([f"{tmp_path}/0.tar"])
     with pytest.raises(InputError, match=r"0\.tar: found the member '0\.png' twice"):
-        list(open_samples([f"file://{tmp_path}/0.tar"]).once(0, 1))
+        list(open_samples([f"file://{tmp_path}/0.tar"]).iter_shard(0, 1))
 
 
 PNG_MEMBERS = [("x.png", IMAGE), ("x.cls", b"0"), ("x.txt", b"a dog")]
@@ -266,7 +266,7 @@ def test_members_under_a_longer_name_are_side_data_of_their_sample(
     }[order]
     write_tar(tmp_path / "0.tar", [*WHOLE, *members, ("z.png", IMAGE)])
     samples = open_samples([f"file://{tmp_path}/0.tar" if remote else f"{tmp_path}/0.tar"])
-    found = {sample.key: (sample.image, sample.label, sample.text, sample.fault) for sample in samples.once(0, 1)}
+    found = {sample.key: (sample.image, sample.label, sample.text, sample.fault) for sample in samples.iter_shard(0, 1)}
     assert found == {
         "w": (IMAGE, b"0", None, None),
         f"{folder}x": (IMAGE, b"0", b"a dog", None),
@@ -299,7 +299,7 @@ def test_a_text_apart_from_its_dotted_key_is_not_lost(tmp_path: Path, apart: lis
 def test_what_belongs_to_no_image_is_counted_and_gives_no_text(tmp_path: Path, name: str, remote: bool) -> None:
     write_tar(tmp_path / "0.tar", [(name, b"1"), *PNG_MEMBERS])
     samples = open_samples([f"file://{tmp_path}/0.tar" if remote else f"{tmp_path}/0.tar"])
-    [lone] = [sample for sample in samples.once(0, 1) if sample.fault]
+    [lone] = [sample for sample in samples.iter_shard(0, 1) if sample.fault]
     assert lone.key == name.rpartition(".")[0]
     assert "no image member" in str(lone.error())
     assert list(samples.texts()) == ["a dog"]

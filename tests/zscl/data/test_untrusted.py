@@ -21,16 +21,16 @@ from support.data import TINY_MODEL, coloured, make_task
 from schemas.data import Task
 from schemas.errors import InputError
 from schemas.experiment import Experiment, Model
-from zscl.data.decode import Decode
+from zscl.data.decode import Decoder
 from zscl.data.indexed import IndexedSamples
 from zscl.data.loader import EvaluationImages, TrainingImages
 from zscl.data.shard_urls import open_samples
 from zscl.data.streaming import StreamedSamples
 from zscl.data.task import TaskFolder
-from zscl.methods.distillation_texts import text_embeddings
-from zscl.methods.teacher_cache import FeatureStore, store_of
-from zscl.models.clip import load, weights_digest
-from zscl.sequence.resolve import open_experiment
+from zscl.methods.distillation_texts import embed_texts
+from zscl.methods.teacher_cache import FeatureStore, open_feature_store
+from zscl.models.clip import load_clip, weights_digest
+from zscl.sequence.resolve import resolve
 from zscl.sequence.run import run_sequence
 
 CPU = torch.device("cpu")
@@ -103,7 +103,7 @@ def test_a_pickle_for_pretrained_weights_is_refused(
     for way in WAYS:
         file.write_bytes(pickled(evil, way))
         with pytest.raises(InputError, match=f"with pretrained '{file}' cannot be loaded, expected an open_clip model"):
-            load(Model(name="tiny-of-this-test", pretrained=str(file)))
+            load_clip(Model(name="tiny-of-this-test", pretrained=str(file)))
 
 
 def test_a_torch_file_that_is_asked_for_again_stays_one_of_weights(
@@ -122,7 +122,7 @@ def test_a_torch_file_that_is_asked_for_again_stays_one_of_weights(
 
     monkeypatch.setattr(torch, "load", failing_once)
     with pytest.raises(InputError, match="cannot be loaded"):
-        load(Model(name="tiny-of-this-test", pretrained=str(tmp_path / "weights.pt")))
+        load_clip(Model(name="tiny-of-this-test", pretrained=str(tmp_path / "weights.pt")))
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
@@ -139,7 +139,7 @@ def test_a_pickle_in_an_open_clip_folder_is_refused(
     for way in WAYS:
         (folder / name).write_bytes(pickled(evil, way))
         with pytest.raises(InputError, match=rf"model: 'local-dir:{folder}'.* expected"):
-            load(Model(name=f"local-dir:{folder}"))
+            load_clip(Model(name=f"local-dir:{folder}"))
 
 
 def test_pickles_beside_the_weights_are_passed_over(evil: Evil, tmp_path: Path, tiny_model: str) -> None:
@@ -152,7 +152,7 @@ def test_pickles_beside_the_weights_are_passed_over(evil: Evil, tmp_path: Path, 
             (folder / name).write_bytes(pickled(evil, "torch"))
     model = Model(name=f"local-dir:{folder}")
     assert len(weights_digest(model)) == 64
-    assert load(model).config["embed_dim"] == 16
+    assert load_clip(model).config["embed_dim"] == 16
 
 
 def test_a_tokenizer_that_brings_code_is_refused(tmp_path: Path, tiny_model: str) -> None:
@@ -164,7 +164,7 @@ def test_a_tokenizer_that_brings_code_is_refused(tmp_path: Path, tiny_model: str
     config["model_cfg"]["text_cfg"]["tokenizer_kwargs"] = {"trust_remote_code": True}
     (folder / "open_clip_config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="asks to run code that comes with it: trust_remote_code"):
-        load(Model(name=f"local-dir:{folder}"))
+        load_clip(Model(name=f"local-dir:{folder}"))
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -177,7 +177,7 @@ def test_a_pickle_in_the_store_of_text_embeddings_is_computed_again(evil: Evil, 
     tokens = torch.arange(6).view(3, 2)
 
     def embedded() -> torch.Tensor:
-        return text_embeddings(tokens, Teacher, tmp_path / "teacher", "weights", CPU, notes.append)
+        return embed_texts(tokens, Teacher, tmp_path / "teacher", "weights", CPU, notes.append)
 
     first = embedded()
     [file] = (tmp_path / "teacher").iterdir()
@@ -194,11 +194,11 @@ def test_a_pickle_in_the_store_of_text_embeddings_is_computed_again(evil: Evil, 
 def test_a_pickle_in_the_store_of_image_features_is_made_again(
     evil: Evil, tmp_path: Path, tiny_model: str, tasks: list[str], way: str, name: str
 ) -> None:
-    clip, images = load(Model(name=tiny_model)), open_samples([f"{tasks[0]}/train"])
+    clip, images = load_clip(Model(name=tiny_model)), open_samples([f"{tasks[0]}/train"])
     assert isinstance(images, IndexedSamples)
 
     def store() -> FeatureStore | None:
-        return store_of(tmp_path / "teacher", clip, "weights", "fp32", images, 16, lambda note: None)
+        return open_feature_store(tmp_path / "teacher", clip, "weights", "fp32", images, 16, lambda note: None)
 
     first = store()
     assert first is not None
@@ -244,7 +244,7 @@ def test_pickles_in_shards_are_broken_samples_or_passed_over(poisoned: Path, tmp
     location = {"local": str(shard), "memory": "memory://poisoned/0.tar"}.get(where, f"file://{shard}")
     samples = open_samples([location], str(tmp_path / "cache") if where == "cached" else None)
     assert isinstance(samples, StreamedSamples if where in ("file", "memory") else IndexedSamples)
-    decode = Decode(lambda image: torch.tensor(image.size), task.label_of)
+    decode = Decoder(lambda image: torch.tensor(image.size), task.label_of)
     found = list(EvaluationImages(samples, decode, 0, 1)())
     assert [item[1] for item in found if not isinstance(item, str)] == [0, 0, 1]
     sentences = [item for item in found if isinstance(item, str)]
@@ -265,11 +265,11 @@ def test_a_run_on_poisoned_shards_ends_in_a_sentence_or_goes_on_without_them(
     patient = experiment(**made, compute={"device": "cpu", "max_broken_share": 0.9})
     result = run_sequence(patient, tmp_path / "runs/patient", device=CPU)
     assert [task.test_images for task in result.tasks] == [3]
-    assert open_experiment(patient).fingerprint == result.fingerprint
+    assert resolve(patient).fingerprint == result.fingerprint
 
 
 def test_images_that_start_programs_or_fill_memory_are_broken_samples(tmp_path: Path) -> None:
-    decode = Decode(lambda image: torch.zeros(1), lambda sample: 0)
+    decode = Decoder(lambda image: torch.zeros(1), lambda sample: 0)
     strip = io.BytesIO()
     Image.new("RGB", (20_000, 1)).save(strip, "PNG")
     postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(x) (w) file\n"  # PIL would hand it to Ghostscript

@@ -50,7 +50,7 @@ def test_a_tree_of_imagenet_is_a_reference_set(tmp_path: Path) -> None:
     (tmp_path / "captions.tsv").write_text("one\thttp://a\ntwo\thttp://b\n")
     write_captions(tmp_path / "captions.tsv", tmp_path / "train")
     reference = ReferenceSet(Reference.model_validate(str(tmp_path / "train")))
-    assert len(list(reference.images.once(0, 1))) == 6
+    assert len(list(reference.images.iter_shard(0, 1))) == 6
     assert reference.texts == ["one", "two"]
 
 

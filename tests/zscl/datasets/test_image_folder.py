@@ -25,7 +25,7 @@ def test_a_folder_with_splits(tmp_path: Path) -> None:
     assert (prepared.images, prepared.split_family) == ({"train": 8, "test": 4}, "folder")
     task = opened(tmp_path / "task")
     assert task.classnames == ("blue", "green ish", "rusty red", "yellow")
-    assert [task.label_of(sample) for sample in task.train.once(0, 1)] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert [task.label_of(sample) for sample in task.train.iter_shard(0, 1)] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert prepare_folder(tmp_path / "photos", tmp_path / "task", ["a photo of a {c}.", "some {c}"]).kept
     for change in ("template", "file"):
         if change == "file":
@@ -54,7 +54,7 @@ def test_a_key_is_the_line_of_its_file(tmp_path: Path) -> None:
     task = opened(tmp_path / "task")
     for split, samples in (("train", task.train), ("test", task.test)):
         names = (tmp_path / "task" / split / "files.txt").read_text().splitlines()
-        for sample in samples.once(0, 1):
+        for sample in samples.iter_shard(0, 1):
             assert (tmp_path / "photos" / names[int(sample.key)]).read_bytes() == sample.image
 
 
@@ -64,7 +64,7 @@ def test_a_folder_without_splits(tmp_path: Path) -> None:
     for seed in (42, 7):
         prepared = prepare_folder(tmp_path / "photos", tmp_path / str(seed), ["{c}"], seed)
         assert (prepared.images, prepared.split_family) == ({"train": 16, "test": 4}, f"folder-seed{seed}")
-        found[seed] = {sample.image for sample in opened(tmp_path / str(seed)).test.once(0, 1)}
+        found[seed] = {sample.image for sample in opened(tmp_path / str(seed)).test.iter_shard(0, 1)}
     assert found[42] != found[7]
 
 
@@ -134,7 +134,7 @@ def test_class_folders_and_files_may_have_any_name(tmp_path: Path) -> None:
     assert sorted(task.classnames) == sorted(["a b", "[c]{d}*?%", "\u00fcbung", "e f g", "n" * 250])
     task.check()
     files = (tmp_path / "a task/train/files.txt").read_text().splitlines()
-    assert len(files) == len(list(task.train.once(0, 1))) == 16
+    assert len(files) == len(list(task.train.iter_shard(0, 1))) == 16
     assert any(name.endswith("0\\xff\\n.png") for name in files)
     assert prepare_folder(tmp_path / "photos", tmp_path / "a task", ["a photo of a {c}."]).kept
 

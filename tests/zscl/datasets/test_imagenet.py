@@ -47,10 +47,13 @@ def test_tinyimagenet_keeps_bytes_names_and_labels(tiny: Path, tmp_path: Path) -
     task = opened(tmp_path / "task")
     assert task.classnames == ("goldfish", "Egyptian cat")
     assert task.templates == ("a bad photo of a {c}.",)
-    assert [(sample.image, task.label_of(sample)) for sample in task.train.once(0, 1)] == [
+    assert [(sample.image, task.label_of(sample)) for sample in task.train.iter_shard(0, 1)] == [
         (jpeg(0), 0), (jpeg(1), 0), (jpeg(2), 1),
     ]  # fmt: skip
-    assert [(sample.image, task.label_of(sample)) for sample in task.test.once(0, 1)] == [(jpeg(10), 1), (jpeg(11), 0)]
+    assert [(sample.image, task.label_of(sample)) for sample in task.test.iter_shard(0, 1)] == [
+        (jpeg(10), 1),
+        (jpeg(11), 0),
+    ]
     assert prepare_tinyimagenet(tiny, tmp_path / "task").kept
 
 

@@ -56,7 +56,7 @@ def test_converts(task: str, tmp_path: Path, unchecked: None) -> None:
     count, first = TEMPLATES[task]
     assert (len(folder.templates), folder.templates[0]) == (count, first)
     for split, samples in (("train", folder.train), ("test", folder.test)):
-        found = [(folder.classnames[folder.label_of(sample)], sample.image) for sample in samples.once(0, 1)]
+        found = [(folder.classnames[folder.label_of(sample)], sample.image) for sample in samples.iter_shard(0, 1)]
         assert [name for name, _ in found] == [name for name, _ in expected[split]]
         if expected[split][0][1] is not None:
             assert found == expected[split]
@@ -85,7 +85,7 @@ def test_arrays_become_png_of_the_same_pixels(tmp_path: Path, unchecked: None) -
     for task, dataset in (("CIFAR100", torchvision.datasets.CIFAR100), ("MNIST", torchvision.datasets.MNIST)):
         TREES[task](tmp_path)
         prepare(task, tmp_path / "out", tmp_path)
-        samples = list(opened(tmp_path / "out" / task).test.once(0, 1))
+        samples = list(opened(tmp_path / "out" / task).test.iter_shard(0, 1))
         for sample, (image, _) in zip(samples, dataset(tmp_path, train=False), strict=True):
             assert sample.image.startswith(b"\x89PNG")
             assert np.array_equal(np.array(Image.open(io.BytesIO(sample.image))), np.array(image))

@@ -18,7 +18,7 @@ def test_writes_the_layout_that_clip_benchmark_reads(tmp_path: Path) -> None:
     ]  # fmt: skip
     task = opened(folder)
     assert task.prompts(task.templates[0])[0] == "a colours square of red"
-    assert [task.label_of(sample) for sample in task.test.once(0, 1)] == [index % 4 for index in range(10)]
+    assert [task.label_of(sample) for sample in task.test.iter_shard(0, 1)] == [index % 4 for index in range(10)]
     task.check()
 
 

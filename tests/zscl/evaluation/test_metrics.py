@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from orchestrate.reports.published import MTIL
-from zscl.evaluation.metrics import at_chance, forward_transfer, metrics
+from zscl.evaluation.metrics import forward_transfer, is_at_chance, metrics
 
 MATRIX = [[0.9, 0.5, 0.4], [0.7, 0.8, 0.2], [0.6, 0.7, 1.0]]
 ZERO_SHOT = [0.5, 0.45, 0.3]
@@ -66,8 +66,8 @@ def test_forward_transfer_of_a_sequence_under_way() -> None:
 
 def test_what_guessing_gives() -> None:
     # Two deviations of 1,000 guesses among ten: 0.1 + 2 * sqrt(0.1 * 0.9 / 1000) = 0.11897…
-    assert at_chance(0.1189, classes=10, images=1000)
-    assert not at_chance(0.1191, classes=10, images=1000)
-    assert at_chance(0.2, classes=10, images=20)  # of few images, more is luck
-    assert at_chance(0.5, classes=2, images=20)
-    assert not at_chance(1.0, classes=1, images=20)  # nothing to guess
+    assert is_at_chance(0.1189, classes=10, images=1000)
+    assert not is_at_chance(0.1191, classes=10, images=1000)
+    assert is_at_chance(0.2, classes=10, images=20)  # of few images, more is luck
+    assert is_at_chance(0.5, classes=2, images=20)
+    assert not is_at_chance(1.0, classes=1, images=20)  # nothing to guess

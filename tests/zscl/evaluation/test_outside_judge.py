@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from schemas.experiment import Experiment, Model
-from zscl.data.decode import Decode
+from zscl.data.decode import Decoder
 from zscl.data.loader import EvaluationImages, Loader
 from zscl.data.task import TaskFolder
 from zscl.evaluation.zero_shot import class_embeddings
-from zscl.models.clip import load
+from zscl.models.clip import load_clip
 from zscl.sequence.run import run_sequence
 
 pytest.importorskip("clip_benchmark", reason="CLIP_benchmark is not installed; `make install` brings it")
@@ -31,7 +31,7 @@ def test_clip_benchmark_predicts_the_same_to_the_last_sample(
     name = f"local-dir:{tmp_path}/stages/2-second/model"
     model, _, transform = open_clip.create_model_and_transforms(name)
     model.eval()
-    clip = load(Model(name=name))
+    clip = load_clip(Model(name=name))
     clip.model.eval()
     for column, task in enumerate(map(TaskFolder.open, made.tasks)):
         dataset = build_wds_dataset(task.name, transform, split="test", data_dir=task.path)
@@ -44,7 +44,7 @@ def test_clip_benchmark_predicts_the_same_to_the_last_sample(
         predicted, true = [], []
         with torch.inference_mode():
             classifier = class_embeddings(clip, task, "all", CPU)
-            images = EvaluationImages(task.test, Decode(clip.evaluation_transform, task.label_of), 0, 1)
+            images = EvaluationImages(task.test, Decoder(clip.evaluation_transform, task.label_of), 0, 1)
             for batch, found in images.batches(4, Loader(CPU)):
                 predicted.append((clip.model.encode_image(batch, normalize=True) @ classifier.T).argmax(dim=1))  # type: ignore[operator]
                 true.append(found)

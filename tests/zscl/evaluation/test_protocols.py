@@ -9,24 +9,24 @@ from sklearn.metrics import balanced_accuracy_score, confusion_matrix, top_k_acc
 from support.data import coloured, make_task, opened
 
 from schemas.errors import InputError
-from schemas.evaluation import PROTOCOLS, Judged
+from schemas.evaluation import PROTOCOLS, TaskEvaluation
 from schemas.experiment import Model
 from zscl.data.loader import Loader
 from zscl.data.task import TaskFolder
 from zscl.datasets.task_writer import write_task
-from zscl.evaluation.protocols import Space, Tally, judge, shared_space
+from zscl.evaluation.protocols import LabelSpace, TaskTally, evaluate_tasks, shared_space
 from zscl.evaluation.zero_shot import accuracies, embed_classes
-from zscl.models.clip import Clip, load
+from zscl.models.clip import Clip, load_clip
 
 LOADER = Loader(torch.device("cpu"))
 
 
 @pytest.fixture
 def clip(tiny_model: str) -> Clip:
-    return load(Model(name=tiny_model))
+    return load_clip(Model(name=tiny_model))
 
 
-def table(judged: Judged, names: list[str]) -> list[list[int]]:
+def table(judged: TaskEvaluation, names: list[str]) -> list[list[int]]:
     cells = {(pair.true, pair.predicted): pair.images for pair in judged.confused}
     return [[cells.get((true, predicted), 0) for predicted in names] for true in names]
 
@@ -37,7 +37,7 @@ def test_the_figures_are_those_of_scikit_learn() -> None:
     embeddings = torch.nn.functional.normalize(torch.randn(classes, 6), dim=1)
     labels = torch.randint(classes - 1, (images,))  # one class has no image
     features = torch.nn.functional.normalize(embeddings[labels] + 0.9 * torch.randn(images, 6), dim=1)
-    tally = Tally(Space(embeddings, torch.arange(classes), tuple(names)), torch.tensor(5.0))
+    tally = TaskTally(LabelSpace(embeddings, torch.arange(classes), tuple(names)), torch.tensor(5.0))
     for batch, own in zip(features.split(64), labels.split(64), strict=True):
         tally.add(batch, own)
     folder = TaskFolder("made", "made", tuple(names), ("{c}",))
@@ -66,7 +66,7 @@ def test_the_figures_are_those_of_scikit_learn() -> None:
 
 def test_task_aware_is_what_the_matrix_holds(clip: Clip, tasks: list[str]) -> None:
     folders = [opened(path) for path in tasks]
-    judged = list(judge(clip, folders[:2], folders[2:], PROTOCOLS, LOADER, batch_size=4))
+    judged = list(evaluate_tasks(clip, folders[:2], folders[2:], PROTOCOLS, LOADER, batch_size=4))
     assert [(each.task, each.protocol) for each in judged] == [
         ("first", "task-aware"), ("first", "task-agnostic"), ("second", "task-aware"), ("second", "task-agnostic"),
         ("third", "task-aware"),
@@ -92,7 +92,7 @@ def test_a_class_of_two_tasks_is_one_class(clip: Clip, tmp_path: Path) -> None:
     plain = features @ torch.cat(embedded).T
     expected = torch.stack([plain[:, rows].amax(dim=1) for rows in ([0, 4], [1], [2], [3, 5], [6], [7])], dim=1)
     torch.testing.assert_close(space.similarities(features), expected)
-    judged = list(judge(clip, [one, two], [], ["task-agnostic"], LOADER))
+    judged = list(evaluate_tasks(clip, [one, two], [], ["task-agnostic"], LOADER))
     assert [each.classes for each in judged] == [6, 6]
     assert set(judged[1].per_class) == {"red", "crane [3]", "tin", "crane [5]"}
     assert all(each.top5 is not None for each in judged)
@@ -100,6 +100,6 @@ def test_a_class_of_two_tasks_is_one_class(clip: Clip, tmp_path: Path) -> None:
 
 def test_a_task_without_a_usable_image(clip: Clip, tmp_path: Path) -> None:
     folder = opened(make_task(tmp_path / "empty", 0))
-    tally = Tally(Space(torch.eye(4, 16), torch.arange(4), folder.classnames), torch.tensor(1.0))
+    tally = TaskTally(LabelSpace(torch.eye(4, 16), torch.arange(4), folder.classnames), torch.tensor(1.0))
     with pytest.raises(InputError, match="empty: found no image that can be used"):
         tally.judged(folder, "task-aware")

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from orchestrate.reports import html_page as page
 from schemas.errors import InputError
 from schemas.experiment import Experiment
-from zscl.sequence.resolve import open_experiment
+from zscl.sequence.resolve import resolve
 from zscl.sequence.run import run_sequence
 
 CPU = torch.device("cpu")
@@ -64,7 +64,7 @@ def test_a_further_loss_is_trained_on_and_recorded(module: Path, experiment: Mak
 
 def test_its_code_and_settings_are_part_of_what_is_computed(module: Path, experiment: Make) -> None:
     def fingerprint(made: Experiment) -> str:
-        return open_experiment(made).fingerprint
+        return resolve(made).fingerprint
 
     bare, again = (with_losses(experiment, "losses_of_mine.pull") for _ in range(2))
     assert fingerprint(bare) == fingerprint(again)
@@ -89,7 +89,7 @@ def test_what_is_not_there_is_refused_before_anything_starts(
     module: Path, experiment: Make, loss: str, sentence: str
 ) -> None:
     with pytest.raises(InputError, match=f"method.further_losses: {sentence}"):
-        open_experiment(with_losses(experiment, loss))
+        resolve(with_losses(experiment, loss))
 
 
 def test_settings_and_names_that_do_not_fit(module: Path, experiment: Make, tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_settings_and_names_that_do_not_fit(module: Path, experiment: Make, tmp_
     with pytest.raises(
         InputError, match=r"does not take these settings \(got an unexpected keyword argument 'strength'"
     ):
-        open_experiment(wrong)
+        resolve(wrong)
     taken = with_losses(experiment, {"path": "losses_of_mine.pull", "settings": {"name": "classification"}})
     with pytest.raises(InputError, match="found a loss named 'classification' once more"):
         run_sequence(taken, tmp_path / "run", device=CPU)

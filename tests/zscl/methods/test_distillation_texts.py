@@ -11,9 +11,9 @@ from schemas.experiment import Experiment
 from schemas.method import Distill
 from zscl.data.loader import Loader
 from zscl.data.sample import NoiseSamples
-from zscl.methods.distillation_texts import tokens_of
-from zscl.models.clip import image_size, load
-from zscl.sequence.resolve import open_experiment
+from zscl.methods.distillation_texts import distillation_tokens
+from zscl.models.clip import image_size, load_clip
+from zscl.sequence.resolve import resolve
 from zscl.training.batches import training_batches
 
 CPU = torch.device("cpu")
@@ -25,16 +25,16 @@ CPU = torch.device("cpu")
 )
 def test_class_prompts_of_any_tasks(experiment: Callable[..., Experiment], whose: str, names: list[str]) -> None:
     made = experiment()
-    opened, clip = open_experiment(made), load(made.model)
+    opened, clip = resolve(made), load_clip(made.model)
     distill = Distill.model_validate({"texts": "class_prompts", "prompts_of": whose})
-    found = tokens_of(distill, clip, opened.tasks[1], opened.tasks, None, seed=0)
+    found = distillation_tokens(distill, clip, opened.tasks[1], opened.tasks, None, seed=0)
     prompts = [f"a {task} square of {name}" for task in names for name in ("red", "green", "blue", "yellow")]
     assert torch.equal(found, clip.tokenizer(prompts))
 
 
 def test_noise_is_endless_uniform_and_drawn_from_seed_and_position() -> None:
     noise = NoiseSamples((16, 24))
-    first, again, other = ([draw(0) for draw in noise.at([0, 1, 10**9], seed)] for seed in (0, 0, 1))
+    first, again, other = ([draw(0) for draw in noise.iter_positions([0, 1, 10**9], seed)] for seed in (0, 0, 1))
     assert [sample.image for sample in first] == [sample.image for sample in again]
     assert len({sample.image for sample in (*first, *other)}) == 6
     with Image.open(io.BytesIO(first[2].image)) as image:
@@ -46,7 +46,7 @@ def test_noise_is_endless_uniform_and_drawn_from_seed_and_position() -> None:
 
 def test_a_stage_distils_on_noise(experiment: Callable[..., Experiment]) -> None:
     made = experiment(method={"preset": "zscl", "distill": {"images": "noise"}})
-    opened, clip = open_experiment(made), load(made.model)
+    opened, clip = resolve(made), load_clip(made.model)
     noise = NoiseSamples(image_size(clip.model))
     batches = training_batches(made, 1, opened.tasks[0], clip, noise, Loader(CPU))
     one, two = next(batches), next(batches)

@@ -27,8 +27,8 @@ from zscl.methods.teacher_cache import (
     FeatureStore,
     StoredFeatures,
     _open_or_replace,
-    encoder,
-    share_met,
+    build_encoder,
+    share_drawn,
 )
 from zscl.sequence.run import run_sequence
 
@@ -85,13 +85,13 @@ class Tower(nn.Module):
 
 def test_encoding_does_not_wait_for_the_device() -> None:
     """A tensor on the meta device has no content that could be read."""
-    features = encoder(Tower, "fp32")(torch.empty(2, 3, 1, 1, device="meta"))
+    features = build_encoder(Tower, "fp32")(torch.empty(2, 3, 1, 1, device="meta"))
     assert features.shape == (2, 3)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_features_that_are_not_finite_are_never_stored(store: FeatureStore, value: float) -> None:
-    features = StoredFeatures(store, encoder(Tower, "fp32"), pytest.fail)
+    features = StoredFeatures(store, build_encoder(Tower, "fp32"), pytest.fail)
     images = torch.ones(2, 3, 1, 1)
     images[1, 0] = value
     with pytest.raises(InputError, match="the teacher gives reference images features that are NaN or Inf"):
@@ -205,10 +205,10 @@ def test_a_damaged_store_is_set_aside(store: FeatureStore, spoil: Callable[[Path
 
 
 def test_how_much_of_a_set_a_run_meets() -> None:
-    assert share_met(100, [50]) == pytest.approx(0.5)
-    assert share_met(100, [50, 50]) == pytest.approx(0.75)
-    assert share_met(100, [150, 1]) == 1.0
-    assert share_met(1_281_167, [64_000] * 11) == pytest.approx(0.43, abs=0.01)  # MTIL over ImageNet
+    assert share_drawn(100, [50]) == pytest.approx(0.5)
+    assert share_drawn(100, [50, 50]) == pytest.approx(0.75)
+    assert share_drawn(100, [150, 1]) == 1.0
+    assert share_drawn(1_281_167, [64_000] * 11) == pytest.approx(0.43, abs=0.01)  # MTIL over ImageNet
 
 
 def losses(folder: Path) -> list[str]:

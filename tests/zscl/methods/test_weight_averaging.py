@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from schemas.method import Average
-from zscl.methods.weight_averaging import WeightEnsemble, hand_on
+from zscl.methods.weight_averaging import RunningAverage, build_averager
 
 
 def trajectory(steps: int, multi_tensor: bool = True, **settings: object) -> tuple[float, int]:
@@ -14,7 +14,7 @@ def trajectory(steps: int, multi_tensor: bool = True, **settings: object) -> tup
     with torch.no_grad():
         student.weight.fill_(100.0)
     start = [weight.detach().clone() for weight in student.parameters()]
-    ensemble = WeightEnsemble(student, Average.model_validate(settings), start, multi_tensor)
+    ensemble = RunningAverage(student, Average.model_validate(settings), start, multi_tensor)
     for step in range(steps):
         with torch.no_grad():
             student.weight.fill_(step + 1.0)
@@ -61,20 +61,20 @@ def test_one_tensor_after_another_gives_the_same(settings: dict[str, object]) ->
 def test_the_student_itself_is_not_touched() -> None:
     student = nn.Linear(1, 1, bias=False)
     before = student.weight.clone()
-    WeightEnsemble(student, Average(every=1), start=()).after_step(0)
+    RunningAverage(student, Average(every=1), start=()).after_step(0)
     assert torch.equal(student.weight, before)
 
 
 def test_without_a_part_the_last_weights_are_handed_on() -> None:
     student = nn.Linear(1, 1)
-    assert hand_on(None, student).model is student
-    assert hand_on(Average(every=1), student).model is not student
+    assert build_averager(None, student).model is student
+    assert build_averager(Average(every=1), student).model is not student
 
 
 def test_what_is_handed_on_knows_the_start() -> None:
     student = nn.Linear(1, 1, bias=False)
     start = [parameter.detach().clone() for parameter in student.parameters()]
-    following = hand_on(Average(every=1, start_share=0.5), student, start)
+    following = build_averager(Average(every=1, start_share=0.5), student, start)
     with torch.no_grad():
         student.weight += 2.0
     following.after_step(0)
@@ -84,7 +84,7 @@ def test_what_is_handed_on_knows_the_start() -> None:
 
 def test_it_goes_on_from_its_state() -> None:
     student = nn.Linear(1, 1, bias=False)
-    whole, other = (WeightEnsemble(student, Average(every=1), ()) for _ in range(2))
+    whole, other = (RunningAverage(student, Average(every=1), ()) for _ in range(2))
     with torch.no_grad():
         student.weight += 3.0
     whole.after_step(0)

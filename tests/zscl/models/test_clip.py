@@ -10,7 +10,7 @@ import torch
 
 from schemas.errors import InputError
 from schemas.experiment import Model
-from zscl.models.clip import has_no_deterministic_kernel, load, weights_digest
+from zscl.models.clip import has_no_deterministic_kernel, load_clip, weights_digest
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def named(folder: Path) -> Model:
 
 
 def test_a_saved_model_is_what_open_clip_loads(folder: Path, tmp_path: Path) -> None:
-    clip = load(named(folder))
+    clip = load_clip(named(folder))
     with torch.no_grad():
         next(clip.model.parameters()).add_(1.0)
     clip.save(clip.model, tmp_path / "saved")
@@ -38,7 +38,7 @@ def test_a_saved_model_is_what_open_clip_loads(folder: Path, tmp_path: Path) -> 
 
 
 def test_the_embedded_model_is_an_open_clip_folder() -> None:
-    clip = load(Model(name="embedded"))
+    clip = load_clip(Model(name="embedded"))
     assert clip.tokenizer(["a photo"]).shape == (1, 16)
     assert next(clip.model.parameters()).dtype == torch.float32
 
@@ -71,7 +71,7 @@ def test_the_digest_follows_weights_and_configuration(folder: Path, tmp_path: Pa
 )
 def test_names_a_model_that_cannot_be_had(model: Model, sentence: str) -> None:
     with pytest.raises(InputError, match=sentence):
-        load(model)
+        load_clip(model)
 
 
 @pytest.mark.parametrize(
@@ -85,14 +85,14 @@ def test_names_a_model_that_cannot_be_had(model: Model, sentence: str) -> None:
 def test_names_an_unreadable_model(folder: Path, name: str, content: bytes, sentence: str) -> None:
     (folder / name).write_bytes(content)
     with pytest.raises(InputError, match=sentence):
-        load(named(folder))
+        load_clip(named(folder))
 
 
 def test_refuses_pickled_weights(folder: Path) -> None:
     (folder / "open_clip_model.safetensors").unlink()
     torch.save({"weights": torch.zeros(1)}, folder / "open_clip_pytorch_model.bin")
     with pytest.raises(InputError, match=r"found no \.safetensors"):
-        load(named(folder))
+        load_clip(named(folder))
 
 
 def test_refuses_a_model_that_normalises_over_the_batch(folder: Path) -> None:
@@ -105,7 +105,7 @@ def test_refuses_a_model_that_normalises_over_the_batch(folder: Path) -> None:
     model = open_clip.CLIP(**config["model_cfg"])
     save_file(model.state_dict(), folder / "open_clip_model.safetensors")
     with pytest.raises(InputError, match="BatchNorm"):
-        load(named(folder))
+        load_clip(named(folder))
 
 
 def test_an_operation_without_a_deterministic_kernel_is_recognised() -> None:

@@ -21,7 +21,7 @@ from zscl.data.loader import Loader
 from zscl.data.task import TaskFolder
 from zscl.evaluation.zero_shot import accuracies, embed_classes
 from zscl.models import load_checks as model_checks
-from zscl.models.clip import Clip, load, load_weights
+from zscl.models.clip import Clip, load_clip, load_weights
 from zscl.sequence.run import run_sequence
 
 CPU = torch.device("cpu")
@@ -83,7 +83,7 @@ def nan(weight: torch.Tensor) -> torch.Tensor:
 def test_a_model_whose_features_are_no_numbers_is_refused(changes: Any, sentence: str, folder: Path) -> None:
     change(folder, **changes)
     with pytest.raises(InputError, match=f"^model: 'local-dir:{folder}'.*{sentence}"):
-        load(named(folder))
+        load_clip(named(folder))
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_a_model_whose_features_are_no_numbers_is_refused(changes: Any, sentence
 )
 def test_a_model_whose_features_have_another_shape_is_refused(architecture: Any, sentence: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=sentence):
-        load(named(built(tmp_path / "model", **architecture)))
+        load_clip(named(built(tmp_path / "model", **architecture)))
 
 
 @pytest.mark.parametrize(
@@ -120,12 +120,12 @@ def test_a_model_whose_features_have_another_shape_is_refused(architecture: Any,
     ],
 )
 def test_other_architectures_load(architecture: Any, tmp_path: Path) -> None:
-    clip = load(named(built(tmp_path / "model", **architecture)))
+    clip = load_clip(named(built(tmp_path / "model", **architecture)))
     assert clip.model.training
 
 
 def test_towers_of_different_widths_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clip = load(named(folder))
+    clip = load_clip(named(folder))
 
     class Narrow(nn.Module):
         def __init__(self) -> None:
@@ -161,8 +161,8 @@ def test_weights_that_do_not_fit_are_named(changes: Any, sentence: str, folder: 
     with pytest.raises(
         InputError, match=rf"found weights of another architecture in .*{WEIGHTS}, expected.*\(.*{sentence}"
     ):
-        load(named(folder))
-    whole = load(Model(name=f"local-dir:{built(tmp_path / 'whole')}"))
+        load_clip(named(folder))
+    whole = load_clip(Model(name=f"local-dir:{built(tmp_path / 'whole')}"))
     with pytest.raises(InputError, match=rf"{WEIGHTS}: found weights of another architecture.*\(.*{sentence}"):
         load_weights(whole.model, folder)
 
@@ -174,7 +174,7 @@ def test_a_weights_file_of_another_architecture_is_named(folder: Path) -> None:
     open_clip.add_model_config(folder / "deeper-in-this-test.json")
     sentence = r"of another architecture in .*, expected those of deeper-in-this-test \(12 missing: visual\..*, …\)"
     with pytest.raises(InputError, match=sentence):
-        load(Model(name="deeper-in-this-test", pretrained=str(folder / WEIGHTS)))
+        load_clip(Model(name="deeper-in-this-test", pretrained=str(folder / WEIGHTS)))
 
 
 def test_a_model_that_needs_transformers_says_what_to_install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +184,7 @@ def test_a_model_that_needs_transformers_says_what_to_install(folder: Path, monk
     config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "timm/ViT-B-16-SigLIP"
     file.write_text(json.dumps(config))
     with pytest.raises(InputError, match=r"its tokenizer needs the package transformers.*pip install 'zscl\[hf\]'"):
-        load(named(folder))
+        load_clip(named(folder))
     with pytest.raises(InputError, match="its text tower needs the package transformers"):
         model_checks.refuse_missing_packages(open_clip.get_model_config("roberta-ViT-B-32"), "roberta-ViT-B-32", "it")
     model_checks.refuse_missing_packages(open_clip.get_model_config("ViT-B-32"), "local-dir:/siglip/clip", "it")
@@ -204,7 +204,7 @@ def test_weights_that_cannot_be_downloaded_are_refused_at_once(
     monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", nobody)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(InputError) as found:
-        load(model)
+        load_clip(model)
     sentence = str(found.value)
     assert "its weights are not on this machine, and the hub cannot be reached; expected a network" in sentence
     assert f"open_clip.create_model{call}" in sentence
@@ -214,7 +214,7 @@ def test_weights_that_cannot_be_downloaded_are_refused_at_once(
 
 
 def test_features_that_are_no_numbers_are_no_accuracy(folder: Path, tasks: list[str]) -> None:
-    clip, task = load(named(folder)), TaskFolder.open(open_experiment_task(tasks[0]))
+    clip, task = load_clip(named(folder)), TaskFolder.open(open_experiment_task(tasks[0]))
     with torch.no_grad():
         clip.model.visual.proj.fill_(float("nan"))  # type: ignore[union-attr, operator]
     heads = embed_classes(clip, [task], "all", "fp32", CPU)

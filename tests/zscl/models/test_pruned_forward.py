@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from schemas.compute import Compute, Savings
 from schemas.errors import InputError
 from schemas.experiment import Experiment
-from zscl.models.pruned_forward import Towers, left_in_full
+from zscl.models.pruned_forward import PrunedForward, unpruned_parts
 from zscl.sequence.run import run_sequence
 
 CPU = torch.device("cpu")
@@ -28,7 +28,9 @@ IMAGES = torch.linspace(-1, 1, 3 * 3 * 16 * 16).reshape(3, 3, 16, 16)
 
 
 def encoded(model: Any, **compute: Any) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    return Towers(model, TOKENS, range(2), Compute(**compute), unused_embeddings_stay=True)(IMAGES[:2], IMAGES[2:])  # type: ignore[no-any-return]
+    return PrunedForward(model, TOKENS, range(2), Compute(**compute), unused_embeddings_stay=True)(
+        IMAGES[:2], IMAGES[2:]
+    )  # type: ignore[no-any-return]
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +96,7 @@ def test_a_whole_stage_comes_to_the_plain_ways_numbers(
 def forward_flops(**savings: str) -> int:
     """Of one forward pass with only these savings."""
     model = clip_of()
-    towers = Towers(model, TOKENS, range(2), Compute(savings=Savings(**{**PLAIN, **savings})), True)
+    towers = PrunedForward(model, TOKENS, range(2), Compute(savings=Savings(**{**PLAIN, **savings})), True)
     with FlopCounterMode(display=False) as counter:
         towers(IMAGES[:2], IMAGES[2:])
     return int(counter.get_total_flops())
@@ -114,7 +116,7 @@ def test_each_saving_leaves_work_out() -> None:
 def test_gradient_accumulation_passes_few_images_at_once_and_twice(savings: Savings) -> None:
     model, passed = clip_of(), []
     compute = Compute(savings=savings.model_copy(update={"one_pass": True}), images_at_once=2)
-    towers = Towers(model, TOKENS, range(2), compute, True)
+    towers = PrunedForward(model, TOKENS, range(2), compute, True)
     model.visual.conv1.register_forward_pre_hook(lambda module, arguments: passed.append(len(arguments[0])))
     images, references, prompts = towers(IMAGES[:2], IMAGES[2:])
     assert passed == [2, 1]
@@ -125,7 +127,7 @@ def test_gradient_accumulation_passes_few_images_at_once_and_twice(savings: Savi
 @pytest.mark.parametrize("savings", [Savings(), Savings(**PLAIN)])
 def test_gradient_checkpointing_computes_every_block_again(savings: Savings) -> None:
     model = clip_of()
-    towers = Towers(model, TOKENS, range(2), Compute(savings=savings, gradient_checkpointing=True), True)
+    towers = PrunedForward(model, TOKENS, range(2), Compute(savings=savings, gradient_checkpointing=True), True)
     blocks = [*model.visual.transformer.resblocks, *model.transformer.resblocks]
     calls = [0] * len(blocks)
 
@@ -158,7 +160,7 @@ OTHER_TOWERS: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("kind", [open_clip.CLIP, open_clip.CustomTextCLIP])
 def test_open_clips_own_towers_are_saved_on(kind: type) -> None:
     model = clip_of(kind=kind)
-    assert left_in_full(model, Savings()) == []
+    assert unpruned_parts(model, Savings()) == []
     images, references, prompts = encoded(model, savings=dict.fromkeys(list(PLAIN)[:4], "always"))
     whole = clip_of(kind=kind)
     assert torch.allclose(images, whole.encode_image(IMAGES[:2], normalize=True), atol=1e-6)
@@ -170,7 +172,7 @@ def test_open_clips_own_towers_are_saved_on(kind: type) -> None:
 @pytest.mark.parametrize("kind", [open_clip.CLIP, open_clip.CustomTextCLIP])
 def test_the_towers_of_open_clip_4_are_saved_on(kind: type) -> None:
     model = clip_of_version_4(kind=kind)
-    assert left_in_full(model, Savings()) == []
+    assert unpruned_parts(model, Savings()) == []
     images, _, prompts = encoded(model, savings=dict.fromkeys(list(PLAIN)[:4], "always"))
     whole = clip_of(kind=kind)
     assert torch.allclose(images, whole.encode_image(IMAGES[:2], normalize=True), atol=1e-6)
@@ -197,7 +199,7 @@ def test_an_attention_with_further_parts_is_left_in_full(change: Callable[[nn.Mo
     model = clip_of_version_4()
     for block in (model.visual.transformer.resblocks[1], model.transformer.resblocks[1]):
         change(block.attn)
-    found = left_in_full(model, Savings())
+    found = unpruned_parts(model, Savings())
     assert [
         f"the {tower} tower is computed in full" in each for tower, each in zip(("image", "text"), found, strict=True)
     ] == [True] * 2
@@ -207,7 +209,7 @@ def test_an_attention_with_further_parts_is_left_in_full(change: Callable[[nn.Mo
 def test_attributes_that_another_version_lacks_are_named() -> None:
     model = clip_of()
     del model.visual.pool_type, model.text_projection
-    image, text = left_in_full(model, Savings())
+    image, text = unpruned_parts(model, Savings())
     assert "this version of open_clip has no pool_type in its VisionTransformer" in image
     assert "this version of open_clip has no text_projection in its CLIP" in text
 
@@ -216,7 +218,7 @@ def test_rows_before_the_batch_are_left_in_full() -> None:
     model = clip_of()
     for block in model.visual.transformer.resblocks:
         block.attn = nn.MultiheadAttention(16, 2, batch_first=False)
-    [found] = left_in_full(model, Savings())
+    [found] = unpruned_parts(model, Savings())
     assert "image tower is computed in full: its blocks are built differently (attn.batch_first)" in found
 
 
@@ -224,11 +226,11 @@ def test_rows_before_the_batch_are_left_in_full() -> None:
 def test_other_towers_run_as_they_are_or_are_refused(name: str) -> None:
     make, reason = OTHER_TOWERS[name]
     model = make()
-    assert [sentence for sentence in left_in_full(model, Savings()) if reason in sentence]
+    assert [sentence for sentence in unpruned_parts(model, Savings()) if reason in sentence]
     images, _, prompts = encoded(model)
     assert torch.allclose(images, make().encode_image(IMAGES[:2], normalize=True), atol=1e-6)
     assert torch.allclose(prompts, make().encode_text(TOKENS, normalize=True), atol=1e-6)
-    field = "pooled_row" if "image" in left_in_full(model, Savings())[0] else "context_cut"
+    field = "pooled_row" if "image" in unpruned_parts(model, Savings())[0] else "context_cut"
     with pytest.raises(InputError, match=rf"compute\.savings\.{field}: found always, but .* expected auto or never"):
         encoded(make(), savings={field: "always"})
 
@@ -246,7 +248,7 @@ def test_a_tower_that_would_differ_is_found_out_by_its_outputs() -> None:
 
 def test_with_weight_decay_all_embeddings_are_trained(experiment: Callable[..., Experiment], tmp_path: Path) -> None:
     model = clip_of()
-    Towers(model, TOKENS, range(2), Compute(), unused_embeddings_stay=False)
+    PrunedForward(model, TOKENS, range(2), Compute(), unused_embeddings_stay=False)
     assert model.token_embedding.weight.shape == (50, 16)
     with pytest.raises(ValueError, match="the unused embeddings decay, too"):
         experiment(optimisation={"weight_decay": 0.1}, compute={"savings": {"used_embeddings": "always"}})

@@ -4,11 +4,11 @@ import torch
 from support.small_clip import TOKENS, clip_of
 from torch import nn
 
-from zscl.models.text_tower import TextTower, UsedEmbeddings, lay_out
+from zscl.models.text_tower import TextTower, UsedEmbeddings, pack_prompts
 
 
 def test_the_common_beginning_is_laid_out_once_and_nothing_behind_an_end() -> None:
-    prompts = lay_out(TOKENS, TOKENS.argmax(dim=1), cut=True, pack=True)
+    prompts = pack_prompts(TOKENS, TOKENS.argmax(dim=1), cut=True, pack=True)
     assert prompts.shared == 4
     assert prompts.ids.tolist() == [48, 5, 6, 9, 49, 7, 8, 49]
     assert prompts.positions.tolist() == [0, 1, 2, 3, 4, 4, 5, 6]
@@ -18,15 +18,15 @@ def test_the_common_beginning_is_laid_out_once_and_nothing_behind_an_end() -> No
 
 
 def test_a_cut_ends_at_the_longest_prompt() -> None:
-    prompts = lay_out(TOKENS, TOKENS.argmax(dim=1), cut=True, pack=False)
+    prompts = pack_prompts(TOKENS, TOKENS.argmax(dim=1), cut=True, pack=False)
     assert prompts.shared == 0
     assert prompts.ids.tolist() == [48, 5, 6, 9, 49, 0, 0, 48, 5, 6, 9, 7, 8, 49]
-    assert len(lay_out(TOKENS, TOKENS.argmax(dim=1), cut=False, pack=False).ids) == 24
+    assert len(pack_prompts(TOKENS, TOKENS.argmax(dim=1), cut=False, pack=False).ids) == 24
 
 
 def test_equal_prompts_and_a_single_one_keep_a_row_of_their_own() -> None:
     for tokens in (TOKENS[[0, 0, 0]], TOKENS[:1]):
-        prompts = lay_out(tokens, tokens.argmax(dim=1), cut=True, pack=True)
+        prompts = pack_prompts(tokens, tokens.argmax(dim=1), cut=True, pack=True)
         assert prompts.shared == 4
         found = TextTower.of(clip_of())(prompts)
         assert torch.allclose(found, clip_of().encode_text(tokens, normalize=True), atol=1e-6)
@@ -37,7 +37,7 @@ def test_pooling_at_a_named_end_token() -> None:
     prompts = torch.tensor([[48, 5, 9, 7, 0, 0, 0, 0, 0, 0, 0, 0], [48, 5, 49, 9, 7, 0, 0, 0, 0, 0, 0, 0]])
     tower = TextTower.of(model)
     assert tower.ends(prompts).tolist() == [3, 4]
-    found = tower(lay_out(prompts, tower.ends(prompts), cut=True, pack=True))
+    found = tower(pack_prompts(prompts, tower.ends(prompts), cut=True, pack=True))
     assert torch.allclose(found, model.encode_text(prompts, normalize=True), atol=1e-6)
 
 

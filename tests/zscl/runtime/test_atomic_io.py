@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError, ReadTimeoutError
 
-from zscl.runtime.atomic_io import whole_file, whole_folder, write_text
+from zscl.runtime.atomic_io import atomic_file, atomic_folder, write_text
 from zscl.runtime.retry import is_transient, os_error_of, retry_io
 
 
@@ -21,7 +21,7 @@ def half(write: Callable[[Path], AbstractContextManager[Path]], path: Path) -> N
         raise OSError("full")
 
 
-@pytest.mark.parametrize("write", [whole_file, whole_folder])
+@pytest.mark.parametrize("write", [atomic_file, atomic_folder])
 def test_a_write_that_fails_leaves_what_was_there(
     tmp_path: Path, write: Callable[[Path], AbstractContextManager[Path]]
 ) -> None:
@@ -125,7 +125,7 @@ def test_a_missing_file_is_waited_for_only_while_its_folder_is_away(tmp_path: Pa
     run = tmp_path / "run"
     run.mkdir()
     with pytest.raises(FileNotFoundError):
-        retry_io(lambda: (run / "file").read_text(), folder=run)
+        retry_io(lambda: (run / "file").read_text(), must_exist=run)
     write_text(run / "file", "content")
     run.rename(tmp_path / "away")
     attempts = []
@@ -136,7 +136,7 @@ def test_a_missing_file_is_waited_for_only_while_its_folder_is_away(tmp_path: Pa
             (tmp_path / "away").rename(run)
         return (run / "file").read_text()
 
-    assert retry_io(read, folder=run) == "content"
+    assert retry_io(read, must_exist=run) == "content"
     assert len(attempts) == 2
 
 
@@ -159,7 +159,7 @@ def test_a_folder_is_back_where_another_cannot_take_its_place(tmp_path: Path, mo
     monkeypatch.setattr(Path, "rename", failing)
 
     def replace() -> None:
-        with whole_folder(tmp_path / "folder") as temporary:
+        with atomic_folder(tmp_path / "folder") as temporary:
             (temporary / "file").write_text("behind")
 
     with pytest.raises(OSError, match="Input/output"):
@@ -172,6 +172,6 @@ def test_a_name_as_long_as_a_file_system_takes_is_written_as_a_whole(tmp_path: P
     for name in ("n" * 255, "\u00fc" * 127):
         write_text(tmp_path / name, "words")
         assert (tmp_path / name).read_text() == "words"
-        with whole_folder(tmp_path / f"{name[:-1]}x") as temporary:
+        with atomic_folder(tmp_path / f"{name[:-1]}x") as temporary:
             assert temporary.is_dir()
     assert not list(tmp_path.glob(".*"))

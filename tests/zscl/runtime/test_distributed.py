@@ -17,7 +17,7 @@ from schemas.events import WorkersUsed
 from schemas.experiment import Experiment
 from schemas.method import PRESETS
 from schemas.results import Result
-from zscl.runtime.distributed import share
+from zscl.runtime.distributed import rank_slice
 from zscl.sequence.journal import JOURNAL, JournalReader
 from zscl.sequence.run import run_sequence
 from zscl.training import throughput as usage
@@ -52,7 +52,7 @@ def worker(rank: int, workers: int, port: int, jobs: Jobs) -> None:
                     Experiment.model_validate_json(experiment),
                     folder,
                     device=torch.device("cpu"),
-                    asked_to_stop=lambda asked=asked, stop=stop: next(asked) == stop,  # type: ignore[misc]
+                    stop_requested=lambda asked=asked, stop=stop: next(asked) == stop,  # type: ignore[misc]
                 )
     dist.destroy_process_group()
 
@@ -126,6 +126,6 @@ def compare(folder: Path, alone: Path, workers: int) -> None:
 
 def test_shares_are_even_and_complete(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("zscl.runtime.distributed.world_size", lambda: 3)
-    parts = [share(7, rank) for rank in range(3)]
+    parts = [rank_slice(7, rank) for rank in range(3)]
     assert [index for part in parts for index in part] == list(range(7))
     assert sorted(map(len, parts)) == [2, 2, 3]

@@ -25,8 +25,8 @@ from schemas.results import Result
 from zscl.data.indexed import IndexedSamples
 from zscl.data.shard_urls import open_samples
 from zscl.datasets.task_writer import write_task
-from zscl.models.clip import load
-from zscl.sequence.resolve import class_order, open_experiment
+from zscl.models.clip import load_clip
+from zscl.sequence.resolve import class_order, resolve
 from zscl.sequence.run import run_sequence
 
 CPU = torch.device("cpu")
@@ -47,7 +47,7 @@ def incremental(experiment: Make, tasks: list[str]) -> Make:
 
 
 def test_stages_are_cut_from_the_dataset(incremental: Make) -> None:
-    opened = open_experiment(incremental())
+    opened = resolve(incremental())
     assert [task.name for task in opened.tasks] == ["classes-1-2", "classes-3-3", "classes-4-4"]
     labels = [label for task in opened.tasks for label in task.classes or ()]
     assert sorted(labels) == [0, 1, 2, 3]
@@ -59,15 +59,15 @@ def test_stages_are_cut_from_the_dataset(incremental: Make) -> None:
         assert task.templates == ("a bad photo of {c}",)
         assert isinstance(task.train, IndexedSamples)
         assert len(task.train) == 6 * len(task.classes)
-        for sample in task.train.once(0, 1):  # the shards are as they were; labels are counted anew
+        for sample in task.train.iter_shard(0, 1):  # the shards are as they were; labels are counted anew
             assert int(sample.label or b"") == task.classes[task.label_of(sample)]
     assert opened.tasks[0].digest != opened.tasks[1].digest
-    again = open_experiment(opened.experiment)  # as the workers do
+    again = resolve(opened.experiment)  # as the workers do
     assert (again.experiment, again.fingerprint) == (opened.experiment, opened.fingerprint)
 
 
 def test_the_order_comes_from_a_seed_or_a_file(incremental: Make, tasks: list[str], tmp_path: Path) -> None:
-    whole = open_experiment(incremental()).tasks[0].whole
+    whole = resolve(incremental()).tasks[0].whole
     assert whole is not None
 
     def order(given: int | str) -> list[int]:
@@ -97,7 +97,7 @@ def test_the_order_comes_from_a_seed_or_a_file(incremental: Make, tasks: list[st
 )
 def test_a_wrong_scenario_is_refused(incremental: Make, scenario: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match="found") as refused:
-        open_experiment(incremental(scenario))
+        resolve(incremental(scenario))
     assert sentence in str(refused.value)
 
 
@@ -135,7 +135,7 @@ def test_figures_are_those_of_one_head_and_agree_with_continuums_logger(incremen
     made = incremental({"epochs": 12}, method="finetune")
     result = run_sequence(made, tmp_path / "run", device=CPU)
     assert 0.0 < result.accuracy_matrix[1][0] < result.accuracy_matrix[0][0]
-    opened = open_experiment(made)
+    opened = resolve(made)
     logged = [predictions(tmp_path / "run", stage, opened) for stage in (1, 2, 3)]
     for row, (guesses, labels, stages) in zip(result.accuracy_matrix, logged, strict=True):
         for task in set(stages):
@@ -178,8 +178,8 @@ def test_the_initial_model_is_judged_under_the_heads_of_each_stage(
     made = incremental({"order": 1}, method="zero-shot", model=model)
     result = run_sequence(made, tmp_path / "run", device=CPU)
     assert len(set(result.accuracy_matrix)) > 1  # the heads matter
-    opened = open_experiment(made)
-    clip = load(opened.experiment.model)
+    opened = resolve(made)
+    clip = load_clip(opened.experiment.model)
     clip.model.eval()
     encode: Any = clip.model
     order = [label for task in opened.tasks for label in task.classes or ()]
@@ -193,7 +193,7 @@ def test_the_initial_model_is_judged_under_the_heads_of_each_stage(
             for index, task in enumerate(opened.tasks):
                 known = sum(len(each.classes or ()) for each in opened.tasks[: max(stage, index) + 1])
                 right = []
-                for sample in task.test.once(0, 1):
+                for sample in task.test.iter_shard(0, 1):
                     image = clip.evaluation_transform(Image.open(io.BytesIO(sample.image)))[None]
                     guess = int((encode.encode_image(image, normalize=True) @ texts[:known].T).argmax())
                     right.append(order[guess] == int(sample.label or b""))
@@ -232,9 +232,9 @@ def test_a_scenario_goes_on_behind_its_last_stage(incremental: Make, tmp_path: P
 
 def test_some_classes_of_a_folder_make_a_task_of_their_own(experiment: Make, tasks: list[str]) -> None:
     made = experiment(tasks=[{"path": tasks[0], "classes": [3, 0], "name": "two"}, tasks[1]])
-    two, other = open_experiment(made).tasks
+    two, other = resolve(made).tasks
     assert two.classnames == ("yellow", "red")
-    assert [two.label_of(sample) for sample in two.test.once(0, 1)] == [1, 0, 1, 0, 1]
+    assert [two.label_of(sample) for sample in two.test.iter_shard(0, 1)] == [1, 0, 1, 0, 1]
     assert len(other.classnames) == 4
     for classes, sentence in (
         ([4], "found the class 4"),
@@ -242,7 +242,7 @@ def test_some_classes_of_a_folder_make_a_task_of_their_own(experiment: Make, tas
     ):
         wrong = experiment(tasks=[{"path": tasks[0], "classes": classes}])
         with pytest.raises(InputError, match=sentence):
-            open_experiment(wrong)
+            resolve(wrong)
 
 
 @pytest.mark.parametrize(
@@ -255,14 +255,14 @@ def test_some_classes_of_a_folder_make_a_task_of_their_own(experiment: Make, tas
 def test_a_group_of_classes_is_a_set_of_its_own(incremental: Make, tmp_path: Path, method: dict[str, Any]) -> None:
     made = incremental(method=method)
     run_sequence(made, tmp_path / "run", device=CPU)
-    opened = open_experiment(made)
+    opened = resolve(made)
     whole = opened.tasks[0].whole
     assert whole is not None
-    images = {sample.image: int(sample.label or b"") for sample in whole.train.once(0, 1)}
+    images = {sample.image: int(sample.label or b"") for sample in whole.train.iter_shard(0, 1)}
     kept = 0
     for stage, task in enumerate(opened.tasks[:-1], start=1):
         exemplars = tmp_path / "run/stages" / f"{stage}-{task.name}" / "exemplars"
-        for sample in open_samples([str(exemplars)]).once(0, 1) if exemplars.is_dir() else ():
+        for sample in open_samples([str(exemplars)]).iter_shard(0, 1) if exemplars.is_dir() else ():
             assert task.classes is not None
             assert images[sample.image] == task.classes[int(sample.label or b"")]  # the image of its label
             kept += 1
@@ -271,20 +271,20 @@ def test_a_group_of_classes_is_a_set_of_its_own(incremental: Make, tmp_path: Pat
 
 def test_a_written_recipe_still_follows_its_scenario(incremental: Make, tmp_path: Path) -> None:
     written = tmp_path / "experiment.yaml"
-    recipes.write_experiment(open_experiment(incremental()).experiment, written)
-    again = open_experiment(recipes.load_experiment(written))
-    assert again.fingerprint == open_experiment(incremental()).fingerprint
-    changed = open_experiment(recipes.load_experiment(written, ["class_incremental.first=1"]))
+    recipes.write_experiment(resolve(incremental()).experiment, written)
+    again = resolve(recipes.load_experiment(written))
+    assert again.fingerprint == resolve(incremental()).fingerprint
+    changed = resolve(recipes.load_experiment(written, ["class_incremental.first=1"]))
     assert [len(task.classes or ()) for task in changed.tasks] == [1, 1, 1, 1]
-    other = open_experiment(incremental({"first": 1})).experiment
+    other = resolve(incremental({"first": 1})).experiment
     mixed = other.model_copy(update={"class_incremental": incremental().class_incremental})
     with pytest.raises(InputError, match="found other stages than class_incremental cuts"):
-        open_experiment(mixed)
+        resolve(mixed)
 
 
 def test_what_is_not_trained_has_no_steps_in_its_identity(incremental: Make) -> None:
     few, many = (incremental(method="zero-shot", optimisation={"batch_size": size}) for size in (4, 8))
-    assert open_experiment(few).fingerprint == open_experiment(many).fingerprint
+    assert resolve(few).fingerprint == resolve(many).fingerprint
 
 
 def test_class_names_that_are_numbers_are_names_in_an_order(tmp_path: Path) -> None:

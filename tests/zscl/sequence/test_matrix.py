@@ -13,17 +13,17 @@ import pytest
 import torch
 from pydantic import BaseModel
 
-from orchestrate.runs.preflight import refuse_other
+from orchestrate.runs.preflight import check_run_folder_is_same
 from schemas.algorithm import algorithm
 from schemas.errors import InputError
 from schemas.events import Note, RowMeasured, StageTrained, TaskEvaluated
 from schemas.experiment import Experiment
-from zscl.evaluation.metrics import at_chance
+from zscl.evaluation.metrics import is_at_chance
 from zscl.runtime.atomic_io import write_text
-from zscl.sequence.async_matrix import Elsewhere, Handle
+from zscl.sequence.async_matrix import Handle, SubmitEvaluation
 from zscl.sequence.layout import stage_files
-from zscl.sequence.resolve import open_experiment
-from zscl.sequence.result import check_run_folder, refuse_other_run
+from zscl.sequence.resolve import resolve
+from zscl.sequence.result import check_run_folder, check_same_run
 from zscl.sequence.run import measure_row, run_sequence
 from zscl.training.checkpoint import StoppedError
 
@@ -49,9 +49,9 @@ def test_cells_that_are_known_are_not_measured_again(experiment: Make, tmp_path:
 def test_cells_of_another_experiment_are_refused(experiment: Make, tmp_path: Path) -> None:
     made, asked = experiment(method="zero-shot", reference=None), iter([False, True])
     with pytest.raises(StoppedError):
-        run_sequence(made, tmp_path, device=CPU, asked_to_stop=lambda: next(asked))
+        run_sequence(made, tmp_path, device=CPU, stop_requested=lambda: next(asked))
     with pytest.raises(InputError, match="found a run of another experiment"):
-        refuse_other_run(tmp_path, "another")
+        check_same_run(tmp_path, "another")
 
 
 @pytest.mark.parametrize("recorded", [{"algorithm": "0.9"}, {}])
@@ -67,7 +67,7 @@ def test_rows_of_another_version_of_the_algorithm_are_refused(
     with pytest.raises(InputError, match=f"computed by {found}, expected algorithm version {algorithm()}.*another fol"):
         run_sequence(made, tmp_path, device=CPU)
     with pytest.raises(InputError) as refused:  # the command line, too: not "the data is another"
-        refuse_other(open_experiment(made), tmp_path)
+        check_run_folder_is_same(resolve(made), tmp_path)
     assert str(refused.value).endswith("for `zscl compare` for example")
 
 
@@ -100,7 +100,7 @@ def test_a_stage_at_chance_is_said_to_have_failed(experiment: Make, tmp_path: Pa
     ],
 )
 def test_chance(accuracy: float, classes: int, images: int, expected: bool) -> None:
-    assert at_chance(accuracy, classes, images) is expected
+    assert is_at_chance(accuracy, classes, images) is expected
 
 
 # -------------------------------------------------------------------------------------------------- elsewhere
@@ -111,7 +111,7 @@ def measure(recipe: str, folder: Path, stage: int, pause: float) -> None:
     measure_row(Experiment.model_validate_json(recipe), folder, stage, torch.device("cpu"), lambda: False)
 
 
-def elsewhere(made: Experiment, folder: Path, pool: Executor, pause: float = 0.0) -> Elsewhere:
+def elsewhere(made: Experiment, folder: Path, pool: Executor, pause: float = 0.0) -> SubmitEvaluation:
     """Measure rows in a pool, each after a pause."""
     return lambda stage: pool.submit(measure, made.model_dump_json(), folder, stage, pause)
 
@@ -130,7 +130,7 @@ def test_rows_measured_elsewhere_make_the_same_matrix(
     inline = run_sequence(made, tmp_path / "inline", device=torch.device("cpu"))
     told: list[object] = []
     there = elsewhere(made, tmp_path / "run", process, pause=0.4)
-    found = run_sequence(made, tmp_path / "run", told.append, torch.device("cpu"), elsewhere=there)
+    found = run_sequence(made, tmp_path / "run", told.append, torch.device("cpu"), submit_evaluation=there)
     assert (found.accuracy_matrix, found.zero_shot) == (inline.accuracy_matrix, inline.zero_shot)
     assert found.warnings == inline.warnings
     rows = [each.stage for each in told if isinstance(each, RowMeasured)]
@@ -151,8 +151,8 @@ def test_rows_elsewhere_are_taken_up_again(
     made, run = experiment(method="finetune"), tmp_path / "run"
     with pytest.raises(StoppedError):
         run_sequence(
-            made, run, device=torch.device("cpu"), asked_to_stop=(run / "zero_shot.json").is_file,
-            elsewhere=elsewhere(made, run, process, pause=0.2),
+            made, run, device=torch.device("cpu"), stop_requested=(run / "zero_shot.json").is_file,
+            submit_evaluation=elsewhere(made, run, process, pause=0.2),
         )  # fmt: skip
     begun: list[int] = []
 
@@ -160,7 +160,7 @@ def test_rows_elsewhere_are_taken_up_again(
         begun.append(stage)
         return elsewhere(made, run, process)(stage)
 
-    found = run_sequence(made, run, device=torch.device("cpu"), elsewhere=counted)
+    found = run_sequence(made, run, device=torch.device("cpu"), submit_evaluation=counted)
     assert begun
     assert 0 not in begun
     whole = run_sequence(made, tmp_path / "whole", device=torch.device("cpu"))
@@ -174,8 +174,8 @@ def test_a_folder_is_claimed_before_any_row_is_measured(
     asked = iter([False] * 3 + [True] * 1000)
     with pytest.raises(StoppedError):
         run_sequence(
-            made, tmp_path / "run", device=torch.device("cpu"), asked_to_stop=lambda: next(asked),
-            elsewhere=elsewhere(made, tmp_path / "run", process, pause=2.0),
+            made, tmp_path / "run", device=torch.device("cpu"), stop_requested=lambda: next(asked),
+            submit_evaluation=elsewhere(made, tmp_path / "run", process, pause=2.0),
         )  # fmt: skip
     assert (tmp_path / "run/checkpoint.pt").is_file()
     assert not (tmp_path / "run/zero_shot.json").is_file()
@@ -185,7 +185,7 @@ def test_a_folder_is_claimed_before_any_row_is_measured(
 
 def test_a_folder_in_which_nothing_came_about_may_be_taken(experiment: Make, tmp_path: Path) -> None:
     with pytest.raises(StoppedError):
-        run_sequence(experiment(), tmp_path, device=CPU, asked_to_stop=lambda: True)
+        run_sequence(experiment(), tmp_path, device=CPU, stop_requested=lambda: True)
     assert [file.name for file in tmp_path.glob("*.json")] == ["zero_shot.part.json"]
     found = run_sequence(experiment(seed=1), tmp_path, device=CPU)
     assert (found.seed, (tmp_path / "zero_shot.part.json").exists()) == (1, False)
@@ -198,7 +198,7 @@ def test_what_fails_elsewhere_ends_the_run(experiment: Callable[..., Experiment]
     with ThreadPoolExecutor(1) as pool, pytest.raises(InputError, match="stage 0: found nothing"):
         run_sequence(
             experiment(method="finetune"), tmp_path / "run", device=torch.device("cpu"),
-            elsewhere=lambda stage: pool.submit(fail, stage),
+            submit_evaluation=lambda stage: pool.submit(fail, stage),
         )  # fmt: skip
 
 
@@ -270,7 +270,7 @@ def test_a_damaged_or_foreign_file_is_named_before_a_run_goes_on(
     spoil, sentence = DAMAGE[name]
     run = tmp_path / "run"
     shutil.copytree(finished, run)
-    opened = open_experiment(made)
+    opened = resolve(made)
     check_run_folder(opened, run)
     spoil(run, other)
     with pytest.raises(InputError, match=sentence):
@@ -295,7 +295,7 @@ def test_a_checkpoint_of_another_run_is_refused(whole: tuple[Experiment, Path, P
     made, _, _ = whole
     asked = iter(range(100))
     with pytest.raises(StoppedError):
-        run_sequence(made, tmp_path / "run", device=CPU, asked_to_stop=lambda: next(asked) >= 2)
+        run_sequence(made, tmp_path / "run", device=CPU, stop_requested=lambda: next(asked) >= 2)
     assert (tmp_path / "run/checkpoint.pt").is_file()
     other = made.model_copy(update={"seed": 7})
     (tmp_path / "other").mkdir()

@@ -14,9 +14,9 @@ from botocore.exceptions import EndpointConnectionError
 
 from schemas.errors import InputError
 from schemas.experiment import Experiment
-from zscl.runtime.atomic_io import set_aside
+from zscl.runtime.atomic_io import quarantine
 from zscl.sequence import object_store as module
-from zscl.sequence.object_store import Mirror, on_this_node, url_of
+from zscl.sequence.object_store import RemoteSync, node_local_folder, storage_url
 from zscl.sequence.run import run_sequence
 from zscl.training.checkpoint import CHECKPOINT
 
@@ -24,10 +24,10 @@ pytest_plugins = ["support.object_storage"]
 
 
 @pytest.fixture
-def two(tmp_path: Path, bucket: Any) -> tuple[Mirror, Mirror]:
+def two(tmp_path: Path, bucket: Any) -> tuple[RemoteSync, RemoteSync]:
     """The folders of two nodes."""
     url = f"s3://bucket/{tmp_path.name}/run"
-    return Mirror(url, tmp_path / "one/run"), Mirror(url, tmp_path / "other/run")
+    return RemoteSync(url, tmp_path / "one/run"), RemoteSync(url, tmp_path / "other/run")
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -40,7 +40,7 @@ def write(file: Path, text: str) -> None:
     file.write_text(text)
 
 
-def test_what_one_pushes_the_other_pulls(two: tuple[Mirror, Mirror]) -> None:
+def test_what_one_pushes_the_other_pulls(two: tuple[RemoteSync, RemoteSync]) -> None:
     one, other = two
     write(one.folder / "stages/1-first/model/weights", "first")
     write(one.folder / "stages/1-first/training.json", "{}")
@@ -61,21 +61,23 @@ def test_what_one_pushes_the_other_pulls(two: tuple[Mirror, Mirror]) -> None:
     assert "checkpoint.pt" not in one.versions()
 
 
-def test_what_is_unchanged_stays_where_it_is(two: tuple[Mirror, Mirror], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_unchanged_stays_where_it_is(
+    two: tuple[RemoteSync, RemoteSync], monkeypatch: pytest.MonkeyPatch
+) -> None:
     one, other = two
     write(one.folder / "journal.jsonl", "a line\n")
     one.push()
     other.pull()
     moved: list[str] = []
-    monkeypatch.setattr(Mirror, "_send", lambda self, name: moved.append(name))
-    monkeypatch.setattr(Mirror, "_fetch", lambda self, name, file: bool(moved.append(name)))
-    for mirror in (one, other, Mirror(one.url, one.folder)):  # the last: another process
+    monkeypatch.setattr(RemoteSync, "_send", lambda self, name: moved.append(name))
+    monkeypatch.setattr(RemoteSync, "_fetch", lambda self, name, file: bool(moved.append(name)))
+    for mirror in (one, other, RemoteSync(one.url, one.folder)):  # the last: another process
         mirror.push()
         mirror.pull(exactly=True)
     assert moved == []
 
 
-def test_what_is_changed_here_stays_unless_the_folder_is_to_be_exact(two: tuple[Mirror, Mirror]) -> None:
+def test_what_is_changed_here_stays_unless_the_folder_is_to_be_exact(two: tuple[RemoteSync, RemoteSync]) -> None:
     one, other = two
     write(one.folder / "state.json", "running")
     one.push()
@@ -89,29 +91,29 @@ def test_what_is_changed_here_stays_unless_the_folder_is_to_be_exact(two: tuple[
 
 
 def test_what_says_that_others_are_there_arrives_behind_them(
-    two: tuple[Mirror, Mirror], monkeypatch: pytest.MonkeyPatch
+    two: tuple[RemoteSync, RemoteSync], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, other = two
     names = ["result.json", "stages/1-first/accuracy.json", "stages/1-first/training.json", "stages/1-first/weights"]
     for name in names:
         write(one.folder / name, name)
     order: list[str] = []
-    send, fetch = Mirror._send, Mirror._fetch
-    monkeypatch.setattr(Mirror, "_send", lambda self, name: order.append(name) or send(self, name))
-    monkeypatch.setattr(Mirror, "_fetch", lambda self, name, file: order.append(name) or fetch(self, name, file))
+    send, fetch = RemoteSync._send, RemoteSync._fetch
+    monkeypatch.setattr(RemoteSync, "_send", lambda self, name: order.append(name) or send(self, name))
+    monkeypatch.setattr(RemoteSync, "_fetch", lambda self, name, file: order.append(name) or fetch(self, name, file))
     one.push()
     other.pull()
     assert order == [*reversed(names), *reversed(names)] == [*names[::-1]] * 2
 
 
-def test_it_is_pushed_beside_the_training(two: tuple[Mirror, Mirror], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_pushed_beside_the_training(two: tuple[RemoteSync, RemoteSync], monkeypatch: pytest.MonkeyPatch) -> None:
     one, _ = two
     write(one.folder / "journal.jsonl", "a line\n")
-    one.keep_up()
+    one.push_async()
     assert one.versions() == {}  # too early
     monkeypatch.setattr(module, "EVERY_SECONDS", 0.0)
     time.sleep(0.01)
-    one.keep_up()
+    one.push_async()
     deadline = time.monotonic() + 300
     while not one.versions() and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -119,15 +121,15 @@ def test_it_is_pushed_beside_the_training(two: tuple[Mirror, Mirror], monkeypatc
 
 
 def test_storage_that_cannot_be_written_is_refused(tmp_path: Path, bucket: Any) -> None:
-    Mirror("s3://bucket/runs/run", tmp_path).check()
+    RemoteSync("s3://bucket/runs/run", tmp_path).check()
     with pytest.raises(InputError, match=r"compute\.storage: s3://no-such-bucket/run cannot be written"):
-        Mirror("s3://no-such-bucket/run", tmp_path).check()
+        RemoteSync("s3://no-such-bucket/run", tmp_path).check()
     with pytest.raises(InputError, match=r"compute\.storage: found nowhere://run, which cannot be opened"):
-        Mirror("nowhere://run", tmp_path)
+        RemoteSync("nowhere://run", tmp_path)
 
 
 def test_what_vanishes_while_it_is_fetched_is_left_out(
-    two: tuple[Mirror, Mirror], monkeypatch: pytest.MonkeyPatch
+    two: tuple[RemoteSync, RemoteSync], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, other = two
     write(one.folder / "checkpoint.pt", "of a stage that ends")
@@ -147,7 +149,7 @@ def test_a_listing_that_fails_removes_nothing(
 ) -> None:
     """On a mounted disk, whose folders fsspec takes for empty when it cannot list them."""
     (tmp_path / "storage").mkdir()
-    mirror = Mirror((tmp_path / "storage/run").as_uri(), tmp_path / "here/run")
+    mirror = RemoteSync((tmp_path / "storage/run").as_uri(), tmp_path / "here/run")
     write(mirror.folder / "stages/1-first/training.json", "{}")
     write(mirror.folder / "stages/1-first/model/weights", "first")
     write(mirror.folder / "zero_shot.json", "{}")
@@ -165,17 +167,17 @@ def test_a_listing_that_fails_removes_nothing(
     assert next(failures, None) is None
     assert content(mirror.folder) == before
     monkeypatch.undo()
-    assert Mirror(mirror.url, tmp_path / "other/run").versions().keys() == before.keys()
-    assert Mirror(f"{mirror.url}-2", tmp_path / "third/run").versions() == {}
+    assert RemoteSync(mirror.url, tmp_path / "other/run").versions().keys() == before.keys()
+    assert RemoteSync(f"{mirror.url}-2", tmp_path / "third/run").versions() == {}
 
 
-def test_what_is_damaged_stays_on_its_node(two: tuple[Mirror, Mirror]) -> None:
+def test_what_is_damaged_stays_on_its_node(two: tuple[RemoteSync, RemoteSync]) -> None:
     """A checkpoint may have gigabytes, and nobody reads a damaged one."""
     one, other = two
     for name in (CHECKPOINT, "journal.jsonl", "stages/1-first/training.json"):
         write(one.folder / name, name)
     one.push()
-    aside = [set_aside(one.folder / name) for name in (CHECKPOINT, "stages/1-first")]
+    aside = [quarantine(one.folder / name) for name in (CHECKPOINT, "stages/1-first")]
     one.push()
     other.pull()
     assert list(content(other.folder)) == list(other.versions()) == ["journal.jsonl"]
@@ -186,7 +188,7 @@ def test_what_is_damaged_stays_on_its_node(two: tuple[Mirror, Mirror]) -> None:
 def test_folders_that_nobody_reads_are_not_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray leaves one for each group of workers."""
     (tmp_path / "storage").mkdir()
-    mirror = Mirror((tmp_path / "storage/run").as_uri(), tmp_path / "here/run")
+    mirror = RemoteSync((tmp_path / "storage/run").as_uri(), tmp_path / "here/run")
     for name in ("ray/group/state.json", ".cache/file", "stages/.half.partial/weights", "stages/ray/training.json"):
         write(tmp_path / "storage/run" / name, "{}")
     listed: list[str] = []
@@ -205,12 +207,14 @@ def test_a_user_without_a_name_has_a_folder_on_this_node(monkeypatch: pytest.Mon
         raise KeyError(user)
 
     monkeypatch.setattr(pwd, "getpwuid", unknown)
-    folder = on_this_node("s3://bucket/runs/own").folder
-    assert folder == on_this_node("s3://bucket/runs/own").folder
+    folder = node_local_folder("s3://bucket/runs/own").folder
+    assert folder == node_local_folder("s3://bucket/runs/own").folder
     assert f"zscl-{os.getuid()}" in folder.parts
 
 
-def test_storage_that_is_away_is_waited_for(two: tuple[Mirror, Mirror], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_storage_that_is_away_is_waited_for(
+    two: tuple[RemoteSync, RemoteSync], monkeypatch: pytest.MonkeyPatch
+) -> None:
     one, other = two
     write(one.folder / "journal.jsonl", "a line\n")
     put, failures = (
@@ -230,7 +234,7 @@ def test_storage_that_is_away_is_waited_for(two: tuple[Mirror, Mirror], monkeypa
 
 
 def test_a_run_goes_on_from_another_node(
-    experiment: Callable[..., Experiment], tmp_path: Path, two: tuple[Mirror, Mirror]
+    experiment: Callable[..., Experiment], tmp_path: Path, two: tuple[RemoteSync, RemoteSync]
 ) -> None:
     from zscl.training.checkpoint import StoppedError
 
@@ -239,11 +243,11 @@ def test_a_run_goes_on_from_another_node(
     whole = run_sequence(made, tmp_path / "whole/run", device=cpu)
     asked = iter(range(100))
     with pytest.raises(StoppedError):
-        run_sequence(made, one.folder, device=cpu, asked_to_stop=lambda: next(asked) > 8, mirror=one)
+        run_sequence(made, one.folder, device=cpu, stop_requested=lambda: next(asked) > 8, sync=one)
     assert (one.folder / "stages").is_dir()
     one.push()
     other.pull(exactly=True)
-    result = run_sequence(made, other.folder, device=cpu, mirror=other)
+    result = run_sequence(made, other.folder, device=cpu, sync=other)
     assert result.accuracy_matrix == whole.accuracy_matrix
     other.push()
     assert {"result.json", "journal.jsonl", "zero_shot.json"} <= other.versions().keys()
@@ -251,4 +255,4 @@ def test_a_run_goes_on_from_another_node(
 
 
 def test_a_folder_has_its_own_name_in_storage() -> None:
-    assert url_of("s3://bucket/runs/", Path("/here/own")) == "s3://bucket/runs/own"
+    assert storage_url("s3://bucket/runs/", Path("/here/own")) == "s3://bucket/runs/own"

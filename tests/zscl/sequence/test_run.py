@@ -24,8 +24,8 @@ from schemas.results import Result
 from zscl.data.shard_urls import open_samples
 from zscl.data.task import TaskFolder
 from zscl.methods.interfaces import Teacher
-from zscl.models.clip import freeze, load
-from zscl.sequence.resolve import open_experiment
+from zscl.models.clip import freeze, load_clip
+from zscl.sequence.resolve import resolve
 from zscl.sequence.run import run_sequence
 from zscl.training.stage import train_stage
 
@@ -61,7 +61,7 @@ def test_a_stage_reproduces_its_accuracy_in_open_clip(experiment: Callable[..., 
             embedded = torch.nn.functional.normalize(model.encode_text(tokenizer(prompts)), dim=-1).mean(0)
             embeddings.append(embedded / embedded.norm())
         correct = []
-        for sample in task.test.once(0, 1):
+        for sample in task.test.iter_shard(0, 1):
             image = transform(Image.open(io.BytesIO(sample.image)))[None]
             logits = model.encode_image(image) @ torch.stack(embeddings).T
             correct.append(int(logits.argmax()) == int(sample.label or b"-1"))
@@ -165,7 +165,7 @@ def test_a_run_is_its_stages_with_the_initial_model_as_teacher(
 ) -> None:
     made = experiment()
     run_sequence(made, tmp_path, device=CPU)
-    opened, clip = open_experiment(made), load(made.model)
+    opened, clip = resolve(made), load_clip(made.model)
     assert opened.reference is not None
     initial = freeze(deepcopy(clip.model))
     with torch.no_grad():
@@ -214,12 +214,12 @@ def test_wise_ft_draws_each_stage_back_towards_its_anchor(
 ) -> None:
     made = experiment(method={"preset": "wise-ft", "merge": {"anchor": anchor, "share": 0.25}}, tasks=tasks[:2])
     run_sequence(made, tmp_path / "merged", device=CPU)
-    initial = load(made.model)
+    initial = load_clip(made.model)
     start = {"1-first": initial.model.state_dict(), "2-second": weights_of(tmp_path / "merged", "1-first")}
     for stage, (place, weights) in enumerate(start.items(), start=1):
-        clip = load(made.model)
+        clip = load_clip(made.model)
         clip.model.load_state_dict(weights)
-        task = open_experiment(made).tasks[stage - 1]
+        task = resolve(made).tasks[stage - 1]
         [(model, _)], _ = train_stage(made, stage, task, clip, None, (), CPU, report=lambda taken: None)
         anchored = weights if anchor == "stage_start" else initial.model.state_dict()
         for name, found in weights_of(tmp_path / "merged", place).items():
@@ -233,7 +233,7 @@ def test_one_tower_may_be_trained_alone(
 ) -> None:
     made = experiment(method={"preset": "finetune", "train": train}, tasks=tasks[:1])
     run_sequence(made, tmp_path, device=CPU)
-    before, after = load(made.model).model.state_dict(), weights_of(tmp_path, "1-first")
+    before, after = load_clip(made.model).model.state_dict(), weights_of(tmp_path, "1-first")
     moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
     assert moved
     assert all(name.startswith("visual.") == (frozen == "text") for name in moved)
@@ -273,7 +273,7 @@ def test_icarl_distils_on_what_the_memory_holds(experiment: Callable[..., Experi
     for stage in result.stages[1:]:
         assert set(stage.losses) == {"classification", "image_distillation", "text_distillation"}
     kept = {
-        place.parent.name: len(list(open_samples([str(place)]).once(0, 1)))
+        place.parent.name: len(list(open_samples([str(place)]).iter_shard(0, 1)))
         for place in tmp_path.glob("stages/*/exemplars")
     }
     assert kept == {"1-first": 16, "2-second": 8}  # four classes: 16 for the only task, then 8 for each of two

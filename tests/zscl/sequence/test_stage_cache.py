@@ -13,9 +13,9 @@ from schemas.events import Note, StageStarted
 from schemas.experiment import Experiment
 from schemas.method import Average
 from schemas.results import Result
-from zscl.sequence.resolve import open_experiment
+from zscl.sequence.resolve import resolve
 from zscl.sequence.run import run_sequence
-from zscl.sequence.stage_cache import Shared, StageStore, stage_identity
+from zscl.sequence.stage_cache import SharedWork, StageCache, stage_identity
 from zscl.training.checkpoint import StoppedError
 
 Make = Callable[..., Experiment]
@@ -30,7 +30,7 @@ def weights(run: Path) -> list[bytes]:
     return [file.read_bytes() for file in sorted(run.glob("stages/*/model/*.safetensors"))]
 
 
-def run(made: Experiment, place: Path, shared: Shared | None = None) -> tuple[Result, list[int]]:
+def run(made: Experiment, place: Path, shared: SharedWork | None = None) -> tuple[Result, list[int]]:
     """Run; returns the result and the stages that were trained."""
     trained: list[int] = []
 
@@ -45,7 +45,7 @@ def test_what_differs_in_the_average_alone_shares_the_first_stage(experiment: Ma
     methods = [zscl(1), zscl(3), zscl(2, start_share=0.2), {"preset": "zscl", "average": None}]
     made = [experiment(method=method) for method in methods]
     averages = tuple(each.method.average for each in made)
-    shared = Shared(tmp_path / "teacher", tmp_path / "stages", averages)
+    shared = SharedWork(tmp_path / "teacher", tmp_path / "stages", averages)
     for number, each in enumerate(made):
         alone, _ = run(each, tmp_path / f"alone-{number}")
         together, trained = run(each, tmp_path / f"run-{number}", shared)
@@ -62,7 +62,7 @@ def test_what_differs_in_the_average_alone_shares_the_first_stage(experiment: Ma
 def test_what_differs_in_a_later_task_shares_the_stages_before_it(
     experiment: Make, tasks: list[str], tmp_path: Path
 ) -> None:
-    shared = Shared(tmp_path / "teacher", tmp_path / "stages")
+    shared = SharedWork(tmp_path / "teacher", tmp_path / "stages")
     run(experiment(), tmp_path / "first", shared)
     later = [*tasks[:2], {"path": tasks[2], "learning_rate": 0.1}]
     found, trained = run(experiment(tasks=later), tmp_path / "second", shared)
@@ -85,8 +85,8 @@ def test_what_differs_in_a_later_task_shares_the_stages_before_it(
 def test_what_differs_in_anything_else_shares_nothing(
     experiment: Make, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    stores = [StageStore(open_experiment(each), tmp_path, ()) for each in (experiment(), experiment(**changes))]
-    keys = [{store.course(stage) for stage in (1, 2, 3)} | {store.handed_on(1)} for store in stores]
+    stores = [StageCache(resolve(each), tmp_path, ()) for each in (experiment(), experiment(**changes))]
+    keys = [{store.training_key(stage) for stage in (1, 2, 3)} | {store.model_key(1)} for store in stores]
     assert not keys[0] & keys[1]
 
 
@@ -95,8 +95,12 @@ def test_another_version_of_the_algorithm_shares_nothing(
     experiment: Make, tmp_path: Path, version: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def keys() -> set[str]:
-        store = StageStore(open_experiment(experiment()), tmp_path, ())
-        return {key for stage in (0, 1, 2) for key in (store.course(stage), store.handed_on(stage), store.row(stage))}
+        store = StageCache(resolve(experiment()), tmp_path, ())
+        return {
+            key
+            for stage in (0, 1, 2)
+            for key in (store.training_key(stage), store.model_key(stage), store.row_key(stage))
+        }
 
     before = keys()
     monkeypatch.setattr(f"schemas.algorithm.{version}", 1_000)
@@ -105,31 +109,34 @@ def test_another_version_of_the_algorithm_shares_nothing(
 
 def test_what_is_judged_otherwise_shares_stages_and_no_row(experiment: Make, tmp_path: Path) -> None:
     made = [experiment(), experiment(evaluation={"templates": "first"})]
-    stores = [StageStore(open_experiment(each), tmp_path, ()) for each in made]
-    assert stores[0].handed_on(2) == stores[1].handed_on(2)
-    assert stores[0].row(2) != stores[1].row(2)
+    stores = [StageCache(resolve(each), tmp_path, ()) for each in made]
+    assert stores[0].model_key(2) == stores[1].model_key(2)
+    assert stores[0].row_key(2) != stores[1].row_key(2)
 
 
 def test_prompts_of_other_tasks_tie_a_stage_to_all_of_them(experiment: Make, tasks: list[str], tmp_path: Path) -> None:
     def courses(prompts_of: str) -> list[str]:
         method = {"preset": "lwf", "distill": {"prompts_of": prompts_of}}
         made = [experiment(method=method, tasks=chosen) for chosen in (tasks, tasks[:2])]
-        return [StageStore(open_experiment(each), tmp_path, ()).course(1) for each in made]
+        return [StageCache(resolve(each), tmp_path, ()).training_key(1) for each in made]
 
     assert len(set(courses("current"))) == 1
     assert len(set(courses("others"))) == 2
 
 
 def test_a_run_waits_for_the_one_that_trains_for_both_and_can_be_stopped(experiment: Make, tmp_path: Path) -> None:
-    shared, notes = Shared(tmp_path / "teacher", tmp_path / "stages"), []
-    store = StageStore(open_experiment(experiment()), tmp_path / "stages", ())
+    shared, notes = SharedWork(tmp_path / "teacher", tmp_path / "stages"), []
+    store = StageCache(resolve(experiment()), tmp_path / "stages", ())
     (tmp_path / "stages").mkdir()
 
     def hear(progress: object) -> None:
         if isinstance(progress, Note):
             notes.append(progress.text)
 
-    with FileLock(tmp_path / "stages" / f".{store.course(1)}.lock"), pytest.raises(StoppedError, match="stopped while"):
+    with (
+        FileLock(tmp_path / "stages" / f".{store.training_key(1)}.lock"),
+        pytest.raises(StoppedError, match="stopped while"),
+    ):
         run_sequence(
             experiment(), tmp_path / "run", hear, CPU, lambda: any("waiting" in note for note in notes), shared
         )
@@ -139,11 +146,11 @@ def test_a_run_waits_for_the_one_that_trains_for_both_and_can_be_stopped(experim
 
 def test_an_average_that_others_have_is_followed_through_an_interruption(experiment: Make, tmp_path: Path) -> None:
     averages = (Average(every=2), Average(every=1))
-    shared = Shared(tmp_path / "teacher", tmp_path / "stages", averages)
+    shared = SharedWork(tmp_path / "teacher", tmp_path / "stages", averages)
     made = experiment(compute={"device": "cpu", "checkpoint": {"every_steps": 1}})
     looks = iter([False] * 6)
     with pytest.raises(StoppedError):
-        run_sequence(made, tmp_path / "run", device=CPU, asked_to_stop=lambda: next(looks, True), shared=shared)
+        run_sequence(made, tmp_path / "run", device=CPU, stop_requested=lambda: next(looks, True), shared=shared)
     assert (tmp_path / "run/checkpoint.pt").is_file()
     run(made, tmp_path / "run", shared)
     other = experiment(method=zscl(1))
@@ -154,10 +161,10 @@ def test_an_average_that_others_have_is_followed_through_an_interruption(experim
 
 def test_what_a_run_is_judged_on_has_no_part_in_its_stages(experiment: Callable[..., Experiment]) -> None:
     held_out, test = (
-        open_experiment(experiment(evaluation={"held_out": {"share": 0.25, "judged_on": judged_on}}))
+        resolve(experiment(evaluation={"held_out": {"share": 0.25, "judged_on": judged_on}}))
         for judged_on in ("held_out", "test")
     )
     assert stage_identity(held_out, 1) == stage_identity(test, 1)
     assert held_out.fingerprint != test.fingerprint
-    other = open_experiment(experiment(evaluation={"held_out": {"share": 0.5}}))
+    other = resolve(experiment(evaluation={"held_out": {"share": 0.5}}))
     assert stage_identity(held_out, 1) != stage_identity(other, 1)

@@ -22,7 +22,7 @@ from schemas.events import CheckpointWritten, Note, StepsTaken
 from schemas.experiment import Experiment
 from zscl.sequence.journal import JOURNAL, JournalReader
 from zscl.sequence.run import run_sequence
-from zscl.training.checkpoint import CHECKPOINT, Checkpoints, StoppedError, read_checkpoint
+from zscl.training.checkpoint import CHECKPOINT, CheckpointWriter, StoppedError, read_checkpoint
 
 Make = Callable[..., Experiment]
 CPU = torch.device("cpu")
@@ -93,7 +93,7 @@ def stopped(experiment: Make, folder: Path, **changes: Any) -> Experiment:
     """A run that was stopped behind some step of its first stage."""
     made = experiment(method="finetune", compute=EVERY_STEP, **changes)
     with pytest.raises(StoppedError):
-        run_sequence(made, folder, device=CPU, asked_to_stop=after(6))
+        run_sequence(made, folder, device=CPU, stop_requested=after(6))
     assert (folder / CHECKPOINT).is_file()
     return made
 
@@ -192,13 +192,13 @@ class TestWriting:
     def test_the_last_one_stays_when_storage_fails(self, tmp_path: Path) -> None:
         said: list[BaseModel] = []
         file = tmp_path / "run" / CHECKPOINT
-        checkpoints = Checkpoints(file, Checkpoint(every_steps=1), said.append, lambda: False)
-        checkpoints.look(1, lambda: self.state(1))
-        checkpoints.end()
+        checkpoints = CheckpointWriter(file, Checkpoint(every_steps=1), said.append, lambda: False)
+        checkpoints.maybe_save(1, lambda: self.state(1))
+        checkpoints.wait()
         file.parent.rename(tmp_path / "gone")
         file.parent.symlink_to(tmp_path / "nowhere")  # storage that is away
-        checkpoints.look(2, lambda: self.state(2))
-        checkpoints.end()
+        checkpoints.maybe_save(2, lambda: self.state(2))
+        checkpoints.wait()
         file.parent.unlink()
         (tmp_path / "gone").rename(file.parent)
         assert said[0] == CheckpointWritten(stage=1, steps=1)
@@ -210,10 +210,10 @@ class TestWriting:
 
     def test_weights_that_are_no_numbers_are_not_kept(self, tmp_path: Path) -> None:
         said: list[BaseModel] = []
-        checkpoints = Checkpoints(tmp_path / CHECKPOINT, Checkpoint(every_steps=1), said.append, lambda: False)
+        checkpoints = CheckpointWriter(tmp_path / CHECKPOINT, Checkpoint(every_steps=1), said.append, lambda: False)
         for step, weight in ((1, 1.0), (2, float("nan"))):
-            checkpoints.look(step, lambda step=step, weight=weight: self.state(step, weight))  # type: ignore[misc]
-            checkpoints.end()
+            checkpoints.maybe_save(step, lambda step=step, weight=weight: self.state(step, weight))  # type: ignore[misc]
+            checkpoints.wait()
         kept = read_checkpoint(tmp_path / CHECKPOINT, 1, note=lambda text: None)
         assert kept is not None
         assert kept["step"] == 1
@@ -230,16 +230,16 @@ class TestWriting:
 
         monkeypatch.setattr(torch, "save", slowly)
         said: list[BaseModel] = []
-        checkpoints = Checkpoints(tmp_path / CHECKPOINT, Checkpoint(every_steps=1), said.append, lambda: False)
+        checkpoints = CheckpointWriter(tmp_path / CHECKPOINT, Checkpoint(every_steps=1), said.append, lambda: False)
         state = self.state(1)
-        checkpoints.look(1, lambda: state)
+        checkpoints.maybe_save(1, lambda: state)
         state["model"]["weight"].fill_(5.0)
-        checkpoints.look(2, lambda: pytest.fail("a second one was begun"))
+        checkpoints.maybe_save(2, lambda: pytest.fail("a second one was begun"))
         may_end.set()
-        checkpoints.end()
+        checkpoints.wait()
         kept = read_checkpoint(tmp_path / CHECKPOINT, 1, note=lambda text: None)
         assert kept is not None
         assert torch.equal(kept["model"]["weight"], torch.ones(3))
-        checkpoints.look(3, lambda: self.state(3))  # overdue since step 2
-        checkpoints.end()
+        checkpoints.maybe_save(3, lambda: self.state(3))  # overdue since step 2
+        checkpoints.wait()
         assert said == [CheckpointWritten(stage=1, steps=1), CheckpointWritten(stage=1, steps=3)]

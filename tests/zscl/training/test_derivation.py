@@ -24,10 +24,10 @@ from schemas.method import PRESETS
 from zscl.data.loader import Loader
 from zscl.data.sample import Samples
 from zscl.methods import exemplars as memory
-from zscl.methods.distillation_texts import random_sentences, tokens_of
+from zscl.methods.distillation_texts import distillation_tokens, random_sentences
 from zscl.methods.interfaces import Batch
-from zscl.models.clip import load
-from zscl.sequence.resolve import open_experiment
+from zscl.models.clip import load_clip
+from zscl.sequence.resolve import resolve
 from zscl.sequence.run import run_sequence
 from zscl.training.batches import training_batches
 from zscl.training.optim import learning_rate_factor
@@ -174,20 +174,20 @@ def run_and_watch(made: Experiment, folder: Path) -> list[list[torch.Tensor]]:
 
 def derive_stage(made: Experiment, folder: Path, stage: int) -> Derived:
     """Derive one stage from where the product began it."""
-    opened = open_experiment(made)
+    opened = resolve(made)
     task, distill = opened.tasks[stage - 1], made.method.distill
     start = Model(name=f"local-dir:{folder}/stages/1-first/model") if stage == 2 else made.model
-    clip = load(start)
+    clip = load_clip(start)
     parts = {part for part in ("distill", "consolidate", "average", "merge") if getattr(made.method, part)}
     if distill and distill.similarity_weight:
         parts = {"other distances"}
     images: Samples | None = None
     tokens, teacher = torch.empty(0), None
     if distill:
-        tokens = tokens_of(distill, clip, task, opened.tasks, opened.reference, made.seed)
-        teacher = load(made.model if distill.teacher == "initial" else start).model.double().eval()
+        tokens = distillation_tokens(distill, clip, task, opened.tasks, opened.reference, made.seed)
+        teacher = load_clip(made.model if distill.teacher == "initial" else start).model.double().eval()
         if distill.images == "exemplars":
-            images = memory.recall([folder / "stages/1-first/exemplars"] if stage == 2 else [], BUDGET)
+            images = memory.load_exemplars([folder / "stages/1-first/exemplars"] if stage == 2 else [], BUDGET)
         else:
             assert opened.reference is not None or distill.images == "task"
             images = task.train if opened.reference is None else opened.reference.images
@@ -240,26 +240,26 @@ def test_two_stages_agree_with_the_derivation(
         found_weights = load_file(tmp_path / "run/stages" / place / "model/open_clip_model.safetensors")
         for name, weights in derived.weights.items():
             assert apart(found_weights[name], weights) < tolerance, (stage, name)
-        assert torch.equal(found_weights["logit_scale"], load(made.model).model.logit_scale.detach())  # type: ignore[arg-type]
+        assert torch.equal(found_weights["logit_scale"], load_clip(made.model).model.logit_scale.detach())  # type: ignore[arg-type]
 
 
 def test_lwf_distils_the_tasks_own_images_and_prompts(experiment: Callable[..., Experiment]) -> None:
     made = experiment(method="lwf", reference=None)
-    opened, clip = open_experiment(made), load(made.model)
+    opened, clip = resolve(made), load_clip(made.model)
     task = opened.tasks[1]
     assert made.method.distill is not None
     assert torch.equal(
-        tokens_of(made.method.distill, clip, task, opened.tasks, None, 0),
+        distillation_tokens(made.method.distill, clip, task, opened.tasks, None, 0),
         clip.tokenizer(task.prompts(task.templates[0])),
     )
-    plain = [clip.evaluation_transform(Image.open(io.BytesIO(s.image))) for s in task.train.once(0, 1)]
+    plain = [clip.evaluation_transform(Image.open(io.BytesIO(s.image))) for s in task.train.iter_shard(0, 1)]
     batch = next(training_batches(made, 2, task, clip, task.train, Loader(CPU)))
     assert batch.references is not None
     assert all(any(torch.equal(image, other) for other in plain) for image in batch.references)
 
 
 def test_random_sentences_are_plain_tokens_between_start_and_end(experiment: Callable[..., Experiment]) -> None:
-    tokenizer: Any = load(experiment().model).tokenizer
+    tokenizer: Any = load_clip(experiment().model).tokenizer
     first, again, other = (random_sentences(tokenizer, 50, 6, seed) for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -274,7 +274,7 @@ def test_random_sentences_are_plain_tokens_between_start_and_end(experiment: Cal
 
 def test_stages_and_streams_have_orders_of_their_own(experiment: Callable[..., Experiment]) -> None:
     made = experiment()
-    opened, clip = open_experiment(made), load(made.model)
+    opened, clip = resolve(made), load_clip(made.model)
     task = opened.tasks[0]
     assert opened.reference is not None
     images = opened.reference.images
@@ -287,9 +287,11 @@ def test_stages_and_streams_have_orders_of_their_own(experiment: Callable[..., E
 
 def test_reference_images_are_seen_as_in_evaluation(experiment: Callable[..., Experiment]) -> None:
     made = experiment()
-    opened, clip = open_experiment(made), load(made.model)
+    opened, clip = resolve(made), load_clip(made.model)
     assert opened.reference is not None
-    plain = [clip.evaluation_transform(Image.open(io.BytesIO(s.image))) for s in opened.reference.images.once(0, 1)]
+    plain = [
+        clip.evaluation_transform(Image.open(io.BytesIO(s.image))) for s in opened.reference.images.iter_shard(0, 1)
+    ]
     batch = next(training_batches(made, 1, opened.tasks[0], clip, opened.reference.images, Loader(CPU)))
     assert batch.references is not None
     for image in batch.references:

@@ -15,7 +15,7 @@ from schemas.events import Note, StepsTaken
 from schemas.experiment import Experiment
 from zscl.sequence.run import run_sequence
 from zscl.training.checkpoint import CHECKPOINT
-from zscl.training.loss_log import EXPLODED, EXPLOSIONS_NAMED, TYPICAL_STEPS, Curves, NotFiniteError
+from zscl.training.loss_log import EXPLODED, EXPLOSIONS_NAMED, TYPICAL_STEPS, LossLog, NotFiniteError
 
 Make = Callable[..., Experiment]
 CPU = torch.device("cpu")
@@ -79,10 +79,10 @@ def test_a_limit_that_is_not_reached_is_part_of_the_identity_all_the_same(experi
     assert len(fingerprints) == 2
 
 
-def curves(*values: float) -> tuple[Curves, list[BaseModel]]:
+def curves(*values: float) -> tuple[LossLog, list[BaseModel]]:
     """Curves that were given steps of these gradient norms."""
     said: list[BaseModel] = []
-    made = Curves(2, "birds", images_per_step=1, report=said.append)
+    made = LossLog(2, "birds", images_per_step=1, report=said.append)
     for step, norm in enumerate(values):
         made.add(step, 0.1, {"classification": torch.tensor(1.0)}, torch.tensor(norm))
     return made, said
@@ -93,7 +93,7 @@ def test_an_explosion_is_named_once_it_stands_out() -> None:
     usual = [1.0, 3.0] * (TYPICAL_STEPS // 2)
     made, said = curves(*usual, 2.0 * EXPLODED, 3.1 * EXPLODED, *usual)
     made.flush()
-    [sentence] = made.explosions
+    [sentence] = made.spike_warnings
     assert sentence == (
         f"stage 2 birds: the gradients exploded at step {TYPICAL_STEPS + 1} (norm 310, over 100 times the steps before "
         "it); optimisation.max_gradient_norm would clip them"
@@ -106,10 +106,10 @@ def test_an_explosion_is_named_once_it_stands_out() -> None:
 def test_the_first_steps_are_no_explosion_and_not_all_are_named() -> None:
     made, _ = curves(1000.0, 1.0, 1.0)
     made.flush()
-    assert made.explosions == []
+    assert made.spike_warnings == []
     made, _ = curves(*[1.0] * TYPICAL_STEPS, *[1e6] * (EXPLOSIONS_NAMED + 2))
     made.flush()
-    assert len(made.explosions) == EXPLOSIONS_NAMED
+    assert len(made.spike_warnings) == EXPLOSIONS_NAMED
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

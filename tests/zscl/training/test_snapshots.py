@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from schemas.errors import InputError
 from schemas.experiment import Experiment, Model
 from schemas.method import Average
-from zscl.models.clip import load
+from zscl.models.clip import load_clip
 from zscl.sequence.run import run_sequence
 from zscl.training.checkpoint import StoppedError
-from zscl.training.optim import choose_trained
+from zscl.training.optim import select_trained_parameters
 from zscl.training.snapshots import interval, replay
 
 Make = Callable[..., Experiment]
@@ -30,8 +30,8 @@ def weights(run: Path, stage: str) -> dict[str, torch.Tensor]:
 
 
 def replayed(start: str, folder: Path, average: Average | None, train: str = "model") -> dict[str, torch.Tensor]:
-    model = load(Model(name=start)).model
-    choose_trained(model, train)
+    model = load_clip(Model(name=start)).model
+    select_trained_parameters(model, train)
     return dict(replay(model, average, folder, STEPS)[0].state_dict())
 
 
@@ -66,7 +66,7 @@ def test_a_run_that_was_stopped_keeps_all_of_them(experiment: Make, tmp_path: Pa
     made = experiment(optimisation=OPTIMISATION, method={"preset": "zscl*", "train": "image_tower"}, compute=compute)
     asked = iter([False] * 5 + [True] * 100)
     with pytest.raises(StoppedError, match="is stopped behind step"):
-        run_sequence(made, tmp_path / "run", device=CPU, asked_to_stop=lambda: next(asked))
+        run_sequence(made, tmp_path / "run", device=CPU, stop_requested=lambda: next(asked))
     run_sequence(made, tmp_path / "run", device=CPU)
     for stage in ("1-first", "2-second", "3-third"):
         names = {file.name for file in (tmp_path / f"run/snapshots/{stage}").iterdir()}

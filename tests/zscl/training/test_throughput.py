@@ -14,7 +14,7 @@ from zscl.runtime.timing import Clock
 from zscl.sequence.journal import JOURNAL, JournalReader
 from zscl.sequence.run import run_sequence
 from zscl.training import throughput as usage
-from zscl.training.throughput import Usage
+from zscl.training.throughput import ThroughputMonitor
 
 
 def test_a_clock_counts_blocks_items_and_calls() -> None:
@@ -36,7 +36,7 @@ def test_a_resumed_stage_counts_from_where_it_goes_on(monkeypatch: pytest.Monkey
     seconds = iter([10.0, 12.0, 12.0, 12.0])
     monkeypatch.setattr(usage.time, "monotonic", lambda: next(seconds))
     told: list[WorkersUsed] = []
-    Usage(2, 16, Clock(), torch.device("cpu"), told.append, first_step=1000).look(1010)
+    ThroughputMonitor(2, 16, Clock(), torch.device("cpu"), told.append, first_step=1000).poll(1010)
     assert told[0].workers[0].images_per_second == pytest.approx(10 * 16 / 2)
 
 

@@ -7,7 +7,7 @@ from zscl.data.tar import write_shards
 from zscl.data.task import MANIFEST
 from zscl.datasets.synthetic import domains, embedded
 from zscl.datasets.task_writer import write_task
-from zscl.runtime.atomic_io import whole_folder
+from zscl.runtime.atomic_io import atomic_folder
 
 REFERENCE_PAIRS = 2_000
 CORPUS_PAIRS, CORPUS_TASK_LOOK = 30_000, 0.15
@@ -44,7 +44,7 @@ def write_embedded(folder: Path, corpus: bool, note: Callable[[str], None]) -> l
         place = folder / name
         if not place.is_dir():
             note(f"drawing {place}: {count} captioned images")
-            with whole_folder(place) as temporary:
+            with atomic_folder(place) as temporary:
                 write_shards(temporary, _captioned(count, seed, task_look), shard_images=5_000)
         places.append(place)
     return places

@@ -12,7 +12,7 @@ from zscl.data.loader import Loader
 from zscl.data.task import TaskFolder
 from zscl.datasets.synthetic import domains, embedded, suites
 from zscl.evaluation.zero_shot import accuracies, embed_classes
-from zscl.models.clip import load
+from zscl.models.clip import load_clip
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_what_is_there_already_is_kept(suite: Path) -> None:
 
 
 def test_the_shipped_model_has_real_zero_shot_ability(suite: Path) -> None:
-    clip, loader = load(Model(name="embedded")), Loader(torch.device("cpu"))
+    clip, loader = load_clip(Model(name="embedded")), Loader(torch.device("cpu"))
     found = {}
     for name in domains.DOMAINS:
         task = TaskFolder.open(Task.model_validate(str(suite / name)))
