@@ -3,27 +3,65 @@
 import shlex
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from enum import StrEnum
 
 from schemas.redaction import mask
 
-MOST_PROBLEMS = 20  # named in one answer
+MOST_PROBLEMS = 20  # in one message
+LONGEST_LINE = 2_000  # characters of a message's line
+LONGEST_PATH, LONGEST_NAME = 4_000, 255  # bytes that a file system accepts
 
 
-LONGEST_LINE = 2_000  # characters of a sentence
+class ErrorCode(StrEnum):
+    """Stable codes of `InputError`: what kind of mistake it is, whatever the wording of the message."""
 
-
-LONGEST_PATH, LONGEST_NAME = 4_000, 255  # of what a file system takes, in bytes
+    INVALID_VALUE = "invalid-value"  # a value of the wrong type, or outside the allowed values
+    UNKNOWN_NAME = "unknown-name"  # a field, option, class, task, model or dataset of that name does not exist
+    MISSING_VALUE = "missing-value"  # a required setting, option or column is absent
+    CONFLICT = "conflict"  # settings or options that exclude each other
+    UNUSED_SETTING = "unused-setting"  # a setting that nothing would read
+    DUPLICATE = "duplicate"  # a name, label or file that must be unique occurs more than once
+    NOT_FOUND = "not-found"  # a file, folder, shard, run or remote object does not exist
+    EMPTY = "empty"  # a file, folder, split or set without usable content
+    UNREADABLE = "unreadable"  # damaged content, or a format that cannot be parsed
+    MISMATCH = "mismatch"  # content that differs from a manifest, a size, a hash, a shape or another file
+    BROKEN_SAMPLES = "broken-samples"  # more unusable samples than `compute.max_broken_share` allows
+    UNSUPPORTED = "unsupported"  # a valid input that this operation does not support
+    OTHER_RUN = "other-run"  # a folder or file of another run, search or experiment
+    OTHER_ALGORITHM = "other-algorithm"  # results of another version of the algorithm
+    IN_USE = "in-use"  # another process holds the lock
+    NOT_WRITABLE = "not-writable"  # a file or folder that cannot be read or written by this user
+    NO_SPACE = "no-space"  # a disk or a quota is full
+    NO_RESOURCES = "no-resources"  # a cluster or machine without the requested CPUs, GPUs or memory
+    UNREACHABLE = "unreachable"  # a server, cluster or bucket does not answer
+    REJECTED = "rejected"  # a server answered with an error, such as missing rights
+    MISSING_PACKAGE = "missing-package"  # an optional dependency is not installed
+    CUSTOM_CODE = "custom-code"  # code that the recipe names raised an error or returned a wrong type
+    NOT_FINITE = "not-finite"  # NaN or Inf in losses, gradients, weights or features
+    FAILED = "failed"  # one or more of several items failed; the message lists them
 
 
 class InputError(ValueError):
-    """Something the user gave is wrong: one sentence that names it, what was found and what was expected.
+    """An error in the user's input: one message that names the input, what was found and what was expected.
 
-    The command line prints the sentence and exits with code 2. Every other exception is a fault of ours and
-    keeps its traceback. Whatever it names, secrets are masked and nothing that steers a terminal is left in it: it
-    may be shown, written down and recorded as it is.
+    The command line prints the message and exits with code 2. Every other exception is an internal error and keeps
+    its traceback. Secrets are masked and control characters are replaced, so that the message can be printed, stored
+    and recorded unchanged.
+
+    Attributes:
+        code: What kind of mistake it is. Codes are stable; the wording of messages is not.
+        field: The recipe's field, the option or the file that is wrong, if there is one.
     """
 
-    def __init__(self, sentence: str) -> None:
+    def __init__(self, sentence: str, *, code: ErrorCode = ErrorCode.INVALID_VALUE, field: str | None = None) -> None:
+        """Mask and clean the message.
+
+        Args:
+            sentence: The message; it may have several lines.
+            code: What kind of mistake it is.
+            field: The recipe's field, the option or the file that is wrong.
+        """
+        self.code, self.field = code, field
         plain = "".join(
             sign if sign.isprintable() or sign == "\n" else "\N{REPLACEMENT CHARACTER}" for sign in sentence
         )

@@ -1,5 +1,6 @@
 """Relational distillation (Park et al., CVPR 2019, distance-wise): how far images are from each other, as the teacher
-sees them. A loss of one's own: nothing in zscl knows of it, the recipe names `relations.Relations`."""
+sees them. A loss of one's own: nothing in zscl knows of it, the recipe names `relations.Relations`.
+"""
 
 from dataclasses import dataclass
 

@@ -20,7 +20,6 @@ from typing import Any
 import ray
 import ray.exceptions
 import ray.train
-import ray.train.torch
 from pydantic import BaseModel, TypeAdapter
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
