@@ -103,7 +103,7 @@ def ours(model: Any, inputs: Inputs, options: argparse.Namespace, online: bool) 
             return at_least_float32(initial.encode_image(images, normalize=True))
 
     compute = Compute(compile=options.compile)
-    towers = PrunedForward(model, inputs.prompts, range(len(inputs.prompts)), compute, unused_embeddings_stay=True)
+    towers = PrunedForward(model, inputs.prompts, range(len(inputs.prompts)), compute, unused_embeddings_constant=True)
     trained = trained_parameters(model)
     start = [parameter.detach().clone() for parameter in trained]
     batch_size = len(inputs.images)

@@ -1,6 +1,6 @@
-"""The reference pages, made from the schemas and the command line.
+"""Generate the reference pages: recipe, commands, modules, API, and the tree in the README.
 
-python docs/reference.py            # writes docs/reference/*.md
+python docs/reference.py            # writes docs/reference/ and the tree in README.md
 python docs/reference.py --check    # exit code 1 where they are not what this would write
 """
 
@@ -23,25 +23,31 @@ from schemas.search import Search
 ROOT = Path(__file__).parent.parent
 FOLDER, README = ROOT / "docs/reference", ROOT / "README.md"
 PACKAGES = {
-    "schemas": "WHAT an experiment is: pydantic models, light enough to import in a linter",
-    "zscl": "HOW it learns, on torch, open_clip and webdataset alone; runs a sequence in one plain process",
-    "orchestrate": "WHERE it runs and what people see of it, on Ray and MLflow",
+    "schemas": "What an experiment is: pydantic models of recipes, events and results; no torch",
+    "zscl": "How it learns: torch, open_clip and webdataset; runs a sequence in one plain process",
+    "orchestrate": "Where it runs and what people see: Ray, MLflow, the command line",
 }
-BESIDE = {
-    "deploy": "clusters of other kinds than ray_cluster.yaml's",
-    "experiments": "recipes, each headed by its command, cost and expected result",
-    "examples": "complete ones: own folders, a loss of one's own, results in pandas",
-    "benchmarks": "what is claimed about speed, runnable",
-    "docs": "the pages that this one points at",
-    "tests": "mirrors the packages; clusters and faults of its own",
+OTHER_FOLDERS = {
+    "experiments": "Recipes; the first lines give the command, the cost and the expected result",
+    "examples": "Own image folders, a custom loss, results in pandas",
+    "benchmarks": "The measurements behind every statement about speed",
+    "deploy": "Clusters other than that of ray_cluster.yaml",
+    "docs": "The documentation",
+    "tests": "Tests; they mirror the packages",
 }
 LIMITS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+TREE_HEAD = "## Where things are\n\n```\n"
+MODULES_HEAD = """# Modules
+
+Every module of the three packages, with the first sentence of its docstring. A module imports only from its own folder
+or from folders below it in the layers (`[tool.importlinter]` in `pyproject.toml`).
+"""
 HEAD = """# The recipe, field by field
 
-Made from `schemas/` by `docs/reference.py`. Unknown fields are refused, with the nearest known name; `zscl schema`
-gives the same as JSON Schema, for editors. `--set a.b.c=value` overrides any field. Paths count from where the command
-is run, but `base` from its own file; `~`, `$NAME` and `${NAME}` are expanded, and a variable that is not set is refused
-(in a URL, it is left as it is).
+Generated from `schemas/` by `docs/reference.py`. An unknown field is an error that names the nearest known field.
+`zscl schema` prints the same as JSON Schema, for editors. `--set a.b.c=value` overrides any field. Relative paths are
+resolved against the current directory; `base` is resolved against its own file. `~`, `$NAME` and `${NAME}` are expanded.
+A variable that is not set is an error (in a URL it is left unchanged).
 """
 
 
@@ -138,24 +144,69 @@ def commands() -> str:
     return "\n".join(line.rstrip() for line in made.splitlines()).strip() + "\n"
 
 
+def first_sentence(file: Path) -> str:
+    """The first sentence of a module's docstring, without its full stop."""
+    first = (ast.get_docstring(ast.parse(file.read_text())) or "").partition("\n\n")[0]
+    return re.split(r"(?<=[\w`)])[.;](?=\s|$)", " ".join(first.split()))[0]
+
+
+def folders(package: str) -> list[Path]:
+    """The folders of a package that hold modules, the package's own first."""
+    return sorted(file.parent for file in (ROOT / package).rglob("__init__.py"))
+
+
+def modules(folder: Path) -> list[Path]:
+    """The modules of a folder, deprecated ones left out."""
+    files = sorted(file for file in folder.glob("*.py") if file.stem != "__init__")
+    return [file for file in files if not first_sentence(file).startswith("Deprecated")]
+
+
+def dotted(path: Path) -> str:
+    """The dotted name of a module or a package."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
 def tree() -> str:
-    """The packages' files, each with the first sentence that it says about itself."""
+    """The packages and their subpackages, each with its first sentence."""
     lines = []
     for package, caption in PACKAGES.items():
-        lines.append(f"{package + '/':13} {caption}")
-        files = [file for file in sorted((ROOT / package).rglob("*.py")) if file.stem != "__init__"]
-        for file in files:
-            name = file.relative_to(ROOT / package).with_suffix("").as_posix()
-            first = (ast.get_docstring(ast.parse(file.read_text())) or "").partition("\n\n")[0]
-            sentence = re.split(r"(?<=\w)[.;](?=\s|$)", " ".join(first.split()))[0]
-            is_word = sentence[1:2].islower() or sentence[1:2] == " "
-            lines.append(f"  {name:20} {sentence[0].lower() if is_word else sentence[0]}{sentence[1:]}")
-    return "\n".join(lines + [f"{folder + '/':13} {caption}" for folder, caption in BESIDE.items()])
+        lines.append(f"{package + '/':15} {caption}")
+        for folder in folders(package)[1:]:
+            indent = "  " * len(folder.relative_to(ROOT / package).parts)
+            lines.append(f"{indent + folder.name + '/':15} {first_sentence(folder / '__init__.py')}")
+    return "\n".join(lines + [f"{folder + '/':15} {caption}" for folder, caption in OTHER_FOLDERS.items()])
+
+
+def module_list() -> str:
+    """The page of all modules, each with its first sentence."""
+    parts = [MODULES_HEAD]
+    for package in PACKAGES:
+        for folder in folders(package):
+            files = modules(folder)
+            if files:
+                rows = [f"| `{file.stem}` | {first_sentence(file)} |" for file in files]
+                title = f"## [`{dotted(folder)}`](api/{dotted(folder)}.md)"
+                intro = f"{first_sentence(folder / '__init__.py')}."
+                parts.append("\n".join([title, "", intro, "", "| module | |", "|---|---|", *rows, ""]))
+    return "\n".join(parts)
+
+
+def api_pages() -> dict[Path, str]:
+    """A page for each folder, which mkdocstrings fills with the docstrings of its modules."""
+    return {
+        FOLDER / f"api/{dotted(folder)}.md": "\n".join(
+            [f"# {dotted(folder)}", "", f"{first_sentence(folder / '__init__.py')}.", ""]
+            + [f"::: {dotted(file)}\n" for file in modules(folder)]
+        )
+        for package in PACKAGES
+        for folder in folders(package)
+        if modules(folder)
+    }
 
 
 def readme() -> str:
     """The README with its tree as it is."""
-    before, head, rest = README.read_text().partition("## The house\n\n```\n")
+    before, head, rest = README.read_text().partition(TREE_HEAD)
     return f"{before}{head}{tree()}\n```{rest.partition('```')[2]}"
 
 
@@ -166,12 +217,21 @@ def main() -> None:
         "--check", action="store_true", help="write nothing; exit code 1 where a page is not as it should be"
     )
     check = parser.parse_args().check
-    pages = {FOLDER / "recipe.md": recipe(), FOLDER / "commands.md": commands(), README: readme()}
+    pages = {
+        FOLDER / "recipe.md": recipe(),
+        FOLDER / "commands.md": commands(),
+        FOLDER / "modules.md": module_list(),
+        README: readme(),
+    } | api_pages()
+    for stale in set((FOLDER / "api").glob("*.md")) - pages.keys():
+        if check:
+            sys.exit(f"{stale}: found the page of no package, expected it to be removed: python docs/reference.py")
+        stale.unlink()
     for file, text in pages.items():
         if check and (not file.is_file() or file.read_text() != text):
             sys.exit(f"{file}: found another page than its sources make, expected the one of: python docs/reference.py")
         if not check:
-            FOLDER.mkdir(exist_ok=True)
+            file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text)
 
 

@@ -9,7 +9,8 @@ from schemas.redaction import mask
 
 MOST_PROBLEMS = 20  # in one message
 LONGEST_LINE = 2_000  # characters of a message's line
-LONGEST_PATH, LONGEST_NAME = 4_000, 255  # bytes that a file system accepts
+LONGEST_PATH = 4_000  # bytes that a file system accepts
+LONGEST_NAME = 255  # bytes of one part of a path
 
 
 class ErrorCode(StrEnum):

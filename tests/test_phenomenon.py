@@ -17,7 +17,7 @@ RECIPE = Path(__file__).parent.parent / "experiments/embedded.yaml"
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("order", ["alphabetical", "reversed"])
 def test_finetuning_forgets_and_zscl_does_not(order: str, tmp_path: Path) -> None:
-    write_embedded(tmp_path / "data", corpus=False, note=lambda text: None)
+    write_embedded(tmp_path / "data", corpus=False, report=lambda text: None)
     content = recipes.read_recipe(RECIPE)
     names = [Path(path).name for path in content["tasks"]]
     content["tasks"] = [str(tmp_path / "data" / name) for name in (names if order == "alphabetical" else names[::-1])]

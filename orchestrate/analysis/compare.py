@@ -27,7 +27,7 @@ from schemas.errors import InputError, did_you_mean
 from zscl.runtime.atomic_io import atomic_file, write_text
 
 
-def compare(
+def compare_runs(
     found: Mapping[str, Path | InputError],
     folder: Path,
     console: Console | None,

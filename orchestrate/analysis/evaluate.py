@@ -44,7 +44,7 @@ LABELLED = 12  # classes whose names a confusion table's picture has room for
 
 
 @dataclass(frozen=True)
-class Options:
+class EvaluationOptions:
     """How to judge; `None` where a run's own recipe, or the default, decides."""
 
     protocols: tuple[Protocol, ...] = PROTOCOLS
@@ -54,9 +54,9 @@ class Options:
     loader_processes: int = 0
 
 
-def options(
+def parse_options(
     protocols: str, templates: str | None, precision: str | None, batch_size: int, loader_processes: int
-) -> Options:
+) -> EvaluationOptions:
     """Check what the command line was given.
 
     Raises:
@@ -71,11 +71,11 @@ def options(
     ):
         if found is not None and found not in allowed:
             raise InputError(f"{option}: found '{found}', expected {' or '.join(allowed)}")
-    return Options(chosen, templates, precision, batch_size, loader_processes)
+    return EvaluationOptions(chosen, templates, precision, batch_size, loader_processes)
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvaluationTarget:
     """What is judged.
 
     models: with their stage in a run, if they are of one; tasks, suites: on what; run: its folder; own: whether the
@@ -103,9 +103,9 @@ class Subject:
         return f"{stage}-{Path(model.name).parent.name.partition('-')[2]}" if stage else ZERO_SHOT
 
 
-def subject(
+def resolve_target(
     what: str, pretrained: str | None, stage: str | None, tasks: Sequence[str], suites: Sequence[str]
-) -> Subject:
+) -> EvaluationTarget:
     """Find the models and the tasks.
 
     Args:
@@ -131,7 +131,7 @@ def subject(
             raise InputError(f"--task: found none for the model '{what}', expected tasks to judge it on")
         name = f"{LOCAL_MODEL}{folder}" if (folder / CONFIG).is_file() else what
         model = _model(name, pretrained)
-        return Subject(((None, model),), tuple(map(_opened, tasks)), extra)
+        return EvaluationTarget(((None, model),), tuple(map(_opened, tasks)), extra)
     if pretrained is not None:
         raise InputError(f"--pretrained {pretrained}: found it with a run, whose models bring their weights")
     experiment = load_experiment(folder / EXPERIMENT)
@@ -140,7 +140,7 @@ def subject(
     models += [(k, Model(name=f"{LOCAL_MODEL}{file.parent}/model")) for k, file in enumerate(trained, start=1)]
     opened = tuple(map(_opened, tasks)) if tasks else resolve_tasks(experiment)[1]
     whole = stage == ALL and not tasks and len(trained) == len(opened)
-    return Subject(tuple(_chosen(models, stage, folder)), opened, extra, folder, experiment, not tasks, whole)
+    return EvaluationTarget(tuple(_chosen(models, stage, folder)), opened, extra, folder, experiment, not tasks, whole)
 
 
 def _chosen(models: Sequence[tuple[int, Model]], stage: str | None, run: Path) -> list[tuple[int, Model]]:
@@ -168,7 +168,7 @@ def _opened(path: str) -> TaskFolder:
         raise InputError(f"{path}: {explain(error)}") from error
 
 
-def evaluate(subject: Subject, options: Options, console: Console) -> Evaluation:
+def evaluate(subject: EvaluationTarget, options: EvaluationOptions, console: Console) -> Evaluation:
     """Judge every model of the subject on its tasks and suites.
 
     Raises:
@@ -236,7 +236,7 @@ def _refuse_same_names(tasks: Sequence[TaskFolder]) -> None:
             raise InputError(f"found two tasks or suites called '{name}', expected folders of different names")
 
 
-def _figures(models: Sequence[ModelEvaluation], subject: Subject, protocol: Protocol) -> Metrics:
+def _figures(models: Sequence[ModelEvaluation], subject: EvaluationTarget, protocol: Protocol) -> Metrics:
     zero_shot, *matrix = [[each.top1 for each in _of(model, protocol, subject.tasks)] for model in models]
     return metrics(matrix, zero_shot)
 
@@ -249,7 +249,7 @@ def _of(model: ModelEvaluation, protocol: Protocol, tasks: Sequence[TaskFolder])
 # ------------------------------------------------------------------------------------------------- what is shown
 
 
-def terminal_tables(found: Evaluation) -> Group:
+def evaluation_tables(found: Evaluation) -> Group:
     """One model in detail; several, a row each."""
     protocols = list(dict.fromkeys(each.protocol for each in found.models[0].judged))
     if len(found.models) == 1:
@@ -377,8 +377,8 @@ def _panels(names: Sequence[str], title: str) -> tuple[Figure, list[Axes]]:
     return figure, panels[: len(names)]
 
 
-def record(
-    found: Evaluation, subject: Subject, options: Options, files: Sequence[str], note: Callable[[str], None]
+def record_evaluation(
+    found: Evaluation, subject: EvaluationTarget, options: EvaluationOptions, files: Sequence[str], note: Callable[[str], None]
 ) -> bool:
     """Leave the evaluation in MLflow with its run: the files, and each protocol's accuracies by stage.
 

@@ -75,7 +75,7 @@ The recipe, with every default spelt out, is `experiment.yaml` in this folder.
 PAPER = "https://arxiv.org/abs/2303.06628"
 
 
-def export(run: Path, stage: int | None, out: Path) -> Path:
+def export_model(run: Path, stage: int | None, out: Path) -> Path:
     """Leave a stage's model at `out`, with its card.
 
     Args:

@@ -23,7 +23,7 @@ from zscl.datasets import clip_benchmark as copies
 from zscl.datasets.image_folder import DEFAULT_TEMPLATE, prepare_folder
 from zscl.datasets.imagenet import prepare_imagenet, prepare_tinyimagenet
 from zscl.datasets.mtil import MTIL
-from zscl.datasets.sources import Prepared, known
+from zscl.datasets.sources import PreparedTask, check_name
 from zscl.datasets.synthetic.suites import write_embedded
 
 ALL = "mtil"
@@ -39,7 +39,7 @@ OPTIONS: Mapping[str, set[str]] = {
 }
 
 
-def prepare(
+def prepare_data(
     names: Sequence[str], out: Path, options: Mapping[str, Any], console: Console
 ) -> tuple[dict[str, Any], list[str]]:
     """Make data, and say what lies where, for programs and for people.
@@ -56,7 +56,7 @@ def prepare(
     """
     if not str(out).isprintable():
         raise InputError(f"--out: found {printable_name(str(out))!r}, expected a path of printable characters")
-    what, *rest = [known("data prepare", names[0], [*MTIL, ALL, *OTHERS]), *names[1:]]
+    what, *rest = [check_name("data prepare", names[0], [*MTIL, ALL, *OTHERS]), *names[1:]]
     _check_options(what, OPTIONS[what if what in OTHERS else ALL], options)
     if what in OTHERS and len(rest) != bool(OTHERS[what]):
         form = f"zscl data prepare {what} {OTHERS[what]}".rstrip()
@@ -81,14 +81,14 @@ def prepare(
             return _described(run_tasks(_prepare_one, tasks, (out, root), options.get("jobs"), console))
 
 
-def fetch(names: Sequence[str], out: Path, jobs: int | None, console: Console) -> tuple[dict[str, Any], list[str]]:
+def fetch_tasks(names: Sequence[str], out: Path, jobs: int | None, console: Console) -> tuple[dict[str, Any], list[str]]:
     """Download ready-made copies of tasks, and say what lies where and how it differs.
 
     Raises:
         InputError: an unknown name, or a copy that cannot be downloaded or is broken.
         InterruptedRunError: Ctrl-C.
     """
-    tasks = task_names("data fetch", names, copies.DRIFT)
+    tasks = task_names("data fetch", names, copies.DRIFT_COPIES)
     return _described(run_tasks(_fetch_one, tasks, (out,), jobs, console))
 
 
@@ -99,18 +99,18 @@ def task_names(what: str, names: Sequence[str], others: Collection[str] = ()) ->
         InputError: an unknown name.
     """
     allowed = [*MTIL, ALL, *others]
-    tasks = [task for name in names for task in (MTIL if known(what, name, allowed) == ALL else [name])]
+    tasks = [task for name in names for task in (MTIL if check_name(what, name, allowed) == ALL else [name])]
     return list(dict.fromkeys(tasks))
 
 
-def _captions(written: captions.Written, out: Path) -> tuple[dict[str, Any], list[str]]:
+def _captions(written: captions.WrittenCaptions, out: Path) -> tuple[dict[str, Any], list[str]]:
     """What was taken for captions: a wrong column shows in the first ones."""
     empty = f", {written.empty} empty ones left out" if written.empty else ""
     lines = [f"{out}/captions.txt  {written.captions} captions: {written.origin}{empty}; the first:"]
     return {"file": f"{out}/captions.txt", **asdict(written)}, [*lines, *(f"  {text}" for text in written.first)]
 
 
-def _described(prepared: Sequence[Prepared]) -> tuple[dict[str, Any], list[str]]:
+def _described(prepared: Sequence[PreparedTask]) -> tuple[dict[str, Any], list[str]]:
     lines = []
     for task in prepared:
         images = ", ".join(f"{count} {split}" for split, count in task.images.items())
@@ -137,11 +137,11 @@ def _report(task: str, done: int, total: int) -> None:
     _reports.put((task, done, total))
 
 
-def _prepare_one(task: str, out: Path, root: Path | None) -> Prepared:
+def _prepare_one(task: str, out: Path, root: Path | None) -> PreparedTask:
     return mtil.prepare(task, out, root, _report)
 
 
-def _fetch_one(task: str, out: Path) -> Prepared:
+def _fetch_one(task: str, out: Path) -> PreparedTask:
     return copies.fetch(task, out)
 
 
@@ -157,8 +157,8 @@ def _start_worker(reports: Any) -> None:
 
 
 def run_tasks(
-    work: Callable[..., Prepared], tasks: Sequence[str], arguments: tuple[Any, ...], jobs: int | None, console: Console
-) -> list[Prepared]:
+    work: Callable[..., PreparedTask], tasks: Sequence[str], arguments: tuple[Any, ...], jobs: int | None, console: Console
+) -> list[PreparedTask]:
     """Work on tasks, each as a whole, `jobs` of them at once in processes of their own.
 
     Raises:
@@ -180,13 +180,13 @@ def run_tasks(
     if failed:
         also = f" (nor was {', '.join(failed[1:])} made)" if failed[1:] else ""
         raise InputError(f"{outcomes[failed[0]]}{also}")
-    return [outcome for outcome in outcomes.values() if isinstance(outcome, Prepared)]
+    return [outcome for outcome in outcomes.values() if isinstance(outcome, PreparedTask)]
 
 
 def _one_after_another(
-    work: Callable[..., Prepared], tasks: Sequence[str], arguments: tuple[Any, ...], bars: "_Bars"
-) -> dict[str, Prepared | InputError]:
-    outcomes: dict[str, Prepared | InputError] = {}
+    work: Callable[..., PreparedTask], tasks: Sequence[str], arguments: tuple[Any, ...], bars: "_Bars"
+) -> dict[str, PreparedTask | InputError]:
+    outcomes: dict[str, PreparedTask | InputError] = {}
     _report_to(bars)
     for task in tasks:
         try:
@@ -198,13 +198,13 @@ def _one_after_another(
 
 
 def _side_by_side(
-    work: Callable[..., Prepared], tasks: Sequence[str], arguments: tuple[Any, ...], jobs: int, bars: "_Bars"
-) -> dict[str, Prepared | InputError]:
+    work: Callable[..., PreparedTask], tasks: Sequence[str], arguments: tuple[Any, ...], jobs: int, bars: "_Bars"
+) -> dict[str, PreparedTask | InputError]:
     # Forked off a process that has no threads (torch's do not survive a fork) and has imported what takes seconds.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, "torchvision"])
     reports = context.Queue()
-    outcomes: dict[str, Prepared | InputError] = {}
+    outcomes: dict[str, PreparedTask | InputError] = {}
     with ProcessPoolExecutor(jobs, context, initializer=_start_worker, initargs=(reports,)) as pool:
         waiting = {pool.submit(work, task, *arguments): task for task in tasks}
         try:
@@ -253,7 +253,7 @@ class _Bars:
             self._bars[task] = self._progress.add_task(task, total=total)
         self._progress.update(self._bars[task], completed=done)
 
-    def finish(self, task: str, outcome: Prepared | InputError) -> None:
+    def finish(self, task: str, outcome: PreparedTask | InputError) -> None:
         """Say what became of a task."""
         if isinstance(outcome, InputError):
             said = "not made"

@@ -109,7 +109,7 @@ class ReplayedStage:
     device: torch.device
 
     @classmethod
-    def of(cls, run: Path, number: int | None) -> "ReplayedStage":
+    def open(cls, run: Path, number: int | None) -> "ReplayedStage":
         """Find a stage of a run; default: the last one that has snapshots.
 
         Raises:
@@ -128,7 +128,7 @@ class ReplayedStage:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return cls(run, experiment, tasks, number, start, every, device)
 
-    def check(self, wanted: AverageGrid) -> None:
+    def check_intervals(self, wanted: AverageGrid) -> None:
         """Refuse an average whose merges fall between two snapshots.
 
         Raises:
@@ -232,7 +232,7 @@ def name_of(tried: TriedAverage) -> str:
     return f"{tried.kind} every {tried.every}{decay}"
 
 
-def terminal_table(found: TriedAverages) -> Table:
+def averages_table(found: TriedAverages) -> Table:
     """What was tried, a row each; the run's own is marked."""
     table = Table(title=f"stage {found.stage}, {found.task}: accuracy, %", title_justify="left")
     table.add_column("handed on")

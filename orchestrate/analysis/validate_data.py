@@ -20,7 +20,7 @@ from zscl.checks.scan import inspect_task
 from zscl.checks.task_scan import ScannedTask, scan_task
 from zscl.runtime.atomic_io import atomic_file
 
-PATIENCE_SECONDS = 1.0
+BAR_DELAY_SECONDS = 1.0
 CLASSES_IN_FULL = 40
 FEWEST_CLASSES = 20
 DOTS_PER_INCH = 120
@@ -35,7 +35,7 @@ def check_task(folder: str, picture: Path | None, per_class: int, console: Conso
     Raises:
         InputError: the folder is no task at all.
     """
-    with patient_progress(console) as progress:
+    with delayed_progress_bars(console) as progress:
         opened = scan_task(folder, progress)
         finding = inspect_task(opened, progress)
     if picture is not None:
@@ -44,7 +44,7 @@ def check_task(folder: str, picture: Path | None, per_class: int, console: Conso
 
 
 @contextmanager
-def patient_progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+def delayed_progress_bars(console: Console) -> Iterator[Callable[[str, int, int], None]]:
     """Give a way to report work done; a kind of work that takes longer than a second gets a bar."""
     started: dict[str, float] = {}
     bars: dict[str, ProgressBar] = {}
@@ -52,7 +52,7 @@ def patient_progress(console: Console) -> Iterator[Callable[[str, int, int], Non
 
         def report(what: str, done: int, total: int) -> None:
             now = time.monotonic()
-            if what not in bars and now - started.setdefault(what, now) >= PATIENCE_SECONDS:
+            if what not in bars and now - started.setdefault(what, now) >= BAR_DELAY_SECONDS:
                 shown.close()  # a terminal has room for one at a time
                 bars[what] = shown.enter_context(ProgressBar(console, total))
             if what in bars:
@@ -64,7 +64,7 @@ def patient_progress(console: Console) -> Iterator[Callable[[str, int, int], Non
 # --------------------------------------------------------------------------------------------------- tables
 
 
-def show(finding: Inspection, console: Console) -> None:
+def print_inspection(finding: Inspection, console: Console) -> None:
     """Print the finding: figures first, then what is wrong, and the verdict last."""
     classes = counted(len(finding.classnames.names), "class", "classes")
     templates = counted(len(finding.templates.templates), "template")

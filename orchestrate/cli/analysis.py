@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from orchestrate.cli.options import AsJson, compared, emit, note, one_or_all, progress_console
-from orchestrate.cli.terminal import tables_on_stdout
+from orchestrate.cli.options import AsJson, compare_and_print, print_result, print_note, single_or_list, progress_console
+from orchestrate.cli.terminal import stdout_console
 
 
 def sync(
@@ -36,7 +36,7 @@ def sync(
                 synced = shipping.sync_run(run, uri, partial(bar.update, f"sending {run.name}"))
         contents.append(synced.model_dump())
         lines.append(f"{run}: {synced.entries} entries sent to {synced.tracking_uri}, {synced.status}")
-    emit(one_or_all(contents, "runs"), as_json, lines)
+    print_result(single_or_list(contents, "runs"), as_json, lines)
 
 
 def compare(
@@ -75,8 +75,8 @@ def compare(
     found = find_runs(runs or [], where, uri)
     folder = (out or place_of(found)).absolute()
     check_writable(folder)
-    content, lines = compared(found, folder, as_json, offline, published, baseline)
-    emit(content, as_json, lines)
+    content, lines = compare_and_print(found, folder, as_json, offline, published, baseline)
+    print_result(content, as_json, lines)
 
 
 def evaluate(
@@ -111,18 +111,18 @@ def evaluate(
     from orchestrate.analysis import evaluate as judging
     from orchestrate.lifecycle.paths import check_writable
 
-    options = judging.options(protocol, templates, precision, batch_size, loader_processes)
-    subject = judging.subject(what, pretrained, stage, task, suite)
+    options = judging.parse_options(protocol, templates, precision, batch_size, loader_processes)
+    subject = judging.resolve_target(what, pretrained, stage, task, suite)
     folder = (out or (subject.run / "evaluation" if subject.run else Path("runs/evaluation"))).absolute()
     check_writable(folder)
     found = judging.evaluate(subject, options, progress_console)
     written = judging.write_evaluation(found, folder)
     if not as_json:
-        tables_on_stdout().print(judging.terminal_tables(found))
+        stdout_console().print(judging.evaluation_tables(found))
     if subject.run is not None and not offline:
-        judging.record(found, subject, options, list(written.values()), note)
+        judging.record_evaluation(found, subject, options, list(written.values()), print_note)
     lines = [f"{kind:11} {file}" for kind, file in written.items()]
-    emit({"evaluation": found.model_dump(mode="json"), "files": written}, as_json, lines)
+    print_result({"evaluation": found.model_dump(mode="json"), "files": written}, as_json, lines)
 
 
 def average(
@@ -146,15 +146,15 @@ def average(
     from orchestrate.lifecycle.paths import check_writable
 
     wanted = averages.parse_grid(every, kind, decay, share, anchor)
-    found_stage = averages.ReplayedStage.of(run.absolute(), stage)
-    found_stage.check(wanted)
+    found_stage = averages.ReplayedStage.open(run.absolute(), stage)
+    found_stage.check_intervals(wanted)
     check_writable((out or run).absolute())
     found = averages.replay_grid(found_stage, wanted, progress_console)
     place = f"averages/{found.stage}-{found.task}"
     written = averages.write_averages(found, (out or run / place).absolute())
     if not as_json:
-        tables_on_stdout().print(averages.terminal_table(found))
-    emit(
+        stdout_console().print(averages.averages_table(found))
+    print_result(
         {"averages": found.model_dump(mode="json"), "files": written},
         as_json,
         [f"{kind:4} {file}" for kind, file in written.items()],

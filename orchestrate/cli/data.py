@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from orchestrate.cli.options import AsJson, emit, progress_console
-from orchestrate.cli.terminal import tables_on_stdout
+from orchestrate.cli.options import AsJson, print_result, progress_console
+from orchestrate.cli.terminal import stdout_console
 
 
 def prepare(
@@ -59,8 +59,8 @@ def prepare(
     }
     given = {name: value for name, value in options.items() if value is not None}
     check_writable(out.absolute())
-    content, lines = making.prepare(names, out.absolute(), given, progress_console)
-    emit(content, as_json, lines)
+    content, lines = making.prepare_data(names, out.absolute(), given, progress_console)
+    print_result(content, as_json, lines)
 
 
 def fetch(
@@ -83,8 +83,8 @@ def fetch(
     from orchestrate.lifecycle.paths import check_writable
 
     check_writable(out.absolute())
-    content, lines = making.fetch(names, out.absolute(), jobs, progress_console)
-    emit(content, as_json, lines)
+    content, lines = making.fetch_tasks(names, out.absolute(), jobs, progress_console)
+    print_result(content, as_json, lines)
 
 
 def check(
@@ -104,7 +104,7 @@ def check(
         check_writable(picture.absolute().parent, "choose another file with --picture")
     finding = checking.check_task(folder, picture, per_class, progress_console)
     if not as_json:
-        checking.show(finding, tables_on_stdout())
-    emit(finding.model_dump(mode="json"), as_json, [f"picture {picture}"] if picture else [])
+        checking.print_inspection(finding, stdout_console())
+    print_result(finding.model_dump(mode="json"), as_json, [f"picture {picture}"] if picture else [])
     if finding.problems:
         raise typer.Exit(1)

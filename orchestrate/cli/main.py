@@ -14,7 +14,7 @@ import typer
 
 from orchestrate.cli import data, models, terminal
 from orchestrate.cli.analysis import average, compare, evaluate, sync
-from orchestrate.cli.output import readers_may_go
+from orchestrate.cli.output import tolerate_closed_streams
 from orchestrate.cli.run import demo, embed, resume, run, schema, submit
 from orchestrate.cli.search import search
 from orchestrate.lifecycle.signals import end_on_signals
@@ -22,7 +22,7 @@ from schemas.base import expand_path
 from schemas.errors import InputError, InterruptedRunError
 from schemas.redaction import mask
 
-VERBS: tuple[Callable[..., None], ...] = (  # in the order of `zscl --help`
+COMMANDS: tuple[Callable[..., None], ...] = (  # in the order of `zscl --help`
     run,
     search,
     resume,
@@ -40,7 +40,7 @@ VERBS: tuple[Callable[..., None], ...] = (  # in the order of `zscl --help`
 UNUSABLE = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG, errno.ELOOP,
 )  # fmt: skip
-VERBS_OF_DATA: tuple[Callable[..., None], ...] = (data.prepare, data.fetch, data.check)
+DATA_COMMANDS: tuple[Callable[..., None], ...] = (data.prepare, data.fetch, data.check)
 
 
 def expanding(verb: Callable[..., None]) -> Callable[..., None]:
@@ -94,12 +94,12 @@ def options(
     ] = False,
 ) -> None:
     """Take the options that go before a verb."""
-    terminal.refuse_undecodable_names()
+    terminal.check_names_are_utf8()
 
 
-for verb in VERBS:
+for verb in COMMANDS:
     app.command()(expanding(verb))
-for verb in VERBS_OF_DATA:
+for verb in DATA_COMMANDS:
     data_app.command()(expanding(verb))
 app.add_typer(data_app, name="data")
 
@@ -125,8 +125,8 @@ def _unusable_places_told() -> Iterator[None]:
 def main() -> None:
     """Run the command line; what the user got wrong is a sentence and exit code 2, not a traceback."""
     terminal.use_utf8_mode()
-    terminal.print_any_character()
-    with readers_may_go():
+    terminal.replace_unencodable_characters()
+    with tolerate_closed_streams():
         _main()
 
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from orchestrate.cli.options import AsJson, Overrides, Recipe, emit, progress_console
+from orchestrate.cli.options import AsJson, Overrides, Recipe, print_result, progress_console
 
 
 def export(
@@ -22,9 +22,9 @@ def export(
     from orchestrate.lifecycle.paths import check_writable
 
     check_writable(out.absolute())
-    folder = exporting.export(run.absolute(), stage, out.absolute())
+    folder = exporting.export_model(run.absolute(), stage, out.absolute())
     lines = [f"model   {folder}  (open_clip: local-dir:{folder})", f"upload  hf upload OWNER/NAME {folder}"]
-    emit({"folder": str(folder)}, as_json, lines)
+    print_result({"folder": str(folder)}, as_json, lines)
 
 
 def pretrain(
@@ -58,7 +58,7 @@ def pretrain(
         )
     lines = [f"zero-shot {task} {100 * value:.1f}" for task, value in made.zero_shot.items()]
     lines.append(f"model   {made.folder}  (open_clip: local-dir:{made.folder})")
-    emit(
+    print_result(
         {"folder": str(made.folder), "steps": made.steps, "loss": made.loss, "zero_shot": made.zero_shot},
         as_json,
         lines,

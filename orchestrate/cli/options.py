@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from orchestrate.cli.terminal import progress_on_stderr, tables_on_stdout
+from orchestrate.cli.terminal import stderr_console, stdout_console
 from schemas.errors import InputError
 
-progress_console = progress_on_stderr()
+progress_console = stderr_console()
 
 
 Recipe = Annotated[Path, typer.Argument(help="Recipe (YAML).")]
@@ -28,7 +28,7 @@ Offline = Annotated[bool, typer.Option("--offline", help="Without MLflow: `zscl 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 
 
-def emit(content: dict[str, Any], as_json: bool, lines: list[str]) -> None:
+def print_result(content: dict[str, Any], as_json: bool, lines: list[str]) -> None:
     """End a command: what it made and where, for people or for programs."""
     if as_json:
         print(json.dumps(content, indent=1))
@@ -36,17 +36,17 @@ def emit(content: dict[str, Any], as_json: bool, lines: list[str]) -> None:
         print("\n".join(lines))
 
 
-def note(text: str) -> None:
+def print_note(text: str) -> None:
     """Say something beside the results."""
     progress_console.print(text)
 
 
-def one_or_all(contents: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
+def single_or_list(contents: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
     """What programs get of several things of a kind: all under its name, and one alone as it is."""
     return contents[0] if len(contents) == 1 else {name: list(contents)}
 
 
-def compared(
+def compare_and_print(
     runs: Mapping[str, Path | InputError],
     folder: Path,
     as_json: bool,
@@ -55,8 +55,8 @@ def compared(
     baseline: str | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
     """Compare runs; `offline` writes no page to MLflow. See `orchestrate.analysis.compare`."""
-    from orchestrate.analysis.compare import compare
+    from orchestrate.analysis.compare import compare_runs
 
-    return compare(
-        runs, folder, None if as_json else tables_on_stdout(), published, baseline, None if offline else note
+    return compare_runs(
+        runs, folder, None if as_json else stdout_console(), published, baseline, None if offline else print_note
     )

@@ -10,7 +10,7 @@ from typing import Any, TextIO
 GONE = (errno.EPIPE, errno.EIO, errno.ENXIO)  # of a pipe without a reader, and of a terminal that is closed
 
 
-class Output:
+class TolerantStream:
     """A text stream; once nobody reads it any more, what is written to it is dropped.
 
     Args:
@@ -54,14 +54,14 @@ class Output:
 
 
 @contextmanager
-def readers_may_go() -> Iterator[None]:
+def tolerate_closed_streams() -> Iterator[None]:
     """Bear it, while the block runs, that nobody reads standard output or standard error any more."""
     with ExitStack() as stack:
         if sys.stdout is not None:
-            output: Any = Output(sys.stdout, optional=False)
+            output: Any = TolerantStream(sys.stdout, optional=False)
             stack.callback(output.flush)
             stack.enter_context(redirect_stdout(output))
         if sys.stderr is not None:
-            errors: Any = Output(sys.stderr, optional=True)
+            errors: Any = TolerantStream(sys.stderr, optional=True)
             stack.enter_context(redirect_stderr(errors))
         yield

@@ -14,13 +14,13 @@ from orchestrate.cli.options import (
     Overrides,
     Recipe,
     Variant,
-    compared,
-    emit,
-    note,
-    one_or_all,
+    compare_and_print,
+    print_result,
+    print_note,
+    single_or_list,
     progress_console,
 )
-from orchestrate.cli.search import _searched
+from orchestrate.cli.search import run_and_report
 from schemas.errors import InputError, command
 from schemas.redaction import mask
 
@@ -69,7 +69,7 @@ def run(
     lines: list[str] = []
     for opened, folder in running.prepare_variants(recipe, overrides, variant, out, seeds, orders):
         if variant == recipes.ALL or seeds > 1 or orders:
-            note(f"run {len(contents) + 1}: {folder}")
+            print_note(f"run {len(contents) + 1}: {folder}")
         if dry_run:
             plan = running.plan_run(opened, folder, progress_console, offline)
             if probe:
@@ -78,23 +78,23 @@ def run(
                 plan["estimate"] = probing.estimate_run(opened, folder, progress_console)
             contents.append({"experiment": recipes.as_recipe(opened.experiment), "plan": plan})
             continue
-        content, said = _ended(
+        content, said = summarize_run(
             opened.experiment, folder, running.run_experiment(opened, folder, progress_console, offline), offline
         )
         contents.append(content)
         lines += said
-    content = one_or_all(contents, "variants")
+    content = single_or_list(contents, "variants")
     if dry_run:
         lines = [dump_yaml(content)]
     elif len(contents) > 1:
         folders = {each["folder"]: Path(each["folder"]) for each in contents}
         place = Path(contents[0]["folder"]).parent / "comparison"
-        content["comparison"], written = compared(folders, place, as_json, offline)
+        content["comparison"], written = compare_and_print(folders, place, as_json, offline)
         lines += written
-    emit(content, as_json, lines)
+    print_result(content, as_json, lines)
 
 
-def _ended(experiment: "Experiment", folder: Path, result: "Result", offline: bool) -> tuple[dict[str, Any], list[str]]:
+def summarize_run(experiment: "Experiment", folder: Path, result: "Result", offline: bool) -> tuple[dict[str, Any], list[str]]:
     """What a finished run has made and where, for programs and for people."""
     from orchestrate.lifecycle.paths import browse_command, store_uri
     from orchestrate.reports.results import format_percent, where_time_went
@@ -136,13 +136,13 @@ def resume(
     if (folder / SEARCH).is_file():
         from orchestrate.search.preflight import load_resumable_search
 
-        _searched(load_resumable_search(folder, overrides), folder, offline, as_json)
+        run_and_report(load_resumable_search(folder, overrides), folder, offline, as_json)
         return
     opened = preflight.prepare(running.load_resumable_run(folder, overrides))
-    content, lines = _ended(
+    content, lines = summarize_run(
         opened.experiment, folder, running.run_experiment(opened, folder, progress_console, offline), offline
     )
-    emit(content, as_json, lines)
+    print_result(content, as_json, lines)
 
 
 def embed(
@@ -164,7 +164,7 @@ def embed(
         done = running.run_embedding(opened, folder, progress_console)
         contents.append(done.model_dump())
         lines.append(f"{done.images} images, {done.texts} texts; {done.megabytes:.1f} MB of features in {done.folder}")
-    emit(one_or_all(contents, "variants"), as_json, lines)
+    print_result(single_or_list(contents, "variants"), as_json, lines)
 
 
 def submit(
@@ -196,12 +196,12 @@ def submit(
     place = working_dir.resolve()
     entrypoint = submitting.entrypoint(recipe, overrides, out, place)
     size = submitting.megabytes_uploaded(place)
-    note(f"uploads {size:.1f} MB" + (": .rayignore may name what the run does not need" if size > MUCH else ""))
+    print_note(f"uploads {size:.1f} MB" + (": .rayignore may name what the run does not need" if size > MUCH else ""))
     grace = max(each.compute.grace_seconds for each in recipes.load_variants(recipe, overrides).values())
-    job, follow = submitting.submit(entrypoint, place, address, grace, note)
+    job, follow = submitting.submit(entrypoint, place, address, grace, print_note)
     stop = command("ray", "job", "stop", "--address", job.address, job.id)
-    note(f"job {job.id}: {mask(entrypoint)}\nstop it: {stop}")
-    emit({"job": job.id, "address": mask(job.address)}, as_json, [] if wait else [job.id])
+    print_note(f"job {job.id}: {mask(entrypoint)}\nstop it: {stop}")
+    print_result({"job": job.id, "address": mask(job.address)}, as_json, [] if wait else [job.id])
     if wait and (code := follow(sys.stderr if as_json else sys.stdout)):
         raise typer.Exit(code)
 
@@ -226,12 +226,12 @@ def demo(
     runs, uri = demonstration.run_demo(recipe, out.absolute(), overrides, progress_console, offline)
     progress_console.rule("comparison")
     found_runs = {str(run): run for run in runs}
-    content, lines = compared(found_runs, out.absolute() / "comparison", as_json, offline)
+    content, lines = compare_and_print(found_runs, out.absolute() / "comparison", as_json, offline)
     browse = command("zscl", "sync", *runs) if offline else browse_command(uri)
     lines.append(f"MLflow    {browse}")
     shown = None if offline else mask(uri)
     found = {"runs": [str(run) for run in runs], "tracking_uri": shown, **content}
-    emit(found, as_json, lines)
+    print_result(found, as_json, lines)
 
 
 def schema(

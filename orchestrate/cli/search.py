@@ -10,11 +10,11 @@ from orchestrate.cli.options import (
     AsJson,
     Offline,
     Overrides,
-    emit,
-    note,
+    print_result,
+    print_note,
     progress_console,
 )
-from orchestrate.cli.terminal import tables_on_stdout
+from orchestrate.cli.terminal import stdout_console
 from schemas.errors import command
 from schemas.redaction import mask
 
@@ -41,10 +41,10 @@ def search(
     Example: zscl search experiments/search-embedded.yaml --set search.trials=4 --set optimisation.steps=30
     """
     from orchestrate.recipes.yaml_loader import dump_yaml
-    from orchestrate.search.preflight import folder_of, plan, prepare_search
+    from orchestrate.search.preflight import search_folder, plan_search, prepare_search
 
     prepared = prepare_search(recipe, overrides)
-    folder = folder_of(prepared, out)
+    folder = search_folder(prepared, out)
     if dry_run:
         from orchestrate.runs.run import connect_cluster
         from orchestrate.search import run as searching
@@ -53,14 +53,14 @@ def search(
         searching.check_same_search(prepared, folder)
         connect = partial(connect_cluster, prepared.base.experiment, folder, progress_console)
         checklist = check_search(prepared, folder, offline, connect)
-        checklist.refuse_failures(note)
-        content: dict[str, Any] = {"plan": plan(prepared, folder) | {"checked": checklist.lines}}
-        emit(content, as_json, [dump_yaml(content)])
+        checklist.refuse_failures(print_note)
+        content: dict[str, Any] = {"plan": plan_search(prepared, folder) | {"checked": checklist.lines}}
+        print_result(content, as_json, [dump_yaml(content)])
         return
-    _searched(prepared, folder, offline, as_json)
+    run_and_report(prepared, folder, offline, as_json)
 
 
-def _searched(prepared: "PreparedSearch", folder: Path, offline: bool, as_json: bool) -> None:
+def run_and_report(prepared: "PreparedSearch", folder: Path, offline: bool, as_json: bool) -> None:
     """Run a search, or go on with it, and show what it found."""
     from orchestrate.lifecycle.paths import CHOSEN, browse_command, store_uri
     from orchestrate.search import run as searching
@@ -69,7 +69,7 @@ def _searched(prepared: "PreparedSearch", folder: Path, offline: bool, as_json: 
     if not as_json:
         from orchestrate.search.report import terminal_tables
 
-        tables_on_stdout().print(terminal_tables(found))
+        stdout_console().print(terminal_tables(found))
     uri = None if offline else store_uri(prepared.base.experiment, folder)
     lines = [
         f"search  {folder}",
@@ -77,4 +77,4 @@ def _searched(prepared: "PreparedSearch", folder: Path, offline: bool, as_json: 
         f"run the chosen recipe on all training images: {command('zscl', 'run', folder / CHOSEN)}",
     ]
     shown = {"folder": str(folder), "tracking_uri": uri and mask(uri)}
-    emit({**shown, "search": found.model_dump(mode="json")}, as_json, lines)
+    print_result({**shown, "search": found.model_dump(mode="json")}, as_json, lines)

@@ -31,7 +31,7 @@ def use_utf8_mode() -> None:
     os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
 
 
-def print_any_character() -> None:
+def replace_unencodable_characters() -> None:
     """Let standard output and standard error replace the characters that their encoding does not have."""
     codecs.register_error(ERRORS, _plain)
     for stream in (sys.stdout, sys.stderr):
@@ -47,7 +47,7 @@ def _plain(error: UnicodeError) -> tuple[str, int]:
     return "".join(escaped), error.end
 
 
-def refuse_undecodable_names() -> None:
+def check_names_are_utf8() -> None:
     """Refuse arguments, and a current folder, whose names are no UTF-8: records in JSON and SQLite cannot hold them.
 
     Raises:
@@ -67,12 +67,12 @@ def refuse_undecodable_names() -> None:
             ) from error
 
 
-def progress_on_stderr() -> Console:
+def stderr_console() -> Console:
     """Make the console for progress and remarks. Names are shown as they are: no markup, no emoji codes."""
     return Console(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
-def tables_on_stdout() -> Console:
+def stdout_console() -> Console:
     """Make the console for tables. No column is cut where no terminal ends."""
     console = Console(markup=False, emoji=False, highlight=False)
     console.width = max(console.width, NARROW) if console.is_terminal else WIDE

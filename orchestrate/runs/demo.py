@@ -32,7 +32,7 @@ def run_demo(
     for method, parts in METHODS.items():
         named = {"name": recipe_name(recipe), **content, "method": parts or content["method"]}
         experiments[folder / method] = parse_recipe(Experiment, named, recipe)
-    write_embedded(data, corpus=False, note=lambda text: console.print(text, highlight=False))
+    write_embedded(data, corpus=False, report=lambda text: console.print(text, highlight=False))
     for run, experiment in experiments.items():
         console.rule(run.name)
         running.run_experiment(preflight.prepare(experiment), run, console, offline)

@@ -20,7 +20,7 @@ from zscl.data.indexed import IndexedSamples
 from zscl.data.sample import check_broken_share
 from zscl.data.task import TaskFolder, dotted_keys_warning
 from zscl.models.clip import load_clip, open_clip_name
-from zscl.models.pruned_forward import PrunedForward, unpruned_parts
+from zscl.models.pruned_forward import PrunedForward, list_unpruned_towers
 from zscl.sequence.layout import ZERO_SHOT, partial_row_file, stage_folder
 from zscl.sequence.resolve import ResolvedExperiment, resolve
 from zscl.sequence.result import OtherAlgorithmError, check_run_folder, check_same_run
@@ -156,8 +156,8 @@ def _load_and_look(model: Model, weights: str, savings: Savings, checkpointing: 
     values = sum(weight.numel() for weight in network.state_dict().values())
     if checkpointing:  # as a stage does
         compute, tokens = Compute(savings=savings, gradient_checkpointing=True), clip.tokenizer(["a text"])
-        PrunedForward(network, tokens, range(1), compute, unused_embeddings_stay=False)
-    return 4 * values / 1e6, tuple(unpruned_parts(network, savings))  # written as float32
+        PrunedForward(network, tokens, range(1), compute, unused_embeddings_constant=False)
+    return 4 * values / 1e6, tuple(list_unpruned_towers(network, savings))  # written as float32
 
 
 def megabytes_needed(opened: ResolvedExperiment, folder: Path) -> float:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from orchestrate.lifecycle.paths import FOUND
 from orchestrate.runs.dry_run import Checklist, Connect, _check_common, _disk
-from orchestrate.search.preflight import PreparedSearch, megabytes_of_models
+from orchestrate.search.preflight import PreparedSearch, total_model_megabytes
 
 
 def check_search(prepared: PreparedSearch, folder: Path, offline: bool, connect: Connect) -> Checklist:
@@ -20,7 +20,7 @@ def check_search(prepared: PreparedSearch, folder: Path, offline: bool, connect:
     if (folder / FOUND).is_file():
         checklist.check("search", lambda: "finished before, nothing is left to do")
         return checklist
-    checklist.check("recipe, data and model", lambda: f"{prepared.trials} trials of {prepared.stages} stages")
+    checklist.check("recipe, data and model", lambda: f"{prepared.trial_count} trials of {prepared.stage_count} stages")
     _check_common(checklist, opened, folder, offline, connect)
-    checklist.check("disk", lambda: _disk(folder, megabytes_of_models(prepared)))
+    checklist.check("disk", lambda: _disk(folder, total_model_megabytes(prepared)))
     return checklist

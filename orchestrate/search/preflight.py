@@ -16,9 +16,9 @@ from schemas.search import TASK_ACCURACY, Search
 from zscl.sequence.resolve import ResolvedExperiment
 from zscl.sequence.stage_cache import Averages
 
-MOST_AVERAGES = 8  # models beside the student while the first stage is trained
-UNDEFINED = ("transfer", "forgetting", "backward_transfer", "forward_transfer")  # of a single task
-DATA = ("model", "tasks", "reference", "class_incremental")  # domains whose values name other data
+MAX_SHARED_AVERAGES = 8  # models beside the student while the first stage is trained
+UNDEFINED_FOR_ONE_TASK = ("transfer", "forgetting", "backward_transfer", "forward_transfer")  # of a single task
+DATA_FIELDS = ("model", "tasks", "reference", "class_incremental")  # domains whose values name other data
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,12 @@ class PreparedSearch:
     averages: Averages
 
     @property
-    def stages(self) -> int:
+    def stage_count(self) -> int:
         """Of a trial."""
         return len(self.base.tasks)
 
     @property
-    def trials(self) -> int:
+    def trial_count(self) -> int:
         """How many there will be."""
         if self.search.trials is not None:
             return self.search.trials
@@ -65,7 +65,7 @@ def prepare_search(file: Path, overrides: Sequence[str] = ()) -> PreparedSearch:
     for point in points:
         try:
             at_point = with_values(search, content, point, file)
-            if any(path.split(".")[0] in DATA for path in point):
+            if any(path.split(".")[0] in DATA_FIELDS for path in point):
                 preflight.prepare(at_point)
         except InputError as error:
             refusals.append(str(error))
@@ -82,7 +82,7 @@ def prepare_search(file: Path, overrides: Sequence[str] = ()) -> PreparedSearch:
     base = preflight.prepare(experiment, file, Path(search.root) if search.root else None)
     _check_objectives(search, base, file)
     return PreparedSearch(
-        search, content, file, base, search.fingerprint(base.fingerprint), _averages(search, content, file)
+        search, content, file, base, search.fingerprint(base.fingerprint), _shared_averages(search, content, file)
     )
 
 
@@ -112,11 +112,11 @@ def _check_objectives(search: Search, base: ResolvedExperiment, file: Path) -> N
             raise InputError(
                 f"{file}: search.objectives: found {objective}, expected {TASK_ACCURACY} and one of {', '.join(names)}"
             )
-        if len(names) == 1 and objective in UNDEFINED:
+        if len(names) == 1 and objective in UNDEFINED_FOR_ONE_TASK:
             raise InputError(f"{file}: search.objectives: found {objective}, which a single task leaves undefined")
 
 
-def _averages(search: Search, content: Mapping[str, Any], file: Path) -> Averages:
+def _shared_averages(search: Search, content: Mapping[str, Any], file: Path) -> Averages:
     """The trials' averages, if they are few and trials can meet that differ in nothing else."""
     values = [domain.values for domain in search.domains.values()]
     if any(each is None for each in values) or not any(path.split(".")[0] == "method" for path in search.domains):
@@ -128,24 +128,24 @@ def _averages(search: Search, content: Mapping[str, Any], file: Path) -> Average
             found[with_values(search, content, dict(zip(relevant, point, strict=True)), file).method.average] = None
         except InputError:  # the trial will say so
             continue
-    return tuple(found) if 1 < len(found) <= MOST_AVERAGES else ()
+    return tuple(found) if 1 < len(found) <= MAX_SHARED_AVERAGES else ()
 
 
-def folder_of(prepared: PreparedSearch, out: Path | None) -> Path:
+def search_folder(prepared: PreparedSearch, out: Path | None) -> Path:
     """Where a search's folder is."""
     if out is not None:
         return out.absolute()
     return Path.cwd() / "runs" / f"{recipe_name(prepared.file)}-{prepared.fingerprint[:8]}"
 
 
-def megabytes_of_models(prepared: PreparedSearch) -> float:
+def total_model_megabytes(prepared: PreparedSearch) -> float:
     """What the trials' models take up on disk."""
-    return prepared.trials * prepared.stages * preflight.model_megabytes(prepared.base)
+    return prepared.trial_count * prepared.stage_count * preflight.model_megabytes(prepared.base)
 
 
-def plan(prepared: PreparedSearch, folder: Path) -> dict[str, object]:
+def plan_search(prepared: PreparedSearch, folder: Path) -> dict[str, object]:
     """What a search will do, in numbers."""
-    experiment, trials = prepared.base.experiment, prepared.trials
+    experiment, trials = prepared.base.experiment, prepared.trial_count
     steps = sum(map(experiment.stage_steps, experiment.tasks))
     held_out = {task.name: len(task.test) for task in prepared.base.tasks}  # type: ignore[arg-type]  # local, then
     return {
@@ -153,10 +153,10 @@ def plan(prepared: PreparedSearch, folder: Path) -> dict[str, object]:
         "folder": str(folder),
         "trials": trials,
         "workers_a_trial": experiment.compute.workers,
-        "stage_trainings": trials * prepared.stages,
+        "stage_trainings": trials * prepared.stage_count,
         "steps_a_trial": steps,
         "images_through_student": trials * preflight.images_through_student(experiment),
         "held_out_images": held_out,
         "first_stage_shared_by_averages": len(prepared.averages),
-        "megabytes_of_models": round(megabytes_of_models(prepared)),
+        "megabytes_of_models": round(total_model_megabytes(prepared)),
     }

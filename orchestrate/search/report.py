@@ -54,7 +54,7 @@ def terminal_tables(found: SearchResult) -> Group:
         table.add_column(Text(_short(name)), justify="left" if name in ("status", "note") else "right", overflow="fold")
     for number, row in enumerate(zip(*columns.values(), strict=True), start=1):
         cells = [
-            Text(format_percent(value) if name in found.objectives else shown(value))
+            Text(format_percent(value) if name in found.objectives else format_value(value))
             for name, value in zip(columns, row, strict=True)
         ]
         table.add_row(*cells, style="bold" if number == found.chosen else None)
@@ -80,20 +80,20 @@ def _figures(found: SearchResult) -> str:
     return ", ".join(f"{name} {format_percent(getattr(figures, name))}" for name in MAIN)
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value of a trial, short."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def draw(search: Search, trials: Sequence[Trial], folder: Path) -> list[Path]:
+def draw_trials(search: Search, trials: Sequence[Trial], folder: Path) -> list[Path]:
     """Draw what there is to see of the finished trials; nothing where fewer than two are. Returns the pictures."""
     mpl.use("Agg")
     from matplotlib import pyplot
     from optuna.visualization import matplotlib as drawing
 
-    from orchestrate.search.samplers import study_of
+    from orchestrate.search.samplers import build_study
 
-    study = study_of(search, trials)
+    study = build_study(search, trials)
     if len(study.trials) < 2:
         return []
     drawn: dict[str, Axes] = {}

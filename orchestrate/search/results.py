@@ -21,15 +21,15 @@ def load_search_result(folder: Path) -> SearchResult:
 
 def trials_from_grid(grid: "ResultGrid", search: Search) -> list[Trial]:
     """What became of the trials, in the order of suggestion."""
-    from orchestrate.search.samplers import NUMBER
-    from orchestrate.search.trial import STAGES
+    from orchestrate.search.samplers import TRIAL_NUMBER
+    from orchestrate.search.trial import STAGES_DONE
 
     found = []
     for result in grid:
         reported, domains = result.metrics or {}, search.domains
         given = result.config or {}
         status, reason = str(reported.get("status", "running")), str(reported.get("reason", ""))
-        stages = int(reported.get(STAGES, 0))
+        stages = int(reported.get(STAGES_DONE, 0))
         if result.error is not None:
             status, reason = "failed", _last_line(result.error)
         elif status == "running":
@@ -37,7 +37,7 @@ def trials_from_grid(grid: "ResultGrid", search: Search) -> list[Trial]:
         objectives = {name: float(reported[name]) for name in search.objectives if name in reported}
         found.append(
             Trial(
-                number=given[NUMBER],
+                number=given[TRIAL_NUMBER],
                 values={path: domain.meant(given[path]) for path, domain in domains.items()},
                 status=status,  # type: ignore[arg-type]  # checked by pydantic
                 reason=reason,
@@ -76,7 +76,7 @@ def utility(objectives: Mapping[str, float]) -> float:
     return fmean(value if direction_of(name) == "max" else -value for name, value in objectives.items())
 
 
-def stage_trainings(trials: Sequence[Trial], stages: int) -> StageTrainings:
+def count_stage_trainings(trials: Sequence[Trial], stages: int) -> StageTrainings:
     """What became of the stages that all trials would have trained; `stages` of them are a trial's."""
 
     def left(*statuses: str) -> int:

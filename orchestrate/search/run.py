@@ -33,7 +33,7 @@ from orchestrate.recipes.recipe import recipe_name, with_values, write_experimen
 from orchestrate.runs.progress import ProgressBar
 from orchestrate.search.preflight import PreparedSearch
 from orchestrate.search.progress import SearchDisplay
-from orchestrate.search.results import load_search_result, pareto_front, stage_trainings, trials_from_grid, utility
+from orchestrate.search.results import load_search_result, pareto_front, count_stage_trainings, trials_from_grid, utility
 from schemas.algorithm import algorithm
 from schemas.errors import InputError
 from schemas.results import Result
@@ -108,8 +108,8 @@ def _search(prepared: PreparedSearch, folder: Path, console: Console, offline: b
     if others := running_searches():
         say(f"warning: found another search on this Ray cluster ({others[0]}); {ONE_SEARCH}")
     slots = worker_resources(experiment.compute)
-    queued = ", the others wait for their turn" if slots < prepared.trials else ""
-    say(f"{prepared.trials} trials of {prepared.stages} stages; the cluster holds {slots} at once{queued}")
+    queued = ", the others wait for their turn" if slots < prepared.trial_count else ""
+    say(f"{prepared.trial_count} trials of {prepared.stage_count} stages; the cluster holds {slots} at once{queued}")
     identity = SearchIdentity(prepared.fingerprint, algorithm(), time.time_ns() // 1_000_000)
     if (folder / FINGERPRINT).is_file():
         identity = search_identity(folder)
@@ -123,8 +123,8 @@ def _search(prepared: PreparedSearch, folder: Path, console: Console, offline: b
             line = open_channel(search=str(folder))
             common = TrialContext(prepared.search, prepared.content, prepared.file, folder, prepared.averages, line)
             steps = sum(map(experiment.stage_steps, experiment.tasks))
-            with ProgressBar(console, total=prepared.trials * steps) as bar:
-                display = SearchDisplay(prepared.search, experiment, prepared.trials, bar)
+            with ProgressBar(console, total=prepared.trial_count * steps) as bar:
+                display = SearchDisplay(prepared.search, experiment, prepared.trial_count, bar)
                 with consume_events(line, partial(_hear, [display, recording] if recording else [display])):
                     fitting = partial(_fit, prepared, common, slots)
                     grid = _waited(fitting, line, interruption, lambda: not display.running)
@@ -155,8 +155,8 @@ def _fit(prepared: PreparedSearch, common: "TrialContext", slots: int) -> "Resul
     from ray import tune
 
     from orchestrate.cluster.connect import check_resources
-    from orchestrate.search.samplers import OptunaSearcher, scheduler
-    from orchestrate.search.trial import STAGES, SearchTrial
+    from orchestrate.search.samplers import OptunaSearcher, build_scheduler
+    from orchestrate.search.trial import STAGES_DONE, SearchTrial
 
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what a trial failed with, the search says itself
 
@@ -175,9 +175,9 @@ def _fit(prepared: PreparedSearch, common: "TrialContext", slots: int) -> "Resul
         tuner = tune.Tuner(
             trainable,
             tune_config=tune.TuneConfig(
-                num_samples=prepared.trials,
+                num_samples=prepared.trial_count,
                 search_alg=OptunaSearcher(prepared.search),
-                scheduler=scheduler(prepared.search, prepared.stages, STAGES),
+                scheduler=build_scheduler(prepared.search, prepared.stage_count, STAGES_DONE),
                 max_concurrent_trials=slots,
                 reuse_actors=True,
             ),
@@ -228,8 +228,8 @@ def _conclude(
     trials: Sequence[Trial], prepared: PreparedSearch, common: "TrialContext", interruption: StopRequest, seconds: float
 ) -> SearchResult:
     """Choose, judge on test, and write down what was found."""
-    from orchestrate.search.report import draw
-    from orchestrate.search.samplers import importance
+    from orchestrate.search.report import draw_trials
+    from orchestrate.search.samplers import compute_importance
 
     search, folder = prepared.search, common.folder
     front = pareto_front(trials, search.objectives)
@@ -252,15 +252,15 @@ def _conclude(
         trials=tuple(trials),
         front=tuple(trial.number for trial in front),
         chosen=chosen.number,
-        importance=importance(search, trials),
-        stage_trainings=stage_trainings(trials, prepared.stages),
+        importance=compute_importance(search, trials),
+        stage_trainings=count_stage_trainings(trials, prepared.stage_count),
         test=test,
         warnings=test.warnings,
         seconds=seconds,
     )
     if search.keep_models == "chosen":
         _forget_models(folder, keep=chosen)
-    draw(search, result.trials, folder)
+    draw_trials(search, result.trials, folder)
     write_json(folder / FOUND, result)
     return result
 
@@ -269,7 +269,7 @@ def _judged_on_test(
     chosen: Trial, prepared: PreparedSearch, common: "TrialContext", interruption: StopRequest
 ) -> Result:
     """Judge the chosen trial's models on the test images: nothing is trained."""
-    from orchestrate.search.trial import judged_on_test
+    from orchestrate.search.trial import evaluate_on_test
 
     experiment = with_values(prepared.search, prepared.content, chosen.values, prepared.file, judged_on="test")
     place = common.folder / TEST
@@ -277,7 +277,7 @@ def _judged_on_test(
         if not (place / "stages" / stage.name / TRAINING).is_file() and not stage.name.startswith("."):
             link_folder(stage, place / "stages" / stage.name, without=("accuracy*",))
     write_experiment(experiment, place / EXPERIMENT)
-    judging = partial(judged_on_test, experiment, place, common)
+    judging = partial(evaluate_on_test, experiment, place, common)
     result = _waited(judging, common.channel, interruption, lambda: True)
     write_state(place, "FINISHED")
     return result

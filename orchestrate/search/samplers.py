@@ -24,7 +24,7 @@ from schemas.search import Domain, Search, Trial, direction_of
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
-NUMBER = "trial"  # beside the values
+TRIAL_NUMBER = "trial"  # beside the values
 RANDOM_FIRST = 10  # trials that tell TPE something, at most a third of all
 MEDIAN_OF = 3  # trials that came as far, before any is given up
 
@@ -39,11 +39,11 @@ class OptunaSearcher(OptunaSearch):  # type: ignore[misc]
         directions = [direction_of(name) for name in search.objectives]
         several = len(directions) > 1
         super().__init__(
-            space={path: distribution(domain) for path, domain in search.domains.items()},
+            space={path: to_distribution(domain) for path, domain in search.domains.items()},
             metric=list(search.objectives) if several else search.objectives[0],
             mode=directions if several else directions[0],
-            sampler=sampler(search),
-            points_to_evaluate=grid(search) if search.sampler == "grid" else None,
+            sampler=build_sampler(search),
+            points_to_evaluate=grid_points(search) if search.sampler == "grid" else None,
         )
         self._batch = search.batch
         self._order: list[str] = []
@@ -55,7 +55,7 @@ class OptunaSearcher(OptunaSearch):  # type: ignore[misc]
             return None
         values: dict[str, Any] = super().suggest(trial_id)
         self._order.append(trial_id)
-        return {**values, NUMBER: len(self._order)}
+        return {**values, TRIAL_NUMBER: len(self._order)}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """A stage is done, which only the scheduler wants to know."""
@@ -73,7 +73,7 @@ class OptunaSearcher(OptunaSearch):  # type: ignore[misc]
                 self._completed_trials.add(ended)
 
 
-def distribution(domain: Domain) -> BaseDistribution:
+def to_distribution(domain: Domain) -> BaseDistribution:
     """A domain as Optuna has it."""
     if domain.choice is not None:
         return CategoricalDistribution(domain.codes)
@@ -82,7 +82,7 @@ def distribution(domain: Domain) -> BaseDistribution:
     return kind(low, high, log=domain.is_log)
 
 
-def sampler(search: Search) -> BaseSampler:
+def build_sampler(search: Search) -> BaseSampler:
     """Optuna's sampler of a search, seeded."""
     match search.sampler:
         case "tpe":
@@ -94,13 +94,13 @@ def sampler(search: Search) -> BaseSampler:
             return RandomSampler(seed=search.seed)
 
 
-def grid(search: Search) -> list[dict[str, Any]]:
+def grid_points(search: Search) -> list[dict[str, Any]]:
     """Every combination of values, coded; the last path's change first."""
     values = [list(domain.codes or domain.values or ()) for domain in search.domains.values()]
     return [dict(zip(search.domains, each, strict=True)) for each in itertools.product(*values)]
 
 
-def scheduler(search: Search, stages: int, time: str) -> TrialScheduler | None:
+def build_scheduler(search: Search, stages: int, time: str) -> TrialScheduler | None:
     """Tune's scheduler, which gives trials up; `time` is what a trial's stages are called in its reports."""
     stopping = search.early_stopping
     if stopping is None:
@@ -114,11 +114,11 @@ def scheduler(search: Search, stages: int, time: str) -> TrialScheduler | None:
     )
 
 
-def study_of(search: Search, trials: Sequence[Trial]) -> optuna.Study:
+def build_study(search: Search, trials: Sequence[Trial]) -> optuna.Study:
     """The finished trials as Optuna's own study, for its pictures and importances: objectives in per cent."""
     directions = {"min": StudyDirection.MINIMIZE, "max": StudyDirection.MAXIMIZE}
     study = optuna.create_study(directions=[directions[direction_of(name)] for name in search.objectives])
-    distributions = {path: distribution(domain) for path, domain in search.domains.items()}
+    distributions = {path: to_distribution(domain) for path, domain in search.domains.items()}
     for trial in trials:
         if trial.status in ("finished", "read") and trial.objectives:
             params = {path: search.domains[path].code(value) for path, value in trial.values.items()}
@@ -130,12 +130,12 @@ def study_of(search: Search, trials: Sequence[Trial]) -> optuna.Study:
     return study
 
 
-def importance(search: Search, trials: Sequence[Trial]) -> dict[str, float]:
+def compute_importance(search: Search, trials: Sequence[Trial]) -> dict[str, float]:
     """Share of the mean objective's variance over the finished trials that each path explains (Optuna's fANOVA).
 
     Nothing where fewer than two trials finished, or all came to the same.
     """
-    study = study_of(search, trials)
+    study = build_study(search, trials)
     signs = [1.0 if direction_of(name) == "max" else -1.0 for name in search.objectives]
 
     def target(trial: optuna.trial.FrozenTrial) -> float:

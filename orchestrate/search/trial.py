@@ -1,12 +1,11 @@
-"""One trial of a search, in an actor of Ray Tune's: the same sequence code as any run, told to Tune stage by stage.
+"""A trial of a hyperparameter search: a Ray Tune actor that runs the sequence and reports after every stage.
 
-A trial's folder is a run's folder, named by its fingerprint: what was finished before is read, what was killed goes on.
-With one worker the sequence runs in the actor itself; with more, through Ray Train from there.
+A trial's folder is a run's folder, named by the run's fingerprint: a finished trial is read, a killed one resumes.
+With one worker, the sequence runs in the actor itself; with more, the actor starts them through Ray Train.
 """
 
 import queue
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from orchestrate.lifecycle.paths import EXPERIMENT
 from orchestrate.lifecycle.run_status import write_state
 from orchestrate.lifecycle.signals import StopRequest
 from orchestrate.recipes.recipe import with_values, write_experiment
-from orchestrate.search.samplers import NUMBER
+from orchestrate.search.samplers import TRIAL_NUMBER
 from schemas.base import parse_json
 from schemas.errors import InputError, InterruptedRunError
 from schemas.events import RowMeasured, StageTrained
@@ -43,18 +42,22 @@ from zscl.sequence.run import run_sequence
 from zscl.sequence.stage_cache import Averages, SharedWork
 from zscl.training.checkpoint import StoppedError
 
-STAGES = "stages_done"  # what Tune counts a trial's time in
-LOOK_EVERY_SECONDS = 0.5
-WORKERS_STOP_SECONDS = 300.0  # of a trial that is given up, so that nothing of it is left behind
+STAGES_DONE = "stages_done"  # the key of a report by which Tune measures a trial's time
+POLL_SECONDS = 0.5
+WORKERS_STOP_SECONDS = 300.0  # grace period for the workers of a stopped trial, so that none of them is left running
 
 
 @dataclass(frozen=True)
 class TrialContext:
     """What all trials of a search have in common.
 
-    search: what is looked for; content: of the experiment, without values; file: the recipe, for what is refused;
-    folder: the search's; averages: of all trials; line: to the process that watches (see
-    `orchestrate.cluster.channel`).
+    Attributes:
+        search: The search.
+        content: The experiment's recipe, without the trial's values.
+        file: The recipe's file, for error messages.
+        folder: The search's folder.
+        averages: The averages of all trials that share their first stage.
+        channel: Handle of the `RunChannel` actor to the process that watches the search.
     """
 
     search: Search
@@ -66,61 +69,76 @@ class TrialContext:
 
     @property
     def shared(self) -> SharedWork:
-        """What the trials share: stages among each other, the teacher's embeddings with all runs beside the search."""
+        """What trials share: trained stages within the search, teacher features with all runs next to the search."""
         return SharedWork(self.folder.parent / "teacher", self.folder / "stages", self.averages)
 
-    def place(self, fingerprint: str) -> Path:
-        """The folder of a trial."""
+    def trial_folder(self, fingerprint: str) -> Path:
+        """Return the folder of the trial with this fingerprint."""
         return self.folder / "trials" / fingerprint
 
 
 class SearchTrial(tune.Trainable):  # type: ignore[misc]
-    """A trial: each step of Tune's is a stage of the sequence, which goes on only when it is asked for."""
+    """A trial. Each Tune step is one stage; the next stage starts only when Tune asks for the next step."""
 
-    def setup(self, config: dict[str, Any], common: TrialContext) -> None:
-        """Get ready; nothing begins before the first step, for Tune may yet give the trial to another actor."""
-        self._common, self._told = common, False
+    def setup(self, config: dict[str, Any], context: TrialContext) -> None:
+        """Prepare the trial. Nothing runs before the first step, because Tune may move the trial to another actor.
+
+        Args:
+            config: The trial's number and its values as the sampler codes them.
+            context: What all trials have in common.
+        """
+        self._context, self._reported = context, False
         self._thread: threading.Thread | None = None
-        self._get_ready(config)
+        self._reset(config)
 
     def step(self) -> dict[str, Any]:
-        """Wait for the next stage to be finished. Returns the objectives by then."""
+        """Wait for the next finished stage.
+
+        Returns:
+            The trial's report: objectives over the stages so far, number of finished stages, status.
+        """
         if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="sequence", daemon=True)
+            self._thread = threading.Thread(target=self._run_in_thread, name="sequence", daemon=True)
             self._thread.start()
-        if self._told:  # what came of the stage before: it was judged good enough
-            self._asked.set()
-        outcome = self._outcomes.get()
-        if isinstance(outcome, BaseException):
-            raise outcome
-        self._told = True
-        found: dict[str, Any] = outcome
-        return found
+        if self._reported:  # Tune has judged the last report and lets the trial continue
+            self._may_continue.set()
+        report = self._reports.get()
+        if isinstance(report, BaseException):
+            raise report
+        self._reported = True
+        return report
 
     def cleanup(self) -> None:
-        """Give the trial up, unless it is over, and wait until nothing of it goes on."""
-        self._given_up.set()
+        """Stop the trial if it is still running, and wait for its thread."""
+        self._stopped_early.set()
         if self._thread is not None:
             self._thread.join()
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Nothing: the trial's folder is its own checkpoint."""
+        """Do nothing: the trial's folder is its own checkpoint."""
 
     def load_checkpoint(self, checkpoint: Any) -> None:
-        """Nothing."""
+        """Do nothing: the trial's folder is its own checkpoint."""
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Get ready for another trial in this process, which has imported everything and decoded images."""
+        """Reuse this process, with its imports and decoded images, for another trial.
+
+        Args:
+            new_config: The other trial's number and values.
+
+        Returns:
+            Always True: the actor can be reused.
+        """
         self.cleanup()
-        self._get_ready(new_config)
+        self._reset(new_config)
         return True
 
-    def _get_ready(self, config: dict[str, Any]) -> None:
-        self._number = config[NUMBER]
-        self._values = {path: domain.meant(config[path]) for path, domain in self._common.search.domains.items()}
-        self._outcomes: queue.Queue[dict[str, Any] | BaseException] = queue.Queue()
-        self._asked, self._given_up = threading.Event(), threading.Event()
-        self._told = False
+    def _reset(self, config: dict[str, Any]) -> None:
+        self._number = config[TRIAL_NUMBER]
+        self._values = {path: domain.meant(config[path]) for path, domain in self._context.search.domains.items()}
+        self._reports: queue.Queue[dict[str, Any] | BaseException] = queue.Queue()
+        self._may_continue, self._stopped_early = threading.Event(), threading.Event()
+        self._reported = False
         self._stages = self._shared_stages = 0
         self._rows: list[dict[str, float]] = []
         self._zero_shot: dict[str, float] = {}
@@ -129,114 +147,119 @@ class SearchTrial(tune.Trainable):  # type: ignore[misc]
 
     # ------------------------------------------------------------------------------------------ in the thread
 
-    def _work(self) -> None:
-        """Run the sequence; whatever comes of it is an outcome."""
+    def _run_in_thread(self) -> None:
+        """Run the sequence; a result and an error both become reports."""
         try:
-            self._tell_end(self._run())
-        except InputError as error:  # it would be refused again
-            self._settle("FAILED", str(error))
-            self._finish("failed", str(error))
+            self._report_result(self._run())
+        except InputError as error:  # a retry would raise it again
+            self._record_state("FAILED", str(error))
+            self._report_end("failed", str(error))
         except (StoppedError, InterruptedRunError) as stop:
-            if self._given_up.is_set():
-                self._settle("KILLED", f"given up early behind stage {self._stages}")
-                self._news(TrialEnded(status="stopped", stages=self._stages, objectives=self._objectives()))
-            else:  # the search was interrupted: Tune hears nothing more, and takes the trial up later
-                self._settle("KILLED", str(stop))
-                self._news(TrialEnded(status="interrupted", stages=self._stages, objectives=self._objectives()))
-        except BaseException as error:  # Tune tries again
-            self._settle("FAILED", mask(f"{type(error).__name__}: {error}"))
-            self._outcomes.put(error)
+            if self._stopped_early.is_set():
+                self._record_state("KILLED", f"stopped early after stage {self._stages}")
+                self._send(TrialEnded(status="stopped", stages=self._stages, objectives=self._objectives()))
+            else:  # the search was interrupted: Tune gets no report and resumes the trial later
+                self._record_state("KILLED", str(stop))
+                self._send(TrialEnded(status="interrupted", stages=self._stages, objectives=self._objectives()))
+        except BaseException as error:  # Tune retries
+            self._record_state("FAILED", mask(f"{type(error).__name__}: {error}"))
+            self._reports.put(error)
 
     def _run(self) -> Result:
-        opened = self._opened = resolve(
-            with_values(self._common.search, self._common.content, self._values, self._common.file)
-        )
-        self._fingerprint, folder = opened.fingerprint, self._common.place(opened.fingerprint)
+        context = self._context
+        resolved = self._resolved = resolve(with_values(context.search, context.content, self._values, context.file))
+        self._fingerprint, folder = resolved.fingerprint, context.trial_folder(resolved.fingerprint)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with self._alone(folder):
-            found = folder / RESULT
-            if not found.is_file():
-                self._take_from_other_search(folder)
-            self._read = found.is_file()
-            write_experiment(opened.experiment, folder / EXPERIMENT)
-            started = TrialStarted(
-                values=self._values, fingerprint=opened.fingerprint, folder=str(folder), read=self._read
+        with self._trial_lock(folder):
+            result_file = folder / RESULT
+            if not result_file.is_file():
+                self._link_from_other_search(folder)
+            self._was_finished = result_file.is_file()
+            write_experiment(resolved.experiment, folder / EXPERIMENT)
+            self._send(
+                TrialStarted(
+                    values=self._values,
+                    fingerprint=resolved.fingerprint,
+                    folder=str(folder),
+                    read=self._was_finished,
+                )
             )
-            self._news(started)
-            if self._read:
-                return parse_json(Result, found.read_bytes(), found, "remove the file, and the trial ends anew")
+            if self._was_finished:
+                advice = "remove the file, and the trial writes it again"
+                return parse_json(Result, result_file.read_bytes(), result_file, advice)
             write_state(folder, "RUNNING")
-            result = self._sequence(opened, folder)
+            result = self._run_sequence(resolved, folder)
             write_state(folder, "FINISHED")
             return result
 
     @contextmanager
-    def _alone(self, folder: Path) -> Iterator[None]:
-        """Wait for another trial of the same values, if there is one: two may be suggested at once."""
+    def _trial_lock(self, folder: Path) -> Iterator[None]:
+        """Hold the trial's lock. A sampler may suggest the same values twice; the second trial waits for the first."""
         lock = FileLock(folder.with_name(f".{folder.name}.lock"))
-        while not try_acquire(lock, LOOK_EVERY_SECONDS):
-            if self._asked_to_stop():
-                raise StoppedError("stopped while another trial of the same values is at work")
+        while not try_acquire(lock, POLL_SECONDS):
+            if self._stop_requested():
+                raise StoppedError("stopped while waiting for another trial with the same values")
         try:
             yield
         finally:
             lock.release()
 
-    def _take_from_other_search(self, folder: Path) -> None:
-        searches = self._common.folder.parent
+    def _link_from_other_search(self, folder: Path) -> None:
+        """Link the first finished trial with this fingerprint that a neighbouring search has."""
+        searches = self._context.folder.parent
         for finished in sorted(searches.glob(f"*/trials/{folder.name}/{RESULT}")):
             link_folder(finished.parent, folder)
             return
 
-    def _sequence(self, opened: ResolvedExperiment, folder: Path) -> Result:
-        experiment = opened.experiment
+    def _run_sequence(self, resolved: ResolvedExperiment, folder: Path) -> Result:
+        experiment, shared = resolved.experiment, self._context.shared
         if experiment.compute.workers == 1:
-            return run_sequence(opened, folder, self._hear, _device(), self._asked_to_stop, self._common.shared)
-        interruption = StopPoller(self._asked_to_stop)
-        return train(
-            experiment, folder, self._hear, interruption, self._common.shared, grace_seconds=WORKERS_STOP_SECONDS
-        )
+            return run_sequence(resolved, folder, self._on_event, _device(), self._stop_requested, shared)
+        with StopPoller(self._stop_requested) as stop_request:
+            return train(
+                experiment, folder, self._on_event, stop_request, shared, grace_seconds=WORKERS_STOP_SECONDS
+            )
 
-    def _hear(self, progress: BaseModel) -> None:
-        """Take a piece of progress: pass it on, and let Tune judge a finished stage before the next one begins."""
-        self._news(progress)
-        if isinstance(progress, StageTrained):
-            self._shared_stages += progress.result.shared
-        if not isinstance(progress, RowMeasured):
+    def _on_event(self, event: BaseModel) -> None:
+        """Forward an event. After a stage's row, report to Tune and wait until the trial may continue."""
+        self._send(event)
+        if isinstance(event, StageTrained):
+            self._shared_stages += event.result.shared
+        if not isinstance(event, RowMeasured):
             return
-        if progress.stage == 0:
-            self._zero_shot = progress.accuracy
+        if event.stage == 0:
+            self._zero_shot = event.accuracy
             return
-        self._rows.append(progress.accuracy)
-        self._stages = progress.stage
-        if self._stages < len(self._opened.tasks):
-            self._asked.clear()
-            self._outcomes.put(self._outcome(done=False))
-            here = self._opened.experiment.compute.workers == 1  # elsewhere they go on until they are stopped
-            while here and not self._asked.wait(LOOK_EVERY_SECONDS):
-                if self._asked_to_stop():
-                    raise StoppedError(f"stopped behind stage {self._stages}")
+        self._rows.append(event.accuracy)
+        self._stages = event.stage
+        if self._stages < len(self._resolved.tasks):
+            self._may_continue.clear()
+            self._reports.put(self._report(done=False))
+            in_actor = self._resolved.experiment.compute.workers == 1  # Ray Train's workers continue until stopped
+            while in_actor and not self._may_continue.wait(POLL_SECONDS):
+                if self._stop_requested():
+                    raise StoppedError(f"stopped after stage {self._stages}")
 
-    def _tell_end(self, result: Result) -> None:
+    def _report_result(self, result: Result) -> None:
         names = [task.name for task in result.tasks]
         self._stages = len(result.accuracy_matrix)
-        last = dict(zip(names, result.accuracy_matrix[-1], strict=True))
-        objectives = objectives_of(self._common.search.objectives, result.metrics, last)
-        self._finish("read" if self._read else "finished", "", objectives, result.train_seconds)
+        last_row = dict(zip(names, result.accuracy_matrix[-1], strict=True))
+        objectives = objectives_of(self._context.search.objectives, result.metrics, last_row)
+        self._report_end("read" if self._was_finished else "finished", "", objectives, result.train_seconds)
 
-    def _finish(
+    def _report_end(
         self, status: Any, reason: str, objectives: Mapping[str, float] | None = None, train_seconds: float = 0.0
     ) -> None:
-        shown = dict(objectives or {})
-        self._news(TrialEnded(status=status, reason=reason, stages=self._stages, objectives=shown))
-        missing = dict.fromkeys(self._common.search.objectives, float("nan"))  # what Optuna takes for a failure
-        outcome = {**self._outcome(done=True), **missing, **shown}
-        self._outcomes.put({**outcome, "status": status, "reason": reason, "train_seconds": train_seconds})
+        values = dict(objectives or {})
+        self._send(TrialEnded(status=status, reason=reason, stages=self._stages, objectives=values))
+        undefined = dict.fromkeys(self._context.search.objectives, float("nan"))  # Optuna counts NaN as a failure
+        report = {**self._report(done=True), **undefined, **values}
+        self._reports.put({**report, "status": status, "reason": reason, "train_seconds": train_seconds})
 
-    def _outcome(self, done: bool) -> dict[str, Any]:
+    def _report(self, done: bool) -> dict[str, Any]:
         return {
             **self._objectives(),
-            STAGES: self._stages,
+            STAGES_DONE: self._stages,
             "shared_stages": self._shared_stages,
             "fingerprint": self._fingerprint,
             "status": "running",
@@ -244,68 +267,92 @@ class SearchTrial(tune.Trainable):  # type: ignore[misc]
         }
 
     def _objectives(self) -> dict[str, float]:
-        """Of the stages so far; before the first, nothing."""
+        """Compute the objectives over the stages so far; empty before the first stage."""
         if not self._rows:
             return {}
-        tasks = self._opened.tasks
+        tasks = self._resolved.tasks
         matrix = [[row[task.name] for task in tasks] for row in self._rows]
-        one_head = self._opened.experiment.class_incremental is not None
-        images = [len(task.test) for task in tasks] if one_head else None  # type: ignore[arg-type]  # local, then
+        one_head = self._resolved.experiment.class_incremental is not None
+        images = [len(task.test) for task in tasks] if one_head else None  # type: ignore[arg-type]  # local data
         figures = metrics(matrix, [self._zero_shot[task.name] for task in tasks], images)
-        return objectives_of(self._common.search.objectives, figures, self._rows[-1])
+        return objectives_of(self._context.search.objectives, figures, self._rows[-1])
 
-    def _settle(self, status: Any, reason: str) -> None:
+    def _record_state(self, status: Any, reason: str) -> None:
         if self._fingerprint:
-            write_state(self._common.place(self._fingerprint), status, reason)
+            write_state(self._context.trial_folder(self._fingerprint), status, reason)
 
-    def _asked_to_stop(self) -> bool:
-        return self._given_up.is_set() or bool(ray.get(self._common.channel.asked_to_stop.remote()))
+    def _stop_requested(self) -> bool:
+        return self._stopped_early.is_set() or bool(ray.get(self._context.channel.asked_to_stop.remote()))
 
-    def _news(self, news: BaseModel) -> None:
-        _tell(self._common.channel, self._number, news)
+    def _send(self, event: BaseModel) -> None:
+        _send_event(self._context.channel, self._number, event)
 
 
 class StopPoller(StopRequest):
-    """An interruption that comes of another wish than a signal."""
+    """A stop request that a background thread sets, by polling, while the `with` block runs.
 
-    def __init__(self, asked: Callable[[], bool]) -> None:
+    Polling may be a remote call. Code that reads the request, such as `train`, never waits for it.
+    """
+
+    def __init__(self, stop_requested: Callable[[], bool]) -> None:
         super().__init__()
-        self._wish, self._next_look = asked, 0.0
+        self._stop_requested = stop_requested
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="stop-poller", daemon=True)
 
-    def __bool__(self) -> bool:
-        if not super().__bool__() and time.monotonic() >= self._next_look:
-            self._next_look = time.monotonic() + LOOK_EVERY_SECONDS
-            if self._wish():
-                self.ask()
-        return super().__bool__()
+    def __enter__(self) -> "StopPoller":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closed.set()
+        self._thread.join()
+
+    def poll(self) -> None:
+        """Ask once whether to stop. A channel that is gone means that the search has ended: stop, too."""
+        try:
+            stop = self._stop_requested()
+        except ray.exceptions.RayError:
+            stop = True
+        if stop:
+            self.ask()
+
+    def _run(self) -> None:
+        while not self and not self._closed.wait(POLL_SECONDS):
+            self.poll()
 
 
-def judged_on_test(experiment: Experiment, place: Path, common: TrialContext) -> Result:
-    """Judge trained stages in a run's folder, on the cluster; called in the process that watches.
+def evaluate_on_test(experiment: Experiment, folder: Path, context: TrialContext) -> Result:
+    """Evaluate trained stages on the test images, on the cluster. The watching process calls this.
 
     Args:
-        experiment: trained as a trial's, judged on the test images.
-        place: the folder; its stages are trained.
-        common: of the search.
+        experiment: The trial's experiment, evaluated on the test images.
+        folder: The run's folder; its stages are trained.
+        context: The search's context.
+
+    Returns:
+        The run's result on the test images.
     """
-    compute, shared = experiment.compute, SharedWork(common.shared.teacher)
+    compute, shared = experiment.compute, SharedWork(context.shared.teacher)
     if compute.workers > 1:
-        return train(experiment, place, partial(_tell, common.channel, 0), StopRequest(), shared)
+        return train(experiment, folder, partial(_send_event, context.channel, 0), StopRequest(), shared)
     gpus = compute.gpus_per_worker if check_resources(compute) else 0.0
-    task = ray.remote(_judge).options(num_cpus=compute.cpus_per_worker, num_gpus=gpus)
-    return Result.model_validate_json(ray.get(task.remote(experiment.model_dump_json(), place, common.channel, shared)))
+    task = ray.remote(_evaluate).options(num_cpus=compute.cpus_per_worker, num_gpus=gpus)
+    answer = ray.get(task.remote(experiment.model_dump_json(), folder, context.channel, shared))
+    return Result.model_validate_json(answer)
 
 
-def _judge(experiment: str, place: Path, line: Any, shared: SharedWork) -> str:
-    opened = resolve(Experiment.model_validate_json(experiment))
-    return run_sequence(opened, place, partial(_tell, line, 0), _device(), shared=shared).model_dump_json()
+def _evaluate(experiment: str, folder: Path, channel: Any, shared: SharedWork) -> str:
+    resolved = resolve(Experiment.model_validate_json(experiment))
+    on_event = partial(_send_event, channel, 0)
+    return run_sequence(resolved, folder, on_event, _device(), shared=shared).model_dump_json()
 
 
 def _device() -> torch.device:
-    """What Ray gave this process."""
+    """Return the device that Ray assigned to this process."""
     return torch.device("cuda" if ray.get_runtime_context().get_accelerator_ids().get("GPU") else "cpu")
 
 
-def _tell(line: Any, trial: int, news: BaseModel) -> None:
-    told = TrialNews(trial=trial, news=news)  # type: ignore[arg-type]
-    ray.get(line.put.remote(told.model_dump_json()))
+def _send_event(channel: Any, trial: int, event: BaseModel) -> None:
+    news = TrialNews(trial=trial, news=event)  # type: ignore[arg-type]
+    ray.get(channel.put.remote(news.model_dump_json()))

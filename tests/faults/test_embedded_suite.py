@@ -23,7 +23,7 @@ Launch = Callable[..., Any]
     "Ten SIGKILLs of workers at random moments of an embedded run", "The `result.json` of a run in peace"
 )
 def test_ten_random_kills(launch: Launch, tmp_path: Path) -> None:
-    write_embedded(tmp_path / "data", corpus=False, note=lambda text: None)
+    write_embedded(tmp_path / "data", corpus=False, report=lambda text: None)
     shipped = Path(__file__).parents[2] / "experiments/embedded.yaml"
     tasks = [f"tasks.{number}={tmp_path}/data/{Path(task['path'] if isinstance(task, dict) else task).name}"
              for number, task in enumerate(recipes.read_recipe(shipped)["tasks"])]  # fmt: skip

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from zscl.checks.image import ImageFacts, inspect_image, silent_decoders
+from zscl.checks.image import ImageFacts, inspect_image, suppress_decoder_warnings
 from zscl.checks.task_scan import ScannedTask
 from zscl.data.decode import decode_image
 from zscl.data.indexed import IndexedSamples
@@ -21,21 +21,21 @@ class ContactRow:
     images: tuple[Image.Image, ...]
 
 
-def contact_rows(opened: ScannedTask, per_class: int, classes: int, edge: int) -> list[ContactRow]:
+def contact_rows(scanned: ScannedTask, per_class: int, classes: int, max_edge: int) -> list[ContactRow]:
     """Choose classes and training images of each, evenly; an image is made to fit into a square of `edge` pixels."""
-    task = opened.task
+    task = scanned.task
     labels = [spread[0] for spread in _parts(range(len(task.classnames)), classes)]
     places: dict[int, list[tuple[IndexedSamples, int]]] = {label: [] for label in labels}
-    for shard in opened.shards:
+    for shard in scanned.shards:
         if shard.split == "train" and shard.samples:
             for index, sample in enumerate(shard.samples.labels()):
                 number = parse_count(decode_label(sample.label))
                 if number in places:
                     places[number].append((shard.samples, index))
     template = task.templates[0] if task.templates else "{c}"
-    with silent_decoders():
+    with suppress_decoder_warnings():
         return [
-            ContactRow(template.replace("{c}", task.classnames[label]), tuple(_thumbnails(found, per_class, edge)))
+            ContactRow(template.replace("{c}", task.classnames[label]), tuple(_thumbnails(found, per_class, max_edge)))
             for label, found in places.items()
         ]
 

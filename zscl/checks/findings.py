@@ -26,18 +26,18 @@ def template_problems(templates: Templates) -> Iterator[str]:
         yield f"templates: found {template!r}, expected a {{c}} for the class name in it"
 
 
-def sample_problems(unreadable: Unreadable, between: Duplicates) -> Iterator[str]:
+def sample_problems(unreadable: Unreadable, between_splits: Duplicates) -> Iterator[str]:
     """Samples that training cannot use, and those that make a test too easy."""
     if unreadable.samples:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in unreadable.reasons.items())
         yield f"found {counted(unreadable.samples, 'sample')} that cannot be used ({reasons}), expected none"
-    if between.pairs:
-        images = counted(between.pairs, "test image")
-        yield f"found {images} among the training images too{_other_labels(between)}, expected none"
+    if between_splits.pairs:
+        images = counted(between_splits.pairs, "test image")
+        yield f"found {images} among the training images too{_other_labels(between_splits)}, expected none"
 
 
-def warnings_of(
-    classnames: ClassNames, templates: Templates, within: Duplicates, splits: Sequence[SplitFinding]
+def task_warnings(
+    classnames: ClassNames, templates: Templates, within_splits: Duplicates, splits: Sequence[SplitFinding]
 ) -> Iterator[str]:
     """What may be meant: CLIP's own names of ImageNet have two that stand for two classes each."""
     for repeated in classnames.repeated:
@@ -48,8 +48,8 @@ def warnings_of(
         yield f"classnames.txt: found {classes} of which neither split has an image"
     for template in templates.repeated:
         yield f"templates: found {template!r} more than once"
-    if within.pairs:
-        yield f"found {counted(within.pairs, 'image')} a second time within a split{_other_labels(within)}"
+    if within_splits.pairs:
+        yield f"found {counted(within_splits.pairs, 'image')} a second time within a split{_other_labels(within_splits)}"
     extents = [extent for split in splits for extent in (split.width, split.height) if extent]
     if any(extent.min != extent.max for extent in extents):
         yield (

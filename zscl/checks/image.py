@@ -30,7 +30,7 @@ class ImageFacts:
     height: int
     format: str
     mode: str
-    content: bytes
+    digest: bytes
     traits: tuple[str, ...] = ()
 
 
@@ -55,7 +55,7 @@ def inspect_image(encoded: bytes) -> ImageFacts | DecodeError:
     return ImageFacts(width, height, name, mode, content, traits)
 
 
-def has_header(encoded: bytes) -> bool:
+def has_image_header(encoded: bytes) -> bool:
     """Whether something begins like an image that training decodes; the rest of it is not looked at."""
     try:
         with Image.open(io.BytesIO(encoded), formats=FORMATS):
@@ -81,7 +81,7 @@ def _reason(error: Exception) -> Reason:
 
 
 @contextmanager
-def silent_decoders() -> Iterator[None]:
+def suppress_decoder_warnings() -> Iterator[None]:
     """Keep warnings off the terminal: PIL warns of odd metadata and of large images, and decodes them all the same."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -10,7 +10,7 @@ NAMED = 5  # classes in a sentence
 BEHIND = 8  # tokens read behind the context, to see whether a prompt goes on
 
 
-def prompt_warnings(task: TaskFolder, tokenizer: Any, same_names: bool = True) -> list[str]:
+def prompt_warnings(task: TaskFolder, tokenizer: Any, include_equal_names: bool = True) -> list[str]:
     """Describe prompts that the model does not read to their end, and classes that no prompt tells apart.
 
     Args:
@@ -21,7 +21,7 @@ def prompt_warnings(task: TaskFolder, tokenizer: Any, same_names: bool = True) -
     Returns:
         A sentence for each kind of prompt that is cut, and for each group of classes that are equal.
     """
-    return [*_cut(task, tokenizer), *_equal(task, tokenizer, same_names)] if task.templates else []
+    return [*_cut(task, tokenizer), *_equal(task, tokenizer, include_equal_names)] if task.templates else []
 
 
 def _cut(task: TaskFolder, tokenizer: Any) -> list[str]:

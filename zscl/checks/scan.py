@@ -30,14 +30,14 @@ from schemas.dataset_report import (
     UnreadableSample,
 )
 from schemas.errors import InputError
-from zscl.checks.findings import class_problems, sample_problems, template_problems, trait_warnings, warnings_of
-from zscl.checks.image import DecodeError, ImageFacts, inspect_image, silent_decoders
+from zscl.checks.findings import class_problems, sample_problems, template_problems, trait_warnings, task_warnings
+from zscl.checks.image import DecodeError, ImageFacts, inspect_image, suppress_decoder_warnings
 from zscl.checks.prompts import prompt_warnings
-from zscl.checks.task_scan import Progress, ScannedTask, Shard, no_progress
+from zscl.checks.task_scan import Progress, ScannedTask, ScannedShard, no_progress
 from zscl.data.sample import Sample, decode_label
 from zscl.data.task import TaskFolder
 
-LISTED = 20  # samples and pairs named one by one; all are counted
+MAX_LISTED = 20  # samples and pairs named one by one; all are counted
 AT_ONCE = 64  # encoded images held
 THREADS = min(8, os.cpu_count() or 1)  # each holds a decoded image
 
@@ -72,7 +72,7 @@ class _Pairs:
     def add(self, first: "_Sighting", again: "_Sighting") -> None:
         self.count += 1
         self.of_other_label += first.label != again.label
-        if len(self.first) < LISTED:
+        if len(self.first) < MAX_LISTED:
             self.first.append(DuplicatePair(first=first.seen(), again=again.seen()))
 
     def finding(self) -> Duplicates:
@@ -81,7 +81,7 @@ class _Pairs:
 
 @dataclass(frozen=True, slots=True)
 class _Sighting:
-    shard: Shard
+    shard: ScannedShard
     key: str
     label: int | None
 
@@ -101,7 +101,7 @@ class _Gathered:
         self._first_unreadable: list[UnreadableSample] = []
         self._seen: dict[bytes, _Sighting] = {}
 
-    def add(self, shard: Shard, sample: Sample, image: ImageFacts | DecodeError) -> None:
+    def add(self, shard: ScannedShard, sample: Sample, image: ImageFacts | DecodeError) -> None:
         label = self._label(sample)
         faults = [fault for fault in (image, label) if isinstance(fault, DecodeError)]
         if faults:
@@ -110,7 +110,7 @@ class _Gathered:
             known = label if isinstance(label, int) else None
             if known is not None:
                 self.tallies[shard.split].add(image, known)
-            self._compare(image.content, _Sighting(shard, sample.key, known))
+            self._compare(image.digest, _Sighting(shard, sample.key, known))
 
     def unreadable(self) -> Unreadable:
         return Unreadable(
@@ -131,11 +131,11 @@ class _Gathered:
             last = len(self.task.classnames) - 1
             return DecodeError("label outside the class list", f"found {text!r}, expected 0 to {last}")
 
-    def _unreadable(self, shard: Shard, key: str, faults: Sequence[DecodeError]) -> None:
+    def _unreadable(self, shard: ScannedShard, key: str, faults: Sequence[DecodeError]) -> None:
         self._unreadable_samples += 1
         for fault in faults:
             self.reasons[fault.reason] += 1
-            if len(self._first_unreadable) < LISTED:
+            if len(self._first_unreadable) < MAX_LISTED:
                 self._first_unreadable.append(
                     UnreadableSample(shard=shard.finding.shard, key=key, reason=fault.reason, detail=fault.detail)
                 )
@@ -147,13 +147,13 @@ class _Gathered:
             pairs.add(first, sighting)
 
 
-def inspect_task(opened: ScannedTask, progress: Progress = no_progress) -> Inspection:
+def inspect_task(scanned: ScannedTask, progress: Progress = no_progress) -> Inspection:
     """Look at every sample of a task."""
-    gathered = _Gathered(opened.task)
-    total = sum(shard.finding.samples or 0 for shard in opened.shards)
+    gathered = _Gathered(scanned.task)
+    total = sum(shard.finding.samples or 0 for shard in scanned.shards)
     done = 0
-    with silent_decoders(), ThreadPoolExecutor(THREADS) as threads:  # decoders let other threads run
-        for shard in opened.shards:
+    with suppress_decoder_warnings(), ThreadPoolExecutor(THREADS) as threads:  # decoders let other threads run
+        for shard in scanned.shards:
             remaining = shard.samples.iter_shard() if shard.samples else iter(())
             while samples := list(islice(remaining, AT_ONCE)):
                 images = threads.map(_look_at, samples)
@@ -161,7 +161,7 @@ def inspect_task(opened: ScannedTask, progress: Progress = no_progress) -> Inspe
                     gathered.add(shard, sample, image)
                 done += len(samples)
                 progress("looking at samples", done, total)
-    return _finding(opened, gathered)
+    return _finding(scanned, gathered)
 
 
 def _look_at(sample: Sample) -> ImageFacts | DecodeError:
@@ -200,7 +200,7 @@ def _finding(opened: ScannedTask, gathered: _Gathered) -> Inspection:
         problems=problems,
         warnings=(
             *opened.warnings,
-            *warnings_of(classnames, templates, within, splits),
+            *task_warnings(classnames, templates, within, splits),
             *trait_warnings(traits),
             *_prompts_of_clip(opened.task),
         ),
@@ -209,7 +209,7 @@ def _finding(opened: ScannedTask, gathered: _Gathered) -> Inspection:
 
 def _prompts_of_clip(task: TaskFolder) -> list[str]:
     """What CLIP's own tokenizer makes of the prompts; which model will read them is not known here."""
-    sentences = prompt_warnings(task, open_clip.get_tokenizer("ViT-B-32"), same_names=False)
+    sentences = prompt_warnings(task, open_clip.get_tokenizer("ViT-B-32"), include_equal_names=False)
     return [f"{sentence} (as CLIP's own tokenizer reads them)" for sentence in sentences]
 
 

@@ -21,7 +21,7 @@ def no_progress(what: str, done: int, total: int) -> None:
 
 
 @dataclass(frozen=True)
-class Shard:
+class ScannedShard:
     """A promised shard, and its samples where it is whole."""
 
     split: Split
@@ -35,7 +35,7 @@ class ScannedTask:
 
     task: TaskFolder
     manifest: Manifest | None = None
-    shards: list[Shard] = field(default_factory=list)
+    shards: list[ScannedShard] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -111,11 +111,11 @@ def _place(split: Split, file: Path) -> str:
     return f"{split}/{file.name}"
 
 
-def _open_shard(split: Split, file: Path, record: ManifestShard | None, manifest: bool) -> Shard:
+def _open_shard(split: Split, file: Path, record: ManifestShard | None, manifest: bool) -> ScannedShard:
     place = _place(split, file)
     if not file.is_file():
         problem = f"{place}: found no such file, expected a shard as nshards.txt promises"
-        return Shard(split, None, ShardFinding(shard=place, samples=None, bytes=None, problems=(problem,)))
+        return ScannedShard(split, None, ShardFinding(shard=place, samples=None, bytes=None, problems=(problem,)))
     problems: list[str] = []
     samples: IndexedSamples | None = None
     count: int | None = None
@@ -129,7 +129,7 @@ def _open_shard(split: Split, file: Path, record: ManifestShard | None, manifest
     elif manifest:
         problems.append(f"{place}: found a shard that {MANIFEST} does not know, expected it there")
     size = file.stat().st_size
-    return Shard(split, samples, ShardFinding(shard=place, samples=count, bytes=size, problems=tuple(problems)))
+    return ScannedShard(split, samples, ShardFinding(shard=place, samples=count, bytes=size, problems=tuple(problems)))
 
 
 def _against_manifest(place: str, file: Path, samples: int | None, record: ManifestShard) -> list[str]:

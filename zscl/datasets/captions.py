@@ -13,7 +13,7 @@ HEADER = b"caption\n"  # below it, every line is a caption
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenCaptions:
     """What was written as captions.txt.
 
     Attributes:
@@ -29,7 +29,7 @@ class Written:
     empty: int
 
 
-def write_captions(file: Path, folder: Path, column: str | None = None) -> Written:
+def write_captions(file: Path, folder: Path, column: str | None = None) -> WrittenCaptions:
     """Write a caption file as the captions.txt of a reference set, whole or not at all.
 
     Nothing is deduplicated or reordered; only empty captions are left out.
@@ -68,7 +68,7 @@ def write_captions(file: Path, folder: Path, column: str | None = None) -> Writt
             with temporary.open("w", encoding="utf-8") as stream:
                 stream.writelines(caption + "\n" for caption in captions)
             _make_readable(temporary, file, first[0])
-    return Written(source.count, source.origin, tuple(first), source.empty)
+    return WrittenCaptions(source.count, source.origin, tuple(first), source.empty)
 
 
 def _make_readable(written: Path, file: Path, first: str) -> None:

@@ -10,7 +10,7 @@ from zscl.data.indexed import IndexedSamples
 from zscl.data.shard_urls import open_samples
 from zscl.data.task import MANIFEST, TaskFolder, read_lines
 from zscl.datasets.mtil import classnames_of, templates_of
-from zscl.datasets.sources import Prepared, kept_task
+from zscl.datasets.sources import PreparedTask, find_existing_task
 from zscl.datasets.task_writer import FileList
 from zscl.runtime.atomic_io import atomic_folder, write_text
 from zscl.runtime.hashing import sha256_of_file
@@ -18,7 +18,7 @@ from zscl.runtime.hashing import sha256_of_file
 SPLIT_FAMILY = "clip-benchmark-wds"
 
 # Repository, and how its split differs from that of the published numbers.
-COPIES = {
+MTIL_COPIES = {
     "Aircraft": ("wds_fgvc_aircraft", "the published split"),
     "Caltech101": ("wds_vtab-caltech101", "another split, and a class more: the background"),
     "CIFAR100": ("wds_vtab-cifar100", "5 000 training images are held out"),
@@ -33,7 +33,7 @@ COPIES = {
 }
 
 # Test sets that tell how far a model has drifted; class names and templates are the copies' own.
-DRIFT = {
+DRIFT_COPIES = {
     "ImageNet": ("wds_imagenet1k", "the validation images"),
     "ImageNetV2": ("wds_imagenetv2", "matched frequency"),
     "ImageNet-A": ("wds_imagenet-a", "200 classes"),
@@ -43,7 +43,7 @@ DRIFT = {
 }
 
 
-def fetch(task: str, out: Path) -> Prepared:
+def fetch(task: str, out: Path) -> PreparedTask:
     """Download a copy to the task folder `out/task`; one that is there is kept.
 
     A task of MTIL gets our class names and templates. Of ImageNet and its shifts, the test split alone is fetched.
@@ -54,13 +54,13 @@ def fetch(task: str, out: Path) -> Prepared:
         InputError: it cannot be downloaded, its shards are not whole, or something else lies where the task would.
     """
     folder = out / task
-    repository, difference = (COPIES | DRIFT)[task]
-    kept = kept_task(folder, SPLIT_FAMILY)
+    repository, difference = (MTIL_COPIES | DRIFT_COPIES)[task]
+    kept = find_existing_task(folder, SPLIT_FAMILY)
     if kept is not None:
         return replace(kept, notes=(difference,))
     downloaded = out / ".downloads" / repository
     _download(task, repository, downloaded)
-    ours = task in COPIES
+    ours = task in MTIL_COPIES
     splits = [split for split in ("train", "test")[not ours :] if (downloaded / split / "nshards.txt").is_file()]
     if "test" not in splits:
         raise InputError(f"{task}: found no test/nshards.txt in clip-benchmark/{repository}, expected a task's layout")
@@ -78,13 +78,13 @@ def fetch(task: str, out: Path) -> Prepared:
         write_text(temporary / "zeroshot_classification_templates.txt", "\n".join(templates) + "\n")
         write_text(temporary / MANIFEST, manifest)
     shutil.rmtree(downloaded, ignore_errors=True)
-    return Prepared(task, str(folder), images, SPLIT_FAMILY, notes=(difference, *notes))
+    return PreparedTask(task, str(folder), images, SPLIT_FAMILY, notes=(difference, *notes))
 
 
 def _download(task: str, repository: str, folder: Path) -> None:
     from huggingface_hub import snapshot_download
 
-    splits = ("*",) if task in COPIES else ("test",)
+    splits = ("*",) if task in MTIL_COPIES else ("test",)
     patterns = ["*.txt", *(f"{split}/{files}" for split in splits for files in ("nshards.txt", "*.tar"))]
     try:
         snapshot_download(

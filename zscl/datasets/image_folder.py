@@ -5,10 +5,10 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from schemas.errors import InputError, counted
-from zscl.checks.image import has_header
+from zscl.checks.image import has_image_header
 from zscl.data.sample import printable_name
 from zscl.data.tar import IMAGE_SUFFIXES, is_image_name
-from zscl.datasets.sources import SPLIT_SEED, File, Prepared, random_split, said_in_one_sentence, write_files
+from zscl.datasets.sources import SPLIT_SEED, SourceFile, PreparedTask, random_split, convert_errors, write_files
 from zscl.datasets.task_writer import image_suffix
 from zscl.runtime.paths import files_within, is_hidden
 
@@ -16,7 +16,7 @@ DEFAULT_TEMPLATE = "a photo of a {c}."
 MOST_NAMED = 8  # classes or files, in a sentence
 
 
-def prepare_folder(images: Path, folder: Path, templates: Sequence[str], seed: int = SPLIT_SEED) -> Prepared:
+def prepare_folder(images: Path, folder: Path, templates: Sequence[str], seed: int = SPLIT_SEED) -> PreparedTask:
     """Convert a tree of images, a folder a class, to a task.
 
     Args:
@@ -69,7 +69,7 @@ def _names(classnames: Sequence[str]) -> str:
     return f"{len(classnames)} classes, named after their folders: {', '.join(classnames[:MOST_NAMED])}{more}"
 
 
-def _folders_in_classes(images: Path, splits: Mapping[str, Sequence[File]]) -> list[str]:
+def _folders_in_classes(images: Path, splits: Mapping[str, Sequence[SourceFile]]) -> list[str]:
     """A warning where a class's folder holds folders: these may be the classes that were meant."""
     depth = 2 if (images / "train").is_dir() and (images / "test").is_dir() else 1
     for files in splits.values():
@@ -104,7 +104,7 @@ def _beside_classes(images: Path, classes: Sequence[str]) -> list[str]:
     return [printable_name(file.relative_to(images).as_posix()) for file in files if is_image_name(file.name)]
 
 
-def _folder_splits(images: Path, seed: int, left_out: list[str]) -> tuple[str, list[str], dict[str, list[File]]]:
+def _folder_splits(images: Path, seed: int, left_out: list[str]) -> tuple[str, list[str], dict[str, list[SourceFile]]]:
     """Family, classes and files of a tree; files that are no images are left out, and their names are kept."""
     if not images.is_dir():
         raise InputError(f"{images}: found no such folder, expected images sorted into a folder a class")
@@ -113,7 +113,7 @@ def _folder_splits(images: Path, seed: int, left_out: list[str]) -> tuple[str, l
         raise InputError(f"{images}: found {given[0]}/ alone, expected both train/ and test/, or a folder a class")
     if not given:
         classes = _folders(images)
-        files = _images(class_files(images, images, classes), classes, left_out)
+        files = _images(list_class_files(images, images, classes), classes, left_out)
         places = random_split(len(files), seed)
         split_files = {split: [files[index] for index in indices] for split, indices in places.items()}
         return f"folder-seed{seed}", classes, split_files
@@ -122,16 +122,16 @@ def _folder_splits(images: Path, seed: int, left_out: list[str]) -> tuple[str, l
         [odd, *_] = sorted(set(classes) ^ set(tested))
         here, there = ("train", "test") if odd in classes else ("test", "train")
         raise InputError(f"{images}: found the class '{odd}' in {here}/ and not in {there}/, expected it in both")
-    found = {split: _images(class_files(images, images / split, classes), classes, left_out) for split in given}
+    found = {split: _images(list_class_files(images, images / split, classes), classes, left_out) for split in given}
     return "folder", classes, found
 
 
-def _images(files: Sequence[File], classes: Sequence[str], left_out: list[str]) -> list[File]:
+def _images(files: Sequence[SourceFile], classes: Sequence[str], left_out: list[str]) -> list[SourceFile]:
     """The files that begin like an image; the names of the others join those that are left out."""
     images = []
     for file in files:
-        with said_in_one_sentence(f"{file.name}: cannot be read"):
-            is_image = has_header(file.read())
+        with convert_errors(f"{file.name}: cannot be read"):
+            is_image = has_image_header(file.read())
         if is_image:
             images.append(file)
         else:
@@ -149,7 +149,7 @@ def _folders(folder: Path) -> list[str]:
     return sorted(place.name for place in folder.iterdir() if place.is_dir() and not is_hidden(place.name))
 
 
-def class_files(images: Path, folder: Path, classes: Sequence[str], within: str = "") -> list[File]:
+def list_class_files(images: Path, folder: Path, classes: Sequence[str], subfolder: str = "") -> list[SourceFile]:
     """The image files of a tree with a folder a class, named from `images` on.
 
     Args:
@@ -163,14 +163,14 @@ def class_files(images: Path, folder: Path, classes: Sequence[str], within: str 
     """
     files = []
     for label, name in enumerate(classes):
-        place = folder / name / within
-        with said_in_one_sentence(f"{place}: cannot be read"):
+        place = folder / name / subfolder
+        with convert_errors(f"{place}: cannot be read"):
             found = files_within(place) if place.is_dir() else []
         if not found:
             raise InputError(f"{folder / name}: found no image, expected at least one a class")
         for file in found:
             image_suffix(str(file))
-            files.append(File(printable_name(file.relative_to(images).as_posix()), label, file.read_bytes))
+            files.append(SourceFile(printable_name(file.relative_to(images).as_posix()), label, file.read_bytes))
     if not files:
         raise InputError(
             f"{folder}: found no folder with images, expected one a class ({', '.join(IMAGE_SUFFIXES)} files)"

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from schemas.errors import InputError
 from zscl.data.task import read_lines
-from zscl.datasets.image_folder import class_files
-from zscl.datasets.sources import File, Prepared, write_files
+from zscl.datasets.image_folder import list_class_files
+from zscl.datasets.sources import SourceFile, PreparedTask, write_files
 
 TINY_TEMPLATE = "a bad photo of a {c}."  # of the published results
 TEMPLATE = "a good photo of a {c}."
 
 
-def prepare_tinyimagenet(root: Path, folder: Path) -> Prepared:
+def prepare_tinyimagenet(root: Path, folder: Path) -> PreparedTask:
     """Convert `tiny-imagenet-200` as it unpacks; its validation images are the test split.
 
     Args:
@@ -37,18 +37,18 @@ def prepare_tinyimagenet(root: Path, folder: Path) -> Prepared:
                 f"{root}/val/val_annotations.txt: found {line!r}, expected an image of val/images and an id of "
                 "wnids.txt"
             )
-        test.append(File(f"val/images/{name}", labels[wnid], image.read_bytes))
+        test.append(SourceFile(f"val/images/{name}", labels[wnid], image.read_bytes))
     return write_files(
         folder,
         [_first_name(words.get(wnid, ""), wnid) for wnid in wnids],
         [TINY_TEMPLATE],
-        {"train": class_files(root, root / "train", wnids, "images"), "test": test},
+        {"train": list_class_files(root, root / "train", wnids, "images"), "test": test},
         source="tiny-imagenet-200",
         split_family="official-val",
     )
 
 
-def prepare_imagenet(root: Path, folder: Path, classes: Path | None) -> Prepared:
+def prepare_imagenet(root: Path, folder: Path, classes: Path | None) -> PreparedTask:
     """Convert ImageNet-1k, or some of its classes, from the layout of torchvision's ImageNet; val is the test split.
 
     Args:
@@ -77,7 +77,7 @@ def prepare_imagenet(root: Path, folder: Path, classes: Path | None) -> Prepared
         [name.strip() or known[wnid] for wnid, name in given.items()],
         [TEMPLATE],
         {
-            split: class_files(root, root / place, list(given))
+            split: list_class_files(root, root / place, list(given))
             for split, place in {"train": "train", "test": "val"}.items()
         },
         source=f"ImageNet-1k, {len(given)} classes",

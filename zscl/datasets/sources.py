@@ -20,7 +20,7 @@ from zscl.datasets.task_writer import FileList, LabelledImage, write_task
 SPLIT_SEED = 42  # of the authors' random splits
 
 
-class File(NamedTuple):
+class SourceFile(NamedTuple):
     """An image of a source that has not been read yet."""
 
     name: str
@@ -29,7 +29,7 @@ class File(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedTask:
     """A task folder that is there now."""
 
     name: str
@@ -40,7 +40,7 @@ class Prepared:
     notes: tuple[str, ...] = ()
 
 
-def known(what: str, name: str, allowed: Sequence[str]) -> str:
+def check_name(command: str, name: str, allowed: Sequence[str]) -> str:
     """Give the name back.
 
     Raises:
@@ -51,7 +51,7 @@ def known(what: str, name: str, allowed: Sequence[str]) -> str:
     lower = {candidate.lower(): candidate for candidate in allowed}
     nearest = get_close_matches(name.lower(), lower, n=1)
     hint = f"did you mean '{lower[nearest[0]]}'?" if nearest else "expected one of: " + ", ".join(allowed)
-    raise InputError(f"{what}: found the unknown name '{name}'; {hint}")
+    raise InputError(f"{command}: found the unknown name '{name}'; {hint}")
 
 
 def random_split(total: int, seed: int = SPLIT_SEED) -> dict[str, list[int]]:
@@ -62,7 +62,7 @@ def random_split(total: int, seed: int = SPLIT_SEED) -> dict[str, list[int]]:
     return {split: list(part.indices) for split, part in zip(("train", "test"), parts, strict=True)}
 
 
-def kept_task(folder: Path, split_family: str) -> Prepared | None:
+def find_existing_task(folder: Path, split_family: str) -> PreparedTask | None:
     """The task that is there already, if there is one.
 
     Raises:
@@ -83,17 +83,17 @@ def kept_task(folder: Path, split_family: str) -> Prepared | None:
         raise InputError(
             f"{folder}: found a task of the split family '{found}', expected '{split_family}' or a new folder"
         )
-    return Prepared(folder.name, str(folder), images, split_family, kept=True)
+    return PreparedTask(folder.name, str(folder), images, split_family, kept=True)
 
 
 def write_files(
     folder: Path,
     classnames: Sequence[str],
     templates: Sequence[str],
-    splits: Mapping[str, Sequence[File]],
+    splits: Mapping[str, Sequence[SourceFile]],
     source: str,
     split_family: str,
-) -> Prepared:
+) -> PreparedTask:
     """Write a task of image files, whose bytes it keeps; one made of the same files is kept as it is.
 
     Arguments as of `zscl.datasets.task_writer.write_task`.
@@ -101,17 +101,17 @@ def write_files(
     Raises:
         InputError: a file cannot be read, or something else lies at `folder`.
     """
-    kept = kept_task(folder, split_family)
+    kept = find_existing_task(folder, split_family)
     if kept is not None:
         _check_same(folder, splits, classnames, templates)
         return kept
     read = {split: read_images(folder.name, files, lambda: None) for split, files in splits.items()}
     write_task(folder, classnames, templates, read, source=source, split_family=split_family)
-    return Prepared(folder.name, str(folder), {split: len(files) for split, files in splits.items()}, split_family)
+    return PreparedTask(folder.name, str(folder), {split: len(files) for split, files in splits.items()}, split_family)
 
 
 def _check_same(
-    folder: Path, splits: Mapping[str, Sequence[File]], classnames: Sequence[str], templates: Sequence[str]
+    folder: Path, splits: Mapping[str, Sequence[SourceFile]], classnames: Sequence[str], templates: Sequence[str]
 ) -> None:
     lists = {}
     for split, files in splits.items():
@@ -128,21 +128,21 @@ def _check_same(
         raise InputError(f"{folder}: found a task of other files, classes or templates, expected a new folder")
 
 
-def read_images(task: str, files: Sequence[File], done: Callable[[], None]) -> Iterator[LabelledImage]:
+def read_images(task: str, files: Sequence[SourceFile], on_image: Callable[[], None]) -> Iterator[LabelledImage]:
     """Read a task's images one after another; `done` is called behind each.
 
     Raises:
         InputError: a file cannot be read.
     """
     for file in files:
-        with said_in_one_sentence(f"{task}: cannot read {file.name}"):
+        with convert_errors(f"{task}: cannot read {file.name}"):
             image = file.read()
         yield LabelledImage(image, file.label, file.name)
-        done()
+        on_image()
 
 
 @contextmanager
-def said_in_one_sentence(what: str) -> Iterator[None]:
+def convert_errors(what: str) -> Iterator[None]:
     """Turn whatever is raised within into an `InputError` that begins with `what`."""
     # torchvision's classes parse what they find: whatever that raises says that the copy is not what it should be.
     try:

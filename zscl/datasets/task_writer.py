@@ -11,7 +11,7 @@ from zscl.data.tar import IMAGE_SUFFIXES, write_shards
 from zscl.data.task import MANIFEST
 from zscl.runtime.atomic_io import atomic_folder, write_text
 
-FILES = "files.txt"  # of a split: what each sample was called at its source
+FILE_NAMES = "files.txt"  # of a split: what each sample was called at its source
 
 
 class LabelledImage(NamedTuple):
@@ -85,7 +85,7 @@ def write_task(
             if files.names:
                 # A name may hold line separators; the number of a line is a sample's key.
                 lines = (name if name.splitlines() == [name] else ascii(name) for name in files.names)
-                write_text(temporary / split / FILES, "\n".join(lines) + "\n")
+                write_text(temporary / split / FILE_NAMES, "\n".join(lines) + "\n")
         manifest = {"source": source, "split_family": split_family, "file_lists": file_lists, "splits": shards}
         write_text(temporary / MANIFEST, json.dumps(manifest, indent=1) + "\n")
 

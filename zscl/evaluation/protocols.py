@@ -17,7 +17,7 @@ from zscl.data.loader import EvaluationImages, Loader
 from zscl.data.task import TaskFolder
 from zscl.evaluation.zero_shot import embed_classes
 from zscl.models.clip import Clip, at_least_float32, precision_context
-from zscl.models.load_checks import refuse_not_finite
+from zscl.models.load_checks import check_finite
 
 BINS = 15  # of confidence; Guo et al., On Calibration of Modern Neural Networks, ICML 2017
 
@@ -184,7 +184,7 @@ def evaluate_tasks(
             for batch, labels in images.batches(batch_size, loader):
                 with precision_context(precision, loader.device):
                     features = at_least_float32(clip.model.encode_image(batch, normalize=True))  # type: ignore[operator]
-                refuse_not_finite(features, f"{task.path}/test: the model gives its images")
+                check_finite(features, f"{task.path}/test: the model gives its images")
                 for tally, classes in tallies.values():
                     tally.add(features, classes[labels])
                 on_images(len(labels))

@@ -10,7 +10,7 @@ from zscl.data.decode import Decoder
 from zscl.data.loader import EvaluationImages, Loader
 from zscl.data.task import TaskFolder
 from zscl.models.clip import Clip, at_least_float32, precision_context
-from zscl.models.load_checks import refuse_not_finite
+from zscl.models.load_checks import check_finite
 from zscl.runtime.distributed import all_reduce_ints, gather, rank, rank_slice, world_size
 
 CLASSES_AT_ONCE = 32  # classes (times templates) in one pass of the text tower
@@ -87,7 +87,7 @@ def class_embeddings(clip: Clip, task: TaskFolder, templates: str, device: torch
         clip.model, clip.tokenizer, names, formats, num_classes_per_batch=CLASSES_AT_ONCE, device=device
     ).T[: len(own)]
     gathered = gather(at_least_float32(embedded).contiguous(), len(task.classnames))
-    refuse_not_finite(gathered, f"task '{task.name}': the model gives its class prompts")
+    check_finite(gathered, f"task '{task.name}': the model gives its class prompts")
     return gathered
 
 

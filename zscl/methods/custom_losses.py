@@ -43,7 +43,7 @@ def import_custom_loss(loss: CustomLoss) -> Callable[..., "LossTerm"]:
     return found  # type: ignore[no-any-return]
 
 
-def digest_of_code(loss: CustomLoss) -> str:
+def code_digest(loss: CustomLoss) -> str:
     """Identity of the code that a recipe names: the source of its module. Its settings are looked at, too.
 
     Raises:
@@ -64,14 +64,14 @@ def digest_of_code(loss: CustomLoss) -> str:
         return sha256_of(loss.path)
 
 
-def build_term(loss: CustomLoss, stage: "StageContext") -> "LossTerm":
+def build_custom_term(loss: CustomLoss, context: "StageContext") -> "LossTerm":
     """Bind a loss to a stage.
 
     Raises:
         InputError: it fails, or what it gives is no part.
     """
     with _failure_told(loss):
-        part = import_custom_loss(loss)(stage, **loss.settings)
+        part = import_custom_loss(loss)(context, **loss.settings)
     if not callable(part):
         raise InputError(
             f"method.further_losses: '{loss.path}' gives {type(part).__name__}, expected a part: something that is "

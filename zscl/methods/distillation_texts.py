@@ -15,7 +15,7 @@ from schemas.method import Distill
 from zscl.data.reference_set import ReferenceSet
 from zscl.data.task import TaskFolder
 from zscl.models.clip import Clip, at_least_float32
-from zscl.models.load_checks import refuse_not_finite
+from zscl.models.load_checks import check_finite
 from zscl.runtime.atomic_io import atomic_file
 from zscl.runtime.distributed import all_reduce_ints, broadcast_tensor, gather, rank, rank_slice
 from zscl.runtime.hashing import sha256_of
@@ -142,7 +142,7 @@ def _stored(file: Path, count: int, note: Callable[[str], None]) -> torch.Tensor
 def _embedded(teacher: nn.Module, tokens: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The embeddings of all workers' tokens. [N, D]"""
     embedded = gather(_encode(teacher, tokens, device), len(tokens))
-    refuse_not_finite(embedded, "the teacher gives reference texts")
+    check_finite(embedded, "the teacher gives reference texts")
     return embedded
 
 

@@ -36,7 +36,7 @@ from zscl.data.indexed import IndexedSamples
 from zscl.data.loader import EvaluationImages, Loader
 from zscl.data.sample import Sample
 from zscl.models.clip import Clip, at_least_float32, precision_context
-from zscl.models.load_checks import refuse_not_finite
+from zscl.models.load_checks import check_finite
 from zscl.runtime.atomic_io import quarantine
 from zscl.runtime.distributed import all_reduce_ints, barrier, rank, rank_slice, world_size
 from zscl.runtime.hashing import sha256_of
@@ -277,7 +277,7 @@ class StoredFeatures:
         if self._full:
             return
         features = features.cpu()
-        refuse_not_finite(features, "the teacher gives reference images")
+        check_finite(features, "the teacher gives reference images")
         try:
             self.store.write(identities, features)
         except OSError as error:  # a store saves work; training goes on without it

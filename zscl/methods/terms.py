@@ -12,7 +12,7 @@ from schemas.errors import InputError
 from schemas.experiment import Experiment
 from schemas.method import Distill
 from zscl.methods import losses
-from zscl.methods.custom_losses import build_term
+from zscl.methods.custom_losses import build_custom_term
 from zscl.methods.interfaces import Batch, Features, LossTerm, StageContext, Teacher
 from zscl.runtime.distributed import gather
 
@@ -114,5 +114,5 @@ def build_objective(experiment: Experiment, stage: StageContext) -> Objective:
     if method.consolidate:
         multi_tensor = experiment.compute.savings.multi_tensor
         parts.append(Consolidation(stage.trained, stage.start, method.consolidate.weight, multi_tensor))
-    parts += [build_term(loss, stage) for loss in method.further_losses]
+    parts += [build_custom_term(loss, stage) for loss in method.further_losses]
     return Objective(parts)

@@ -13,7 +13,7 @@ class NotApplicableError(Exception):
     """A tower is built differently from what a saving needs; says how."""
 
 
-def require(tower: object, *names: str) -> None:
+def check_attributes(tower: object, *names: str) -> None:
     """See that a tower has the attributes that are used of it: another version of open_clip may have others.
 
     Args:
@@ -33,7 +33,7 @@ BLOCK_PARTS = {"ln_1", "attn", "ls_1", "ln_2", "mlp", "ls_2"}
 ATTENTION_PARAMETERS = {"in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias"}
 
 
-def plain_blocks(transformer: object) -> Sequence[ResidualAttentionBlock]:
+def extract_blocks(transformer: object) -> Sequence[ResidualAttentionBlock]:
     """Return a transformer's residual attention blocks after checking their structure.
 
     The check looks at the blocks and not at attributes of the transformer around them, which change between versions
@@ -55,12 +55,12 @@ def plain_blocks(transformer: object) -> Sequence[ResidualAttentionBlock]:
     for block in blocks:
         if type(block) is not ResidualAttentionBlock:
             raise NotApplicableError(f"it has blocks of another kind ({type(block).__name__})")
-        if other := _other_parts(block):
+        if other := _differing_parts(block):
             raise NotApplicableError(f"its blocks are built differently ({', '.join(sorted(other))})")
     return blocks
 
 
-def _other_parts(block: ResidualAttentionBlock) -> set[str]:
+def _differing_parts(block: ResidualAttentionBlock) -> set[str]:
     """Name the parts that a block has beside, or lacks of, those of a plain block."""
     other = BLOCK_PARTS ^ {name for name, _ in block.named_children()}
     if "attn" in other:
@@ -77,7 +77,7 @@ def _other_parts(block: ResidualAttentionBlock) -> set[str]:
     return other
 
 
-def project(attention: nn.MultiheadAttention, rows: torch.Tensor, parts: slice) -> list[torch.Tensor]:
+def project_qkv(attention: nn.MultiheadAttention, rows: torch.Tensor, parts: slice) -> list[torch.Tensor]:
     """Queries, keys, values (parts 0, 1, 2) of the rows, each [..., heads, width of a head].
 
     Keys get no bias: it would move all scores of a query alike, which a softmax does not see. So its gradient is 0,

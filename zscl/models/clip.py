@@ -21,11 +21,11 @@ from schemas.experiment import LOCAL_MODEL, Model
 from zscl.models.load_checks import (
     HUB_MODEL,
     check_features,
-    differences,
-    mismatch,
-    refuse_missing_packages,
-    refuse_unknown_name,
-    refuse_unreachable_weights,
+    describe_differences,
+    describe_mismatch,
+    check_packages,
+    check_name,
+    check_weights_reachable,
 )
 from zscl.runtime.atomic_io import atomic_folder
 from zscl.runtime.hashing import sha256_of, sha256_of_file
@@ -74,7 +74,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     except Exception as error:  # safetensors raises what it meets
         reason = " ".join(str(error).split())
         raise InputError(f"{file}: found no readable weights, expected a model's ({reason})") from error
-    if wrong := differences(model, weights):
+    if wrong := describe_differences(model, weights):
         raise InputError(f"{file}: found weights of another architecture, expected the model's own ({wrong})")
     model.load_state_dict(weights)
 
@@ -103,10 +103,10 @@ def load_clip(model: Model, device: torch.device | str = "cpu") -> Clip:
     shown = f"model: '{model.name}'" + (f" with pretrained '{model.pretrained}'" if model.pretrained else "")
     if name.startswith(LOCAL_MODEL) and not (Path(name.removeprefix(LOCAL_MODEL)) / WEIGHTS).is_file():
         _refuse_without_safetensors(Path(name.removeprefix(LOCAL_MODEL)), shown)
-    refuse_unknown_name(model, shown)
+    check_name(model, shown)
     try:
-        refuse_unreachable_weights(model, shown)
-        refuse_missing_packages(open_clip.get_model_config(name), name, shown)
+        check_weights_reachable(model, shown)
+        check_packages(open_clip.get_model_config(name), name, shown)
         with warnings.catch_warnings(), _weights_alone():
             warnings.filterwarnings("error", message="QuickGELU mismatch")
             network, train_transform, evaluation_transform = _created(name, model, device, shown)
@@ -140,7 +140,7 @@ def _created(name: str, model: Model, device: torch.device | str, shown: str) ->
     except (RuntimeError, AssertionError, KeyError, AttributeError) as error:  # of weights that do not fit, too
         folder = Path(name.removeprefix(LOCAL_MODEL))
         file = folder / WEIGHTS if name.startswith(LOCAL_MODEL) else Path(model.pretrained or "")
-        if not file.is_file() or not (wrong := mismatch(name, file)):
+        if not file.is_file() or not (wrong := describe_mismatch(name, file)):
             raise
         raise InputError(
             f"{shown}: found weights of another architecture in {file}, expected those of "
@@ -221,7 +221,7 @@ def at_least_float32(features: torch.Tensor) -> torch.Tensor:
     return features.to(torch.promote_types(features.dtype, torch.float32))
 
 
-def use_deterministic_kernels(device: torch.device, wanted: bool = True) -> None:
+def use_deterministic_kernels(device: torch.device, enabled: bool = True) -> None:
     """Make training on a GPU give the same bits in every run.
 
     By default, the backward passes of attention and of indexing add up in an order that changes between runs. The
@@ -231,7 +231,7 @@ def use_deterministic_kernels(device: torch.device, wanted: bool = True) -> None
         device: where the process trains.
         wanted: as the recipe says (`compute.deterministic`).
     """
-    if device.type == "cuda" and wanted:
+    if device.type == "cuda" and enabled:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the process first uses cuBLAS
         torch.use_deterministic_algorithms(True)  # with `warn_only`, attention stays nondeterministic
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

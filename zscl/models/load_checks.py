@@ -27,7 +27,7 @@ TEXTS = ["a photo of a cat.", "two red circles on a blue wall"]
 # --------------------------------------------------------------------------------------------- before loading
 
 
-def refuse_unknown_name(model: Model, shown: str) -> None:
+def check_name(model: Model, shown: str) -> None:
     """Refuse a name that open_clip does not know, with the nearest one, or weights that it does not have.
 
     Raises:
@@ -54,7 +54,7 @@ def _spelt(name: str, known: Sequence[str]) -> str:
     return next((each for each in known if each.lower() == name.lower()), name)
 
 
-def refuse_missing_packages(config: Mapping[str, Any] | None, name: str, shown: str) -> None:
+def check_packages(config: Mapping[str, Any] | None, name: str, shown: str) -> None:
     """Refuse a model whose tokenizer or text tower needs the package transformers, where that is not installed.
 
     Raises:
@@ -70,7 +70,7 @@ def refuse_missing_packages(config: Mapping[str, Any] | None, name: str, shown: 
         )
 
 
-def refuse_unreachable_weights(model: Model, shown: str) -> None:
+def check_weights_reachable(model: Model, shown: str) -> None:
     """Refuse weights that are not in the cache if the hub cannot be reached: huggingface_hub retries for a minute.
 
     Raises:
@@ -105,7 +105,7 @@ def refuse_unreachable_weights(model: Model, shown: str) -> None:
 # ------------------------------------------------------------------------------------------------ the weights
 
 
-def differences(network: nn.Module, weights: Mapping[str, Any]) -> str:
+def describe_differences(network: nn.Module, weights: Mapping[str, Any]) -> str:
     """How weights differ from what a network expects, by name; empty where they fit.
 
     Args:
@@ -130,7 +130,7 @@ def differences(network: nn.Module, weights: Mapping[str, Any]) -> str:
     )
 
 
-def mismatch(name: str, file: Path) -> str:
+def describe_mismatch(name: str, file: Path) -> str:
     """How the weights in a file differ from those of an architecture; empty where that cannot be told.
 
     Args:
@@ -148,7 +148,7 @@ def mismatch(name: str, file: Path) -> str:
             resized = each.endswith("positional_embedding") and held is not None and held.shape[-1] == own.shape[-1]
             if resized or each == "logit_bias" or (each == "logit_scale" and held is not None and held.numel() == 1):
                 weights[each] = own
-        return differences(network, weights)
+        return describe_differences(network, weights)
     except Exception:  # whatever is wrong beside, open_clip's own error says it
         return ""
 
@@ -161,7 +161,7 @@ def check_features(
     model: Any,
     tokenizer: Callable[[list[str]], torch.Tensor],
     image_transform: Callable[[Any], torch.Tensor],
-    shown: str,
+    description: str,
     device: torch.device | str,
 ) -> None:
     """Encode two images and two texts, and refuse features that nothing can be computed with.
@@ -185,30 +185,30 @@ def check_features(
     ]
     if wrong:
         more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
-        raise InputError(f"{shown}: found NaN or Inf in its weights {', '.join(wrong[:NAMED])}{more}, expected numbers")
+        raise InputError(f"{description}: found NaN or Inf in its weights {', '.join(wrong[:NAMED])}{more}, expected numbers")
     was_training = model.training
     model.eval()
     try:
-        with _failure_named(f"{shown}: its image transform fails on an image"):
+        with _failure_named(f"{description}: its image transform fails on an image"):
             pictures = [Image.linear_gradient("L").convert("RGB"), Image.radial_gradient("L").convert("RGB")]
             images = torch.stack([image_transform(picture) for picture in pictures]).to(device)
-        with _failure_named(f"{shown}: its tokenizer fails on a text"):
+        with _failure_named(f"{description}: its tokenizer fails on a text"):
             tokens = tokenizer(TEXTS)
-        _refuse_unknown_tokens(model, tokens, shown)
-        image_features = _encode(model, "encode_image", images, f"{shown}: its image tower")
-        text_features = _encode(model, "encode_text", tokens.to(device), f"{shown}: its text tower")
-        with _failure_named(f"{shown}: its logit scale cannot be read"):
+        _refuse_unknown_tokens(model, tokens, description)
+        image_features = _encode(model, "encode_image", images, f"{description}: its image tower")
+        text_features = _encode(model, "encode_text", tokens.to(device), f"{description}: its text tower")
+        with _failure_named(f"{description}: its logit scale cannot be read"):
             scale = model.logit_scale.exp()
     finally:
         model.train(was_training)
     if image_features.shape != text_features.shape:
         raise InputError(
-            f"{shown}: found features of {image_features.shape[1]} numbers an image and {text_features.shape[1]} a "
+            f"{description}: found features of {image_features.shape[1]} numbers an image and {text_features.shape[1]} a "
             "text, expected as many from both towers"
         )
     if scale.numel() != 1 or not bool(scale.isfinite().all()):
         raise InputError(
-            f"{shown}: found the logit scale {scale.flatten().tolist()[:NAMED]}, expected one finite number"
+            f"{description}: found the logit scale {scale.flatten().tolist()[:NAMED]}, expected one finite number"
         )
 
 
@@ -221,7 +221,7 @@ def _encode(model: Any, encode: str, inputs: torch.Tensor, tower: str) -> torch.
         raise InputError(f"{tower} returns {type(features).__name__}, {expected}")
     if features.ndim != 2 or len(features) != len(inputs) or not features.is_floating_point():
         raise InputError(f"{tower} returns {features.dtype} of shape {list(features.shape)}, {expected}")
-    refuse_not_finite(features, f"{tower} returns")
+    check_finite(features, f"{tower} returns")
     if not bool((features.norm(dim=1) > 0).all()):
         raise InputError(f"{tower} returns features that are all zero, {expected} and of length 1")
     if bool((features[0] - features[1]).abs().max() < SAME):
@@ -250,7 +250,7 @@ def _failure_named(what: str) -> Iterator[None]:
         raise InputError(f"{what} ({type(error).__name__}: {' '.join(str(error).split())})") from error
 
 
-def refuse_not_finite(features: torch.Tensor, what: str) -> None:
+def check_finite(features: torch.Tensor, subject: str) -> None:
     """Refuse features that are NaN or Inf.
 
     Args:
@@ -261,4 +261,4 @@ def refuse_not_finite(features: torch.Tensor, what: str) -> None:
         InputError: they are.
     """
     if not bool(features.isfinite().all()):
-        raise InputError(f"{what} features that are NaN or Inf, expected finite numbers")
+        raise InputError(f"{subject} features that are NaN or Inf, expected finite numbers")

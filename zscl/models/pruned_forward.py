@@ -53,7 +53,7 @@ class PrunedForward(nn.Module):
     """
 
     def __init__(
-        self, clip: nn.Module, tokens: torch.Tensor, rank_prompts: range, compute: Compute, unused_embeddings_stay: bool
+        self, clip: nn.Module, tokens: torch.Tensor, rank_prompts: range, compute: Compute, unused_embeddings_constant: bool
     ) -> None:
         super().__init__()
         self.clip, self.one_pass, self.images_at_once = clip, compute.savings.one_pass, compute.images_at_once
@@ -71,11 +71,11 @@ class PrunedForward(nn.Module):
             self._prompts = _lay_out(self._text_tower, self._tokens, savings)
             if (
                 savings.used_embeddings != "never"
-                and unused_embeddings_stay
+                and unused_embeddings_constant
                 and self._text_tower.token_embedding.weight.requires_grad
             ):
                 self._used = UsedEmbeddings(clip, tokens)
-                self._prompts = self._used.renumber(self._prompts)
+                self._prompts = self._used.remap(self._prompts)
         if compute.compile:
             self._encode_images = torch.compile(self._encode_images)  # type: ignore[method-assign]
 
@@ -99,13 +99,13 @@ class PrunedForward(nn.Module):
         if self._used is not None:
             self._used.restore(clip)
 
-    def trained(self) -> dict[str, torch.Tensor]:
+    def named_trained_parameters(self) -> dict[str, torch.Tensor]:
         """The trained parameters by name, the token embedding whole."""
         found = {name: each.detach() for name, each in self.clip.named_parameters() if each.requires_grad}
         if self._used is not None:
-            used = TextTower.of(self.clip).token_embedding.weight
+            used = TextTower.from_clip(self.clip).token_embedding.weight
             [name] = [name for name, each in self.clip.named_parameters() if each is used]
-            found[name] = self._used.table(used)
+            found[name] = self._used.full_table(used)
         return found
 
     def _images(self, images: torch.Tensor) -> torch.Tensor:
@@ -128,7 +128,7 @@ class PrunedForward(nn.Module):
 
 def _lay_out(tower: TextTower, tokens: torch.Tensor, savings: Savings) -> PackedPrompts:
     cut = savings.context_cut != "never"
-    return pack_prompts(tokens, tower.ends(tokens), cut=cut, pack=cut and savings.packed_prompts != "never")
+    return pack_prompts(tokens, tower.end_positions(tokens), cut=cut, pack=cut and savings.packed_prompts != "never")
 
 
 def _image_tower(clip: nn.Module, savings: Savings, checkpointed: bool, notes: list[str]) -> ImageTower | None:
@@ -136,7 +136,7 @@ def _image_tower(clip: nn.Module, savings: Savings, checkpointed: bool, notes: l
     if savings.pooled_row == "never":
         return None
     try:
-        tower = ImageTower.of(clip, checkpointed)
+        tower = ImageTower.from_clip(clip, checkpointed)
         height, width = image_size(clip)
         images = torch.linspace(-1, 1, 2 * 3 * height * width).reshape(2, 3, height, width)
         images = images.to(tower.visual.conv1.weight)
@@ -154,7 +154,7 @@ def _text_tower(
     if all(getattr(savings, name) == "never" for name in TEXT_SAVINGS):
         return None
     try:
-        tower = TextTower.of(clip, checkpointed)
+        tower = TextTower.from_clip(clip, checkpointed)
         few = tokens[:3]  # the same on every worker
         _check(clip, tower, clip.encode_text, _lay_out(tower, few, savings), few)  # type: ignore[arg-type]
     except NotApplicableError as reason:
@@ -230,7 +230,7 @@ def _enable_gradient_checkpointing(clip: nn.Module, tokens: torch.Tensor, image_
     clip.train(was_training)
 
 
-def unpruned_parts(clip: nn.Module, savings: Savings) -> list[str]:
+def list_unpruned_towers(clip: nn.Module, savings: Savings) -> list[str]:
     """Which towers a model's structure leaves to be computed in full, and why; a sentence each.
 
     Raises:
@@ -239,7 +239,7 @@ def unpruned_parts(clip: nn.Module, savings: Savings) -> list[str]:
     found = []
     for name, tower, wanted in (("image", ImageTower, IMAGE_SAVINGS), ("text", TextTower, TEXT_SAVINGS)):
         try:
-            tower.of(clip)
+            tower.from_clip(clip)
         except NotApplicableError as reason:
             _do_without(wanted, savings, name, reason, notes=[])
             found.append(f"the {name} tower is computed in full: {reason}")

@@ -1,56 +1,137 @@
-"""Names and paths of the files in a run's folder."""
+"""File names and paths in a run's folder, each defined once.
+
+This module imports nothing heavy, so that every package can use it.
+"""
 
 from pathlib import Path
 
-from schemas.errors import InputError
-from zscl.sequence.resolve import ResolvedExperiment
+from schemas.errors import ErrorCode, InputError
 
-ZERO_SHOT, ACCURACY = "zero_shot.json", "accuracy.json"
+# Files in a run's folder.
+EXPERIMENT = "experiment.yaml"  # the recipe with every default written out
+STATE = "state.json"  # whether the run is running, finished, failed or killed
+JOURNAL = "journal.jsonl"  # events, one JSON object per line
+CHECKPOINT = "checkpoint.pt"  # the state of the stage in training
+ZERO_SHOT = "zero_shot.json"  # the accuracy row of the initial model
+RESULT = "result.json"  # the run's result; the run is finished if it exists
+
+# Files in a stage's folder.
+LOSSES = "losses.csv"  # the losses of every step
+TRAINING = "training.json"  # the stage's result; the stage is trained if it exists
+ACCURACY = "accuracy.json"  # the accuracy row after the stage; the stage is finished if it exists
+
+# Folders.
+STAGES_FOLDER = "stages"  # of a run: one folder per trained stage
+SNAPSHOTS_FOLDER = "snapshots"  # of a run: one folder of snapshots per stage
+RAY_FOLDER = "ray"  # of a run: Ray Train's storage
+MODEL_FOLDER = "model"  # of a stage: an open_clip folder
+EXEMPLARS_FOLDER = "exemplars"  # of a stage: its exemplars, for methods with a memory
+TEACHER_FOLDER = "teacher"  # next to run folders: the teacher's cached features
+
+# Hidden files of the synchronisation with object storage.
+SYNC_MANIFEST = ".mirror.json"
+SYNC_LOCK = ".mirror.lock"
 
 
-def partial_row_file(row: Path) -> Path:
-    """Where a row is kept while its cells are measured."""
-    return row.with_suffix(".part.json")
-
-
-def stage_folder_of(opened: ResolvedExperiment, folder: Path, stage: int) -> Path:
-    """A stage's folder in that of its run."""
-    return stage_folder(folder, stage, opened.tasks[stage - 1].name)
+def stages_folder(run: Path) -> Path:
+    """Return the folder that contains the stage folders of a run."""
+    return run / STAGES_FOLDER
 
 
 def stage_folder(run: Path, stage: int, task: str) -> Path:
-    """The folder of a stage, counted from 1, that trains a task, in that of its run."""
-    return run / "stages" / f"{stage}-{task}"
+    """Return the folder of a trained stage.
+
+    Args:
+        run: The run's folder.
+        stage: The stage's number, from 1.
+        task: The name of the stage's task.
+
+    Returns:
+        The path; the folder need not exist.
+    """
+    return stages_folder(run) / f"{stage}-{task}"
 
 
 def model_folder(run: Path, stage: int, task: str) -> Path:
-    """Where the model lies that such a stage hands on, as open_clip's `local-dir:` reads it."""
-    return stage_folder(run, stage, task) / "model"
+    """Return the folder of a stage's model, which open_clip loads as `local-dir:<folder>`."""
+    return stage_folder(run, stage, task) / MODEL_FOLDER
+
+
+def exemplars_folder(run: Path, stage: int, task: str) -> Path:
+    """Return the folder of the exemplars that a stage adds to the memory."""
+    return stage_folder(run, stage, task) / EXEMPLARS_FOLDER
+
+
+def snapshots_folder(run: Path, stage: int, task: str) -> Path:
+    """Return the folder of a stage's snapshots, which exists if `compute.snapshots_every` is set."""
+    return run / SNAPSHOTS_FOLDER / f"{stage}-{task}"
+
+
+def row_file(run: Path, stage: int, task: str = "") -> Path:
+    """Return the file of an accuracy row.
+
+    Args:
+        run: The run's folder.
+        stage: The stage's number, from 1; 0 is the row of the initial model.
+        task: The name of the stage's task; unused for stage 0.
+
+    Returns:
+        The path; the file need not exist.
+    """
+    return stage_folder(run, stage, task) / ACCURACY if stage else run / ZERO_SHOT
+
+
+def partial_row_file(row: Path) -> Path:
+    """Return the file of an incomplete row, which is removed when the row is complete."""
+    return row.with_suffix(".part.json")
+
+
+def teacher_cache_folder(run: Path) -> Path:
+    """Return the folder of the teacher's cached features, which all runs with the same parent folder share."""
+    return run.parent / TEACHER_FOLDER
+
+
+def stage_cache_folder(search: Path) -> Path:
+    """Return the folder of the trained stages that the trials of a search share (see `zscl.sequence.stage_cache`)."""
+    return search / STAGES_FOLDER
+
+
+def lock_file(run: Path) -> Path:
+    """Return the lock file of a run, which is next to the run's folder."""
+    return run.with_name(f".{run.name}.lock")
+
+
+def glob_stages(run: Path, pattern: str) -> list[Path]:
+    """List the files in all stage folders whose names match a pattern, in no particular order."""
+    return list(run.glob(f"{STAGES_FOLDER}/*/{pattern}"))
 
 
 def stage_files(run: Path, name: str) -> list[Path]:
-    """List a file of every stage of a run that has one, in the order of the stages.
+    """List one file of every stage that has it, in the order of the stages.
 
     Args:
-        run: the run's folder.
-        name: the file's, in a stage's folder.
+        run: The run's folder.
+        name: The file's name in a stage's folder.
+
+    Returns:
+        The files of stages 1, 2, … without gaps.
 
     Raises:
-        InputError: a folder is not called as a stage is, or one before it is missing.
+        InputError: A folder is not named `<number>-<task>`, or a stage before it is missing.
     """
-    found: dict[int, Path] = {}
-    for file in run.glob(f"stages/[!.]*/{name}"):
+    files: dict[int, Path] = {}
+    for file in run.glob(f"{STAGES_FOLDER}/[!.]*/{name}"):
         number = file.parent.name.partition("-")[0]
-        if not (number.isascii() and number.isdecimal()) or int(number) in found:
-            raise InputError(f"{file.parent}: found it among the stages, expected one folder <number>-<task> for each")
-        found[int(number)] = file
-    for expected, stage in enumerate(sorted(found), start=1):
+        if not (number.isascii() and number.isdecimal()) or int(number) in files:
+            raise InputError(
+                f"{file.parent}: found it among the stages, expected one folder <number>-<task> for each",
+                code=ErrorCode.MISMATCH,
+            )
+        files[int(number)] = file
+    for expected, stage in enumerate(sorted(files), start=1):
         if expected != stage:
-            raise InputError(f"{found[stage].parent}: found stage {stage} and no stage {expected}, expected both")
-    return [found[stage] for stage in sorted(found)]
-
-
-TRAINING = "training.json"
-
-
-RESULT = "result.json"
+            raise InputError(
+                f"{files[stage].parent}: found stage {stage} and no stage {expected}, expected both",
+                code=ErrorCode.NOT_FOUND,
+            )
+    return [files[stage] for stage in sorted(files)]

@@ -62,7 +62,7 @@ def resolve(experiment: Experiment) -> ResolvedExperiment:
                 )
     weights = weights_digest(experiment.model)
     contents = {path: folder.digest for path, folder in folders.items()} | {experiment.model.name: weights}
-    contents |= {loss.path: custom_losses.digest_of_code(loss) for loss in experiment.method.further_losses}
+    contents |= {loss.path: custom_losses.code_digest(loss) for loss in experiment.method.further_losses}
     if opened:
         contents["reference"] = opened.digest
     return ResolvedExperiment(experiment, tasks, opened, weights, contents, experiment.fingerprint(contents))

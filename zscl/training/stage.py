@@ -87,7 +87,7 @@ def train_stage(
         tokens,
         rank_prompts=rank_slice(len(tokens)) if shares_prompts(len(tokens)) else range(len(tokens)),
         compute=experiment.compute,
-        unused_embeddings_stay=optimisation.weight_decay == 0,
+        unused_embeddings_constant=optimisation.weight_decay == 0,
     )
     for note in pruned.notes:
         report(Note(text=note))
@@ -180,7 +180,7 @@ def snapshot_writers(
     if every is None or checkpoint is None:
         return []
     place = place_of(checkpoint.parent, stage, task.name)
-    return [SnapshotWriter(place, every, experiment.stage_steps(task), towers.trained)]
+    return [SnapshotWriter(place, every, experiment.stage_steps(task), towers.named_trained_parameters)]
 
 
 @dataclass(frozen=True)

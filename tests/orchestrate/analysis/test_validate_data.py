@@ -11,7 +11,7 @@ from rich.console import Console
 from support.command import Command
 from support.data import COLOURS, coloured, make_task
 
-from orchestrate.analysis.validate_data import PATIENCE_SECONDS, patient_progress
+from orchestrate.analysis.validate_data import BAR_DELAY_SECONDS, delayed_progress_bars
 from schemas.dataset_report import Inspection
 from zscl.datasets.task_writer import write_task
 
@@ -91,12 +91,12 @@ def test_only_what_takes_long_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> Non
     clock = [0.0]
     monkeypatch.setattr("orchestrate.analysis.validate_data.time.monotonic", lambda: clock[0])
     stream = io.StringIO()
-    with patient_progress(Console(file=stream, width=120, force_terminal=True)) as progress:
+    with delayed_progress_bars(Console(file=stream, width=120, force_terminal=True)) as progress:
         progress("indexing shards", 0, 2)
         progress("indexing shards", 1, 2)
         assert stream.getvalue() == ""
         progress("looking at samples", 10, 1000)
-        clock[0] += PATIENCE_SECONDS
+        clock[0] += BAR_DELAY_SECONDS
         progress("looking at samples", 500, 1000)
     assert "500/1000" in stream.getvalue()
     assert "indexing" not in stream.getvalue()

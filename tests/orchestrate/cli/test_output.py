@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrate.cli.output import Output, readers_may_go
+from orchestrate.cli.output import TolerantStream, tolerate_closed_streams
 
 MAIN = "from orchestrate.cli.main import main; main()"
 
@@ -20,7 +20,7 @@ def test_what_nobody_reads_is_dropped() -> None:
         os.fdopen(write, "w", buffering=1) as stream,
         redirect_stdout(stream),
         redirect_stderr(stream),
-        readers_may_go(),
+        tolerate_closed_streams(),
     ):
         for _ in range(3):
             print("a result", flush=True)
@@ -29,9 +29,9 @@ def test_what_nobody_reads_is_dropped() -> None:
 
 def test_a_full_disk_costs_the_log_and_not_the_run() -> None:
     with Path("/dev/full").open("w", buffering=1) as stream:
-        Output(stream, optional=True).write("progress\n")
+        TolerantStream(stream, optional=True).write("progress\n")
         with pytest.raises(OSError, match="No space left"):
-            Output(stream, optional=False).write("a result\n")
+            TolerantStream(stream, optional=False).write("a result\n")
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # for what is still in its buffer
 
 

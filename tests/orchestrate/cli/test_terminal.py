@@ -96,7 +96,7 @@ def test_progress_shows_names_as_they_are(
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal, where the bar has a text column
     monkeypatch.setenv("TERM", "xterm")
-    console = terminal.progress_on_stderr()
+    console = terminal.stderr_console()
     with ProgressBar(console, total=5) as bar:
         bar.update(f"stage 1/1 {name}", 1)
         bar.aside(f"aside {name}", 1, 2)
@@ -112,7 +112,7 @@ def test_a_dumb_terminal_gets_lines_in_place_of_a_bar(
 ) -> None:
     monkeypatch.setenv("TERM", "dumb")
     monkeypatch.setenv("FORCE_COLOR", "1")
-    with ProgressBar(terminal.progress_on_stderr(), total=5) as bar:
+    with ProgressBar(terminal.stderr_console(), total=5) as bar:
         bar.log("stage 1/2 first: 5 steps")
     assert capsys.readouterr().err == "stage 1/2 first: 5 steps\n"
 
@@ -124,7 +124,7 @@ def test_a_narrow_terminal_cuts_no_table(monkeypatch: pytest.MonkeyPatch, capsys
     for column in ("method", "Transfer", "Avg", "Last", "forgetting", "time"):
         table.add_column(column)
     table.add_row("zscl[red]", *["100.0"] * 5)
-    terminal.tables_on_stdout().print(table)
+    terminal.stdout_console().print(table)
     shown = capsys.readouterr().out
     assert "…" not in shown
     assert "zscl[red]" in shown

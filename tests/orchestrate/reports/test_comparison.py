@@ -20,7 +20,7 @@ from rich.console import Console
 from scipy.stats import ttest_rel
 from support.command import Command
 
-from orchestrate.cli.run import _ended
+from orchestrate.cli.run import summarize_run
 from orchestrate.recipes import recipe as recipes
 from orchestrate.reports.charts import colours
 from orchestrate.reports.comparison import Comparison, Difference, group_runs, paired_interval
@@ -402,7 +402,7 @@ def test_zero_shot_figures_of_other_models_are_never_averaged(runs: dict[str, Pa
 @pytest.mark.parametrize("offline", [True, False])
 def test_a_shown_command_is_one_that_a_shell_takes(runs: dict[str, Path], tmp_path: Path, offline: bool) -> None:
     run = shutil.copytree(runs["zscl-0"], tmp_path / "my runs/it's")
-    _, lines = _ended(recipes.load_experiment(run / "experiment.yaml"), run, result_of(run), offline)
+    _, lines = summarize_run(recipes.load_experiment(run / "experiment.yaml"), run, result_of(run), offline)
     shown = shlex.split(next(line for line in lines if line.startswith("MLflow")))[1:]
     assert shown[-1] == (str(run) if offline else f"sqlite:///{run.parent}/mlflow.db")
     assert len(shown) == (3 if offline else 4)

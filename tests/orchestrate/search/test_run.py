@@ -149,9 +149,9 @@ def test_trials_that_fail_or_do_badly_end_nothing(
         "failed": 3,
     }
     assert "the cluster holds 1 at once, the others wait for their turn" in command.error
-    assert "given up early behind stage 1" in command.error
+    assert "stopped early after stage 1" in command.error
     state = json.loads((tmp_path / "runs/look" / bad.folder / "state.json").read_text())
-    assert (state["status"], state["reason"]) == ("KILLED", "given up early behind stage 1")
+    assert (state["status"], state["reason"]) == ("KILLED", "stopped early after stage 1")
     models = {model.parents[2].name for model in (tmp_path / "runs/look").glob("trials/*/stages/*/model")}
     assert models == {good.fingerprint}
 

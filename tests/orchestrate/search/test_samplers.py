@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from orchestrate.search.samplers import NUMBER, OptunaSearcher, grid, importance
+from orchestrate.search.samplers import TRIAL_NUMBER, OptunaSearcher, grid_points, compute_importance
 from schemas.search import Search, Trial
 
 DOMAINS = {"a": {"uniform": [0, 1]}, "b": {"choice": [1, 2, 3]}}
@@ -47,7 +47,7 @@ def test_suggestions_do_not_depend_on_the_order_of_endings(sampler: str) -> None
     made = search(sampler=sampler, **several)
     first = tried(made, order=0, at_once=3)
     assert first == tried(made, order=1, at_once=3) == tried(made, order=2, at_once=2) == tried(made, 3, at_once=1)
-    assert [values[NUMBER] for values in first] == list(range(1, 13))
+    assert [values[TRIAL_NUMBER] for values in first] == list(range(1, 13))
     assert first != tried(search(sampler=sampler, seed=1, **several), order=0, at_once=3)
 
 
@@ -67,7 +67,7 @@ def test_a_trial_that_failed_has_no_value_and_ends_nothing() -> None:
 def test_a_grid_is_every_combination() -> None:
     domains = {"a": {"choice": ["x", "y"]}, "b": {"integer": [1, 2]}, "c": {"choice": [None, {"k": 1}]}}
     made = Search.model_validate({"domains": domains, "sampler": "grid"})
-    points = grid(made)
+    points = grid_points(made)
     assert len(points) == 8
     assert points[0] == {"a": "x", "b": 1, "c": None}
     sampling = OptunaSearcher(made)
@@ -91,8 +91,8 @@ def test_importance_is_of_what_matters() -> None:
     for number in range(1, 31):
         values = {"a": draw.random(), "b": draw.choice([1, 2, 3])}
         trials.append(trial(number, values, last=values["a"], forgetting=-values["a"]))
-    found = importance(made, trials)
+    found = compute_importance(made, trials)
     assert found["a"] > 0.9 > 0.1 > found["b"]
-    assert importance(made, trials[:1]) == {}
+    assert compute_importance(made, trials[:1]) == {}
     same = [trial(number, {"a": 0.1 * number, "b": 1}, last=0.5, forgetting=0.1) for number in range(1, 4)]
-    assert importance(made, same) == {}
+    assert compute_importance(made, same) == {}

@@ -49,5 +49,5 @@ def test_classes_are_equal_where_their_tokens_are() -> None:
         assert f"found the classes {names[0]!r} (1), {names[1]!r} (2) to have the same tokens" in sentence
     assert "'cat' (0), 'cat!' (1)" in prompt_warnings(task("cat", "cat!", "dog"), PaddedWithOnes())[0]
     same = task("crane", "heron", "crane")
-    assert prompt_warnings(same, clip, same_names=False) == []
+    assert prompt_warnings(same, clip, include_equal_names=False) == []
     assert "found 'crane' to be the name of the classes 0, 2" in prompt_warnings(same, clip)[0]

@@ -17,7 +17,7 @@ from support.data import COLOURS, coloured, jpeg, make_task, opened, png, write_
 
 from schemas.dataset_report import Inspection
 from zscl.checks.contact_sheet import contact_rows
-from zscl.checks.scan import LISTED, inspect_task
+from zscl.checks.scan import MAX_LISTED, inspect_task
 from zscl.checks.task_scan import scan_task
 from zscl.data.tar import write_shards
 
@@ -98,9 +98,9 @@ def test_every_sample_that_cannot_be_used_is_named(task: Path) -> None:
 
 
 def test_all_are_counted_and_the_first_are_listed(task: Path) -> None:
-    rewrite(task, "test", [{"png": b"nothing", "cls": b"0"} for _ in range(LISTED + 5)])
+    rewrite(task, "test", [{"png": b"nothing", "cls": b"0"} for _ in range(MAX_LISTED + 5)])
     found = checked(task)
-    assert (found.unreadable.samples, len(found.unreadable.first)) == (LISTED + 5, LISTED)
+    assert (found.unreadable.samples, len(found.unreadable.first)) == (MAX_LISTED + 5, MAX_LISTED)
     assert found.within_splits.pairs == 0  # what is no image is no image twice
     assert "test: found no sample that can be used, expected some" in found.problems
 
@@ -234,12 +234,12 @@ def test_a_few_images_of_each_class_to_look_at(task: Path) -> None:
     content[0]["png"] = b"broken"  # the first red one: another stands in for it
     rewrite(task, "train", content)
     opened = scan_task(str(task))
-    rows = contact_rows(opened, per_class=3, classes=24, edge=8)
+    rows = contact_rows(opened, per_class=3, classes=24, max_edge=8)
     assert [row.prompt for row in rows] == [f"a task square of {colour}" for colour in COLOURS]
     for row, colour in zip(rows, COLOURS.values(), strict=True):
         assert [image.size for image in row.images] == [(8, 8)] * 3
         assert np.abs(np.asarray(row.images[0]).mean((0, 1)) - colour).max() < 25
-    assert [row.prompt for row in contact_rows(opened, 1, classes=2, edge=8)] == [
+    assert [row.prompt for row in contact_rows(opened, 1, classes=2, max_edge=8)] == [
         "a task square of red", "a task square of blue",
     ]  # fmt: skip
 

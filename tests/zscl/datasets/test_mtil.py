@@ -15,7 +15,7 @@ from support.data import coloured, opened
 from support.dataset_trees import TREES, Expected
 
 from schemas.errors import InputError
-from zscl.datasets.clip_benchmark import COPIES
+from zscl.datasets.clip_benchmark import MTIL_COPIES
 from zscl.datasets.mtil import MTIL, classnames_of, prepare, templates_of
 from zscl.datasets.task_writer import LabelledImage, write_task
 
@@ -196,5 +196,5 @@ def test_says_that_cars_cannot_be_downloaded(tmp_path: Path) -> None:
 
 
 def test_every_task_has_a_copy_and_names() -> None:
-    assert list(COPIES) == list(MTIL) == list(TEMPLATES)
+    assert list(MTIL_COPIES) == list(MTIL) == list(TEMPLATES)
     assert classnames_of("CIFAR100", ["aquarium_fish", "plain"]) == ["aquarium fish", "plain"]

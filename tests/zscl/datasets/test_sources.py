@@ -5,7 +5,7 @@ import torch
 
 from schemas.errors import InputError
 from zscl.datasets.mtil import MTIL
-from zscl.datasets.sources import known, random_split
+from zscl.datasets.sources import check_name, random_split
 
 
 @pytest.mark.parametrize(
@@ -23,6 +23,6 @@ def test_the_random_split_is_the_authors(total: int, train: int, test: int) -> N
 
 def test_an_unknown_name_suggests_the_nearest() -> None:
     with pytest.raises(InputError, match=r"prepare: found the unknown name 'oxfordpets'; did you mean 'OxfordPet'\?"):
-        known("prepare", "oxfordpets", list(MTIL))
+        check_name("prepare", "oxfordpets", list(MTIL))
     with pytest.raises(InputError, match="expected one of: Aircraft, Caltech101"):
-        known("prepare", "xyzzy", list(MTIL))
+        check_name("prepare", "xyzzy", list(MTIL))

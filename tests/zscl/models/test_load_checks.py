@@ -186,8 +186,8 @@ def test_a_model_that_needs_transformers_says_what_to_install(folder: Path, monk
     with pytest.raises(InputError, match=r"its tokenizer needs the package transformers.*pip install 'zscl\[hf\]'"):
         load_clip(named(folder))
     with pytest.raises(InputError, match="its text tower needs the package transformers"):
-        model_checks.refuse_missing_packages(open_clip.get_model_config("roberta-ViT-B-32"), "roberta-ViT-B-32", "it")
-    model_checks.refuse_missing_packages(open_clip.get_model_config("ViT-B-32"), "local-dir:/siglip/clip", "it")
+        model_checks.check_packages(open_clip.get_model_config("roberta-ViT-B-32"), "roberta-ViT-B-32", "it")
+    model_checks.check_packages(open_clip.get_model_config("ViT-B-32"), "local-dir:/siglip/clip", "it")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from schemas.compute import Compute, Savings
 from schemas.errors import InputError
 from schemas.experiment import Experiment
-from zscl.models.pruned_forward import PrunedForward, unpruned_parts
+from zscl.models.pruned_forward import PrunedForward, list_unpruned_towers
 from zscl.sequence.run import run_sequence
 
 CPU = torch.device("cpu")
@@ -28,7 +28,7 @@ IMAGES = torch.linspace(-1, 1, 3 * 3 * 16 * 16).reshape(3, 3, 16, 16)
 
 
 def encoded(model: Any, **compute: Any) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    return PrunedForward(model, TOKENS, range(2), Compute(**compute), unused_embeddings_stay=True)(
+    return PrunedForward(model, TOKENS, range(2), Compute(**compute), unused_embeddings_constant=True)(
         IMAGES[:2], IMAGES[2:]
     )  # type: ignore[no-any-return]
 
@@ -160,7 +160,7 @@ OTHER_TOWERS: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("kind", [open_clip.CLIP, open_clip.CustomTextCLIP])
 def test_open_clips_own_towers_are_saved_on(kind: type) -> None:
     model = clip_of(kind=kind)
-    assert unpruned_parts(model, Savings()) == []
+    assert list_unpruned_towers(model, Savings()) == []
     images, references, prompts = encoded(model, savings=dict.fromkeys(list(PLAIN)[:4], "always"))
     whole = clip_of(kind=kind)
     assert torch.allclose(images, whole.encode_image(IMAGES[:2], normalize=True), atol=1e-6)
@@ -172,7 +172,7 @@ def test_open_clips_own_towers_are_saved_on(kind: type) -> None:
 @pytest.mark.parametrize("kind", [open_clip.CLIP, open_clip.CustomTextCLIP])
 def test_the_towers_of_open_clip_4_are_saved_on(kind: type) -> None:
     model = clip_of_version_4(kind=kind)
-    assert unpruned_parts(model, Savings()) == []
+    assert list_unpruned_towers(model, Savings()) == []
     images, _, prompts = encoded(model, savings=dict.fromkeys(list(PLAIN)[:4], "always"))
     whole = clip_of(kind=kind)
     assert torch.allclose(images, whole.encode_image(IMAGES[:2], normalize=True), atol=1e-6)
@@ -199,7 +199,7 @@ def test_an_attention_with_further_parts_is_left_in_full(change: Callable[[nn.Mo
     model = clip_of_version_4()
     for block in (model.visual.transformer.resblocks[1], model.transformer.resblocks[1]):
         change(block.attn)
-    found = unpruned_parts(model, Savings())
+    found = list_unpruned_towers(model, Savings())
     assert [
         f"the {tower} tower is computed in full" in each for tower, each in zip(("image", "text"), found, strict=True)
     ] == [True] * 2
@@ -209,7 +209,7 @@ def test_an_attention_with_further_parts_is_left_in_full(change: Callable[[nn.Mo
 def test_attributes_that_another_version_lacks_are_named() -> None:
     model = clip_of()
     del model.visual.pool_type, model.text_projection
-    image, text = unpruned_parts(model, Savings())
+    image, text = list_unpruned_towers(model, Savings())
     assert "this version of open_clip has no pool_type in its VisionTransformer" in image
     assert "this version of open_clip has no text_projection in its CLIP" in text
 
@@ -218,7 +218,7 @@ def test_rows_before_the_batch_are_left_in_full() -> None:
     model = clip_of()
     for block in model.visual.transformer.resblocks:
         block.attn = nn.MultiheadAttention(16, 2, batch_first=False)
-    [found] = unpruned_parts(model, Savings())
+    [found] = list_unpruned_towers(model, Savings())
     assert "image tower is computed in full: its blocks are built differently (attn.batch_first)" in found
 
 
@@ -226,11 +226,11 @@ def test_rows_before_the_batch_are_left_in_full() -> None:
 def test_other_towers_run_as_they_are_or_are_refused(name: str) -> None:
     make, reason = OTHER_TOWERS[name]
     model = make()
-    assert [sentence for sentence in unpruned_parts(model, Savings()) if reason in sentence]
+    assert [sentence for sentence in list_unpruned_towers(model, Savings()) if reason in sentence]
     images, _, prompts = encoded(model)
     assert torch.allclose(images, make().encode_image(IMAGES[:2], normalize=True), atol=1e-6)
     assert torch.allclose(prompts, make().encode_text(TOKENS, normalize=True), atol=1e-6)
-    field = "pooled_row" if "image" in unpruned_parts(model, Savings())[0] else "context_cut"
+    field = "pooled_row" if "image" in list_unpruned_towers(model, Savings())[0] else "context_cut"
     with pytest.raises(InputError, match=rf"compute\.savings\.{field}: found always, but .* expected auto or never"):
         encoded(make(), savings={field: "always"})
 
@@ -248,7 +248,7 @@ def test_a_tower_that_would_differ_is_found_out_by_its_outputs() -> None:
 
 def test_with_weight_decay_all_embeddings_are_trained(experiment: Callable[..., Experiment], tmp_path: Path) -> None:
     model = clip_of()
-    PrunedForward(model, TOKENS, range(2), Compute(), unused_embeddings_stay=False)
+    PrunedForward(model, TOKENS, range(2), Compute(), unused_embeddings_constant=False)
     assert model.token_embedding.weight.shape == (50, 16)
     with pytest.raises(ValueError, match="the unused embeddings decay, too"):
         experiment(optimisation={"weight_decay": 0.1}, compute={"savings": {"used_embeddings": "always"}})

@@ -9,17 +9,17 @@ from zscl.models.text_tower import TextTower, UsedEmbeddings, pack_prompts
 
 def test_the_common_beginning_is_laid_out_once_and_nothing_behind_an_end() -> None:
     prompts = pack_prompts(TOKENS, TOKENS.argmax(dim=1), cut=True, pack=True)
-    assert prompts.shared == 4
+    assert prompts.prefix_length == 4
     assert prompts.ids.tolist() == [48, 5, 6, 9, 49, 7, 8, 49]
     assert prompts.positions.tolist() == [0, 1, 2, 3, 4, 4, 5, 6]
-    assert prompts.padded.tolist() == [[4, 4, 4], [5, 6, 7]]
-    assert prompts.places.tolist() == [0, 3, 4, 5]
+    assert prompts.row_of_slot.tolist() == [[4, 4, 4], [5, 6, 7]]
+    assert prompts.slot_of_row.tolist() == [0, 3, 4, 5]
     assert prompts.end_rows.tolist() == [4, 7]
 
 
 def test_a_cut_ends_at_the_longest_prompt() -> None:
     prompts = pack_prompts(TOKENS, TOKENS.argmax(dim=1), cut=True, pack=False)
-    assert prompts.shared == 0
+    assert prompts.prefix_length == 0
     assert prompts.ids.tolist() == [48, 5, 6, 9, 49, 0, 0, 48, 5, 6, 9, 7, 8, 49]
     assert len(pack_prompts(TOKENS, TOKENS.argmax(dim=1), cut=False, pack=False).ids) == 24
 
@@ -27,17 +27,17 @@ def test_a_cut_ends_at_the_longest_prompt() -> None:
 def test_equal_prompts_and_a_single_one_keep_a_row_of_their_own() -> None:
     for tokens in (TOKENS[[0, 0, 0]], TOKENS[:1]):
         prompts = pack_prompts(tokens, tokens.argmax(dim=1), cut=True, pack=True)
-        assert prompts.shared == 4
-        found = TextTower.of(clip_of())(prompts)
+        assert prompts.prefix_length == 4
+        found = TextTower.from_clip(clip_of())(prompts)
         assert torch.allclose(found, clip_of().encode_text(tokens, normalize=True), atol=1e-6)
 
 
 def test_pooling_at_a_named_end_token() -> None:
     model = clip_of(text={"pool_type": "eos", "eos_id": 7})
     prompts = torch.tensor([[48, 5, 9, 7, 0, 0, 0, 0, 0, 0, 0, 0], [48, 5, 49, 9, 7, 0, 0, 0, 0, 0, 0, 0]])
-    tower = TextTower.of(model)
-    assert tower.ends(prompts).tolist() == [3, 4]
-    found = tower(pack_prompts(prompts, tower.ends(prompts), cut=True, pack=True))
+    tower = TextTower.from_clip(model)
+    assert tower.end_positions(prompts).tolist() == [3, 4]
+    found = tower(pack_prompts(prompts, tower.end_positions(prompts), cut=True, pack=True))
     assert torch.allclose(found, model.encode_text(prompts, normalize=True), atol=1e-6)
 
 

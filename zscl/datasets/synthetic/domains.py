@@ -13,26 +13,26 @@ from PIL import Image, ImageDraw, ImageFont
 
 from zscl.datasets.synthetic.drawing import (
     COLOURS,
-    FINE,
-    SIDE,
+    CANVAS_SIDE,
+    IMAGE_SIDE,
     Array,
     Mask,
-    Sheet,
+    Canvas,
     arc,
-    backdrop,
+    lit_background,
     blend,
-    clouds,
-    colour_pair,
-    finished,
-    flat,
+    smooth_noise,
+    pick_colour_pair,
+    downsample_with_noise,
+    solid,
     grid,
     join,
     pick,
     polygon,
-    shade,
+    jitter_colour,
 )
 
-Look = Literal["web", "task"]
+Style = Literal["web", "task"]
 
 
 class Picture(NamedTuple):
@@ -40,7 +40,7 @@ class Picture(NamedTuple):
 
     pixels: Array
     colour: str = ""
-    ground: str = ""
+    background: str = ""
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class Domain:
     name: str
     classnames: tuple[str, ...]
     templates: tuple[str, ...]  # `{c}` is the class name; the first trains, all evaluate
-    captions: Mapping[Look, tuple[str, ...]]  # may also use `{colour}` and `{ground}`
-    draw: Callable[[int, Look, np.random.Generator], Picture]
+    captions: Mapping[Style, tuple[str, ...]]  # may also use `{colour}` and `{ground}`
+    draw: Callable[[int, Style, np.random.Generator], Picture]
     corpus_weight: int = 1  # its relative share of the corpus: fine strokes are learnt later than colours
 
 
@@ -69,31 +69,31 @@ _DIGITS: Sequence[tuple[Array, ...]] = (  # a writer's strokes
 )
 
 
-def _draw_digit(label: int, look: Look, rng: np.random.Generator) -> Picture:
+def _draw_digit(label: int, look: Style, rng: np.random.Generator) -> Picture:
     from matplotlib import get_data_path
 
     if look == "task":  # a pen, seen by the 8 x 8 scanner that scikit-learn's digits went through
-        sheet = Sheet(flat(0.0), rng, turn=10, size=(0.75, 0.95))
+        sheet = Canvas(solid(0.0), rng, max_rotation=10, size=(0.75, 0.95))
         breadth, slant, width = rng.uniform(0.7, 1.1), rng.uniform(-0.25, 0.1), rng.uniform(4, 6.5)
         sheet.transform = np.array([[breadth, 0], [slant, 1]]) @ sheet.transform
         for stroke in _DIGITS[label]:
-            sheet.stroke(stroke, np.ones(3), width, tremor=0.05)
+            sheet.stroke(stroke, np.ones(3), width, jitter=0.05)
         cells = np.asarray(sheet.image.convert("L").resize((8, 8), Image.Resampling.BOX))
-        return Picture(scan((cells / 255 * rng.uniform(1.0, 1.4)).clip(0, 1)))
-    colour, ground = colour_pair(rng)
+        return Picture(enlarge_digit((cells / 255 * rng.uniform(1.0, 1.4)).clip(0, 1)))
+    colour, ground = pick_colour_pair(rng)
     face = pick(rng, ("Sans", "Sans-Bold", "Sans-Oblique", "Serif", "Serif-Bold", "SansMono"))
-    glyph = Image.new("L", (FINE, FINE))
-    x, y = FINE / 2 + rng.uniform(-6, 6, 2)
+    glyph = Image.new("L", (CANVAS_SIDE, CANVAS_SIDE))
+    x, y = CANVAS_SIDE / 2 + rng.uniform(-6, 6, 2)
     font = ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVu{face}.ttf", int(rng.integers(75, 110)))
     ImageDraw.Draw(glyph).text((x, y), str(label), fill=255, font=font, anchor="mm")
     coverage = np.asarray(glyph.rotate(rng.uniform(-12, 12), Image.Resampling.BILINEAR)) / np.float64(255)
-    painted = blend(backdrop(ground, rng), shade(colour, rng), coverage)
-    return Picture(finished(painted, 0.06, rng), colour, ground)
+    painted = blend(lit_background(ground, rng), jitter_colour(colour, rng), coverage)
+    return Picture(downsample_with_noise(painted, 0.06, rng), colour, ground)
 
 
-def scan(ink: Array) -> Array:
+def enlarge_digit(ink: Array) -> Array:
     """White writing on black (SIDE, SIDE, 3) from the scanner's (8, 8) cells."""
-    enlarged = Image.fromarray(ink.astype(np.float32)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    enlarged = Image.fromarray(ink.astype(np.float32)).resize((IMAGE_SIDE, IMAGE_SIDE), Image.Resampling.BICUBIC)
     return np.repeat(np.asarray(enlarged, np.float64)[..., None], 3, 2)
 
 
@@ -124,7 +124,7 @@ _FACES: Mapping[str, tuple[str, str, str]] = {  # left eye, right eye, mouth
 }  # fmt: skip
 
 
-def _draw_face(label: int, look: Look, rng: np.random.Generator) -> Picture:
+def _draw_face(label: int, look: Style, rng: np.random.Generator) -> Picture:
     left, right, mouth = list(_FACES.values())[label]
     lines = [line + np.array((-0.38, -0.18)) for line in _EYES[left]]
     lines += [line * (-1, 1) + np.array((0.38, -0.18)) for line in _EYES[right]] + [_MOUTHS[mouth]]
@@ -132,16 +132,16 @@ def _draw_face(label: int, look: Look, rng: np.random.Generator) -> Picture:
     if look == "web":
         colour = pick(rng, ("yellow", "pink", "orange", "white"))
         ground = pick(rng, ("blue", "green", "purple", "red"))
-        sheet = Sheet(backdrop(ground, rng), rng, turn=8, size=(0.85, 0.98))
-        sheet.fill(head, shade(colour, rng))
+        sheet = Canvas(lit_background(ground, rng), rng, max_rotation=8, size=(0.85, 0.98))
+        sheet.fill(head, jitter_colour(colour, rng))
         ink, width, tremor, grain = np.full(3, rng.uniform(0, 0.2)), rng.uniform(1.4, 2.2), 0.0, 0.06
     else:
-        sheet = Sheet(flat(rng.uniform(0.8, 0.95)), rng, turn=14, size=(0.8, 0.98))
+        sheet = Canvas(solid(rng.uniform(0.8, 0.95)), rng, max_rotation=14, size=(0.8, 0.98))
         ink, width, tremor, grain = np.full(3, rng.uniform(0.25, 0.55)), rng.uniform(1.0, 1.6), 0.03, 0.1
         sheet.stroke(head, ink, width, tremor)
     for line in lines:
         sheet.stroke(line, ink, width, tremor)
-    return Picture(finished(sheet.pixels(), grain, rng), colour, ground)
+    return Picture(downsample_with_noise(sheet.pixels(), grain, rng), colour, ground)
 
 
 _LAYOUTS: Mapping[str, Callable[[Array, Array], Array | Mask]] = {  # which colour lies where on -0.5..0.5
@@ -162,20 +162,20 @@ _FLAGS: Mapping[str, tuple[str, tuple[str, ...]]] = {
 }  # fmt: skip
 
 
-def _draw_flag(label: int, look: Look, rng: np.random.Generator) -> Picture:
+def _draw_flag(label: int, look: Style, rng: np.random.Generator) -> Picture:
     layout, names = list(_FLAGS.values())[label]
     u, v = grid(rng.uniform(-8, 8), rng.uniform(0.52, 0.7))
     height = rng.uniform(0, 0.04 if look == "web" else 0.1)
     ripple = height * np.sin(u * rng.uniform(4, 9) + rng.uniform(0, 6))
     v = (v + ripple) * 1.3
     regions = _LAYOUTS[layout](u, v).astype(np.int64).clip(0, len(names) - 1)
-    cloth = np.array([shade(name, rng) for name in names])[regions]
-    sky = backdrop(pick(rng, list(COLOURS)), rng) if look == "web" else flat(rng.uniform(0.5, 0.9))
+    cloth = np.array([jitter_colour(name, rng) for name in names])[regions]
+    sky = lit_background(pick(rng, list(COLOURS)), rng) if look == "web" else solid(rng.uniform(0.5, 0.9))
     if look == "task":
         grey = cloth.mean(2, keepdims=True) * 0.4 + rng.uniform(0.3, 0.45)
         cloth = grey + (cloth - grey) * rng.uniform(0.1, 0.4) + rng.uniform(0, 2) * ripple[..., None]
     outside = (abs(u) > 0.5) | (abs(v) > 0.5)
-    return Picture(finished(blend(cloth, sky, outside), 0.05 if look == "web" else 0.12, rng))
+    return Picture(downsample_with_noise(blend(cloth, sky, outside), 0.05 if look == "web" else 0.12, rng))
 
 
 _GRASS, _SOIL, _SAND = np.array([0.25, 0.45, 0.18]), np.array([0.5, 0.38, 0.25]), np.array([0.85, 0.73, 0.5])
@@ -184,17 +184,17 @@ _LAND = ("coastline", "crop fields", "desert", "forest", "highway",
          "houses", "lake", "orchard", "river", "warehouses")  # fmt: skip
 
 
-def _draw_land(label: int, look: Look, rng: np.random.Generator) -> Picture:
+def _draw_land(label: int, look: Style, rng: np.random.Generator) -> Picture:
     u, v = grid(rng.uniform(0, 360), 1.0, (rng.uniform(-0.3, 0.3), rng.uniform(-0.3, 0.3)))
-    scene = _land(_LAND[label], u, v, rng) * (0.85 + 0.3 * clouds(rng, 6)[..., None]) * rng.uniform(0.8, 1.2)
+    scene = _land(_LAND[label], u, v, rng) * (0.85 + 0.3 * smooth_noise(rng, 6)[..., None]) * rng.uniform(0.8, 1.2)
     if look == "task":  # plants shown in red, as near-infrared is; then haze
         scene = blend(scene[..., [1, 0, 2]], np.array([0.75, 0.78, 0.82]), np.array(rng.uniform(0.35, 0.65)))
-    return Picture(finished(scene, 0.05 if look == "web" else 0.07, rng))
+    return Picture(downsample_with_noise(scene, 0.05 if look == "web" else 0.07, rng))
 
 
 def _land(kind: str, u: Array, v: Array, rng: np.random.Generator) -> Array:
     """The ground seen from above, (FINE, FINE, 3)."""
-    meadow = blend(flat(_GRASS), _SOIL, clouds(rng, 4) * rng.uniform(0, 0.7))
+    meadow = blend(solid(_GRASS), _SOIL, smooth_noise(rng, 4) * rng.uniform(0, 0.7))
     bend = 0.25 * np.sin(rng.uniform(2, 4) * u + rng.uniform(0, 6))
     match kind:
         case "coastline":
@@ -204,10 +204,10 @@ def _land(kind: str, u: Array, v: Array, rng: np.random.Generator) -> Array:
         case "crop fields":
             return _cells(u, v, rng.uniform(0.35, 0.6), (_GRASS, _GRASS * 1.5, _SOIL, _SAND * 0.9), rng)
         case "desert":
-            dunes = np.sin(rng.uniform(12, 20) * (v + bend) + 4 * clouds(rng, 4))
+            dunes = np.sin(rng.uniform(12, 20) * (v + bend) + 4 * smooth_noise(rng, 4))
             return blend(_SAND, _SOIL, 0.2 + 0.2 * dunes)
         case "forest":
-            return blend(_GRASS * 0.9, _GRASS * 0.1, clouds(rng, 12))
+            return blend(_GRASS * 0.9, _GRASS * 0.1, smooth_noise(rng, 12))
         case "highway":
             lines = (abs(abs(v) - 0.17) < 0.03) | ((abs(v) < 0.03) & (u * 3 % 1 < 0.6))
             return blend(blend(meadow, _PAVED, abs(v) < 0.2), _PAINT, lines)
@@ -215,7 +215,7 @@ def _land(kind: str, u: Array, v: Array, rng: np.random.Generator) -> Array:
             roofs = _cells(u, v, 0.33, (np.array([0.7, 0.3, 0.2]), np.array([0.85, 0.5, 0.3])), rng)
             return blend(blend(meadow, _PAVED, v % 0.66 < 0.14), roofs, _inside(u, v, 0.33, 0.5))
         case "lake":
-            return blend(meadow, _WATER, np.hypot(u, v * rng.uniform(1, 1.5)) + 0.5 * clouds(rng, 5) < 0.9)
+            return blend(meadow, _WATER, np.hypot(u, v * rng.uniform(1, 1.5)) + 0.5 * smooth_noise(rng, 5) < 0.9)
         case "orchard":
             trees = np.hypot((u * 4.5) % 1 - 0.5, (v * 4.5) % 1 - 0.5) < rng.uniform(0.28, 0.36)
             return blend(_SOIL * rng.uniform(1, 1.4), _GRASS * 0.5, trees)
@@ -257,21 +257,21 @@ _SHAPES: Mapping[str, Array] = {  # closed outlines
 }  # fmt: skip
 
 
-def _draw_shape(label: int, look: Look, rng: np.random.Generator) -> Picture:
+def _draw_shape(label: int, look: Style, rng: np.random.Generator) -> Picture:
     outline = list(_SHAPES.values())[label]
     if look == "web":
-        colour, ground = colour_pair(rng)
-        sheet = Sheet(backdrop(ground, rng), rng, turn=10, size=(0.7, 0.95))
-        paint = shade(colour, rng)
+        colour, ground = pick_colour_pair(rng)
+        sheet = Canvas(lit_background(ground, rng), rng, max_rotation=10, size=(0.7, 0.95))
+        paint = jitter_colour(colour, rng)
         if rng.random() < 0.5:
             sheet.fill(outline, paint)
         sheet.stroke(outline, paint, rng.uniform(2, 3.5))
-        return Picture(finished(sheet.pixels(), 0.06, rng), colour, ground)
-    board = flat(np.array([0.13, 0.13 + rng.uniform(0, 0.1), 0.16]) * rng.uniform(0.8, 1.6))
-    sheet = Sheet(board, rng, turn=18, size=(0.65, 0.92))
-    sheet.stroke(outline, np.full(3, rng.uniform(0.6, 0.95)), rng.uniform(1.2, 2.2), tremor=0.03)
-    crumbling = clouds(rng, 24) * rng.uniform(0.3, 0.8)
-    return Picture(finished(blend(sheet.pixels(), board, crumbling), 0.1, rng))
+        return Picture(downsample_with_noise(sheet.pixels(), 0.06, rng), colour, ground)
+    board = solid(np.array([0.13, 0.13 + rng.uniform(0, 0.1), 0.16]) * rng.uniform(0.8, 1.6))
+    sheet = Canvas(board, rng, max_rotation=18, size=(0.65, 0.92))
+    sheet.stroke(outline, np.full(3, rng.uniform(0.6, 0.95)), rng.uniform(1.2, 2.2), jitter=0.03)
+    crumbling = smooth_noise(rng, 24) * rng.uniform(0.3, 0.8)
+    return Picture(downsample_with_noise(blend(sheet.pixels(), board, crumbling), 0.1, rng))
 
 
 def _honeycomb(u: Array, v: Array) -> Mask:
@@ -297,18 +297,18 @@ _TEXTURES: Mapping[str, Callable[[Array, Array], Mask]] = {  # ink or not, from 
 }
 
 
-def _draw_texture(label: int, look: Look, rng: np.random.Generator) -> Picture:
+def _draw_texture(label: int, look: Style, rng: np.random.Generator) -> Picture:
     x, y = rng.uniform(-0.5, 0.5, 2)
     u, v = grid(rng.uniform(-20, 20), rng.uniform(1.8, 2.6), (x, y))
     ink = list(_TEXTURES.values())[label](u, v)
     if look == "web":
-        colour, ground = colour_pair(rng)
-        printed = blend(backdrop(ground, rng), shade(colour, rng), ink)
-        return Picture(finished(printed, 0.06, rng), colour, ground)
+        colour, ground = pick_colour_pair(rng)
+        printed = blend(lit_background(ground, rng), jitter_colour(colour, rng), ink)
+        return Picture(downsample_with_noise(printed, 0.06, rng), colour, ground)
     paper = rng.uniform(0.4, 0.7) + rng.uniform(-0.06, 0.06, 3)
-    stains = 0.2 * (clouds(rng, 4)[..., None] - 0.5)
+    stains = 0.2 * (smooth_noise(rng, 4)[..., None] - 0.5)
     faint = blend(paper, paper + rng.uniform(0.12, 0.3) * rng.choice((-1, 1)), ink)
-    return Picture(finished(faint + stains, 0.12, rng))
+    return Picture(downsample_with_noise(faint + stains, 0.12, rng))
 
 
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

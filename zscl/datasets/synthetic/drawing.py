@@ -13,9 +13,9 @@ from PIL import Image, ImageDraw
 Mask = NDArray[np.bool_]  # (height, width)
 Array = NDArray[np.float64]  # pictures (height, width, 3) in 0..1, fields (height, width), paths (points, 2)
 
-SIDE = 32  # pixels of a finished picture
+IMAGE_SIDE = 32  # pixels of a finished picture
 OVERSAMPLING = 3
-FINE = SIDE * OVERSAMPLING
+CANVAS_SIDE = IMAGE_SIDE * OVERSAMPLING
 COLOURS: Mapping[str, tuple[float, float, float]] = {
     "red": (0.85, 0.12, 0.15), "orange": (0.97, 0.55, 0.10), "yellow": (0.97, 0.88, 0.20),
     "green": (0.13, 0.60, 0.25), "blue": (0.12, 0.28, 0.80), "purple": (0.50, 0.20, 0.65),
@@ -28,17 +28,17 @@ def to_image(pixels: Array) -> Image.Image:
     return Image.fromarray((pixels.clip(0, 1) * 255).round().astype(np.uint8))
 
 
-def png(pixels: Array) -> bytes:
+def encode_png(pixels: Array) -> bytes:
     """Colours in 0..1 to an encoded PNG."""
     buffer = io.BytesIO()
     to_image(pixels).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
 
 
-def finished(fine: Array, grain: float, rng: np.random.Generator) -> Array:
+def downsample_with_noise(canvas: Array, max_noise: float, rng: np.random.Generator) -> Array:
     """(FINE, FINE, 3) averaged down to (SIDE, SIDE, 3), with noise of at most that standard deviation."""
-    pixels: Array = fine.reshape(SIDE, OVERSAMPLING, SIDE, OVERSAMPLING, 3).mean((1, 3))
-    return pixels + rng.standard_normal(pixels.shape) * rng.uniform(0, grain)
+    pixels: Array = canvas.reshape(IMAGE_SIDE, OVERSAMPLING, IMAGE_SIDE, OVERSAMPLING, 3).mean((1, 3))
+    return pixels + rng.standard_normal(pixels.shape) * rng.uniform(0, max_noise)
 
 
 def pick(rng: np.random.Generator, options: Sequence[str]) -> str:
@@ -46,7 +46,7 @@ def pick(rng: np.random.Generator, options: Sequence[str]) -> str:
     return options[int(rng.integers(len(options)))]
 
 
-def colour_pair(rng: np.random.Generator) -> tuple[str, str]:
+def pick_colour_pair(rng: np.random.Generator) -> tuple[str, str]:
     """Names of a figure's and a ground's colour that can be told apart."""
     figure = pick(rng, list(COLOURS))
     distances = np.abs(np.subtract(list(COLOURS.values()), COLOURS[figure])).sum(1)
@@ -54,7 +54,7 @@ def colour_pair(rng: np.random.Generator) -> tuple[str, str]:
     return figure, pick(rng, apart)
 
 
-def shade(name: str, rng: np.random.Generator) -> Array:
+def jitter_colour(name: str, rng: np.random.Generator) -> Array:
     """A colour (3,) that still deserves the name."""
     return (np.array(COLOURS[name]) + rng.uniform(-0.08, 0.08, 3)).clip(0, 1)
 
@@ -64,48 +64,48 @@ def blend(base: Array, paint: Array, coverage: Array | Mask) -> Array:
     return base + (paint - base) * coverage[..., None]
 
 
-def flat(colour: Array | float) -> Array:
+def solid(colour: Array | float) -> Array:
     """A ground of one colour, (FINE, FINE, 3)."""
-    return np.ones((FINE, FINE, 3)) * colour
+    return np.ones((CANVAS_SIDE, CANVAS_SIDE, 3)) * colour
 
 
-def backdrop(name: str, rng: np.random.Generator) -> Array:
+def lit_background(name: str, rng: np.random.Generator) -> Array:
     """A wall of the named colour with light falling on it from one side."""
     u, v = grid(rng.uniform(0, 360), 1.0)
-    return shade(name, rng) + (rng.uniform(0, 0.15) * (u + v))[..., None]
+    return jitter_colour(name, rng) + (rng.uniform(0, 0.15) * (u + v))[..., None]
 
 
-def grid(turn: float, scale: float, centre: tuple[float, float] = (0.0, 0.0)) -> tuple[Array, Array]:
+def grid(degrees: float, scale: float, centre: tuple[float, float] = (0.0, 0.0)) -> tuple[Array, Array]:
     """Coordinates of every point: -scale..scale across the picture, turned by degrees, then shifted."""
-    across = np.linspace(-scale, scale, FINE)[None]
-    cosine, sine = np.cos(np.radians(turn)), np.sin(np.radians(turn))
+    across = np.linspace(-scale, scale, CANVAS_SIDE)[None]
+    cosine, sine = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
     return cosine * across - sine * across.T + centre[0], sine * across + cosine * across.T + centre[1]
 
 
-def clouds(rng: np.random.Generator, cells: int) -> Array:
+def smooth_noise(rng: np.random.Generator, cells: int) -> Array:
     """Smooth random heights 0..1 (FINE, FINE), about one hill a cell."""
     coarse = Image.fromarray(rng.random((cells, cells)).astype(np.float32))
-    return np.asarray(coarse.resize((FINE, FINE), Image.Resampling.BICUBIC), np.float64).clip(0, 1)
+    return np.asarray(coarse.resize((CANVAS_SIDE, CANVAS_SIDE), Image.Resampling.BICUBIC), np.float64).clip(0, 1)
 
 
-class Sheet:
+class Canvas:
     """A ground to draw on in unit coordinates (-1..1, y down), which one random placement maps to pixels."""
 
-    def __init__(self, ground: Array, rng: np.random.Generator, turn: float, size: tuple[float, float]) -> None:
-        self.image, self.rng = to_image(ground), rng
+    def __init__(self, background: Array, rng: np.random.Generator, max_rotation: float, size: tuple[float, float]) -> None:
+        self.image, self.rng = to_image(background), rng
         self.pen = ImageDraw.Draw(self.image)
-        angle, reach = np.radians(rng.uniform(-turn, turn)), rng.uniform(*size)
+        angle, reach = np.radians(rng.uniform(-max_rotation, max_rotation)), rng.uniform(*size)
         turned = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
-        self.transform = turned * reach * FINE / 2
-        self.centre = FINE / 2 * (1 + rng.uniform(-0.6, 0.6, 2) * (1 - reach))
+        self.transform = turned * reach * CANVAS_SIDE / 2
+        self.centre = CANVAS_SIDE / 2 * (1 + rng.uniform(-0.6, 0.6, 2) * (1 - reach))
 
     def fill(self, outline: Array, colour: Array) -> None:
         """Paint the inside of a closed outline."""
         self.pen.polygon(self._placed(outline, 0.0), fill=_ink(colour))
 
-    def stroke(self, path: Array, colour: Array, width: float, tremor: float = 0.0) -> None:
+    def stroke(self, path: Array, colour: Array, width: float, jitter: float = 0.0) -> None:
         """A line with round ends, `width` in finished pixels; `tremor` (unit coordinates) shakes the hand."""
-        placed, radius = self._placed(path, tremor), width * OVERSAMPLING / 2
+        placed, radius = self._placed(path, jitter), width * OVERSAMPLING / 2
         self.pen.line(placed, fill=_ink(colour), width=round(2 * radius), joint="curve")
         for x, y in (placed[0], placed[-1]):
             self.pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=_ink(colour))

@@ -13,8 +13,8 @@ from typing import Literal
 
 import numpy as np
 
-from zscl.datasets.synthetic.domains import DOMAINS, Look, scan
-from zscl.datasets.synthetic.drawing import pick, png
+from zscl.datasets.synthetic.domains import DOMAINS, Style, enlarge_digit
+from zscl.datasets.synthetic.drawing import pick, encode_png
 
 Split = Literal["train", "test"]
 TASK_SIZES: Mapping[Split, int] = {"train": 400, "test": 300}
@@ -29,20 +29,20 @@ def task_samples(domain: str, split: Split, count: int | None, seed: int) -> Ite
     task = DOMAINS[domain]
     for index in range(count):
         label = index % len(task.classnames)
-        yield png(task.draw(label, "task", _generator(seed, f"{domain}/{split}", index)).pixels), label
+        yield encode_png(task.draw(label, "task", _generator(seed, f"{domain}/{split}", index)).pixels), label
 
 
-def captioned_samples(count: int, seed: int, task_look_share: float) -> Iterator[tuple[bytes, str]]:
+def captioned_samples(count: int, seed: int, task_style_share: float) -> Iterator[tuple[bytes, str]]:
     """(PNG, caption) pairs over all domains, a share of them in the task look; never a task's own picture."""
     domains = [domain for domain in DOMAINS.values() for _ in range(domain.corpus_weight)]
     for index in range(count):
         rng = _generator(seed, "captioned", index)
         domain = domains[rng.integers(len(domains))]
         label = int(rng.integers(len(domain.classnames)))
-        look: Look = "task" if rng.random() < task_look_share else "web"
+        look: Style = "task" if rng.random() < task_style_share else "web"
         pixels, colour, ground = domain.draw(label, look, rng)
         caption = pick(rng, domain.captions[look])
-        yield png(pixels), caption.format(c=domain.classnames[label], colour=colour, ground=ground)
+        yield encode_png(pixels), caption.format(c=domain.classnames[label], colour=colour, ground=ground)
 
 
 def _real_digits(split: Split, count: int, seed: int) -> Iterator[tuple[bytes, int]]:
@@ -55,7 +55,7 @@ def _real_digits(split: Split, count: int, seed: int) -> Iterator[tuple[bytes, i
     if count > len(chosen):
         raise ValueError(f"digits has {len(chosen)} {split} images, {count} were asked for")
     for index in chosen[:count]:
-        yield png(scan(digits.images[index] / 16)), int(digits.target[index])
+        yield encode_png(enlarge_digit(digits.images[index] / 16)), int(digits.target[index])
 
 
 def _generator(seed: int, stream: str, index: int) -> np.random.Generator:

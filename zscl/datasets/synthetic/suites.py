@@ -10,12 +10,12 @@ from zscl.datasets.task_writer import write_task
 from zscl.runtime.atomic_io import atomic_folder
 
 REFERENCE_PAIRS = 2_000
-CORPUS_PAIRS, CORPUS_TASK_LOOK = 30_000, 0.15
+CORPUS_PAIRS, CORPUS_TASK_STYLE_SHARE = 30_000, 0.15
 # No two of these draw the same picture.
 TASK_SEED, CORPUS_SEED, REFERENCE_SEED = 0, 1, 2
 
 
-def write_embedded(folder: Path, corpus: bool, note: Callable[[str], None]) -> list[Path]:
+def write_embedded(folder: Path, corpus: bool, report: Callable[[str], None]) -> list[Path]:
     """Write the embedded suite's tasks and reference set, and the corpus its model was pre-trained on if asked.
 
     What is there already is kept. Returns the folders, tasks first.
@@ -24,7 +24,7 @@ def write_embedded(folder: Path, corpus: bool, note: Callable[[str], None]) -> l
     for name, domain in domains.DOMAINS.items():
         place = folder / name
         if not (place / MANIFEST).is_file():
-            note(f"drawing {place}")
+            report(f"drawing {place}")
             write_task(
                 place,
                 domain.classnames,
@@ -39,11 +39,11 @@ def write_embedded(folder: Path, corpus: bool, note: Callable[[str], None]) -> l
         places.append(place)
     sets = {"reference": (REFERENCE_PAIRS, REFERENCE_SEED, 0.0)}
     if corpus:
-        sets["corpus"] = (CORPUS_PAIRS, CORPUS_SEED, CORPUS_TASK_LOOK)
+        sets["corpus"] = (CORPUS_PAIRS, CORPUS_SEED, CORPUS_TASK_STYLE_SHARE)
     for name, (count, seed, task_look) in sets.items():
         place = folder / name
         if not place.is_dir():
-            note(f"drawing {place}: {count} captioned images")
+            report(f"drawing {place}: {count} captioned images")
             with atomic_folder(place) as temporary:
                 write_shards(temporary, _captioned(count, seed, task_look), shard_images=5_000)
         places.append(place)

@@ -18,7 +18,7 @@ from zscl.models.clip import load_clip
 @pytest.fixture(scope="module")
 def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("suite")
-    suites.write_embedded(folder, corpus=False, note=lambda text: None)
+    suites.write_embedded(folder, corpus=False, report=lambda text: None)
     return folder
 
 
@@ -38,7 +38,7 @@ def test_no_test_picture_is_trained_on(domain: str) -> None:
 
 
 def test_captions_name_classes_and_no_task_picture_is_among_them() -> None:
-    pairs = list(embedded.captioned_samples(400, suites.CORPUS_SEED, suites.CORPUS_TASK_LOOK))
+    pairs = list(embedded.captioned_samples(400, suites.CORPUS_SEED, suites.CORPUS_TASK_STYLE_SHARE))
     names = {name for domain in domains.DOMAINS.values() for name in domain.classnames}
     assert all(any(name in caption for name in names) for _, caption in pairs)
     tasks = {image for domain in domains.DOMAINS for image, _ in embedded.task_samples(domain, "train", 50, 0)}
@@ -51,7 +51,7 @@ def test_the_corpus_prefix_does_not_depend_on_its_length() -> None:
 
 def test_what_is_there_already_is_kept(suite: Path) -> None:
     before = {file: file.stat().st_mtime_ns for file in suite.rglob("*.tar")}
-    suites.write_embedded(suite, corpus=False, note=lambda text: pytest.fail(text))
+    suites.write_embedded(suite, corpus=False, report=lambda text: pytest.fail(text))
     assert {file: file.stat().st_mtime_ns for file in suite.rglob("*.tar")} == before
 
 
