@@ -25,7 +25,8 @@ from torch.optim import AdamW
 
 from schemas.compute import Checkpoint
 from zscl.methods.weight_averaging import trained_parameters
-from zscl.training.checkpoint import CHECKPOINT, CheckpointWriter, State
+from zscl.sequence.layout import CHECKPOINT
+from zscl.training.checkpoint import CheckpointWriter, State
 
 SMALL = {
     "embed_dim": 192,

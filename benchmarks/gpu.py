@@ -63,7 +63,7 @@ from zscl.data.loader import Loader
 from zscl.data.tar import write_shards
 from zscl.data.task import TaskFolder
 from zscl.datasets.task_writer import write_task
-from zscl.evaluation.zero_shot import accuracies, embed_classes
+from zscl.evaluation.zero_shot import compute_accuracies, embed_classes
 from zscl.models.clip import Clip, load_clip, precision_context
 from zscl.sequence.run import run_sequence
 
@@ -538,7 +538,7 @@ def measure_evaluation(context: Context, clip: Clip, task: TaskFolder) -> None:
     for processes in sizes.processes:
         started = time.perf_counter()
         loader = Loader(device, processes)
-        _, images = accuracies(clip, task, [head], loader, precision="bf16", batch_size=sizes.evaluation_batch)
+        _, images = compute_accuracies(clip, task, [head], loader, precision="bf16", batch_size=sizes.evaluation_batch)
         seconds = time.perf_counter() - started
         context.record("evaluation_jpeg", precision="bf16", processes=processes, images_per_second=images / seconds)
 

@@ -95,8 +95,8 @@ def ceiling(images: list[bytes], decode: Decoder, options: argparse.Namespace) -
 def stream(location: str, decode: Decoder, options: argparse.Namespace, keep_bytes: int = 0) -> Iterator[torch.Tensor]:
     """Batches of the product."""
     samples = open_samples([location])
-    images = TrainingImages(samples, decode, SEED, BATCH, range(BATCH), keep_bytes=keep_bytes)
-    return (batch for batch, _ in images.batches(Loader(CPU, options.processes)))
+    images = TrainingImages(samples, decode, SEED, BATCH, range(BATCH), cache_bytes=keep_bytes)
+    return (batch for batch, _ in images.iter_batches(Loader(CPU, options.processes)))
 
 
 def images_per_second(batches: Iterator[torch.Tensor], count: int) -> float:

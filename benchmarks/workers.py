@@ -29,7 +29,7 @@ from step import SMALL
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from orchestrate.cluster.connect import KEEP_MEMORY  # noqa: E402
+from orchestrate.cluster.connect import MALLOC_SETTINGS  # noqa: E402
 
 THROUGH_RAY = "from orchestrate.cli.main import main; main()"
 PLAIN = """
@@ -63,7 +63,7 @@ def run(options: argparse.Namespace, folder: Path, workers: int) -> tuple[float,
         command = [sys.executable, "-c", THROUGH_RAY, *arguments, *(f"--set={setting}" for setting in settings)]
     else:
         command = [sys.executable, "-c", PLAIN, options.recipe, folder, *settings]
-    environment = os.environ | KEEP_MEMORY | {"OMP_NUM_THREADS": "1"}  # as zscl sets it for Ray's
+    environment = os.environ | MALLOC_SETTINGS | {"OMP_NUM_THREADS": "1"}  # as zscl sets it for Ray's
     started = time.perf_counter()
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, env=environment)
     seconds = time.perf_counter() - started

@@ -1,1 +1,1 @@
-"""What an experiment is: pydantic models, light enough to import in a linter."""
+"""Pydantic models of recipes, events, results and reports; imports neither PyTorch nor Ray."""

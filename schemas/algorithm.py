@@ -1,20 +1,20 @@
-"""Versions of what is computed: results of one version are never reused by, or averaged with, those of another.
+"""Version numbers of the algorithm: results of different versions are never reused or averaged with each other.
 
-Raise a version in the same commit as any change of the code that changes numbers for the same recipe and data beyond
-float rounding, however small the change is. Do not raise it for a faster way to the same numbers, a new option whose
-default is the old behaviour, or messages, plots and files.
+Increment a version in the same commit as any code change that changes numbers for the same recipe and data beyond
+float rounding, however small the change is. Do not increment it for faster code with the same results, a new option
+whose default is the old behaviour, or changes of messages, plots and files.
 """
 
 # Losses, optimisation, weight averaging, exemplars, sampling and augmentation of images, evaluation and its metrics.
-# Part of a run's fingerprint, a search's, and the keys of shared stages and rows.
+# Part of the fingerprints of runs and searches, and of the keys of cached stages and matrix rows.
 ALGORITHM_VERSION = 1
 
-# Decoding of images, the evaluation transform, and encoding by a frozen model: what the stored features of the teacher
-# depend on. Part of the key of the teacher's feature store. Training depends on it, too, so it is part of all of the
-# above: it needs no raise of ALGORITHM_VERSION beside it.
+# Decoding of images, the evaluation transform, and encoding by a frozen model: everything that the teacher's cached
+# features depend on. Part of their key. Training depends on the features, too, so this version is also part of all
+# fingerprints and keys above: there is no need to increment both versions.
 FEATURES_VERSION = 1
 
 
-def algorithm() -> str:
-    """Return both versions as one text, as results and messages name them."""
+def algorithm_version() -> str:
+    """Return both versions as `ALGORITHM.FEATURES`, the form used in results and messages."""
     return f"{ALGORITHM_VERSION}.{FEATURES_VERSION}"

@@ -1,9 +1,10 @@
-"""What every schema shares: strictness, the error a user sees, and locations."""
+"""Base classes of all schemas, paths in recipes, and the translation of validation errors into `InputError`."""
 
 import os
 import re
 import reprlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_origin
 
@@ -21,11 +22,11 @@ from pydantic.fields import FieldInfo
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError
 
-from schemas.errors import LONGEST_NAME, LONGEST_PATH, MOST_PROBLEMS, InputError, did_you_mean
+from schemas.errors import MAX_NAME_BYTES, MAX_PATH_BYTES, MAX_PROBLEMS, ErrorCode, InputError, did_you_mean
 
 
 class StrictModel(BaseModel):
-    """Immutable, no silent conversion, no unknown field. Where a field may be NaN, JSON has it as such."""
+    """Immutable model without type coercion and without unknown fields; NaN is serialized to JSON as `NaN`."""
 
     model_config = ConfigDict(
         strict=True, frozen=True, extra="forbid", allow_inf_nan=False, ser_json_inf_nan="constants"
@@ -33,15 +34,21 @@ class StrictModel(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_unknown_fields(cls, data: Any) -> Any:
+    def _check_field_names(cls, data: Any) -> Any:
         for field in data if isinstance(data, Mapping) else ():
             if field not in cls.model_fields:
-                raise PydanticCustomError("unknown_field", "{problem}", {"problem": _unknown(str(field), cls)})
+                raise PydanticCustomError(
+                    "unknown_field", "{problem}", {"problem": _unknown_field_message(str(field), cls), "field": field}
+                )
         return data
 
 
 class ShorthandModel(StrictModel):
-    """A section that a recipe may give as a bare string: the value of its main field."""
+    """A section that a recipe may write as a plain string, which sets its main field.
+
+    Attributes:
+        main_field: The name of the field that the string sets.
+    """
 
     main_field: ClassVar[str]
 
@@ -52,181 +59,275 @@ class ShorthandModel(StrictModel):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        """Let an editor accept the bare string, with the same choices as the main field."""
+        """Add the plain string to the JSON schema, with the same allowed values as the main field."""
         reference = handler(core)
         section = handler.resolve_ref_schema(reference)
         main = section["properties"][cls.main_field]
-        bare = next((option for option in main.get("anyOf", []) if option.get("type") == "string"), {"type": "string"})
-        section |= {"anyOf": [bare, dict(section)]}
+        shorthand = next(
+            (option for option in main.get("anyOf", []) if option.get("type") == "string"), {"type": "string"}
+        )
+        section |= {"anyOf": [shorthand, dict(section)]}
         for field in section.keys() - {"anyOf", "description", "title"}:
             del section[field]
         return reference
 
 
-def _unknown(field: str, model: type[BaseModel]) -> str:
+def _unknown_field_message(field: str, model: type[BaseModel]) -> str:
     allowed = model.model_fields
-    inside = [name for name, info in allowed.items() if any(field in each.model_fields for each in _sections(info))]
+    parents = [
+        name for name, info in allowed.items() if any(field in section.model_fields for section in _sections(info))
+    ]
     hint = (
-        f"; did you mean '{inside[0]}.{field}'? Then indent it below '{inside[0]}:'"
-        if inside
+        f"; did you mean '{parents[0]}.{field}'? Then indent it below '{parents[0]}:'"
+        if parents
         else did_you_mean(field, allowed) or "; allowed: " + ", ".join(allowed)
     )
-    return f"unknown field {_short(field)}{hint}"
+    return f"unknown field {_shorten(field)}{hint}"
 
 
 def _sections(info: FieldInfo) -> list[type[BaseModel]]:
-    """The sections that a field may be."""
+    """Return the models that the value of a field may be an instance of."""
     annotations = (info.annotation, *get_args(info.annotation)) if get_origin(info.annotation) is not tuple else ()
-    return [each for each in annotations if isinstance(each, type) and issubclass(each, BaseModel)]
+    return [option for option in annotations if isinstance(option, type) and issubclass(option, BaseModel)]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem of a failed validation.
+
+    Attributes:
+        field: The dotted path of the wrong field; empty if the problem concerns the model as a whole.
+        message: The field, what was found and what was expected, on one line.
+        code: The kind of mistake.
+    """
+
+    field: str
+    message: str
+    code: ErrorCode
+
+
+def list_problems(error: ValidationError) -> list[Problem]:
+    """Return the problems of a failed validation, each once, in the order of the fields.
+
+    Args:
+        error: The error that pydantic raised.
+
+    Returns:
+        All problems. A list that is too short only because its items are wrong is not a problem of its own.
+    """
+    details = error.errors(include_url=False)
+    locations = [detail["loc"] for detail in details]
+
+    def has_wrong_items(location: tuple[int | str, ...]) -> bool:
+        return any(other[:-1] and other[: len(location)] == location and other != location for other in locations)
+
+    return [
+        Problem(_field(detail), _message(detail), _code(detail))
+        for detail in details
+        if detail["type"] != "too_short" or not has_wrong_items(detail["loc"])
+    ]
 
 
 def explain(error: ValidationError) -> str:
-    """One line per problem: the field's dotted path, what is expected, what was found."""
-    problems = error.errors(include_url=False)
-    # Where the only item of a list is wrong, pydantic also finds the list too short: that is no second problem.
-    places = [problem["loc"] for problem in problems]
-    real = [
-        problem
-        for problem in problems
-        if problem["type"] != "too_short"
-        or not any(
-            place[:-1] and place[: len(problem["loc"])] == problem["loc"] and place != problem["loc"]
-            for place in places
-        )
-    ]
-    lines = list(dict.fromkeys(map(_explain_one, real[:MOST_PROBLEMS])))
-    more = [f"and {len(real) - MOST_PROBLEMS} more problems"] if len(real) > MOST_PROBLEMS else []
+    """Return the message of a failed validation: one line per problem, at most `MAX_PROBLEMS` of them."""
+    problems = list_problems(error)
+    lines = list(dict.fromkeys(problem.message for problem in problems[:MAX_PROBLEMS]))
+    more = [f"and {len(problems) - MAX_PROBLEMS} more problems"] if len(problems) > MAX_PROBLEMS else []
     return "\n".join([*lines, *more])
 
 
-Content = TypeVar("Content", bound=BaseModel)
-
-
-def parse_json(kind: type[Content], text: str | bytes, source: object, advice: str) -> Content:
-    """Read JSON that this program has written.
+def input_error(error: ValidationError, message: str = "", field: str = "") -> InputError:
+    """Build the `InputError` that reports a failed validation to the user.
 
     Args:
-        kind: of the content.
-        text: the JSON.
-        source: where it is from, for the sentence.
-        advice: what to do where it is damaged.
+        error: The error that pydantic raised.
+        message: The message to use instead of `explain(error)`.
+        field: The recipe field or option to name instead of the field of the first problem.
+
+    Returns:
+        An error with the code and the field of the first problem, to be raised `from error`.
+    """
+    first = list_problems(error)[0]
+    return InputError(message or explain(error), code=first.code, field=field or first.field or None)
+
+
+Schema = TypeVar("Schema", bound=BaseModel)
+
+
+def parse_json(schema: type[Schema], text: str | bytes, source: object, advice: str) -> Schema:
+    """Parse JSON that this program has written.
+
+    Args:
+        schema: The model of the content.
+        text: The JSON.
+        source: Where the JSON comes from, for the error message.
+        advice: What to do if the JSON is damaged, for the error message.
+
+    Returns:
+        The validated content.
 
     Raises:
-        InputError: it is no JSON, or of another content.
+        InputError: The text is not JSON, or does not match the schema.
     """
     try:
-        return kind.model_validate_json(text)
+        return schema.model_validate_json(text)
     except ValidationError as error:
-        problems = error.errors(include_url=False, include_input=False)
-        reason = "; ".join(": ".join(filter(None, (".".join(map(str, each["loc"])), each["msg"]))) for each in problems)
-        sentence = f"{source}: found a damaged file ({reason}), expected it as it was written; {advice}"
-        raise InputError(sentence) from error
+        details = error.errors(include_url=False, include_input=False)
+        reason = "; ".join(
+            ": ".join(filter(None, (".".join(map(str, detail["loc"])), detail["msg"]))) for detail in details
+        )
+        message = f"{source}: found a damaged file ({reason}), expected it as it was written; {advice}"
+        raise InputError(message, code=ErrorCode.UNREADABLE) from error
 
 
-def _explain_one(problem: Any) -> str:
-    field = ".".join(str(part)[:LONGEST_NAME] for part in problem["loc"]) or "the recipe"
-    kind, found, context = problem["type"], problem["input"], problem.get("ctx", {})
+def _raised_error(detail: Any) -> InputError | None:
+    """Return the `InputError` that a validator raised, if the problem comes from one."""
+    raised = detail.get("ctx", {}).get("error")
+    return raised if isinstance(raised, InputError) else None
+
+
+def _field(detail: Any) -> str:
+    parts = [str(part)[:MAX_NAME_BYTES] for part in detail["loc"]]
+    if detail["type"] == "unknown_field":
+        parts.append(str(detail["ctx"]["field"])[:MAX_NAME_BYTES])
+    elif (raised := _raised_error(detail)) and raised.field:
+        parts.append(raised.field)
+    return ".".join(parts)
+
+
+def _code(detail: Any) -> ErrorCode:
+    if raised := _raised_error(detail):
+        return raised.code
+    return _CODES.get(detail["type"], ErrorCode.INVALID_VALUE)
+
+
+def _message(detail: Any) -> str:
+    field = ".".join(str(part)[:MAX_NAME_BYTES] for part in detail["loc"]) or "the recipe"
+    kind, value, context = detail["type"], detail["input"], detail.get("ctx", {})
     if kind in ("unknown_field", "value_error"):
-        return f"{field}: {problem['msg'].removeprefix('Value error, ')}"
+        return f"{field}: {detail['msg'].removeprefix('Value error, ')}"
     if kind == "missing":
         return f"{field}: found nothing, expected a value"
-    if kind in ("int_type", "float_type") and isinstance(found, str):
-        if _NUMBER.fullmatch(found):
-            return f"{field}: found {_short(found)} in quotes, which make it a text, expected a number without them"
-        if _DECIMAL_COMMA.fullmatch(found):
-            return f"{field}: found {_short(found)}, expected a decimal point: {found.replace(',', '.')}"
-    if kind == "int_type" and isinstance(found, float) and found.is_integer():
-        return f"{field}: found {_short(found)}, expected a whole number: {int(found)}"
-    if kind == "string_type" and found is not None and not isinstance(found, list | dict):
-        return f"{field}: found {found}, expected a text: put it in quotes"
-    expected = _EXPECTED.get(kind) or _PYDANTIC_WORDS.sub("", problem["msg"])
+    if kind in ("int_type", "float_type") and isinstance(value, str):
+        if _NUMBER.fullmatch(value):
+            return f"{field}: found {_shorten(value)} in quotes, which make it a text, expected a number without them"
+        if _DECIMAL_COMMA.fullmatch(value):
+            return f"{field}: found {_shorten(value)}, expected a decimal point: {value.replace(',', '.')}"
+    if kind == "int_type" and isinstance(value, float) and value.is_integer():
+        return f"{field}: found {_shorten(value)}, expected a whole number: {int(value)}"
+    if kind == "string_type" and value is not None and not isinstance(value, list | dict):
+        return f"{field}: found {value}, expected a text: put it in quotes"
+    expected = _EXPECTED.get(kind) or _PYDANTIC_PHRASES.sub("", detail["msg"])
     if kind.startswith(("greater_", "less_")):
         expected = f"a value {expected}"
-    if kind == "string_pattern_mismatch" and (signs := _ONLY_SIGNS.fullmatch(context["pattern"])):
-        expected = f"nothing but letters, digits and any of {signs[1]}"
-    hint = did_you_mean(str(found), re.findall(r"'([^']*)'", expected)) if kind == "literal_error" else ""
-    return f"{field}: found {'nothing' if found is None else _short(found)}, expected {expected}{hint}"
+    if kind == "string_pattern_mismatch" and (match := _CHARACTERS_PATTERN.fullmatch(context["pattern"])):
+        expected = f"nothing but letters, digits and any of {match[1]}"
+    hint = did_you_mean(str(value), re.findall(r"'([^']*)'", expected)) if kind == "literal_error" else ""
+    return f"{field}: found {'nothing' if value is None else _shorten(value)}, expected {expected}{hint}"
 
 
-# What pydantic says, without its own words for what a recipe's reader calls otherwise.
+_CODES = {"unknown_field": ErrorCode.UNKNOWN_NAME, "missing": ErrorCode.MISSING_VALUE}
+# Pydantic's messages use Python's type names. Readers of a recipe know YAML's.
 _EXPECTED = {
     "tuple_type": "a list", "list_type": "a list", "dict_type": "fields, each with its value",
     "model_type": "fields, each with its value", "model_attributes_type": "fields, each with its value",
     "bool_type": "true or false",
 }  # fmt: skip
-_PYDANTIC_WORDS = re.compile(r"^\w+ should (?:be|have|match) | after validation, not \d+$")
-_ONLY_SIGNS = re.compile(r"\^\[A-Za-z0-9(.*)\]\*\$")
+_PYDANTIC_PHRASES = re.compile(r"^\w+ should (?:be|have|match) | after validation, not \d+$")
+_CHARACTERS_PATTERN = re.compile(r"\^\[A-Za-z0-9(.*)\]\*\$")
 _NUMBER = re.compile(r"\s*[+-]?[0-9][0-9_]*(\.[0-9]*)?([eE][+-]?[0-9]+)?\s*")
 _DECIMAL_COMMA = re.compile(r"[+-]?[0-9]+,[0-9]+([eE][+-]?[0-9]+)?")
-_shortener = reprlib.Repr()
-_shortener.maxstring = _shortener.maxother = _shortener.maxlong = 120
-_shortener.maxlist = _shortener.maxtuple = _shortener.maxdict = 6
-_shortener.maxlevel = 3
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = _repr.maxlong = 120
+_repr.maxlist = _repr.maxtuple = _repr.maxdict = 6
+_repr.maxlevel = 3
 
 
-def _short(found: object) -> str:
-    """What was found, as a sentence can hold it."""
-    return _shortener.repr(found)
+def _shorten(value: object) -> str:
+    """Return the representation of a value, shortened for a message."""
+    return _repr.repr(value)
 
 
 T = TypeVar("T")
-# YAML and JSON only have lists; inside, a sequence is a tuple because nothing here may change.
+# YAML and JSON have lists only. The models store tuples, because they are immutable.
 TupleOf = Annotated[tuple[T, ...], Field(strict=False)]
 
 Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+def string_to_list(value: Any) -> Any:
+    """Wrap a single string in a list, for fields that accept one or several strings."""
+    return [value] if isinstance(value, str) else value
 
 
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})", flags=re.ASCII)
 
 
 def expand_path(location: str, root: Path | None = None) -> str:
-    """Expand `~` and environment variables (`$NAME`, `${NAME}`) in a path; a path that exists as it is stays.
+    """Expand `~` and environment variables (`$NAME`, `${NAME}`) in a path.
 
-    In a URL, variables that are set are expanded, and everything else stays.
+    A path that exists as it is written is not changed. In a URL, variables that are set are expanded; all others
+    remain as they are.
 
     Args:
-        location: a path, a pattern of paths, or a URL.
-        root: the folder that relative paths count from; default: the current one.
+        location: A path, a pattern of paths, or a URL.
+        root: The folder that relative paths are relative to; default: the current folder.
+
+    Returns:
+        The expanded path or URL.
 
     Raises:
-        ValueError: a variable is not set, or there is no such user.
+        ValueError: A variable in a path is not set, or the user of `~user` does not exist.
     """
     is_url = "://" in location
     if not is_url and "$" in location and os.path.lexists(Path(root or "", location)):
         return location
 
-    def value(variable: re.Match[str]) -> str:
-        name = variable[1] or variable[2]
+    def expand_variable(match: re.Match[str]) -> str:
+        name = match[1] or match[2]
         if name not in os.environ and not is_url:
             raise ValueError(
-                f"found {_short(location)}, in which the environment variable {name} is not set, expected one that is, "
-                "or the path itself"
+                f"found {_shorten(location)}, in which the environment variable {name} is not set, expected one that "
+                "is, or the path itself"
             )
-        return os.environ.get(name, variable[0])
+        return os.environ.get(name, match[0])
 
-    expanded = _VARIABLE.sub(value, location)
+    expanded = _VARIABLE.sub(expand_variable, location)
     try:
         return expanded if is_url or not expanded.startswith("~") else str(Path(expanded).expanduser())
-    except RuntimeError as error:  # ~someone
-        raise ValueError(f"found {_short(location)}, expected the home of a user that there is ({error})") from error
+    except RuntimeError as error:  # `~user` of a user that does not exist
+        raise ValueError(f"found {_shorten(location)}, expected the home of an existing user ({error})") from error
 
 
-def anchor(location: str, info: ValidationInfo) -> str:
-    """Expand variables and `~`, and make a relative path absolute against the context's `root`; URLs stay URLs."""
+def resolve_location(location: str, info: ValidationInfo) -> str:
+    """Validate a path or URL, expand it, and make a relative path absolute.
+
+    Args:
+        location: A path, a pattern of paths, or a URL.
+        info: The validation's info. Its context may have `root`, the folder that relative paths are relative to.
+            Without a root, nothing is expanded.
+
+    Returns:
+        The URL, or the absolute path.
+
+    Raises:
+        ValueError: The path is empty, too long for a file system, or has unprintable characters.
+    """
     if not location.strip():
         raise ValueError("found an empty path, expected a file, a folder or a URL")
     if not location.isprintable():
-        raise ValueError(f"found {_short(location)}, expected a path or a URL of printable characters")
+        raise ValueError(f"found {_shorten(location)}, expected a path or a URL of printable characters")
     root = (info.context or {}).get("root")
     if root is not None:
         location = expand_path(location, Path(root))
     if "://" in location:
         return location
-    if len(location.encode()) > LONGEST_PATH or any(len(part.encode()) > LONGEST_NAME for part in Path(location).parts):
-        raise ValueError(f"found {_short(location)}, expected a path that a file system can hold")
+    too_long = any(len(part.encode()) > MAX_NAME_BYTES for part in Path(location).parts)
+    if too_long or len(location.encode()) > MAX_PATH_BYTES:
+        raise ValueError(f"found {_shorten(location)}, expected a path that a file system can hold")
     return location if root is None else str(Path(root) / location)
 
 
-# A file, folder, glob, brace range or URL. Relative paths count from where the command is run; `~` and environment
-# variables are expanded.
-Location = Annotated[str, AfterValidator(anchor)]
+# A file, folder, glob, brace range or URL. Relative paths are relative to the current folder of the command. `~` and
+# environment variables are expanded.
+Location = Annotated[str, AfterValidator(resolve_location)]

@@ -1,4 +1,4 @@
-"""A task, and the reference set that is only distilled on."""
+"""The recipe sections of data: tasks, class-incremental datasets and the reference set for distillation."""
 
 import re
 import unicodedata
@@ -8,42 +8,52 @@ from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from schemas.base import Location, ShorthandModel, TupleOf
+from schemas.base import Location, ShorthandModel, TupleOf, string_to_list
+from schemas.errors import ErrorCode, InputError
 
+# Columns of comparisons, beside which the tasks have a column each.
 RESERVED_NAMES = (
     "method", "seed", "run", "transfer", "avg", "last", "forgetting", "backward_transfer", "forward_transfer",
 )  # fmt: skip
 
 
 _NAME = re.compile(r"^[A-Za-z0-9_.-]*$")
-LONGEST_TASK_NAME = 100  # characters: stages' folders and metrics are named after tasks
+MAX_TASK_NAME_LENGTH = 100  # characters: stages' folders and metrics are named after tasks
 
 
-def name_of_folder(path: str) -> str:
-    """A task's default name: its folder's, as far as a name may hold it.
+def default_task_name(path: str) -> str:
+    """Derive a task's name from its folder: other characters than letters, digits, `_`, `.` and `-` become `-`.
+
+    Args:
+        path: The task's folder or URL.
+
+    Returns:
+        The name, at most `MAX_TASK_NAME_LENGTH` characters long.
 
     Raises:
-        ValueError: there is no letter or digit in it.
+        InputError: The folder's name contains no letter or digit.
     """
     folder = PurePosixPath(path).name
-    if "://" in path:  # user information and a query may be secrets: they are no part of a name
+    if "://" in path:  # the user information and the query of a URL may be secrets, so they are not part of the name
         url = urlsplit(path)
         folder = PurePosixPath(url.path).name or url.hostname or ""
-    if _NAME.fullmatch(folder) and len(folder) <= LONGEST_TASK_NAME:
+    if _NAME.fullmatch(folder) and len(folder) <= MAX_TASK_NAME_LENGTH:
         return folder
-    letters = "".join(sign for sign in unicodedata.normalize("NFKD", folder) if not unicodedata.combining(sign))
-    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", letters).strip("-")[:LONGEST_TASK_NAME]
+    without_accents = "".join(
+        character for character in unicodedata.normalize("NFKD", folder) if not unicodedata.combining(character)
+    )
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", without_accents).strip("-")[:MAX_TASK_NAME_LENGTH]
     if not name:
-        raise ValueError(f"found the folder {folder!r}, which makes no task's name, expected name: beside path:")
+        raise InputError(
+            f"found the folder {folder!r}, which makes no task's name, expected name: in addition to path:",
+            code=ErrorCode.MISSING_VALUE,
+            field="name",
+        )
     return name
 
 
-def _several(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
 class Task(ShorthandModel):
-    """One task of the sequence: a folder in the layout of CLIP_benchmark. In a recipe, a bare path will do."""
+    """One task of the sequence: a folder in the layout of CLIP_benchmark. A path alone is a shorthand."""
 
     main_field: ClassVar[str] = "path"
 
@@ -52,76 +62,95 @@ class Task(ShorthandModel):
     )
     name: str = Field(
         "",
-        description="Default: the folder's name, with a - for whatever may not be in a name",
+        description="Default: the folder's name, with - in place of characters that a name may not have",
         pattern=_NAME.pattern,
-        max_length=LONGEST_TASK_NAME,
+        max_length=MAX_TASK_NAME_LENGTH,
     )
-    learning_rate: PositiveFloat | None = Field(None, description="Instead of optimisation.learning_rate in this stage")
-    steps: PositiveInt | None = Field(None, description="Instead of optimisation.steps in this stage")
+    learning_rate: PositiveFloat | None = Field(None, description="Overrides optimisation.learning_rate in this stage")
+    steps: PositiveInt | None = Field(None, description="Overrides optimisation.steps in this stage")
     classes: TupleOf[NonNegativeInt] | None = Field(
         None, min_length=1, description="Only these labels of the folder, in this order; default: all"
     )
     shots: PositiveInt | None = Field(
-        None, description="Train on so many images of each class alone, drawn by the recipe's seed; default: all"
+        None, description="Train on this many images of each class, drawn with the recipe's seed; default: all"
     )
 
     @model_validator(mode="before")
     @classmethod
-    def _named_after_its_folder(cls, data: Any) -> Any:
+    def _set_default_name(cls, data: Any) -> Any:
         if isinstance(data, str):
             data = {"path": data}
         if isinstance(data, dict) and isinstance(data.get("path"), str) and not data.get("name"):
-            return {**data, "name": name_of_folder(data["path"])}
+            return {**data, "name": default_task_name(data["path"])}
         return data
 
 
 class ClassIncremental(ShorthandModel):
-    """One dataset, its classes learnt a group a stage and told apart by one head. A bare path will do."""
+    """A dataset whose classes are learnt in groups, one per stage, with one head. A path alone is a shorthand."""
 
     main_field: ClassVar[str] = "path"
 
     path: Location = Field(description="The dataset: a task folder")
     first: PositiveInt = Field(10, description="Classes of the first stage")
-    increment: PositiveInt = Field(10, description="Classes of each further stage")
+    increment: PositiveInt = Field(10, description="Classes of each later stage")
     order: NonNegativeInt | Location = Field(
         0,
-        description="Order of the classes: a seed, or a file of class names (also where they are numbers) or of "
-        "labels, one a line",
+        description="Order of the classes: a seed, or a file with one class name (which may be a number) or one "
+        "label per line",
     )
-    epochs: PositiveInt = Field(1, description="Times a stage sees its images")
-    template: str | None = Field(None, description="The one prompt, with {c}; default: the folder's first template")
+    epochs: PositiveInt = Field(1, description="Epochs over the images of a stage")
+    template: str | None = Field(None, description="The only prompt, with {c}; default: the folder's first template")
 
     @model_validator(mode="after")
-    def _has_a_place_for_the_class(self) -> "ClassIncremental":
+    def _check_template(self) -> "ClassIncremental":
         if self.template is not None and "{c}" not in self.template:
-            raise ValueError(f"found the template {self.template!r}, expected a {{c}} for the class name in it")
+            raise InputError(
+                f"found the template {self.template!r}, expected a {{c}} for the class name in it", field="template"
+            )
         return self
 
 
 class Reference(ShorthandModel):
-    """Unlabelled images and unpaired texts. In a recipe, a bare path will do for a folder that holds both."""
+    """The reference set: unlabelled images and unpaired texts. The path of a folder with both is a shorthand."""
 
     main_field: ClassVar[str] = "images"
 
-    images: Annotated[TupleOf[Location], BeforeValidator(_several)] = Field(
+    images: Annotated[TupleOf[Location], BeforeValidator(string_to_list)] = Field(
         min_length=1,
         description="Shards (paths, globs, brace ranges, URLs) or folders of shards or of image files",
     )
     texts: Location | None = Field(
         None,
-        description="Caption file: one a line, or TSV, CSV, JSON with one column or key of captions; default: "
-        "captions.txt or the .txt members beside the images",
+        description="Caption file: one caption per line, or TSV, CSV, JSON with one column or key of captions; "
+        "default: captions.txt or the .txt members in the images' folder",
     )
-    max_texts: PositiveInt | None = Field(None, description="Use only the first so many texts")
+    max_texts: PositiveInt | None = Field(None, description="Use only this many texts, the first ones")
 
 
-def check_names(tasks: tuple[Task, ...]) -> None:
-    """Refuse two tasks of one name: rows, stages and metrics are told apart by it."""
+def check_task_names(tasks: tuple[Task, ...]) -> None:
+    """Check that names are unique and not reserved: rows, stages and metrics are named after tasks.
+
+    Args:
+        tasks: The tasks of a recipe.
+
+    Raises:
+        InputError: A name is empty, reserved or not unique.
+    """
     names = [task.name for task in tasks]
     for name in names:
         if name in RESERVED_NAMES:
-            raise ValueError(f"tasks: found the name {name!r}, expected another: comparisons have a column of it")
+            raise InputError(
+                f"tasks: found the name {name!r}, expected another: comparisons have a column of it", field="tasks"
+            )
         if not name:
-            raise ValueError("tasks: found an empty name, expected a name or a path that ends in one")
+            raise InputError(
+                "tasks: found an empty name, expected a name or a path that ends in one",
+                code=ErrorCode.MISSING_VALUE,
+                field="tasks",
+            )
         if names.count(name) > 1:
-            raise ValueError(f"tasks: found the name {name!r} twice, expected every task to have its own")
+            raise InputError(
+                f"tasks: found the name {name!r} twice, expected every task to have its own",
+                code=ErrorCode.DUPLICATE,
+                field="tasks",
+            )

@@ -1,4 +1,4 @@
-"""What `zscl data check` finds in a task folder."""
+"""The report of `zscl data check` about a task folder, and the manifest of such a folder."""
 
 from typing import Literal
 
@@ -24,7 +24,7 @@ Reason = Literal[
 
 
 class ManifestShard(BaseModel):
-    """What a manifest says of a shard; fields of later versions are left alone."""
+    """A shard in a manifest; fields of later versions are ignored."""
 
     file: str
     samples: NonNegativeInt
@@ -33,13 +33,13 @@ class ManifestShard(BaseModel):
 
 
 class Manifest(BaseModel):
-    """`zscl.json` as far as it can be checked; fields of later versions are left alone."""
+    """The checked content of `zscl.json`; fields of later versions are ignored."""
 
     splits: dict[str, list[ManifestShard]]
 
 
-class Extent(StrictModel):
-    """Smallest, middle and largest of a number of pixels."""
+class PixelRange(StrictModel):
+    """Minimum, median and maximum of a number of pixels."""
 
     min: PositiveInt
     median: PositiveInt
@@ -47,26 +47,26 @@ class Extent(StrictModel):
 
 
 class SplitFinding(StrictModel):
-    """A split in figures. An image counts where it can be decoded and its label is in the class list."""
+    """Statistics of a split. An image counts if it can be decoded and its label is in the class list."""
 
     split: Split
-    shards: NonNegativeInt = Field(description="That nshards.txt promises")
-    samples: NonNegativeInt = Field(description="Of every kind, readable or not, in the shards that are whole")
+    shards: NonNegativeInt = Field(description="Number of shards according to nshards.txt")
+    samples: NonNegativeInt = Field(description="All samples of the undamaged shards, readable or not")
     images: NonNegativeInt
     per_class: TupleOf[NonNegativeInt] = Field(description="Images of each class, in label order")
-    empty_classes: TupleOf[NonNegativeInt] = Field(description="Labels of which the split has no image")
-    width: Extent | None
-    height: Extent | None
+    empty_classes: TupleOf[NonNegativeInt] = Field(description="Labels without images in the split")
+    width: PixelRange | None
+    height: PixelRange | None
     formats: dict[str, int]
-    modes: dict[str, int] = Field(description="PIL's: RGB, L for grey, P for a palette, ...")
+    modes: dict[str, int] = Field(description="Images by PIL mode: RGB, L (grey), P (palette), ...")
 
 
 class ShardFinding(StrictModel):
-    """A shard: what is there, and what is wrong with it."""
+    """The size and the problems of a shard."""
 
-    shard: str = Field(description="Relative to the task's folder, as every shard here")
-    samples: NonNegativeInt | None = Field(description="None where the shard is missing or broken")
-    bytes: NonNegativeInt | None = Field(description="None where the shard is missing")
+    shard: str = Field(description="Path relative to the task's folder, as in all fields named shard")
+    samples: NonNegativeInt | None = Field(description="None if the shard is missing or damaged")
+    bytes: NonNegativeInt | None = Field(description="None if the shard is missing")
     problems: TupleOf[str]
 
 
@@ -79,7 +79,7 @@ class UnreadableSample(StrictModel):
     detail: str
 
 
-class Unreadable(StrictModel):
+class UnreadableSamples(StrictModel):
     """Samples that training cannot use."""
 
     samples: NonNegativeInt
@@ -87,65 +87,65 @@ class Unreadable(StrictModel):
     first: TupleOf[UnreadableSample]
 
 
-class SeenImage(StrictModel):
-    """One of two images that are the same."""
+class DuplicateImage(StrictModel):
+    """One image of a pair of duplicates."""
 
     shard: str
     key: str
-    label: int | None = Field(description="None where it is missing or outside the class list")
+    label: int | None = Field(description="None if it is missing or outside the class list")
 
 
 class DuplicatePair(StrictModel):
-    """Two images of the same encoded bytes."""
+    """Two images with the same encoded bytes."""
 
-    first: SeenImage
-    again: SeenImage
+    first: DuplicateImage
+    again: DuplicateImage
 
 
 class Duplicates(StrictModel):
-    """Images that are there again, each paired with the first one of the same bytes (train comes before test)."""
+    """Repeated images, each paired with the first one of the same bytes (train comes before test)."""
 
     pairs: NonNegativeInt
-    of_other_label: NonNegativeInt = Field(description="Pairs whose two labels differ")
+    of_other_label: NonNegativeInt = Field(description="Pairs with different labels")
     first: TupleOf[DuplicatePair]
 
 
 class RepeatedName(StrictModel):
-    """A class name that stands for several labels."""
+    """A class name that several labels share."""
 
     name: str
     labels: TupleOf[NonNegativeInt]
 
 
 class ClassNames(StrictModel):
-    """`classnames.txt` against the labels."""
+    """Comparison of `classnames.txt` with the labels."""
 
     names: TupleOf[str]
     repeated: TupleOf[RepeatedName]
     empty: TupleOf[NonNegativeInt] = Field(description="Labels without a name")
-    unused: TupleOf[NonNegativeInt] = Field(description="Labels that no image has, in either split")
+    unused: TupleOf[NonNegativeInt] = Field(description="Labels without images in both splits")
 
 
 class Templates(StrictModel):
-    """`zeroshot_classification_templates.txt`."""
+    """The content of `zeroshot_classification_templates.txt`."""
 
     templates: TupleOf[str]
     repeated: TupleOf[str]
-    without_place: TupleOf[str] = Field(description="Those without a {c}")
+    without_place: TupleOf[str] = Field(description="Templates without a {c}")
 
 
-class Inspection(StrictModel):
-    """Everything found in a task folder."""
+class DatasetReport(StrictModel):
+    """The report about a task folder: splits, shards, duplicates, class names, templates and problems."""
 
     task: str
     path: str
     splits: TupleOf[SplitFinding]
     shards: TupleOf[ShardFinding]
-    manifest: bool = Field(description="Whether there is one, and the shards were compared with it")
-    unreadable: Unreadable
-    between_splits: Duplicates = Field(description="Test images that are training images too")
+    manifest: bool = Field(description="Whether there is a manifest with which the shards were compared")
+    unreadable: UnreadableSamples
+    between_splits: Duplicates = Field(description="Test images that are also training images")
     within_splits: Duplicates
     classnames: ClassNames
     templates: Templates
-    problems: TupleOf[str] = Field(description="What should be mended before training, a sentence each")
-    warnings: TupleOf[str] = Field(description="What is worth knowing, a sentence each")
+    problems: TupleOf[str] = Field(description="Problems to fix before training, one message each")
+    warnings: TupleOf[str] = Field(description="Warnings, one message each")

@@ -1,4 +1,4 @@
-"""Errors that users see, and the phrases of their messages."""
+"""User-facing errors with stable codes, and helpers that format their messages."""
 
 import shlex
 from collections.abc import Iterable, Sequence
@@ -7,10 +7,10 @@ from enum import StrEnum
 
 from schemas.redaction import mask
 
-MOST_PROBLEMS = 20  # in one message
-LONGEST_LINE = 2_000  # characters of a message's line
-LONGEST_PATH = 4_000  # bytes that a file system accepts
-LONGEST_NAME = 255  # bytes of one part of a path
+MAX_PROBLEMS = 20  # in one message
+MAX_LINE_LENGTH = 2_000  # characters of a message's line
+MAX_PATH_BYTES = 4_000  # bytes that a file system accepts
+MAX_NAME_BYTES = 255  # bytes of one part of a path
 
 
 class ErrorCode(StrEnum):
@@ -51,65 +51,89 @@ class InputError(ValueError):
 
     Attributes:
         code: What kind of mistake it is. Codes are stable; the wording of messages is not.
-        field: The recipe's field, the option or the file that is wrong, if there is one.
+        field: The recipe's field or the option that is wrong, if there is one.
     """
 
-    def __init__(self, sentence: str, *, code: ErrorCode = ErrorCode.INVALID_VALUE, field: str | None = None) -> None:
+    def __init__(self, message: str, *, code: ErrorCode = ErrorCode.INVALID_VALUE, field: str | None = None) -> None:
         """Mask and clean the message.
 
         Args:
-            sentence: The message; it may have several lines.
+            message: The message; it may have several lines.
             code: What kind of mistake it is.
-            field: The recipe's field, the option or the file that is wrong.
+            field: The recipe's field or the option that is wrong.
         """
         self.code, self.field = code, field
-        plain = "".join(
-            sign if sign.isprintable() or sign == "\n" else "\N{REPLACEMENT CHARACTER}" for sign in sentence
+        printable = "".join(
+            character if character.isprintable() or character == "\n" else "\N{REPLACEMENT CHARACTER}"
+            for character in message
         )
-        super().__init__("\n".join(map(_readable, mask(plain).split("\n"))))
+        super().__init__("\n".join(map(_shorten_line, mask(printable).split("\n"))))
 
 
-def _readable(line: str) -> str:
-    """A line that somebody can read: the middle is left out of one that goes on for pages."""
-    return line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE * 2 // 3]} … {line[-LONGEST_LINE // 3 :]}"
+def _shorten_line(line: str) -> str:
+    """Cut the middle out of a line that is longer than `MAX_LINE_LENGTH`."""
+    if len(line) <= MAX_LINE_LENGTH:
+        return line
+    return f"{line[: MAX_LINE_LENGTH * 2 // 3]} … {line[-MAX_LINE_LENGTH // 3 :]}"
 
 
 class InterruptedRunError(BaseException):
-    """A run was stopped from outside. The command line says how to go on and exits with 128 + the signal's number.
+    """A signal stopped the run. The command line prints how to resume and exits with 128 + the signal's number.
 
-    Like KeyboardInterrupt, it is no Exception: a signal may come while a decoder's or a library's errors are caught.
+    It derives from BaseException, as KeyboardInterrupt does, so that code that catches the errors of a decoder or a
+    library does not catch it.
+
+    Attributes:
+        exit_code: The exit code of the process.
     """
 
-    def __init__(self, how_to_go_on: str, exit_code: int) -> None:
-        super().__init__(how_to_go_on)
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
         self.exit_code = exit_code
 
 
-def command(*words: object) -> str:
-    """Return a command as a user can type or paste it: quoted for a shell, without secrets."""
+def shell_command(*words: object) -> str:
+    """Format a command so that a user can paste it into a shell: quoted, without secrets."""
     return shlex.join(mask(str(word)) for word in words)
 
 
 def one_line(error: object) -> str:
-    """Return an error's message as part of a sentence, whole: the cause often stands at its end."""
+    """Format an error's full message as one line; the name of its class if the message is empty."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def did_you_mean(given: str, known: Iterable[str]) -> str:
-    """The end of a sentence that guesses what was meant; empty where nothing known is like it."""
-    nearest = get_close_matches(given, known, n=1)
+def did_you_mean(name: str, candidates: Iterable[str]) -> str:
+    """Format a suggestion as the end of a message.
+
+    Args:
+        name: The name that does not exist.
+        candidates: The names that exist.
+
+    Returns:
+        `; did you mean 'CANDIDATE'?`, or nothing if no candidate is similar.
+    """
+    nearest = get_close_matches(name, candidates, n=1)
     return f"; did you mean '{nearest[0]}'?" if nearest else ""
 
 
-NAMED = 5  # in a sentence
+MAX_LISTED = 5  # names in a message
 
 
-def listed(names: Sequence[str], one: str, many: str = "") -> str:
-    """How many there are, and the first names."""
-    more = ", …" if len(names) > NAMED else ""
-    return f"{counted(len(names), one, many)} ({', '.join(names[:NAMED])}{more})"
+def format_names(names: Sequence[str], singular: str, plural: str = "") -> str:
+    """Format the number of names and the first of them: `7 classes (a, b, c, d, e, …)`.
+
+    Args:
+        names: The names.
+        singular: The noun for one of them.
+        plural: The noun for several; default: `singular` with an s.
+
+    Returns:
+        A phrase for a message.
+    """
+    more = ", …" if len(names) > MAX_LISTED else ""
+    return f"{format_count(len(names), singular, plural)} ({', '.join(names[:MAX_LISTED])}{more})"
 
 
-def counted(number: int, one: str, many: str = "") -> str:
-    """A number and its noun."""
-    return f"{number} {one if number == 1 else many or one + 's'}"
+def format_count(number: int, singular: str, plural: str = "") -> str:
+    """Format a number and its noun, which is `plural`, or `singular` with an s, unless the number is 1."""
+    return f"{number} {singular if number == 1 else plural or singular + 's'}"

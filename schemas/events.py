@@ -1,4 +1,4 @@
-"""Events of a run, as the journal holds them."""
+"""Events of a run, as recorded in its journal and sent to the driver."""
 
 from typing import Annotated, Literal
 
@@ -9,7 +9,7 @@ from schemas.results import RedactedStr, StageResult, StepLosses
 
 
 class StageStarted(StrictModel):
-    """Stage `stage` (from 1) begins."""
+    """Stage `stage`, counted from 1, starts."""
 
     event: Literal["stage_started"] = "stage_started"
     stage: int
@@ -18,7 +18,7 @@ class StageStarted(StrictModel):
 
 
 class StepsTaken(StrictModel):
-    """Steps since the last such report, on all workers together."""
+    """The steps since the previous event of this kind, of all workers together."""
 
     event: Literal["steps_taken"] = "steps_taken"
     stage: int
@@ -28,17 +28,17 @@ class StepsTaken(StrictModel):
 
 
 class WorkerUse(StrictModel):
-    """What one worker has used of late."""
+    """The resource usage of one worker since the previous event of this kind."""
 
-    images_per_second: float = Field(description="Its own, task and distilled images")
-    loader_wait_share: float = Field(description="Of its time, that it waited for images to be read and decoded")
-    cpu_cores: float = Field(description="Cores' worth of CPU time, its loader processes not among it")
-    memory_megabytes: float = Field(description="Resident")
-    gpu_memory_megabytes: float | None = Field(None, description="That torch holds of its GPU")
+    images_per_second: float = Field(description="Throughput of this worker, task and distilled images")
+    loader_wait_share: float = Field(description="Share of the time spent waiting for images to be read and decoded")
+    cpu_cores: float = Field(description="Average number of busy CPU cores, without loader processes")
+    memory_megabytes: float = Field(description="Resident memory")
+    gpu_memory_megabytes: float | None = Field(None, description="GPU memory that PyTorch has reserved")
 
 
 class WorkersUsed(StrictModel):
-    """What every worker has used since the last such report, in the order of their ranks."""
+    """The resource usage of every worker since the previous event of this kind, in the order of their ranks."""
 
     event: Literal["workers_used"] = "workers_used"
     stage: int
@@ -47,14 +47,14 @@ class WorkersUsed(StrictModel):
 
 
 class StageTrained(StrictModel):
-    """The stage's model is on disk."""
+    """A stage's training has finished, and its model is on disk."""
 
     event: Literal["stage_trained"] = "stage_trained"
     result: StageResult
 
 
 class TaskEvaluated(StrictModel):
-    """One cell of the matrix; stage 0 is the zero-shot row."""
+    """One cell of the accuracy matrix was measured; stage 0 is the zero-shot row."""
 
     event: Literal["task_evaluated"] = "task_evaluated"
     stage: NonNegativeInt
@@ -64,7 +64,7 @@ class TaskEvaluated(StrictModel):
 
 
 class RowMeasured(StrictModel):
-    """A row of the matrix is complete and on disk; stage 0 is the zero-shot row."""
+    """A row of the accuracy matrix is complete and on disk; stage 0 is the zero-shot row."""
 
     event: Literal["row_measured"] = "row_measured"
     stage: NonNegativeInt
@@ -72,7 +72,7 @@ class RowMeasured(StrictModel):
 
 
 class ImagesEmbedded(StrictModel):
-    """The teacher's features of the distilled images, computed ahead of training."""
+    """Progress of computing the teacher's features of the distilled images ahead of training."""
 
     event: Literal["images_embedded"] = "images_embedded"
     done: NonNegativeInt
@@ -80,14 +80,14 @@ class ImagesEmbedded(StrictModel):
 
 
 class RunStarted(StrictModel):
-    """A run begins, or goes on."""
+    """A run starts or resumes."""
 
     event: Literal["run_started"] = "run_started"
     fingerprint: str
 
 
 class CheckpointWritten(StrictModel):
-    """The stage can go on from behind so many steps."""
+    """A checkpoint was written, from which the stage can resume after `steps` steps."""
 
     event: Literal["checkpoint_written"] = "checkpoint_written"
     stage: int
@@ -95,13 +95,13 @@ class CheckpointWritten(StrictModel):
 
 
 class Note(StrictModel):
-    """Something worth a line in the log."""
+    """A message for the log."""
 
     event: Literal["note"] = "note"
     text: RedactedStr
 
 
-Progress = Annotated[
+RunEvent = Annotated[
     RunStarted
     | StageStarted
     | StepsTaken
@@ -117,7 +117,7 @@ Progress = Annotated[
 
 
 class JournalEntry(StrictModel):
-    """A line of `journal.jsonl`."""
+    """One line of `journal.jsonl`."""
 
     time: int = Field(description="Unix time, in milliseconds")
-    progress: Progress
+    progress: RunEvent

@@ -1,4 +1,4 @@
-"""An experiment: what is trained on what, in which order, how, and judged how."""
+"""The recipe: model, tasks, method, optimisation, evaluation, compute and tracking, with the checks between them."""
 
 import hashlib
 import json
@@ -7,160 +7,186 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationInfo, model_validator
 
-from schemas.algorithm import algorithm
-from schemas.base import Share, ShorthandModel, StrictModel, TupleOf, anchor
+from schemas.algorithm import algorithm_version
+from schemas.base import Share, ShorthandModel, StrictModel, TupleOf, resolve_location
 from schemas.compute import Compute, Tracking
-from schemas.data import ClassIncremental, Reference, Task, check_names
-from schemas.errors import did_you_mean
+from schemas.data import ClassIncremental, Reference, Task, check_task_names
+from schemas.errors import ErrorCode, InputError, did_you_mean
 from schemas.method import Method
 
 LOCAL_MODEL = "local-dir:"
-LONGEST_NAME = 100  # characters: folders, locks and files are named after it, and after the method
-MOST_WARMUP = 100  # steps, where a recipe does not say how many
+MAX_NAME_LENGTH = 100  # characters: names of folders, locks and files contain it and the method's name
+MAX_DEFAULT_WARMUP = 100  # steps, if the recipe does not set optimisation.warmup_steps
 
 
-def _anchor_model(name: str, info: ValidationInfo) -> str:
+def _resolve_model_name(name: str, info: ValidationInfo) -> str:
     if not name.startswith(LOCAL_MODEL):
         return name
-    return LOCAL_MODEL + anchor(name.removeprefix(LOCAL_MODEL), info)
+    return LOCAL_MODEL + resolve_location(name.removeprefix(LOCAL_MODEL), info)
 
 
-def _anchor_file(tag_or_file: str, info: ValidationInfo) -> str:
+def _resolve_weights_file(tag_or_file: str, info: ValidationInfo) -> str:
     is_file = "/" in tag_or_file or tag_or_file.endswith((".safetensors", ".pt", ".pth", ".bin"))
-    return anchor(tag_or_file, info) if is_file else tag_or_file
+    return resolve_location(tag_or_file, info) if is_file else tag_or_file
 
 
 class Model(ShorthandModel):
-    """An open_clip model. In a recipe, a bare name will do."""
+    """An open_clip model. A name alone is a shorthand."""
 
     main_field: ClassVar[str] = "name"
 
-    name: Annotated[str, AfterValidator(_anchor_model)] = Field(
+    name: Annotated[str, AfterValidator(_resolve_model_name)] = Field(
         min_length=1,
-        description="open_clip name, `local-dir:FOLDER`, `hf-hub:OWNER/NAME`, or `embedded` for the shipped one",
+        description="open_clip name, `local-dir:FOLDER`, `hf-hub:OWNER/NAME`, or `embedded` for the included model",
     )
-    pretrained: Annotated[str, AfterValidator(_anchor_file)] | None = Field(
+    pretrained: Annotated[str, AfterValidator(_resolve_weights_file)] | None = Field(
         None, description="open_clip tag or weights file, for a plain open_clip name"
     )
 
     @model_validator(mode="after")
-    def _has_weights(self) -> "Model":
+    def _check_weights(self) -> "Model":
         self_contained = self.name == "embedded" or self.name.startswith((LOCAL_MODEL, "hf-hub:"))
         if self_contained and self.pretrained:
-            raise ValueError(f"'{self.name}' brings its weights, expected no pretrained beside it")
+            raise InputError(
+                f"'{self.name}' brings its weights, expected no pretrained with it",
+                code=ErrorCode.CONFLICT,
+                field="pretrained",
+            )
         if not self_contained and not self.pretrained:
-            raise ValueError(
-                f"found no pretrained beside '{self.name}', expected the weights that open_clip has for it (openai, "
-                "laion2b_s34b_b88k, …) or a file of them" + did_you_mean(self.name, ["embedded"])
+            raise InputError(
+                f"found no pretrained for '{self.name}', expected the weights that open_clip has for it (openai, "
+                "laion2b_s34b_b88k, …) or a file of them" + did_you_mean(self.name, ["embedded"]),
+                code=ErrorCode.MISSING_VALUE,
+                field="pretrained",
             )
         return self
 
 
 class Optimisation(StrictModel):
-    """AdamW with linear warm-up and cosine decay, afresh in every stage. Batch sizes are global."""
+    """AdamW with linear warm-up and cosine decay, restarted in every stage. Batch sizes are global."""
 
-    steps: PositiveInt = Field(1000, description="Updates a stage")
-    batch_size: PositiveInt = Field(64, description="Task images a step, over all workers")
-    reference_batch_size: PositiveInt = Field(64, description="Reference images a step, over all workers")
-    learning_rate: PositiveFloat = Field(1e-5, description="At its highest, right behind the warm-up")
+    steps: PositiveInt = Field(1000, description="Optimizer steps per stage")
+    batch_size: PositiveInt = Field(64, description="Task images per step, over all workers")
+    reference_batch_size: PositiveInt = Field(64, description="Reference images per step, over all workers")
+    learning_rate: PositiveFloat = Field(1e-5, description="Peak value, at the end of the warm-up")
     warmup_steps: NonNegativeInt | None = Field(
         None,
-        description=f"Steps of linear warm-up, of those of the stage; default: a tenth of these, at most {MOST_WARMUP}",
+        description=f"Steps of linear warm-up; default: a tenth of the stage's steps, at most {MAX_DEFAULT_WARMUP}",
     )
     betas: Annotated[tuple[Share, Share], Field(strict=False)] = Field(
-        (0.9, 0.999), description="AdamW's decay rates of the gradients' mean and mean square"
+        (0.9, 0.999), description="AdamW's decay rates of the first and second moments of the gradients"
     )
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's, relative to the learning rate")
+    weight_decay: float = Field(
+        0.0, ge=0, description="AdamW's decoupled weight decay, multiplied by the learning rate"
+    )
     max_gradient_norm: PositiveFloat | None = Field(
-        None, description="Gradients of a larger norm, over all trained parameters, are scaled down to it"
+        None, description="Gradient clipping: maximum norm over all trained parameters"
     )
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast of the two towers")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast in the image and text towers")
 
 
 class HeldOut(StrictModel):
-    """A part of every task's training images, drawn class by class, that is not trained on."""
+    """A part of every task's training images, drawn per class, that is not used for training."""
 
-    share: float = Field(0.2, gt=0, lt=1, description="Of each class's training images")
-    seed: NonNegativeInt = Field(0, description="Of the draw; the same part for all runs with it")
+    share: float = Field(0.2, gt=0, lt=1, description="Share of each class's training images")
+    seed: NonNegativeInt = Field(0, description="Seed of the draw; runs with the same seed hold out the same images")
     judged_on: Literal["held_out", "test"] = Field(
-        "held_out", description="held_out: the test images are never looked at; test: the part is only left out"
+        "held_out",
+        description="held_out: evaluate on the held-out images, never on test images; test: evaluate on test images",
     )
 
 
 class Evaluation(StrictModel):
     """Top-1 accuracy on each task's test split, among that task's classes."""
 
-    templates: Literal["all", "first"] = Field("all", description="Templates averaged into a class embedding")
-    held_out: HeldOut | None = Field(None, description="Judge on a part of the training images instead")
+    templates: Literal["all", "first"] = Field("all", description="Which templates are averaged into a class embedding")
+    held_out: HeldOut | None = Field(None, description="Hold out a part of the training images, to evaluate on it")
 
 
 class Experiment(StrictModel):
-    """A sequence of tasks, learnt by one method."""
+    """A recipe: a sequence of tasks that one method learns."""
 
     name: str = Field(
         "",
         pattern=r"^[A-Za-z0-9_.-]*$",
-        max_length=LONGEST_NAME,
-        description="Default: the recipe's file name, with - for other characters than letters, digits and _.-",
+        max_length=MAX_NAME_LENGTH,
+        description="Default: the recipe's file name, with - in place of characters other than letters, digits and _.-",
     )
-    model: Model = Field(description="What the first stage starts from: the initial model")
+    model: Model = Field(description="The initial model: the first stage starts from it")
     tasks: TupleOf[Task] = Field((), description="The stages, in order")
     class_incremental: ClassIncremental | None = Field(
-        None, description="Instead of tasks: one dataset, a group of its classes a stage"
+        None, description="Instead of tasks: one dataset, one group of its classes per stage"
     )
-    reference: Reference | None = Field(None, description="What is distilled on: images and texts of any kind")
-    method: Method = Field(description="What acts in a training step, and on the weights along the way")
+    reference: Reference | None = Field(None, description="Images and texts for distillation, of any kind")
+    method: Method = Field(description="Loss terms, weight averaging and exemplars")
     optimisation: Optimisation = Field(Optimisation(), description="Steps, batches and AdamW")
-    evaluation: Evaluation = Field(Evaluation(), description="What the matrix is measured on")
-    seed: int = Field(0, ge=0, description="Of everything that is drawn: images, augmentation, dropout, exemplars")
-    compute: Compute = Field(Compute(), description="Where it runs; no part of what is computed")
-    tracking: Tracking = Field(Tracking(), description="Where it is recorded; no part of what is computed")
+    evaluation: Evaluation = Field(Evaluation(), description="How the accuracy matrix is measured")
+    seed: int = Field(0, ge=0, description="Seed of all random draws: images, augmentation, dropout, exemplars")
+    compute: Compute = Field(Compute(), description="Where it runs; does not change the results")
+    tracking: Tracking = Field(Tracking(), description="Where it is recorded; does not change the results")
 
     @model_validator(mode="after")
-    def _fits_together(self) -> "Experiment":
+    def _check_consistency(self) -> "Experiment":
         self._check_stages()
         if self.method.needs_reference and self.reference is None:
             part = "distill" if self.method.distill else "task_loss.negatives"
-            raise ValueError(f"method.{part} needs reference (images and texts to distil on), found none")
+            raise InputError(
+                f"method.{part} needs reference (images and texts to distil on), found none",
+                code=ErrorCode.MISSING_VALUE,
+                field="reference",
+            )
         for task in self.tasks:
             if self.method.task_loss and self.stage_warmup(task) > self.stage_steps(task):
-                raise ValueError(
+                raise InputError(
                     f"optimisation.warmup_steps is {self.optimisation.warmup_steps}, expected at most the "
-                    f"{self.stage_steps(task)} steps of stage '{task.name}'"
+                    f"{self.stage_steps(task)} steps of stage '{task.name}'",
+                    field="optimisation.warmup_steps",
                 )
-        self._refuse_what_cannot_be_distilled()
-        self._refuse_savings_that_are_none()
-        largest = min(self.optimisation.batch_size, self.optimisation.reference_batch_size)
-        if self.compute.workers > largest:
-            raise ValueError(
-                f"compute.workers is {self.compute.workers}, expected at most {largest}: "
-                "every worker needs an image of each global batch"
+        self._check_distillation()
+        self._check_savings()
+        max_workers = min(self.optimisation.batch_size, self.optimisation.reference_batch_size)
+        if self.compute.workers > max_workers:
+            raise InputError(
+                f"compute.workers is {self.compute.workers}, expected at most {max_workers}: "
+                "every worker needs an image of each global batch",
+                field="compute.workers",
             )
         return self
 
     def _check_stages(self) -> None:
-        check_names(self.tasks)
+        check_task_names(self.tasks)
         if not self.tasks and self.class_incremental is None:
-            raise ValueError("tasks: found none, expected at least one (or class_incremental)")
+            raise InputError(
+                "tasks: found none, expected at least one (or class_incremental)",
+                code=ErrorCode.MISSING_VALUE,
+                field="tasks",
+            )
         if self.class_incremental is not None:
             for task in self.tasks:
                 if task.path != self.class_incremental.path or task.classes is None:
-                    raise ValueError(
-                        f"tasks: found '{task.name}' beside class_incremental, expected one or the other: the stages "
-                        "are cut from the dataset"
+                    raise InputError(
+                        f"tasks: found '{task.name}' with class_incremental, expected one or the other: the stages "
+                        "are cut from the dataset",
+                        code=ErrorCode.CONFLICT,
+                        field="tasks",
                     )
 
-    def _refuse_what_cannot_be_distilled(self) -> None:
+    def _check_distillation(self) -> None:
         distill = self.method.distill
         if distill and distill.prompts_of == "others" and len(self.tasks) == 1:
-            raise ValueError("method.distill.prompts_of is others, but there is only one task, expected more of them")
+            raise InputError(
+                "method.distill.prompts_of is others, but there is only one task, expected more of them",
+                code=ErrorCode.CONFLICT,
+                field="method.distill.prompts_of",
+            )
         if distill and distill.similarity_weight and self.optimisation.reference_batch_size < 2:
-            raise ValueError(
+            raise InputError(
                 "optimisation.reference_batch_size is 1 with method.distill.similarity_weight above 0, expected at "
-                "least 2: images are compared with each other"
+                "least 2: images are compared with each other",
+                field="optimisation.reference_batch_size",
             )
 
-    def _refuse_savings_that_are_none(self) -> None:
+    def _check_savings(self) -> None:
         reason = (
             "the unused embeddings decay, too (optimisation.weight_decay)"
             if self.optimisation.weight_decay
@@ -169,98 +195,110 @@ class Experiment(StrictModel):
             else None
         )
         if self.compute.savings.used_embeddings == "always" and reason:
-            raise ValueError(f"compute.savings.used_embeddings is always, expected auto or never: {reason}")
+            raise InputError(
+                f"compute.savings.used_embeddings is always, expected auto or never: {reason}",
+                code=ErrorCode.CONFLICT,
+                field="compute.savings.used_embeddings",
+            )
         distill = self.method.distill
-        stored = distill and distill.teacher == "initial" and distill.images in ("reference", "task")
-        if self.compute.teacher_features == "ahead" and distill and not stored:
-            raise ValueError(
-                "compute.teacher_features is ahead, expected auto: no other stage or run meets the features of a "
-                "teacher that is not the initial model, of exemplars or of noise"
+        is_reusable = distill and distill.teacher == "initial" and distill.images in ("reference", "task")
+        if self.compute.teacher_features == "ahead" and distill and not is_reusable:
+            raise InputError(
+                "compute.teacher_features is ahead, expected auto: no other stage or run can reuse the features of a "
+                "teacher that is not the initial model, of exemplars or of noise",
+                code=ErrorCode.CONFLICT,
+                field="compute.teacher_features",
             )
 
     @property
     def warnings(self) -> list[str]:
-        """What is allowed but hardly meant, a sentence each."""
+        """Messages about settings that are valid but probably not intended."""
         every = self.method.average.every if self.method.average else 0
         return [
-            f"method.average.every is {every}, but stage '{task.name}' has {self.stage_steps(task)} steps: what it "
-            "hands on is the mean of its start and its first step; expected fewer, "
-            f"{max(1, self.stage_steps(task) // 10)}, say"
+            f"method.average.every is {every}, but stage '{task.name}' has {self.stage_steps(task)} steps: its "
+            "model is the mean of its start and its first step; expected fewer, for example "
+            f"{max(1, self.stage_steps(task) // 10)}"
             for task in self.tasks
             if self.stage_steps(task) < every
         ]
 
     def stage_steps(self, task: Task) -> int:
-        """Updates of the task's stage."""
+        """Return the number of optimizer steps of the task's stage; 0 without a task loss."""
         return (task.steps or self.optimisation.steps) if self.method.task_loss else 0
 
     def stage_warmup(self, task: Task) -> int:
-        """Steps of linear warm-up in the task's stage."""
-        given = self.optimisation.warmup_steps
-        return min(MOST_WARMUP, self.stage_steps(task) // 10) if given is None else given
+        """Return the number of linear warm-up steps in the task's stage."""
+        warmup = self.optimisation.warmup_steps
+        return min(MAX_DEFAULT_WARMUP, self.stage_steps(task) // 10) if warmup is None else warmup
 
     @property
     def warmup_steps(self) -> int | None:
-        """Steps of linear warm-up in every stage; `None` where stages of different lengths have their own."""
-        found = {self.stage_warmup(task) for task in self.tasks}
-        return found.pop() if len(found) == 1 else self.optimisation.warmup_steps
+        """Steps of linear warm-up in every stage; `None` if the default differs between stages."""
+        warmups = {self.stage_warmup(task) for task in self.tasks}
+        return warmups.pop() if len(warmups) == 1 else self.optimisation.warmup_steps
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What is trained by beside the method's parts, by dotted path: alike where methods are compared.
+        """Training settings other than the method's, by dotted path: a comparison of methods holds them constant.
 
-        Settings that this method does not read are left out.
+        Settings that this method does not read are excluded.
         """
         if self.method.task_loss is None:
             return {}
         unread = {"reference_batch_size"} if self.method.distill is None else set()
-        found = self.optimisation.model_dump(mode="json", exclude=unread)
-        settings = {f"optimisation.{field}": value for field, value in found.items()}
+        optimisation = self.optimisation.model_dump(mode="json", exclude=unread)
+        settings = {f"optimisation.{field}": value for field, value in optimisation.items()}
         settings["optimisation.warmup_steps"] = self.warmup_steps
         if self.class_incremental is not None:
             stages = self.class_incremental.model_dump(mode="json", include={"first", "increment", "epochs"})
             return settings | {f"class_incremental.{field}": value for field, value in stages.items()}
         for task in self.tasks:
-            own = task.model_dump(mode="json", include={"learning_rate", "steps", "shots"})
-            settings |= {f"tasks.{task.name}.{field}": value for field, value in own.items()}
+            overrides = task.model_dump(mode="json", include={"learning_rate", "steps", "shots"})
+            settings |= {f"tasks.{task.name}.{field}": value for field, value in overrides.items()}
         return settings
 
-    def fingerprint(self, contents: Mapping[str, str]) -> str:
-        """Identify what is computed, wherever it runs and however it is called. Returns 16 hexadecimal digits.
+    def fingerprint(self, digests: Mapping[str, str]) -> str:
+        """Hash everything that the results depend on: not the name, where the experiment runs or where it is recorded.
 
         Args:
-            contents: as of `identity`.
+            digests: Content hashes of the inputs, see `identity`.
+
+        Returns:
+            16 hexadecimal digits.
         """
-        identity = json.dumps(self.identity(contents), sort_keys=True)
+        identity = json.dumps(self.identity(digests), sort_keys=True)
         return hashlib.sha256(identity.encode()).hexdigest()[:16]
 
-    def identity(self, contents: Mapping[str, str]) -> dict[str, Any]:
-        """Everything that the numbers depend on, the version of the algorithm among it.
+    def identity(self, digests: Mapping[str, str]) -> dict[str, Any]:
+        """Return everything that the results depend on, with the version of the algorithm.
 
-        Settings that this method does not read do not count, nor what the method is called.
+        Settings that this method does not read and the method's name are excluded.
 
         Args:
-            contents: maps each location in the recipe (a task's path, the reference set, the model, the path of a
-                further loss) to a digest of what lies there.
+            digests: The content hash of each input, by its location in the recipe: a task's path, the model's name, a
+                custom loss's path, and "reference" for the reference set.
+
+        Returns:
+            A tree that can be written as JSON.
         """
         identity = self.model_dump(mode="json", exclude={"name", "compute", "tracking"})
-        identity["algorithm"] = algorithm()
-        for label in ("name", "preset"):  # `method: zscl` and its parts spelt out compute the same
+        identity["algorithm"] = algorithm_version()
+        for label in ("name", "preset"):  # a preset and the same parts without a preset compute the same
             del identity["method"][label]
-        identity["model"] = contents[self.model.name]
+        identity["model"] = digests[self.model.name]
         identity["optimisation"]["warmup_steps"] = self.warmup_steps
         if self.class_incremental is None:
             del identity["class_incremental"]
-        else:  # its tasks say the rest
+        else:  # the other settings are part of the tasks
             identity["class_incremental"] = self.class_incremental.template
         for task in identity["tasks"]:
-            task["path"] = contents[task["path"]]
+            task["path"] = digests[task["path"]]
             if task["shots"] is None:
                 del task["shots"]
-        # As before there were such fields.
+        # Fields that are newer than existing runs are excluded if unused, so that the runs' fingerprints remain valid.
         if self.method.further_losses:
             for loss in identity["method"]["further_losses"]:
-                loss["code"] = contents[loss["path"]]
+                loss["code"] = digests[loss["path"]]
         else:
             del identity["method"]["further_losses"]
         if self.optimisation.max_gradient_norm is None:
@@ -271,7 +309,7 @@ class Experiment(StrictModel):
             del identity["optimisation"]["reference_batch_size"]
         identity["reference"] = None
         if self.method.needs_reference and self.reference is not None:
-            identity["reference"] = [contents["reference"], self.reference.max_texts]
+            identity["reference"] = [digests["reference"], self.reference.max_texts]
         if self.method.task_loss is None:
             identity["optimisation"] = {"precision": self.optimisation.precision}
             for task in identity["tasks"]:

@@ -1,8 +1,8 @@
-"""A method is a composition of parts; a preset is a named composition.
+"""The recipe section `method`: a composition of losses, weight averaging and exemplars, or a named preset of them.
 
 method: zscl                                      # a preset
-method: {preset: zscl, average: {every: 50}}      # a preset with changes; `null` takes a part out
-method: {name: mine, task_loss: {}, distill: {}}  # a composition of one's own
+method: {preset: zscl, average: {every: 50}}      # a preset with changes; `null` removes a part
+method: {name: mine, task_loss: {}, distill: {}}  # a composition without a preset
 """
 
 import json
@@ -20,29 +20,46 @@ from pydantic import (
 )
 
 from schemas.base import ShorthandModel, StrictModel, TupleOf
+from schemas.errors import ErrorCode, InputError
 
 
-def check_read(part: StrictModel, field: str, is_read: bool, by: str) -> None:
-    """Refuse a setting that nothing reads: whoever gave it expects it to count."""
+def check_setting_used(part: StrictModel, field: str, is_used: bool, requirement: str) -> None:
+    """Refuse a setting that has no effect in the given combination, because its author expects an effect.
+
+    Args:
+        part: The section that has the setting.
+        field: The setting's name.
+        is_used: Whether the setting has an effect.
+        requirement: What the recipe must also contain for the setting to have an effect, for the message.
+
+    Raises:
+        InputError: The setting has no effect, and differs from its default.
+    """
     value = getattr(part, field)
-    if not is_read and value != type(part).model_fields[field].default:
-        raise ValueError(f"found {field} {value!r}, which nothing reads, expected {by} beside it")
+    if not is_used and value != type(part).model_fields[field].default:
+        raise InputError(
+            f"found {field} {value!r}, which nothing reads, expected {requirement} with it",
+            code=ErrorCode.UNUSED_SETTING,
+            field=field,
+        )
 
 
 class TaskLoss(StrictModel):
     """Cross-entropy over the current task's class prompts (paper, section 3; method step 1)."""
 
     label_smoothing: float = Field(0.2, ge=0, lt=1, description="Share of the target spread over all classes")
-    earlier_names: bool = Field(False, description="The earlier tasks' class prompts join the softmax")
-    negatives: NonNegativeInt = Field(0, description="So many random reference texts join the softmax, drawn by stage")
+    earlier_names: bool = Field(False, description="Add the earlier tasks' class prompts to the softmax")
+    negatives: NonNegativeInt = Field(
+        0, description="Number of random reference texts in the softmax, drawn once per stage"
+    )
 
 
 class Distill(StrictModel):
-    """Distillation from a frozen teacher (paper, section 4.1). A weight of 0 takes its loss out."""
+    """Distillation from a frozen teacher (paper, section 4.1). A loss with weight 0 is not computed."""
 
     teacher: Literal["initial", "previous", "blended"] = Field(
         "initial",
-        description="The model before the first stage, the one this stage starts from, or a blend of the two",
+        description="The model before the first stage, the model at the stage's start, or a blend of both",
     )
     blend: float = Field(0.8, ge=0, le=1, description="Share of the stage's start in a blended teacher")
     images: Literal["reference", "task", "exemplars", "noise"] = Field(
@@ -55,26 +72,28 @@ class Distill(StrictModel):
     prompts_of: Literal["current", "others", "all"] = Field(
         "current", description="Whose class names: the current task's, the other tasks', or both"
     )
-    random_texts: PositiveInt = Field(1000, description="How many random sentences")
+    random_texts: PositiveInt = Field(1000, description="Number of random sentences")
     random_length: PositiveInt = Field(10, description="Tokens in a random sentence")
     image_weight: NonNegativeFloat = Field(1.0, description="Softmax over the texts, mean over the images")
     text_weight: NonNegativeFloat = Field(1.0, description="Softmax over the images, mean over the texts")
-    similarity_weight: NonNegativeFloat = Field(0.0, description="Softmax over the images' similarities to each other")
+    similarity_weight: NonNegativeFloat = Field(0.0, description="Softmax over the pairwise similarities of the images")
     feature_weight: NonNegativeFloat = Field(0.0, description="Mean squared error of the image features")
-    temperature: PositiveFloat = Field(2.0, description="T of the softmaxes; losses are multiplied by T²")
+    temperature: PositiveFloat = Field(
+        2.0, description="Temperature T of the softmaxes; their losses are multiplied by T²"
+    )
 
     @model_validator(mode="after")
-    def _says_nothing_in_vain(self) -> "Distill":
-        softened = self.image_weight or self.text_weight or self.similarity_weight
-        check_read(self, "temperature", bool(softened), "another weight than feature_weight")
-        check_read(self, "blend", self.teacher == "blended", "teacher: blended")
-        check_read(self, "prompts_of", self.texts == "class_prompts", "texts: class_prompts")
+    def _check_unused_settings(self) -> "Distill":
+        has_softmax = self.image_weight or self.text_weight or self.similarity_weight
+        check_setting_used(self, "temperature", bool(has_softmax), "another weight than feature_weight")
+        check_setting_used(self, "blend", self.teacher == "blended", "teacher: blended")
+        check_setting_used(self, "prompts_of", self.texts == "class_prompts", "texts: class_prompts")
         for field in ("random_texts", "random_length"):
-            check_read(self, field, self.texts == "random_tokens", "texts: random_tokens")
+            check_setting_used(self, field, self.texts == "random_tokens", "texts: random_tokens")
         return self
 
     @model_validator(mode="after")
-    def _distils_something(self) -> "Distill":
+    def _check_weights(self) -> "Distill":
         weights = [name for name in type(self).model_fields if name.endswith("_weight")]
         if not any(getattr(self, name) for name in weights):
             raise ValueError(f"{', '.join(weights)} are all 0, expected one above 0 (or distill: null)")
@@ -84,33 +103,33 @@ class Distill(StrictModel):
 class Consolidate(StrictModel):
     """Weight consolidation: squared L2 distance to the weights at the stage's start."""
 
-    weight: PositiveFloat = Field(1.0, description="Of the sum over all trained parameters, without ½")
+    weight: PositiveFloat = Field(
+        1.0, description="Factor of the sum of squares over all trained parameters (without ½)"
+    )
 
 
 class Average(StrictModel):
-    """Weight ensemble: an average of the stage's start and the weights every so many steps (paper, section 4.2)."""
+    """Weight ensemble: an average of the weights at the stage's start and every N steps (paper, section 4.2)."""
 
     every: PositiveInt = Field(100, description="Steps from one merge to the next")
-    kind: Literal["mean", "exponential"] = Field(
-        "mean", description="Plain running mean, or exponential moving average"
-    )
-    decay: float = Field(0.9, gt=0, lt=1, description="What an exponential average keeps of itself at a merge")
+    kind: Literal["mean", "exponential"] = Field("mean", description="Running mean, or exponential moving average")
+    decay: float = Field(0.9, gt=0, lt=1, description="Weight of the old average in an exponential average's update")
     start_share: float = Field(0.0, ge=0, lt=1, description="Share of the stage's start blended in after each merge")
 
     @model_validator(mode="after")
-    def _says_nothing_in_vain(self) -> "Average":
-        check_read(self, "decay", self.kind == "exponential", "kind: exponential")
+    def _check_unused_settings(self) -> "Average":
+        check_setting_used(self, "decay", self.kind == "exponential", "kind: exponential")
         return self
 
 
 class Memory(StrictModel):
-    """Exemplars of earlier tasks, herded on image features (iCaRL), shared out evenly over tasks and classes."""
+    """Exemplars of earlier tasks, chosen by herding on image features (iCaRL), divided evenly among all classes."""
 
-    budget: PositiveInt = Field(10_000, description="Images in all")
+    budget: PositiveInt = Field(10_000, description="Total number of images")
 
 
 class Merge(StrictModel):
-    """After a stage, the weights are drawn back towards an anchor (WiSE-FT)."""
+    """Interpolation of the weights with those of an anchor at the end of a stage (WiSE-FT)."""
 
     anchor: Literal["stage_start", "initial"] = Field(
         "stage_start", description="The weights at the stage's start, or the initial model's"
@@ -118,24 +137,25 @@ class Merge(StrictModel):
     share: float = Field(0.2, gt=0, lt=1, description="Share of the anchor")
 
 
-def _dotted(path: str) -> str:
+def _check_dotted_name(path: str) -> str:
     if "." not in path or not all(map(str.isidentifier, path.split("."))):
         raise ValueError(f"found {path!r}, expected MODULE.NAME, the dotted name of a class or a function")
     return path
 
 
 class CustomLoss(ShorthandModel):
-    """A term of the loss that is not ours. A bare dotted name will do. **The code that it names is run.**
+    """A loss term from other code. The dotted name alone is a shorthand.
 
-    It is called with a `zscl.extend.Stage` and the settings when a stage begins, and returns a `zscl.extend.Part`.
+    **The code that it names is executed.** At the start of a stage, it is called with a `zscl.extend.StageContext`
+    and the settings, and returns a `zscl.extend.LossTerm`.
     """
 
     main_field: ClassVar[str] = "path"
 
-    path: Annotated[str, AfterValidator(_dotted)] = Field(
+    path: Annotated[str, AfterValidator(_check_dotted_name)] = Field(
         description="Dotted name MODULE.NAME of a class or a function, installed or in a folder of PYTHONPATH",
     )
-    settings: dict[str, Any] = Field(default_factory=dict, description="Its keyword arguments")
+    settings: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments of the call")
 
 
 _LWF: Mapping[str, Any] = {"teacher": "previous", "images": "task", "texts": "class_prompts"}
@@ -157,26 +177,24 @@ PARTS = ("distill", "consolidate", "average", "merge", "memory")
 
 
 class Method(ShorthandModel):
-    """Which parts act in a training step, and on the weights along the way. A bare preset will do."""
+    """The parts of the method: loss terms, weight averaging and exemplars. A preset's name alone is a shorthand."""
 
     main_field: ClassVar[str] = "preset"
 
-    preset: Preset | None = Field(None, description="Where the parts that are not given come from")
+    preset: Preset | None = Field(None, description="Provides the parts that the recipe does not set")
     name: str = Field(
         "",
         pattern=r"^[A-Za-z0-9_.*+-]*$",
         max_length=50,
-        description="What results and runs call it; default: the preset",
+        description="The method's name in results and runs; default: the preset",
     )
-    task_loss: TaskLoss | None = Field(None, description="None: nothing is trained (zero-shot)")
+    task_loss: TaskLoss | None = Field(None, description="null: nothing is trained (zero-shot)")
     distill: Distill | None = Field(None, description="Distillation from a frozen teacher")
     consolidate: Consolidate | None = Field(None, description="Weight consolidation towards the stage's start")
-    average: Average | None = Field(None, description="Weight ensemble along the stage")
-    merge: Merge | None = Field(None, description="Weights drawn back after the stage")
+    average: Average | None = Field(None, description="Weight ensemble during the stage")
+    merge: Merge | None = Field(None, description="Interpolation with an anchor after the stage")
     memory: Memory | None = Field(None, description="Exemplars of earlier tasks, to distil on")
-    further_losses: TupleOf[CustomLoss] = Field(
-        (), description="Terms of the loss from other code, added to the others"
-    )
+    further_losses: TupleOf[CustomLoss] = Field((), description="Loss terms from other code, added to the loss")
     train: Literal["model", "image_tower", "text_tower"] = Field("model", description="Which parameters are trained")
 
     @model_validator(mode="before")
@@ -188,81 +206,94 @@ class Method(ShorthandModel):
             return data
         preset = data.get("preset")
         parts = {
-            part: _laid_over(settings, data.get(part, {})) for part, settings in PRESETS.get(str(preset), {}).items()
+            part: _override_part(settings, data.get(part, {}))
+            for part, settings in PRESETS.get(str(preset), {}).items()
         }
         return {"name": preset or "custom", **_without_empty_name(data), **parts}
 
     @model_validator(mode="after")
-    def _parts_need_a_task_loss(self) -> "Method":
-        others = [part for part in PARTS if getattr(self, part) is not None]
-        others += ["further_losses"] if self.further_losses else []
-        if self.task_loss is None and others:
-            raise ValueError(
-                f"found {' and '.join(others)} without task_loss, expected a task loss to train on or no part"
+    def _check_task_loss(self) -> "Method":
+        parts = [part for part in PARTS if getattr(self, part) is not None]
+        parts += ["further_losses"] if self.further_losses else []
+        if self.task_loss is None and parts:
+            raise InputError(
+                f"found {' and '.join(parts)} without task_loss, expected a task loss to train on or no part",
+                code=ErrorCode.MISSING_VALUE,
+                field="task_loss",
             )
         return self
 
     @model_validator(mode="after")
-    def _remembers_what_it_distils(self) -> "Method":
-        exemplars = self.distill is not None and self.distill.images == "exemplars"
-        if exemplars and self.memory is None:
-            raise ValueError("distill.images is exemplars without memory, expected a memory that keeps them")
-        if self.memory is not None and not exemplars:
-            raise ValueError("found memory, but nothing reads it: expected distill.images to be exemplars")
+    def _check_memory(self) -> "Method":
+        needs_memory = self.distill is not None and self.distill.images == "exemplars"
+        if needs_memory and self.memory is None:
+            raise InputError(
+                "distill.images is exemplars without memory, expected a memory that keeps them",
+                code=ErrorCode.MISSING_VALUE,
+                field="memory",
+            )
+        if self.memory is not None and not needs_memory:
+            raise InputError(
+                "found memory, but nothing reads it: expected distill.images to be exemplars",
+                code=ErrorCode.UNUSED_SETTING,
+                field="memory",
+            )
         return self
 
     @model_validator(mode="after")
-    def _trains_what_it_chooses(self) -> "Method":
-        check_read(self, "train", self.task_loss is not None, "task_loss")
-        return self
-
-    @model_validator(mode="after")
-    def _distils_into_a_trained_tower(self) -> "Method":
+    def _check_train(self) -> "Method":
+        check_setting_used(self, "train", self.task_loss is not None, "task_loss")
         if self.distill and self.train == "text_tower":
-            raise ValueError(
+            raise InputError(
                 "train is text_tower with distill, expected model or image_tower: distillation's gradient goes to the "
-                "image tower alone"
+                "image tower alone",
+                code=ErrorCode.CONFLICT,
+                field="train",
             )
         return self
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the reference set is read."""
+        """Whether the method reads the reference set."""
         distilled = self.distill is not None and "reference" in (self.distill.images, self.distill.texts)
         return distilled or (self.task_loss is not None and self.task_loss.negatives > 0)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All settings, by dotted path, but what the method is called; a part that is left out is null."""
-        found = self.model_dump(mode="json", exclude={"name", "preset"})
-        found["further_losses"] = {loss.path: json.dumps(loss.settings) for loss in self.further_losses}
-        return _difference(found, {})
+        """All settings except the name and the preset, by dotted path. A part that is not used is `None`."""
+        return _flatten_difference(self._dump(), {})
 
     @property
     def changes(self) -> dict[str, Any]:
-        """What differs from the preset, by dotted path, its name aside; empty for the preset as it is."""
+        """The settings that differ from the preset, by dotted path; empty without a preset."""
         if self.preset is None:
             return {}
-        mine, preset = self.model_dump(), Method.model_validate(self.preset).model_dump()
-        mine["further_losses"] = {loss.path: json.dumps(loss.settings) for loss in self.further_losses}
-        return _difference(mine, preset | {"name": self.name})
+        return _flatten_difference(self._dump(), Method.model_validate(self.preset).model_dump())
+
+    def _dump(self) -> dict[str, Any]:
+        """Dump all settings except the name and the preset; custom losses become a mapping of path to settings."""
+        dumped = self.model_dump(mode="json", exclude={"name", "preset"})
+        dumped["further_losses"] = {loss.path: json.dumps(loss.settings) for loss in self.further_losses}
+        return dumped
 
 
-def _laid_over(preset: Mapping[str, Any], given: Any) -> Any:
-    """A part of a preset with the fields that are given instead; whatever else is given stands alone."""
-    return {**preset, **given} if isinstance(given, Mapping) else given
+def _override_part(preset: Mapping[str, Any], value: Any) -> Any:
+    """Override a part's fields of the preset; a value that is no mapping, such as `null`, replaces the part."""
+    return {**preset, **value} if isinstance(value, Mapping) else value
 
 
 def _without_empty_name(data: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in data.items() if key != "name" or value}
 
 
-def _difference(mine: dict[str, Any], other: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in mine.items():
-        theirs = other.get(key)
-        if isinstance(value, dict):  # a part that the preset does not have differs in all its settings
-            found |= _difference(value, theirs if isinstance(theirs, dict) else {}, f"{prefix}{key}.")
-        elif key not in other or value != theirs:
-            found[prefix + key] = value
-    return found
+def _flatten_difference(settings: dict[str, Any], base: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the settings that differ from `base`, flattened to dotted paths."""
+    differences: dict[str, Any] = {}
+    for key, value in settings.items():
+        base_value = base.get(key)
+        if isinstance(value, dict):  # all settings of a part that the base does not have are differences
+            nested_base = base_value if isinstance(base_value, dict) else {}
+            differences |= _flatten_difference(value, nested_base, f"{prefix}{key}.")
+        elif key not in base or value != base_value:
+            differences[prefix + key] = value
+    return differences

@@ -1,4 +1,4 @@
-"""A small CLIP, trained from nothing on captioned images."""
+"""The recipe of `zscl.training.pretrain`: contrastive pre-training of a small CLIP on captioned images."""
 
 from typing import Annotated, Any
 
@@ -8,7 +8,7 @@ from schemas.base import Location, Share, StrictModel, TupleOf
 
 
 class Preprocess(StrictModel):
-    """How the model wants its images, in open_clip's words."""
+    """Image preprocessing of the model, in open_clip's terms."""
 
     mean: Annotated[tuple[float, float, float], Field(strict=False)]
     std: Annotated[tuple[float, float, float], Field(strict=False)]
@@ -17,19 +17,23 @@ class Preprocess(StrictModel):
 
 
 class Pretraining(StrictModel):
-    """Contrastive pre-training; pairs of one caption in a batch are all positives."""
+    """Contrastive pre-training; all pairs with the same caption in a batch are positives."""
 
     name: str = Field("", pattern=r"^[A-Za-z0-9_.-]*$", description="Default: the recipe's file name")
     architecture: dict[str, Any] = Field(description="open_clip model_cfg: embed_dim, vision_cfg, text_cfg")
     preprocess: Preprocess
     corpus: TupleOf[Location] = Field(min_length=1, description="Shards or folders of images with .txt captions")
-    judge: TupleOf[Location] = Field((), description="Task folders whose zero-shot accuracy is measured at the end")
+    judge: TupleOf[Location] = Field(
+        (), description="Task folders on which the zero-shot accuracy is measured at the end"
+    )
     epochs: PositiveInt = 6
     batch_size: PositiveInt = 128
     learning_rate: PositiveFloat = 1e-3
-    warmup_share: float = Field(0.05, ge=0, lt=1, description="Share of the steps")
-    weight_decay: float = Field(0.1, ge=0, description="Of matrices; not of biases, norms and embeddings")
+    warmup_share: float = Field(0.05, ge=0, lt=1, description="Share of the steps that are warm-up")
+    weight_decay: float = Field(
+        0.1, ge=0, description="Weight decay of matrices; biases, norms and embeddings have none"
+    )
     betas: Annotated[tuple[Share, Share], Field(strict=False)] = (0.9, 0.98)
     gradient_norm: PositiveFloat = Field(1.0, description="Gradients are clipped to this norm")
-    shift_pixels: NonNegativeInt = Field(2, description="Images are shifted by up to so many pixels")
+    shift_pixels: NonNegativeInt = Field(2, description="Largest random shift of an image, in pixels")
     seed: int = Field(0, ge=0)

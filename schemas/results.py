@@ -1,4 +1,4 @@
-"""What a run reports while it goes on, and what it leaves behind."""
+"""Results of a run: accuracy matrix, metrics, stages, losses and status, as stored in its folder."""
 
 from typing import Annotated, Literal
 
@@ -8,13 +8,13 @@ from schemas.base import StrictModel, TupleOf
 from schemas.experiment import HeldOut
 from schemas.redaction import mask
 
-# A text that others read: a presigned URL may be in it, whose signature is a password.
+# Secrets are masked on validation: texts such as paths may contain presigned URLs, whose signatures are secrets.
 RedactedStr = Annotated[str, AfterValidator(mask)]
-Row = TupleOf[float]  # accuracies in [0, 1], one a task, in the order of the tasks
+AccuracyRow = TupleOf[float]  # accuracies in [0, 1], one per task, in the order of the tasks
 
 
 class Metrics(StrictModel):
-    """Figures of an accuracy matrix, as fractions; `None` where a single task leaves them undefined."""
+    """Metrics of an accuracy matrix, as fractions; `None` if undefined for a single task."""
 
     transfer: float | None = Field(description="Mean over tasks i ≥ 2 of the mean accuracy before stage i")
     avg: float = Field(
@@ -33,111 +33,120 @@ class Metrics(StrictModel):
 
 
 class StageResult(StrictModel):
-    """One finished stage: what it cost and where it ended."""
+    """One finished stage: its cost, final losses and warnings."""
 
     stage: int = Field(ge=1)
     task: str
     steps: NonNegativeInt
-    images_seen: NonNegativeInt = Field(description="Task and reference images that went through the student")
+    images_seen: NonNegativeInt = Field(description="Task and reference images that the student processed")
     train_seconds: float
     images_per_second: float
     peak_memory_megabytes: float | None = Field(
-        None, description="Of the main worker: allocated on its GPU, or its process's resident memory by then"
+        None, description="Peak memory of the main worker: allocated on its GPU, or resident memory of its process"
     )
     seconds_by_part: dict[str, float] = Field(
         default_factory=dict,
-        description="Where the main worker's time went: data, student, teacher, averaging, checkpoint",
+        description="Time of the main worker by part: data, student, teacher, averaging, checkpoint",
     )
-    merges: NonNegativeInt = Field(description="Models in the weight ensemble, the stage's start included")
+    merges: NonNegativeInt = Field(description="Models in the weight ensemble, including the stage's start")
     losses: dict[str, float] = Field(description="Each named loss at the last step")
-    warnings: TupleOf[str] = Field((), description="What looks like a failed stage, a sentence each")
-    broken: TupleOf[RedactedStr] = Field((), description="Training samples that were skipped, a sentence each")
-    identity: str = Field("", description="Content hash of all that the stage's training reads")
-    shared: bool = Field(False, description="Trained by another run beside this one, for both: the cost is the other's")
+    warnings: TupleOf[str] = Field((), description="Signs of a failed stage, one message each")
+    broken: TupleOf[RedactedStr] = Field((), description="Training samples that were skipped, one message each")
+    identity: str = Field("", description="Content hash of everything that the stage's training reads")
+    shared: bool = Field(False, description="Trained by another run, which shared the result: the cost is that run's")
 
 
-class TaskName(StrictModel):
-    """A task as a result names it."""
+class TaskSummary(StrictModel):
+    """A task of a result: its name, path, content hash and number of test images."""
 
     name: str
     path: RedactedStr
     digest: str = Field(description="Content hash of the task's shards, class names and templates")
     test_images: NonNegativeInt
-    broken_test_images: NonNegativeInt = Field(0, description="That were skipped; not among the test images")
-    split_family: str = Field("", description="How train and test were told apart, as the task's manifest says")
+    broken_test_images: NonNegativeInt = Field(
+        0, description="Test images that were skipped; not counted in test_images"
+    )
+    split_family: str = Field("", description="How the data was split into train and test, from the task's manifest")
 
 
 class Result(StrictModel):
-    """`result.json`: everything a comparison reads."""
+    """The content of `result.json`: everything that a comparison of runs reads."""
 
     name: str
     method: str
     method_changes: dict[str, str | float | int | bool | None] = Field(
-        description="What differs from the method's preset, by dotted path"
+        description="Settings that differ from the method's preset, by dotted path"
     )
     method_settings: dict[str, JsonValue] = Field(
-        default_factory=dict, description="All settings of the method but its name and preset, by dotted path"
+        default_factory=dict, description="All settings of the method except its name and preset, by dotted path"
     )
     settings: dict[str, JsonValue] = Field(
-        default_factory=dict, description="What training went by beside the method, by dotted path of the recipe"
+        default_factory=dict, description="Training settings other than the method's, by dotted recipe field"
     )
-    model: RedactedStr = Field("", description="The initial model, as the recipe names it")
-    model_digest: str = Field("", description="Content hash of its weights")
+    model: RedactedStr = Field("", description="The initial model, as named in the recipe")
+    model_digest: str = Field("", description="Content hash of the initial model's weights")
     seed: int
     fingerprint: str
-    algorithm: str = Field("", description="Version of the algorithm that computed it; empty: older than versions")
-    tasks: TupleOf[TaskName]
-    held_out: HeldOut | None = Field(
-        None, description="The part of the training images that was not trained on; judged_on says what the rows are of"
+    algorithm: str = Field(
+        "", description="Version of the algorithm; empty for results from before there were versions"
     )
-    zero_shot: Row
-    accuracy_matrix: TupleOf[Row] = Field(description="Row: after that stage; column: accuracy on that task")
+    tasks: TupleOf[TaskSummary]
+    held_out: HeldOut | None = Field(
+        None,
+        description="The held-out part of the training images; judged_on tells which images the rows are measured on",
+    )
+    zero_shot: AccuracyRow
+    accuracy_matrix: TupleOf[AccuracyRow] = Field(
+        description="Rows: stages; columns: accuracy on each task after the stage"
+    )
     metrics: Metrics
-    zero_shot_metrics: Metrics = Field(description="The same figures if every row were the zero-shot row")
+    zero_shot_metrics: Metrics = Field(description="The same metrics for a matrix whose rows all are the zero-shot row")
     stages: TupleOf[StageResult]
     reference_texts: NonNegativeInt
-    reference: str = Field("", description="Content hash of the reference set, where one was read")
-    templates: Literal["all", "first"] = Field("all", description="Averaged into a class embedding, in evaluation")
+    reference: str = Field("", description="Content hash of the reference set, if one was read")
+    templates: Literal["all", "first"] = Field(
+        "all", description="Which templates are averaged into a class embedding in evaluation"
+    )
     workers: int
     device: str
-    warnings: TupleOf[str] = Field((), description="What looks like a failed stage, a sentence each")
+    warnings: TupleOf[str] = Field((), description="Signs of a failed stage, one message each")
     train_seconds: float
     evaluation_seconds: float
     versions: dict[str, str]
 
 
-class Embedded(StrictModel):
-    """What of the reference set is embedded by the teacher."""
+class EmbeddingReport(StrictModel):
+    """The teacher's cached features of the reference set."""
 
-    folder: str = Field(description="The store of the image features")
+    folder: str = Field(description="Folder of the cached image features")
     images: NonNegativeInt
     texts: NonNegativeInt
-    megabytes: float = Field(description="On disk, of the image features")
+    megabytes: float = Field(description="Size of the image features on disk")
 
 
-class Synced(StrictModel):
-    """What a store got of a run, afterwards."""
+class SyncReport(StrictModel):
+    """The outcome of `zscl sync`: what was sent to the tracking store."""
 
     folder: str
-    tracking_uri: str = Field(description="Without a password")
-    entries: NonNegativeInt = Field(description="Of the journal, that were missing")
+    tracking_uri: str = Field(description="URI of the tracking store, without password")
+    entries: NonNegativeInt = Field(description="Journal entries that were missing in the store")
     status: str
 
 
 class StepLosses(StrictModel):
-    """One training step: `step` counts from 0."""
+    """The losses of one training step; `step` counts from 0."""
 
     step: NonNegativeInt
     learning_rate: float
     losses: dict[str, Annotated[float, AllowInfNan()]]
     gradient_norm: Annotated[float, AllowInfNan()] = Field(
-        description="Over all trained parameters, before any clipping"
+        description="Norm over all trained parameters, before clipping"
     )
 
 
 class RunState(StrictModel):
-    """`state.json`: how the last attempt at a run stands."""
+    """The content of `state.json`: the status of the last attempt at a run."""
 
-    status: Literal["RUNNING", "FINISHED", "FAILED", "KILLED"] = Field(description="As MLflow names it")
-    reason: str = Field("", description="Of a failure, a sentence")
-    time: int = Field(description="Since when, Unix time in milliseconds")
+    status: Literal["RUNNING", "FINISHED", "FAILED", "KILLED"] = Field(description="Status in MLflow's terms")
+    reason: str = Field("", description="Reason of a failure, one sentence")
+    time: int = Field(description="Time of the last change, Unix time in milliseconds")

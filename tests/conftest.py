@@ -25,7 +25,7 @@ import torch
 from pydantic import BaseModel
 from safetensors.torch import save_file
 from support.command import Command
-from support.data import COLOURS, TINY_MODEL, coloured, make_task
+from support.data import COLOURS, TINY_MODEL, coloured_images, make_task
 
 from schemas.experiment import Experiment
 from zscl.data.tar import write_shards
@@ -53,7 +53,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.fixture
 def shards(tmp_path: Path) -> list[str]:
     """Three shards of 4, 4 and 2 samples."""
-    write_shards(tmp_path, ({"png": image, "cls": str(n).encode()} for n, (image, _) in enumerate(coloured(10, 0))), 4)
+    write_shards(tmp_path, ({"png": image, "cls": str(n).encode()} for n, (image, _) in enumerate(coloured_images(10, 0))), 4)
     return [str(tmp_path / f"{index}.tar") for index in range(3)]
 
 
@@ -62,7 +62,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder of two shards with 14 images and captions."""
     folder = tmp_path_factory.mktemp("reference")
     words = list(COLOURS)
-    samples = ({"png": image, "txt": f"a thing of {words[label]}".encode()} for image, label in coloured(14, seed=9))
+    samples = ({"png": image, "txt": f"a thing of {words[label]}".encode()} for image, label in coloured_images(14, seed=9))
     write_shards(folder, samples, shard_images=8)
     return str(folder)
 
@@ -101,13 +101,13 @@ def experiment(recipe: Callable[..., dict[str, Any]]) -> Callable[..., Experimen
 def zscl(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Command]:
     """Run the command line in this process."""
     from orchestrate.cli.main import main
-    from orchestrate.lifecycle.signals import URGENT, WARNINGS
+    from orchestrate.lifecycle.signals import TERMINATION_SIGNALS, WARNING_SIGNALS
 
     def run(*arguments: object) -> Command:
         monkeypatch.setattr("sys.argv", ["zscl", *map(str, arguments)])
         capsys.readouterr()
         code = 0
-        handlers = {number: signal.getsignal(number) for number in (*URGENT, *WARNINGS)}
+        handlers = {number: signal.getsignal(number) for number in (*TERMINATION_SIGNALS, *WARNING_SIGNALS)}
         try:
             main()
         except SystemExit as stop:
@@ -140,7 +140,7 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
         found = train.WORK[work](made, folder, report=on_progress, device=torch.device("cpu"))
         return found.model_dump_json()
 
-    return lambda: monkeypatch.setattr(train, "_on_workers", in_this_process)
+    return lambda: monkeypatch.setattr(train, "_run_on_workers", in_this_process)
 
 
 @pytest.fixture(scope="session")

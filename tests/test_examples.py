@@ -32,6 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("examples")
 
 
+@pytest.mark.slow  # the same steps as test_documents.py runs, through Ray and as a script
 def test_own_folders(folder: Path) -> None:
     run(ROOT / "examples/own-folders/run.sh", *FEW, folder=folder)
     work = folder / "runs/examples/own-folders"

@@ -1,6 +1,6 @@
 """Stable names for code outside this package, such as custom losses (`method.further_losses`).
 
-These names keep their meaning between releases; other modules of `zscl` may move.
+These names keep their meaning between releases. Other modules of `zscl` may change or move.
 """
 
 from zscl.methods.interfaces import Batch, Features, LossTerm, StageContext, Teacher

@@ -9,15 +9,14 @@ from typing import Any
 
 from rich.console import Console
 
-from orchestrate.lifecycle.paths import EXPERIMENT
 from orchestrate.reports import html_page as page
-from orchestrate.reports.charts import MAIN, draw_accuracies, draw_comparison
+from orchestrate.reports.charts import MAIN_METRICS, draw_accuracies, draw_comparison
 from orchestrate.reports.comparison import Comparison, Difference, group_runs
 from orchestrate.reports.tables import (
-    FIGURES,
+    METRICS,
     Row,
-    latex,
-    markdown,
+    render_latex,
+    render_markdown,
     published_rows,
     run_rows,
     terminal_tables,
@@ -25,6 +24,7 @@ from orchestrate.reports.tables import (
 from orchestrate.tracking.attachments import attach_files
 from schemas.errors import InputError, did_you_mean
 from zscl.runtime.atomic_io import atomic_file, write_text
+from zscl.sequence.layout import EXPERIMENT
 
 
 def compare_runs(
@@ -69,14 +69,14 @@ def compare_runs(
         for run in comparison.runs:
             if (run.folder / EXPERIMENT).is_file():
                 attach_files(run.folder, [Path(written["page"])], place, note)
-    lines = [f"left out: {reason}" for reason in comparison.left_out.values()]
+    lines = [f"left out: {reason}" for reason in comparison.excluded.values()]
     if against is not None and baseline is None:
         lines.append(f"baseline  {against} (by default finetune, else zero-shot, else the first; --baseline METHOD)")
     content = {
         "rows": rows,
         "baseline": against,
         "groups": _groups(comparison, against),
-        "left_out": dict(comparison.left_out),
+        "left_out": dict(comparison.excluded),
         "files": written,
     }
     return content, [*lines, *(f"{kind:9} {file}" for kind, file in written.items())]
@@ -87,7 +87,7 @@ def _groups(comparison: Comparison, baseline: str | None) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for label, runs in comparison.groups.items():
         figures: dict[str, Any] = {}
-        for figure in FIGURES:
+        for figure in METRICS:
             summary = comparison.summary(label, figure)
             figures[figure] = None if summary is None else asdict(summary)
             if summary is not None and baseline is not None and label != baseline:
@@ -114,13 +114,13 @@ def write_comparison(comparison: Comparison, rows: Sequence[Row], folder: Path, 
     written = {kind: folder / f"comparison.{suffix}" for kind, suffix in names.items()}
     written["curves"] = folder / "accuracy_by_stage.png"
     write_text(written["csv"], table.getvalue())
-    write_text(written["markdown"], markdown(comparison, rows, baseline))
-    write_text(written["latex"], latex(comparison))
+    write_text(written["markdown"], render_markdown(comparison, rows, baseline))
+    write_text(written["latex"], render_latex(comparison))
     write_text(written["page"], page.build_page(comparison, rows, baseline))
     results = [run.result for run in comparison.runs]
     labels = [f"{run.label}, seed {run.result.seed}" for run in comparison.runs]
     pictures = {
-        "picture": draw_comparison(results, labels, {name: comparison.zero_shot(name) for name in MAIN}),
+        "picture": draw_comparison(results, labels, {name: comparison.zero_shot(name) for name in MAIN_METRICS}),
         "curves": draw_accuracies(*results, labels=labels),
     }
     for kind, figure in pictures.items():

@@ -14,26 +14,26 @@ from pydantic import ValidationError
 from rich.console import Console, Group
 from rich.table import Table
 
-from orchestrate.lifecycle.paths import EXPERIMENT, SEARCH
+from orchestrate.lifecycle.paths import SEARCH
 from orchestrate.recipes.recipe import load_experiment
 from orchestrate.reports.results import ZERO_SHOT, format_percent
 from orchestrate.runs.progress import ProgressBar
 from orchestrate.tracking.attachments import attach_files
-from schemas.base import explain
+from schemas.base import explain, input_error
 from schemas.data import Task
 from schemas.errors import InputError
-from schemas.evaluation import PROTOCOLS, Evaluation, ModelEvaluation, Protocol, TaskEvaluation
+from schemas.evaluation import PROTOCOLS, EvaluationReport, ModelEvaluation, Protocol, TaskEvaluation
 from schemas.experiment import LOCAL_MODEL, Experiment, Model
 from schemas.results import Metrics
 from zscl.checks.prompts import prompt_warnings
 from zscl.data.indexed import IndexedSamples
 from zscl.data.loader import Loader
 from zscl.data.task import TaskFolder
-from zscl.evaluation.metrics import metrics
+from zscl.evaluation.metrics import compute_metrics
 from zscl.evaluation.protocols import evaluate_tasks
 from zscl.models.clip import CONFIG, load_clip, weights_digest
 from zscl.runtime.atomic_io import atomic_file, write_text
-from zscl.sequence.layout import TRAINING, stage_files
+from zscl.sequence.layout import EXPERIMENT, TRAINING, stage_files
 from zscl.sequence.resolve import resolve_tasks
 from zscl.sequence.run import LIBRARIES
 
@@ -165,10 +165,10 @@ def _opened(path: str) -> TaskFolder:
     try:
         return TaskFolder.open(Task.model_validate({"path": location}))
     except ValidationError as error:
-        raise InputError(f"{path}: {explain(error)}") from error
+        raise input_error(error, f"{path}: {explain(error)}") from error
 
 
-def evaluate(subject: EvaluationTarget, options: EvaluationOptions, console: Console) -> Evaluation:
+def evaluate_models(subject: EvaluationTarget, options: EvaluationOptions, console: Console) -> EvaluationReport:
     """Judge every model of the subject on its tasks and suites.
 
     Raises:
@@ -184,10 +184,10 @@ def evaluate(subject: EvaluationTarget, options: EvaluationOptions, console: Con
     images = sum(len(each) for each in sets if isinstance(each, IndexedSamples)) * len(subject.models)
     judged_models, warnings = list[ModelEvaluation](), list[str]()
     with ProgressBar(console, total=images or None) as bar:
-        loader = Loader(device, options.loader_processes, max_broken_share=share, on_skip=bar.say)
+        loader = Loader(device, options.loader_processes, max_broken_share=share, on_skip=bar.print)
         for task in (*subject.tasks, *subject.suites):
-            for sentence in task.warnings("test"):
-                bar.say(f"warning: task '{task.name}', {sentence}")
+            for sentence in task.list_warnings("test"):
+                bar.print(f"warning: task '{task.name}', {sentence}")
         for stage, model in subject.models:
             name = subject.place(stage, model)
             bar.update(f"judging {name}", bar.done)
@@ -196,7 +196,7 @@ def evaluate(subject: EvaluationTarget, options: EvaluationOptions, console: Con
                 prompted = (*subject.tasks, *subject.suites)
                 warnings += dict.fromkeys(each for task in prompted for each in prompt_warnings(task, clip.tokenizer))
                 for sentence in warnings:
-                    bar.say(f"warning: {sentence}")
+                    bar.print(f"warning: {sentence}")
             judged = evaluate_tasks(
                 clip,
                 subject.tasks,
@@ -211,7 +211,7 @@ def evaluate(subject: EvaluationTarget, options: EvaluationOptions, console: Con
             judged_models.append(
                 ModelEvaluation(model=name, stage=stage, digest=weights_digest(model), judged=tuple(judged))
             )
-    return Evaluation(
+    return EvaluationReport(
         tasks=tuple(task.name for task in subject.tasks),
         suites=tuple(suite.name for suite in subject.suites),
         templates="first" if templates == "first" else "all",
@@ -238,7 +238,7 @@ def _refuse_same_names(tasks: Sequence[TaskFolder]) -> None:
 
 def _figures(models: Sequence[ModelEvaluation], subject: EvaluationTarget, protocol: Protocol) -> Metrics:
     zero_shot, *matrix = [[each.top1 for each in _of(model, protocol, subject.tasks)] for model in models]
-    return metrics(matrix, zero_shot)
+    return compute_metrics(matrix, zero_shot)
 
 
 def _of(model: ModelEvaluation, protocol: Protocol, tasks: Sequence[TaskFolder]) -> list[TaskEvaluation]:
@@ -249,7 +249,7 @@ def _of(model: ModelEvaluation, protocol: Protocol, tasks: Sequence[TaskFolder])
 # ------------------------------------------------------------------------------------------------- what is shown
 
 
-def evaluation_tables(found: Evaluation) -> Group:
+def evaluation_tables(found: EvaluationReport) -> Group:
     """One model in detail; several, a row each."""
     protocols = list(dict.fromkeys(each.protocol for each in found.models[0].judged))
     if len(found.models) == 1:
@@ -277,7 +277,7 @@ def _most_confused(judged: TaskEvaluation) -> str:
     return f"{worst.true} → {worst.predicted} ({worst.images})" if worst else "–"
 
 
-def _by_model(found: Evaluation, protocol: Protocol) -> Table:
+def _by_model(found: EvaluationReport, protocol: Protocol) -> Table:
     figures = found.figures.get(protocol)
     said = ""
     if figures is not None:
@@ -292,7 +292,7 @@ def _by_model(found: Evaluation, protocol: Protocol) -> Table:
     return table
 
 
-def write_evaluation(found: Evaluation, folder: Path) -> dict[str, str]:
+def write_evaluation(found: EvaluationReport, folder: Path) -> dict[str, str]:
     """Write the figures as JSON and CSV (fractions), and the pictures. Returns each kind's file."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = [(model.model, each) for model in found.models for each in model.judged]
@@ -378,7 +378,11 @@ def _panels(names: Sequence[str], title: str) -> tuple[Figure, list[Axes]]:
 
 
 def record_evaluation(
-    found: Evaluation, subject: EvaluationTarget, options: EvaluationOptions, files: Sequence[str], note: Callable[[str], None]
+    found: EvaluationReport,
+    subject: EvaluationTarget,
+    options: EvaluationOptions,
+    files: Sequence[str],
+    note: Callable[[str], None],
 ) -> bool:
     """Leave the evaluation in MLflow with its run: the files, and each protocol's accuracies by stage.
 

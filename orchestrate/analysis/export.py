@@ -5,7 +5,6 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from orchestrate.lifecycle.paths import EXPERIMENT
 from orchestrate.recipes.recipe import load_experiment
 from orchestrate.reports.charts import draw_accuracies, draw_matrix
 from orchestrate.reports.results import (
@@ -22,7 +21,7 @@ from schemas.redaction import mask
 from schemas.results import Result
 from zscl.models.clip import CONFIG
 from zscl.runtime.atomic_io import atomic_folder
-from zscl.sequence.layout import model_folder
+from zscl.sequence.layout import EXPERIMENT, model_folder
 
 CARD = """---
 {{ card_data }}

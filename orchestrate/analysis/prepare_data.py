@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from orchestrate.lifecycle.signals import URGENT, WARNINGS
+from orchestrate.lifecycle.signals import TERMINATION_SIGNALS, WARNING_SIGNALS
 from schemas.errors import InputError, InterruptedRunError
 from zscl.data.sample import printable_name
 from zscl.datasets import captions, mtil, sources
@@ -151,7 +151,7 @@ def _report_to(reports: Any) -> None:
 
 
 def _start_worker(reports: Any) -> None:
-    for number in (*URGENT, *WARNINGS):  # they may go to all processes: one speaks of it
+    for number in (*TERMINATION_SIGNALS, *WARNING_SIGNALS):  # they may go to all processes: one speaks of it
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     _report_to(reports)
 

@@ -15,25 +15,24 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from orchestrate.lifecycle.paths import EXPERIMENT
 from orchestrate.recipes.recipe import load_experiment
 from orchestrate.reports.results import format_percent
 from orchestrate.runs.progress import ProgressBar
-from schemas.base import explain
+from schemas.base import explain, input_error
 from schemas.errors import InputError
-from schemas.evaluation import TriedAverage, TriedAverages
+from schemas.evaluation import ReplayedAverage, ReplayedAverages
 from schemas.experiment import LOCAL_MODEL, Experiment, Model
 from schemas.method import Average, Merge
 from zscl.data.loader import Loader
 from zscl.data.task import TaskFolder
-from zscl.evaluation.zero_shot import accuracies, embed_classes, slice_head
+from zscl.evaluation.zero_shot import compute_accuracies, embed_classes, slice_head
 from zscl.methods.weight_averaging import interpolate
 from zscl.models.clip import Clip, load_clip
 from zscl.runtime.atomic_io import atomic_file, write_text
-from zscl.sequence.layout import model_folder
+from zscl.sequence.layout import EXPERIMENT, model_folder, snapshots_folder
 from zscl.sequence.resolve import resolve_tasks
 from zscl.training.optim import select_trained_parameters
-from zscl.training.snapshots import interval, place_of, replay
+from zscl.training.snapshots import snapshot_interval, replay_average
 
 Choice = Average | None
 
@@ -68,12 +67,12 @@ def parse_grid(every: str, kinds: str, decay: float, shares: str, anchor: str) -
             try:
                 averages.append(Average.model_validate(given))
             except ValidationError as error:
-                raise InputError(f"--every {every} --kind {kinds}: {explain(error)}") from error
+                raise input_error(error, f"--every {every} --kind {kinds}: {explain(error)}", field="--every") from error
     found = tuple(_fraction(share) for share in shares.split(","))
     try:
         Merge.model_validate({"anchor": anchor})
     except ValidationError as error:
-        raise InputError(f"--anchor: {explain(error)}") from error
+        raise input_error(error, f"--anchor: {explain(error)}", field="--anchor") from error
     return AverageGrid(tuple(dict.fromkeys(averages)), tuple(dict.fromkeys(found)), anchor)
 
 
@@ -118,11 +117,11 @@ class ReplayedStage:
         if not (run / EXPERIMENT).is_file():
             raise InputError(f"{run}: found no {EXPERIMENT}, expected the folder of a run")
         experiment, tasks, _ = resolve_tasks(load_experiment(run / EXPERIMENT))
-        kept = [k for k, task in enumerate(tasks, start=1) if place_of(run, k, task.name).is_dir()]
+        kept = [k for k, task in enumerate(tasks, start=1) if snapshots_folder(run, k, task.name).is_dir()]
         number = number if number is not None else max(kept, default=len(tasks))
         if not 1 <= number <= len(tasks):
             raise InputError(f"--stage {number}: found a run of {len(tasks)} stages, expected 1 to {len(tasks)}")
-        every = interval(place_of(run, number, tasks[number - 1].name))
+        every = snapshot_interval(snapshots_folder(run, number, tasks[number - 1].name))
         before = model_folder(run, number - 1, tasks[number - 2].name)
         start = Model(name=f"{LOCAL_MODEL}{before}") if number > 1 else experiment.model
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -146,10 +145,10 @@ class ReplayedStage:
         select_trained_parameters(clip.model, self.experiment.method.train)
         name = self.tasks[self.number - 1].name
         steps = self.experiment.stage_steps(self.experiment.tasks[self.number - 1])
-        model, merges = replay(
+        model, merges = replay_average(
             clip.model,
             average,
-            place_of(self.run, self.number, name),
+            snapshots_folder(self.run, self.number, name),
             steps,
             self.experiment.compute.savings.multi_tensor,
         )
@@ -166,7 +165,7 @@ class ReplayedStage:
             classes = embedded[index]
             if experiment.class_incremental is not None:  # one head, of all classes seen by then
                 classes = slice_head(embedded, index, max(self.number - 1, index))
-            [found[task.name]], _ = accuracies(clip, task, [classes], loader, precision=precision)
+            [found[task.name]], _ = compute_accuracies(clip, task, [classes], loader, precision=precision)
         return found
 
     def is_own(self, average: Choice, share: float, anchor: str) -> bool:
@@ -175,12 +174,12 @@ class ReplayedStage:
         merged = (method.merge.share, method.merge.anchor) if method.merge else (0.0, anchor)
         return (average, share, anchor) == (method.average, *merged)
 
-    def tried(self, average: Choice, share: float, anchor: str, merges: int, clip: Clip) -> TriedAverage:
+    def tried(self, average: Choice, share: float, anchor: str, merges: int, clip: Clip) -> ReplayedAverage:
         """Judge one outcome."""
         accuracy = self.judge(clip)
         shares = list(accuracy.values())
         earlier, later = shares[: self.number - 1], shares[self.number :]
-        return TriedAverage(
+        return ReplayedAverage(
             kind=average.kind if average else "none",
             every=average.every if average else None,
             decay=average.decay if average and average.kind == "exponential" else None,
@@ -194,14 +193,14 @@ class ReplayedStage:
         )
 
 
-def replay_grid(stage: ReplayedStage, wanted: AverageGrid, console: Console) -> TriedAverages:
+def replay_grid(stage: ReplayedStage, wanted: AverageGrid, console: Console) -> ReplayedAverages:
     """Judge what a stage would have handed on, on all tasks of the run, as the run's matrix is judged.
 
     Raises:
         InputError: a snapshot or a model cannot be read.
     """
     anchor = load_clip(stage.experiment.model if wanted.anchor == "initial" else stage.start, stage.device).model
-    tried: list[TriedAverage] = []
+    tried: list[ReplayedAverage] = []
     with ProgressBar(console, total=len(wanted.averages) * len(wanted.shares) + 1) as bar:
         start = stage.judge(load_clip(stage.start, stage.device))
         for average in wanted.averages:
@@ -214,7 +213,7 @@ def replay_grid(stage: ReplayedStage, wanted: AverageGrid, console: Console) -> 
                 interpolate(list(clip.model.parameters()), list(anchor.parameters()), share)
                 tried.append(stage.tried(average, share, wanted.anchor, merges, clip))
         bar.update("judging averages", len(tried) + 1)
-    return TriedAverages(
+    return ReplayedAverages(
         stage=stage.number,
         task=stage.tasks[stage.number - 1].name,
         snapshots_every=stage.every,
@@ -224,7 +223,7 @@ def replay_grid(stage: ReplayedStage, wanted: AverageGrid, console: Console) -> 
     )
 
 
-def name_of(tried: TriedAverage) -> str:
+def name_of(tried: ReplayedAverage) -> str:
     """An average in a few words."""
     if tried.kind == "none":
         return "last weights"
@@ -232,7 +231,7 @@ def name_of(tried: TriedAverage) -> str:
     return f"{tried.kind} every {tried.every}{decay}"
 
 
-def averages_table(found: TriedAverages) -> Table:
+def averages_table(found: ReplayedAverages) -> Table:
     """What was tried, a row each; the run's own is marked."""
     table = Table(title=f"stage {found.stage}, {found.task}: accuracy, %", title_justify="left")
     table.add_column("handed on")
@@ -245,7 +244,7 @@ def averages_table(found: TriedAverages) -> Table:
     return table
 
 
-def write_averages(found: TriedAverages, folder: Path) -> dict[str, str]:
+def write_averages(found: ReplayedAverages, folder: Path) -> dict[str, str]:
     """Write what was tried as JSON and CSV (fractions), and draw it. Returns each kind's file."""
     rows = [each.model_dump(exclude={"accuracy"}) | each.accuracy for each in found.tried]
     text = io.StringIO()
@@ -260,7 +259,7 @@ def write_averages(found: TriedAverages, folder: Path) -> dict[str, str]:
     return {kind: str(file) for kind, file in written.items()}
 
 
-def _draw(found: TriedAverages) -> Figure:
+def _draw(found: ReplayedAverages) -> Figure:
     """The interval's curve, and what the trained task gains against what the others lose."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     by_interval, trade = figure.subplots(1, 2)
@@ -270,7 +269,7 @@ def _draw(found: TriedAverages) -> Figure:
     return figure
 
 
-def _draw_intervals(axes: Axes, found: TriedAverages) -> None:
+def _draw_intervals(axes: Axes, found: ReplayedAverages) -> None:
     for kind in ("mean", "exponential"):
         tried = [(each.every or 0, each) for each in found.tried if each.kind == kind and each.share == 0]
         tried.sort(key=lambda pair: pair[0])
@@ -286,7 +285,7 @@ def _draw_intervals(axes: Axes, found: TriedAverages) -> None:
     axes.legend(fontsize="x-small")
 
 
-def _draw_trade(axes: Axes, found: TriedAverages) -> None:
+def _draw_trade(axes: Axes, found: ReplayedAverages) -> None:
     others = [value for task, value in found.start.items() if task != found.task]
     for name in dict.fromkeys(map(name_of, found.tried)):
         tried = [each for each in found.tried if name_of(each) == name]
@@ -298,6 +297,6 @@ def _draw_trade(axes: Axes, found: TriedAverages) -> None:
     axes.legend(fontsize="x-small")
 
 
-def _others(tried: TriedAverage, task: str) -> float:
+def _others(tried: ReplayedAverage, task: str) -> float:
     others = [value for name, value in tried.accuracy.items() if name != task]
     return fmean(others) if others else 0.0

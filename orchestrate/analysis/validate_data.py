@@ -13,8 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrate.runs.progress import ProgressBar
-from schemas.dataset_report import Duplicates, Extent, Inspection, SplitFinding
-from schemas.errors import counted
+from schemas.dataset_report import Duplicates, PixelRange, DatasetReport, SplitFinding
+from schemas.errors import format_count
 from zscl.checks.contact_sheet import ContactRow, contact_rows
 from zscl.checks.scan import inspect_task
 from zscl.checks.task_scan import ScannedTask, scan_task
@@ -29,7 +29,7 @@ PICTURE_CLASSES = 24
 BACKGROUND = "#ececec"
 
 
-def check_task(folder: str, picture: Path | None, per_class: int, console: Console) -> Inspection:
+def check_task(folder: str, picture: Path | None, per_class: int, console: Console) -> DatasetReport:
     """Look at a task folder, and draw a contact sheet of it where a file is given for one.
 
     Raises:
@@ -64,21 +64,21 @@ def delayed_progress_bars(console: Console) -> Iterator[Callable[[str, int, int]
 # --------------------------------------------------------------------------------------------------- tables
 
 
-def print_inspection(finding: Inspection, console: Console) -> None:
+def print_inspection(finding: DatasetReport, console: Console) -> None:
     """Print the finding: figures first, then what is wrong, and the verdict last."""
-    classes = counted(len(finding.classnames.names), "class", "classes")
-    templates = counted(len(finding.templates.templates), "template")
+    classes = format_count(len(finding.classnames.names), "class", "classes")
+    templates = format_count(len(finding.templates.templates), "template")
     console.print(f"{finding.path}: {classes}, {templates}", style="bold", soft_wrap=True)
     for table in _tables(finding):
         console.print(table)
     for kind, style, sentences in (("problem", "red", finding.problems), ("warning", "yellow", finding.warnings)):
         for sentence in sentences:  # each on a line of its own, for grep
             console.print(Text.assemble((kind, style), f"  {sentence}"), soft_wrap=True)
-    problems, warnings = counted(len(finding.problems), "problem"), counted(len(finding.warnings), "warning")
+    problems, warnings = format_count(len(finding.problems), "problem"), format_count(len(finding.warnings), "warning")
     console.print(f"{problems}, {warnings}", style="bold red" if finding.problems else "bold green")
 
 
-def _tables(finding: Inspection) -> Iterator[RenderableType]:
+def _tables(finding: DatasetReport) -> Iterator[RenderableType]:
     yield _splits(finding.splits)
     yield _classes(finding)
     if finding.unreadable.samples:
@@ -118,13 +118,13 @@ def _splits(splits: Sequence[SplitFinding]) -> Table:
     return table
 
 
-def _extent(extent: Extent | None) -> str:
+def _extent(extent: PixelRange | None) -> str:
     if extent is None:
         return "–"
     return str(extent.min) if extent.min == extent.max else f"{extent.min}–{extent.median}–{extent.max}"
 
 
-def _classes(finding: Inspection) -> Table:
+def _classes(finding: DatasetReport) -> Table:
     counts = list(zip(*(split.per_class for split in finding.splits), strict=True))
     labels = list(range(len(counts)))
     title = "Images of each class"
@@ -141,7 +141,7 @@ def _classes(finding: Inspection) -> Table:
     return table
 
 
-def _unreadable(finding: Inspection) -> Table:
+def _unreadable(finding: DatasetReport) -> Table:
     found = finding.unreadable
     table = _table(f"Samples that cannot be used{_first(found.samples, len(found.first))}", ["shard", "key", "reason"])
     table.add_column("detail", overflow="fold")
@@ -167,7 +167,7 @@ def _first(count: int, listed: int) -> str:
     return f": the first {listed} of {count}" if listed < count else f": {count}"
 
 
-def _shards(finding: Inspection) -> Text:
+def _shards(finding: DatasetReport) -> Text:
     wrong = [shard.shard for shard in finding.shards if shard.problems]
     if wrong:
         return Text(f"shards: {len(wrong)} of {len(finding.shards)} not as they should be: {', '.join(wrong)}")
@@ -178,7 +178,7 @@ def _shards(finding: Inspection) -> Text:
 # ----------------------------------------------------------------------------------------------- the picture
 
 
-def write_picture(opened: ScannedTask, finding: Inspection, per_class: int, file: Path) -> None:
+def write_picture(opened: ScannedTask, finding: DatasetReport, per_class: int, file: Path) -> None:
     """Write a contact sheet of a task as PNG."""
     rows = contact_rows(opened, per_class, PICTURE_CLASSES, CELL_PIXELS)
     train, test = (split.images for split in finding.splits)

@@ -1,4 +1,4 @@
-"""Verbs that look at what runs left: sent to MLflow, compared, judged again, averaged again."""
+"""The commands on finished runs: `sync`, `compare`, `evaluate` and `average`."""
 
 from functools import partial
 from pathlib import Path
@@ -6,156 +6,181 @@ from typing import Annotated, Any
 
 import typer
 
-from orchestrate.cli.options import AsJson, compare_and_print, print_result, print_note, single_or_list, progress_console
+from orchestrate.cli.options import (
+    AsJson,
+    compare_and_print,
+    print_note,
+    print_result,
+    progress_console,
+    single_or_list,
+)
 from orchestrate.cli.terminal import stdout_console
 
 
 def sync(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or searches, on which nobody works.")],
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs or searches that no process is working on.")],
     uri: Annotated[str | None, typer.Option(help="MLflow tracking URI. Default: that of the run's recipe.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Send to MLflow what it does not have yet of runs: what was run offline, or while it was away.
+    """Send runs to MLflow that were made offline, or while MLflow was unavailable. Only what is missing is sent.
 
     Example: zscl sync runs/demo/finetune runs/demo/zscl
     """
     from orchestrate.lifecycle.paths import SEARCH
     from orchestrate.runs.progress import ProgressBar
     from orchestrate.search.tracking import sync_search
-    from orchestrate.tracking import uploader as shipping
+    from orchestrate.tracking.uploader import sync_run
 
     contents: list[dict[str, Any]] = []
     lines: list[str] = []
     for run in runs:
         with ProgressBar(progress_console) as bar:
             if (run / SEARCH).is_file():
-                synced = sync_search(
-                    run.absolute(), uri, lambda name, *how_far, bar=bar: bar.update(f"sending {name}", *how_far)
+                report = sync_search(
+                    run.absolute(), uri, lambda trial, *counts, bar=bar: bar.update(f"sending {trial}", *counts)
                 )
             else:
-                synced = shipping.sync_run(run, uri, partial(bar.update, f"sending {run.name}"))
-        contents.append(synced.model_dump())
-        lines.append(f"{run}: {synced.entries} entries sent to {synced.tracking_uri}, {synced.status}")
+                report = sync_run(run, uri, partial(bar.update, f"sending {run.name}"))
+        contents.append(report.model_dump())
+        lines.append(f"{run}: {report.entries} entries sent to {report.tracking_uri}, {report.status}")
     print_result(single_or_list(contents, "runs"), as_json, lines)
 
 
 def compare(
     runs: Annotated[
-        list[str] | None, typer.Argument(help="Folders of runs, or their ids in MLflow.", show_default=False)
+        list[str] | None, typer.Argument(help="Folders of runs, or their MLflow run ids.", show_default=False)
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Where to write. Default: beside the first run, comparison/ID, with an ID for these runs."),
+        typer.Option(help="Output folder. Default: comparison/ID next to the first run; ID depends on the runs."),
     ] = None,
-    where: Annotated[
-        str | None, typer.Option(help="Also the runs in MLflow that this search expression finds.")
-    ] = None,
+    where: Annotated[str | None, typer.Option(help="Add the MLflow runs that match this search expression.")] = None,
     uri: Annotated[
         str | None, typer.Option(help="MLflow tracking URI. Default: MLFLOW_TRACKING_URI, or runs/mlflow.db.")
     ] = None,
     baseline: Annotated[
         str | None,
         typer.Option(
-            help="Method that the others' differences are from. Default: finetune, else zero-shot, else the first."
+            help="Method to which the others are compared. Default: finetune, else zero-shot, else the first."
         ),
     ] = None,
-    published: Annotated[str | None, typer.Option(help="Beside the paper's figures for MTIL, order I or II.")] = None,
-    offline: Annotated[bool, typer.Option("--offline", help="Do not leave the page with the runs in MLflow.")] = False,
+    published: Annotated[str | None, typer.Option(help="Add the paper's results on MTIL, task order I or II.")] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="Do not attach the HTML page to the MLflow runs.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Compare what runs forget, by method, over seeds and orders: tables, LaTeX, and one page to look at.
+    """Compare how much runs forget, by method, over seeds and task orders: tables, LaTeX and an HTML page.
 
     Example: zscl compare runs/demo/finetune runs/demo/zscl
     """
     from orchestrate.lifecycle.paths import check_writable
-    from orchestrate.tracking.lookup import find_runs, place_of
+    from orchestrate.tracking.lookup import comparison_folder, find_runs
 
     if out is not None:
         check_writable(out.absolute())
-    found = find_runs(runs or [], where, uri)
-    folder = (out or place_of(found)).absolute()
+    folders = find_runs(runs or [], where, uri)
+    folder = (out or comparison_folder(folders)).absolute()
     check_writable(folder)
-    content, lines = compare_and_print(found, folder, as_json, offline, published, baseline)
+    content, lines = compare_and_print(folders, folder, as_json, offline, published, baseline)
     print_result(content, as_json, lines)
 
 
 def evaluate(
     what: Annotated[
-        str, typer.Argument(metavar="MODEL|RUN", help="A run's folder, a model's folder, or open_clip's name of one.")
+        str, typer.Argument(metavar="MODEL|RUN", help="A run's folder, a model's folder, or an open_clip model name.")
     ],
     stage: Annotated[
-        str | None, typer.Option(help="Of a run: which stage's model (0: the initial one), or all. Default: the last.")
+        str | None, typer.Option(help="Stage of a run (0: the initial model), or all. Default: the last.")
     ] = None,
-    task: Annotated[list[str], typer.Option(help="Task to judge on; repeatable. Default: those of the run.")] = [],  # noqa: B006
-    suite: Annotated[
-        list[str], typer.Option(help="Further task, whose classes join no others', to watch for drift; repeatable.")
+    task: Annotated[
+        list[str], typer.Option(help="Folder of a task to evaluate on; repeatable. Default: the run's tasks.")
     ] = [],  # noqa: B006
-    protocol: Annotated[str, typer.Option(help="By commas.")] = "task-aware,task-agnostic",
-    pretrained: Annotated[str | None, typer.Option(help="Of open_clip's name: tag or weights file.")] = None,
+    suite: Annotated[
+        list[str],
+        typer.Option(
+            help="Folder of an additional task, to measure distribution shift; its classes are not added to those of "
+            "the other tasks; repeatable."
+        ),
+    ] = [],  # noqa: B006
+    protocol: Annotated[str, typer.Option(help="Protocols, by commas.")] = "task-aware,task-agnostic",
+    pretrained: Annotated[
+        str | None, typer.Option(help="open_clip's tag of the weights, or a weights file, for an open_clip model name.")
+    ] = None,
     templates: Annotated[
-        str | None, typer.Option(help="Averaged into a class embedding: all or first. Default: as the run, or all.")
+        str | None,
+        typer.Option(help="Prompt templates averaged per class: all or first. Default: as the run, or all."),
     ] = None,
     precision: Annotated[str | None, typer.Option(help="fp32 or bf16. Default: as the run, or fp32.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images encoded at once.")] = 256,
-    loader_processes: Annotated[int, typer.Option(min=0, help="Processes that read and decode. 0: none beside.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 256,
+    loader_processes: Annotated[
+        int, typer.Option(min=0, help="Processes that read and decode images. 0: the main process does it.")
+    ] = 0,
     out: Annotated[
-        Path | None, typer.Option(help="Where to write. Default: evaluation/ in the run, or runs/evaluation.")
+        Path | None, typer.Option(help="Output folder. Default: evaluation/ in the run, or runs/evaluation.")
     ] = None,
-    offline: Annotated[bool, typer.Option("--offline", help="Leave nothing in MLflow.")] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Do not record the evaluation in MLflow.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Judge any model on any tasks: among each one's classes, and among those of all; confusions, calibration.
+    """Evaluate models on tasks, among each task's classes and among all classes: accuracy, confusions, calibration.
 
     Example: zscl evaluate runs/demo/zscl --stage all
     """
-    from orchestrate.analysis import evaluate as judging
+    from orchestrate.analysis.evaluate import (
+        evaluate_models,
+        evaluation_tables,
+        parse_options,
+        record_evaluation,
+        resolve_target,
+        write_evaluation,
+    )
     from orchestrate.lifecycle.paths import check_writable
 
-    options = judging.parse_options(protocol, templates, precision, batch_size, loader_processes)
-    subject = judging.resolve_target(what, pretrained, stage, task, suite)
-    folder = (out or (subject.run / "evaluation" if subject.run else Path("runs/evaluation"))).absolute()
+    options = parse_options(protocol, templates, precision, batch_size, loader_processes)
+    target = resolve_target(what, pretrained, stage, task, suite)
+    folder = (out or (target.run / "evaluation" if target.run else Path("runs/evaluation"))).absolute()
     check_writable(folder)
-    found = judging.evaluate(subject, options, progress_console)
-    written = judging.write_evaluation(found, folder)
+    evaluation = evaluate_models(target, options, progress_console)
+    files = write_evaluation(evaluation, folder)
     if not as_json:
-        stdout_console().print(judging.evaluation_tables(found))
-    if subject.run is not None and not offline:
-        judging.record_evaluation(found, subject, options, list(written.values()), print_note)
-    lines = [f"{kind:11} {file}" for kind, file in written.items()]
-    print_result({"evaluation": found.model_dump(mode="json"), "files": written}, as_json, lines)
+        stdout_console().print(evaluation_tables(evaluation))
+    if target.run is not None and not offline:
+        record_evaluation(evaluation, target, options, list(files.values()), print_note)
+    lines = [f"{kind:11} {file}" for kind, file in files.items()]
+    print_result({"evaluation": evaluation.model_dump(mode="json"), "files": files}, as_json, lines)
 
 
 def average(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run with compute.snapshots_every set.")],
-    every: Annotated[str, typer.Option(help="Steps from one merge to the next, by commas.")],
-    stage: Annotated[
-        int | None, typer.Option(help="Which stage, from 1. Default: the last one with snapshots.")
-    ] = None,
-    kind: Annotated[str, typer.Option(help="mean, exponential, none (the last weights), by commas.")] = "mean,none",
-    decay: Annotated[float, typer.Option(help="Of an exponential average.")] = 0.9,
-    share: Annotated[str, typer.Option(help="Shares of the anchor merged in behind, by commas.")] = "0",
-    anchor: Annotated[str, typer.Option(help="stage_start or initial.")] = "stage_start",
-    out: Annotated[Path | None, typer.Option(help="Where to write. Default: averages/<k>-<task>/ in the run.")] = None,
+    every: Annotated[str, typer.Option(help="Averaging intervals in steps, by commas.")],
+    stage: Annotated[int | None, typer.Option(help="Stage, from 1. Default: the last one with snapshots.")] = None,
+    kind: Annotated[
+        str, typer.Option(help="Kinds of averages, by commas: mean, exponential, none (the last weights).")
+    ] = "mean,none",
+    decay: Annotated[float, typer.Option(help="Decay of the exponential average.")] = 0.9,
+    share: Annotated[str, typer.Option(help="Shares of the anchor's weights merged in at the end, by commas.")] = "0",
+    anchor: Annotated[str, typer.Option(help="Anchor to merge in: stage_start or initial.")] = "stage_start",
+    out: Annotated[Path | None, typer.Option(help="Output folder. Default: averages/<k>-<task>/ in the run.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Judge other averages and interpolations of a stage's weights, without training.
+    """Evaluate other averages and interpolations of a stage's weights, without training.
 
     Example: zscl average runs/own-snapshots --every 5,10 --kind mean,exponential,none --share 0,0.3
     """
-    from orchestrate.analysis import replay_averages as averages
+    from orchestrate.analysis.replay_averages import (
+        ReplayedStage,
+        averages_table,
+        parse_grid,
+        replay_grid,
+        write_averages,
+    )
     from orchestrate.lifecycle.paths import check_writable
 
-    wanted = averages.parse_grid(every, kind, decay, share, anchor)
-    found_stage = averages.ReplayedStage.open(run.absolute(), stage)
-    found_stage.check_intervals(wanted)
+    grid = parse_grid(every, kind, decay, share, anchor)
+    replayed = ReplayedStage.open(run.absolute(), stage)
+    replayed.check_intervals(grid)
     check_writable((out or run).absolute())
-    found = averages.replay_grid(found_stage, wanted, progress_console)
-    place = f"averages/{found.stage}-{found.task}"
-    written = averages.write_averages(found, (out or run / place).absolute())
+    averages = replay_grid(replayed, grid, progress_console)
+    files = write_averages(averages, (out or run / f"averages/{averages.stage}-{averages.task}").absolute())
     if not as_json:
-        stdout_console().print(averages.averages_table(found))
-    print_result(
-        {"averages": found.model_dump(mode="json"), "files": written},
-        as_json,
-        [f"{kind:4} {file}" for kind, file in written.items()],
-    )
+        stdout_console().print(averages_table(averages))
+    lines = [f"{kind:4} {file}" for kind, file in files.items()]
+    print_result({"averages": averages.model_dump(mode="json"), "files": files}, as_json, lines)

@@ -1,11 +1,11 @@
-"""Verbs that make and look at data: `zscl data …`."""
+"""The commands `zscl data prepare`, `zscl data fetch` and `zscl data check`."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from orchestrate.cli.options import AsJson, print_result, progress_console
+from orchestrate.cli.options import AsJson, exit_with, print_result, progress_console
 from orchestrate.cli.terminal import stdout_console
 
 
@@ -13,22 +13,27 @@ def prepare(
     names: Annotated[
         list[str],
         typer.Argument(
-            help="Tasks of MTIL, 'mtil' for all eleven, 'embedded', 'folder DIR' (a folder of images a class), "
+            help="Tasks of MTIL, 'mtil' for all eleven, 'embedded', 'folder DIR' (one folder of images per class), "
             "'tinyimagenet DIR', 'imagenet DIR', or 'captions FILE' (texts of a reference set)."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder of the tasks; with a DIR, of the one task.")],
+    out: Annotated[Path, typer.Option(help="Folder for the tasks; with DIR or FILE, the folder itself.")],
     root: Annotated[
-        Path | None, typer.Option(help="A local copy in torchvision's layout. Default: it is downloaded.")
+        Path | None, typer.Option(help="A local copy in torchvision's layout. Default: download the data.")
     ] = None,
-    jobs: Annotated[int | None, typer.Option(min=1, help="Tasks at once. Default: one a CPU core.")] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Number of tasks prepared in parallel. Default: one per CPU core.")
+    ] = None,
     template: Annotated[
         list[str],
-        typer.Option(help="With 'folder': a prompt template; repeatable, the first trains. Default: a photo of a {c}."),
+        typer.Option(
+            help="With 'folder': a prompt template; repeatable, the first is used for training. "
+            "Default: a photo of a {c}."
+        ),
     ] = [],  # noqa: B006
-    seed: Annotated[int | None, typer.Option(help="With 'folder': of the 80/20 split. Default: 42.")] = None,
+    seed: Annotated[int | None, typer.Option(help="With 'folder': seed of the 80/20 split. Default: 42.")] = None,
     classes: Annotated[
-        Path | None, typer.Option(help="With 'imagenet': file of WordNet ids, one a line. Default: all.")
+        Path | None, typer.Option(help="With 'imagenet': file of WordNet ids, one per line. Default: all.")
     ] = None,
     corpus: Annotated[
         bool, typer.Option("--corpus", help="With 'embedded': also the captioned corpus for pre-training.")
@@ -41,11 +46,11 @@ def prepare(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make tasks and reference sets; what is there already is kept.
+    """Prepare tasks and reference sets. Data that exists already is kept.
 
     Example: zscl data prepare mtil --out data/mtil --root ~/torchvision
     """
-    from orchestrate.analysis import prepare_data as making
+    from orchestrate.analysis.prepare_data import prepare_data
     from orchestrate.lifecycle.paths import check_writable
 
     options = {
@@ -57,9 +62,9 @@ def prepare(
         "corpus": corpus or None,
         "column": column,
     }
-    given = {name: value for name, value in options.items() if value is not None}
+    used = {name: value for name, value in options.items() if value is not None}
     check_writable(out.absolute())
-    content, lines = making.prepare_data(names, out.absolute(), given, progress_console)
+    content, lines = prepare_data(names, out.absolute(), used, progress_console)
     print_result(content, as_json, lines)
 
 
@@ -67,44 +72,47 @@ def fetch(
     names: Annotated[
         list[str],
         typer.Argument(
-            help="Tasks of MTIL, 'mtil' for all eleven, or suites that show drift: ImageNet, ImageNetV2, ImageNet-A, "
-            "ImageNet-R, ImageNet-Sketch, ObjectNet."
+            help="Tasks of MTIL, 'mtil' for all eleven, or suites that show distribution shift: ImageNet, ImageNetV2, "
+            "ImageNet-A, ImageNet-R, ImageNet-Sketch, ObjectNet."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder of the tasks.")],
-    jobs: Annotated[int | None, typer.Option(min=1, help="Tasks at once. Default: one a CPU core.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the tasks.")],
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Number of tasks downloaded in parallel. Default: one per CPU core.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Download CLIP_benchmark's copies of tasks; not all of them have the split of the published numbers.
+    """Download CLIP_benchmark's copies of tasks. Some copies have other splits than the published results.
 
     Example: zscl data fetch Aircraft Food --out data/copies
     """
-    from orchestrate.analysis import prepare_data as making
+    from orchestrate.analysis.prepare_data import fetch_tasks
     from orchestrate.lifecycle.paths import check_writable
 
     check_writable(out.absolute())
-    content, lines = making.fetch_tasks(names, out.absolute(), jobs, progress_console)
+    content, lines = fetch_tasks(names, out.absolute(), jobs, progress_console)
     print_result(content, as_json, lines)
 
 
 def check(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="A task's folder, in CLIP_benchmark's layout.")],
-    picture: Annotated[Path | None, typer.Option(help="Write a contact sheet (PNG): a few images a class.")] = None,
-    per_class: Annotated[int, typer.Option(min=1, max=20, help="Images a class in the picture.")] = 4,
+    picture: Annotated[
+        Path | None, typer.Option(help="Write a contact sheet (PNG) with a few images of each class.")
+    ] = None,
+    per_class: Annotated[int, typer.Option(min=1, max=20, help="Images of each class on the contact sheet.")] = 4,
     as_json: AsJson = False,
 ) -> None:
-    """Look at every sample of a task before training on it; exit code 1 where something is wrong with the data.
+    """Check every sample of a task before training on it. The exit code is 1 if the data has problems.
 
     Example: zscl data check runs/demo/data/digits --picture digits.png
     """
-    from orchestrate.analysis import validate_data as checking
+    from orchestrate.analysis.validate_data import check_task, print_inspection
     from orchestrate.lifecycle.paths import check_writable
 
     if picture is not None:
         check_writable(picture.absolute().parent, "choose another file with --picture")
-    finding = checking.check_task(folder, picture, per_class, progress_console)
+    inspection = check_task(folder, picture, per_class, progress_console)
     if not as_json:
-        checking.print_inspection(finding, stdout_console())
-    print_result(finding.model_dump(mode="json"), as_json, [f"picture {picture}"] if picture else [])
-    if finding.problems:
-        raise typer.Exit(1)
+        print_inspection(inspection, stdout_console())
+    print_result(inspection.model_dump(mode="json"), as_json, [f"picture {picture}"] if picture else [])
+    exit_with(1 if inspection.problems else 0)

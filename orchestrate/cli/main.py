@@ -1,4 +1,7 @@
-"""The command line: one verb each. Nothing heavy is imported before a verb is known."""
+"""The command line `zscl`: its commands, expansion of paths in arguments, and exit codes.
+
+A command imports what it needs when it is called, so that `zscl --help` does not import torch, Ray and MLflow.
+"""
 
 import errno
 import os
@@ -17,9 +20,9 @@ from orchestrate.cli.analysis import average, compare, evaluate, sync
 from orchestrate.cli.output import tolerate_closed_streams
 from orchestrate.cli.run import demo, embed, resume, run, schema, submit
 from orchestrate.cli.search import search
-from orchestrate.lifecycle.signals import end_on_signals
+from orchestrate.lifecycle.signals import exit_on_signals
 from schemas.base import expand_path
-from schemas.errors import InputError, InterruptedRunError
+from schemas.errors import ErrorCode, InputError, InterruptedRunError
 from schemas.redaction import mask
 
 COMMANDS: tuple[Callable[..., None], ...] = (  # in the order of `zscl --help`
@@ -37,32 +40,38 @@ COMMANDS: tuple[Callable[..., None], ...] = (  # in the order of `zscl --help`
     models.pretrain,
     demo,
 )
-UNUSABLE = (
+DATA_COMMANDS: tuple[Callable[..., None], ...] = (data.prepare, data.fetch, data.check)
+# Errors of the file system that the user has to solve. A retry does not help.
+PATH_ERRNOS = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG, errno.ELOOP,
 )  # fmt: skip
-DATA_COMMANDS: tuple[Callable[..., None], ...] = (data.prepare, data.fetch, data.check)
 
 
-def expanding(verb: Callable[..., None]) -> Callable[..., None]:
-    """Have a verb get its paths with `~` and environment variables expanded, whatever the shell has left in them.
+def expand_path_arguments(command: Callable[..., None]) -> Callable[..., None]:
+    """Wrap a command so that `~` and environment variables in its path arguments are expanded.
 
-    Raises:
-        InputError: when it is called, if a variable is not set, or there is no such user.
+    A shell does not expand them everywhere, for example not in `--out=~/runs`.
+
+    Args:
+        command: The command's function.
+
+    Returns:
+        The wrapped function. It raises `InputError` if a variable is not set or a user does not exist.
     """
 
-    def expanded(name: str, value: Any) -> Any:
+    def expand(name: str, value: Any) -> Any:
         if isinstance(value, list):
-            return [expanded(name, each) for each in value]
+            return [expand(name, item) for item in value]
         try:
             return Path(expand_path(str(value))) if isinstance(value, Path) else value
         except ValueError as error:
-            raise InputError(f"{name}: {error}") from error
+            raise InputError(f"{name}: {error}", code=ErrorCode.INVALID_VALUE) from error
 
-    @wraps(verb)
-    def run(**arguments: Any) -> None:
-        verb(**{name: expanded(name, value) for name, value in arguments.items()})
+    @wraps(command)
+    def run_command(**arguments: Any) -> None:
+        command(**{name: expand(name, value) for name, value in arguments.items()})
 
-    return run
+    return run_command
 
 
 app = typer.Typer(
@@ -73,14 +82,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=True,
 )
-data_app = typer.Typer(help="Make and look at data.", no_args_is_help=True, rich_markup_mode=None)
+data_app = typer.Typer(help="Prepare and check data.", no_args_is_help=True, rich_markup_mode=None)
 
 
-def _print_versions(asked: bool) -> None:
-    if asked:
-        from orchestrate.runs.versions import versions
+def _print_versions(requested: bool) -> None:
+    if requested:
+        from orchestrate.runs.versions import collect_versions
 
-        print("\n".join(f"{name:16}{version}" for name, version in versions().items()))
+        print("\n".join(f"{name:16}{version}" for name, version in collect_versions().items()))
         raise typer.Exit
 
 
@@ -89,41 +98,39 @@ def options(
     version: Annotated[
         bool,
         typer.Option(
-            "--version", callback=_print_versions, is_eager=True, help="Print what a report of a bug needs, and exit."
+            "--version", callback=_print_versions, is_eager=True, help="Print the versions for a bug report, and exit."
         ),
     ] = False,
 ) -> None:
-    """Take the options that go before a verb."""
+    """Handle the options before a command."""
     terminal.check_names_are_utf8()
 
 
-for verb in COMMANDS:
-    app.command()(expanding(verb))
-for verb in DATA_COMMANDS:
-    data_app.command()(expanding(verb))
+for command in COMMANDS:
+    app.command()(expand_path_arguments(command))
+for command in DATA_COMMANDS:
+    data_app.command()(expand_path_arguments(command))
 app.add_typer(data_app, name="data")
 
 
 @contextmanager
-def _unusable_places_told() -> Iterator[None]:
-    """Turn an error of the file system that no retry and no other code would mend into a sentence.
-
-    Raises:
-        InputError: naming the file, for one of the errors in `UNUSABLE`.
-    """
+def _explain_path_errors() -> Iterator[None]:
+    """Turn an error of the file system that the user has to solve into an `InputError` that names the file."""
     try:
         yield
     except OSError as error:
-        if error.errno not in UNUSABLE or error.filename is None:
+        if error.errno not in PATH_ERRNOS or error.filename is None:
             raise
-        place = os.fsdecode(error.filename)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise InputError(
-            f"{place}: cannot be read or written ({error.strerror}), expected another place, or rights to this one"
+            f"{os.fsdecode(error.filename)}: cannot be read or written ({error.strerror}), expected another path, or "
+            "the rights to this one",
+            code=ErrorCode.NO_SPACE if full else ErrorCode.NOT_WRITABLE,
         ) from error
 
 
 def main() -> None:
-    """Run the command line; what the user got wrong is a sentence and exit code 2, not a traceback."""
+    """Run the command line. An error of the user is printed as one message, without a traceback, with exit code 2."""
     terminal.use_utf8_mode()
     terminal.replace_unencodable_characters()
     with tolerate_closed_streams():
@@ -132,8 +139,8 @@ def main() -> None:
 
 def _main() -> None:
     try:
-        end_on_signals()
-        with _unusable_places_told():
+        exit_on_signals()
+        with _explain_path_errors():
             app()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -141,6 +148,6 @@ def _main() -> None:
     except InterruptedRunError as interrupt:
         print(f"interrupted: {interrupt}", file=sys.stderr)
         sys.exit(interrupt.exit_code)
-    except Exception:  # a fault of ours: its traceback may be sent to us, so no secret may be in it
+    except Exception:  # an internal error: users may send us the traceback, so it must contain no secrets
         print(mask(traceback.format_exc()), end="", file=sys.stderr)
         sys.exit(1)

@@ -1,4 +1,4 @@
-"""Verbs that make folders of models: of a run's stage, for the Hugging Face hub, and of a small CLIP from nothing."""
+"""The commands that write model folders: `zscl export` and `zscl pretrain`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,30 +10,30 @@ from orchestrate.cli.options import AsJson, Overrides, Recipe, print_result, pro
 
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
-    out: Annotated[Path, typer.Option(help="Folder of the model; it must not be there yet.")],
-    stage: Annotated[int | None, typer.Option(help="Which stage's model, from 1. Default: the last.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the model; it must not exist, or be empty.")],
+    stage: Annotated[int | None, typer.Option(help="Stage whose model to export, from 1. Default: the last.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make a stage's model a folder for the Hugging Face hub: open_clip's layout, and a card made from the run.
+    """Export a stage's model for the Hugging Face hub: an open_clip folder with a model card.
 
     Example: zscl export runs/demo/zscl --stage 6 --out runs/demo-zscl-model
     """
-    from orchestrate.analysis import export as exporting
+    from orchestrate.analysis.export import export_model
     from orchestrate.lifecycle.paths import check_writable
 
     check_writable(out.absolute())
-    folder = exporting.export_model(run.absolute(), stage, out.absolute())
+    folder = export_model(run.absolute(), stage, out.absolute())
     lines = [f"model   {folder}  (open_clip: local-dir:{folder})", f"upload  hf upload OWNER/NAME {folder}"]
     print_result({"folder": str(folder)}, as_json, lines)
 
 
 def pretrain(
     recipe: Recipe,
-    out: Annotated[Path, typer.Option(help="Folder of the model.")],
+    out: Annotated[Path, typer.Option(help="Folder for the model.")],
     overrides: Overrides = [],  # noqa: B006
     as_json: AsJson = False,
 ) -> None:
-    """Train a small CLIP from nothing, contrastively, and write it as an open_clip folder.
+    """Pre-train a small CLIP from scratch, contrastively, and write it as an open_clip folder.
 
     Example: zscl pretrain experiments/pretrain-embedded.yaml --out runs/embedded-model
     """
@@ -42,24 +42,26 @@ def pretrain(
     from orchestrate.runs.progress import ProgressBar
     from schemas.pretraining import Pretraining
 
-    checked = parse_recipe(Pretraining, {"name": recipe_name(recipe), **read_recipe(recipe, overrides)}, recipe)
+    pretraining = parse_recipe(Pretraining, {"name": recipe_name(recipe), **read_recipe(recipe, overrides)}, recipe)
     check_writable(out.absolute())
     import torch
 
-    from zscl.training.pretrain import pretrain as train
+    from zscl.training.pretrain import pretrain_clip
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with ProgressBar(progress_console) as bar:
-        made = train(
-            checked,
+        result = pretrain_clip(
+            pretraining,
             out.absolute(),
             lambda step, steps, loss: bar.update("pre-training", step, steps, f"loss {loss:.3f}"),
             device,
         )
-    lines = [f"zero-shot {task} {100 * value:.1f}" for task, value in made.zero_shot.items()]
-    lines.append(f"model   {made.folder}  (open_clip: local-dir:{made.folder})")
-    print_result(
-        {"folder": str(made.folder), "steps": made.steps, "loss": made.loss, "zero_shot": made.zero_shot},
-        as_json,
-        lines,
-    )
+    lines = [f"zero-shot {task} {100 * value:.1f}" for task, value in result.zero_shot.items()]
+    lines.append(f"model   {result.folder}  (open_clip: local-dir:{result.folder})")
+    content = {
+        "folder": str(result.folder),
+        "steps": result.steps,
+        "loss": result.loss,
+        "zero_shot": result.zero_shot,
+    }
+    print_result(content, as_json, lines)

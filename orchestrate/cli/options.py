@@ -1,4 +1,4 @@
-"""What verbs share: options that mean the same everywhere, and how results and remarks are printed."""
+"""What commands share: options with the same meaning everywhere, and functions that print results and notes."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -20,29 +20,42 @@ Overrides = Annotated[
 Out = Annotated[
     Path | None,
     typer.Option(
-        help="The run's folder; with --variant all, the folder of theirs. Default: runs/NAME-METHOD-FINGERPRINT."
+        help="The run's folder; with --variant all, the parent folder of the runs. "
+        "Default: runs/NAME-METHOD-FINGERPRINT."
     ),
 ]
-Variant = Annotated[str | None, typer.Option(help="Which row of a recipe that is a table of variants, or 'all'.")]
-Offline = Annotated[bool, typer.Option("--offline", help="Without MLflow: `zscl sync` sends everything later.")]
+Variant = Annotated[str | None, typer.Option(help="Variant to run, of a recipe with a table of variants; or 'all'.")]
+Offline = Annotated[bool, typer.Option("--offline", help="Run without MLflow; `zscl sync` sends everything later.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 
 
 def print_result(content: dict[str, Any], as_json: bool, lines: list[str]) -> None:
-    """End a command: what it made and where, for people or for programs."""
+    """Print a command's result on standard output.
+
+    Args:
+        content: The result for programs.
+        as_json: Whether to print `content` as JSON.
+        lines: The result for people, printed otherwise.
+    """
     if as_json:
         print(json.dumps(content, indent=1))
     elif lines:
         print("\n".join(lines))
 
 
+def exit_with(code: int) -> None:
+    """End the command with this exit code, unless it is 0."""
+    if code:
+        raise typer.Exit(code)
+
+
 def print_note(text: str) -> None:
-    """Say something beside the results."""
+    """Print a message on standard error."""
     progress_console.print(text)
 
 
 def single_or_list(contents: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
-    """What programs get of several things of a kind: all under its name, and one alone as it is."""
+    """Combine the JSON results of several runs: a single one as it is, several as a list under `name`."""
     return contents[0] if len(contents) == 1 else {name: list(contents)}
 
 
@@ -54,7 +67,19 @@ def compare_and_print(
     published: str | None = None,
     baseline: str | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
-    """Compare runs; `offline` writes no page to MLflow. See `orchestrate.analysis.compare`."""
+    """Compare runs and print the tables, unless the result is printed as JSON.
+
+    Args:
+        runs: Runs by the name that the user gave: the folder, or the error why there is none.
+        folder: Where to write the comparison.
+        as_json: Whether the command prints its result as JSON.
+        offline: Whether to write nothing to MLflow.
+        published: Task order of MTIL, I or II, whose published results are added to the tables.
+        baseline: Label of the runs that the others' differences are from.
+
+    Returns:
+        The comparison for programs, and lines for people. See `orchestrate.analysis.compare`.
+    """
     from orchestrate.analysis.compare import compare_runs
 
     return compare_runs(

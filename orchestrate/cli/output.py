@@ -1,4 +1,4 @@
-"""Standard output and standard error whose reader may go away: a closed terminal or pipe does not end a run."""
+"""Standard output and standard error that tolerate a closed terminal or pipe: a run continues without them."""
 
 import errno
 import os
@@ -7,22 +7,30 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from typing import Any, TextIO
 
-GONE = (errno.EPIPE, errno.EIO, errno.ENXIO)  # of a pipe without a reader, and of a terminal that is closed
+CLOSED_ERRNOS = (errno.EPIPE, errno.EIO, errno.ENXIO)  # a pipe without a reader, or a closed terminal
 
 
 class TolerantStream:
-    """A text stream; once nobody reads it any more, what is written to it is dropped.
-
-    Args:
-        stream: where to write.
-        optional: drop also what cannot be written for another reason, such as a full disk.
-    """
+    """A text stream that drops its output once its reader is gone."""
 
     def __init__(self, stream: TextIO, optional: bool) -> None:
+        """Wrap a stream.
+
+        Args:
+            stream: The stream to write to.
+            optional: Whether to drop also what cannot be written for another reason, such as a full disk.
+        """
         self._stream, self._optional = stream, optional
 
     def write(self, text: str) -> int:
-        """Write a text. Returns its length."""
+        """Write a text, or drop it.
+
+        Args:
+            text: The text.
+
+        Returns:
+            The number of characters of the text.
+        """
         try:
             return self._stream.write(text)
         except OSError as error:
@@ -30,12 +38,12 @@ class TolerantStream:
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
-        """Write texts."""
+        """Write texts, or drop them."""
         for line in lines:
             self.write(line)
 
     def flush(self) -> None:
-        """Have what was written on its way."""
+        """Flush the stream, or drop its buffer."""
         try:
             self._stream.flush()
         except OSError as error:
@@ -45,17 +53,17 @@ class TolerantStream:
         return getattr(self._stream, name)
 
     def _drop(self, error: OSError) -> None:
-        if error.errno in GONE:
-            # What is still in the buffer, and what libraries write to the descriptor, is dropped with it.
-            with suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:  # noqa: PTH123
-                os.dup2(nowhere.fileno(), self._stream.fileno())
+        if error.errno in CLOSED_ERRNOS:
+            # Redirect the descriptor, too: it drops the rest of the buffer, and what libraries write to it directly.
+            with suppress(OSError, ValueError), open(os.devnull, "wb") as null:  # noqa: PTH123
+                os.dup2(null.fileno(), self._stream.fileno())
         elif not self._optional:
             raise error
 
 
 @contextmanager
 def tolerate_closed_streams() -> Iterator[None]:
-    """Bear it, while the block runs, that nobody reads standard output or standard error any more."""
+    """Drop what is written to standard output or standard error once the reader is gone, while the block runs."""
     with ExitStack() as stack:
         if sys.stdout is not None:
             output: Any = TolerantStream(sys.stdout, optional=False)

@@ -1,4 +1,4 @@
-"""Commands of a search."""
+"""The command `zscl search`."""
 
 from functools import partial
 from pathlib import Path
@@ -10,12 +10,12 @@ from orchestrate.cli.options import (
     AsJson,
     Offline,
     Overrides,
-    print_result,
     print_note,
+    print_result,
     progress_console,
 )
 from orchestrate.cli.terminal import stdout_console
-from schemas.errors import command
+from schemas.errors import shell_command
 from schemas.redaction import mask
 
 if TYPE_CHECKING:
@@ -30,30 +30,30 @@ def search(
         bool,
         typer.Option(
             "--dry-run",
-            help="Check recipe, data, model, shards, folders, disk, cluster, tracking; say what would be done.",
+            help="Check recipe, data, model, shards, folders, disk, cluster and tracking, and print the plan.",
         ),
     ] = False,
     offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:
-    """Search a recipe's values: many sequences, judged on held-out training images, the chosen one on test, once.
+    """Search hyperparameters by accuracy on held-out training images; test images are used once, at the end.
 
     Example: zscl search experiments/search-embedded.yaml --set search.trials=4 --set optimisation.steps=30
     """
     from orchestrate.recipes.yaml_loader import dump_yaml
-    from orchestrate.search.preflight import search_folder, plan_search, prepare_search
+    from orchestrate.search.preflight import plan_search, prepare_search, search_folder
 
     prepared = prepare_search(recipe, overrides)
     folder = search_folder(prepared, out)
     if dry_run:
         from orchestrate.runs.run import connect_cluster
-        from orchestrate.search import run as searching
         from orchestrate.search.dry_run import check_search
+        from orchestrate.search.run import check_same_search
 
-        searching.check_same_search(prepared, folder)
+        check_same_search(prepared, folder)
         connect = partial(connect_cluster, prepared.base.experiment, folder, progress_console)
         checklist = check_search(prepared, folder, offline, connect)
-        checklist.refuse_failures(print_note)
+        checklist.raise_on_failure(print_note)
         content: dict[str, Any] = {"plan": plan_search(prepared, folder) | {"checked": checklist.lines}}
         print_result(content, as_json, [dump_yaml(content)])
         return
@@ -61,20 +61,27 @@ def search(
 
 
 def run_and_report(prepared: "PreparedSearch", folder: Path, offline: bool, as_json: bool) -> None:
-    """Run a search, or go on with it, and show what it found."""
-    from orchestrate.lifecycle.paths import CHOSEN, browse_command, store_uri
-    from orchestrate.search import run as searching
+    """Run or resume a search, and print its result.
 
-    found = searching.run_search(prepared, folder, progress_console, offline)
+    Args:
+        prepared: The checked search.
+        folder: The search's folder.
+        offline: Whether to run without MLflow.
+        as_json: Whether to print the result as JSON.
+    """
+    from orchestrate.lifecycle.paths import CHOSEN_RECIPE, browse_command, tracking_uri
+    from orchestrate.search.run import run_search
+
+    result = run_search(prepared, folder, progress_console, offline)
     if not as_json:
         from orchestrate.search.report import terminal_tables
 
-        stdout_console().print(terminal_tables(found))
-    uri = None if offline else store_uri(prepared.base.experiment, folder)
+        stdout_console().print(terminal_tables(result))
+    uri = None if offline else tracking_uri(prepared.base.experiment, folder)
     lines = [
         f"search  {folder}",
-        f"MLflow  {browse_command(uri) if uri else command('zscl', 'sync', folder)}",
-        f"run the chosen recipe on all training images: {command('zscl', 'run', folder / CHOSEN)}",
+        f"MLflow  {browse_command(uri) if uri else shell_command('zscl', 'sync', folder)}",
+        f"run the chosen recipe on all training images: {shell_command('zscl', 'run', folder / CHOSEN_RECIPE)}",
     ]
-    shown = {"folder": str(folder), "tracking_uri": uri and mask(uri)}
-    print_result({**shown, "search": found.model_dump(mode="json")}, as_json, lines)
+    content = {"folder": str(folder), "tracking_uri": uri and mask(uri), "search": result.model_dump(mode="json")}
+    print_result(content, as_json, lines)

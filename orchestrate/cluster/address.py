@@ -1,4 +1,7 @@
-"""The address of a Ray cluster that is named: checked within seconds, where Ray would wait for minutes or for ever."""
+"""The configured address of a Ray cluster, and a check with short timeouts that a GCS answers at an address.
+
+Ray itself would wait for minutes or forever.
+"""
 
 import os
 from urllib.parse import urlsplit
@@ -7,92 +10,108 @@ import grpc
 
 from orchestrate.lifecycle.network import check_port
 from schemas.compute import Compute
-from schemas.errors import InputError
+from schemas.errors import ErrorCode, InputError
 from schemas.redaction import mask
 
-ADDRESS = "RAY_ADDRESS"
-ANSWER_SECONDS = 10.0
-# What every Ray client asks a GCS first. The name belongs to Ray's own protocol, so a server that speaks gRPC but does
-# not know it passes: another version of Ray is not refused.
-CLUSTER_ID = "/ray.rpc.NodeInfoGcsService/GetClusterId"
-ANSWERS = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNIMPLEMENTED)
+ADDRESS_VARIABLE = "RAY_ADDRESS"
+RPC_TIMEOUT_SECONDS = 10.0
+# The first call of every Ray client to a GCS. The name belongs to Ray's internal protocol, so a gRPC server that does
+# not know it is accepted: it may be another version of Ray.
+GET_CLUSTER_ID = "/ray.rpc.NodeInfoGcsService/GetClusterId"
+ACCEPTED_CODES = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNIMPLEMENTED)
+_EXPECTED = "expected HOST:PORT of a running cluster's GCS (port 6379 by default), or none to start one here"
 
 
-def named_address(compute: Compute) -> str | None:
-    """The cluster that the recipe or the environment names, or None where a local one is to be started.
+def cluster_address(compute: Compute) -> str | None:
+    """Return the address of the cluster to connect to, by the rules of `ray.init`; `None` to start a local one.
 
-    As in `ray.init`: RAY_ADDRESS takes the place of no address, and of `auto`; `local` starts one.
+    Args:
+        compute: The recipe's section. RAY_ADDRESS replaces a missing address and `auto`.
+
+    Returns:
+        `auto`, HOST:PORT, or a URL.
     """
     address = compute.address
     if address in (None, "", "auto"):
-        address = os.environ.get(ADDRESS) or address
+        address = os.environ.get(ADDRESS_VARIABLE) or address
     return None if address in (None, "", "local") else address
 
 
+class _GcsError(Exception):
+    """The end of the message about an address, after the address itself, and the error's code."""
+
+    def __init__(self, reason: str, code: ErrorCode = ErrorCode.UNREACHABLE, hint: str = "") -> None:
+        super().__init__(reason)
+        self.reason, self.code, self.hint = reason, code, hint
+
+
 def check_gcs(address: str, field: str = "compute.address") -> None:
-    """See that the head process of a Ray cluster, its GCS, answers at an address.
+    """Check that the head process of a Ray cluster, its GCS, answers at an address.
 
     Args:
-        address: As `ray.init` takes it.
-        field: Where the user gave it.
+        address: The address, as `ray.init` takes it.
+        field: The recipe field or environment variable that the address is from.
 
     Raises:
-        InputError: It does not, and why.
+        InputError: The address is malformed, or no GCS answers there.
     """
-    found = f"{field}: found no Ray cluster at {mask(address)}"
-    expected = "expected HOST:PORT of a running cluster's GCS (port 6379 by default), or none to start one here"
+    try:
+        _check_gcs(address)
+    except _GcsError as error:
+        raise InputError(
+            f"{field}: found no Ray cluster at {mask(address)}{error.reason}, {_EXPECTED}{error.hint}",
+            code=error.code,
+            field=field,
+        ) from error
+
+
+def _check_gcs(address: str) -> None:
     scheme, separator, rest = address.partition("://")
     if separator and scheme != "ray":
         hint = "; jobs go to a dashboard: zscl submit --address" if scheme in ("http", "https") else ""
-        raise InputError(f"{found}: {scheme}:// is no address of a GCS, {expected}{hint}")
-    meant = rest if separator else _meant(address, found, expected)
-    if meant != address and not separator:
-        found += f", which is {meant} to Ray"
-    host, port = _host_and_port(meant, found, expected)
+        raise _GcsError(f": {scheme}:// is no address of a GCS", ErrorCode.INVALID_VALUE, hint)
+    target = rest if separator else _resolve(address)
+    alias = f", which is {target} to Ray" if target != address and not separator else ""
+    host, port = _split_host_and_port(target, alias)
     try:
         check_port(host, port)
     except OSError as error:
-        raise InputError(f"{found} ({error}), {expected}") from error
+        raise _GcsError(f"{alias} ({error})") from error
     if not separator and os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true"):
-        _check_service(meant, found, expected)
+        _call_gcs(target, alias)
 
 
-def _meant(address: str, found: str, expected: str) -> str:
-    """The address that Ray connects to: the running cluster for `auto`, this node's own address for localhost."""
+def _resolve(address: str) -> str:
+    """Return the address that Ray connects to: a running cluster for `auto`, the node's own address for localhost."""
     from ray._private.services import canonicalize_bootstrap_address
 
     if address != "auto":
-        _host_and_port(address, found, expected)
+        _split_host_and_port(address)
     try:
         return str(canonicalize_bootstrap_address(address))
     except ConnectionError as error:
-        raise InputError(f"{found}: none runs on this machine, {expected}") from error
+        raise _GcsError(": none runs on this machine", ErrorCode.NOT_FOUND) from error
     except (ValueError, OSError) as error:
-        raise InputError(f"{found} ({error}), {expected}") from error
+        raise _GcsError(f" ({error})") from error
 
 
-def _host_and_port(address: str, found: str, expected: str) -> tuple[str, int]:
+def _split_host_and_port(address: str, alias: str = "") -> tuple[str, int]:
     try:
         parts = urlsplit(f"//{address}")
         host, port, path = parts.hostname, parts.port, parts.path
     except ValueError:
         host, port, path = None, None, ""
     if not host or not port or path or (address.count(":") > 1 and not address.startswith("[")):
-        raise InputError(f"{found}: it is not HOST:PORT ([HOST]:PORT for IPv6), {expected}")
+        raise _GcsError(f"{alias}: it is not HOST:PORT ([HOST]:PORT for IPv6)", ErrorCode.INVALID_VALUE)
     return host, port
 
 
-def _check_service(target: str, found: str, expected: str) -> None:
-    """Call a GCS. A refusal because the token is missing is an answer, too.
-
-    Raises:
-        InputError: what answers does not speak gRPC, or nothing answers in time.
-    """
+def _call_gcs(target: str, alias: str) -> None:
+    """Call the server at an address as a Ray client does. An error about a missing token counts as an answer."""
     with grpc.insecure_channel(target, options=[("grpc.enable_http_proxy", 0)]) as channel:
         try:
-            channel.unary_unary(CLUSTER_ID)(b"", timeout=ANSWER_SECONDS)
+            channel.unary_unary(GET_CLUSTER_ID)(b"", timeout=RPC_TIMEOUT_SECONDS)
         except grpc.RpcError as error:
-            if error.code() not in ANSWERS:
-                raise InputError(
-                    f"{found}: something answers there, but not as a Ray GCS does ({error.code().name}), {expected}"
-                ) from error
+            if error.code() not in ACCEPTED_CODES:
+                name = error.code().name
+                raise _GcsError(f"{alias}: something answers there, but not as a Ray GCS does ({name})") from error

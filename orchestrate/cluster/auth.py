@@ -1,8 +1,8 @@
-"""Who may talk to Ray: whoever holds the token, a file that only its owner reads, and, here, is on this machine.
+"""Access control for Ray: token authentication, and listening on the loopback interface only.
 
-Ray's ports run what they are sent, so a cluster without a token belongs to everybody who can reach it. Ray makes a
-token for a cluster that it starts, readable by all users of the machine, and does not send one to a cluster it is told
-to join. On Linux, it listens on every interface, whatever address it is given.
+Ray's ports execute what they receive, so a cluster without a token belongs to everybody who can reach it. Ray creates a
+token for a cluster that it starts, but makes it readable by all users of the machine, and does not send one to a
+cluster that it joins. On Linux, Ray listens on every interface, whatever address it is given.
 """
 
 import os
@@ -12,81 +12,80 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ray._private import ray_constants
-from ray._raylet import Config  # type: ignore[attr-defined]  # a part of Ray's in C
+from ray._raylet import Config  # type: ignore[attr-defined]  # a compiled module
 
-MODE = "RAY_AUTH_MODE"
-OWNER_ALONE = 0o600
+MODE_VARIABLE = "RAY_AUTH_MODE"
+OWNER_ONLY = 0o600
 
 
-def use_token(starts_here: bool) -> None:
-    """Switch Ray's authentication on where a token is at hand, and make one for a cluster that starts here.
+def enable_token_auth(starts_cluster: bool) -> None:
+    """Switch Ray's token authentication on if there is a token, and create a token for a cluster that we start.
 
-    The user's own RAY_AUTH_MODE is left as it is. To be called before Ray is.
+    A RAY_AUTH_MODE that the user has set is respected. Call this before Ray is used.
 
     Args:
-        starts_here: the cluster is our own, rather than one to join.
+        starts_cluster: Whether this process starts the cluster, rather than joins one.
     """
-    mode = os.environ.get(MODE, "token").lower()
+    mode = os.environ.get(MODE_VARIABLE, "token").lower()
     if mode != "token":
         return
-    if not has_token() and starts_here:
-        _make()
+    if not has_token() and starts_cluster:
+        _create_token()
     if not has_token():
-        return  # the cluster to join says whether it needs one
-    os.environ[MODE] = mode
-    Config.initialize("")  # Ray reads the mode when it is imported, and again here
-    if (file := token_file()) is not None and _can_read(file):
-        _keep_to_owner(file)
+        return  # a cluster that needs a token reports that itself
+    os.environ[MODE_VARIABLE] = mode
+    Config.initialize("")  # Ray reads the mode at import; this makes it read the mode again
+    if (file := token_path()) is not None and _is_readable(file):
+        _restrict_to_owner(file)
 
 
 @contextmanager
 def bind_to_loopback() -> Iterator[None]:
-    """Let a Ray that is started meanwhile listen on the loopback interface alone, with all its processes.
+    """Make a Ray that is started in the block listen on the loopback interface only, with all its processes.
 
-    It is what Ray does on macOS and Windows, where its one switch for it is off by default.
+    This is Ray's behaviour on macOS and Windows. Its switch for Linux is off by default.
     """
-    before = ray_constants.ENABLE_RAY_CLUSTER
+    previous = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False
     try:
         yield
     finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
+        ray_constants.ENABLE_RAY_CLUSTER = previous
 
 
 def has_token() -> bool:
-    """Whether there is a token, in a variable or in its file."""
-    return bool(os.environ.get("RAY_AUTH_TOKEN")) or _can_read(token_file())
+    """Return whether there is a token, in the environment or in the token file."""
+    return bool(os.environ.get("RAY_AUTH_TOKEN")) or _is_readable(token_path())
 
 
-def token_file() -> Path | None:
-    """Where Ray looks for the token; nowhere for a user without a home."""
+def token_path() -> Path | None:
+    """Return the path of Ray's token file; `None` for a user without a home folder."""
     try:
         return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray/auth_token")
-    except RuntimeError:  # neither HOME nor an entry for the user, as in a container with another user's number
+    except RuntimeError:  # neither HOME nor a passwd entry, as for an arbitrary user id in a container
         return None
 
 
-def _can_read(file: Path | None) -> bool:
-    """Whether there is such a file, and it is not somebody else's."""
+def _is_readable(file: Path | None) -> bool:
     return file is not None and os.access(file, os.R_OK)
 
 
-def _make() -> None:
-    """Make a token in its file, or for this process and its children alone where the home cannot be written."""
-    token, file = secrets.token_hex(32), token_file()
+def _create_token() -> None:
+    """Create a token in the token file, or for this process and its children if the file cannot be written."""
+    token, file = secrets.token_hex(32), token_path()
     try:
         if file is None:
             raise FileNotFoundError("no home")
         file.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, OWNER_ALONE)
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, OWNER_ONLY)
     except OSError:
-        if not _can_read(file):  # otherwise another run was quicker: its token is as good
+        if not _is_readable(file):  # if it is readable, another run has just created it
             os.environ["RAY_AUTH_TOKEN"] = token
         return
     with os.fdopen(descriptor, "w") as stream:
         stream.write(token)
 
 
-def _keep_to_owner(file: Path) -> None:
+def _restrict_to_owner(file: Path) -> None:
     if file.stat().st_mode & 0o077 and os.access(file, os.W_OK):
-        file.chmod(OWNER_ALONE)
+        file.chmod(OWNER_ONLY)

@@ -1,6 +1,6 @@
-"""The line between the workers of a run and the process that watches it.
+"""The event channel of a run: a Ray actor with the workers' events and the request to stop.
 
-In a module of its own: it is an actor, whose process would import all that `train` does before anything is trained.
+It is a separate module because the actor's process imports it. `train_workers` would import all of torch and open_clip.
 """
 
 import asyncio
@@ -15,83 +15,93 @@ import ray
 import ray.util
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from schemas.errors import InputError
+
 log = logging.getLogger(__name__)
 
-LAST_WORDS_SECONDS = 10.0  # of the workers, in the end
-SEARCHES = "zscl-searches"  # Ray's namespace for actors of searches
+DRAIN_SECONDS = 10.0  # for the last events to be consumed
+SEARCH_NAMESPACE = "zscl-searches"  # Ray's namespace for the channels of searches
 _END = "end"
 
 
 class RunChannel:
-    """Progress one way, the wish to stop the other."""
+    """The actor of a channel: forwards events to the driver, and the request to stop to the workers."""
 
     def __init__(self) -> None:
-        self._messages: asyncio.Queue[str] = asyncio.Queue()
-        self._stop = False
-        self._refusal = ""
+        self._events: asyncio.Queue[str] = asyncio.Queue()
+        self._stop_requested = False
+        self._input_error: InputError | None = None
 
-    async def put(self, message: str) -> None:
-        """Send a message to the process that watches."""
-        await self._messages.put(message)
+    async def put(self, event: str) -> None:
+        """Send an event to the driver."""
+        await self._events.put(event)
 
     async def get(self) -> str:
-        """Wait for the next message."""
-        return await self._messages.get()
+        """Wait for the next event."""
+        return await self._events.get()
 
-    async def refuse(self, sentence: str) -> None:
-        """Say what is wrong with the input."""
-        self._refusal = sentence
+    async def report_input_error(self, error: InputError) -> None:
+        """Store an error in the user's input, which a restarted worker group would meet again."""
+        self._input_error = error
 
-    async def refused(self) -> str:
-        """What was wrong with the input, if anything was."""
-        return self._refusal
+    async def input_error(self) -> InputError | None:
+        """Return the error in the user's input, if a worker reported one."""
+        return self._input_error
 
-    async def ask_to_stop(self) -> None:
-        """Have the workers stop where they can go on."""
-        self._stop = True
+    async def request_stop(self) -> None:
+        """Request that the workers stop at the next checkpoint."""
+        self._stop_requested = True
 
-    async def asked_to_stop(self) -> bool:
-        """Tell a worker whether to stop."""
-        return self._stop
+    async def stop_requested(self) -> bool:
+        """Return whether the workers should stop."""
+        return self._stop_requested
 
 
-def open_channel(search: str | None = None) -> Any:
-    """A line whose actor lives on this node.
+def create_channel(search: str | None = None) -> Any:
+    """Create a channel whose actor runs on this node.
 
     Args:
-        search: Name of the search that it belongs to, by which others on the cluster learn of it.
+        search: The name of the search that the channel belongs to, which `list_running_searches` lists; `None` for a
+            run.
+
+    Returns:
+        The handle of a `RunChannel` actor.
     """
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    named = {} if search is None else {"name": f"{search} ({secrets.token_hex(4)})", "namespace": SEARCHES}
-    return ray.remote(RunChannel).options(num_cpus=0, scheduling_strategy=here, **named).remote()
+    this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    name = {} if search is None else {"name": f"{search} ({secrets.token_hex(4)})", "namespace": SEARCH_NAMESPACE}
+    return ray.remote(RunChannel).options(num_cpus=0, scheduling_strategy=this_node, **name).remote()
 
 
-def running_searches() -> list[str]:
-    """The searches that are under way on the cluster, by name."""
+def list_running_searches() -> list[str]:
+    """Return the names of the searches that run on the cluster."""
     actors = ray.util.list_named_actors(all_namespaces=True)
-    return [actor["name"] for actor in actors if actor["namespace"] == SEARCHES]
+    return [actor["name"] for actor in actors if actor["namespace"] == SEARCH_NAMESPACE]
 
 
 @contextmanager
-def consume_events(line: Any, hear: Callable[[str], None]) -> Iterator[None]:
-    """Hand on what comes over a line, from a thread, until the block ends; then the line is gone.
+def consume_events(channel: Any, on_event: Callable[[str], None]) -> Iterator[None]:
+    """Call `on_event` in a thread for each event of a channel while the block runs; then kill the channel's actor.
 
-    Nothing that goes wrong with a display may stop the training, or keep this process: it is logged.
+    Exceptions of the callback are logged: an error of a display must not stop the training.
+
+    Args:
+        channel: The handle of a `RunChannel` actor.
+        on_event: The callback.
     """
 
-    def listen() -> None:
-        while (message := ray.get(line.get.remote())) != _END:
+    def consume() -> None:
+        while (event := ray.get(channel.get.remote())) != _END:
             try:
-                hear(message)
+                on_event(event)
             except Exception:
-                log.exception("Progress could not be shown; the run goes on")
+                log.exception("An event could not be shown; the run continues")
 
-    thread = threading.Thread(target=listen, name="listen", daemon=True)
+    thread = threading.Thread(target=consume, name="consume-events", daemon=True)
     thread.start()
     try:
         yield
     finally:
         with suppress(ray.exceptions.RayError):
-            ray.get(line.put.remote(_END), timeout=LAST_WORDS_SECONDS)
-            thread.join(LAST_WORDS_SECONDS)
-            ray.kill(line)
+            ray.get(channel.put.remote(_END), timeout=DRAIN_SECONDS)
+            thread.join(DRAIN_SECONDS)
+            ray.kill(channel)

@@ -1,4 +1,4 @@
-"""The Ray cluster that a recipe names: connect to it, and see whether it holds what is asked of it."""
+"""Connection to a Ray cluster, or start of a local one; checks that a cluster has the resources a run requests."""
 
 import logging
 import os
@@ -13,78 +13,84 @@ import torch
 from ray.exceptions import AuthenticationError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from orchestrate.cluster.address import ADDRESS, check_gcs, named_address
-from orchestrate.cluster.auth import bind_to_loopback, use_token
-from orchestrate.lifecycle.signals import defer_warning_signals, end_on_signals
+from orchestrate.cluster.address import ADDRESS_VARIABLE, check_gcs, cluster_address
+from orchestrate.cluster.auth import bind_to_loopback, enable_token_auth
+from orchestrate.lifecycle.signals import defer_warning_signals, exit_on_signals
 from schemas.compute import Compute
-from schemas.errors import InputError
-from zscl.runtime.atomic_io import remove_quietly
+from schemas.errors import ErrorCode, InputError, one_line
+from zscl.runtime.atomic_io import remove_if_possible
 
-# Workers train in a thread, whose freed memory the C library gives back at once: a step on a CPU would spend a sixth of
-# its time on getting it again. Ray's processes inherit what is set when it is started.
-KEEP_MEMORY = {
+# Settings of the C library's allocator. Workers train in a thread, and by default the allocator returns a thread's freed
+# memory to the system at once: on a CPU, a sixth of a step's time would be spent on allocating it again. Ray's processes
+# inherit these variables when Ray is started.
+MALLOC_SETTINGS = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": str(2**33),
     "MALLOC_TRIM_THRESHOLD_": str(2**36),
     "MALLOC_TOP_PAD_": str(2**26),
 }
-# Of a path to a Unix socket, Linux takes 107 bytes and macOS 103; Ray adds up to 68 to the temporary folder's name:
+# The path of a Unix socket may have 107 bytes on Linux and 103 on macOS. Ray adds up to 68 to the temporary folder:
 # /ray/session_2026-01-31_23-59-59_123456_4194304/sockets/plasma_store
-LONGEST_TEMPORARY = 107 - 68 if sys.platform == "linux" else 103 - 68
-LONGEST_PID = 7  # digits
-LOOK_SECONDS = 60.0  # for a node to start a process and say something
+MAX_TEMP_BYTES = 107 - 68 if sys.platform == "linux" else 103 - 68
+MAX_PID_DIGITS = 7
+NODE_CHECK_SECONDS = 60.0  # for a node to start a process and answer
 
 
-def names_cluster(compute: Compute) -> bool:
-    """Whether the recipe or the environment names a cluster that somebody has started."""
-    return named_address(compute) is not None
+def has_cluster_address(compute: Compute) -> bool:
+    """Return whether the recipe or the environment has the address of a cluster."""
+    return cluster_address(compute) is not None
 
 
 def connect(compute: Compute, note: Callable[[str], None]) -> None:
-    """Connect to the recipe's cluster, to the one of RAY_ADDRESS, or start a local one; `note` is told which.
+    """Connect to the recipe's cluster or that of RAY_ADDRESS, or else start a local one, unless connected already.
 
-    Raises:
-        InputError: there is no cluster at the address, or none can be started here.
+    Args:
+        compute: The recipe's section.
+        note: Called with a message about what is done.
     """
     if ray.is_initialized():
         return
     logging.getLogger("ray.train").setLevel(logging.WARNING)
-    address = named_address(compute)
+    address = cluster_address(compute)
     if address is None:
-        _start(note)
+        _start_local(note)
     else:
         _join(address, compute, note)
-    end_on_signals()
+    exit_on_signals()
 
 
 def _join(address: str, compute: Compute, note: Callable[[str], None]) -> None:
+    """Connect to a running cluster; raise InputError if none answers at the address, or it refuses this process."""
     note("connecting to the Ray cluster")
-    field = "compute.address" if compute.address == address else ADDRESS
+    field = "compute.address" if compute.address == address else ADDRESS_VARIABLE
     check_gcs(address, field)
-    use_token(starts_here=False)
+    enable_token_auth(starts_cluster=False)
     try:
         with defer_warning_signals():
             ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
     except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
         raise InputError(
             f"{field}: found no Ray cluster at {address} that takes this process ({' '.join(str(error).split())}), "
-            "expected HOST:PORT of a running one that this machine is a node of, or none to start one here"
+            "expected HOST:PORT of a running one that this machine is a node of, or none to start one here",
+            code=ErrorCode.REJECTED if isinstance(error, AuthenticationError) else ErrorCode.UNREACHABLE,
+            field=field,
         ) from error
 
 
-def _start(note: Callable[[str], None]) -> None:
-    from joblib import cpu_count  # with regard to CPU affinity and to the limits of a container
+def _start_local(note: Callable[[str], None]) -> None:
+    """Start a cluster on this machine; raise InputError if its files cannot be written."""
+    from joblib import cpu_count  # respects CPU affinity and the limits of a container
 
-    cores, folder = cpu_count(), local_folder()
-    some = f", with the {cores} of its {os.cpu_count()} CPU cores that it may use" if cores != os.cpu_count() else ""
-    note(f"starting Ray on this machine{some}")
-    use_token(starts_here=True)
-    for name, value in KEEP_MEMORY.items():
+    cores, folder = cpu_count(), ray_temp_folder()
+    limit = f", with the {cores} of its {os.cpu_count()} CPU cores that it may use" if cores != os.cpu_count() else ""
+    note(f"starting Ray on this machine{limit}")
+    enable_token_auth(starts_cluster=True)
+    for name, value in MALLOC_SETTINGS.items():
         os.environ.setdefault(name, value)
     try:
         with defer_warning_signals(), bind_to_loopback():
             ray.init(
-                address="local",  # never what somebody else may have started beside us
+                address="local",  # never join a cluster that somebody else has started on this machine
                 num_cpus=cores,
                 include_dashboard=False,
                 logging_level=logging.ERROR,
@@ -95,48 +101,51 @@ def _start(note: Callable[[str], None]) -> None:
     except OSError as error:
         raise InputError(
             f"RAY_TMPDIR: cannot start Ray with its files in {folder} ({error}), expected it to name a folder on a "
-            f"local disk that can be written, in at most {LONGEST_TEMPORARY} bytes"
+            f"local disk that can be written, in at most {MAX_TEMP_BYTES} bytes",
+            code=ErrorCode.NOT_WRITABLE,
+            field="RAY_TMPDIR",
         ) from error
 
 
-def local_folder() -> str:
-    """The folder that a Ray of this machine keeps its files in; Unix sockets lie below it, whose paths must be short.
+def ray_temp_folder() -> str:
+    """Return the folder for the files of a local Ray. It contains Unix sockets, whose paths must be short.
 
-    It is Ray's own choice, `ray` in RAY_TMPDIR or TMPDIR; where TMPDIR is too long, or cannot be written, in /tmp.
+    By Ray's own rule, it is `ray` in RAY_TMPDIR or TMPDIR; if TMPDIR is too long or not writable, in /tmp.
+
+    Returns:
+        An absolute path.
 
     Raises:
         InputError: RAY_TMPDIR is too long.
     """
-    chosen, given = os.environ.get("RAY_TMPDIR"), os.environ.get("TMPDIR") or "/tmp"
-    if chosen:
-        folder = Path(chosen).absolute()
-        # The session's folder is named after this process, whose number may be shorter than the longest one.
-        size, longest = len(os.fsencode(folder)), LONGEST_TEMPORARY + LONGEST_PID - len(str(os.getpid()))
-        if size > longest:
+    ray_tmpdir, tmpdir = os.environ.get("RAY_TMPDIR"), os.environ.get("TMPDIR") or "/tmp"
+    if ray_tmpdir:
+        folder = Path(ray_tmpdir).absolute()
+        # The session's folder is named after this process, whose id may have fewer digits than the longest one.
+        size, limit = len(os.fsencode(folder)), MAX_TEMP_BYTES + MAX_PID_DIGITS - len(str(os.getpid()))
+        if size > limit:
             raise InputError(
-                f"RAY_TMPDIR: found {folder}, {size} bytes long, expected at most {longest}: Ray's Unix sockets lie "
-                "below it, whose paths the system limits"
+                f"RAY_TMPDIR: found {folder}, {size} bytes long, expected at most {limit}: Ray's Unix sockets lie "
+                "below it, whose paths the system limits",
+                code=ErrorCode.INVALID_VALUE,
+                field="RAY_TMPDIR",
             )
         return str(folder / "ray")
-    usable = len(os.fsencode(given)) <= LONGEST_TEMPORARY and os.access(given, os.W_OK | os.X_OK)
-    return str(Path(given if usable else "/tmp", "ray").absolute())
+    is_usable = len(os.fsencode(tmpdir)) <= MAX_TEMP_BYTES and os.access(tmpdir, os.W_OK | os.X_OK)
+    return str(Path(tmpdir if is_usable else "/tmp", "ray").absolute())
 
 
-def worker_resources(compute: Compute) -> int:
-    """How many runs of this size the cluster holds at once.
-
-    Raises:
-        InputError: not one.
-    """
-    wanted = {"CPU": compute.workers * compute.cpus_per_worker}
+def count_concurrent_runs(compute: Compute) -> int:
+    """Return how many runs of this size fit into the cluster at once; raise InputError if not a single one does."""
+    required = {"CPU": compute.workers * compute.cpus_per_worker}
     if check_resources(compute):
-        wanted["GPU"] = compute.workers * compute.gpus_per_worker
+        required["GPU"] = compute.workers * compute.gpus_per_worker
     cluster = ray.cluster_resources()
-    return max(1, min(int(cluster.get(kind, 0.0) / amount + 1e-9) for kind, amount in wanted.items()))
+    return max(1, min(int(cluster.get(kind, 0.0) / amount + 1e-9) for kind, amount in required.items()))
 
 
-def resources_here() -> dict[str, float]:
-    """Return what Ray would find on this machine, or has found."""
+def local_resources() -> dict[str, float]:
+    """Return the CPUs and GPUs of the connected cluster, or those that Ray would detect on this machine."""
     if ray.is_initialized():
         return {kind: ray.cluster_resources().get(kind, 0.0) for kind in ("CPU", "GPU")}
     from joblib import cpu_count
@@ -145,90 +154,99 @@ def resources_here() -> dict[str, float]:
 
 
 def check_resources(compute: Compute, cluster: Mapping[str, float] | None = None) -> bool:
-    """Tell whether the workers get GPUs.
+    """Check that the cluster can hold the workers, and return whether they use GPUs.
 
     Args:
-        compute: what is asked for.
-        cluster: what there is; default: what the cluster that this process is connected to has.
+        compute: The requested workers; with `min_workers`, those must fit.
+        cluster: The cluster's resources; default: those of the connected cluster.
+
+    Returns:
+        Whether the workers get GPUs.
 
     Raises:
-        InputError: the cluster cannot hold the workers, or the fewest of them that will do.
+        InputError: The cluster has too few CPUs or GPUs.
     """
     cluster = ray.cluster_resources() if cluster is None else cluster
-    gpus = cluster.get("GPU", 0.0)
-    use_gpu = compute.device == "gpu" or (compute.device == "auto" and gpus > 0)
+    use_gpu = compute.device == "gpu" or (compute.device == "auto" and cluster.get("GPU", 0.0) > 0)
     field, workers = (
         ("workers", compute.workers) if compute.min_workers is None else ("min_workers", compute.min_workers)
     )
     evaluators = int(compute.evaluation == "overlapped")
-    wanted = {"CPU": (workers + evaluators) * compute.cpus_per_worker}
+    required = {"CPU": (workers + evaluators) * compute.cpus_per_worker}
     if use_gpu:
-        wanted["GPU"] = (workers + evaluators) * compute.gpus_per_worker
-    beside = " and one task beside them (compute.evaluation: overlapped)" if evaluators else ""
-    for kind, amount in wanted.items():
+        required["GPU"] = (workers + evaluators) * compute.gpus_per_worker
+    evaluator = " and one task beside them (compute.evaluation: overlapped)" if evaluators else ""
+    for kind, amount in required.items():
         if amount > cluster.get(kind, 0.0):
-            who = "1 worker" if workers == 1 else f"{workers} workers"
-            what = f"{amount:g} {kind}{'' if amount == 1 else 's'}"
-            without = "compute.device=cpu, " if kind == "GPU" else ""
+            subject = "1 worker" if workers == 1 else f"{workers} workers"
+            resources = f"{amount:g} {kind}{'' if amount == 1 else 's'}"
+            cpu_option = "compute.device=cpu, " if kind == "GPU" else ""
             raise InputError(
-                f"compute.{field}: {who}{beside} would need {what}, found {cluster.get(kind, 0.0):g} in the Ray "
-                f"cluster; expected fewer workers, less for each, {without}or a larger cluster"
+                f"compute.{field}: {subject}{evaluator} would need {resources}, found {cluster.get(kind, 0.0):g} in "
+                f"the Ray cluster; expected fewer workers, less for each, {cpu_option}or a larger cluster",
+                code=ErrorCode.NO_RESOURCES,
+                field=f"compute.{field}",
             )
     return use_gpu
 
 
-def check_folder(folder: Path) -> None:
-    """See that every node that may hold a worker writes where this process reads.
+def check_shared_folder(folder: Path) -> None:
+    """Check that all nodes with CPUs share a folder with this process, by writing a file on each of them.
+
+    Args:
+        folder: The run's folder.
 
     Raises:
-        InputError: naming a node that does not.
+        InputError: A node does not share the folder.
     """
     nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0.0) > 0]
-    own = own_node()
-    if all(node["NodeID"] == own for node in nodes):
+    this_node = current_node_id()
+    if all(node["NodeID"] == this_node for node in nodes):
         return
     folder.mkdir(parents=True, exist_ok=True)
-    marks = {node["NodeID"]: folder / f".seen-by-{node['NodeID'][:12]}" for node in nodes}
-    mark_on = ray.remote(_mark).options
+    files = {node["NodeID"]: folder / f".seen-by-{node['NodeID'][:12]}" for node in nodes}
+    touch_on = ray.remote(_touch).options
     try:
-        asked = {
-            identity: mark_on(
-                num_cpus=0, max_retries=0, scheduling_strategy=NodeAffinitySchedulingStrategy(identity, soft=False)
-            ).remote(mark)
-            for identity, mark in marks.items()
+        answers = {
+            node_id: touch_on(
+                num_cpus=0, max_retries=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)
+            ).remote(file)
+            for node_id, file in files.items()
         }
         for node in nodes:
-            reason = _answer(asked[node["NodeID"]])
-            if reason is None:  # it is busy, not wrong
+            reason = _get_answer(answers[node["NodeID"]])
+            if reason is None:  # a busy node is not an error
                 continue
-            if not reason and not marks[node["NodeID"]].is_file():
+            if not reason and not files[node["NodeID"]].is_file():
                 reason = "what it writes there is not here"
             if reason:
                 raise InputError(
                     f"{folder}: found node {node['NodeManagerAddress']} of the Ray cluster to share no such folder "
-                    f"({reason}), expected one that all nodes see; or object storage (compute.storage)"
+                    f"({reason}), expected one that all nodes see; or object storage (compute.storage)",
+                    code=ErrorCode.NOT_FOUND,
                 )
     finally:
-        for mark in marks.values():
-            remove_quietly(mark)
+        for file in files.values():
+            remove_if_possible(file)
 
 
-def own_node() -> str:
-    """The node that this process is on."""
+def current_node_id() -> str:
+    """Return the id of the Ray node that this process runs on."""
     return str(ray.get_runtime_context().get_node_id())
 
 
-def _answer(asked: Any) -> str | None:
+def _get_answer(reference: Any) -> str | None:
+    """Return what `_touch` returned, or why the task failed; `None` after a timeout."""
     try:
-        return str(ray.get(asked, timeout=LOOK_SECONDS))
+        return str(ray.get(reference, timeout=NODE_CHECK_SECONDS))
     except ray.exceptions.GetTimeoutError:
         return None
     except ray.exceptions.RayError as error:
-        return " ".join(str(error).split())
+        return one_line(error)
 
 
-def _mark(file: Path) -> str:
-    """Leave a file. Returns why that fails, or nothing."""
+def _touch(file: Path) -> str:
+    """Create a file; return why that fails, or an empty string."""
     try:
         file.touch()
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Rows of the matrix as Ray tasks beside the training, asked for by the main worker, which they end with."""
+"""Evaluation of the matrix's rows as Ray tasks, in parallel with training; the main worker submits them."""
 
 from pathlib import Path
 from typing import Any
@@ -7,84 +7,89 @@ import ray
 import torch
 from ray.exceptions import RayTaskError
 
-from orchestrate.cluster.storage_sync import NOT_WATCHED
+from orchestrate.cluster.storage_sync import NOT_PULLED
 from schemas.errors import InputError
 from schemas.experiment import Experiment
 from zscl.sequence.async_matrix import SubmitEvaluation
-from zscl.sequence.object_store import RemoteSync, node_local_folder
+from zscl.sequence.object_store import RemoteSync, node_local_sync
 from zscl.sequence.run import measure_row
 from zscl.training.checkpoint import StoppedError
 
-RETRIES = 3  # of a task whose process or node has died: cells that are measured stay
+MAX_RETRIES = 3  # of a task whose process or node has died; cells that were measured are not measured again
 
 
 class EvaluationTask:
-    """A task under way."""
+    """The handle of a running evaluation task."""
 
-    def __init__(self, reference: Any, mirror: RemoteSync | None) -> None:
-        self._reference, self._mirror = reference, mirror
+    def __init__(self, reference: Any, sync: RemoteSync | None) -> None:
+        self._reference, self._sync = reference, sync
 
     def done(self) -> bool:
-        """Whether it has ended."""
+        """Return whether the task has ended."""
         return bool(ray.wait([self._reference], timeout=0)[0])
 
     def result(self) -> None:
-        """Wait for its end.
+        """Wait for the end of the task. Its row is in the run's folder then.
 
         Raises:
-            InputError: what it has found wrong.
-            StoppedError: the run was asked to stop.
-            RayTaskError: what else it failed with.
+            InputError: A task or the model is missing or broken.
+            RayTaskError: The task failed with another error.
+            StoppedError: The run was asked to stop.
         """
         try:
             ray.get(self._reference)
         except RayTaskError as error:
-            if isinstance(error.cause, InputError | StoppedError):
-                raise error.cause from error
+            cause = error.cause
+            if isinstance(cause, InputError | StoppedError):
+                raise cause from error
             raise
-        if self._mirror:
-            self._mirror.pull(without=NOT_WATCHED)
+        if self._sync:
+            self._sync.pull(exclude=NOT_PULLED)
 
 
-def submit_to_ray(
-    experiment: Experiment, folder: Path, use_gpu: bool, line: Any, mirror: RemoteSync | None
+def build_submitter(
+    experiment: Experiment, folder: Path, use_gpu: bool, channel: Any, sync: RemoteSync | None
 ) -> SubmitEvaluation:
-    """What begins to measure a row, with as much of the cluster as a worker gets.
+    """Build the function that submits the evaluation of a row. Each task gets the resources of a worker.
 
     Args:
-        experiment: the run's.
-        folder: the run's.
-        use_gpu: whether the workers have GPUs.
-        line: asked for the wish to stop.
-        mirror: of the folder, where nodes share none.
+        experiment: The run's experiment.
+        folder: The run's folder.
+        use_gpu: Whether the workers have GPUs.
+        channel: The run's channel, for the request to stop.
+        sync: The folder's sync with object storage; `None` if all nodes share the folder.
+
+    Returns:
+        A function that takes the stage's number and returns the task's handle.
     """
-    measure = ray.remote(_measure).options(
+    task = ray.remote(_evaluate_row).options(
         num_cpus=experiment.compute.cpus_per_worker,
         num_gpus=experiment.compute.gpus_per_worker if use_gpu else 0,
-        max_retries=RETRIES,
-        scheduling_strategy="DEFAULT",  # not into the resources of the worker group, of which this is called
+        max_retries=MAX_RETRIES,
+        scheduling_strategy="DEFAULT",  # a worker calls this; do not use the resources of its placement group
     )
     recipe = experiment.model_dump_json()
 
-    def begin(stage: int) -> EvaluationTask:
-        if mirror:
-            mirror.push()
-        return EvaluationTask(measure.remote(recipe, folder, stage, use_gpu, line, mirror and mirror.url), mirror)
+    def submit(stage: int) -> EvaluationTask:
+        if sync:
+            sync.push()
+        return EvaluationTask(task.remote(recipe, folder, stage, use_gpu, channel, sync and sync.url), sync)
 
-    return begin
+    return submit
 
 
-def _measure(recipe: str, folder: Path, stage: int, use_gpu: bool, line: Any, url: str | None) -> None:
-    mirror = node_local_folder(url) if url else None
-    if mirror:
-        folder = mirror.folder
-        mirror.pull(without=NOT_WATCHED)
+def _evaluate_row(recipe: str, folder: Path, stage: int, use_gpu: bool, channel: Any, url: str | None) -> None:
+    """Evaluate a row in this process; pull the folder before and push it afterwards if it has a URL."""
+    sync = node_local_sync(url) if url else None
+    if sync:
+        folder = sync.folder
+        sync.pull(exclude=NOT_PULLED)
     measure_row(
         Experiment.model_validate_json(recipe),
         folder,
         stage,
         torch.device("cuda" if use_gpu else "cpu"),
-        lambda: bool(ray.get(line.asked_to_stop.remote())),
+        lambda: bool(ray.get(channel.stop_requested.remote())),
     )
-    if mirror:
-        mirror.push()
+    if sync:
+        sync.push()

@@ -12,19 +12,22 @@ from pathlib import Path
 from threading import Thread
 from typing import IO, TYPE_CHECKING
 
-from orchestrate.cluster.auth import use_token
-from orchestrate.recipes.recipe import load_variants
+from orchestrate.cluster.auth import enable_token_auth
+from orchestrate.recipes.variants import load_variants
 from schemas.errors import InputError, InterruptedRunError, one_line
-from schemas.errors import command as shown
+from schemas.errors import shell_command as shown
 from schemas.redaction import mask
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
-ADDRESS = "http://127.0.0.1:8265"
-VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # Ray's client takes the first that is set, before any argument
-HEADERS = "RAY_JOB_HEADERS"
-ANSWER_SECONDS = 90.0  # Ray gives up a GCS after 40 seconds, but waits for a silent dashboard for ever
+DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+ADDRESS_VARIABLES = (
+    "RAY_API_SERVER_ADDRESS",
+    "RAY_ADDRESS",
+)  # Ray's client takes the first that is set, before any argument
+HEADERS_VARIABLE = "RAY_JOB_HEADERS"
+CONNECT_TIMEOUT_SECONDS = 90.0  # Ray gives up a GCS after 40 seconds, but waits for a silent dashboard for ever
 STOP_MARGIN_SECONDS = 10  # beyond compute.grace_seconds, until Ray kills a job that is asked to stop
 EXIT_CODES = {"SUCCEEDED": 0, "STOPPED": 143}
 
@@ -38,7 +41,7 @@ class Job:
     entrypoint: str
 
 
-def entrypoint(recipe: Path, overrides: Sequence[str], out: str | None, working_dir: Path) -> str:
+def build_entrypoint(recipe: Path, overrides: Sequence[str], out: str | None, working_dir: Path) -> str:
     """The command that the job runs, in a copy of the working directory.
 
     Raises:
@@ -52,7 +55,7 @@ def entrypoint(recipe: Path, overrides: Sequence[str], out: str | None, working_
     return shlex.join([*command, *(part for override in overrides for part in ("--set", override))])
 
 
-def megabytes_uploaded(working_dir: Path) -> float:
+def measure_upload_megabytes(working_dir: Path) -> float:
     """What Ray packs of a working directory, by the ignore files in it."""
     from ray._private.runtime_env.packaging import create_package
 
@@ -62,7 +65,7 @@ def megabytes_uploaded(working_dir: Path) -> float:
         return package.stat().st_size / 1e6
 
 
-def connect(address: str | None, note: Callable[[str], None]) -> "JobSubmissionClient":
+def connect_job_client(address: str | None, note: Callable[[str], None]) -> "JobSubmissionClient":
     """Return Ray's job client, connected to a cluster. Which address is a cluster's is for Ray to say.
 
     Args:
@@ -72,12 +75,12 @@ def connect(address: str | None, note: Callable[[str], None]) -> "JobSubmissionC
     Raises:
         InputError: Ray's client finds no cluster, or gets no answer within `ANSWER_SECONDS`.
     """
-    use_token(starts_here=False)
+    enable_token_auth(starts_cluster=False)
     from ray.exceptions import RayError
     from ray.job_submission import JobSubmissionClient
 
-    source = next((name for name in VARIABLES if os.environ.get(name)), "--address")
-    where = os.environ.get(source) or address or ADDRESS
+    source = next((name for name in ADDRESS_VARIABLES if os.environ.get(name)), "--address")
+    where = os.environ.get(source) or address or DEFAULT_ADDRESS
     if address and where != address:
         note(f"{source} is set to {mask(where)}: Ray's job client takes that, not --address {mask(address)}")
     headers = _headers()
@@ -91,8 +94,8 @@ def connect(address: str | None, note: Callable[[str], None]) -> "JobSubmissionC
 
     asking = Thread(target=ask, daemon=True)  # a daemon: it does not keep the process from ending
     asking.start()
-    asking.join(ANSWER_SECONDS)
-    found = answer[0] if answer else TimeoutError(f"no answer within {ANSWER_SECONDS:g} s")
+    asking.join(CONNECT_TIMEOUT_SECONDS)
+    found = answer[0] if answer else TimeoutError(f"no answer within {CONNECT_TIMEOUT_SECONDS:g} s")
     if isinstance(found, JobSubmissionClient):
         return found
     if isinstance(found, OSError | RuntimeError | ValueError | AssertionError | LookupError | TypeError | RayError):
@@ -107,12 +110,12 @@ def _headers() -> dict[str, str] | None:
         InputError: It holds no JSON object of texts.
     """
     try:
-        headers = json.loads(os.environ.get(HEADERS) or "null")
+        headers = json.loads(os.environ.get(HEADERS_VARIABLE) or "null")
     except ValueError:
         headers = ""
     if headers is None or (isinstance(headers, dict) and all(isinstance(each, str) for each in headers.values())):
         return headers
-    raise InputError(f'{HEADERS}: found no JSON object of texts, expected {{"NAME": "VALUE"}}')
+    raise InputError(f'{HEADERS_VARIABLE}: found no JSON object of texts, expected {{"NAME": "VALUE"}}')
 
 
 def _certificates(where: str) -> str | bool:
@@ -125,12 +128,12 @@ def _refusal(which: str, error: BaseException) -> InputError:
     cause = f": {one_line(error.__context__)}" if error.__context__ else ""
     return InputError(
         f"{which}: found no Ray cluster that takes the job ({mask(one_line(error) + cause)}), expected the address of "
-        f"its dashboard, {ADDRESS} by default, or of its GCS, HOST:PORT; where it asks for a token, RAY_AUTH_TOKEN or "
+        f"its dashboard, {DEFAULT_ADDRESS} by default, or of its GCS, HOST:PORT; where it asks for a token, RAY_AUTH_TOKEN or "
         "RAY_AUTH_TOKEN_PATH"
     )
 
 
-def submit(
+def submit_job(
     command: str, working_dir: Path, address: str | None, grace_seconds: float, note: Callable[[str], None]
 ) -> tuple[Job, Callable[[IO[str]], int]]:
     """Submit a command.
@@ -149,7 +152,7 @@ def submit(
     """
     from ray.exceptions import RayError
 
-    client = connect(address, note)
+    client = connect_job_client(address, note)
     where = client.get_address()
     patience = str(round(grace_seconds) + STOP_MARGIN_SECONDS)
     environment = {"working_dir": str(working_dir), "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": patience}}

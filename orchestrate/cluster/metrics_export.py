@@ -1,4 +1,4 @@
-"""What each worker does now, among Ray's own metrics: for its dashboard, and whatever reads Prometheus' format."""
+"""Gauges of each worker's current throughput and resource usage, exported among Ray's own metrics (Prometheus)."""
 
 from functools import cache
 
@@ -20,9 +20,14 @@ def _gauge(name: str) -> Gauge:
     return Gauge(f"zscl_{name}", description=GAUGES[name], tag_keys=("run", "worker"))
 
 
-def export_usage(run: str, used: WorkersUsed) -> None:
-    """Set the gauges `ray_zscl_…`, each by run and worker; on the main worker."""
-    for worker, use in enumerate(used.workers):
+def export_usage(run: str, usage: WorkersUsed) -> None:
+    """Set the gauges `ray_zscl_…`, with the tags `run` and `worker`. Called on the main worker.
+
+    Args:
+        run: The name of the run's folder.
+        usage: The usage of all workers, by rank.
+    """
+    for worker, worker_usage in enumerate(usage.workers):
         for name in GAUGES:
-            if (value := getattr(use, name)) is not None:
+            if (value := getattr(worker_usage, name)) is not None:
                 _gauge(name).set(value, tags={"run": run, "worker": str(worker)})

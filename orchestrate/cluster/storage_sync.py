@@ -1,47 +1,50 @@
-"""A run's folder in object storage, as the process that started the run sees it: its own folder is a copy."""
+"""Sync of a run's folder with object storage, on the driver: the driver's folder is a copy without the checkpoint."""
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 from schemas.experiment import Experiment
+from zscl.sequence.layout import CHECKPOINT
 from zscl.sequence.object_store import RemoteSync, pull_periodically, storage_url
-from zscl.training.checkpoint import CHECKPOINT
 
-NOT_WATCHED = (CHECKPOINT,)  # large, and of no use but to the workers
-Following = Callable[[], AbstractContextManager[None]]
+NOT_PULLED = (CHECKPOINT,)  # large, and needed by the workers only
+BackgroundPull = Callable[[], AbstractContextManager[None]]
 
 
 def remote_folder_url(experiment: Experiment, folder: Path) -> str | None:
-    """Where the run's folder is in object storage, if it is kept there."""
+    """Return the URL of a run's folder in object storage; `None` without `compute.storage`."""
     storage = experiment.compute.storage
     return None if storage is None else storage_url(storage, folder)
 
 
 @contextmanager
-def synced_folder(experiment: Experiment, folder: Path) -> Iterator[Following]:
-    """Begin with what storage has of a run's folder, and leave there what is said in it here.
+def synced_folder(experiment: Experiment, folder: Path) -> Iterator[BackgroundPull]:
+    """Pull a run's folder from object storage before the block, and push it afterwards. Without storage, do nothing.
 
-    Gives what follows, in a block, what the workers leave; when the block ends, everything is here.
+    Args:
+        experiment: The run's experiment.
+        folder: The run's folder on this machine.
 
-    Raises:
-        InputError: storage cannot be written.
+    Yields:
+        A function that returns a context manager: while its block runs, the files that the workers push are pulled
+        periodically; at its end, all of them are pulled.
     """
     url = remote_folder_url(experiment, folder)
     if url is None:
-        yield _nothing
+        yield nullcontext
         return
-    mirror = RemoteSync(url, folder)
-    mirror.check()
-    mirror.pull(without=NOT_WATCHED)
+    sync = RemoteSync(url, folder)
+    sync.check()
+    sync.pull(exclude=NOT_PULLED)
 
     @contextmanager
-    def following() -> Iterator[None]:
-        mirror.push()
+    def background_pull() -> Iterator[None]:
+        sync.push()
         ended = threading.Event()
         thread = threading.Thread(
-            target=pull_periodically, args=(mirror, NOT_WATCHED, ended.wait), name="follow", daemon=True
+            target=pull_periodically, args=(sync, NOT_PULLED, ended.wait), name="background-pull", daemon=True
         )
         thread.start()
         try:
@@ -49,14 +52,9 @@ def synced_folder(experiment: Experiment, folder: Path) -> Iterator[Following]:
         finally:
             ended.set()
             thread.join()
-            mirror.pull(without=NOT_WATCHED)
+            sync.pull(exclude=NOT_PULLED)
 
     try:
-        yield following
+        yield background_pull
     finally:
-        mirror.push()
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
+        sync.push()

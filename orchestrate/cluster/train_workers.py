@@ -1,8 +1,8 @@
-"""One experiment on N Ray Train workers.
+"""Training of one experiment on N Ray Train workers: start, restart, stop and result of the worker group.
 
 One worker group runs the whole sequence. The run's folder is its own checkpoint (see `zscl.sequence.run`): a restarted
-worker group, or a later start of the same run, goes on from what is there. Ray is handed no checkpoints, so nothing
-depends on when it commits them, and its controller may die as well as a worker.
+worker group, or a later start of the same run, resumes from it. No checkpoints are reported to Ray, so nothing depends
+on when Ray commits them, and Ray's controller may fail as well as a worker.
 """
 
 import errno
@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -24,29 +25,30 @@ from pydantic import BaseModel, TypeAdapter
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
-from orchestrate.cluster.channel import consume_events, open_channel
+from orchestrate.cluster.channel import consume_events, create_channel
 from orchestrate.cluster.connect import check_resources
-from orchestrate.cluster.eval_tasks import submit_to_ray
+from orchestrate.cluster.eval_tasks import build_submitter
 from orchestrate.cluster.metrics_export import export_usage
 from orchestrate.cluster.storage_sync import remote_folder_url
 from orchestrate.lifecycle.signals import StopRequest
-from schemas.errors import InputError
-from schemas.events import Note, Progress, WorkersUsed
+from schemas.errors import ErrorCode, InputError
+from schemas.events import Note, RunEvent, WorkersUsed
 from schemas.experiment import Experiment
-from schemas.results import Embedded, Result
+from schemas.results import EmbeddingReport, Result
 from zscl.runtime.distributed import barrier, rank
-from zscl.sequence.object_store import RemoteSync, node_local_folder
+from zscl.sequence.layout import CHECKPOINT, RAY_FOLDER, glob_stages
+from zscl.sequence.object_store import RemoteSync, node_local_sync
 from zscl.sequence.run import run_sequence
 from zscl.sequence.stage_cache import SharedWork
 from zscl.sequence.teacher import embed_reference
-from zscl.training.checkpoint import CHECKPOINT, StoppedError
+from zscl.training.checkpoint import StoppedError
 
 log = logging.getLogger(__name__)
 
-# Errors of storage that another attempt meets again, and what to do.
-LASTING = {
-    number: f"{what}, and the same command goes on from the last checkpoint"
-    for number, what in (
+# The advice for errors of storage that another attempt would meet again.
+PERMANENT_ERRORS = {
+    number: f"{advice}, and the same command resumes from the last checkpoint"
+    for number, advice in (
         (errno.ENOSPC, "make room on its disk"),
         (errno.EDQUOT, "make room within the quota"),
         (errno.EROFS, "have its disk writable"),
@@ -54,162 +56,190 @@ LASTING = {
         (errno.EPERM, "have the folder writable for the workers"),
     )
 }
-# Of a file outside the run's folder they may be those of one machine, whose work another can do.
-OF_THE_FOLDER = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
-CONTROLLER_RETRIES = 3  # Ray's default is to try for ever
+# Outside the run's folder, these errors may concern one machine only. Workers on another machine may succeed.
+FOLDER_ERRORS = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
+NO_SPACE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT})
+CONTROLLER_RETRIES = 3  # Ray's default has no limit
 HEALTH_CHECK_TIMEOUT = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
 START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
-NODE_SECONDS = 600  # that a lost node may take to come back, each of the controller's tries
-OnProgress = Callable[[BaseModel], None]
-_progress: TypeAdapter[Any] = TypeAdapter(Progress)
-_STOPPED = "stopped: "
-# By name: Ray's controller unpickles what its workers get, and for a function of ours it would import all of open_clip
-# before it starts them.
+NODE_RECOVERY_SECONDS = 600  # for a lost node to return, for each of the controller's attempts
+OnEvent = Callable[[BaseModel], None]
+_run_event: TypeAdapter[Any] = TypeAdapter(RunEvent)
+_STOPPED = "stopped: "  # prefix of the message of a worker that has stopped
+# Functions by name: Ray's controller unpickles the workers' arguments, and for a function object it would import all of
+# open_clip before it starts the workers.
 WORK: dict[str, Callable[..., BaseModel]] = {"run": run_sequence, "embed": embed_reference}
+
+
+@dataclass(frozen=True)
+class WorkerJob:
+    """The function that the workers of a group call, and its arguments.
+
+    Attributes:
+        work: A key of `WORK`.
+        experiment: The run's experiment.
+        folder: The run's folder.
+        channel: The run's channel.
+        arguments: Further keyword arguments of the function.
+    """
+
+    work: str
+    experiment: Experiment
+    folder: Path
+    channel: Any
+    arguments: Mapping[str, Any]
 
 
 def train(
     experiment: Experiment,
     folder: Path,
-    on_progress: OnProgress,
-    interruption: StopRequest,
+    on_event: OnEvent,
+    stop_request: StopRequest,
     shared: SharedWork | None = None,
     grace_seconds: float | None = None,
 ) -> Result:
-    """Run an experiment on the cluster that `connect` chose.
+    """Run an experiment on the connected cluster.
 
     Args:
-        experiment: what to run.
-        folder: the run's.
-        on_progress: called in a thread of this process.
-        interruption: looked at, for the wish to stop.
-        shared: with runs beside this one.
-        grace_seconds: to wait for the workers to stop; default: what the experiment says.
+        experiment: The experiment.
+        folder: The run's folder.
+        on_event: Called with each event, in a thread of this process.
+        stop_request: Polled; once it is true, the workers are asked to stop.
+        shared: Caches that are shared with other runs.
+        grace_seconds: The time for the workers to stop; default: `compute.grace_seconds`.
 
-    Raises:
-        InputError: a worker found something wrong with the experiment's data or model.
-        InterruptedRunError: a signal asked for the end; the folder holds what it takes to go on.
-        ray.train.TrainingFailedError: workers failed, compute.max_failures times without having come further.
+    Returns:
+        The run's result.
     """
     grace_seconds = experiment.compute.grace_seconds if grace_seconds is None else grace_seconds
-    given = {"shared": shared}
+    arguments = {"shared": shared}
     return Result.model_validate_json(
-        _on_workers("run", experiment, folder, on_progress, interruption, grace_seconds, given)
+        _run_on_workers("run", experiment, folder, on_event, stop_request, grace_seconds, arguments)
     )
 
 
-def embed(experiment: Experiment, folder: Path, on_progress: OnProgress, interruption: StopRequest) -> Embedded:
-    """Fill the teacher's stores for an experiment; as `train` otherwise."""
-    # What is embedded is stored as it goes: there is nothing to wait for.
-    return Embedded.model_validate_json(_on_workers("embed", experiment, folder, on_progress, interruption, 0.0, {}))
+def embed(experiment: Experiment, folder: Path, on_event: OnEvent, stop_request: StopRequest) -> EmbeddingReport:
+    """Fill the teacher's feature caches for an experiment. The arguments are those of `train`."""
+    # Features are stored as they are computed, so a stop need not wait for the workers.
+    return EmbeddingReport.model_validate_json(
+        _run_on_workers("embed", experiment, folder, on_event, stop_request, 0.0, {})
+    )
 
 
-def _on_workers(
+def _run_on_workers(
     work: str,
     experiment: Experiment,
     folder: Path,
-    on_progress: OnProgress,
-    interruption: StopRequest,
+    on_event: OnEvent,
+    stop_request: StopRequest,
     grace_seconds: float,
-    given: Mapping[str, Any],
+    arguments: Mapping[str, Any],
 ) -> str:
-    """Call one of `WORK` on every worker of a group. Returns the main worker's answer, as JSON."""
-    line, stopped = open_channel(), Future[str]()
-    with consume_events(line, partial(_hear, on_progress, stopped)):
-        # In a thread of its own, for in the main one Ray would take the signals.
-        answer: Future[str] = Future()
-        fitting = partial(_fit, work, experiment, folder, line, check_resources(experiment.compute), given)
-        threading.Thread(target=_settle, args=(answer, fitting), name="fit", daemon=True).start()
-        return _wait(answer, line, stopped, interruption, grace_seconds)
+    """Call a function of `WORK` on every worker of a group.
+
+    Args:
+        work: A key of `WORK`.
+        experiment: The run's experiment.
+        folder: The run's folder.
+        on_event: Called with each event, in a thread of this process.
+        stop_request: Polled; once it is true, the workers are asked to stop.
+        grace_seconds: The time for the workers to stop.
+        arguments: Further keyword arguments of the function.
+
+    Returns:
+        The main worker's result as JSON.
+    """
+    channel, stopped = create_channel(), Future[str]()
+    job = WorkerJob(work, experiment, folder, channel, arguments)
+    with consume_events(channel, partial(_on_event, on_event, stopped)):
+        # In a thread, because Ray replaces the signal handlers if it runs in the main one.
+        result: Future[str] = Future()
+        fit = partial(_fit_with_restarts, job, check_resources(experiment.compute))
+        threading.Thread(target=_set_result, args=(result, fit), name="fit", daemon=True).start()
+        return _wait_for_result(result, channel, stopped, stop_request, grace_seconds)
 
 
-def _hear(on_progress: OnProgress, stopped: "Future[str]", message: str) -> None:
+def _on_event(on_event: OnEvent, stopped: "Future[str]", message: str) -> None:
     if not message.startswith(_STOPPED):
-        on_progress(_progress.validate_json(message))
-    elif not stopped.done():  # every worker says so
+        on_event(_run_event.validate_json(message))
+    elif not stopped.done():  # every worker sends it
         stopped.set_result(message.removeprefix(_STOPPED))
 
 
-def _settle(answer: "Future[str]", function: Callable[[], str]) -> None:
+def _set_result(future: "Future[str]", function: Callable[[], str]) -> None:
+    """Call a function, and set a future to its result or its exception."""
     try:
-        answer.set_result(function())
+        future.set_result(function())
     except BaseException as error:
-        answer.set_exception(error)
+        future.set_exception(error)
 
 
-def _wait(
-    answer: "Future[str]", line: Any, stopped: "Future[str]", interruption: StopRequest, grace_seconds: float
+def _wait_for_result(
+    result: "Future[str]", channel: Any, stopped: "Future[str]", stop_request: StopRequest, grace_seconds: float
 ) -> str:
-    """Wait for the workers' answer; after a signal, for them to stop where they can go on, if that is soon.
-
-    Raises:
-        InterruptedRunError: a signal came before the answer.
-        Exception: what the workers failed with.
-    """
-    while not interruption and not answer.done():
-        wait([answer], timeout=0.1)
-    if not answer.done():
-        line.ask_to_stop.remote()
-        wait([answer, stopped], timeout=grace_seconds, return_when=FIRST_COMPLETED)
+    """Wait for the result. After a signal, wait `grace_seconds` for a checkpoint, then raise InterruptedRunError."""
+    while not stop_request and not result.done():
+        wait([result], timeout=0.1)
+    if not result.done():
+        channel.request_stop.remote()
+        wait([result, stopped], timeout=grace_seconds, return_when=FIRST_COMPLETED)
     if stopped.done():
-        raise interruption.error(f"{stopped.result()}; the same command goes on there")
-    if not answer.done():
-        waited = f" (no other came within {grace_seconds:g} s)" if grace_seconds else ""
-        raise interruption.error(f"the same command goes on from what was kept last{waited}")
-    failure = answer.exception()
-    if interruption and failure is not None and not isinstance(failure, InputError):
-        raise interruption.error("the workers ended first; the same command goes on from what was kept") from failure
-    return answer.result()
+        raise stop_request.to_error(f"{stopped.result()}; the same command resumes there")
+    if not result.done():
+        timeout = f" (no other came within {grace_seconds:g} s)" if grace_seconds else ""
+        raise stop_request.to_error(f"the same command resumes from the last checkpoint{timeout}")
+    failure = result.exception()
+    if stop_request and failure is not None and not isinstance(failure, InputError):
+        message = "the workers ended first; the same command resumes from the last checkpoint"
+        raise stop_request.to_error(message) from failure
+    return result.result()
 
 
-def _fit(work: str, experiment: Experiment, folder: Path, line: Any, use_gpu: bool, given: Mapping[str, Any]) -> str:
-    """Fit until there is an answer, anew as long as what failed had come further."""
+def _fit_with_restarts(job: WorkerJob, use_gpu: bool) -> str:
+    """Run worker groups until one returns a result. A failed group is restarted only if it has made progress."""
     while True:
-        name = f"{datetime.now():%Y%m%d-%H%M%S-%f}"
-        before = _reached(experiment, folder)
+        progress = _read_progress(job.experiment, job.folder)
         try:
-            answer: str = _trainer(work, experiment, folder, line, use_gpu, given, name).fit().return_value
+            result: str = _build_trainer(job, use_gpu).fit().return_value
             failure = None
         except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
             failure = error
-        if refusal := ray.get(line.refused.remote()):
-            raise InputError(refusal) from failure
+        if input_error := ray.get(job.channel.input_error.remote()):
+            raise input_error from failure
         if failure is None:
-            return answer
-        if _reached(experiment, folder) == before:
+            return result
+        if _read_progress(job.experiment, job.folder) == progress:
             raise failure
-        log.warning("The worker group failed (%s); it had come further, so it starts again", type(failure).__name__)
+        log.warning("The worker group failed (%s) after it had made progress; it is restarted", type(failure).__name__)
 
 
-def _reached(experiment: Experiment, folder: Path) -> object:
-    """What tells how far a run has come."""
+def _read_progress(experiment: Experiment, folder: Path) -> object:
+    """Return the versions of a run's checkpoint and result files, which differ after any progress."""
     if url := remote_folder_url(experiment, folder):
-        tells = (CHECKPOINT, ".json")
-        return {name: version for name, version in RemoteSync(url, folder).versions().items() if name.endswith(tells)}
-    found = [folder / CHECKPOINT, *folder.glob("*.json"), *folder.glob("stages/*/*.json")]
-    return sorted((file, file.stat().st_mtime_ns) for file in found if file.is_file())
+        versions = RemoteSync(url, folder).list_remote()
+        return {name: version for name, version in versions.items() if name.endswith((CHECKPOINT, ".json"))}
+    files = [folder / CHECKPOINT, *folder.glob("*.json"), *glob_stages(folder, "*.json")]
+    return sorted((file, file.stat().st_mtime_ns) for file in files if file.is_file())
 
 
-def _trainer(
-    work: str, experiment: Experiment, folder: Path, line: Any, use_gpu: bool, given: Mapping[str, Any], name: str
-) -> TorchTrainer:
-    compute = experiment.compute
+def _build_trainer(job: WorkerJob, use_gpu: bool) -> TorchTrainer:
+    compute = job.experiment.compute
     resources = {"CPU": compute.cpus_per_worker} | ({"GPU": compute.gpus_per_worker} if use_gpu else {})
-    patience = 60 * compute.hang_minutes
+    hang_seconds = 60 * compute.hang_minutes
     elastic = compute.min_workers is not None and compute.min_workers < compute.workers
-    # Ray hands these on to its controller.
-    os.environ[HEALTH_CHECK_TIMEOUT] = str(patience)
-    if not elastic:  # which would take this long to begin with fewer
-        os.environ.setdefault(START_TIMEOUT, str(NODE_SECONDS))
+    # Ray copies these variables to its controller.
+    os.environ[HEALTH_CHECK_TIMEOUT] = str(hang_seconds)
+    if not elastic:  # an elastic group would wait this long before it starts with fewer workers
+        os.environ.setdefault(START_TIMEOUT, str(NODE_RECOVERY_SECONDS))
     return TorchTrainer(
-        _work,
+        _train_loop_per_worker,
         train_loop_config={
-            "work": work,
-            "experiment": experiment.model_dump_json(),
-            "folder": folder,
-            "storage": remote_folder_url(experiment, folder),
-            "line": line,
-            "given": given,
+            "work": job.work,
+            "experiment": job.experiment.model_dump_json(),
+            "folder": job.folder,
+            "storage": remote_folder_url(job.experiment, job.folder),
+            "channel": job.channel,
+            "arguments": job.arguments,
         },
         scaling_config=ScalingConfig(
             num_workers=(compute.min_workers, compute.workers) if elastic else compute.workers,
@@ -217,13 +247,13 @@ def _trainer(
             resources_per_worker=resources,
         ),
         torch_config=TorchConfig(
-            # NCCL refuses two workers on one GPU.
+            # NCCL does not support two workers on one GPU.
             backend="nccl" if use_gpu and compute.gpus_per_worker >= 1 else "gloo",
-            timeout_s=max(1, round(patience)),
+            timeout_s=max(1, round(hang_seconds)),
         ),
         run_config=RunConfig(
-            name=name,
-            **_storage_of_ray(experiment, folder),
+            name=f"{datetime.now():%Y%m%d-%H%M%S-%f}",
+            **_ray_storage(job.experiment, job.folder),
             failure_config=FailureConfig(
                 max_failures=compute.max_failures, controller_failure_limit=CONTROLLER_RETRIES
             ),
@@ -231,113 +261,116 @@ def _trainer(
     )
 
 
-def _storage_of_ray(experiment: Experiment, folder: Path) -> dict[str, Any]:
-    """Where Ray keeps what it writes of a group: little, but all nodes must see it."""
+def _ray_storage(experiment: Experiment, folder: Path) -> dict[str, Any]:
+    """Return Ray's settings for its own files of a worker group. They are few, but all nodes must see them."""
     url = remote_folder_url(experiment, folder)
     if url is None:
-        return {"storage_path": str(folder / "ray")}
+        return {"storage_path": str(folder / RAY_FOLDER)}
     import fsspec
     from pyarrow.fs import FSSpecHandler, PyFileSystem
 
-    filesystem, path = fsspec.core.url_to_fs(f"{url}/ray")
+    filesystem, path = fsspec.core.url_to_fs(f"{url}/{RAY_FOLDER}")
     return {"storage_path": path, "storage_filesystem": PyFileSystem(FSSpecHandler(filesystem))}
 
 
-def what_to_do(error: OSError, folder: Path) -> str:
-    """Say what the user can do about an error of storage that another attempt would meet again.
+def storage_error_advice(error: OSError, folder: Path) -> str:
+    """Return what the user can do about an error of storage that another attempt would meet again.
 
     Args:
-        error: of a worker.
-        folder: the run's, where the error names no file: a full disk does not.
+        error: The error that a worker raised.
+        folder: The run's folder, which is named if the error names no file, as the error of a full disk.
 
     Returns:
-        A sentence, or nothing for another error.
+        The message; empty for an error that another attempt may not meet.
     """
-    if error.errno not in LASTING or (error.errno in OF_THE_FOLDER and not _names_file_in(folder, error)):
+    if error.errno not in PERMANENT_ERRORS or (error.errno in FOLDER_ERRORS and not _is_error_in(folder, error)):
         return ""
-    return f"{error.filename or folder}: {error.strerror}; {LASTING[error.errno]}"
+    return f"{error.filename or folder}: {error.strerror}; {PERMANENT_ERRORS[error.errno]}"
 
 
-def _names_file_in(folder: Path, error: OSError) -> bool:
-    """Whether an error is of a file in a folder. One that names no file counts as such."""
+def _is_error_in(folder: Path, error: OSError) -> bool:
+    """Return whether an error is about a file in a folder, or names no file."""
     names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
     return not names or any(Path(name).resolve().is_relative_to(folder.resolve()) for name in names)
 
 
-class _Noted(logging.Handler):
-    """Shows what is logged in a worker, a retry of storage say, as a note of the run.
+class EventLogHandler(logging.Handler):
+    """Reports a worker's warnings, such as retries of storage, as events of the run.
 
-    Loader processes inherit the handler when they are forked. Ray's client does not work in a forked process: a call
-    there never returns. They write to their standard error instead, which Ray logs.
+    Forked loader processes inherit the handler. Ray's client does not work in a forked process: a call never returns.
+    There, warnings go to standard error, which Ray logs.
     """
 
-    def __init__(self, report: OnProgress) -> None:
+    def __init__(self, report: OnEvent) -> None:
         super().__init__(logging.WARNING)
         self._report = report
         self._process = os.getpid()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Report a line."""
+        """Report a log record."""
         if os.getpid() != self._process:
             if logging.lastResort:
                 logging.lastResort.handle(record)
             return
-        with suppress(Exception):  # who listens may be gone
+        with suppress(Exception):  # the channel may have been closed
             self._report(Note(text=record.getMessage()))
 
 
-def _work(config: dict[str, Any]) -> str:
-    """What every worker runs. Returns nothing where the group was stopped, or its input refused."""
-    line = config["line"]
+def _train_loop_per_worker(config: dict[str, Any]) -> str:
+    """Run the job on a worker. Return the result as JSON; "" if the group was stopped or the input is wrong."""
+    channel, folder = config["channel"], config["folder"]
 
-    def report(progress: BaseModel) -> None:
-        if isinstance(progress, WorkersUsed):
-            export_usage(config["folder"].name, progress)
-        ray.get(line.put.remote(progress.model_dump_json()))
+    def report(event: BaseModel) -> None:
+        if isinstance(event, WorkersUsed):
+            export_usage(config["folder"].name, event)
+        ray.get(channel.put.remote(event.model_dump_json()))
 
-    logging.getLogger("zscl").addHandler(_Noted(report))
-    if ray.get(line.refused.remote()):  # the group was restarted; what was wrong with the input still is
+    logging.getLogger("zscl").addHandler(EventLogHandler(report))
+    if ray.get(channel.input_error.remote()):  # the group was restarted, and would fail again
         return ""
-    experiment, device, given = Experiment.model_validate_json(config["experiment"]), get_device(), config["given"]
-    folder = config["folder"]
+    experiment, device = Experiment.model_validate_json(config["experiment"]), get_device()
+    arguments = dict(config["arguments"])
     try:
-        with _on_this_node(config["storage"]) as mirror:
-            if mirror:
-                folder, given = mirror.folder, given | {"mirror": mirror}
+        with _synced_node_folder(config["storage"]) as sync:
+            if sync:
+                folder, arguments["sync"] = sync.folder, sync
             if config["work"] == "run" and experiment.compute.evaluation == "overlapped":
-                given = given | {"elsewhere": submit_to_ray(experiment, folder, device.type == "cuda", line, mirror)}
-            answer = WORK[config["work"]](
+                submit = build_submitter(experiment, folder, device.type == "cuda", channel, sync)
+                arguments["submit_evaluation"] = submit
+            result = WORK[config["work"]](
                 experiment,
                 folder,
                 report=report,
                 device=device,
-                asked_to_stop=lambda: ray.get(line.asked_to_stop.remote()),
-                **given,
+                stop_requested=lambda: ray.get(channel.stop_requested.remote()),
+                **arguments,
             )
     except StoppedError as stop:
-        ray.get(line.put.remote(f"{_STOPPED}{stop}"))
+        ray.get(channel.put.remote(f"{_STOPPED}{stop}"))
         return ""
     except InputError as error:
-        ray.get(line.refuse.remote(str(error)))
+        # A plain InputError, because a subclass may not survive pickling.
+        ray.get(channel.report_input_error.remote(InputError(str(error), code=error.code, field=error.field)))
         raise
     except OSError as error:
-        if sentence := what_to_do(error, folder):
-            ray.get(line.refuse.remote(sentence))
+        if message := storage_error_advice(error, folder):
+            code = ErrorCode.NO_SPACE if error.errno in NO_SPACE_ERRORS else ErrorCode.NOT_WRITABLE
+            ray.get(channel.report_input_error.remote(InputError(message, code=code)))
         raise
-    return answer.model_dump_json()
+    return result.model_dump_json()
 
 
 @contextmanager
-def _on_this_node(storage: str | None) -> Iterator[RemoteSync | None]:
-    """This node's folder of a run that is kept in storage: as it is there, and there as the main worker leaves it."""
+def _synced_node_folder(storage: str | None) -> Iterator[RemoteSync | None]:
+    """Pull a run's folder from object storage to this node before the block; the main worker pushes it afterwards."""
     if storage is None:
         yield None
         return
-    mirror = node_local_folder(storage)
-    mirror.pull(exactly=True)  # those of one node after each other
+    sync = node_local_sync(storage)
+    sync.pull(exact=True)  # the workers of one node wait for each other
     barrier()
     try:
-        yield mirror
+        yield sync
     finally:
         if rank() == 0:
-            mirror.push()
+            sync.push()

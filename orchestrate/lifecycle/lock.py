@@ -1,7 +1,7 @@
-"""One run, one owner: a lock beside the run's folder, and who holds it.
+"""Inter-process lock on a run's folder, and the record of the process that holds it.
 
-The lock is the operating system's (`flock`) and goes with its process, however that ends; the owner's name is for
-people. A name without a lock is that of a process that was killed.
+The lock is the operating system's (`flock`), which releases it when the process ends for whatever reason. The owner
+file is for messages. An owner file without a lock was left by a process that was killed.
 """
 
 import os
@@ -16,12 +16,18 @@ from pydantic import ValidationError
 
 from orchestrate.lifecycle.paths import check_writable
 from schemas.base import StrictModel
-from schemas.errors import InputError
-from zscl.runtime.atomic_io import remove_quietly, write_text
+from schemas.errors import ErrorCode, InputError
+from zscl.runtime.atomic_io import remove_if_possible, write_text
 
 
-class Owner(StrictModel):
-    """The process at work on a run."""
+class LockOwner(StrictModel):
+    """The process that holds the lock on a run.
+
+    Attributes:
+        host: The host's name.
+        process: The process id.
+        since: The time at which it locked the run, in UTC.
+    """
 
     host: str
     process: int
@@ -37,46 +43,49 @@ def run_lock(
     note: Callable[[str], None] = lambda text: None,
     advice: str = "choose another place with --out",
 ) -> Iterator[None]:
-    """Keep a run's folder for this process.
+    """Hold the lock on a run's folder.
 
     Args:
-        folder: the run's; it need not exist.
-        note: told when a killed process had it before.
-        advice: what to do where it cannot be written.
+        folder: The run's folder; it need not exist.
+        note: Called with a message if the previous owner was killed.
+        advice: What the user can do if the folder cannot be written, for the error message.
 
     Raises:
-        InputError: another process has it, or it cannot be written.
+        InputError: Another process holds the lock, or the folder cannot be written.
     """
     check_writable(folder, advice)
-    check_writable(folder.parent, advice)  # where the lock lies
+    check_writable(folder.parent, advice)  # it contains the lock
     folder.parent.mkdir(parents=True, exist_ok=True)
-    name = _name(folder)
+    owner_file = _owner_file(folder)
     try:
         with FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0):
-            if killed := _read(name):
-                note(f"{folder}: its owner ({killed}) is gone without a word, taking over")
+            if killed := _read_owner(owner_file):
+                note(f"{folder}: its owner ({killed}) has ended without releasing the lock, taking over")
             since = datetime.now(UTC).isoformat(sep=" ", timespec="seconds")
-            write_text(name, Owner(host=platform.node(), process=os.getpid(), since=since).model_dump_json())
+            write_text(owner_file, LockOwner(host=platform.node(), process=os.getpid(), since=since).model_dump_json())
             try:
                 yield
             finally:
-                remove_quietly(name)
+                remove_if_possible(owner_file)
     except Timeout as error:
-        raise InputError(owner_message(folder)) from error
+        raise InputError(owner_message(folder), code=ErrorCode.IN_USE) from error
 
 
 def owner_message(folder: Path) -> str:
-    """Return the sentence about a run that another process is at work on."""
-    found = f"{folder}: found another process at work on this run ({_read(_name(folder)) or 'unknown'})"
-    return f"{found}, expected none; end it, or choose another folder"
+    """Return the error message for a run that another process has locked."""
+    owner = _read_owner(_owner_file(folder)) or "unknown"
+    return (
+        f"{folder}: found another process at work on this run ({owner}), expected none; end it, or choose another "
+        "folder"
+    )
 
 
-def _name(folder: Path) -> Path:
+def _owner_file(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.owner.json")
 
 
-def _read(file: Path) -> Owner | None:
+def _read_owner(file: Path) -> LockOwner | None:
     try:
-        return Owner.model_validate_json(file.read_text())
+        return LockOwner.model_validate_json(file.read_text())
     except (OSError, ValidationError):
         return None

@@ -1,4 +1,4 @@
-"""Whether something answers at an address, within seconds: libraries may wait for minutes, or for ever."""
+"""Connection test of a TCP port with a short timeout; client libraries may wait for minutes or forever."""
 
 import socket
 
@@ -6,10 +6,15 @@ CONNECT_SECONDS = 5.0
 
 
 def check_port(host: str, port: int) -> None:
-    """Connect to a TCP port.
+    """Connect to a TCP port, and close the connection.
+
+    Args:
+        host: A host name or an IP address.
+        port: The port's number.
 
     Raises:
-        OSError: saying why that fails: no such host, refused, or no answer within `CONNECT_SECONDS`.
+        OSError: The host does not exist, or refuses the connection.
+        TimeoutError: There was no answer within `CONNECT_SECONDS`.
     """
     try:
         socket.create_connection((host, port), timeout=CONNECT_SECONDS).close()

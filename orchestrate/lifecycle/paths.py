@@ -1,4 +1,4 @@
-"""Where things lie when a recipe does not say, and how they are shown."""
+"""Default paths: run folders, files of a search's folder, MLflow's tracking URI; checks that a folder is writable."""
 
 import errno
 import os
@@ -10,26 +10,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from schemas.errors import InputError, command
+from schemas.errors import ErrorCode, InputError, shell_command
 from schemas.experiment import Experiment
 from schemas.redaction import MASK, mask
 
-SQLITE = "sqlite:///"
-LEVELS = ("sequence", "trial")  # of MLflow's runs: those that are a run of ours
-LONGEST_NAME = 200  # bytes of a folder's name: the names of locks and temporary files beside it are longer
-EXPERIMENT = "experiment.yaml"  # of a run's folder: the recipe, with every default spelt out
-# Of a search's folder: its recipe, its identity, what it found, and the recipe that it chose.
-SEARCH, FINGERPRINT, FOUND, CHOSEN = "search.yaml", "fingerprint", "search.json", "chosen.yaml"
+SQLITE_PREFIX = "sqlite:///"
+RUN_LEVELS = ("sequence", "trial")  # the levels of MLflow runs that have a run's folder
+MAX_NAME_BYTES = 200  # of a folder's name: lock files and temporary files next to the folder have longer names
+# Files in a search's folder: its recipe, its identity, its result, and the recipe of the chosen trial.
+SEARCH, FINGERPRINT, SEARCH_RESULT, CHOSEN_RECIPE = "search.yaml", "fingerprint", "search.json", "chosen.yaml"
 
 
 def run_folder(experiment: Experiment, fingerprint: str, out: Path | None, name: str) -> Path:
-    """A folder a run: the same experiment finds its folder again, another one gets another.
+    """Return the folder of a run. By default it depends on the fingerprint, so that the same experiment is resumed.
 
     Args:
-        experiment: what is run.
-        fingerprint: of it.
-        out: where the user wants it, if anywhere.
-        name: of the run among several that the user wants there.
+        experiment: The run's experiment.
+        fingerprint: The experiment's fingerprint.
+        out: The folder that the user chose, or `None`.
+        name: The run's subfolder in `out`; empty if `out` is for a single run.
+
+    Returns:
+        An absolute path.
     """
     if out is not None:
         return out.absolute() / name
@@ -39,79 +41,90 @@ def run_folder(experiment: Experiment, fingerprint: str, out: Path | None, name:
 
 @dataclass(frozen=True)
 class SearchIdentity:
-    """What tells a search from all others, wherever its folder lies.
+    """The identity of a search, which is independent of its folder.
 
     Attributes:
-        fingerprint: of the search.
-        algorithm: version that computed it; empty in a folder older than versions.
-        begun: when, in milliseconds; `None` in such a folder.
+        fingerprint: The search's fingerprint.
+        algorithm: The version of the algorithm that computed it; empty in a folder from before versions.
+        started_ms: The start, in Unix milliseconds; `None` in such a folder.
     """
 
     fingerprint: str
     algorithm: str = ""
-    begun: int | None = None
+    started_ms: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.fingerprint} {self.algorithm} {self.begun}"
+        return f"{self.fingerprint} {self.algorithm} {self.started_ms}"
 
 
-def search_identity(folder: Path) -> SearchIdentity:
+def read_search_identity(folder: Path) -> SearchIdentity:
     """Read a search's identity from its folder."""
     fingerprint, *rest = (folder / FINGERPRINT).read_text(encoding="utf-8").split()
     return SearchIdentity(fingerprint, rest[0], int(rest[1])) if rest else SearchIdentity(fingerprint)
 
 
 def check_writable(folder: Path, advice: str = "choose another place with --out") -> None:
-    """Refuse a folder that cannot be made or written. Nothing is left there, nor made.
+    """Check that a folder can be created and written. Nothing is created.
 
     Args:
-        folder: absolute; it need not exist.
-        advice: the end of the sentence: what to do.
+        folder: An absolute path; it need not exist.
+        advice: What the user can do, for the error message.
 
     Raises:
-        InputError: naming what is in the way.
+        InputError: The folder cannot be created or written.
     """
     existing = folder
     try:
-        for part in folder.parts:
-            if len(os.fsencode(part)) > LONGEST_NAME:
-                raise OSError(
-                    errno.ENAMETOOLONG,
-                    f"a name of {len(os.fsencode(part))} bytes, where {LONGEST_NAME} leave room for files beside it",
-                )
-        with suppress(FileNotFoundError, NotADirectoryError):
-            os.lstat(folder)  # a path that no file system can hold
-        existing = next(each for each in (folder, *folder.parents) if os.path.lexists(each))
-        if not existing.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, "is no folder")
-        with tempfile.TemporaryFile(dir=existing):
-            pass
+        _check_name_lengths(folder)
+        existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+        _check_existing(existing)
     except OSError as error:
-        at = "" if existing == folder else f"{existing}: "
+        cause = error.strerror if existing == folder else f"{existing}: {error.strerror}"
         raise InputError(
-            f"{folder}: cannot be written ({at}{error.strerror}), expected a folder that this user may write; {advice}"
+            f"{folder}: cannot be written ({cause}), expected a folder that this user may write; {advice}",
+            code=ErrorCode.NOT_WRITABLE,
         ) from error
 
 
-def store_uri(experiment: Experiment, folder: Path) -> str:
-    """The recipe's tracking URI, else MLFLOW_TRACKING_URI, else an SQLite file beside the run's folder."""
-    given = experiment.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
-    return given or sqlite_uri(folder.parent / "mlflow.db")
+def _check_name_lengths(folder: Path) -> None:
+    """Raise OSError if a part of the path, or the whole path, is too long for the file system."""
+    for part in folder.parts:
+        if len(os.fsencode(part)) > MAX_NAME_BYTES:
+            raise OSError(
+                errno.ENAMETOOLONG,
+                f"a name of {len(os.fsencode(part))} bytes, where {MAX_NAME_BYTES} leave room for files beside it",
+            )
+    with suppress(FileNotFoundError, NotADirectoryError):
+        os.lstat(folder)
+
+
+def _check_existing(folder: Path) -> None:
+    """Raise OSError if an existing path is not a folder, or no file can be created in it."""
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "is no folder")
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
+def tracking_uri(experiment: Experiment, folder: Path) -> str:
+    """Return the recipe's tracking URI, or MLFLOW_TRACKING_URI, or else an SQLite file next to the run's folder."""
+    configured = experiment.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    return configured or sqlite_uri(folder.parent / "mlflow.db")
 
 
 def sqlite_uri(file: Path) -> str:
-    """Return the URI of an SQLite file: `%` and `?` have a meaning in a URI and are quoted."""
+    """Return the URI of an SQLite file, with `%` and `?`, which have a meaning in URIs, quoted."""
     path = str(file)
     quoted = path.replace("%", "%25").replace("?", "%3F")
-    # Of `sqlite:///…`, MLflow makes the parent folder of the path as it is quoted; of this, SQLAlchemy finds the file.
-    return f"{SQLITE}{path}" if quoted == path else f"sqlite+pysqlite:///{quoted}"
+    # For `sqlite:///…`, MLflow would create the parent folder of the quoted path. For `sqlite+pysqlite:///…` it does
+    # not, and SQLAlchemy opens the unquoted path.
+    return f"{SQLITE_PREFIX}{path}" if quoted == path else f"sqlite+pysqlite:///{quoted}"
 
 
 def sqlite_file(uri: str) -> Path | None:
-    """Return the absolute path of the file that an SQLite URI means; `None` for any other store.
+    """Return the absolute path of the file of an SQLite URI; `None` for any other store.
 
-    Raises:
-        ArgumentError: of SQLAlchemy; it cannot be read as a URI.
+    May raise SQLAlchemy's ArgumentError if the URI cannot be parsed.
     """
     if uri.partition(":")[0].partition("+")[0] != "sqlite":
         return None
@@ -122,26 +135,34 @@ def sqlite_file(uri: str) -> Path | None:
 
 
 def restore_password(uri: str) -> str:
-    """The URI of a recipe that was written down, without the password.
+    """Return the tracking URI of a recipe in which the password was masked, usable without the password.
+
+    Args:
+        uri: The URI. One without a masked password is returned as it is.
+
+    Returns:
+        The URI without user and password, if MLflow reads both from the environment.
 
     Raises:
-        InputError: the password is needed, and not in the environment either.
+        InputError: The password is needed and not in the environment.
     """
     parts = urlsplit(uri)
     if parts.password != MASK:
         return uri
-    given = {"MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"} <= os.environ.keys()
-    if given and parts.scheme in ("http", "https"):
+    has_credentials = {"MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"} <= os.environ.keys()
+    if has_credentials and parts.scheme in ("http", "https"):
         return uri.replace(f"{parts.username}:{MASK}@", "")
     raise InputError(
         f"tracking.uri: found {uri} without its password, expected the whole URI (--set tracking.uri=…; `zscl sync "
-        "--uri …`), or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD for a server"
+        "--uri …`), or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD for a server",
+        code=ErrorCode.MISSING_VALUE,
+        field="tracking.uri",
     )
 
 
 def browse_command(uri: str) -> str:
-    """What a user types, or opens, to see the store."""
+    """Return the command, or the address, with which a user can browse the tracking store."""
     if uri.startswith(("http://", "https://")):
         return mask(uri)
     mlflow = "mlflow" if shutil.which("mlflow") else str(Path(sys.executable).parent / "mlflow")
-    return command(mlflow, "ui", "--backend-store-uri", uri)
+    return shell_command(mlflow, "ui", "--backend-store-uri", uri)

@@ -1,7 +1,7 @@
-"""Signals: the first asks a run to stop where it can go on; a second SIGTERM or Ctrl-C ends it at once.
+"""Signal handling: the first signal requests a stop at the next checkpoint, a second SIGTERM or Ctrl-C exits at once.
 
-Beside SIGTERM and SIGINT (Ctrl-C) these are SIGHUP (the terminal or the ssh connection is closed) and SIGUSR1 and
-SIGUSR2 (a batch system's warning before the time is up: Slurm's `--signal`, as submitit and Lightning use it).
+The other signals are SIGHUP (the terminal or ssh connection was closed) and SIGUSR1 and SIGUSR2 (a batch system's
+warning before the time limit: Slurm's `--signal`, as submitit and Lightning use it).
 """
 
 import signal
@@ -12,89 +12,100 @@ from types import FrameType
 
 from schemas.errors import InterruptedRunError
 
-URGENT = (signal.SIGTERM, signal.SIGINT)
-# These may come several times for one reason: a shell and the kernel each send SIGHUP when a terminal is closed, and
-# SIGTERM follows SIGUSR1 when the time is up. So none of them ends a process that stops already.
-WARNINGS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+TERMINATION_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# These may arrive several times for one reason: a shell and the kernel both send SIGHUP when a terminal is closed, and
+# SIGTERM follows SIGUSR1 at the time limit. So none of them ends a process that is already stopping.
+WARNING_SIGNALS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopRequest:
-    """Whether this process was asked to stop, and by which signal, if by one."""
+    """A request to stop this process: true once a signal has arrived or `request` was called.
+
+    Attributes:
+        signal: The number of the first signal; `None` if there was none.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
-        self._asked = self._urgent = False
+        self._requested = self._terminating = False
 
     def __bool__(self) -> bool:
-        return self._asked or self.signal is not None
+        return self._requested or self.signal is not None
 
-    def ask(self) -> None:
-        """Ask to stop without a signal."""
-        self._asked = True
+    def request(self) -> None:
+        """Request a stop without a signal."""
+        self._requested = True
 
-    def error(self, how_to_go_on: str) -> InterruptedRunError:
-        """What the command line ends with."""
-        return InterruptedRunError(how_to_go_on, exit_code=128 + (self.signal or signal.SIGINT))
+    def to_error(self, message: str) -> InterruptedRunError:
+        """Return the error that ends the command, with the exit code of the signal; SIGINT's if there was none."""
+        return InterruptedRunError(message, exit_code=128 + (self.signal or signal.SIGINT))
 
-    def _take(self, number: int, frame: FrameType | None) -> None:
-        if number in URGENT and self._urgent:
-            raise self.error("ended at once; the same command goes on from the last checkpoint")
-        self._urgent = self._urgent or number in URGENT
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """Handle a signal, as `signal.signal` calls it. A second termination signal raises InterruptedRunError."""
+        if number in TERMINATION_SIGNALS and self._terminating:
+            raise self.to_error("ended at once; the same command resumes from the last checkpoint")
+        self._terminating = self._terminating or number in TERMINATION_SIGNALS
         self.signal = self.signal or number
 
 
-def _handled() -> list[signal.Signals]:
-    """List the signals to handle; `nohup` has SIGHUP ignored, and it stays ignored."""
-    return [*URGENT, *(each for each in WARNINGS if signal.getsignal(each) is not signal.SIG_IGN)]
+def _handled_signals() -> list[signal.Signals]:
+    """List the signals to handle. A signal that the parent process ignores, as `nohup` does SIGHUP, stays ignored."""
+    warnings = [number for number in WARNING_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    return [*TERMINATION_SIGNALS, *warnings]
 
 
-def _ignore_warnings() -> None:
-    """Ignore further warnings: what is left to do is to stop."""
-    for number in WARNINGS:
+def _ignore_warning_signals() -> None:
+    """Ignore warning signals from now on, because the process is already stopping."""
+    for number in WARNING_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
-def end_on_signals() -> None:
-    """Have signals end this process with a sentence: Ray would have it exit with 15, Python say nothing."""
+def exit_on_signals() -> None:
+    """Make signals raise `InterruptedRunError`. Ray would exit with code 15, and Python would print nothing."""
 
-    def end(number: int, frame: FrameType | None) -> None:
-        _ignore_warnings()
-        raise InterruptedRunError("the same command goes on from what was kept, if anything", exit_code=128 + number)
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        _ignore_warning_signals()
+        raise InterruptedRunError(
+            "the same command resumes from the last checkpoint, if there is one", exit_code=128 + number
+        )
 
     if threading.current_thread() is threading.main_thread():
-        for number in _handled():
-            signal.signal(number, end)
+        for number in _handled_signals():
+            signal.signal(number, interrupt)
 
 
 @contextmanager
 def handle_signals() -> Iterator[StopRequest]:
-    """Take signals while the block runs; elsewhere than in the main thread, leave them alone.
+    """Turn signals into a stop request while the block runs. Outside the main thread, signals are not handled.
 
-    Ray sets handlers of its own when it starts: enter this afterwards.
+    Enter this after Ray was started, because Ray installs handlers of its own.
+
+    Yields:
+        The stop request.
     """
-    interruption = StopRequest()
+    stop_request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
-        yield interruption
+        yield stop_request
         return
-    before = {number: signal.signal(number, interruption._take) for number in _handled()}
+    previous = {number: signal.signal(number, stop_request.handle) for number in _handled_signals()}
     try:
-        yield interruption
+        yield stop_request
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
-        if interruption.signal is not None:
-            _ignore_warnings()
+        if stop_request.signal is not None:
+            _ignore_warning_signals()
 
 
 @contextmanager
 def defer_warning_signals() -> Iterator[None]:
-    """Hold SIGHUP, SIGUSR1 and SIGUSR2 back while the block runs; processes that it starts never get them.
+    """Block SIGHUP, SIGUSR1 and SIGUSR2 while the block runs. Child processes started in it never receive them.
 
-    A closed terminal and a batch system send them to every process of a job. Ray's processes, and the workers among
-    them, would end before a checkpoint is written.
+    A closed terminal and a batch system send these signals to every process of a job. Without this, Ray's processes
+    and the workers would end before a checkpoint is written.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, WARNINGS)
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, WARNING_SIGNALS)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)

@@ -1,4 +1,4 @@
-"""Overrides of a recipe's fields from the command line."""
+"""Overrides of a recipe's fields from the command line: `--set a.b.c=value`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,59 +6,82 @@ from typing import Any
 from orchestrate.recipes.yaml_loader import parse_yaml
 from schemas.base import ShorthandModel
 from schemas.data import ClassIncremental, Reference, Task
-from schemas.errors import InputError
+from schemas.errors import ErrorCode, InputError
 from schemas.experiment import Model
 from schemas.method import Method
 
-
-def apply_override(content: dict[str, Any], override: str) -> None:
-    path, equals, value = override.partition("=")
-    if not equals or not path:
-        raise InputError(f"--set {override}: expected a.b.c=value")
-    set_field(content, path, parse_yaml(value, f"--set {override}: found no readable value"), f"--set {path}")
-
-
-def set_field(content: dict[str, Any], path: str, value: Any, shown: str) -> None:
-    """Set the field at a dotted path; `shown` is what the user gave."""
-    *parents, last = path.split(".")
-    node: Any = content
-    for depth, key in enumerate(parents):
-        node = _child(node, key, shown.removesuffix(path) + ".".join(parents[: depth + 1]))
-    if isinstance(node, list):
-        node[_position(node, last, shown)] = value
-    else:
-        node[last] = value
-
-
-def _child(node: Any, key: str, path: str) -> Any:
-    """The node under a key, ready to take fields: absent becomes empty, a bare preset or path its long form."""
-    place: Any = _position(node, key, path) if isinstance(node, list) else key
-    found = node[place] if isinstance(node, list) else node.get(place)
-    if found is None:
-        found = {}
-    elif isinstance(found, str):
-        section = ABBREVIABLE.get("tasks" if isinstance(node, list) else key)
-        if section is None:
-            raise InputError(f"{path}: found the value {found!r}, expected a section to set a field of")
-        found = {section.main_field: found}
-    elif not isinstance(found, dict | list):
-        raise InputError(f"{path}: found the value {found!r}, expected a section to set a field of")
-    node[place] = found
-    return found
-
-
-def _position(node: list[Any], key: str, path: str) -> int:
-    if key not in map(str, range(len(node))):
-        expected = f"0 to {len(node) - 1}" if node else "a list with something in it"
-        raise InputError(f"{path}: found position '{key}', expected {expected}")
-    return int(key)
-
-
-# Sections that a recipe may abbreviate to a string; an override of one of their fields needs the long form.
-ABBREVIABLE: Mapping[str, type[ShorthandModel]] = {
+# Sections that a recipe may abbreviate to a string. To override one of their fields, the string is expanded first.
+SHORTHAND_SECTIONS: Mapping[str, type[ShorthandModel]] = {
     "method": Method,
     "model": Model,
     "reference": Reference,
     "tasks": Task,
     "class_incremental": ClassIncremental,
 }
+
+
+def apply_override(content: dict[str, Any], override: str) -> None:
+    """Apply an override to a recipe's content.
+
+    Args:
+        content: The recipe's fields; changed in place.
+        override: `a.b.c=value`; the value is YAML.
+
+    Raises:
+        InputError: The override cannot be parsed, or its path does not exist.
+    """
+    path, equals, value = override.partition("=")
+    if not equals or not path:
+        raise InputError(f"--set {override}: expected a.b.c=value", code=ErrorCode.INVALID_VALUE, field="--set")
+    value = parse_yaml(value, f"--set {override}: found no readable value", field=path)
+    set_field(content, path, value, f"--set {path}")
+
+
+def set_field(content: dict[str, Any], path: str, value: Any, source: str) -> None:
+    """Set the field at a dotted path. Missing sections on the way are created.
+
+    Args:
+        content: The recipe's fields; changed in place.
+        path: The dotted path; a number is an index of a list.
+        value: The new value.
+        source: Where the user gave the path, for error messages; it ends with the path.
+
+    Raises:
+        InputError: A part of the path is neither a section nor a valid index.
+    """
+    *parents, last = path.split(".")
+    node: Any = content
+    for depth, key in enumerate(parents, start=1):
+        node = _child(node, key, source.removesuffix(path), ".".join(parents[:depth]))
+    if isinstance(node, list):
+        node[_list_index(node, last, source, path)] = value
+    else:
+        node[last] = value
+
+
+def _child(node: Any, key: str, source: str, path: str) -> Any:
+    """Return the section or list under a key. A missing one is created, a shorthand string is expanded."""
+    index: Any = _list_index(node, key, source + path, path) if isinstance(node, list) else key
+    child = node[index] if isinstance(node, list) else node.get(index)
+    section = SHORTHAND_SECTIONS.get("tasks" if isinstance(node, list) else key)
+    if child is None:
+        child = {}
+    elif isinstance(child, str) and section is not None:
+        child = {section.main_field: child}
+    elif not isinstance(child, dict | list):
+        raise InputError(
+            f"{source}{path}: found the value {child!r}, expected a section to set a field of",
+            code=ErrorCode.INVALID_VALUE,
+            field=path,
+        )
+    node[index] = child
+    return child
+
+
+def _list_index(node: list[Any], key: str, source: str, path: str) -> int:
+    if key not in map(str, range(len(node))):
+        expected = f"0 to {len(node) - 1}" if node else "a list with something in it"
+        raise InputError(
+            f"{source}: found position '{key}', expected {expected}", code=ErrorCode.UNKNOWN_NAME, field=path
+        )
+    return int(key)

@@ -1,4 +1,4 @@
-"""A recipe: one YAML file and a few overrides → an experiment."""
+"""Recipes: a YAML file and overrides, parsed into an experiment or a search, and written back."""
 
 import json
 import re
@@ -13,206 +13,214 @@ from ruamel.yaml.error import YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
 from orchestrate.recipes.overrides import apply_override, set_field
-from orchestrate.recipes.yaml_loader import MOST_BYTES, dump_yaml, mark_text, parse_yaml, yaml_writer
-from schemas.base import StrictModel, explain
-from schemas.errors import InputError, command
-from schemas.experiment import LONGEST_NAME, Experiment
-from schemas.redaction import masked
+from orchestrate.recipes.yaml_loader import dump_yaml, format_mark, read_yaml, safe_yaml
+from schemas.base import StrictModel, explain, input_error
+from schemas.errors import ErrorCode, InputError, shell_command
+from schemas.experiment import MAX_NAME_LENGTH, Experiment
+from schemas.redaction import mask_tree
 from schemas.search import Search
 from zscl.runtime.atomic_io import write_text
 
 
 class SearchRecipe(StrictModel):
-    """What a search's recipe has beside its experiment."""
+    """The part of a search's recipe that is not its experiment.
+
+    Attributes:
+        search: The section `search`.
+    """
 
     search: Search
 
 
 SchemaT = TypeVar("SchemaT", bound=StrictModel)
 
-ALL = "all"
-_VARIANT = re.compile(r"[A-Za-z0-9_.-]*[A-Za-z0-9][A-Za-z0-9_.-]*")
 
-
-def load_experiment(file: Path, overrides: Sequence[str] = (), variant: str | None = None) -> Experiment:
-    """Read a recipe. It is named after its file unless it names itself.
-
-    Raises:
-        InputError: the file or an override cannot be read, the recipe is refused, or it has no such variant.
-    """
-    [experiment] = load_variants(file, overrides, variant).values()
-    return experiment
-
-
-def load_variants(file: Path, overrides: Sequence[str] = (), variant: str | None = None) -> dict[str, Experiment]:
-    """Read a recipe that may be a table of variants. Returns the experiments wanted, by variant; "" where it has none.
-
-    A table names the recipe it varies (`base`) and has, under `variants`, for each of its rows the fields that differ,
-    by dotted path. Overrides come last.
-
-    Raises:
-        InputError: as of `load_experiment`.
-    """
-    table = read_recipe(file)
-    if "variants" not in table:
-        if variant is not None:
-            raise InputError(f"--variant {variant}: found no variants in {file}, expected a recipe that has some")
-        for override in overrides:
-            apply_override(table, override)
-        if "search" in table:
-            raise InputError(
-                f"{file}: found a search, expected a run's recipe; to search: {command('zscl', 'search', file)}"
-            )
-        if "base" in table:
-            raise InputError(f"{file}: found base alone, expected variants beside it, a row each")
-        return {"": parse_recipe(Experiment, {"name": recipe_name(file), **table}, file, overrides=overrides)}
-    if table.keys() != {"base", "variants"} or not isinstance(table["variants"], dict):
-        raise InputError(
-            f"{file}: found the fields {', '.join(map(str, table))}, expected base and variants (a row each) alone"
-        )
-    rows = {str(name): changes or {} for name, changes in table["variants"].items()}
-    if not rows:
-        raise InputError(f"{file}: variants: found none, expected a row each")
-    for name in rows:
-        if not _VARIANT.fullmatch(name):
-            raise InputError(
-                f"{file}: variants: found the name {name!r}, expected nothing but letters, digits and any of _.-: "
-                "folders are named after it"
-            )
-    if variant != ALL and variant not in rows:
-        given = f"--variant {variant}" if variant else f"{file}: found a table of variants"
-        raise InputError(f"{given}, expected --variant {', '.join(rows)} or {ALL}")
-    return {
-        name: _vary(file, file.parent / str(table["base"]), name, changes, overrides)
-        for name, changes in rows.items()
-        if variant in (name, ALL)
-    }
-
-
-def recipe_name(file: Path, ending: str = "") -> str:
-    """Name an experiment after its recipe's file, with the characters and the length that a name may have.
+def load_experiment(file: Path, overrides: Sequence[str] = ()) -> Experiment:
+    """Read the recipe of a single experiment. Its name is the file's unless the recipe has one.
 
     Args:
         file: The recipe.
-        ending: Of the name. The part before it is shortened where both together are too long.
+        overrides: `a.b.c=value`, applied in order.
+
+    Returns:
+        The validated experiment.
+
+    Raises:
+        InputError: The file or an override cannot be read, or the recipe is invalid or of another kind.
     """
-    plain = unicodedata.normalize("NFKD", file.stem).encode("ascii", "ignore").decode()
-    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", plain).strip("-")
-    return (name[: max(LONGEST_NAME - len(ending), 0)] or "recipe") + ending
+    return parse_experiment(read_yaml(file), file, overrides)
 
 
-def _vary(file: Path, base: Path, name: str, changes: Any, overrides: Sequence[str]) -> Experiment:
-    if not isinstance(changes, dict):
-        raise InputError(f"{file}: variants.{name}: found {changes!r}, expected fields by dotted path")
-    try:
-        content = read_recipe(base)
-    except InputError as error:
-        raise InputError(f"{file}: base: {error}") from error
-    for path, value in changes.items():
-        set_field(content, str(path), value, f"{file}: variants.{name}: {path}")
+def parse_experiment(content: dict[str, Any], file: Path, overrides: Sequence[str] = ()) -> Experiment:
+    """Apply overrides to a recipe's content and validate it as a single experiment.
+
+    Args:
+        content: The recipe's fields; changed in place.
+        file: The recipe, for the experiment's name and for error messages.
+        overrides: `a.b.c=value`, applied in order.
+
+    Returns:
+        The validated experiment.
+
+    Raises:
+        InputError: An override cannot be read, or the content is invalid or a recipe of another kind.
+    """
     for override in overrides:
         apply_override(content, override)
-    return parse_recipe(Experiment, {**content, "name": recipe_name(file, f"-{name}")}, file, overrides=overrides)
+    if "search" in content:
+        raise InputError(
+            f"{file}: found a search, expected a run's recipe; to search: {shell_command('zscl', 'search', file)}",
+            code=ErrorCode.UNSUPPORTED,
+            field="search",
+        )
+    if "variants" in content:
+        raise InputError(
+            f"{file}: found a table of variants, expected a single experiment",
+            code=ErrorCode.UNSUPPORTED,
+            field="variants",
+        )
+    if "base" in content:
+        raise InputError(
+            f"{file}: found base alone, expected variants beside it, a row each",
+            code=ErrorCode.MISSING_VALUE,
+            field="variants",
+        )
+    return parse_recipe(Experiment, {"name": recipe_name(file), **content}, file, overrides=overrides)
+
+
+def recipe_name(file: Path, suffix: str = "") -> str:
+    """Derive an experiment's name from its recipe's file name, with the characters and length that a name may have.
+
+    Args:
+        file: The recipe.
+        suffix: The end of the name. The part before it is shortened if the name would be too long.
+
+    Returns:
+        The name.
+    """
+    ascii_stem = unicodedata.normalize("NFKD", file.stem).encode("ascii", "ignore").decode()
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", ascii_stem).strip("-")
+    return (name[: max(MAX_NAME_LENGTH - len(suffix), 0)] or "recipe") + suffix
 
 
 def load_search(file: Path, overrides: Sequence[str] = ()) -> tuple[Search, dict[str, Any]]:
-    """Read a search: the section `search`, and the experiment that it varies, beside it or named as `base`.
+    """Read a search's recipe: the section `search`, and the experiment in the same file or in the file `base`.
 
-    Overrides of `search.…` are of the section, all others of the experiment.
+    Overrides of `search.…` apply to the section, all others to the experiment.
 
-    Returns the section, and the experiment's content, unchecked.
+    Args:
+        file: The recipe.
+        overrides: `a.b.c=value`, applied in order.
+
+    Returns:
+        The validated section, and the experiment's content, not validated.
 
     Raises:
-        InputError: the file, its base or an override cannot be read, or the section is refused.
+        InputError: The file, its base or an override cannot be read, or the section is invalid.
     """
-    content = read_recipe(file)
+    content = read_yaml(file)
     section = content.pop("search", None)
     if not isinstance(section, dict):
-        raise InputError(f"{file}: found no section 'search', expected one with domains and objectives")
+        raise InputError(
+            f"{file}: found no section 'search', expected one with domains and objectives",
+            code=ErrorCode.MISSING_VALUE,
+            field="search",
+        )
     if "base" in content:
         if content.keys() != {"base"}:
             raise InputError(
                 f"{file}: found the fields {', '.join(map(str, content))} beside search, expected base alone, or a "
-                "whole experiment"
+                "whole experiment",
+                code=ErrorCode.CONFLICT,
+                field="base",
             )
-        base = file.parent / str(content["base"])
-        try:
-            content = read_recipe(base)
-        except InputError as error:
-            raise InputError(f"{file}: base: {error}") from error
-    searched = {"search": section}
+        content = read_base(file, content["base"])
+    search_content = {"search": section}
     for override in overrides:
-        apply_override(searched if override.startswith("search.") else content, override)
+        apply_override(search_content if override.startswith("search.") else content, override)
     section["root"] = str(Path.cwd() / str(section.get("root", "")))
-    named = {**content, "name": content.get("name") or recipe_name(file)}
-    return parse_recipe(SearchRecipe, searched, file, overrides=overrides).search, named
+    content = {**content, "name": content.get("name") or recipe_name(file)}
+    return parse_recipe(SearchRecipe, search_content, file, overrides=overrides).search, content
 
 
-def with_values(
+def read_base(file: Path, base: object) -> dict[str, Any]:
+    """Read the recipe that another recipe names as its `base`.
+
+    Args:
+        file: The recipe with the field `base`.
+        base: The value of the field: a path relative to the recipe's folder.
+
+    Returns:
+        The base recipe's content, not validated.
+
+    Raises:
+        InputError: The base cannot be read.
+    """
+    try:
+        return read_yaml(file.parent / str(base))
+    except InputError as error:
+        raise InputError(f"{file}: base: {error}", code=error.code, field="base") from error
+
+
+def build_trial_experiment(
     search: Search,
     content: Mapping[str, Any],
     values: Mapping[str, Any],
     file: Path,
     judged_on: Literal["held_out", "test"] | None = "held_out",
 ) -> Experiment:
-    """The experiment of a search at some values.
+    """Build the experiment of a search's trial.
 
     Args:
-        search: how much is held out, and what paths count from.
-        content: of the experiment that is varied.
-        values: by dotted path.
-        file: the search's, for what is refused.
-        judged_on: `None`: nothing is held out, it is trained on everything and judged on the test images.
+        search: The search, for the share of held-out images and the folder that relative paths start from.
+        content: The content of the experiment that the search varies.
+        values: The trial's values by dotted path.
+        file: The search's recipe, for error messages.
+        judged_on: The images on which the trial is evaluated, as in `evaluation.held_out.judged_on`. `None`: train on
+            all training images and evaluate on the test images.
+
+    Returns:
+        The validated experiment.
 
     Raises:
-        InputError: the values make no experiment.
+        InputError: The values do not make a valid experiment.
     """
-    varied = deepcopy(dict(content))
+    trial = deepcopy(dict(content))
     for path, value in values.items():
-        set_field(varied, path, value, f"{file}: search.domains.{path}")
+        set_field(trial, path, value, f"{file}: search.domains.{path}")
     if judged_on is not None:
         held_out = {"share": search.validation_share, "seed": search.seed, "judged_on": judged_on}
-        set_field(varied, "evaluation.held_out", held_out, "evaluation.held_out")
+        set_field(trial, "evaluation.held_out", held_out, "evaluation.held_out")
     try:
         root = None if search.root is None else Path(search.root)
-        return parse_recipe(Experiment, varied, file, root, as_written=not values)
+        return parse_recipe(Experiment, trial, file, root, as_written=not values)
     except InputError as error:
         if not values:
             raise
-        raise InputError("\n".join(f"{line} ({_written(values)})" for line in str(error).splitlines())) from error
-
-
-def _written(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"search.domains.{path} at {json.dumps(value)}" for path, value in values.items())
+        shown = ", ".join(f"search.domains.{path} at {json.dumps(value)}" for path, value in values.items())
+        message = "\n".join(f"{line} ({shown})" for line in str(error).splitlines())
+        raise InputError(message, code=error.code, field=error.field) from error
 
 
 def write_search(search: Search, content: Mapping[str, Any], file: Path) -> None:
-    """Write a search with its experiment, as `load_search` reads it."""
-    write_text(file, dump_yaml(masked({**content, "search": search.model_dump(mode="json", exclude_none=True)})))
+    """Write a search's section and its experiment's content; `load_search` reads them back."""
+    write_text(file, dump_yaml(mask_tree({**content, "search": search.model_dump(mode="json", exclude_none=True)})))
 
 
 def read_recipe(file: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Read a recipe's YAML with its overrides (`a.b.c=value`), unchecked."""
-    try:
-        with file.open("rb") as stream:
-            encoded = stream.read(MOST_BYTES + 1)
-    except FileNotFoundError as error:
-        raise InputError(f"{file}: found no such file, expected a recipe (YAML)") from error
-    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-        raise InputError(f"{file}: cannot be read ({error}), expected a recipe (YAML)") from error
-    if len(encoded) > MOST_BYTES:
-        raise InputError(f"{file}: found more than {MOST_BYTES} bytes, expected a recipe (YAML)")
-    try:
-        text = encoded.decode()
-    except UnicodeDecodeError as error:
-        line = encoded.count(b"\n", 0, error.start) + 1
-        raise InputError(
-            f"{file}: found no readable YAML (line {line} has a byte that is no UTF-8), expected UTF-8"
-        ) from error
-    content = parse_yaml(text, f"{file}: found no readable YAML")
-    if not isinstance(content, dict):
-        found = {type(None): "nothing", str: "a text", list: "a list"}.get(type(content), "a single value")
-        raise InputError(f"{file}: found {found}, expected fields such as 'model:' and 'tasks:'")
+    """Read a recipe's content and apply overrides, without validation.
+
+    Args:
+        file: The recipe.
+        overrides: `a.b.c=value`, applied in order.
+
+    Returns:
+        The recipe's fields.
+
+    Raises:
+        InputError: The file or an override cannot be read.
+    """
+    content = read_yaml(file)
     for override in overrides:
         apply_override(content, override)
     return content
@@ -226,63 +234,76 @@ def parse_recipe(
     overrides: Sequence[str] = (),
     as_written: bool = True,
 ) -> SchemaT:
-    """Check a recipe's content against a schema; relative paths count from `root`, or the current folder.
+    """Validate a recipe's content against a schema.
 
-    What is wrong is said to be an override's where one gave it, else the file's, with line and column where the content
-    is `as_written` there.
+    Each line of an error names the override that set the wrong field, or else the file, the line and the column.
+
+    Args:
+        schema: The schema.
+        content: The recipe's fields, with all overrides applied.
+        file: The recipe, for error messages.
+        root: The folder that relative paths start from; default: the current folder.
+        overrides: The overrides that were applied.
+        as_written: Whether the file contains `content`, so that errors can name the line and the column.
+
+    Returns:
+        The validated content.
+
+    Raises:
+        InputError: The content is invalid.
     """
     try:
         return schema.model_validate(content, context={"root": root or Path.cwd()})
     except ValidationError as error:
-        tree = _tree(file) if as_written else None
+        tree = _compose(file) if as_written else None
         lines = [
             f"{override}: {line}"
-            if (override := _whose(line, overrides))
-            else f"{file}: {line}{_line_and_column(tree, _field_of(line))}"
+            if (override := _find_override(line, overrides))
+            else f"{file}: {line}{_format_position(tree, _field_of(line))}"
             for line in explain(error).splitlines()
         ]
-        raise InputError("\n".join(lines)) from error
+        refusal = input_error(error, "\n".join(lines))
+        raise refusal from error
 
 
 _UNKNOWN_FIELD = re.compile(r"unknown field '([^']*)'")
 
 
 def _field_of(line: str) -> str:
-    """The dotted path of the field that a sentence is about."""
+    """Return the dotted path of the field that a line of a validation message is about."""
     field, _, problem = line.partition(": ")
     if unknown := _UNKNOWN_FIELD.match(problem):
         field = unknown[1] if field == "the recipe" else f"{field}.{unknown[1]}"
     return field
 
 
-def _tree(file: Path) -> Node | None:
-    """What a recipe's file holds, with its places; nothing where it cannot be read, or is a table of variants."""
+def _compose(file: Path) -> Node | None:
+    """Parse a recipe into nodes with positions; `None` if it cannot be read, or only varies a base."""
     try:
-        tree = yaml_writer().compose(file.read_text(encoding="utf-8"))
+        tree = safe_yaml().compose(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, YAMLError):
         return None
     keys = {key.value for key, _ in tree.value} if isinstance(tree, MappingNode) else set()
     return tree if keys and "base" not in keys else None
 
 
-def _line_and_column(tree: Node | None, field: str) -> str:
-    """The end of a sentence about a field: where it stands, or the innermost section around it that is there."""
+def _format_position(tree: Node | None, field: str) -> str:
+    """Return ` (line …, column …)` of a field, or of the innermost section around it that the recipe contains."""
     mark = None
     for part in field.split("."):
+        child = None
         if isinstance(tree, MappingNode):
-            found = next(((key, value) for key, value in tree.value if key.value == part), None)
+            child = next(((key, value) for key, value in tree.value if key.value == part), None)
         elif isinstance(tree, SequenceNode) and part.isdecimal() and int(part) < len(tree.value):
-            found = (tree.value[int(part)],) * 2
-        else:
-            found = None
-        if found is None:
+            child = (tree.value[int(part)],) * 2
+        if child is None:
             break
-        mark, tree = found[0].start_mark, found[1]
-    return "" if mark is None else f" ({mark_text(mark)})"
+        mark, tree = child[0].start_mark, child[1]
+    return "" if mark is None else f" ({format_mark(mark)})"
 
 
-def _whose(line: str, overrides: Sequence[str]) -> str | None:
-    """The override that a sentence about a field is about."""
+def _find_override(line: str, overrides: Sequence[str]) -> str | None:
+    """Return the override, as an option, that set the field that a line is about; `None` if there is none."""
     field = _field_of(line)
     for override in reversed(overrides):
         path = override.partition("=")[0]
@@ -292,14 +313,14 @@ def _whose(line: str, overrides: Sequence[str]) -> str | None:
 
 
 def write_experiment(experiment: Experiment, file: Path) -> None:
-    """Write the resolved recipe; `load_experiment` reads it back to the same experiment."""
-    write_text(file, dump_yaml(as_recipe(experiment)))
+    """Write the recipe with all defaults; `load_experiment` reads it back to an equal experiment."""
+    write_text(file, dump_yaml(to_recipe(experiment)))
 
 
-def as_recipe(experiment: Experiment) -> dict[str, Any]:
-    """Every field, as it may be written down: without the secrets that its URLs hold."""
+def to_recipe(experiment: Experiment) -> dict[str, Any]:
+    """Return an experiment as a recipe's content: every field, with the secrets in URLs masked."""
     content = experiment.model_dump(mode="json")
     content["optimisation"]["warmup_steps"] = experiment.warmup_steps
     if experiment.class_incremental is not None:
-        del content["tasks"]  # they follow from it
-    return masked(content)
+        del content["tasks"]  # they are derived from class_incremental
+    return mask_tree(content)

@@ -1,14 +1,23 @@
-"""One recipe over seeds and task orders: a group of runs that are compared at the end."""
+"""Several experiments from one recipe: a table of variants, seeds, and task orders."""
 
 import random
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
+from orchestrate.recipes.overrides import apply_override, set_field
+from orchestrate.recipes.recipe import parse_experiment, parse_recipe, read_base, recipe_name
+from orchestrate.recipes.yaml_loader import read_yaml
 from schemas.data import Task
-from schemas.errors import InputError
+from schemas.errors import ErrorCode, InputError
 from schemas.experiment import Experiment
 from zscl.runtime.seeding import derive_seed
 
-# The orders of the paper's tables (Zheng et al., supplementary material).
+ALL_VARIANTS = "all"
+_VARIANT_NAME = re.compile(r"[A-Za-z0-9_.-]*[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+# The task orders of the paper's tables (Zheng et al., ICCV 2023, supplementary material).
 MTIL_ORDERS: Mapping[str, Sequence[str]] = {
     "I": (
         "Aircraft", "Caltech101", "CIFAR100", "DTD", "EuroSAT", "Flowers", "Food", "MNIST", "OxfordPet",
@@ -19,59 +28,153 @@ MTIL_ORDERS: Mapping[str, Sequence[str]] = {
         "CIFAR100",
     ),
 }  # fmt: skip
-KNOWN = "given, reversed, I, II or random:N"
-MOST_ORDERS = 100
+ORDER_CHOICES = "given, reversed, I, II or random:N"
+MAX_RANDOM_ORDERS = 100
+
+
+def load_variants(file: Path, overrides: Sequence[str] = (), variant: str | None = None) -> dict[str, Experiment]:
+    """Read a recipe that is a single experiment or a table of variants.
+
+    A table names the recipe that it varies (`base`). Each row of `variants` has the fields that differ, by dotted path.
+    Overrides apply to each row, after its fields.
+
+    Args:
+        file: The recipe.
+        overrides: `a.b.c=value`, applied in order.
+        variant: The row of a table, or `all`; `None` for a single experiment.
+
+    Returns:
+        The selected experiments by variant; the key of a single experiment is "".
+
+    Raises:
+        InputError: The file or an override cannot be read, a recipe is invalid, or there is no such variant.
+    """
+    content = read_yaml(file)
+    if "variants" not in content:
+        if variant is not None:
+            raise InputError(
+                f"--variant {variant}: found no variants in {file}, expected a recipe that has some",
+                code=ErrorCode.UNSUPPORTED,
+                field="--variant",
+            )
+        return {"": parse_experiment(content, file, overrides)}
+    rows = _read_rows(content, file)
+    if variant != ALL_VARIANTS and variant not in rows:
+        source = f"--variant {variant}" if variant else f"{file}: found a table of variants"
+        raise InputError(
+            f"{source}, expected --variant {', '.join(rows)} or {ALL_VARIANTS}",
+            code=ErrorCode.UNKNOWN_NAME if variant else ErrorCode.MISSING_VALUE,
+            field="--variant",
+        )
+    return {
+        name: _build_variant(file, content["base"], name, changes, overrides)
+        for name, changes in rows.items()
+        if variant in (name, ALL_VARIANTS)
+    }
+
+
+def _read_rows(table: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """Return the rows of a table of variants by name; check the table's fields and the names."""
+    if table.keys() != {"base", "variants"} or not isinstance(table["variants"], dict):
+        raise InputError(
+            f"{file}: found the fields {', '.join(map(str, table))}, expected base and variants (a row each) alone",
+            code=ErrorCode.INVALID_VALUE,
+            field="variants",
+        )
+    rows = {str(name): changes or {} for name, changes in table["variants"].items()}
+    if not rows:
+        raise InputError(f"{file}: variants: found none, expected a row each", code=ErrorCode.EMPTY, field="variants")
+    for name in rows:
+        if not _VARIANT_NAME.fullmatch(name):
+            raise InputError(
+                f"{file}: variants: found the name {name!r}, expected nothing but letters, digits and any of _.-: "
+                "folders are named after it",
+                code=ErrorCode.INVALID_VALUE,
+                field="variants",
+            )
+    return rows
+
+
+def _build_variant(file: Path, base: object, name: str, changes: Any, overrides: Sequence[str]) -> Experiment:
+    field = f"variants.{name}"
+    if not isinstance(changes, dict):
+        raise InputError(
+            f"{file}: {field}: found {changes!r}, expected fields by dotted path",
+            code=ErrorCode.INVALID_VALUE,
+            field=field,
+        )
+    content = read_base(file, base)
+    for path, value in changes.items():
+        set_field(content, str(path), value, f"{file}: {field}: {path}")
+    for override in overrides:
+        apply_override(content, override)
+    return parse_recipe(Experiment, {**content, "name": recipe_name(file, f"-{name}")}, file, overrides=overrides)
 
 
 def expand_seeds_and_orders(experiments: Mapping[str, Experiment], seeds: int, orders: str) -> dict[str, Experiment]:
-    """Every experiment in every order with every seed, by name.
+    """Build every experiment with every task order and every seed.
 
     Args:
-        experiments: by variant; "" where there is but one.
-        seeds: how many, from the recipe's own on.
-        orders: of the tasks, parted by commas: `given`, `reversed`, MTIL's `I` and `II`, `random:N` for N of them.
+        experiments: The experiments by variant; the key of a single experiment is "".
+        seeds: The number of seeds, counted up from the recipe's own seed.
+        orders: The task orders, separated by commas: `given`, `reversed`, MTIL's `I` and `II`, or `random:N` for N
+            random ones; empty for the recipe's own order.
+
+    Returns:
+        The experiments by a name of variant, order and seed.
 
     Raises:
-        InputError: there is no such order, or the recipe's tasks are not those of MTIL.
+        InputError: An order does not exist, or the recipe's tasks are not those of MTIL.
     """
-    found: dict[str, Experiment] = {}
+    expanded: dict[str, Experiment] = {}
     for variant, experiment in experiments.items():
-        for order, tasks in _orders(experiment, orders).items():
+        for order, tasks in _expand_orders(experiment, orders).items():
             for seed in range(experiment.seed, experiment.seed + seeds):
                 parts = [variant, order if orders else "", f"seed-{seed}" if seeds > 1 else ""]
-                changed = {**experiment.model_dump(), "tasks": [task.model_dump() for task in tasks], "seed": seed}
+                fields = {**experiment.model_dump(), "tasks": [task.model_dump() for task in tasks], "seed": seed}
                 if experiment.class_incremental is not None:
-                    del changed["tasks"]
-                found["-".join(filter(None, parts))] = Experiment.model_validate(changed)
-    return found
+                    del fields["tasks"]
+                expanded["-".join(filter(None, parts))] = Experiment.model_validate(fields)
+    return expanded
 
 
-def _orders(experiment: Experiment, orders: str) -> dict[str, Sequence[Task]]:
+def _expand_orders(experiment: Experiment, orders: str) -> dict[str, Sequence[Task]]:
+    """Return the tasks in each of the requested orders, by the order's name."""
     if experiment.class_incremental is not None and orders:
-        raise InputError("--orders: found class_incremental, expected tasks; its order is class_incremental.order")
+        raise InputError(
+            "--orders: found class_incremental, expected tasks; its order is class_incremental.order",
+            code=ErrorCode.CONFLICT,
+            field="--orders",
+        )
     tasks = experiment.tasks
-    found: dict[str, Sequence[Task]] = {}
+    expanded: dict[str, Sequence[Task]] = {}
     for name in orders.split(",") if orders else ["given"]:
         kind, _, count = name.strip().partition(":")
         if kind == "given":
-            found["given"] = tasks
+            expanded["given"] = tasks
         elif kind == "reversed":
-            found["reversed"] = tasks[::-1]
+            expanded["reversed"] = tasks[::-1]
         elif kind in MTIL_ORDERS:
-            found[kind] = _mtil(tasks, kind)
-        elif kind == "random" and count.isdecimal() and 1 <= int(count) <= MOST_ORDERS:
+            expanded[kind] = _sort_as_mtil(tasks, kind)
+        elif kind == "random" and count.isdecimal() and 1 <= int(count) <= MAX_RANDOM_ORDERS:
             for number in range(1, int(count) + 1):
-                draw = random.Random(derive_seed("task order", number))
-                found[f"random-{number}"] = draw.sample(tasks, len(tasks))
+                generator = random.Random(derive_seed("task order", number))
+                expanded[f"random-{number}"] = generator.sample(tasks, len(tasks))
         else:
-            raise InputError(f"--orders: found '{name}', expected {KNOWN} (N up to {MOST_ORDERS}), parted by commas")
-    return found
+            raise InputError(
+                f"--orders: found '{name}', expected {ORDER_CHOICES} (N up to {MAX_RANDOM_ORDERS}), parted by commas",
+                code=ErrorCode.UNKNOWN_NAME,
+                field="--orders",
+            )
+    return expanded
 
 
-def _mtil(tasks: Sequence[Task], order: str) -> list[Task]:
-    of_name = {task.name: task for task in tasks}
-    if of_name.keys() != set(MTIL_ORDERS[order]):
+def _sort_as_mtil(tasks: Sequence[Task], order: str) -> list[Task]:
+    by_name = {task.name: task for task in tasks}
+    if by_name.keys() != set(MTIL_ORDERS[order]):
         raise InputError(
-            f"--orders: {order} is of MTIL's tasks ({', '.join(MTIL_ORDERS[order])}), found {', '.join(of_name)}"
+            f"--orders: {order} is of MTIL's tasks ({', '.join(MTIL_ORDERS[order])}), found {', '.join(by_name)}",
+            code=ErrorCode.MISMATCH,
+            field="--orders",
         )
-    return [of_name[name] for name in MTIL_ORDERS[order]]
+    return [by_name[name] for name in MTIL_ORDERS[order]]

@@ -1,7 +1,8 @@
-"""YAML documents, read strictly."""
+"""Strict YAML: recipe files and option values are parsed into plain Python values; also writes YAML."""
 
 import io
 import re
+from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
@@ -9,126 +10,199 @@ from ruamel.yaml.error import MarkedYAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from ruamel.yaml.reader import ReaderError
 
-from schemas.errors import InputError, one_line
+from schemas.errors import ErrorCode, InputError, one_line
 
-# A recipe is written by hand: what is larger is none, or means to keep us busy.
-MOST_BYTES, MOST_VALUES = 1_000_000, 100_000
+# Recipes are written by hand. A larger document is not a recipe, or was made to exhaust memory.
+MAX_BYTES, MAX_VALUES = 1_000_000, 100_000
+
+_ODD_SPACE = r"[ \t]*([\u00a0\u2000-\u200b\u202f\u3000])"  # characters that look like a space
+_ODD_SPACE_IN_LINE = re.compile(r"^(?:[^\n#\"']*:)?" + _ODD_SPACE, flags=re.MULTILINE)  # before a comment or a quote
+_ODD_SPACE_IN_SCALAR = re.compile(r"(?:[\w.]+:)?" + _ODD_SPACE)  # at the start, or after a field's name and colon
+_DEEP_NESTING = re.compile(r"(?:[\[{]\s*){50}")
+_EXPECTED_LEVELS = ", expected a recipe's few levels"
 
 
 def dump_yaml(content: dict[str, Any]) -> str:
-    """Format as YAML."""
+    """Format a recipe's content as YAML."""
     stream = io.StringIO()
-    yaml_writer().dump(content, stream)
+    safe_yaml().dump(content, stream)
     return stream.getvalue()
 
 
-def yaml_writer() -> YAML:
+def safe_yaml() -> YAML:
+    """Return a YAML reader and writer that creates plain values only."""
     yaml = YAML(typ="safe", pure=True)  # pure: YAML 1.2, where 1e-5 is a number
     yaml.default_flow_style = False
-    yaml.width = MOST_BYTES  # a sentence stays on its line
+    yaml.width = MAX_BYTES  # do not wrap long texts
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     return yaml
 
 
-_ODD = r"[ \t]*([\u00a0\u2000-\u200b\u202f\u3000])"  # what looks like a space
+def read_yaml(file: Path) -> dict[str, Any]:
+    """Read a recipe's file, without validation against a schema.
 
+    Args:
+        file: The recipe.
 
-_ODD_IN_LINE = re.compile(r"^(?:[^\n#\"']*:)?" + _ODD, flags=re.MULTILINE)  # before any comment or quotation mark
-
-
-_ODD_IN_SCALAR = re.compile(r"(?:[\w.]+:)?" + _ODD)  # at its beginning, or behind a field's name and its colon
-
-
-_DEEP = re.compile(r"(?:[\[{]\s*){50}")
-
-
-def parse_yaml(text: str, refusal: str) -> Any:
-    """The plain values that a YAML text means; nothing in it makes an object of ours or takes longer than its size.
+    Returns:
+        The fields at the top level.
 
     Raises:
-        InputError: it cannot be read; `refusal` is how the sentence begins.
+        InputError: The file does not exist, cannot be read, is too large, or is not a YAML mapping.
     """
-    if _DEEP.search(text):  # the parser would take seconds to find out
-        raise InputError(f"{refusal} (it is nested too deep), expected a recipe's few levels")
     try:
-        yaml = yaml_writer()
+        with file.open("rb") as stream:
+            encoded = stream.read(MAX_BYTES + 1)
+    except FileNotFoundError as error:
+        raise InputError(f"{file}: found no such file, expected a recipe (YAML)", code=ErrorCode.NOT_FOUND) from error
+    except (OSError, ValueError) as error:  # ValueError: the file system does not accept the name
+        raise InputError(
+            f"{file}: cannot be read ({error}), expected a recipe (YAML)", code=ErrorCode.UNREADABLE
+        ) from error
+    if len(encoded) > MAX_BYTES:
+        raise InputError(
+            f"{file}: found more than {MAX_BYTES} bytes, expected a recipe (YAML)", code=ErrorCode.UNREADABLE
+        )
+    try:
+        text = encoded.decode()
+    except UnicodeDecodeError as error:
+        line = encoded.count(b"\n", 0, error.start) + 1
+        raise InputError(
+            f"{file}: found no readable YAML (line {line} has a byte that is no UTF-8), expected UTF-8",
+            code=ErrorCode.UNREADABLE,
+        ) from error
+    content = parse_yaml(text, f"{file}: found no readable YAML")
+    if not isinstance(content, dict):
+        kind = {type(None): "nothing", str: "a text", list: "a list"}.get(type(content), "a single value")
+        code = ErrorCode.EMPTY if content is None else ErrorCode.INVALID_VALUE
+        raise InputError(f"{file}: found {kind}, expected fields such as 'model:' and 'tasks:'", code=code)
+    return content
+
+
+class _YamlError(Exception):
+    """A document that is refused: the reason, and the end of the message after it."""
+
+    def __init__(self, reason: str, expected: str = "") -> None:
+        super().__init__(reason)
+        self.reason, self.expected = reason, expected
+
+
+def parse_yaml(text: str, message: str, field: str | None = None) -> Any:
+    """Parse a YAML document into plain values. Tags cannot create objects, and aliases cannot multiply the size.
+
+    Args:
+        text: The document.
+        message: The beginning of the error message.
+        field: The recipe field that the document is the value of, for the error.
+
+    Returns:
+        A dict, list, text, number, date or None.
+
+    Raises:
+        InputError: The document cannot be parsed, or is too deep or too large.
+    """
+    try:
+        return _load(text)
+    except _YamlError as error:
+        raise InputError(
+            f"{message} ({error.reason}){error.expected}", code=ErrorCode.UNREADABLE, field=field
+        ) from error
+
+
+def _load(text: str) -> Any:
+    if _DEEP_NESTING.search(text):  # the parser would need seconds before its recursion limit
+        raise _YamlError("it is nested too deep", _EXPECTED_LEVELS)
+    try:
+        yaml = safe_yaml()
         node = yaml.compose(text)
-        _count(node, {}, refusal)
+        _check_and_count(node, {})
         return None if node is None else yaml.constructor.construct_document(node)
-    except InputError:
+    except _YamlError:
         raise
     except RecursionError as error:
-        raise InputError(f"{refusal} (it is nested too deep), expected a recipe's few levels") from error
+        raise _YamlError("it is nested too deep", _EXPECTED_LEVELS) from error
     except MarkedYAMLError as error:
-        if odd := _ODD_IN_LINE.search(text):
+        if odd := _ODD_SPACE_IN_LINE.search(text):
             line, column = text.count("\n", 0, odd.start(1)) + 1, odd.start(1) - text.rfind("\n", 0, odd.start(1))
-            raise InputError(f"{refusal} ({_odd(line, column, odd[1])})") from error
-        raise InputError(f"{refusal} ({_where_and_what(error)})") from error
+            raise _YamlError(_odd_space_message(line, column, odd[1])) from error
+        raise _YamlError(_explain_parser_error(error)) from error
     except ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        raise InputError(f"{refusal} (line {line} has a character that YAML does not allow)") from error
-    except Exception as error:  # a value that its type does not have: the 32nd of a month, a number of 10,000 digits
-        raise InputError(f"{refusal} ({one_line(error)})") from error
+        raise _YamlError(f"line {line} has a character that YAML does not allow") from error
+    except Exception as error:  # an impossible value of a type: the 32nd of a month, a number of 10,000 digits
+        raise _YamlError(one_line(error)) from error
 
 
-def _count(node: Node | None, known: dict[int, int], refusal: str) -> int:
-    """How many values a node means with its aliases written out, which multiply."""
+def _check_and_count(node: Node | None, counts: dict[int, int]) -> int:
+    """Count the values of a node with all aliases expanded, and check its scalars and mappings.
+
+    Args:
+        node: The node; `None` for an empty document.
+        counts: The counts of nodes that were visited before, by `id`; -1 while a node is being counted.
+
+    Returns:
+        The number of values.
+
+    Raises:
+        _YamlError: The node is too large, contains itself, or contains a likely typing error.
+    """
     if node is None:
         return 0
     line = f"line {node.start_mark.line + 1}"
-    if id(node) in known:
-        if known[id(node)] < 0:
-            raise InputError(f"{refusal} (what is at {line} is part of itself)")
-        return known[id(node)]
-    known[id(node)] = -1
+    if id(node) in counts:
+        if counts[id(node)] < 0:
+            raise _YamlError(f"what is at {line} is part of itself")
+        return counts[id(node)]
+    counts[id(node)] = -1
     if isinstance(node, ScalarNode):
-        if not node.style and (odd := _ODD_IN_SCALAR.match(node.value)):
-            place = node.start_mark
-            raise InputError(f"{refusal} ({_odd(place.line + 1, place.column + 1 + odd.start(1), odd[1])})")
-        _refuse_broken_characters(node.value, f"{refusal} ({line} has half a character)")
+        _check_scalar(node, line)
     pairs = node.value if isinstance(node, MappingNode) else ()
     items = node.value if isinstance(node, SequenceNode) else (part for pair in pairs for part in pair)
-    values = 1 + sum(_count(item, known, refusal) for item in items)
-    if values > MOST_VALUES:
-        raise InputError(f"{refusal} ({line} means more than {MOST_VALUES} values), expected a recipe's")
+    count = 1 + sum(_check_and_count(item, counts) for item in items)
+    if count > MAX_VALUES:
+        raise _YamlError(f"{line} means more than {MAX_VALUES} values", ", expected a recipe's")
     if isinstance(node, MappingNode) and node.flow_style:
-        _refuse_slips(node, refusal)
-    known[id(node)] = values
-    return values
+        _check_flow_mapping(node)
+    counts[id(node)] = count
+    return count
 
 
-def _odd(line: int, column: int, sign: str) -> str:
+def _check_scalar(node: ScalarNode, line: str) -> None:
+    """Raise for a character that looks like a space, and for half a surrogate pair."""
+    if not node.style and (odd := _ODD_SPACE_IN_SCALAR.match(node.value)):
+        mark = node.start_mark
+        raise _YamlError(_odd_space_message(mark.line + 1, mark.column + 1 + odd.start(1), odd[1]))
+    try:
+        node.value.encode()
+    except UnicodeEncodeError as error:
+        raise _YamlError(f"{line} has half a character") from error
+
+
+def _odd_space_message(line: int, column: int, character: str) -> str:
     return (
-        f"line {line}, column {column}: found the character U+{ord(sign):04X}, which looks like a space; expected a "
-        "plain one"
+        f"line {line}, column {column}: found the character U+{ord(character):04X}, which looks like a space; expected "
+        "a plain one"
     )
 
 
-def _refuse_slips(node: MappingNode, refusal: str) -> None:
-    """Refuse what YAML takes for a field without a value in `{…}`: a decimal comma, a colon without a space."""
-    before = ""
+def _check_flow_mapping(node: MappingNode) -> None:
+    """Raise for what YAML reads as a field without a value in `{…}`: a decimal comma, or a colon without a space."""
+    previous = ""
     for key, value in node.value:
         if isinstance(key, ScalarNode) and isinstance(value, ScalarNode) and value.value == "" and not value.style:
-            if key.value.isdecimal() and before.lstrip("+-").isdecimal():
-                raise InputError(
-                    f"{refusal} ({mark_text(key.start_mark)}: found the number {before},{key.value}, expected a decimal "
-                    f"point, {before}.{key.value}, or no comma, {before}{key.value})"
+            if key.value.isdecimal() and previous.lstrip("+-").isdecimal():
+                raise _YamlError(
+                    f"{format_mark(key.start_mark)}: found the number {previous},{key.value}, expected a decimal "
+                    f"point, {previous}.{key.value}, or no comma, {previous}{key.value}"
                 )
             if ":" in key.value:
-                raise InputError(
-                    f"{refusal} ({mark_text(key.start_mark)}: found '{key.value}', expected a space behind the colon)"
+                raise _YamlError(
+                    f"{format_mark(key.start_mark)}: found '{key.value}', expected a space behind the colon"
                 )
-        before = value.value if isinstance(value, ScalarNode) else ""
+        previous = value.value if isinstance(value, ScalarNode) else ""
 
 
-def _refuse_broken_characters(text: str, refusal: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # "\ud800": one half of a pair
-        raise InputError(refusal) from error
-
-
-# What to do about a problem, by words of the parser's. The first that fits is said.
+# What to do about a parser's error, by a part of its text. The first match is used.
 _ADVICE = (
     ("'\\t'", "spaces: YAML takes no tabs"),
     ("cannot start any token", "quotes around a value that begins so"),
@@ -137,10 +211,7 @@ _ADVICE = (
     ("alias", "quotes around a value that begins with *"),
     ("anchor", "quotes around a value that begins with &"),
     ("tag", "quotes around a value that begins with !"),
-    (
-        "flow sequence",
-        "commas between values, a closing ], and quotes around a value with any of , : [ ] { } in it",
-    ),
+    ("flow sequence", "commas between values, a closing ], and quotes around a value with any of , : [ ] { } in it"),
     ("flow mapping", "commas between fields, a closing }, and quotes around a value with any of , : [ ] { } in it"),
     ("duplicate key", "every field once"),
     ("another document", "one document, without a line of ---"),
@@ -157,15 +228,16 @@ _ADVICE = (
 )
 
 
-def _where_and_what(error: MarkedYAMLError) -> str:
-    """Where something is wrong, what, and what to do: not where the parser noticed it, if it began lines before."""
+def _explain_parser_error(error: MarkedYAMLError) -> str:
+    """Return the position, the problem and the advice. The position is where the wrong construct starts."""
     context, problem = str(error.context or ""), str(error.problem or error.context)
-    began = context.startswith("while scanning") or "flow" in context
-    mark = (error.context_mark if began else None) or error.problem_mark or error.context_mark
-    said = one_line(f"{problem} {context}" if began else problem)
-    advice = next((f"; expected {each}" for words, each in _ADVICE if words in said), "")
-    return f"{mark_text(mark)}: {said}{advice}" if mark else f"{said}{advice}"
+    starts_earlier = context.startswith("while scanning") or "flow" in context
+    mark = (error.context_mark if starts_earlier else None) or error.problem_mark or error.context_mark
+    message = one_line(f"{problem} {context}" if starts_earlier else problem)
+    message += next((f"; expected {advice}" for part, advice in _ADVICE if part in message), "")
+    return f"{format_mark(mark)}: {message}" if mark else message
 
 
-def mark_text(mark: Any) -> str:
+def format_mark(mark: Any) -> str:
+    """Format a parser's position, counted from 1."""
     return f"line {mark.line + 1}, column {mark.column + 1}"

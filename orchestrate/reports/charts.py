@@ -16,9 +16,9 @@ from orchestrate.reports.results import ZERO_SHOT, format_percent, run_label
 from schemas.results import Result
 
 mpl.rcParams["text.parse_math"] = False  # a name with two dollar signs is no formula
-MAIN = ("transfer", "avg", "last", "forgetting")  # of the figures: those that are always shown
+MAIN_METRICS = ("transfer", "avg", "last", "forgetting")  # of the figures: those that are always shown
 # Colours that can be told apart by whoever sees few of them (Okabe & Ito), on light and on dark.
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6BB1", "#7F7F7F"]
+PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6BB1", "#7F7F7F"]
 SIGNS_OF_A_ROW, ROW_LINE_INCHES = 40, 0.17  # of the runs beside the bars of a comparison
 SIGNS_AN_INCH, SIGNS_OF_A_HANDLE, LEGEND_LINE_INCHES = 12, 8, 0.25  # of a legend, at matplotlib's font size
 
@@ -84,7 +84,7 @@ def _draw_legend(figure: Figure, handles: Sequence[Artist], labels: Sequence[str
 
 
 def _draw_task(axes: Axes, task: str, results: Sequence[Result], labels: Sequence[str]) -> None:
-    for result, label, colour in zip(results, labels, colours(len(results)), strict=True):
+    for result, label, colour in zip(results, labels, distinct_colours(len(results)), strict=True):
         index = [each.name for each in result.tasks].index(task)
         axes.axvline(index + 1, color="grey", linestyle=":", linewidth=1)
         axes.axhline(100 * result.zero_shot[index], color="grey", linewidth=0.8)
@@ -111,8 +111,8 @@ def draw_comparison(results: Sequence[Result], labels: Sequence[str], zero_shot:
     rows = ["\n".join(textwrap.wrap(label, SIGNS_OF_A_ROW)) for label in labels]
     lines = sum(row.count("\n") + 2 for row in rows)
     figure = Figure(figsize=(12, 1.2 + ROW_LINE_INCHES * lines), layout="constrained")
-    grid = figure.subplots(1, len(MAIN), sharey=True)
-    for axes, name in zip(grid, MAIN, strict=True):
+    grid = figure.subplots(1, len(MAIN_METRICS), sharey=True)
+    for axes, name in zip(grid, MAIN_METRICS, strict=True):
         values = [getattr(result.metrics, name) for result in results]
         bars = axes.barh(range(len(values)), [0 if value is None else 100 * value for value in values], height=0.7)
         background = {"facecolor": "white", "linewidth": 0, "pad": 0.5}  # against the dashed line
@@ -128,8 +128,8 @@ def draw_comparison(results: Sequence[Result], labels: Sequence[str], zero_shot:
     return figure
 
 
-def colours(count: int) -> list[str]:
+def distinct_colours(count: int) -> list[str]:
     """Return so many colours, no two alike."""
-    if count <= len(COLOURS):
-        return COLOURS[:count]
+    if count <= len(PALETTE):
+        return PALETTE[:count]
     return [to_hex(colormaps["turbo"](0.05 + 0.9 * number / (count - 1))) for number in range(count)]

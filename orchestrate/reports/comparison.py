@@ -9,13 +9,13 @@ from statistics import fmean, stdev
 
 from scipy.stats import ttest_1samp
 
-from orchestrate.reports.results import FURTHER, format_change, load_result_so_far, run_label
+from orchestrate.reports.results import CUSTOM_LOSS_PREFIX, format_change, load_partial_result, run_label
 from schemas.errors import InputError
 from schemas.results import Result
-from zscl.sequence.result import describe_version
+from zscl.sequence.result import describe_algorithm
 
 CONFIDENCE = 0.95
-ROUNDING = 1e-9  # of an accuracy: differences that lie closer together are equal
+ROUNDING_TOLERANCE = 1e-9  # of an accuracy: differences that lie closer together are equal
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class ComparedRun:
         return ", ".join(task.name for task in self.result.tasks)
 
     @property
-    def figures(self) -> dict[str, float | None]:
+    def metrics(self) -> dict[str, float | None]:
         """Of its accuracy matrix, as fractions."""
         matrix = self.result.accuracy_matrix
         learned = fmean(row[stage] for stage, row in enumerate(matrix))
@@ -97,7 +97,7 @@ class Comparison:
     """Runs that were compared, and those that were not, with the reason."""
 
     runs: tuple[ComparedRun, ...]
-    left_out: Mapping[str, str]
+    excluded: Mapping[str, str]
 
     @property
     def groups(self) -> dict[str, list[ComparedRun]]:
@@ -118,26 +118,26 @@ class Comparison:
         labels = list(self.groups)
         if len(labels) == 1:
             return None
-        return next((label for label in BASELINES if label in labels), labels[0])
+        return next((label for label in DEFAULT_BASELINES if label in labels), labels[0])
 
-    def summary(self, label: str, figure: str) -> MeanOverRuns | None:
+    def summary(self, label: str, metric: str) -> MeanOverRuns | None:
         """A group's figure; none where a single task leaves it undefined."""
-        values = [run.figures[figure] for run in self.groups[label]]
-        return summary_of([value for value in values if value is not None])
+        values = [run.metrics[metric] for run in self.groups[label]]
+        return summarize([value for value in values if value is not None])
 
-    def zero_shot(self, figure: str) -> float | None:
+    def zero_shot(self, metric: str) -> float | None:
         """The initial model's figure: the mean over the runs that are like the first one (orders may differ)."""
         alike = [run for run in self.runs if not run.mark] or self.runs[:1]
-        found = [getattr(run.result.zero_shot_metrics, figure) for run in alike]
+        found = [getattr(run.result.zero_shot_metrics, metric) for run in alike]
         return None if None in found else fmean(found)
 
-    def difference(self, label: str, baseline: str, figure: str) -> Difference | None:
+    def difference(self, label: str, baseline: str, metric: str) -> Difference | None:
         """A group's figure against a baseline's, over pairs of runs; none where no two runs make a pair."""
-        theirs = {(run.order, run.result.seed): run.figures[figure] for run in self.groups[baseline]}
+        theirs = {(run.order, run.result.seed): run.metrics[metric] for run in self.groups[baseline]}
         pairs = [
             (run.result.seed, run.order, ours - other)
             for run in self.groups[label]
-            if (ours := run.figures[figure]) is not None
+            if (ours := run.metrics[metric]) is not None
             and (other := theirs.get((run.order, run.result.seed))) is not None
         ]
         by_seed, by_order = (_means((pair[index], pair[2]) for pair in pairs) for index in (0, 1))
@@ -147,10 +147,10 @@ class Comparison:
         return Difference(fmean(sample), paired_interval(sample), len(pairs), len(sample), unit)
 
 
-BASELINES = ("finetune", "zero-shot")
+DEFAULT_BASELINES = ("finetune", "zero-shot")
 
 
-def summary_of(values: Sequence[float]) -> MeanOverRuns | None:
+def summarize(values: Sequence[float]) -> MeanOverRuns | None:
     """Mean and standard deviation."""
     if not values:
         return None
@@ -178,13 +178,13 @@ def paired_interval(differences: Sequence[float]) -> tuple[float, float] | None:
     """
     if not all(map(math.isfinite, differences)):
         return None
-    if len(differences) < 2 or max(differences) - min(differences) <= ROUNDING:
+    if len(differences) < 2 or max(differences) - min(differences) <= ROUNDING_TOLERANCE:
         return None
     low, high = ttest_1samp(differences, 0.0).confidence_interval(CONFIDENCE)
     return float(low), float(high)
 
 
-def group_runs(found: Mapping[str, Path | InputError]) -> Comparison:
+def group_runs(sources: Mapping[str, Path | InputError]) -> Comparison:
     """Read runs and see which of them can be compared; the first one is what the others are held against.
 
     Args:
@@ -196,13 +196,13 @@ def group_runs(found: Mapping[str, Path | InputError]) -> Comparison:
     results: dict[Path, Result] = {}
     given_as: dict[Path, str] = {}
     left_out: dict[str, str] = {}
-    for given, place in found.items():
+    for given, place in sources.items():
         try:
             if isinstance(place, InputError):
                 raise place
             if (same := given_as.setdefault(place.resolve(), given)) != given:
                 raise InputError(f"{given}: found the run that was given as {same}, too; it counts once")
-            result = load_result_so_far(place)
+            result = load_partial_result(place)
             if results:
                 _refuse_other_tasks(result, next(iter(results.values())), given)
             results[place] = result
@@ -245,7 +245,7 @@ def _labels(results: Sequence[Result]) -> list[str]:
 def _differs(path: str, settings: Sequence[Mapping[str, object]]) -> bool:
     """Whether a setting tells methods apart: its values differ, or it is a part that only some have."""
     having = [each[path] for each in settings if path in each]
-    is_part = None in having or path.startswith(FURTHER)
+    is_part = None in having or path.startswith(CUSTOM_LOSS_PREFIX)
     return any(value != having[0] for value in having) or (is_part and len(having) < len(settings))
 
 
@@ -286,7 +286,7 @@ class _Expected:
             if self._settings[path] != value
         ]
         if result.algorithm != first.algorithm:
-            marks.append(f"computed by {describe_version(result.algorithm)}")
+            marks.append(f"computed by {describe_algorithm(result.algorithm)}")
         if result.model_digest and result.model_digest != self._model:
             marks.append(f"model {PurePosixPath(result.model).name}")
         if len(result.accuracy_matrix) < len(result.tasks):

@@ -10,11 +10,11 @@ import altair as alt
 import vl_convert
 from jinja2 import Environment, PackageLoader, select_autoescape
 
-from orchestrate.reports.charts import MAIN, colours
+from orchestrate.reports.charts import MAIN_METRICS, distinct_colours
 from orchestrate.reports.comparison import Comparison
 from orchestrate.reports.results import ZERO_SHOT
-from orchestrate.reports.tables import CHANGES, Row, group_table
-from zscl.sequence.layout import stage_folder
+from orchestrate.reports.tables import DIFFERENCE_NOTE, Row, group_table
+from zscl.sequence.layout import LOSSES, stage_folder
 
 MOST_POINTS = 60  # of a loss curve
 HEIGHT = 150  # pixels of a small chart
@@ -57,12 +57,12 @@ def build_page(comparison: Comparison, rows: Sequence[Row], baseline: str | None
         bundle=_bundle(),
         head=head,
         groups=groups,
-        changes=CHANGES.format(baseline=baseline) if baseline else None,
+        changes=DIFFERENCE_NOTE.format(baseline=baseline) if baseline else None,
         methods=list(comparison.groups),
         published=[row for row in rows if str(row["run"]).startswith("published")],
         costs=[(run, _cost(rows, run.name)) for run in comparison.runs],
         tasks=comparison.tasks,
-        left_out=comparison.left_out.values(),
+        left_out=comparison.excluded.values(),
     )
 
 
@@ -85,7 +85,7 @@ def _figures(comparison: Comparison) -> Any:
     """Transfer, Avg, Last and forgetting as bars with their deviations; the zero-shot figures as lines."""
     values = []
     for label in comparison.groups:
-        for figure in MAIN:
+        for figure in MAIN_METRICS:
             summary = comparison.summary(label, figure)
             if summary is not None:
                 spread = summary.deviation or 0.0
@@ -122,7 +122,7 @@ def _figures(comparison: Comparison) -> Any:
     return (
         alt.layer(bars, spreads, zero_shot)
         .properties(width=220, height={"step": 26})
-        .facet(facet=alt.Facet("figure:N", title=None, sort=list(MAIN)), columns=2)
+        .facet(facet=alt.Facet("figure:N", title=None, sort=list(MAIN_METRICS)), columns=2)
         .transform_filter(SHOWN_METHOD)
         .add_params(*_shown())
     )
@@ -171,7 +171,7 @@ def _accuracy_by_stage(comparison: Comparison) -> Any:
 def _colour(comparison: Comparison) -> Any:
     """A colour a method, which it keeps whatever else is shown."""
     methods = list(comparison.groups)
-    return alt.Color("method:N", sort=None, title=None, scale=alt.Scale(domain=methods, range=colours(len(methods))))
+    return alt.Color("method:N", sort=None, title=None, scale=alt.Scale(domain=methods, range=distinct_colours(len(methods))))
 
 
 def _shown() -> list[Any]:
@@ -225,7 +225,7 @@ def _losses(comparison: Comparison) -> Any | None:
     values: list[dict[str, Any]] = []
     for run in comparison.runs:
         for number, task in enumerate(run.result.tasks, start=1):
-            values += _curve(stage_folder(run.folder, number, task.name) / "losses.csv", run.name, run.label, number)
+            values += _curve(stage_folder(run.folder, number, task.name) / LOSSES, run.name, run.label, number)
     if not values:
         return None
     stages = sorted({value["stage"] for value in values})

@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
-Figures = tuple[float, float, float]
-MTIL: Mapping[str, Mapping[str, Figures]] = {
+PublishedMetrics = tuple[float, float, float]
+MTIL_PUBLISHED: Mapping[str, Mapping[str, PublishedMetrics]] = {
     "I": {
         "zero-shot": (69.4, 65.3, 65.3),
         "finetune": (44.6, 55.9, 77.3),

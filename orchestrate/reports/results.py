@@ -4,15 +4,14 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from orchestrate.lifecycle.paths import EXPERIMENT
 from orchestrate.recipes.recipe import load_experiment
 from schemas.base import parse_json
-from schemas.errors import InputError, command
+from schemas.errors import InputError, shell_command
 from schemas.method import PRESETS
-from schemas.results import Result, StageResult, TaskName
+from schemas.results import Result, StageResult, TaskSummary
 from zscl.data.task import TaskFolder
-from zscl.evaluation.metrics import metrics
-from zscl.sequence.layout import ACCURACY, RESULT, TRAINING, stage_files
+from zscl.evaluation.metrics import compute_metrics
+from zscl.sequence.layout import ACCURACY, EXPERIMENT, RESULT, TRAINING, glob_stages, stage_files
 from zscl.sequence.layout import ZERO_SHOT as ROW_BEFORE
 from zscl.sequence.result import ROW_ADVICE, STAGE_ADVICE, AccuracyRow
 
@@ -29,14 +28,14 @@ def load_result(run: Path) -> Result:
     if not file.is_file():
         if within := sorted(file.parent for file in run.glob(f"*/{RESULT}")):
             raise InputError(
-                f"{run}: found {len(within)} runs in it, expected one, {within[0]} say, or all: {command(run)}/*"
+                f"{run}: found {len(within)} runs in it, expected one, {within[0]} say, or all: {shell_command(run)}/*"
             )
-        done = len(list(run.glob("stages/*/accuracy.json")))
+        done = len(glob_stages(run, ACCURACY))
         raise InputError(f"{run}: found no {RESULT} ({done} stages finished), expected a finished run")
     return parse_json(Result, file.read_bytes(), file, "remove the file, and zscl resume writes it again")
 
 
-def load_result_so_far(run: Path) -> Result:
+def load_partial_result(run: Path) -> Result:
     """Read a run folder's result, or what a run under way would say if it ended with its last finished stage.
 
     Raises:
@@ -76,7 +75,7 @@ def load_result_so_far(run: Path) -> Result:
         fingerprint=zero_shot.fingerprint,
         algorithm=zero_shot.algorithm,
         tasks=tuple(
-            TaskName(
+            TaskSummary(
                 name=task.name,
                 path=task.path,
                 digest=folders[task.name].digest,
@@ -88,8 +87,8 @@ def load_result_so_far(run: Path) -> Result:
         held_out=experiment.evaluation.held_out,
         zero_shot=baseline,
         accuracy_matrix=matrix,
-        metrics=metrics(matrix, baseline),
-        zero_shot_metrics=metrics([baseline] * len(matrix), baseline),
+        metrics=compute_metrics(matrix, baseline),
+        zero_shot_metrics=compute_metrics([baseline] * len(matrix), baseline),
         stages=tuple(stages),
         reference_texts=0,
         templates=experiment.evaluation.templates,
@@ -114,14 +113,14 @@ def method_changes(result: Result) -> str:
 
 def format_change(path: str, value: object) -> str:
     """A change as it is read: `distill.image_weight=2.0`, a further loss as its call, `spread.Spread(weight=0.5)`."""
-    if not path.startswith(FURTHER):
+    if not path.startswith(CUSTOM_LOSS_PREFIX):
         return f"{path}={json.dumps(value)}"
     settings = json.loads(str(value))
     given = ", ".join(f"{name}={json.dumps(setting)}" for name, setting in settings.items())
-    return f"{path.removeprefix(FURTHER)}({given})"
+    return f"{path.removeprefix(CUSTOM_LOSS_PREFIX)}({given})"
 
 
-def where_time_went(result: Result, beside: bool = False) -> str:
+def format_time_breakdown(result: Result, overlapped: bool = False) -> str:
     """In a line, what the main worker did with its time while it trained and evaluated.
 
     Args:
@@ -132,12 +131,12 @@ def where_time_went(result: Result, beside: bool = False) -> str:
     for stage in result.stages:
         for part, seconds in (stage.seconds_by_part if not stage.shared else {}).items():
             parts[part] = parts.get(part, 0.0) + seconds
-    if not beside:
+    if not overlapped:
         parts["evaluation"] = result.evaluation_seconds
     whole = sum(parts.values()) or 1e-9  # nothing was trained
     shares = sorted(parts.items(), key=lambda part: -part[1])
     line = f"{whole / 60:.1f} min: " + ", ".join(f"{part} {100 * value / whole:.0f} %" for part, value in shares)
-    return f"{line}; evaluation, beside it: {result.evaluation_seconds / 60:.1f} min" if beside else line
+    return f"{line}; evaluation, beside it: {result.evaluation_seconds / 60:.1f} min" if overlapped else line
 
 
 def matrix_columns(result: Result) -> dict[str, list[object]]:
@@ -170,4 +169,4 @@ def markdown_table(rows: Sequence[Sequence[str]], left: int) -> str:
 ZERO_SHOT = "zero-shot"
 
 
-FURTHER = "further_losses."
+CUSTOM_LOSS_PREFIX = "further_losses."

@@ -8,16 +8,16 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from orchestrate.reports.charts import MAIN
+from orchestrate.reports.charts import MAIN_METRICS
 from orchestrate.reports.comparison import Comparison, Difference, MeanOverRuns
-from orchestrate.reports.published import MTIL
+from orchestrate.reports.published import MTIL_PUBLISHED
 from orchestrate.reports.results import ZERO_SHOT, format_cell, format_percent, markdown_table
 from schemas.errors import InputError
 from schemas.results import Result
 
-FIGURES = ("transfer", "avg", "last", "learned", "forgetting", "backward_transfer", "forward_transfer")
+METRICS = ("transfer", "avg", "last", "learned", "forgetting", "backward_transfer", "forward_transfer")
 SMALLER_IS_BETTER = ("forgetting",)
-CHANGES = (
+DIFFERENCE_NOTE = (
     "difference from {baseline} over pairs of one seed and order, its 95 % confidence interval (paired t), and the "
     "sample it is of"
 )
@@ -44,17 +44,17 @@ def run_rows(comparison: Comparison) -> list[Row]:
             run.label,
             str(result.seed),
             run.order,
-            run.figures,
+            run.metrics,
             dict(zip(of_task, result.accuracy_matrix[-1], strict=True)),
         ) | _costs(result)
         whole = len(result.accuracy_matrix) == len(result.tasks)  # of a part, the figures are of fewer rows
-        alike = (*MAIN, *names) if whole else names
+        alike = (*MAIN_METRICS, *names) if whole else names
         before = [other for other in rows if not other["run"]]
         if not any(all(zero_shot[name] == other[name] for name in alike) for other in before):
             told_apart = {"method": f"{ZERO_SHOT} of {run.name}"} if before else {}
             rows.append(zero_shot | told_apart | dict.fromkeys(_costs(result)))
         rows.append(row)
-    columns = ["run", "method", "seed", "order", *FIGURES, *names, *_costs(comparison.runs[0].result)]
+    columns = ["run", "method", "seed", "order", *METRICS, *names, *_costs(comparison.runs[0].result)]
     return [{column: row.get(column) for column in columns} for row in rows]
 
 
@@ -82,10 +82,10 @@ def published_rows(order: str, tasks: Sequence[str]) -> list[Row]:
     Raises:
         InputError: there is no such order.
     """
-    if order not in MTIL:
-        raise InputError(f"--published: found the order '{order}', expected {' or '.join(MTIL)}")
+    if order not in MTIL_PUBLISHED:
+        raise InputError(f"--published: found the order '{order}', expected {' or '.join(MTIL_PUBLISHED)}")
     rows: list[Row] = []
-    for method, figures in MTIL[order].items():
+    for method, figures in MTIL_PUBLISHED[order].items():
         shown = dict(zip(("transfer", "avg", "last"), (figure / 100 for figure in figures), strict=True))
         rows.append({"run": f"published, MTIL order {order}", "method": method, "seed": "", "order": "", **shown})
     return rows
@@ -93,12 +93,12 @@ def published_rows(order: str, tasks: Sequence[str]) -> list[Row]:
 
 def group_table(comparison: Comparison, baseline: str | None = None) -> list[list[str]]:
     """The groups as text, heads first: mean ± standard deviation in per cent; differences from a baseline, if any."""
-    head = ["method", "runs", *MAIN]
-    rows = [[ZERO_SHOT, "", *(format_percent(comparison.zero_shot(figure)) for figure in MAIN)]]
+    head = ["method", "runs", *MAIN_METRICS]
+    rows = [[ZERO_SHOT, "", *(format_percent(comparison.zero_shot(figure)) for figure in MAIN_METRICS)]]
     for label, runs in comparison.groups.items():
-        cells = [_plus_minus(comparison.summary(label, figure)) for figure in MAIN]
+        cells = [_plus_minus(comparison.summary(label, figure)) for figure in MAIN_METRICS]
         if baseline is not None and label != baseline:
-            changes = [_change(comparison.difference(label, baseline, figure)) for figure in MAIN]
+            changes = [_change(comparison.difference(label, baseline, figure)) for figure in MAIN_METRICS]
             cells = [f"{figure} {change}".rstrip() for figure, change in zip(cells, changes, strict=True)]
         rows.append([label, str(len(runs)), *cells])
     return [head, *rows]
@@ -136,13 +136,13 @@ def terminal_tables(comparison: Comparison, rows: Sequence[Row], baseline: str |
     head, *body = group_table(comparison, baseline)
     title = "Figures of the accuracy matrix, %"
     if baseline is not None:
-        title += f"; mean ± standard deviation; in brackets: {CHANGES.format(baseline=baseline)}"
+        title += f"; mean ± standard deviation; in brackets: {DIFFERENCE_NOTE.format(baseline=baseline)}"
     if any(len(runs) > 1 for runs in comparison.groups.values()) or any(
         not row["order"] and row["run"] for row in rows
     ):
         tables.append(_table(title, head, body, ("method",)))
     words = ("run", "method", "seed")
-    columns = (*words, *MAIN)
+    columns = (*words, *MAIN_METRICS)
     tables.append(
         _table("Each run, %", columns, [[format_cell(row.get(name)) for name in columns] for row in rows], words)
     )
@@ -186,7 +186,7 @@ def _fitting(rows: Sequence[Row], width: int) -> Iterator[list[Row]]:
     yield part
 
 
-def markdown(comparison: Comparison, rows: Sequence[Row], baseline: str | None) -> str:
+def render_markdown(comparison: Comparison, rows: Sequence[Row], baseline: str | None) -> str:
     """Groups and runs as Markdown tables."""
     columns = [
         name for name in rows[0] if name not in ("order", "worker_hours", "images_per_second", "peak_memory_megabytes")
@@ -195,21 +195,21 @@ def markdown(comparison: Comparison, rows: Sequence[Row], baseline: str | None) 
     parts = [
         "## Methods\n",
         "In per cent, mean ± standard deviation over the runs."
-        + (f" In brackets: {CHANGES.format(baseline=baseline)}." if baseline else "")
+        + (f" In brackets: {DIFFERENCE_NOTE.format(baseline=baseline)}." if baseline else "")
         + "\n",
         markdown_table(group_table(comparison, baseline), left=1),
         "\n## Runs\n",
         markdown_table(runs, left=3),
     ]
-    if comparison.left_out:
-        parts += ["\n## Left out\n", *(f"- {reason}" for reason in comparison.left_out.values())]
+    if comparison.excluded:
+        parts += ["\n## Left out\n", *(f"- {reason}" for reason in comparison.excluded.values())]
     return "\n".join(parts) + "\n"
 
 
-def latex(comparison: Comparison) -> str:
+def render_latex(comparison: Comparison) -> str:
     """The groups as a LaTeX table for the package booktabs, the best mean of each figure in bold."""
     groups = comparison.groups
-    means = {figure: {label: comparison.summary(label, figure) for label in groups} for figure in MAIN}
+    means = {figure: {label: comparison.summary(label, figure) for label in groups} for figure in MAIN_METRICS}
     best = {
         figure: (min if figure in SMALLER_IS_BETTER else max)(
             (summary.mean for summary in found.values() if summary), default=math.nan
@@ -225,17 +225,17 @@ def latex(comparison: Comparison) -> str:
         value = f"\\textbf{{{value}}}" if value == f"{100 * best[figure]:.1f}" else value  # as far as is shown
         return value + ("" if summary.deviation is None else f" {{\\small $\\pm$ {100 * summary.deviation:.1f}}}")
 
-    lines = [[escaped(label), *(best_in_bold(label, figure) for figure in MAIN)] for label in groups]
+    lines = [[escape_latex(label), *(best_in_bold(label, figure) for figure in MAIN_METRICS)] for label in groups]
     zero_shot = [
         ZERO_SHOT,
-        *("--" if (value := comparison.zero_shot(figure)) is None else f"{100 * value:.1f}" for figure in MAIN),
+        *("--" if (value := comparison.zero_shot(figure)) is None else f"{100 * value:.1f}" for figure in MAIN_METRICS),
     ]
     return "\n".join(
         [
             "% needs \\usepackage{booktabs}",
-            f"\\begin{{tabular}}{{l{'r' * len(MAIN)}}}",
+            f"\\begin{{tabular}}{{l{'r' * len(MAIN_METRICS)}}}",
             "\\toprule",
-            " & ".join(["Method", *(figure.capitalize() for figure in MAIN)]) + " \\\\",
+            " & ".join(["Method", *(figure.capitalize() for figure in MAIN_METRICS)]) + " \\\\",
             "\\midrule",
             " & ".join(zero_shot) + " \\\\",
             *(" & ".join(line) + " \\\\" for line in lines),
@@ -252,6 +252,6 @@ _ESCAPES = str.maketrans(
 )
 
 
-def escaped(text: str) -> str:
+def escape_latex(text: str) -> str:
     """A text as LaTeX sets it."""
     return text.translate(_ESCAPES)

@@ -1,4 +1,4 @@
-"""The demo: fine-tuning against ZSCL on the embedded suite."""
+"""The demo: fine-tuning and ZSCL on the embedded suite of synthetic tasks."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,41 +6,49 @@ from typing import Any
 
 from rich.console import Console
 
-from orchestrate.lifecycle.paths import store_uri
+from orchestrate.lifecycle.paths import tracking_uri
 from orchestrate.recipes.recipe import parse_recipe, read_recipe, recipe_name
 from orchestrate.runs import preflight
 from orchestrate.runs import run as running
 from schemas.experiment import Experiment
 from zscl.datasets.synthetic.suites import write_embedded
 
-# What each run takes in place of the recipe's method; `None`: the recipe's own.
+# The method of each run, by the name of its folder; `None` is the recipe's method.
 METHODS = {"finetune": "finetune", "zscl": None}
 
 
 def run_demo(
     recipe: Path, folder: Path, overrides: Sequence[str], console: Console, offline: bool = False
 ) -> tuple[list[Path], str]:
-    """Draw the suite into `folder` and run the recipe there by both methods.
+    """Write the suite into a folder and run the recipe on it with both methods.
 
-    Returns the runs' folders and the URI of the store they are recorded in, or would be if not `offline`.
+    Args:
+        recipe: The demo's recipe.
+        folder: Folder for the data and the runs.
+        overrides: Changes of the recipe, `a.b.c=value`.
+        console: Console for progress.
+        offline: Whether to run without MLflow.
+
+    Returns:
+        The runs' folders, and the URI of the MLflow store of runs that are not offline.
     """
     data = folder / "data"
     content = read_recipe(recipe, overrides)
-    content["tasks"] = [_moved(task, data) for task in content["tasks"]]
+    content["tasks"] = [_with_path_in(data, task) for task in content["tasks"]]
     content["reference"] = str(data / "reference")
     experiments = {}
-    for method, parts in METHODS.items():
-        named = {"name": recipe_name(recipe), **content, "method": parts or content["method"]}
-        experiments[folder / method] = parse_recipe(Experiment, named, recipe)
+    for name, method in METHODS.items():
+        variant = {"name": recipe_name(recipe), **content, "method": method or content["method"]}
+        experiments[folder / name] = parse_recipe(Experiment, variant, recipe)
     write_embedded(data, corpus=False, report=lambda text: console.print(text, highlight=False))
     for run, experiment in experiments.items():
         console.rule(run.name)
         running.run_experiment(preflight.prepare(experiment), run, console, offline)
-    return list(experiments), store_uri(experiment, run)
+    return list(experiments), tracking_uri(experiment, run)
 
 
-def _moved(task: Any, data: Path) -> Any:
-    """A task of the recipe, where the demo draws it."""
+def _with_path_in(data: Path, task: Any) -> Any:
+    """Return a task of the recipe, a path or a dictionary, with its folder moved to `data`."""
     if isinstance(task, dict):
         return task | {"path": str(data / Path(task["path"]).name)}
     return str(data / Path(task).name)

@@ -1,4 +1,4 @@
-"""What a dry run checks: all that would make a run fail in its first minute, one line each."""
+"""The checks of `zscl run --dry-run`: everything that would make a run fail in its first minute."""
 
 import hashlib
 import os
@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from concurrent.futures import TimeoutError as TooSlowError
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,31 +16,33 @@ from pydantic import ValidationError
 
 from orchestrate.cluster.storage_sync import remote_folder_url
 from orchestrate.lifecycle.lock import owner_message
-from orchestrate.lifecycle.paths import check_writable, sqlite_file, store_uri
+from orchestrate.lifecycle.paths import check_writable, sqlite_file, tracking_uri
 from orchestrate.runs import preflight
+from orchestrate.tracking.local_store import artifact_folder
 from schemas.compute import Compute
 from schemas.dataset_report import Manifest
-from schemas.errors import InputError
+from schemas.errors import ErrorCode, InputError
 from schemas.experiment import Experiment
 from schemas.redaction import mask
 from zscl.data.task import MANIFEST, TaskFolder, read_text
+from zscl.sequence.layout import RESULT, lock_file
 from zscl.sequence.object_store import RemoteSync
 from zscl.sequence.resolve import ResolvedExperiment
 
-DIGEST_SECONDS = 5.0  # for the shards' SHA-256, of all tasks together
-ANSWER_SECONDS = 20.0  # for a server or a bucket to answer
+HASH_SECONDS = 5.0  # time limit for hashing shards, of all tasks together
+TIMEOUT_SECONDS = 20.0  # for the answer of a server or a bucket
 T = TypeVar("T")
-Connect = Callable[[], Mapping[str, float]]  # to the cluster that a recipe names, which it checks; gives its resources
+ConnectCluster = Callable[[], Mapping[str, float]]  # connects to a cluster, checks it and returns its resources
 
 
 @dataclass(frozen=True)
 class Check:
-    """One check.
+    """The outcome of one check.
 
     Attributes:
-        name: what was checked.
-        status: whether a run may start, as far as this check knows.
-        detail: what was found, or why it was skipped; of a failure, the whole sentence.
+        name: What was checked.
+        status: Whether the check passed.
+        detail: What was found, the reason for skipping, or the error message.
     """
 
     name: str
@@ -53,24 +54,28 @@ class Check:
 
 
 class SkippedError(Exception):
-    """A check has nothing to look at, and says why."""
+    """Raised by a check that does not apply; the message is the reason."""
 
 
 @dataclass
 class Checklist:
-    """Checks, in the order in which they were made."""
+    """Runs checks and collects their outcomes.
+
+    Attributes:
+        checks: The outcomes, in the order of the checks.
+    """
 
     checks: list[Check] = field(default_factory=list)
 
-    def check(self, name: str, look: Callable[[], str]) -> None:
-        """Make a check.
+    def add(self, name: str, check: Callable[[], str]) -> None:
+        """Run a check and append its outcome.
 
         Args:
-            name: what is checked.
-            look: looks, and says what it found.
+            name: What is checked.
+            check: Returns what was found; raises `SkippedError` or `InputError`.
         """
         try:
-            self.checks.append(Check(name, "ok", mask(look())))
+            self.checks.append(Check(name, "ok", mask(check())))
         except SkippedError as reason:
             self.checks.append(Check(name, "skipped", mask(str(reason))))
         except InputError as error:
@@ -81,151 +86,160 @@ class Checklist:
         """One line for each check."""
         return list(map(str, self.checks))
 
-    def refuse_failures(self, note: Callable[[str], None]) -> None:
-        """Refuse what failed; the whole list is noted first.
+    def raise_on_failure(self, note: Callable[[str], None]) -> None:
+        """Raise an error if any check failed.
+
+        Args:
+            note: Receives one line for each check first.
 
         Raises:
-            InputError: with the sentence of every check that failed.
+            InputError: A check failed. The message consists of those of all failed checks.
         """
-        failed = [check.detail for check in self.checks if check.status == "failed"]
-        if failed:
-            for check in self.checks:  # what failed is said behind it
+        failures = [check.detail for check in self.checks if check.status == "failed"]
+        if failures:
+            for check in self.checks:  # without the details of failures, which the error's message has
                 note(f"{check.name}: failed" if check.status == "failed" else str(check))
-            raise InputError("\n".join(dict.fromkeys(failed)))
+            raise InputError("\n".join(dict.fromkeys(failures)), code=ErrorCode.FAILED)
 
 
-def check_run(opened: ResolvedExperiment, folder: Path, offline: bool, connect: Connect) -> Checklist:
-    """Check what a run needs beside its recipe, data and model, which `preflight.prepare` has looked at.
+def check_run(resolved: ResolvedExperiment, folder: Path, offline: bool, connect: ConnectCluster) -> Checklist:
+    """Check everything that a run needs in addition to what `preflight.prepare` has checked.
 
     Args:
-        opened: the experiment.
-        folder: of the run.
-        offline: whether it is run without MLflow.
-        connect: to the cluster, if the recipe or the environment names one.
+        resolved: The experiment.
+        folder: The run's folder.
+        offline: Whether the run is not recorded in MLflow.
+        connect: Connects to the cluster, if the recipe or the environment names one.
+
+    Returns:
+        The outcomes.
     """
     checklist = Checklist()
-    if (folder / "result.json").is_file():
-        checklist.check("run", lambda: "finished before, nothing is left to do")
+    if (folder / RESULT).is_file():
+        checklist.add("run", lambda: "finished before, nothing is left to do")
         return checklist
-    stages, model = len(opened.tasks), preflight.model_megabytes(opened)
-    checklist.check("recipe, data and model", lambda: f"{stages} stages, a model of {model:.0f} MB")
-    _check_common(checklist, opened, folder, offline, connect)
-    checklist.check("disk", lambda: _disk(folder, preflight.megabytes_needed(opened, folder)))
+    stages, model = len(resolved.tasks), preflight.model_megabytes(resolved)
+    checklist.add("recipe, data and model", lambda: f"{stages} stages, a model of {model:.0f} MB")
+    add_common_checks(checklist, resolved, folder, offline, connect)
+    checklist.add("disk", lambda: check_disk_space(folder, preflight.megabytes_needed(resolved, folder)))
     return checklist
 
 
-def _check_common(
-    checklist: Checklist,
-    opened: ResolvedExperiment,
-    folder: Path,
-    offline: bool,
-    connect: Connect,
+def add_common_checks(
+    checklist: Checklist, resolved: ResolvedExperiment, folder: Path, offline: bool, connect: ConnectCluster
 ) -> None:
-    experiment = opened.experiment
-    checklist.check("shards against their manifest", lambda: _digests(opened.tasks))
-    checklist.check("folder", lambda: _folder(experiment, folder))
-    checklist.check("storage", lambda: _storage(experiment, folder))
-    checklist.check("cluster", lambda: _cluster(experiment.compute, connect))
-    checklist.check("tracking", lambda: _tracking(experiment, folder, offline))
+    """Run the checks that a run and a search have in common; for the arguments, see `check_run`."""
+    experiment = resolved.experiment
+    checklist.add("shards against their manifest", lambda: _check_shards(resolved.tasks))
+    checklist.add("folder", lambda: _check_folder(experiment, folder))
+    checklist.add("storage", lambda: _check_storage(experiment, folder))
+    checklist.add("cluster", lambda: _check_cluster(experiment.compute, connect))
+    checklist.add("tracking", lambda: _check_tracking(experiment, folder, offline))
 
 
-def _folder(experiment: Experiment, folder: Path) -> str:
-    """See that a run can write its folder and what lies beside it, and that no other process is at work on it."""
-    preflight.check_places(experiment, folder)
-    lock = folder.with_name(f".{folder.name}.lock")
+def check_disk_space(folder: Path, needed: float) -> str:
+    """Check the free disk space, in megabytes; return it as text."""
+    preflight.check_free_disk(folder, needed)
+    return f"{needed:.0f} MB needed, {preflight.megabytes_free(folder):.0f} MB free"
+
+
+def _check_folder(experiment: Experiment, folder: Path) -> str:
+    """Check that the run's output folders are writable, and that no other process holds the run's lock."""
+    preflight.check_output_folders(experiment, folder)
+    lock = lock_file(folder)
     if lock.exists():
         try:
             with FileLock(lock, timeout=0):
                 pass
         except Timeout as error:
-            raise InputError(owner_message(folder)) from error
+            raise InputError(owner_message(folder), code=ErrorCode.IN_USE) from error
         except OSError as error:
-            raise InputError(f"{lock}: cannot be locked ({error.strerror}), expected a file of this user") from error
+            message = f"{lock}: cannot be locked ({error.strerror}), expected a file of this user"
+            raise InputError(message, code=ErrorCode.NOT_WRITABLE) from error
     return f"{folder} can be written"
 
 
-def _disk(folder: Path, needed: float) -> str:
-    preflight.check_free_disk(folder, needed)
-    return f"{needed:.0f} MB needed, {preflight.megabytes_free(folder):.0f} MB free"
-
-
-def _storage(experiment: Experiment, folder: Path) -> str:
-    """See that object storage can be written and read."""
+def _check_storage(experiment: Experiment, folder: Path) -> str:
+    """Check that object storage can be written and read."""
     url = remote_folder_url(experiment, folder)
     if url is None:
         raise SkippedError("no compute.storage")
-    with _known_by(f"compute.storage: {mask(url)}"):
-        _answered(lambda: RemoteSync(url, folder).check())
+    with _explain_timeout("compute.storage", mask(url)):
+        _call_with_timeout(lambda: RemoteSync(url, folder).check())
     return f"{mask(url)} can be written"
 
 
-def _cluster(compute: Compute, connect: Connect) -> str:
-    """See that the cluster holds the workers; where there is none yet, that this machine does."""
-    from orchestrate.cluster.connect import check_resources, names_cluster, resources_here
+def _check_cluster(compute: Compute, connect: ConnectCluster) -> str:
+    """Check that the workers fit on the cluster, or on this machine if no cluster is named."""
+    from orchestrate.cluster.connect import check_resources, has_cluster_address, local_resources
 
-    if names_cluster(compute):
+    if has_cluster_address(compute):
         return ", ".join(f"{kind} {amount:g}" for kind, amount in connect().items())
-    here = resources_here()
-    check_resources(compute, here)
-    return "this machine: " + ", ".join(f"{amount:g} {kind}s" for kind, amount in here.items())
+    resources = local_resources()
+    check_resources(compute, resources)
+    return "this machine: " + ", ".join(f"{amount:g} {kind}s" for kind, amount in resources.items())
 
 
-def _tracking(experiment: Experiment, folder: Path, offline: bool) -> str:
-    """See that the tracking store answers, and that its experiment takes runs. Nothing is made there."""
+def _check_tracking(experiment: Experiment, folder: Path, offline: bool) -> str:
+    """Check that the tracking store answers and that its experiment accepts runs; create nothing."""
     if offline:
         raise SkippedError("--offline")
-    uri = store_uri(experiment, folder)
+    uri = tracking_uri(experiment, folder)
     file = sqlite_file(uri)
     if file is not None:
-        for made in (file.parent, file.parent / "mlflow-artifacts"):  # the files of runs lie beside the database
-            check_writable(made, "set tracking.uri to another store, or run with --offline")
+        for path in (file.parent, artifact_folder(file)):
+            check_writable(path, "set tracking.uri to another store, or run with --offline")
         if not file.exists():
             return f"{mask(uri)} will be made"
         if file.is_dir() or not os.access(file, os.W_OK):
             raise InputError(
-                f"tracking.uri: found {file} to be no file that can be written, expected an SQLite file of this user; "
-                "set tracking.uri to another store, or run with --offline"
+                f"tracking.uri: found {file}, which is not a writable file, expected an SQLite file of this user; "
+                "set tracking.uri to another store, or run with --offline",
+                code=ErrorCode.NOT_WRITABLE,
+                field="tracking.uri",
             )
     from orchestrate.tracking.mlflow_client import check_store
 
-    with _known_by(f"tracking.uri: {mask(uri)}"):
-        return f"{mask(uri)}: {_answered(lambda: check_store(uri, experiment.tracking.experiment))}"
+    with _explain_timeout("tracking.uri", mask(uri)):
+        return f"{mask(uri)}: {_call_with_timeout(lambda: check_store(uri, experiment.tracking.experiment))}"
 
 
-def _digests(tasks: Sequence[TaskFolder]) -> str:
-    """Compare local shards with their manifests: all sizes, and as many SHA-256 as a few seconds allow."""
-    until, read, listed, without = time.monotonic() + DIGEST_SECONDS, 0, 0, 0
+def _check_shards(tasks: Sequence[TaskFolder]) -> str:
+    """Compare local shards with their manifests: all sizes, and as many SHA-256 as `HASH_SECONDS` allow."""
+    deadline = time.monotonic() + HASH_SECONDS
+    listed = hashed = without_manifest = 0
     for path in dict.fromkeys(task.path for task in tasks):
         if "://" in path:
             raise SkippedError(f"{path} is remote")
-        shards = list(_manifest(path))
-        without += not shards
-        for file, size, sha256 in shards:
+        shards = list(_iter_manifest(path))
+        without_manifest += not shards
+        for file, size, expected in shards:
             listed += 1
             if not file.is_file():
-                raise InputError(f"{file}: found no such file, expected a shard as {MANIFEST} beside it says")
+                message = f"{file}: found no such file, expected a shard as {MANIFEST} beside it says"
+                raise InputError(message, code=ErrorCode.NOT_FOUND)
             if file.stat().st_size != size:
-                raise InputError(
-                    f"{file}: found {file.stat().st_size} bytes, expected {size} as {path}/{MANIFEST} says"
-                )
-            found = _sha256(file, until)
-            if found is None:
+                message = f"{file}: found {file.stat().st_size} bytes, expected {size} as {path}/{MANIFEST} says"
+                raise InputError(message, code=ErrorCode.MISMATCH)
+            digest = _hash_until(deadline, file)
+            if digest is None:
                 continue
-            read += 1
-            if found != sha256:
+            hashed += 1
+            if digest != expected:
                 raise InputError(
-                    f"{file}: found the SHA-256 {found}, expected {sha256} as {path}/{MANIFEST} says; copy the shard "
-                    "again, or delete the manifest if you changed the shard"
+                    f"{file}: found the SHA-256 {digest}, expected {expected} as {path}/{MANIFEST} says; copy the "
+                    "shard again, or delete the manifest if you changed the shard",
+                    code=ErrorCode.MISMATCH,
                 )
     if not listed:
         raise SkippedError(f"no task has a {MANIFEST}")
-    rest = "" if read == listed else f", in {DIGEST_SECONDS:g} s; `zscl data check` reads them all"
-    none = f"; {without} tasks have no {MANIFEST}" if without else ""
-    return f"the sizes of {listed} shards, the SHA-256 of {read}{rest}{none}"
+    rest = "" if hashed == listed else f", in {HASH_SECONDS:g} s; `zscl data check` reads them all"
+    missing = f"; {without_manifest} tasks have no {MANIFEST}" if without_manifest else ""
+    return f"the sizes of {listed} shards, the SHA-256 of {hashed}{rest}{missing}"
 
 
-def _manifest(path: str) -> Iterator[tuple[Path, int, str]]:
-    """Give each shard that a task's manifest lists, with its size and SHA-256."""
+def _iter_manifest(path: str) -> Iterator[tuple[Path, int, str]]:
+    """Yield path, size and SHA-256 of each shard in a task's manifest, if there is a manifest."""
     text = read_text(f"{path}/{MANIFEST}")
     if text is None:
         return
@@ -233,51 +247,43 @@ def _manifest(path: str) -> Iterator[tuple[Path, int, str]]:
         manifest = Manifest.model_validate_json(text)
     except ValidationError as error:
         reason = error.errors()[0]["msg"]
-        raise InputError(
-            f"{path}/{MANIFEST}: found no manifest ({reason}), expected zscl's own, or no such file"
-        ) from error
+        message = f"{path}/{MANIFEST}: found no manifest ({reason}), expected zscl's own, or no such file"
+        raise InputError(message, code=ErrorCode.UNREADABLE) from error
     for split, shards in manifest.splits.items():
         for shard in shards:
             yield Path(path, split, shard.file), shard.bytes, shard.sha256
 
 
-def _sha256(file: Path, until: float) -> str | None:
-    """Hash a file; `None` where there is no time for all of it."""
-    total = hashlib.sha256()
+def _hash_until(deadline: float, file: Path) -> str | None:
+    """Return a file's SHA-256, or `None` if the deadline passes before the file is read."""
+    digest = hashlib.sha256()
     with file.open("rb") as stream:
         while chunk := stream.read(2**20):
-            if time.monotonic() > until:
+            if time.monotonic() > deadline:
                 return None
-            total.update(chunk)
-    return total.hexdigest()
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
-def _answered(ask: Callable[[], T]) -> T:
-    """Wait for an answer for a limited time.
+def _call_with_timeout(function: Callable[[], T]) -> T:
+    """Return the function's result, or raise `TimeoutError`. Its daemon thread ends with the process."""
+    future: Future[T] = Future()
 
-    Raises:
-        TooSlowError: there is none; the thread that waits for it ends with the process.
-    """
-    answer: Future[T] = Future()
-
-    def settle() -> None:
+    def call() -> None:
         try:
-            answer.set_result(ask())
+            future.set_result(function())
         except BaseException as error:
-            answer.set_exception(error)
+            future.set_exception(error)
 
-    threading.Thread(target=settle, name="dry-run", daemon=True).start()
-    return answer.result(timeout=ANSWER_SECONDS)
+    threading.Thread(target=call, name="dry-run", daemon=True).start()
+    return future.result(timeout=TIMEOUT_SECONDS)
 
 
 @contextmanager
-def _known_by(what: str) -> Iterator[None]:
-    """Say in a sentence what did not answer.
-
-    Raises:
-        InputError: there was no answer in time.
-    """
+def _explain_timeout(field: str, value: str) -> Iterator[None]:
+    """Replace a `TimeoutError` by an `InputError` that names the recipe field and its value."""
     try:
         yield
-    except TooSlowError as error:
-        raise InputError(f"{what} did not answer within {ANSWER_SECONDS:g} s, expected one that does") from error
+    except TimeoutError as error:
+        message = f"{field}: {value} did not answer within {TIMEOUT_SECONDS:g} s, expected one that does"
+        raise InputError(message, code=ErrorCode.UNREACHABLE, field=field) from error

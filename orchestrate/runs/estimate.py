@@ -1,4 +1,4 @@
-"""A run, begun where it would run and stopped after a minute: how fast it is, and so how long the whole would take."""
+"""Estimating a run's duration from one minute of training on the recipe's cluster (`zscl run --probe`)."""
 
 import tempfile
 import time
@@ -10,71 +10,84 @@ from pydantic import BaseModel
 from rich.console import Console
 
 from orchestrate.lifecycle.signals import handle_signals
-from orchestrate.runs.preflight import images_through_student
+from orchestrate.runs.preflight import count_student_images
 from orchestrate.runs.progress import ProgressBar
-from schemas.errors import InputError, InterruptedRunError
+from schemas.errors import ErrorCode, InputError, InterruptedRunError
 from schemas.events import StepsTaken
 from zscl.data.indexed import IndexedSamples
-from zscl.sequence.layout import ZERO_SHOT
+from zscl.sequence.layout import ZERO_SHOT, teacher_cache_folder
 from zscl.sequence.resolve import ResolvedExperiment
 from zscl.sequence.result import AccuracyRow
 from zscl.sequence.stage_cache import SharedWork
-from zscl.sequence.teacher import teacher_cache_folder
 
-SECONDS = 60.0  # of training
+PROBE_SECONDS = 60.0  # of training
 
 
 def estimate_run(
-    opened: ResolvedExperiment, folder: Path, console: Console, seconds: float = SECONDS
+    resolved: ResolvedExperiment, folder: Path, console: Console, seconds: float = PROBE_SECONDS
 ) -> dict[str, float]:
-    """Measure the first task's row and train on that task for a minute, on the recipe's cluster. Returns figures.
+    """Measure throughput: evaluate the initial model and train on the first task for a minute.
 
-    The teacher's features are met as they come, as in the slowest step of a run, and stay in the store beside `folder`.
+    The teacher's features are computed during training, as in the slowest steps of a run. They stay in the feature
+    cache next to `folder`.
+
+    Args:
+        resolved: The experiment.
+        folder: The run's folder; nothing is written into it.
+        console: Console for progress.
+        seconds: How long to train.
+
+    Returns:
+        Images per second, and the estimated minutes of the complete run, for training and evaluation.
 
     Raises:
-        InputError: nothing is trained, or the cluster is not as expected.
-        InterruptedRunError: a signal ended it.
+        InputError: The method trains nothing, or the cluster does not fit.
+        InterruptedRunError: A signal ended the probe.
     """
     from orchestrate.cluster.connect import check_resources, connect
     from orchestrate.cluster.train_workers import train
 
-    experiment = opened.experiment
+    experiment = resolved.experiment
     if experiment.method.task_loss is None:
-        raise InputError(f"--probe: method '{experiment.method.name}' trains nothing, expected one that does")
+        message = f"--probe: method '{experiment.method.name}' trains nothing, expected one that does"
+        raise InputError(message, code=ErrorCode.UNSUPPORTED, field="--probe")
     if experiment.compute.storage is not None:
-        raise InputError("--probe: found compute.storage, expected a folder that all nodes see")
+        message = "--probe: found compute.storage, expected a folder that all nodes see"
+        raise InputError(message, code=ErrorCode.UNSUPPORTED, field="--probe")
     compute = experiment.compute.model_copy(update={"teacher_features": "as_met", "evaluation": "inline"})
-    # Two tasks, for a method that looks at the others' names.
+    # Some methods need the class names of a second task.
     tasks = experiment.tasks[:2] if experiment.class_incremental is None else experiment.tasks
-    part = experiment.model_copy(update={"compute": compute, "tasks": tasks})
+    probe = experiment.model_copy(update={"compute": compute, "tasks": tasks})
     connect(compute, note=lambda text: console.print(text, highlight=False))
     check_resources(compute)
-    speeds, began = list[float](), list[float]()
+    speeds, times = list[float](), list[float]()
 
-    def hear(progress: BaseModel) -> None:
-        if not isinstance(progress, StepsTaken):
+    def on_event(event: BaseModel) -> None:
+        if not isinstance(event, StepsTaken):
             return
-        speeds.append(progress.images_per_second)
-        began.append(time.monotonic())
-        bar.update("probing", round(began[-1] - began[0]), round(seconds))
-        if began[-1] - began[0] >= seconds:
-            interruption.ask()
+        speeds.append(event.images_per_second)
+        times.append(time.monotonic())
+        elapsed = times[-1] - times[0]
+        bar.update("probing", round(elapsed), round(seconds))
+        if elapsed >= seconds:
+            stop_requested.request()
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = tempfile.TemporaryDirectory(prefix=".probe-", dir=folder.parent, ignore_cleanup_errors=True)
-    with scratch, ProgressBar(console) as bar, handle_signals() as interruption:
+    with scratch, ProgressBar(console) as bar, handle_signals() as stop_requested:
         run = Path(scratch.name, "run")
-        with suppress(InterruptedRunError):  # of a minute that is over; a signal is told below
-            train(part, run, hear, interruption, SharedWork(teacher_cache_folder(folder)))
-        if interruption.signal is not None:
-            raise interruption.error("the probe was stopped, and gives no estimate; the same command probes anew")
+        with suppress(InterruptedRunError):  # raised when the time is over
+            train(probe, run, on_event, stop_requested, SharedWork(teacher_cache_folder(folder)))
+        if stop_requested.signal is not None:
+            message = "the probe was stopped, and gives no estimate; the same command starts a new probe"
+            raise stop_requested.to_error(message)
         row = AccuracyRow.model_validate_json((run / ZERO_SHOT).read_text())
-    training = median(speeds[1:] or speeds)  # the first steps pay for what is allocated and compiled
+    training = median(speeds[1:] or speeds)  # the first steps include allocation and compilation
     evaluation = sum(row.images.values()) / row.seconds
-    tests = [len(task.test) for task in opened.tasks if isinstance(task.test, IndexedSamples)]
+    test_images = sum(len(task.test) for task in resolved.tasks if isinstance(task.test, IndexedSamples))
     return {
         "training_images_per_second": round(training, 1),
         "evaluation_images_per_second": round(evaluation, 1),
-        "training_minutes": round(images_through_student(experiment) / training / 60, 1),
-        "evaluation_minutes": round((1 + len(opened.tasks)) * sum(tests) / evaluation / 60, 1),
+        "training_minutes": round(count_student_images(experiment) / training / 60, 1),
+        "evaluation_minutes": round((1 + len(resolved.tasks)) * test_images / evaluation / 60, 1),
     }

@@ -1,4 +1,4 @@
-"""Looked at before anything is started: data, model, prompts, disk; and what a run will do, in numbers."""
+"""Checks before a run is started: data, model, prompts, disk space and the run's folder; and the plan of a run."""
 
 import json
 import shutil
@@ -7,355 +7,410 @@ from contextlib import suppress
 from functools import lru_cache
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from orchestrate.lifecycle.paths import EXPERIMENT, SEARCH, check_writable
-from orchestrate.lifecycle.run_status import STATE
-from orchestrate.recipes.recipe import as_recipe, load_experiment
+from orchestrate.lifecycle.paths import SEARCH, check_writable
+from orchestrate.recipes.recipe import load_experiment, to_recipe
 from schemas.compute import Compute, Savings
-from schemas.errors import InputError, counted
+from schemas.errors import ErrorCode, InputError, format_count
 from schemas.experiment import LOCAL_MODEL, Experiment, Model
 from zscl.checks.prompts import prompt_warnings
 from zscl.data.indexed import IndexedSamples
 from zscl.data.sample import check_broken_share
-from zscl.data.task import TaskFolder, dotted_keys_warning
+from zscl.data.task import TaskFolder, describe_dotted_keys
 from zscl.models.clip import load_clip, open_clip_name
 from zscl.models.pruned_forward import PrunedForward, list_unpruned_towers
-from zscl.sequence.layout import ZERO_SHOT, partial_row_file, stage_folder
+from zscl.sequence.layout import (
+    ACCURACY,
+    CHECKPOINT,
+    EXPERIMENT,
+    STAGES_FOLDER,
+    STATE,
+    ZERO_SHOT,
+    glob_stages,
+    partial_row_file,
+    snapshots_folder,
+    stage_folder,
+    teacher_cache_folder,
+)
 from zscl.sequence.resolve import ResolvedExperiment, resolve
 from zscl.sequence.result import OtherAlgorithmError, check_run_folder, check_same_run
-from zscl.sequence.teacher import feature_policy, teacher_cache_folder
-from zscl.training.checkpoint import CHECKPOINT
-from zscl.training.snapshots import LAST, SUFFIX, place_of
+from zscl.sequence.teacher import feature_policy
+from zscl.training.snapshots import LAST_SNAPSHOT, SUFFIX
 
-MOST_NAMED = 3  # samples in a sentence
-NO_PART = ("name", "compute.", "tracking.")  # of what is computed
-OF_A_RUN = (EXPERIMENT, STATE, ZERO_SHOT, partial_row_file(Path(ZERO_SHOT)).name, "stages", CHECKPOINT)
-LONGEST_SHOWN = 60  # characters of a value, where two values differ
+MAX_SAMPLES_LISTED = 3  # in a message
+MAX_VALUE_LENGTH = 60  # characters of a value in a message
+IGNORED_FIELDS = ("name", "compute.", "tracking.")  # they do not change what is computed
+RUN_FILES = (EXPERIMENT, STATE, ZERO_SHOT, partial_row_file(Path(ZERO_SHOT)).name, STAGES_FOLDER, CHECKPOINT)
 
 
-def plan(opened: ResolvedExperiment, folder: Path) -> dict[str, object]:
-    """What a run will do, in numbers.
+class ModelSummary(NamedTuple):
+    """Facts about an experiment's model.
 
-    Raises:
-        InputError: the folder holds another experiment's run.
+    Attributes:
+        megabytes: Size of the model on disk, in float32.
+        unpruned_towers: Towers that are computed in full in spite of `compute.savings`.
     """
-    experiment = opened.experiment
-    steps = sum(map(experiment.stage_steps, experiment.tasks))
-    test = {task.name: _count(task.test) for task in opened.tasks}
-    check_run_folder_is_same(opened, folder)
+
+    megabytes: float
+    unpruned_towers: tuple[str, ...]
+
+
+def plan(resolved: ResolvedExperiment, folder: Path) -> dict[str, object]:
+    """Describe what a run will do.
+
+    Args:
+        resolved: The experiment.
+        folder: The run's folder.
+
+    Returns:
+        Numbers and names for `zscl run --dry-run`, by name.
+    """
+    experiment = resolved.experiment
+    check_run_folder_is_same(resolved, folder)
     return {
-        "warnings": warnings(opened),
-        "fingerprint": opened.fingerprint,
+        "warnings": collect_warnings(resolved),
+        "fingerprint": resolved.fingerprint,
         "folder": str(folder),
-        "finished_stages": len(list(folder.glob("stages/*/accuracy.json"))),
-        "stages": [task.name for task in opened.tasks],
-        "train_images": {task.name: _count(task.train) for task in opened.tasks},
-        "test_images": test,
-        "reference_images": _count(opened.reference.images) if opened.reference else 0,
-        "reference_texts": len(opened.reference.texts) if opened.reference else 0,
-        "steps": steps,
-        "images_through_student": images_through_student(experiment),
-        "teacher_features": _teacher_features(opened),
-        "computed_in_full": list(_looked_at(opened)[1]),
+        "finished_stages": len(glob_stages(folder, ACCURACY)),
+        "stages": [task.name for task in resolved.tasks],
+        "train_images": {task.name: _image_count(task.train) for task in resolved.tasks},
+        "test_images": {task.name: _image_count(task.test) for task in resolved.tasks},
+        "reference_images": _image_count(resolved.reference.images) if resolved.reference else 0,
+        "reference_texts": len(resolved.reference.texts) if resolved.reference else 0,
+        "steps": sum(map(experiment.stage_steps, experiment.tasks)),
+        "images_through_student": count_student_images(experiment),
+        "teacher_features": _feature_policies(resolved),
+        "computed_in_full": list(_summarize_model(resolved).unpruned_towers),
         "workers": experiment.compute.workers,
-        "megabytes_needed": round(megabytes_needed(opened, folder)),
+        "megabytes_needed": round(megabytes_needed(resolved, folder)),
         "megabytes_free": round(megabytes_free(folder)),
     }
 
 
-def check_run_folder_is_same(opened: ResolvedExperiment, folder: Path) -> None:
-    """Refuse a place for a run where something else lies; of another experiment's run, say which fields are others.
+def check_run_folder_is_same(resolved: ResolvedExperiment, folder: Path) -> None:
+    """Check that a folder is new, empty, or holds a run of this experiment.
+
+    Args:
+        resolved: The experiment.
+        folder: The run's folder; it may not exist.
 
     Raises:
-        InputError: it is a file, the folder of a search or of another run, or one of something else; or a file of the
-            run is damaged, or another run's.
+        InputError: The folder holds something else, or a damaged file. For a run of another experiment, the message
+            lists the recipe fields that differ.
+        OtherAlgorithmError: The folder holds a run of another version of the algorithm.
     """
     if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder}: found a file, expected a run's folder, or none yet")
+        raise InputError(f"{folder}: found a file, expected a run's folder, or none yet", code=ErrorCode.MISMATCH)
     if (folder / SEARCH).is_file():
-        raise InputError(f"{folder}: found a search, expected a run's folder, an empty or a new one")
-    others = [each.name for each in folder.glob("[!.]*")]
-    if others and not any((folder / name).exists() for name in OF_A_RUN):
-        raise InputError(f"{folder}: found {others[0]} in it, expected a run's folder, an empty or a new one")
+        message = f"{folder}: found a search, expected a run's folder, an empty or a new one"
+        raise InputError(message, code=ErrorCode.OTHER_RUN)
+    names = [path.name for path in folder.glob("[!.]*")]
+    if names and not any((folder / name).exists() for name in RUN_FILES):
+        message = f"{folder}: found {names[0]} in it, expected a run's folder, an empty or a new one"
+        raise InputError(message, code=ErrorCode.OTHER_RUN)
     try:
-        check_same_run(folder, opened.fingerprint)
+        check_same_run(folder, resolved.fingerprint)
     except OtherAlgorithmError:
         raise
     except InputError as error:
-        raise InputError(f"{error}{_how_it_differs(opened.experiment, folder)}") from error
-    check_run_folder(opened, folder)
+        message = f"{error}{_describe_differences(resolved.experiment, folder)}"
+        raise InputError(message, code=error.code, field=error.field) from error
+    check_run_folder(resolved, folder)
 
 
-def _how_it_differs(experiment: Experiment, folder: Path) -> str:
-    """The end of a sentence about another experiment's folder: which fields are others there."""
+def _describe_differences(experiment: Experiment, folder: Path) -> str:
+    """Return the end of a message about another experiment's folder: the recipe fields that differ."""
     try:
-        there = load_experiment(folder / EXPERIMENT)
+        recorded = load_experiment(folder / EXPERIMENT)
     except InputError:
         return ""
-    found = _differences(as_recipe(there), as_recipe(experiment))
-    unlike = [f"{path} {was} there, {now} here" for path, (was, now) in found.items() if not path.startswith(NO_PART)]
-    if not unlike:
-        return " (the recipe is alike: the data, the model or a further loss's code is another)"
-    return f" ({'; '.join(unlike)})"
+    differences = diff_recipes(to_recipe(recorded), to_recipe(experiment))
+    sentences = [
+        f"{path} {there} there, {here} here"
+        for path, (there, here) in differences.items()
+        if not path.startswith(IGNORED_FIELDS)
+    ]
+    if not sentences:
+        return " (the recipes are equal: the data, the model or a custom loss's code differs)"
+    return f" ({'; '.join(sentences)})"
 
 
-def _differences(one: Any, other: Any, path: str = "") -> dict[str, tuple[str, str]]:
-    """Where two recipes' contents are not alike, by dotted path: each's value, as YAML has it in a line."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        keys: Iterable[Any] = dict.fromkeys([*one, *other])
-        pairs = [(key, one.get(key), other.get(key)) for key in keys]
-    elif isinstance(one, list) and isinstance(other, list):
-        pairs = [(index, mine, theirs) for index, (mine, theirs) in enumerate(zip_longest(one, other))]
+def diff_recipes(first: Any, second: Any, path: str = "") -> dict[str, tuple[str, str]]:
+    """Compare the contents of two recipes.
+
+    Args:
+        first: A value of the first recipe: a dictionary, a list or a scalar.
+        second: The value of the second recipe.
+        path: Dotted path of the value, with a trailing dot; empty for the root.
+
+    Returns:
+        Both values as text, by the dotted path of each field that differs.
+    """
+    if isinstance(first, dict) and isinstance(second, dict):
+        keys: Iterable[Any] = dict.fromkeys([*first, *second])
+        items = [(key, first.get(key), second.get(key)) for key in keys]
+    elif isinstance(first, list) and isinstance(second, list):
+        items = [(index, one, two) for index, (one, two) in enumerate(zip_longest(first, second))]
     else:
-        return {} if one == other else {path.removesuffix("."): _around_the_difference(one, other)}
-    return {
-        name: pair for key, mine, theirs in pairs for name, pair in _differences(mine, theirs, f"{path}{key}.").items()
-    }
+        return {} if first == second else {path.removesuffix("."): _excerpt_values(first, second)}
+    return {name: values for key, one, two in items for name, values in diff_recipes(one, two, f"{path}{key}.").items()}
 
 
-def _around_the_difference(one: Any, other: Any) -> tuple[str, str]:
-    """Two values, each in a line; of long ones, the part in which they begin to differ."""
-    lines = ["nothing" if value is None else json.dumps(value, ensure_ascii=False) for value in (one, other)]
-    alike = next((place for place, (a, b) in enumerate(zip(*lines, strict=False)) if a != b), min(map(len, lines)))
-    start = max(alike - LONGEST_SHOWN // 3, 0) if max(map(len, lines)) > LONGEST_SHOWN else 0
-    mine, theirs = (
-        f"{'…' if start else ''}{line[start : start + LONGEST_SHOWN]}{'…' if len(line) > start + LONGEST_SHOWN else ''}"
-        for line in lines
-    )
-    return mine, theirs
+def _excerpt_values(first: Any, second: Any) -> tuple[str, str]:
+    """Format two values in one line each; long values are cut around the first difference."""
+    texts = ["nothing" if value is None else json.dumps(value, ensure_ascii=False) for value in (first, second)]
+    shorter, longer = sorted(map(len, texts))
+    difference = next((index for index, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), shorter)
+    start = max(difference - MAX_VALUE_LENGTH // 3, 0) if longer > MAX_VALUE_LENGTH else 0
+    stop = start + MAX_VALUE_LENGTH
+    one, two = (f"{'…' if start else ''}{text[start:stop]}{'…' if len(text) > stop else ''}" for text in texts)
+    return one, two
 
 
-def images_through_student(experiment: Experiment) -> int:
-    """Task images and distilled ones, in all stages."""
+def count_student_images(experiment: Experiment) -> int:
+    """Count the images that the student encodes in all stages: task images and distilled images."""
     steps, optimisation = sum(map(experiment.stage_steps, experiment.tasks)), experiment.optimisation
     distilled = optimisation.reference_batch_size if experiment.method.distill else 0
     return steps * (optimisation.batch_size + distilled)
 
 
-def model_megabytes(opened: ResolvedExperiment) -> float:
-    """What a stage's model takes up on disk."""
-    return _looked_at(opened)[0]
+def model_megabytes(resolved: ResolvedExperiment) -> float:
+    """Return the size of a stage's model on disk, in megabytes."""
+    return _summarize_model(resolved).megabytes
 
 
-def _looked_at(opened: ResolvedExperiment) -> tuple[float, tuple[str, ...]]:
-    """Megabytes of the model on disk, and which of its towers are computed in full.
-
-    Raises:
-        InputError: the model cannot be loaded, or does not allow a saving that is asked for.
-    """
-    experiment, compute = opened.experiment, opened.experiment.compute
-    return _load_and_look(experiment.model, opened.weights, compute.savings, compute.gradient_checkpointing)
+def _summarize_model(resolved: ResolvedExperiment) -> ModelSummary:
+    """Load the model, unless it was loaded before, and check that it supports the recipe's savings."""
+    experiment, compute = resolved.experiment, resolved.experiment.compute
+    return _load_summary(experiment.model, resolved.model_digest, compute.savings, compute.gradient_checkpointing)
 
 
 @lru_cache(maxsize=8)
-def _load_and_look(model: Model, weights: str, savings: Savings, checkpointing: bool) -> tuple[float, tuple[str, ...]]:
-    """Load a model once, whatever is asked of it; `weights`, their digest, tells it from one of the same name."""
+def _load_summary(model: Model, digest: str, savings: Savings, checkpointing: bool) -> ModelSummary:
+    """Load and summarize a model. `digest` is part of the cache's key: files of the same name may have changed."""
     clip = load_clip(model)
     network = clip.model
-    values = sum(weight.numel() for weight in network.state_dict().values())
-    if checkpointing:  # as a stage does
+    parameters = sum(tensor.numel() for tensor in network.state_dict().values())
+    if checkpointing:  # the constructor raises if the model does not support it
         compute, tokens = Compute(savings=savings, gradient_checkpointing=True), clip.tokenizer(["a text"])
         PrunedForward(network, tokens, range(1), compute, unused_embeddings_constant=False)
-    return 4 * values / 1e6, tuple(list_unpruned_towers(network, savings))  # written as float32
+    return ModelSummary(4 * parameters / 1e6, tuple(list_unpruned_towers(network, savings)))
 
 
-def megabytes_needed(opened: ResolvedExperiment, folder: Path) -> float:
-    """What a run has yet to write: models of stages, snapshots, and the checkpoint of the stage under way, twice.
+def megabytes_needed(resolved: ResolvedExperiment, folder: Path) -> float:
+    """Estimate what a run will still write: models of stages, snapshots, and two checkpoints of the current stage.
 
-    A checkpoint is there twice while a new one takes the old one's place: weights, two moments, and the average.
+    A checkpoint has the size of four models: weights, two moments and the average. There are two of them while one
+    replaces the other.
+
+    Args:
+        resolved: The experiment.
+        folder: The run's folder; finished stages in it are not counted.
+
+    Returns:
+        Megabytes.
     """
-    experiment = opened.experiment
-    model, every = model_megabytes(opened), experiment.compute.snapshots_every
+    experiment = resolved.experiment
+    model, interval = model_megabytes(resolved), experiment.compute.snapshots_every
     needed = 0.0
     for stage, task in enumerate(experiment.tasks, start=1):
         steps = experiment.stage_steps(task)
         if not steps or stage_folder(folder, stage, task.name).is_dir():
             continue
-        place = place_of(folder, stage, task.name)
-        kept = len(list(place.glob(f"*{SUFFIX}")))
-        snapshots = 0 if every is None else max(len(range(0, steps, every)) + len((LAST,)) - kept, 0)
+        existing = len(list(snapshots_folder(folder, stage, task.name).glob(f"*{SUFFIX}")))
+        snapshots = 0 if interval is None else max(len(range(0, steps, interval)) + len((LAST_SNAPSHOT,)) - existing, 0)
         needed += model * (1 + snapshots)
     return needed + (2 * 4 * model if needed else 0.0)
 
 
 def megabytes_free(folder: Path) -> float:
-    """On the disk that a folder is on, or will be."""
-    there = next(place for place in (folder, *folder.parents) if place.exists())
-    return shutil.disk_usage(there).free / 1e6
+    """Return the free space on the disk of a folder, which may not exist yet, in megabytes."""
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    return shutil.disk_usage(existing).free / 1e6
 
 
-def check_disk(opened: ResolvedExperiment, folder: Path) -> None:
-    """Refuse a run that the disk has no room for.
-
-    Raises:
-        InputError: saying how much is free, and how much is needed.
-    """
-    check_free_disk(folder, megabytes_needed(opened, folder))
+def check_disk(resolved: ResolvedExperiment, folder: Path) -> None:
+    """Check that the disk has enough free space for a run; raise an `InputError` if not."""
+    check_free_disk(folder, megabytes_needed(resolved, folder))
 
 
 def check_free_disk(folder: Path, needed: float) -> None:
-    """Refuse a folder whose disk has no room for so many megabytes.
+    """Check that the disk has enough free space.
+
+    Args:
+        folder: Folder on the disk.
+        needed: Megabytes that will be written.
 
     Raises:
-        InputError: saying how much is free, and how much is needed.
+        InputError: There is less free space.
     """
     free = megabytes_free(folder)
     if needed > free:
         raise InputError(
             f"{folder}: found {free:.0f} MB free on its disk, expected {needed:.0f} MB for the stages' models, their "
-            "snapshots if any, and a checkpoint; choose another place with --out"
+            "snapshots if any, and a checkpoint; choose another place with --out",
+            code=ErrorCode.NO_SPACE,
+            field="--out",
         )
 
 
-def check_places(experiment: Experiment, folder: Path) -> None:
-    """Refuse folders that a run could not write: its own, the teacher's store beside it, the shards' cache.
+def check_output_folders(experiment: Experiment, folder: Path) -> None:
+    """Check that a run can write its folder, the teacher's feature cache and the shard cache.
 
-    Raises:
-        InputError: naming the folder, and the option or field to change.
+    Args:
+        experiment: The experiment.
+        folder: The run's folder.
     """
-    for each in (folder, folder.parent, teacher_cache_folder(folder)):
-        check_writable(each)
+    for path in (folder, folder.parent, teacher_cache_folder(folder)):
+        check_writable(path)
     if experiment.compute.shard_cache is not None:
         check_writable(Path(experiment.compute.shard_cache).absolute(), "change compute.shard_cache")
 
 
-def warnings(opened: ResolvedExperiment) -> list[str]:
-    """What is allowed but hardly meant, a sentence each: of the recipe, of prompts, of what is read again and again."""
+def collect_warnings(resolved: ResolvedExperiment) -> list[str]:
+    """List what is allowed but probably a mistake: in the recipe, the prompts, remote shards and unusable samples."""
     return [
-        *opened.experiment.warnings,
-        *_prompts(opened),
-        *_read_again(opened),
-        *_left_out(opened),
+        *resolved.experiment.warnings,
+        *_prompt_warnings(resolved),
+        *_streaming_warnings(resolved),
+        *_sample_warnings(resolved),
     ]
 
 
-def _whole_tasks(opened: ResolvedExperiment) -> list[TaskFolder]:
-    """The tasks as their folders hold them: a sample that cannot be used belongs to no class, and is drawn nowhere."""
-    wholes = (task.whole or task.without_shots for task in opened.tasks)
-    return list(dict.fromkeys(wholes))
+def _full_tasks(resolved: ResolvedExperiment) -> list[TaskFolder]:
+    """List the tasks with all their classes and samples, because a subset of a task has no unusable samples."""
+    tasks = (task.full_task or task.without_shots for task in resolved.tasks)
+    return list(dict.fromkeys(tasks))
 
 
-def _left_out(opened: ResolvedExperiment) -> list[str]:
-    """A sentence a set with samples that cannot be used, or with shards that are not counted."""
-    found = []
-    for task in _whole_tasks(opened):
-        for split, broken in task.broken.items():
-            found += [f"task '{task.name}', {split}: {_skipped(broken)}"] if broken else []
-            found += [f"task '{task.name}', {sentence}" for sentence in task.warnings(split)]
-    if broken := _broken_references(opened):
-        found.append(f"reference.images: {_skipped(broken)}")
-    images = opened.reference.images if opened.reference else None
-    if isinstance(images, IndexedSamples) and (keys := images.dotted_keys()):
-        found.append(dotted_keys_warning("reference.images", keys))
-    return found
+def _sample_warnings(resolved: ResolvedExperiment) -> list[str]:
+    """Warn about unusable samples, keys with dots, and shards that `nshards.txt` does not count."""
+    messages = []
+    for task in _full_tasks(resolved):
+        for split, broken in task.broken_samples.items():
+            messages += [f"task '{task.name}', {split}: {_describe_broken(broken)}"] if broken else []
+            messages += [f"task '{task.name}', {warning}" for warning in task.list_warnings(split)]
+    if broken := _broken_references(resolved):
+        messages.append(f"reference.images: {_describe_broken(broken)}")
+    images = resolved.reference.images if resolved.reference else None
+    if isinstance(images, IndexedSamples) and (keys := images.find_dotted_keys()):
+        messages.append(describe_dotted_keys("reference.images", keys))
+    return messages
 
 
-def _skipped(sentences: Sequence[str]) -> str:
-    more = f"; and {len(sentences) - MOST_NAMED} more" if len(sentences) > MOST_NAMED else ""
-    samples = counted(len(sentences), "sample")
-    return f"found {samples} to be skipped: {'; '.join(sentences[:MOST_NAMED])}{more}"
+def _describe_broken(messages: Sequence[str]) -> str:
+    """Summarize unusable samples, of which each has a message."""
+    more = f"; and {len(messages) - MAX_SAMPLES_LISTED} more" if len(messages) > MAX_SAMPLES_LISTED else ""
+    samples = format_count(len(messages), "sample")
+    return f"found {samples} to be skipped: {'; '.join(messages[:MAX_SAMPLES_LISTED])}{more}"
 
 
-def _broken_references(opened: ResolvedExperiment) -> list[str]:
-    """A sentence a reference image that cannot be used, as far as file names tell."""
-    images = opened.reference.images if opened.reference else None
-    faulty = images.faulty() if isinstance(images, IndexedSamples) else []
-    return [str(sample.error()) for sample in faulty]
+def _broken_references(resolved: ResolvedExperiment) -> list[str]:
+    """Return a message for each unusable reference image, as far as it can be recognized by its file name."""
+    images = resolved.reference.images if resolved.reference else None
+    faulty = images.faulty_samples() if isinstance(images, IndexedSamples) else []
+    return [str(sample.as_error()) for sample in faulty]
 
 
-def _prompts(opened: ResolvedExperiment) -> list[str]:
-    """A sentence for prompts that the model does not read to their end, and for classes that it cannot tell apart."""
+def _prompt_warnings(resolved: ResolvedExperiment) -> list[str]:
+    """Warn about prompts that the model truncates, and about classes with the same tokens."""
     import open_clip
 
-    tokenizer = open_clip.get_tokenizer(open_clip_name(opened.experiment.model))
-    one_head = opened.experiment.class_incremental is not None
-    judged = dict.fromkeys(task.whole or task if one_head else task for task in opened.tasks)
-    return [sentence for task in judged for sentence in prompt_warnings(task, tokenizer)]
+    tokenizer = open_clip.get_tokenizer(open_clip_name(resolved.experiment.model))
+    is_class_incremental = resolved.experiment.class_incremental is not None
+    tasks = dict.fromkeys(task.full_task or task if is_class_incremental else task for task in resolved.tasks)
+    return [message for task in tasks for message in prompt_warnings(task, tokenizer)]
 
 
-def _read_again(opened: ResolvedExperiment) -> list[str]:
-    """A sentence a set whose remote shards several readers would each fetch whole."""
-    compute = opened.experiment.compute
+def _streaming_warnings(resolved: ResolvedExperiment) -> list[str]:
+    """Warn about remote shards that each of several readers would download completely."""
+    compute = resolved.experiment.compute
     readers = compute.workers * max(compute.loader_processes, 1)
-    sets = {f"task '{task.name}'": task.train for task in opened.tasks}
-    if opened.reference:
-        sets["reference.images"] = opened.reference.images
+    datasets = {f"task '{task.name}'": task.train for task in resolved.tasks}
+    if resolved.reference:
+        datasets["reference.images"] = resolved.reference.images
     return [
         f"{name}: found remote shards and {readers} readers (compute.workers x compute.loader_processes), of which "
         "each streams all of them; with compute.shard_cache they are copied once"
-        for name, samples in sets.items()
+        for name, samples in datasets.items()
         if readers > 1 and not isinstance(samples, IndexedSamples)
     ]
 
 
-def _teacher_features(opened: ResolvedExperiment) -> dict[str, str]:
-    """When the teacher's features of the images that each stage distils on are computed for the store, if ever."""
-    experiment, distill = opened.experiment, opened.experiment.method.distill
+def _feature_policies(resolved: ResolvedExperiment) -> dict[str, str]:
+    """Return, by task, when the teacher's features of the distilled images are computed (see `feature_policy`)."""
+    experiment, distill = resolved.experiment, resolved.experiment.method.distill
     if distill is None:
         return {}
-    reference = opened.reference.images if opened.reference else None
-    images = [reference if distill.images == "reference" else task.train for task in opened.tasks]
+    reference = resolved.reference.images if resolved.reference else None
+    distilled = [reference if distill.images == "reference" else task.train for task in resolved.tasks]
     return {
-        task.name: feature_policy(experiment, stage, distilled)
-        for stage, (task, distilled) in enumerate(zip(opened.tasks, images, strict=True), start=1)
-        if distilled is not None
+        task.name: feature_policy(experiment, stage, images)
+        for stage, (task, images) in enumerate(zip(resolved.tasks, distilled, strict=True), start=1)
+        if images is not None
     }
 
 
-def _count(samples: object) -> int | None:
-    """Images; `None` for remote shards, which are not counted beforehand."""
+def _image_count(samples: object) -> int | None:
+    """Return the number of images; `None` for remote shards, which are not indexed."""
     return len(samples) if isinstance(samples, IndexedSamples) else None
 
 
 def prepare(experiment: Experiment, recipe: Path | None = None, root: Path | None = None) -> ResolvedExperiment:
-    """Look at everything the experiment names before anything is started.
+    """Resolve an experiment and check its data and its model.
 
     Args:
-        experiment: checked against its schema.
-        recipe: the file that it was read from.
-        root: the folder that its relative paths counted from; default: the current one.
+        experiment: The experiment.
+        recipe: The file that it was read from.
+        root: Folder that its relative paths are resolved against; default: the current folder.
+
+    Returns:
+        The resolved experiment.
 
     Raises:
-        InputError: something is missing or wrong.
+        InputError: Something that the experiment names is missing or unusable.
     """
     try:
-        return _prepare(experiment)
+        return _resolve_and_check(experiment)
     except InputError as error:
-        hint = _beside(experiment, recipe.absolute().parent, root or Path.cwd()) if recipe else ""
-        raise InputError(f"{error}{hint}") from error
+        hint = _recipe_folder_hint(experiment, recipe.absolute().parent, root or Path.cwd()) if recipe else ""
+        raise InputError(f"{error}{hint}", code=error.code, field=error.field) from error
 
 
-def _beside(experiment: Experiment, beside: Path, root: Path) -> str:
-    """The end of a sentence, where a path that is missing is there if it counts from the recipe's own folder."""
+def _recipe_folder_hint(experiment: Experiment, recipe_folder: Path, root: Path) -> str:
+    """Return the end of a message, if a missing path exists relative to the recipe's folder."""
     scenario, reference, model = experiment.class_incremental, experiment.reference, experiment.model
     locations = [task.path for task in experiment.tasks]
     locations += [scenario.path, str(scenario.order)] if scenario else []
     locations += [*reference.images, reference.texts or ""] if reference else []
     locations += [model.name.removeprefix(LOCAL_MODEL), model.pretrained or ""]
     for path in map(Path, locations):
-        if path.is_relative_to(root) and not _matches(path) and _matches(beside / path.relative_to(root)):
+        if not path.is_relative_to(root):
+            continue
+        relative = path.relative_to(root)
+        if not _path_exists(path) and _path_exists(recipe_folder / relative):
             return (
-                f"; '{path.relative_to(root)}' is beside the recipe, but a recipe's paths count from the current "
-                f"folder: start the command in {beside}, or give the whole path"
+                f"; '{relative}' exists in the recipe's folder, but a recipe's paths are relative to the current "
+                f"folder: start the command in {recipe_folder}, or give the absolute path"
             )
     return ""
 
 
-def _matches(path: Path) -> bool:
-    """Whether a path, or a pattern of paths, is there; not where it cannot be looked for, as `a**b.tar`."""
+def _path_exists(pattern: Path) -> bool:
+    """Whether a path, or any path that matches a pattern, exists; false for an invalid pattern such as `a**b.tar`."""
     with suppress(OSError, ValueError):
-        return path.exists() or any(path.parent.glob(path.name))
+        return pattern.exists() or any(pattern.parent.glob(pattern.name))
     return False
 
 
-def _prepare(experiment: Experiment) -> ResolvedExperiment:
-    opened, share = resolve(experiment), experiment.compute.max_broken_share
-    for task in dict.fromkeys([*_whole_tasks(opened), *opened.tasks]):
-        task.check(share)
-    if broken := _broken_references(opened):
-        assert opened.reference is not None
-        assert isinstance(opened.reference.images, IndexedSamples)
-        check_broken_share(broken[0], len(broken), len(opened.reference.images), share)
-    _looked_at(opened)
-    return opened
+def _resolve_and_check(experiment: Experiment) -> ResolvedExperiment:
+    resolved, max_share = resolve(experiment), experiment.compute.max_broken_share
+    for task in dict.fromkeys([*_full_tasks(resolved), *resolved.tasks]):
+        task.check(max_share)
+    if broken := _broken_references(resolved):
+        assert resolved.reference is not None
+        assert isinstance(resolved.reference.images, IndexedSamples)
+        check_broken_share(broken[0], len(broken), len(resolved.reference.images), max_share)
+    _summarize_model(resolved)
+    return resolved

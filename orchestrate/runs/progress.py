@@ -1,4 +1,4 @@
-"""Progress for people: a bar with the time left on a terminal, lines in a log."""
+"""Progress of a run: a bar with the remaining time in a terminal, and lines in a log."""
 
 import time
 
@@ -25,18 +25,26 @@ from schemas.events import (
 )
 from schemas.experiment import Experiment
 
-LINE_EVERY_SECONDS = 15.0
-# Evaluations interrupt the steps: the time left is judged by the speed over many minutes.
-SPEED_OVER_SECONDS = 1800.0
+LOG_INTERVAL_SECONDS = 15.0
+# The speed is averaged over many minutes, because evaluations interrupt the steps.
+SPEED_WINDOW_SECONDS = 1800.0
 
 
 class ProgressBar:
-    """Steps done, steps in all, and the time left; on standard error, so that standard output holds results alone."""
+    """Shows the steps that are done, the total and the remaining time.
+
+    Without a terminal, it prints a line at most every `LOG_INTERVAL_SECONDS`.
+
+    Attributes:
+        console: Console on standard error, because standard output is reserved for results.
+        total: Number of steps, if it is known.
+        done: Number of steps that are done.
+    """
 
     def __init__(self, console: Console, total: int | None = None) -> None:
         self.console, self.total, self.done = console, total, 0
-        self._first: int | None = None  # a resumed run does not begin at 0
-        self._started = self._spoken = time.monotonic()
+        self._first_done: int | None = None  # a resumed run does not start at 0
+        self._start_time = self._last_logged = time.monotonic()
         self._bar = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
@@ -47,10 +55,10 @@ class ProgressBar:
             TimeRemainingColumn(),
             console=console,
             disable=not console.is_interactive,
-            speed_estimate_period=SPEED_OVER_SECONDS,
+            speed_estimate_period=SPEED_WINDOW_SECONDS,
         )
         self._task = self._bar.add_task("starting", total=total)
-        self._aside: TaskID | None = None
+        self._secondary: TaskID | None = None
 
     def __enter__(self) -> "ProgressBar":
         self._bar.start()
@@ -59,88 +67,107 @@ class ProgressBar:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def update(self, what: str, done: int, total: int | None = None, detail: str = "") -> None:
-        """Show that `done` steps are behind us."""
+    def update(self, description: str, done: int, total: int | None = None, detail: str = "") -> None:
+        """Show the state of the steps.
+
+        Args:
+            description: What is in progress.
+            done: Number of steps that are done.
+            total: Number of steps; default: as before.
+            detail: Appended in a log, for example the losses.
+        """
         self.done, self.total = done, total or self.total
-        self._bar.update(self._task, description=what, completed=done, total=self.total)
-        self._first = done if self._first is None else self._first
-        if time.monotonic() - self._spoken >= LINE_EVERY_SECONDS and done > self._first and self.total:
-            minutes = (time.monotonic() - self._started) * (self.total - done) / (done - self._first) / 60
-            self.log(f"{what}: {done} of {self.total} steps in all, about {minutes:.1f} min left  {detail}".rstrip())
+        self._bar.update(self._task, description=description, completed=done, total=self.total)
+        self._first_done = done if self._first_done is None else self._first_done
+        if self._is_log_due() and done > self._first_done and self.total:
+            seconds_per_step = (time.monotonic() - self._start_time) / (done - self._first_done)
+            minutes = seconds_per_step * (self.total - done) / 60
+            text = f"{description}: {done} of {self.total} steps in all, about {minutes:.1f} min left  {detail}"
+            self.log(text.rstrip())
 
-    def aside(self, what: str, done: int, total: int) -> None:
-        """Show other work than the steps, on a bar of its own while it lasts."""
-        if self._aside is None:
-            self._aside = self._bar.add_task(what, total=total)
-        self._bar.update(self._aside, completed=done)
+    def update_secondary(self, description: str, done: int, total: int) -> None:
+        """Show other work than the steps, on a second bar until it is done."""
+        if self._secondary is None:
+            self._secondary = self._bar.add_task(description, total=total)
+        self._bar.update(self._secondary, completed=done)
         if done >= total:
-            self._bar.remove_task(self._aside)
-            self._aside = None
-        if time.monotonic() - self._spoken >= LINE_EVERY_SECONDS:
-            self.log(f"{what}: {done} of {total}")
+            self._bar.remove_task(self._secondary)
+            self._secondary = None
+        if self._is_log_due():
+            self.log(f"{description}: {done} of {total}")
 
-    def log(self, line: str) -> None:
-        """A line where there is no bar to say it."""
-        self._spoken = time.monotonic()
+    def log(self, text: str) -> None:
+        """Print a line if there is no terminal, where the bar shows it."""
+        self._last_logged = time.monotonic()
         if not self.console.is_interactive:
-            self.say(line)
+            self.print(text)
 
-    def say(self, line: str) -> None:
-        """A line that stays."""
-        self.console.print(line, highlight=False, soft_wrap=True)
+    def print(self, text: str) -> None:
+        """Print a line, above the bar in a terminal."""
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+    def _is_log_due(self) -> bool:
+        return time.monotonic() - self._last_logged >= LOG_INTERVAL_SECONDS
 
 
 class RunDisplay:
-    """Shows a run's progress on a bar."""
+    """Shows a run's events on a progress bar.
+
+    Attributes:
+        bar: The progress bar.
+        steps: Number of steps of each stage.
+    """
 
     def __init__(self, experiment: Experiment, bar: ProgressBar) -> None:
         self.bar = bar
         self.steps = [experiment.stage_steps(task) for task in experiment.tasks]
-        self._workers = ""
+        self._usage = ""
 
-    def __call__(self, progress: BaseModel) -> None:
-        """Show one piece of progress."""
-        match progress:
+    def __call__(self, event: BaseModel) -> None:
+        """Show an event."""
+        match event:
             case Note():
-                self.bar.say(progress.text)
+                self.bar.print(event.text)
             case ImagesEmbedded():
-                self.bar.aside("the teacher embeds images", progress.done, progress.total)
+                self.bar.update_secondary("the teacher embeds images", event.done, event.total)
             case StageStarted():
-                self.bar.log(f"{self._where(progress.stage)} {progress.task}: {progress.steps} steps")
-                self.bar.update(f"{self._where(progress.stage)} {progress.task}", self._before(progress.stage))
+                description = f"{self._stage_label(event.stage)} {event.task}"
+                self.bar.log(f"{description}: {event.steps} steps")
+                self.bar.update(description, self._steps_before(event.stage))
             case StepsTaken():
-                last = progress.steps[-1]
+                last = event.steps[-1]
                 losses = "  ".join(f"{name} {value:.3f}" for name, value in last.losses.items())
                 self.bar.update(
-                    f"{self._where(progress.stage)} {progress.task}",
-                    self._before(progress.stage) + last.step + 1,
-                    detail=f"{progress.images_per_second:.0f} images/s{self._workers}  {losses}",
+                    f"{self._stage_label(event.stage)} {event.task}",
+                    self._steps_before(event.stage) + last.step + 1,
+                    detail=f"{event.images_per_second:.0f} images/s{self._usage}  {losses}",
                 )
             case WorkersUsed():
-                self._workers = f" ({_used(progress)})"
+                self._usage = f" ({_describe_usage(event)})"
             case TaskEvaluated():
-                self.bar.update(f"{self._where(progress.stage)}: evaluating {progress.task}", self.bar.done)
+                self.bar.update(f"{self._stage_label(event.stage)}: evaluating {event.task}", self.bar.done)
             case RowMeasured():
-                cells = "  ".join(f"{task} {100 * value:.1f}" for task, value in progress.accuracy.items())
-                self.bar.say(f"{self._where(progress.stage)}: {cells}")
+                cells = "  ".join(f"{task} {100 * value:.1f}" for task, value in event.accuracy.items())
+                self.bar.print(f"{self._stage_label(event.stage)}: {cells}")
 
-    def _where(self, stage: int) -> str:
+    def _stage_label(self, stage: int) -> str:
         return f"stage {stage}/{len(self.steps)}" if stage else "zero-shot"
 
-    def _before(self, stage: int) -> int:
+    def _steps_before(self, stage: int) -> int:
         return sum(self.steps[: stage - 1])
 
 
-def _used(used: WorkersUsed) -> str:
-    """What the workers use, in a few words: each one's images, and the worst of the rest."""
-    images = " + ".join(f"{worker.images_per_second:.0f}" for worker in used.workers)
-    waits = 100 * max(worker.loader_wait_share for worker in used.workers)
-    memory = max(worker.memory_megabytes for worker in used.workers)
-    gpus = [worker.gpu_memory_megabytes for worker in used.workers if worker.gpu_memory_megabytes is not None]
+def _describe_usage(event: WorkersUsed) -> str:
+    """Summarize the workers' resource use: the throughput of each, and the largest of the other values."""
+    images = " + ".join(f"{worker.images_per_second:.0f}" for worker in event.workers)
+    waits = 100 * max(worker.loader_wait_share for worker in event.workers)
+    memory = max(worker.memory_megabytes for worker in event.workers)
+    gpus = [worker.gpu_memory_megabytes for worker in event.workers if worker.gpu_memory_megabytes is not None]
     gpu = f", {max(gpus):.0f} MB of GPU" if gpus else ""
-    by_worker = f"by worker {images}, " if len(used.workers) > 1 else ""
+    by_worker = f"by worker {images}, " if len(event.workers) > 1 else ""
     return f"{by_worker}waits for data {waits:.0f} %, {memory:.0f} MB{gpu}"
 
 
-def _short(value: object) -> str:
+def format_value(value: object) -> str:
+    """Format a value for display: a float with three significant digits."""
     return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""One run from a recipe: folder, pre-flight, tracking, display, training."""
+"""Running an experiment on Ray: checks, folder, MLflow tracking, progress and training."""
 
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -8,20 +8,21 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from orchestrate.cluster.storage_sync import Following, synced_folder
+from orchestrate.cluster.storage_sync import BackgroundPull, synced_folder
 from orchestrate.lifecycle.lock import run_lock
-from orchestrate.lifecycle.paths import EXPERIMENT, check_writable, run_folder
+from orchestrate.lifecycle.paths import check_writable, run_folder
 from orchestrate.lifecycle.run_status import read_state, record_outcome, write_state
 from orchestrate.lifecycle.signals import handle_signals
-from orchestrate.recipes.recipe import load_experiment, load_variants, write_experiment
-from orchestrate.recipes.variants import expand_seeds_and_orders
+from orchestrate.recipes.recipe import load_experiment, write_experiment
+from orchestrate.recipes.variants import expand_seeds_and_orders, load_variants
 from orchestrate.reports.results import load_result
 from orchestrate.runs import preflight
 from orchestrate.runs.progress import ProgressBar, RunDisplay
-from schemas.errors import InputError, command
+from schemas.errors import ErrorCode, InputError, shell_command
 from schemas.experiment import Experiment
 from schemas.redaction import MASK
-from schemas.results import Embedded, Result
+from schemas.results import EmbeddingReport, Result
+from zscl.sequence.layout import EXPERIMENT, RESULT
 from zscl.sequence.resolve import ResolvedExperiment
 from zscl.sequence.teacher import check_embeddable
 
@@ -37,180 +38,219 @@ def prepare_variants(
     seeds: int = 1,
     orders: str = "",
 ) -> Iterator[tuple[ResolvedExperiment, Path]]:
-    """Prepare what a recipe means, one experiment after another, each with its folder.
+    """Resolve and check the experiments of a recipe, one after another.
 
     Args:
-        recipe: a recipe, or a table of variants.
-        overrides: `a.b.c=value`.
-        variant: which row of a table, or all of them.
-        out: the run's folder, or that of all of them; default: see `places.folder_of`.
-        seeds: how many seeds each is run with.
-        orders: of the tasks, in which each is run (see `group.members`).
+        recipe: A recipe, or a table of variants.
+        overrides: Changes of the recipe, `a.b.c=value`.
+        variant: Name of one variant of a table; default: all of them.
+        out: The run's folder, or the parent of all runs' folders; default: see `lifecycle.paths.run_folder`.
+        seeds: Number of seeds per variant.
+        orders: Task orders per variant (see `recipes.variants.expand_seeds_and_orders`).
 
-    Raises:
-        InputError: a recipe is refused, or something that one names is missing or wrong.
+    Yields:
+        Each experiment and its run's folder.
     """
     experiments = expand_seeds_and_orders(load_variants(recipe, overrides, variant), seeds, orders)
     for name, experiment in experiments.items():
-        opened = preflight.prepare(experiment, recipe)
-        yield opened, run_folder(experiment, opened.fingerprint, out, name if len(experiments) > 1 else "")
+        resolved = preflight.prepare(experiment, recipe)
+        yield resolved, run_folder(experiment, resolved.fingerprint, out, name if len(experiments) > 1 else "")
 
 
-def run_experiment(opened: ResolvedExperiment, folder: Path, console: Console, offline: bool = False) -> Result:
-    """Run an experiment on Ray, recorded in MLflow; one that is finished in `folder` is not run again.
+def run_experiment(resolved: ResolvedExperiment, folder: Path, console: Console, offline: bool = False) -> Result:
+    """Run or resume an experiment on Ray. A run that is finished is not repeated.
 
-    Offline, its journal is all that records it, and `orchestrate.tracking.uploader.sync` sends that later.
+    An `InterruptedRunError` is raised after a signal; the run can be resumed.
 
-    Raises:
-        InputError: the cluster, the tracking store or the folder is not as expected.
-        InterruptedRunError: a signal ended it; it can go on.
+    Args:
+        resolved: The experiment.
+        folder: The run's folder.
+        console: Console for progress.
+        offline: Whether to record the run only in its journal, which `zscl sync` sends to MLflow later.
+
+    Returns:
+        The run's result.
     """
-    if finished := _finished(opened, folder, console, offline):
-        return finished
-    owner = run_lock(folder, note=partial(console.print, highlight=False, soft_wrap=True))
-    with owner, synced_folder(opened.experiment, folder) as following:
-        return _finished(opened, folder, console, offline) or _run(opened, folder, console, offline, following)
+    if result := _load_finished(resolved, folder, console, offline):
+        return result
+    lock = run_lock(folder, note=partial(console.print, highlight=False, soft_wrap=True))
+    with lock, synced_folder(resolved.experiment, folder) as background_pull:
+        # Another process, or object storage, may have the result by now.
+        if result := _load_finished(resolved, folder, console, offline):
+            return result
+        return _run(resolved, folder, console, offline, background_pull)
 
 
 def load_resumable_run(folder: Path, overrides: Sequence[str]) -> Experiment:
-    """Read the experiment that a run's folder holds.
+    """Load the experiment of a run's folder.
 
     Args:
-        folder: of a run that was started before.
-        overrides: `a.b.c=value`, of compute and tracking alone.
+        folder: Folder of a run that was started before.
+        overrides: Changes of the recipe, `a.b.c=value`, of compute and tracking only.
+
+    Returns:
+        The experiment.
 
     Raises:
-        InputError: there is no run, or an override would make it another one.
+        InputError: There is no run, an override would change what is computed, or the recipe had secrets, which are
+            not recorded.
     """
     file = folder / EXPERIMENT
     if not file.is_file():
-        raise InputError(f"{folder}: found no {EXPERIMENT}, expected the folder of a run that was started before")
+        message = f"{folder}: found no {EXPERIMENT}, expected the folder of a run that was started before"
+        raise InputError(message, code=ErrorCode.NOT_FOUND)
     for override in overrides:
         if not override.startswith(("compute.", "tracking.")):
-            raise InputError(f"--set {override}: expected a field of compute or tracking; all else is what the run is")
+            message = f"--set {override}: expected a field of compute or tracking; the other fields define the run"
+            raise InputError(message, code=ErrorCode.UNSUPPORTED, field="--set")
     experiment = load_experiment(file, overrides)
     if MASK in experiment.model_dump_json(exclude={"tracking"}):
         raise InputError(
             f"{file}: found {MASK} where the recipe has secrets, expected the recipe: "
-            + command("zscl", "run", "RECIPE", "--out", folder)
+            + shell_command("zscl", "run", "RECIPE", "--out", folder),
+            code=ErrorCode.MISSING_VALUE,
         )
     return experiment
 
 
-def run_embedding(opened: ResolvedExperiment, folder: Path, console: Console) -> Embedded:
-    """Fill the teacher's stores beside a run's folder, on Ray.
+def run_embedding(resolved: ResolvedExperiment, folder: Path, console: Console) -> EmbeddingReport:
+    """Fill the teacher's feature cache next to a run's folder, on Ray.
+
+    An `InterruptedRunError` is raised after a signal; the features that were computed are in the cache.
+
+    Args:
+        resolved: The experiment.
+        folder: The run's folder; nothing is written into it.
+        console: Console for progress.
+
+    Returns:
+        What was computed.
 
     Raises:
-        InputError: the cluster is not as expected, or the method has nothing to embed ahead.
-        InterruptedRunError: a signal ended it; what is computed is stored.
+        InputError: The cluster does not fit, or the method uses no features that can be computed in advance.
     """
     from orchestrate.cluster.connect import connect
-    from orchestrate.cluster.train_workers import embed as embed_on_workers
+    from orchestrate.cluster.train_workers import embed
 
-    check_embeddable(opened)
-    if opened.experiment.compute.storage is not None:
+    experiment = resolved.experiment
+    check_embeddable(resolved)
+    if experiment.compute.storage is not None:
         raise InputError(
             "compute.storage: found it in `zscl embed`, expected a folder that all nodes see: nothing else "
-            "lets them share the features"
+            "lets them share the features",
+            code=ErrorCode.UNSUPPORTED,
+            field="compute.storage",
         )
     check_writable(folder.parent)
-    connect(opened.experiment.compute, note=lambda text: console.print(text, highlight=False))
-    scratch = tempfile.TemporaryDirectory(prefix=".embedding-", dir=_made(folder.parent), ignore_cleanup_errors=True)
-    with scratch, ProgressBar(console) as bar, handle_signals() as interruption:
-        return embed_on_workers(opened.experiment, Path(scratch.name), RunDisplay(opened.experiment, bar), interruption)
+    connect(experiment.compute, note=lambda text: console.print(text, highlight=False))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = tempfile.TemporaryDirectory(prefix=".embedding-", dir=folder.parent, ignore_cleanup_errors=True)
+    with scratch, ProgressBar(console) as bar, handle_signals() as stop_requested:
+        return embed(experiment, Path(scratch.name), RunDisplay(experiment, bar), stop_requested)
 
 
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def _finished(opened: ResolvedExperiment, folder: Path, console: Console, offline: bool) -> Result | None:
-    """What a run has come to before, if it is finished."""
-    preflight.check_run_folder_is_same(opened, folder)
-    if not (folder / "result.json").is_file():
+def _load_finished(resolved: ResolvedExperiment, folder: Path, console: Console, offline: bool) -> Result | None:
+    """Load the result of a run that is finished, and print that nothing is done; `None` for any other folder."""
+    preflight.check_run_folder_is_same(resolved, folder)
+    if not (folder / RESULT).is_file():
         return None
     result = load_result(folder)
-    if result.fingerprint != opened.fingerprint:
+    if result.fingerprint != resolved.fingerprint:
         raise InputError(
-            f"{folder / 'result.json'}: found the result of another run (fingerprint {result.fingerprint}), expected "
-            f"{opened.fingerprint}; remove the file, or choose another folder"
+            f"{folder / RESULT}: found the result of another run (fingerprint {result.fingerprint}), expected "
+            f"{resolved.fingerprint}; remove the file, or choose another folder",
+            code=ErrorCode.OTHER_RUN,
         )
     console.print(f"{folder}: finished before, nothing to do", highlight=False)
-    if result.method != opened.experiment.method.name:  # what a method is called is no part of what is computed
+    if result.method != resolved.experiment.method.name:  # the name is not part of the fingerprint
         console.print(
-            f"{folder}: the recipe calls the method '{opened.experiment.method.name}', the result keeps the name "
+            f"{folder}: the recipe calls the method '{resolved.experiment.method.name}', the result keeps the name "
             f"'{result.method}' that it was computed under",
             highlight=False,
             soft_wrap=True,
         )
     state = read_state(folder)
-    if not offline and state is not None and state.status != "FINISHED":  # killed behind its last step
-        rest = command("zscl", "sync", folder)
-        console.print(f"MLflow may lack its end; send it with: {rest}", highlight=False, soft_wrap=True)
+    if not offline and state is not None and state.status != "FINISHED":  # killed after its last step
+        sync = shell_command("zscl", "sync", folder)
+        console.print(f"MLflow may lack its end; send it with: {sync}", highlight=False, soft_wrap=True)
     return result
 
 
-def _run(opened: ResolvedExperiment, folder: Path, console: Console, offline: bool, following: Following) -> Result:
-    # Ray and MLflow take seconds to import: only once there is something to run.
+def _run(
+    resolved: ResolvedExperiment, folder: Path, console: Console, offline: bool, background_pull: BackgroundPull
+) -> Result:
+    # Importing Ray takes seconds, so it is imported only if there is something to run.
     from orchestrate.cluster.train_workers import train
 
-    experiment = opened.experiment
-    for warning in preflight.warnings(opened):
+    experiment = resolved.experiment
+    for warning in preflight.collect_warnings(resolved):
         console.print(f"warning: {warning}", highlight=False, soft_wrap=True)
-    preflight.check_places(experiment, folder)
-    preflight.check_disk(opened, folder)
+    preflight.check_output_folders(experiment, folder)
+    preflight.check_disk(resolved, folder)
     connect_cluster(experiment, folder, console)
     bar = ProgressBar(console, total=sum(map(experiment.stage_steps, experiment.tasks)) or None)
-    with handle_signals() as interruption:
-        shipper = None if offline else _shipper(opened, folder, console)
-        with record_outcome(folder, shipper):
+    with handle_signals() as stop_requested:
+        uploader = None if offline else _start_uploader(resolved, folder, console)
+        with record_outcome(folder, uploader):
             write_experiment(experiment, folder / EXPERIMENT)
             write_state(folder, "RUNNING")
-            with bar, following():
-                result = train(experiment, folder, RunDisplay(experiment, bar), interruption)
+            with bar, background_pull():
+                result = train(experiment, folder, RunDisplay(experiment, bar), stop_requested)
     return result
 
 
-def plan_run(opened: ResolvedExperiment, folder: Path, console: Console, offline: bool = False) -> dict[str, object]:
-    """What a run would do, in numbers, and what was checked; on a cluster that somebody has started, what that has.
+def _start_uploader(resolved: ResolvedExperiment, folder: Path, console: Console) -> "JournalUploader":
+    from orchestrate.tracking.uploader import JournalUploader  # importing MLflow takes seconds
 
-    Raises:
-        InputError: the run would fail as soon as it is started.
+    note = partial(console.print, highlight=False, soft_wrap=True)
+    return JournalUploader(resolved.experiment, resolved.fingerprint, folder, note)
+
+
+def plan_run(resolved: ResolvedExperiment, folder: Path, console: Console, offline: bool = False) -> dict[str, object]:
+    """Describe what a run would do, and check what it needs, without starting it.
+
+    An `InputError` is raised if the run would fail.
+
+    Args:
+        resolved: The experiment.
+        folder: The run's folder.
+        console: Console for messages.
+        offline: Whether the run would not be recorded in MLflow.
+
+    Returns:
+        The plan, the outcomes of the checks, and the resources of the cluster if one is named.
     """
     from orchestrate.runs import dry_run
 
-    found, cluster = preflight.plan(opened, folder), dict[str, float]()
+    plan, cluster = preflight.plan(resolved, folder), dict[str, float]()
 
     def connect() -> dict[str, float]:
-        cluster.update(connect_cluster(opened.experiment, folder, console))
+        cluster.update(connect_cluster(resolved.experiment, folder, console))
         return cluster
 
-    checklist = dry_run.check_run(opened, folder, offline, connect)
-    checklist.refuse_failures(console.print)
-    return {**found, **({"cluster": cluster} if cluster else {}), "checked": checklist.lines}
+    checklist = dry_run.check_run(resolved, folder, offline, connect)
+    checklist.raise_on_failure(console.print)
+    return {**plan, **({"cluster": cluster} if cluster else {}), "checked": checklist.lines}
 
 
 def connect_cluster(experiment: Experiment, folder: Path, console: Console) -> dict[str, float]:
-    """Connect to the cluster. Returns its resources.
+    """Connect to the Ray cluster, and check its resources and that all nodes share the run's parent folder.
 
-    Raises:
-        InputError: it does not hold the workers, or a node does not share the folder.
+    Args:
+        experiment: The experiment.
+        folder: The run's folder.
+        console: Console for messages.
+
+    Returns:
+        The number of nodes, CPUs and GPUs, by name.
     """
     import ray
 
-    from orchestrate.cluster.connect import check_folder, check_resources, connect
+    from orchestrate.cluster.connect import check_resources, check_shared_folder, connect
 
     connect(experiment.compute, note=lambda text: console.print(text, highlight=False))
     check_resources(experiment.compute)
     if experiment.compute.storage is None:
-        check_folder(folder.parent)
+        check_shared_folder(folder.parent)
     resources = ray.cluster_resources()
     return {"nodes": len(ray.nodes()), **{kind: resources[kind] for kind in ("CPU", "GPU") if kind in resources}}
-
-
-def _shipper(opened: ResolvedExperiment, folder: Path, console: Console) -> "JournalUploader":
-    from orchestrate.tracking.uploader import JournalUploader
-
-    note = partial(console.print, highlight=False, soft_wrap=True)
-    return JournalUploader(opened.experiment, opened.fingerprint, folder, note)

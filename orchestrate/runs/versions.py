@@ -1,4 +1,4 @@
-"""`zscl --version`: the versions, GPU and platform that a report of a bug needs, one a line."""
+"""Versions for `zscl --version`: zscl, Python, the libraries, CUDA and the platform."""
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -6,8 +6,8 @@ from importlib.metadata import PackageNotFoundError, version
 LIBRARIES = ("torch", "open_clip_torch", "ray", "mlflow", "webdataset", "pydantic")
 
 
-def versions() -> dict[str, str]:
-    """By name. Of the libraries, only torch is imported, which alone knows of GPUs; what is missing is named, too."""
+def collect_versions() -> dict[str, str]:
+    """Collect the versions that a bug report needs, by name. Only torch is imported, to list the GPUs."""
     return {
         "zscl": _version("zscl"),
         "python": platform.python_version(),
@@ -25,10 +25,10 @@ def _version(library: str) -> str:
 
 
 def _cuda() -> str:
-    """What torch was built for, and the GPUs that it sees."""
+    """Return the CUDA version that torch was built for, and the GPUs that it detects."""
     try:
         import torch
-    except (ImportError, OSError) as error:  # a library of CUDA's that is not there, say
+    except (ImportError, OSError) as error:  # for example, a CUDA library is missing
         return f"torch cannot be imported ({error})"
-    names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return f"{torch.version.cuda or 'none'}, {', '.join(names) or 'no GPU'}"

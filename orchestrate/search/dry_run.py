@@ -1,26 +1,30 @@
-"""What a dry run of a search checks."""
+"""The dry run of a search: all checks that `zscl search --dry-run` makes."""
 
 from pathlib import Path
 
-from orchestrate.lifecycle.paths import FOUND
-from orchestrate.runs.dry_run import Checklist, Connect, _check_common, _disk
+from orchestrate.lifecycle.paths import SEARCH_RESULT
+from orchestrate.runs.dry_run import Checklist, ConnectCluster, add_common_checks, check_disk_space
 from orchestrate.search.preflight import PreparedSearch, total_model_megabytes
 
 
-def check_search(prepared: PreparedSearch, folder: Path, offline: bool, connect: Connect) -> Checklist:
-    """Check what a search needs beside its recipe, data and models, which `search_preflight.prepare` has looked at.
+def check_search(prepared: PreparedSearch, folder: Path, offline: bool, connect: ConnectCluster) -> Checklist:
+    """Check everything that could stop a search at its start.
 
     Args:
-        prepared: the search.
-        folder: of it.
-        offline: whether it is run without MLflow.
-        connect: to the cluster, if the recipe or the environment names one.
+        prepared: The search; its recipe, data and model are checked already.
+        folder: The search's folder.
+        offline: Whether the search runs without MLflow.
+        connect: Connects to the cluster, if the recipe or the environment names one.
+
+    Returns:
+        The checks and their outcomes.
     """
-    checklist, opened = Checklist(), prepared.base
-    if (folder / FOUND).is_file():
-        checklist.check("search", lambda: "finished before, nothing is left to do")
+    checklist = Checklist()
+    if (folder / SEARCH_RESULT).is_file():
+        checklist.add("search", lambda: "finished before, nothing is left to do")
         return checklist
-    checklist.check("recipe, data and model", lambda: f"{prepared.trial_count} trials of {prepared.stage_count} stages")
-    _check_common(checklist, opened, folder, offline, connect)
-    checklist.check("disk", lambda: _disk(folder, total_model_megabytes(prepared)))
+    size = f"{prepared.trial_count} trials of {prepared.stage_count} stages"
+    checklist.add("recipe, data and model", lambda: size)
+    add_common_checks(checklist, prepared.base, folder, offline, connect)
+    checklist.add("disk", lambda: check_disk_space(folder, total_model_megabytes(prepared)))
     return checklist

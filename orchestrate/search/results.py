@@ -1,4 +1,4 @@
-"""What became of a search's trials: as Ray Tune or a finished search tells it, which are best, what they cost."""
+"""Results of a search: its trials as Ray Tune reports them, the Pareto front, and counts of stage trainings."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,50 +6,57 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from orchestrate.lifecycle.paths import FOUND
+from orchestrate.lifecycle.paths import SEARCH_RESULT
 from schemas.base import parse_json
-from schemas.search import Search, SearchResult, StageTrainings, Trial, direction_of
+from schemas.search import Search, SearchResult, StageTrainings, Trial, optimisation_direction
 
 if TYPE_CHECKING:
     from ray.tune import ResultGrid
 
 
 def load_search_result(folder: Path) -> SearchResult:
-    """What a finished search found, as its folder says."""
-    return parse_json(SearchResult, (folder / FOUND).read_bytes(), folder / FOUND, "remove the file, and search again")
+    """Read the result of a finished search from its folder."""
+    file = folder / SEARCH_RESULT
+    return parse_json(SearchResult, file.read_bytes(), file, "remove the file, and search again")
 
 
 def trials_from_grid(grid: "ResultGrid", search: Search) -> list[Trial]:
-    """What became of the trials, in the order of suggestion."""
+    """Convert Ray Tune's results to trials.
+
+    Args:
+        grid: Ray Tune's results.
+        search: The search.
+
+    Returns:
+        The trials, in the order of suggestion.
+    """
     from orchestrate.search.samplers import TRIAL_NUMBER
     from orchestrate.search.trial import STAGES_DONE
 
-    found = []
+    trials = []
     for result in grid:
-        reported, domains = result.metrics or {}, search.domains
-        given = result.config or {}
-        status, reason = str(reported.get("status", "running")), str(reported.get("reason", ""))
-        stages = int(reported.get(STAGES_DONE, 0))
+        report, config = result.metrics or {}, result.config or {}
+        status, reason = str(report.get("status", "running")), str(report.get("reason", ""))
         if result.error is not None:
             status, reason = "failed", _last_line(result.error)
         elif status == "running":
             status = "stopped"
-        objectives = {name: float(reported[name]) for name in search.objectives if name in reported}
-        found.append(
+        objectives = {name: float(report[name]) for name in search.objectives if name in report}
+        trials.append(
             Trial(
-                number=given[TRIAL_NUMBER],
-                values={path: domain.meant(given[path]) for path, domain in domains.items()},
+                number=config[TRIAL_NUMBER],
+                values={path: domain.decode(config[path]) for path, domain in search.domains.items()},
                 status=status,  # type: ignore[arg-type]  # checked by pydantic
                 reason=reason,
-                fingerprint=str(reported.get("fingerprint", "")),
-                folder=f"trials/{reported.get('fingerprint', '')}",
-                stages=stages,
-                shared_stages=int(reported.get("shared_stages", 0)),
+                fingerprint=str(report.get("fingerprint", "")),
+                folder=f"trials/{report.get('fingerprint', '')}",
+                stages=int(report.get(STAGES_DONE, 0)),
+                shared_stages=int(report.get("shared_stages", 0)),
                 objectives={} if any(map(math.isnan, objectives.values())) else objectives,
-                train_seconds=float(reported.get("train_seconds", 0.0)),
+                train_seconds=float(report.get("train_seconds", 0.0)),
             )
         )
-    return sorted(found, key=lambda trial: trial.number)
+    return sorted(trials, key=lambda trial: trial.number)
 
 
 def _last_line(error: Exception) -> str:
@@ -57,30 +64,46 @@ def _last_line(error: Exception) -> str:
 
 
 def pareto_front(trials: Sequence[Trial], objectives: Sequence[str]) -> list[Trial]:
-    """The finished trials that no other one beats: better in one objective, and worse in none."""
-    done = [trial for trial in trials if trial.status in ("finished", "read") and trial.objectives]
-    goodness = {trial.number: [utility({name: trial.objectives[name]}) for name in objectives] for trial in done}
+    """Select the finished trials that no other finished trial dominates.
 
-    def beaten(trial: Trial) -> bool:
-        mine = goodness[trial.number]
+    Args:
+        trials: All trials.
+        objectives: Names of the objectives.
+
+    Returns:
+        The Pareto front: no other trial is better in one objective and worse in none.
+    """
+    finished = [trial for trial in trials if trial.status in ("finished", "read") and trial.objectives]
+    utilities = {trial.number: [utility({name: trial.objectives[name]}) for name in objectives] for trial in finished}
+
+    def is_dominated(trial: Trial) -> bool:
+        values = utilities[trial.number]
         return any(
-            other != mine and all(theirs >= ours for theirs, ours in zip(other, mine, strict=True))
-            for other in goodness.values()
+            other != values and all(theirs >= ours for theirs, ours in zip(other, values, strict=True))
+            for other in utilities.values()
         )
 
-    return [trial for trial in done if not beaten(trial)]
+    return [trial for trial in finished if not is_dominated(trial)]
 
 
 def utility(objectives: Mapping[str, float]) -> float:
-    """The mean of a trial's objectives, each the larger the better; all are differences or means of accuracies."""
-    return fmean(value if direction_of(name) == "max" else -value for name, value in objectives.items())
+    """Average a trial's objectives, with the sign changed where less is better. All are (differences of) accuracies."""
+    return fmean(value if optimisation_direction(name) == "max" else -value for name, value in objectives.items())
 
 
 def count_stage_trainings(trials: Sequence[Trial], stages: int) -> StageTrainings:
-    """What became of the stages that all trials would have trained; `stages` of them are a trial's."""
+    """Count the stage trainings of all trials by what became of them.
 
-    def left(*statuses: str) -> int:
-        return sum(stages - trial.stages for trial in trials if trial.status in statuses)
+    Args:
+        trials: All trials.
+        stages: Number of stages of a trial.
+
+    Returns:
+        The counts.
+    """
+
+    def untrained(status: str) -> int:
+        return sum(stages - trial.stages for trial in trials if trial.status == status)
 
     read = sum(trial.stages for trial in trials if trial.status == "read")
     shared = sum(trial.shared_stages for trial in trials if trial.status != "read")
@@ -89,6 +112,6 @@ def count_stage_trainings(trials: Sequence[Trial], stages: int) -> StageTraining
         run=sum(trial.stages for trial in trials) - read - shared,
         shared=shared,
         read=read,
-        stopped_early=left("stopped"),
-        failed=left("failed"),
+        stopped_early=untrained("stopped"),
+        failed=untrained("failed"),
     )

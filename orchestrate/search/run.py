@@ -1,15 +1,15 @@
-"""A search that was looked at (see `orchestrate.search.preflight`), run trial by trial on Ray Tune, and answered.
+"""Hyperparameter search: runs trials on Ray Tune, chooses one, and evaluates it on the test images.
 
-Trials are judged on held-out training images; only the chosen one is judged on the test images, once, at the end. The
-search's folder is its own checkpoint:
+Trials are evaluated on held-out training images. Only the chosen trial is evaluated on the test images, once, at the
+end. The search's folder is its own checkpoint:
 
-    search.yaml      the search with its experiment, as it was given
-    trials/          a run's folder each, by fingerprint (see `orchestrate.search.trial`)
-    stages/          stages that trials have in common (see `zscl.sequence.stage_cache`)
-    tune/            Ray Tune's state: which trials there are, what the sampler knows
-    chosen.yaml      the chosen recipe, which `zscl run` takes as it is
-    test/            the chosen trial's models, judged on the test images
-    search.json      what was found; with it, the search is finished
+    search.yaml      the search with its experiment, as the user gave it
+    trials/          one run folder per trial, named by fingerprint (see `orchestrate.search.trial`)
+    stages/          trained stages that trials share (see `zscl.sequence.stage_cache`)
+    tune/            Ray Tune's state: its trials, and what the sampler has learnt
+    chosen.yaml      the chosen recipe, ready for `zscl run`
+    test/            the chosen trial's models, evaluated on the test images
+    search.json      the search's result; with it, the search is finished
 """
 
 import logging
@@ -26,21 +26,43 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from rich.console import Console
 
 from orchestrate.lifecycle.lock import run_lock
-from orchestrate.lifecycle.paths import CHOSEN, EXPERIMENT, FINGERPRINT, FOUND, SEARCH, SearchIdentity, search_identity
+from orchestrate.lifecycle.paths import (
+    CHOSEN_RECIPE,
+    FINGERPRINT,
+    SEARCH,
+    SEARCH_RESULT,
+    SearchIdentity,
+    read_search_identity,
+)
 from orchestrate.lifecycle.run_status import record_outcome, write_state
 from orchestrate.lifecycle.signals import StopRequest, handle_signals
-from orchestrate.recipes.recipe import recipe_name, with_values, write_experiment, write_search
+from orchestrate.recipes.recipe import build_trial_experiment, recipe_name, write_experiment, write_search
 from orchestrate.runs.progress import ProgressBar
 from orchestrate.search.preflight import PreparedSearch
 from orchestrate.search.progress import SearchDisplay
-from orchestrate.search.results import load_search_result, pareto_front, count_stage_trainings, trials_from_grid, utility
-from schemas.algorithm import algorithm
-from schemas.errors import InputError
+from orchestrate.search.results import (
+    count_stage_trainings,
+    load_search_result,
+    pareto_front,
+    trials_from_grid,
+    utility,
+)
+from schemas.algorithm import algorithm_version
+from schemas.errors import ErrorCode, InputError
 from schemas.results import Result
-from schemas.search import SearchResult, Trial, TrialNews
+from schemas.search import SearchResult, Trial, TrialEvent
 from zscl.runtime.atomic_io import link_folder, write_text
-from zscl.sequence.layout import TRAINING
-from zscl.sequence.result import describe_version, write_json
+from zscl.sequence.layout import (
+    ACCURACY,
+    EXPERIMENT,
+    MODEL_FOLDER,
+    STAGES_FOLDER,
+    TRAINING,
+    partial_row_file,
+    stage_cache_folder,
+    stages_folder,
+)
+from zscl.sequence.result import describe_algorithm, write_json
 
 if TYPE_CHECKING:
     from ray.tune import ResultGrid
@@ -48,24 +70,34 @@ if TYPE_CHECKING:
     from orchestrate.search.tracking import SearchUploader
     from orchestrate.search.trial import TrialContext
 
-TEST = "test"
-WAITING_BYTES = 10**6  # Ray wants a trial to ask for something
+TEST_FOLDER = "test"
+IDLE_ACTOR_BYTES = 10**6  # Ray Tune requires that a trial requests some resource
 ONE_SEARCH = (
-    "Ray Tune does not support several on one cluster: they take each other's workers, and trials may fail for want of "
-    "them; expected one after the other, or a cluster each"
+    "Ray Tune does not support several searches on one cluster: they take each other's workers, and trials may fail "
+    "because none is left; expected one search at a time, or a cluster for each"
 )
-GRACE_SECONDS = 30.0  # for the trials to stop where they can go on
+GRACE_SECONDS = 30.0  # for running trials to write a checkpoint and stop
+T = TypeVar("T")
 
 
 def run_search(prepared: PreparedSearch, folder: Path, console: Console, offline: bool = False) -> SearchResult:
-    """Run a search on Ray Tune, recorded in MLflow, or go on with it; one that is finished is not run again.
+    """Run a search on Ray Tune, or resume it. A finished search is read and not run again.
+
+    Args:
+        prepared: The checked search.
+        folder: The search's folder.
+        console: For progress and messages.
+        offline: Whether to run without MLflow.
+
+    Returns:
+        The search's result.
 
     Raises:
-        InputError: the cluster, the tracking store or the folder is not as expected, or all trials failed.
-        InterruptedRunError: a signal ended it; it can go on.
+        InputError: If the cluster, the tracking store or the folder is not as expected, or all trials failed.
+        InterruptedRunError: After a signal; the search can be resumed.
     """
     check_same_search(prepared, folder)
-    if (folder / FOUND).is_file():
+    if (folder / SEARCH_RESULT).is_file():
         console.print(f"{folder}: finished before, nothing to do", highlight=False)
         return load_search_result(folder)
     with run_lock(folder, note=partial(console.print, highlight=False, soft_wrap=True)):
@@ -73,67 +105,75 @@ def run_search(prepared: PreparedSearch, folder: Path, console: Console, offline
 
 
 def check_same_search(prepared: PreparedSearch, folder: Path) -> None:
-    """Refuse a folder that holds another search, or a run.
+    """Check that a folder is empty or holds this search.
+
+    Args:
+        prepared: The checked search.
+        folder: The search's folder.
 
     Raises:
-        InputError: it does.
+        InputError: If the folder holds another search, a run, or results of another version of the algorithm.
     """
-    file = folder / FINGERPRINT
-    if file.is_file():
-        found = search_identity(folder)
-        if found.algorithm != algorithm():
+    if (folder / FINGERPRINT).is_file():
+        identity = read_search_identity(folder)
+        if identity.algorithm != algorithm_version():
             raise InputError(
-                f"{folder}: found a search that was computed by {describe_version(found.algorithm)}, expected "
-                f"{describe_version(algorithm())}, which is what this version of zscl computes: the two may give different "
-                "numbers. Choose another folder"
+                f"{folder}: found a search that was computed by {describe_algorithm(identity.algorithm)}, expected "
+                f"{describe_algorithm(algorithm_version())}, which is what this version of zscl computes: the two may "
+                "give different numbers. Choose another folder",
+                code=ErrorCode.OTHER_ALGORITHM,
             )
-        if found.fingerprint != prepared.fingerprint:
+        if identity.fingerprint != prepared.fingerprint:
             raise InputError(
-                f"{folder}: found another search (fingerprint {found.fingerprint}), expected {prepared.fingerprint} or "
-                "an empty folder; choose another folder"
+                f"{folder}: found another search (fingerprint {identity.fingerprint}), expected {prepared.fingerprint} "
+                "or an empty folder; choose another folder",
+                code=ErrorCode.OTHER_RUN,
             )
-    if not file.is_file() and (folder / EXPERIMENT).is_file():
-        raise InputError(f"{folder}: found a run, expected a search or an empty folder; choose another folder")
+    elif (folder / EXPERIMENT).is_file():
+        raise InputError(
+            f"{folder}: found a run, expected a search or an empty folder; choose another folder",
+            code=ErrorCode.OTHER_RUN,
+        )
 
 
 def _search(prepared: PreparedSearch, folder: Path, console: Console, offline: bool) -> SearchResult:
-    # Ray and MLflow take seconds to import: only once there is something to run.
-    from orchestrate.cluster.channel import consume_events, open_channel, running_searches
-    from orchestrate.cluster.connect import connect, worker_resources
+    # Ray and MLflow take seconds to import, so they are imported only when there is something to run.
+    from orchestrate.cluster.channel import consume_events, create_channel, list_running_searches
+    from orchestrate.cluster.connect import connect, count_concurrent_runs
     from orchestrate.search.trial import TrialContext
 
     started, experiment = time.monotonic(), prepared.base.experiment
-    say = partial(console.print, highlight=False, soft_wrap=True)
-    connect(experiment.compute, note=say)
-    if others := running_searches():
-        say(f"warning: found another search on this Ray cluster ({others[0]}); {ONE_SEARCH}")
-    slots = worker_resources(experiment.compute)
+    note = partial(console.print, highlight=False, soft_wrap=True)
+    connect(experiment.compute, note=note)
+    if searches := list_running_searches():
+        note(f"warning: found another search on this Ray cluster ({searches[0]}); {ONE_SEARCH}")
+    slots = count_concurrent_runs(experiment.compute)
     queued = ", the others wait for their turn" if slots < prepared.trial_count else ""
-    say(f"{prepared.trial_count} trials of {prepared.stage_count} stages; the cluster holds {slots} at once{queued}")
-    identity = SearchIdentity(prepared.fingerprint, algorithm(), time.time_ns() // 1_000_000)
+    note(f"{prepared.trial_count} trials of {prepared.stage_count} stages; the cluster holds {slots} at once{queued}")
+    identity = SearchIdentity(prepared.fingerprint, algorithm_version(), time.time_ns() // 1_000_000)
     if (folder / FINGERPRINT).is_file():
-        identity = search_identity(folder)
-    with handle_signals() as interruption:
-        recording = None if offline else _recording(prepared, folder, say, identity)
-        with record_outcome(folder, recording):
+        identity = read_search_identity(folder)
+    with handle_signals() as stop_request:
+        uploader = None if offline else _open_uploader(prepared, folder, note, identity)
+        with record_outcome(folder, uploader):
             write_text(folder / FINGERPRINT, f"{identity}\n")
             if not (folder / SEARCH).is_file():
                 write_search(prepared.search, prepared.content, folder / SEARCH)
             write_state(folder, "RUNNING")
-            line = open_channel(search=str(folder))
-            common = TrialContext(prepared.search, prepared.content, prepared.file, folder, prepared.averages, line)
+            channel = create_channel(search=str(folder))
+            context = TrialContext(prepared.search, prepared.content, prepared.file, folder, prepared.averages, channel)
             steps = sum(map(experiment.stage_steps, experiment.tasks))
             with ProgressBar(console, total=prepared.trial_count * steps) as bar:
                 display = SearchDisplay(prepared.search, experiment, prepared.trial_count, bar)
-                with consume_events(line, partial(_hear, [display, recording] if recording else [display])):
-                    fitting = partial(_fit, prepared, common, slots)
-                    grid = _waited(fitting, line, interruption, lambda: not display.running)
+                listeners: list[Callable[[TrialEvent], None]] = [display, uploader] if uploader else [display]
+                with consume_events(channel, partial(_dispatch, listeners)):
+                    run_trials = partial(_run_trials, prepared, context, slots)
+                    grid = _wait_for(run_trials, channel, stop_request, lambda: not display.running)
                     trials = trials_from_grid(grid, prepared.search)
-                    found = _conclude(trials, prepared, common, interruption, time.monotonic() - started)
-    return found
+                    return _conclude(trials, prepared, context, stop_request, started)
 
 
-def _recording(
+def _open_uploader(
     prepared: PreparedSearch, folder: Path, note: Callable[[str], None], identity: SearchIdentity
 ) -> "SearchUploader":
     from orchestrate.search.tracking import SearchUploader
@@ -141,37 +181,37 @@ def _recording(
     return SearchUploader(prepared, folder, note, identity)
 
 
-def _hear(listeners: "Sequence[Callable[[TrialNews], None]]", message: str) -> None:
-    news = TrialNews.model_validate_json(message)
+def _dispatch(listeners: Sequence[Callable[[TrialEvent], None]], message: str) -> None:
+    event = TrialEvent.model_validate_json(message)
     for listener in listeners:
-        listener(news)
+        listener(event)
 
 
-def _fit(prepared: PreparedSearch, common: "TrialContext", slots: int) -> "ResultGrid":
-    """Run the trials that are not over yet."""
-    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")  # Tune's default forgets finished trials, when killed
+def _run_trials(prepared: PreparedSearch, context: "TrialContext", slots: int) -> "ResultGrid":
+    """Run the trials that are not finished yet."""
+    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")  # with the default, a killed Tune forgets finished trials
     os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
-    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # which prints to standard output, however silent it is asked to be
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the new output prints to standard output even with verbose=0
     from ray import tune
 
     from orchestrate.cluster.connect import check_resources
     from orchestrate.search.samplers import OptunaSearcher, build_scheduler
     from orchestrate.search.trial import STAGES_DONE, SearchTrial
 
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what a trial failed with, the search says itself
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the search reports failed trials itself
 
     compute = prepared.base.experiment.compute
     resources = {"CPU": compute.cpus_per_worker}
     if check_resources(compute):
         resources["GPU"] = compute.gpus_per_worker
-    if compute.workers > 1:  # an actor that only waits: Ray Train asks for its workers, of all CPUs there are
-        resources = {"memory": WAITING_BYTES}
-    trainable = tune.with_resources(tune.with_parameters(SearchTrial, common=common), resources)
-    state = common.folder / "tune"
+    if compute.workers > 1:  # the actor only waits; Ray Train requests the CPUs and GPUs of its workers
+        resources = {"memory": IDLE_ACTOR_BYTES}
+    trainable = tune.with_resources(tune.with_parameters(SearchTrial, context=context), resources)
+    state = context.folder / "tune"
     if tune.Tuner.can_restore(str(state)) and any(state.glob("experiment_state-*.json")):
         tuner = tune.Tuner.restore(str(state), trainable, resume_unfinished=True, resume_errored=True)
     else:
-        shutil.rmtree(state, ignore_errors=True)  # killed before Tune had written anything of use
+        shutil.rmtree(state, ignore_errors=True)  # an earlier process was killed before Tune wrote a usable state
         tuner = tune.Tuner(
             trainable,
             tune_config=tune.TuneConfig(
@@ -185,64 +225,87 @@ def _fit(prepared: PreparedSearch, common: "TrialContext", slots: int) -> "Resul
                 name=state.name,
                 storage_path=str(state.parent),
                 failure_config=tune.FailureConfig(max_failures=compute.max_failures),
-                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # a trial's folder is its own
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # the trial's folder is a checkpoint
                 verbose=0,
             ),
         )
     return tuner.fit()
 
 
-T = TypeVar("T")
+def _wait_for(work: Callable[[], T], channel: Any, stop_request: StopRequest, all_stopped: Callable[[], bool]) -> T:
+    """Call a function in a thread and wait for its result or for a signal. In the main thread Ray handles signals.
 
+    Args:
+        work: The function.
+        channel: Handle of the channel by which trials learn that they are to stop.
+        stop_request: Set by signals.
+        all_stopped: Whether no trial is running any more.
 
-def _waited(work: Callable[[], T], line: Any, interruption: StopRequest, all_stopped: Callable[[], bool]) -> T:
-    """Do something in a thread, for in the main one Ray would take the signals; wait for it, or for one of these.
+    Returns:
+        The function's result.
 
     Raises:
-        InterruptedRunError: a signal came; what is under way was asked to stop where it can go on.
+        InterruptedRunError: After a signal, when the trials have stopped or `GRACE_SECONDS` have passed.
     """
     answer: Future[T] = Future()
 
-    def settle() -> None:
+    def run() -> None:
         try:
             answer.set_result(work())
         except BaseException as error:
             answer.set_exception(error)
 
-    threading.Thread(target=settle, name="search", daemon=True).start()
-    while not interruption and not answer.done():
+    threading.Thread(target=run, name="search", daemon=True).start()
+    while not stop_request and not answer.done():
         wait([answer], timeout=0.1)
     if not answer.done():
-        line.ask_to_stop.remote()
+        channel.request_stop.remote()
         deadline = time.monotonic() + GRACE_SECONDS
         while not all_stopped() and not answer.done() and time.monotonic() < deadline:
             time.sleep(0.1)
-        raise interruption.error("the same command, or zscl resume, goes on; finished trials are kept")
+        raise stop_request.to_error("the same command, or zscl resume, resumes it; finished trials are kept")
     return answer.result()
 
 
-# ---------------------------------------------------------------------------------------------------- the answer
-
-
 def _conclude(
-    trials: Sequence[Trial], prepared: PreparedSearch, common: "TrialContext", interruption: StopRequest, seconds: float
+    trials: Sequence[Trial],
+    prepared: PreparedSearch,
+    context: "TrialContext",
+    stop_request: StopRequest,
+    started: float,
 ) -> SearchResult:
-    """Choose, judge on test, and write down what was found."""
+    """Choose a trial, evaluate it on the test images, and write the search's result.
+
+    Args:
+        trials: All trials.
+        prepared: The checked search.
+        context: The trials' context.
+        stop_request: Set by signals.
+        started: When the search started, by `time.monotonic`.
+
+    Returns:
+        The search's result.
+
+    Raises:
+        InputError: If no trial finished.
+    """
     from orchestrate.search.report import draw_trials
     from orchestrate.search.samplers import compute_importance
 
-    search, folder = prepared.search, common.folder
+    search, folder = prepared.search, context.folder
     front = pareto_front(trials, search.objectives)
     if not front:
-        reasons = (
-            "; ".join(dict.fromkeys(trial.reason for trial in trials if trial.reason)) or "all were given up early"
+        reasons = "; ".join(dict.fromkeys(trial.reason for trial in trials if trial.reason))
+        raise InputError(
+            f"{folder}: found no trial of {len(trials)} that finished ({reasons or 'all were stopped early'})",
+            code=ErrorCode.FAILED,
         )
-        raise InputError(f"{folder}: found no trial of {len(trials)} that finished ({reasons})")
     chosen = max(front, key=lambda trial: (utility(trial.objectives), -trial.number))
-    recipe = with_values(search, prepared.content, chosen.values, prepared.file, judged_on=None)
+    recipe = build_trial_experiment(search, prepared.content, chosen.values, prepared.file, judged_on=None)
     name = recipe_name(prepared.file, "-chosen")
-    write_experiment(recipe.model_copy(update={"name": name}), folder / CHOSEN)
-    test = _judged_on_test(chosen, prepared, common, interruption)
+    write_experiment(recipe.model_copy(update={"name": name}), folder / CHOSEN_RECIPE)
+    seconds = time.monotonic() - started
+    test = _evaluate_on_test(chosen, prepared, context, stop_request)
     result = SearchResult(
         name=recipe_name(prepared.file),
         fingerprint=prepared.fingerprint,
@@ -259,33 +322,36 @@ def _conclude(
         seconds=seconds,
     )
     if search.keep_models == "chosen":
-        _forget_models(folder, keep=chosen)
+        _delete_other_models(folder, chosen)
     draw_trials(search, result.trials, folder)
-    write_json(folder / FOUND, result)
+    write_json(folder / SEARCH_RESULT, result)
     return result
 
 
-def _judged_on_test(
-    chosen: Trial, prepared: PreparedSearch, common: "TrialContext", interruption: StopRequest
+def _evaluate_on_test(
+    chosen: Trial, prepared: PreparedSearch, context: "TrialContext", stop_request: StopRequest
 ) -> Result:
-    """Judge the chosen trial's models on the test images: nothing is trained."""
+    """Evaluate the chosen trial's models on the test images. Nothing is trained."""
     from orchestrate.search.trial import evaluate_on_test
 
-    experiment = with_values(prepared.search, prepared.content, chosen.values, prepared.file, judged_on="test")
-    place = common.folder / TEST
-    for stage in (common.folder / chosen.folder / "stages").iterdir():
-        if not (place / "stages" / stage.name / TRAINING).is_file() and not stage.name.startswith("."):
-            link_folder(stage, place / "stages" / stage.name, without=("accuracy*",))
-    write_experiment(experiment, place / EXPERIMENT)
-    judging = partial(evaluate_on_test, experiment, place, common)
-    result = _waited(judging, common.channel, interruption, lambda: True)
-    write_state(place, "FINISHED")
+    experiment = build_trial_experiment(
+        prepared.search, prepared.content, chosen.values, prepared.file, judged_on="test"
+    )
+    run = context.folder / TEST_FOLDER
+    for stage in stages_folder(context.folder / chosen.folder).iterdir():
+        linked = stages_folder(run) / stage.name
+        if not (linked / TRAINING).is_file() and not stage.name.startswith("."):
+            link_folder(stage, linked, exclude=(ACCURACY, partial_row_file(Path(ACCURACY)).name))
+    write_experiment(experiment, run / EXPERIMENT)
+    work = partial(evaluate_on_test, experiment, run, context)
+    result = _wait_for(work, context.channel, stop_request, lambda: True)
+    write_state(run, "FINISHED")
     return result
 
 
-def _forget_models(folder: Path, keep: Trial) -> None:
-    """Remove the weights of all trials but one; their results stay."""
-    shutil.rmtree(folder / "stages", ignore_errors=True)
-    for model in folder.glob("trials/*/stages/*/model"):
-        if model.parents[2] != folder / keep.folder:
+def _delete_other_models(folder: Path, chosen: Trial) -> None:
+    """Delete the weights of all trials except the chosen one; their results stay."""
+    shutil.rmtree(stage_cache_folder(folder), ignore_errors=True)
+    for model in folder.glob(f"trials/*/{STAGES_FOLDER}/*/{MODEL_FOLDER}"):
+        if model.parents[2] != folder / chosen.folder:
             shutil.rmtree(model, ignore_errors=True)

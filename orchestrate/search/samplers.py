@@ -1,4 +1,4 @@
-"""What a search tries next: Optuna's samplers behind Ray Tune, so that the same recipe suggests the same trials."""
+"""Samplers and schedulers of a search: Optuna suggests trials, Ray Tune stops bad ones. Reproducible."""
 
 import itertools
 import math
@@ -20,23 +20,24 @@ from optuna.trial import TrialState
 from ray.tune.schedulers import AsyncHyperBandScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search.optuna import OptunaSearch
 
-from schemas.search import Domain, Search, Trial, direction_of
+from schemas.search import Domain, Search, Trial, optimisation_direction
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
-TRIAL_NUMBER = "trial"  # beside the values
-RANDOM_FIRST = 10  # trials that tell TPE something, at most a third of all
-MEDIAN_OF = 3  # trials that came as far, before any is given up
+TRIAL_NUMBER = "trial"  # the key of a trial's number in its configuration, next to the values' paths
+MAX_STARTUP_TRIALS = 10  # random trials before TPE's model is used; at most a third of all trials
+MEDIAN_MIN_TRIALS = 3  # trials that must have reached a stage before any trial is stopped there
 
 
 class OptunaSearcher(OptunaSearch):  # type: ignore[misc]
-    """Suggests trials batch by batch: a batch when all of the one before are over, told in the order of suggestion.
+    """Suggests trials in batches: a batch starts when all trials of the batch before have ended.
 
-    So what is suggested does not depend on which trial is finished first. Values are coded (see `Domain.codes`).
+    Optuna learns the results of a batch in the order of suggestion. So the suggestions do not depend on which trial
+    finishes first. Values are encoded (see `Domain.encode`).
     """
 
     def __init__(self, search: Search) -> None:
-        directions = [direction_of(name) for name in search.objectives]
+        directions = [optimisation_direction(name) for name in search.objectives]
         several = len(directions) > 1
         super().__init__(
             space={path: to_distribution(domain) for path, domain in search.domains.items()},
@@ -47,47 +48,60 @@ class OptunaSearcher(OptunaSearch):  # type: ignore[misc]
         )
         self._batch = search.batch
         self._order: list[str] = []
-        self._ended: dict[str, list[float] | None] = {}
+        self._results: dict[str, list[float] | None] = {}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
-        """Suggest a trial's values, by path, and its number; nothing before the batch before is over."""
-        if len(self._order) % self._batch == 0 and len(self._ended) < len(self._order):
+        """Suggest a trial.
+
+        Args:
+            trial_id: Ray Tune's id of the trial.
+
+        Returns:
+            The values by path, and the trial's number; None while trials of the batch before are running.
+        """
+        if len(self._order) % self._batch == 0 and len(self._results) < len(self._order):
             return None
         values: dict[str, Any] = super().suggest(trial_id)
         self._order.append(trial_id)
         return {**values, TRIAL_NUMBER: len(self._order)}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """A stage is done, which only the scheduler wants to know."""
+        """Ignore the report of a stage; only the scheduler uses it."""
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Take in what became of a trial; one that failed has no value."""
+        """Record a trial's result. When a batch is complete, pass its results to Optuna.
+
+        Args:
+            trial_id: Ray Tune's id of the trial.
+            result: The trial's last report.
+            error: Whether the trial failed; a failed trial has no value.
+        """
         names = self.metric if isinstance(self.metric, list) else [self.metric]
         values = [float((result or {}).get(name, math.nan)) for name in names]
-        self._ended[trial_id] = None if error or not all(map(math.isfinite, values)) else values
-        if len(self._order) % self._batch == 0 and len(self._ended) == len(self._order):
+        self._results[trial_id] = None if error or not all(map(math.isfinite, values)) else values
+        if len(self._order) % self._batch == 0 and len(self._results) == len(self._order):
             for ended in self._order[len(self._completed_trials) :]:
-                values_or_none = self._ended[ended]
+                values_or_none = self._results[ended]
                 state = TrialState.FAIL if values_or_none is None else TrialState.COMPLETE
                 self._ot_study.tell(self._ot_trials[ended], values_or_none, state=state)
                 self._completed_trials.add(ended)
 
 
 def to_distribution(domain: Domain) -> BaseDistribution:
-    """A domain as Optuna has it."""
+    """Convert a domain to Optuna's distribution."""
     if domain.choice is not None:
-        return CategoricalDistribution(domain.codes)
-    low, high = domain.ends
+        return CategoricalDistribution(domain.encoded_choices)
+    low, high = domain.values_to_check
     kind = IntDistribution if domain.integer or domain.log_integer else FloatDistribution
     return kind(low, high, log=domain.is_log)
 
 
 def build_sampler(search: Search) -> BaseSampler:
-    """Optuna's sampler of a search, seeded."""
+    """Build Optuna's sampler of a search, seeded."""
     match search.sampler:
         case "tpe":
-            first = min(RANDOM_FIRST, max(1, (search.trials or 1) // 3))
-            return TPESampler(seed=search.seed, n_startup_trials=first)
+            startup = min(MAX_STARTUP_TRIALS, max(1, (search.trials or 1) // 3))
+            return TPESampler(seed=search.seed, n_startup_trials=startup)
         case "nsga2":
             return NSGAIISampler(seed=search.seed, population_size=max(2, search.batch))
         case "random" | "grid":
@@ -95,33 +109,52 @@ def build_sampler(search: Search) -> BaseSampler:
 
 
 def grid_points(search: Search) -> list[dict[str, Any]]:
-    """Every combination of values, coded; the last path's change first."""
-    values = [list(domain.codes or domain.values or ()) for domain in search.domains.values()]
-    return [dict(zip(search.domains, each, strict=True)) for each in itertools.product(*values)]
+    """Return every combination of the domains' encoded values; those of the last path vary fastest."""
+    values = [list(domain.encoded_choices or domain.values or ()) for domain in search.domains.values()]
+    return [dict(zip(search.domains, point, strict=True)) for point in itertools.product(*values)]
 
 
-def build_scheduler(search: Search, stages: int, time: str) -> TrialScheduler | None:
-    """Tune's scheduler, which gives trials up; `time` is what a trial's stages are called in its reports."""
+def build_scheduler(search: Search, stages: int, time_attr: str) -> TrialScheduler | None:
+    """Build Ray Tune's scheduler, which stops bad trials early.
+
+    Args:
+        search: The search.
+        stages: Number of stages of a trial.
+        time_attr: Key of the number of finished stages in a trial's report.
+
+    Returns:
+        The scheduler; None if the search stops no trials.
+    """
     stopping = search.early_stopping
     if stopping is None:
         return None
     [objective] = search.objectives
-    watched = {"time_attr": time, "metric": objective, "mode": direction_of(objective)}
+    settings = {"time_attr": time_attr, "metric": objective, "mode": optimisation_direction(objective)}
     if stopping.kind == "median":
-        return MedianStoppingRule(**watched, grace_period=stopping.grace_stages, min_samples_required=MEDIAN_OF)
+        return MedianStoppingRule(
+            **settings, grace_period=stopping.grace_stages, min_samples_required=MEDIAN_MIN_TRIALS
+        )
     return AsyncHyperBandScheduler(
-        **watched, max_t=stages, grace_period=stopping.grace_stages, reduction_factor=stopping.reduction_factor
+        **settings, max_t=stages, grace_period=stopping.grace_stages, reduction_factor=stopping.reduction_factor
     )
 
 
 def build_study(search: Search, trials: Sequence[Trial]) -> optuna.Study:
-    """The finished trials as Optuna's own study, for its pictures and importances: objectives in per cent."""
+    """Build an Optuna study of the finished trials, for charts and importances.
+
+    Args:
+        search: The search.
+        trials: All trials.
+
+    Returns:
+        The study; objectives are in per cent.
+    """
     directions = {"min": StudyDirection.MINIMIZE, "max": StudyDirection.MAXIMIZE}
-    study = optuna.create_study(directions=[directions[direction_of(name)] for name in search.objectives])
+    study = optuna.create_study(directions=[directions[optimisation_direction(name)] for name in search.objectives])
     distributions = {path: to_distribution(domain) for path, domain in search.domains.items()}
     for trial in trials:
         if trial.status in ("finished", "read") and trial.objectives:
-            params = {path: search.domains[path].code(value) for path, value in trial.values.items()}
+            params = {path: search.domains[path].encode(value) for path, value in trial.values.items()}
             values = [100 * trial.objectives[name] for name in search.objectives]
             number = {"number": trial.number}
             study.add_trial(
@@ -131,18 +164,23 @@ def build_study(search: Search, trials: Sequence[Trial]) -> optuna.Study:
 
 
 def compute_importance(search: Search, trials: Sequence[Trial]) -> dict[str, float]:
-    """Share of the mean objective's variance over the finished trials that each path explains (Optuna's fANOVA).
+    """Compute how much of the mean objective's variance each path explains, with Optuna's fANOVA.
 
-    Nothing where fewer than two trials finished, or all came to the same.
+    Args:
+        search: The search.
+        trials: All trials; the finished ones count.
+
+    Returns:
+        Shares of the variance by path; empty if fewer than two finished trials differ in the mean objective.
     """
     study = build_study(search, trials)
-    signs = [1.0 if direction_of(name) == "max" else -1.0 for name in search.objectives]
+    signs = [1.0 if optimisation_direction(name) == "max" else -1.0 for name in search.objectives]
 
-    def target(trial: optuna.trial.FrozenTrial) -> float:
+    def mean_objective(trial: optuna.trial.FrozenTrial) -> float:
         return fmean(sign * value for sign, value in zip(signs, trial.values, strict=True))
 
-    if len(set(map(target, study.trials))) < 2:
+    if len(set(map(mean_objective, study.trials))) < 2:
         return {}
-    judge = FanovaImportanceEvaluator(seed=search.seed)
-    found = optuna.importance.get_param_importances(study, evaluator=judge, target=target)
-    return {path: float(found.get(path, 0.0)) for path in search.domains}
+    evaluator = FanovaImportanceEvaluator(seed=search.seed)
+    shares = optuna.importance.get_param_importances(study, evaluator=evaluator, target=mean_objective)
+    return {path: float(shares.get(path, 0.0)) for path in search.domains}

@@ -1,6 +1,6 @@
-"""MLflow: a search is a parent, its trials are children, and their stages children of these.
+"""Recording a search in MLflow: the search is a parent run, its trials are child runs with their stages below them.
 
-Trials are sent from their journals, as any run's; the search's own run gets what was found in the end.
+Trials are uploaded from their journals, like other runs. The search's own run gets the search's result at the end.
 """
 
 import threading
@@ -11,263 +11,280 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlflow.entities import Metric, Param
+from mlflow.entities import Metric, Param, Run
 
-from orchestrate.lifecycle import paths as places
+from orchestrate.lifecycle import paths
 from orchestrate.lifecycle.lock import run_lock
 from orchestrate.lifecycle.run_status import read_state
-from orchestrate.recipes.recipe import load_search, with_values
+from orchestrate.recipes.recipe import build_trial_experiment, load_search
 from orchestrate.search.report import trial_columns
 from orchestrate.search.results import load_search_result
 from orchestrate.tracking.mlflow_client import (
-    ARTIFACTS,
     FINGERPRINT,
     FOLDER,
+    JOURNAL_POSITION,
     LEVEL,
-    LONGEST_NAME,
-    LONGEST_VALUE,
+    MAX_NAME_LENGTH,
+    MAX_VALUE_LENGTH,
     REASON,
-    TAKEN,
     clear_reason,
-    find_recorded,
+    find_run_of_folder,
+    finish_run,
     flatten,
     log_metrics,
     log_table,
     open_store,
-    provenance,
-    runs_of,
+    provenance_tags,
+    search_runs,
     valid_name,
 )
-from orchestrate.tracking.store_errors import FAILURES, OFFLINE, ArtifactError, artifact_error, store_error
-from orchestrate.tracking.uploader import PATIENCE_SECONDS, JournalUploader, upload_run
-from schemas.errors import InputError, command
+from orchestrate.tracking.store_errors import (
+    FAILURES,
+    OFFLINE_ADVICE,
+    ArtifactError,
+    explain_store_errors,
+    store_error,
+)
+from orchestrate.tracking.uploader import FINISH_TIMEOUT, JournalUploader, upload_run
+from schemas.errors import ErrorCode, InputError, shell_command
 from schemas.redaction import mask
-from schemas.results import RunState, Synced
-from schemas.search import Search, SearchResult, TrialEnded, TrialNews, TrialStarted
-from zscl.sequence.journal import JOURNAL
+from schemas.results import RunState, SyncReport
+from schemas.search import Search, SearchResult, TrialEnded, TrialEvent, TrialStarted
+from zscl.sequence.layout import JOURNAL
 
 if TYPE_CHECKING:
     from orchestrate.search.preflight import PreparedSearch
 
-TABLE = "trials.json"
-TRIAL_SECONDS = 120.0  # for a trial's records to arrive, beside what goes on
+TRIALS_TABLE = "trials.json"
+TRIAL_TIMEOUT = 120.0  # seconds to upload the rest of a trial's records; other trials run meanwhile
 
 
-def _begun_in(folder: Path) -> int | None:
-    """Return when the search in a folder began, if there is one and it says so."""
-    if not (folder / places.FINGERPRINT).is_file():
+def _read_start_time(folder: Path) -> int | None:
+    """Return the start time of the search in a folder, in milliseconds, if the folder holds one and records it."""
+    if not (folder / paths.FINGERPRINT).is_file():
         return None
-    return places.search_identity(folder).begun
+    return paths.read_search_identity(folder).started_ms
 
 
 class SearchRecorder:
-    """A search in a store. Every method raises one of `store_errors.FAILURES` where the store does not answer."""
+    """Records a search in an MLflow store. Each method may raise any of `store_errors.FAILURES`.
 
-    def __init__(
-        self, search: Search, experiment: str, identity: places.SearchIdentity, folder: Path, uri: str
-    ) -> None:
-        """Find the search in the store, or make it.
+    Attributes:
+        client: The store.
+        run_id: Id of the search's MLflow run.
+    """
+
+    def __init__(self, search: Search, experiment: str, identity: paths.SearchIdentity, folder: Path, uri: str) -> None:
+        """Find the search's MLflow run, or create it.
 
         Args:
-            search: what is looked for.
-            experiment: of MLflow's.
-            identity: of the search.
-            folder: of the search, absolute.
-            uri: of the store.
+            search: The search.
+            experiment: Name of the MLflow experiment.
+            identity: The search's identity.
+            folder: The search's folder, absolute.
+            uri: Tracking URI.
         """
-        self.search = search
-        self.client, self.experiment_id = open_store(uri, experiment)
-        known, begun = runs_of(self.client, [self.experiment_id], identity.fingerprint, ["search"]), identity.begun
-        found = find_recorded(known, folder, begun, _begun_in)
-        if found is None:
-            tags = {
-                LEVEL: "search",
-                FINGERPRINT: identity.fingerprint,
-                FOLDER: mask(str(folder)),
-                TAKEN: f"0 since {begun}" if begun else "0",  # of a journal: a search has none
-                "zscl.objectives": ", ".join(search.objectives),
-                **provenance(),
-                "mlflow.note.content": "Trials are judged on held-out training images; `test/…` on the test images.",
-            }
-            found = self.client.create_run(self.experiment_id, run_name=folder.name[:LONGEST_NAME], tags=tags)
-            given = flatten(search.model_dump(mode="json", exclude_none=True))
-            self.client.log_batch(
-                found.info.run_id,
-                params=[Param(valid_name(name), str(value)[:LONGEST_VALUE]) for name, value in given],
-            )
-        self.run_id = str(found.info.run_id)
-        self._uri, self._artifacts = uri, str(found.info.artifact_uri)
-        self.status = str(found.info.status)
-        self.client.set_tag(self.run_id, FOLDER, mask(str(folder)))  # it may have been moved
+        self.client, experiment_id = open_store(uri, experiment)
+        started = identity.started_ms
+        candidates = search_runs(self.client, [experiment_id], identity.fingerprint, ["search"])
+        run = find_run_of_folder(candidates, folder, started, _read_start_time)
+        self._run = run or self._create_run(search, experiment_id, identity, folder)
+        self.run_id = str(self._run.info.run_id)
+        self.client.set_tag(self.run_id, FOLDER, mask(str(folder)))  # the folder may have been moved
+
+    def _create_run(self, search: Search, experiment_id: str, identity: paths.SearchIdentity, folder: Path) -> Run:
+        started = identity.started_ms
+        tags = {
+            LEVEL: "search",
+            FINGERPRINT: identity.fingerprint,
+            FOLDER: mask(str(folder)),
+            JOURNAL_POSITION: f"0 since {started}" if started else "0",  # a search has no journal
+            "zscl.objectives": ", ".join(search.objectives),
+            **provenance_tags(),
+            "mlflow.note.content": "Trials are evaluated on held-out training images; `test/…` on the test images.",
+        }
+        run = self.client.create_run(experiment_id, run_name=folder.name[:MAX_NAME_LENGTH], tags=tags)
+        settings = flatten(search.model_dump(mode="json", exclude_none=True))
+        params = [Param(valid_name(name), str(value)[:MAX_VALUE_LENGTH]) for name, value in settings]
+        self.client.log_batch(run.info.run_id, params=params)
+        return run
 
     def resume(self) -> None:
-        """Say that the search is under way."""
+        """Set the run's status to RUNNING."""
         self.client.update_run(self.run_id, status="RUNNING")
         clear_reason(self.client, self.run_id)
 
     def finalize(self, folder: Path, files: bool = True) -> str:
-        """Record how the search stands, as its folder says. Returns the status.
+        """Record the search's status, as its folder says it.
 
         Args:
-            folder: Of the search.
-            files: Also send the files of a search that is finished.
+            folder: The search's folder.
+            files: Whether to upload the files of a finished search, too.
+
+        Returns:
+            The status: FINISHED, FAILED or KILLED.
 
         Raises:
-            ArtifactError: The status is recorded, but the artefact store does not take the files.
+            ArtifactError: The status is recorded, but the artifact store did not accept the files.
         """
         state = read_state(folder)
-        if (folder / places.FOUND).is_file():
+        if (folder / paths.SEARCH_RESULT).is_file():
             self.finish(load_search_result(folder), folder, files)
             return "FINISHED"
-        if state is None or state.status in ("RUNNING", "FINISHED"):  # and yet nobody works on it
+        if state is None or state.status in ("RUNNING", "FINISHED"):  # but no process works on it
             state = RunState(status="KILLED", reason="the process is gone", time=time.time_ns() // 1_000_000)
-        self.client.set_tag(self.run_id, REASON, state.reason[:LONGEST_VALUE])
+        self.client.set_tag(self.run_id, REASON, state.reason[:MAX_VALUE_LENGTH])
         self.client.set_terminated(self.run_id, state.status, state.time)
         return state.status
 
-    def finish(self, found: SearchResult, folder: Path, files: bool = True) -> None:
-        """Record table, pictures, importances and the chosen recipe, and close the run.
+    def finish(self, result: SearchResult, folder: Path, files: bool = True) -> None:
+        """Record a finished search: metrics, the table of trials, the recipes and the charts.
 
         Args:
-            found: What the search found.
-            folder: Of the search.
-            files: Also send what belongs into the artefact store.
+            result: The search's result.
+            folder: The search's folder.
+            files: Whether to upload what belongs into the artifact store, too.
 
         Raises:
-            ArtifactError: All but the files is recorded.
+            ArtifactError: Everything else is recorded, but the artifact store did not accept the files.
         """
-        ended = read_state(folder)
-        now = ended.time if ended and ended.status == "FINISHED" else 0
-        chosen = found.trials[found.chosen - 1]
+        state = read_state(folder)
+        end_time = state.time if state and state.status == "FINISHED" else 0
+        chosen = result.trials[result.chosen - 1]
         figures = {f"chosen/{name}": value for name, value in chosen.objectives.items()}
-        figures |= {f"importance/{path}": value for path, value in found.importance.items()}
-        figures |= {f"stage_trainings/{name}": value for name, value in found.stage_trainings.model_dump().items()}
+        figures |= {f"importance/{path}": value for path, value in result.importance.items()}
+        figures |= {f"stage_trainings/{name}": value for name, value in result.stage_trainings.model_dump().items()}
         figures |= {
-            f"test/{name}": value for name, value in found.test.metrics.model_dump().items() if value is not None
+            f"test/{name}": value for name, value in result.test.metrics.model_dump().items() if value is not None
         }
-        metrics = [Metric(name, value, now, 0) for name, value in figures.items()]
-        for trial in found.trials:
-            metrics += [Metric(f"trial/{name}", value, now, trial.number) for name, value in trial.objectives.items()]
+        metrics = [Metric(name, value, end_time, 0) for name, value in figures.items()]
+        for trial in result.trials:
+            metrics += [
+                Metric(f"trial/{name}", value, end_time, trial.number) for name, value in trial.objectives.items()
+            ]
         log_metrics(self.client, self.run_id, metrics)
-        self.client.set_tag(self.run_id, "zscl.chosen", str(found.chosen))
+        self.client.set_tag(self.run_id, "zscl.chosen", str(result.chosen))
         clear_reason(self.client, self.run_id)
-        # The status comes before the files: their store may be another one, which does not answer.
-        sync = command("zscl", "sync", folder)
-        self.client.set_tag(self.run_id, ARTIFACTS, f"not sent yet; this command sends them: {sync}"[:LONGEST_VALUE])
-        self.client.set_terminated(self.run_id, "FINISHED", now or None)
-        if not files:
-            return
-        try:
-            self._log_files(found, folder)
-        except Exception as error:  # whatever the library of an artefact store raises
-            told = artifact_error(self._uri, self._artifacts, error)
-            self.client.set_tag(self.run_id, ARTIFACTS, str(told)[:LONGEST_VALUE])
-            raise told from error
-        self.client.delete_tag(self.run_id, ARTIFACTS)
+        upload = partial(self._upload_files, result, folder) if files else None
+        finish_run(self.client, self._run, folder, end_time or None, upload)
 
-    def _log_files(self, found: SearchResult, folder: Path) -> None:
-        """Record the table of trials, the recipes and the pictures."""
-        log_table(self.client, self.run_id, trial_columns(found), TABLE)
-        for file in (places.SEARCH, places.FOUND, places.CHOSEN):
+    def _upload_files(self, result: SearchResult, folder: Path) -> None:
+        """Upload the table of trials, the recipes and the charts."""
+        log_table(self.client, self.run_id, trial_columns(result), TRIALS_TABLE)
+        for file in (paths.SEARCH, paths.SEARCH_RESULT, paths.CHOSEN_RECIPE):
             self.client.log_artifact(self.run_id, str(folder / file))
-        for picture in sorted(folder.glob("*.png")):
-            self.client.log_artifact(self.run_id, str(picture), "figures")
+        for chart in sorted(folder.glob("*.png")):
+            self.client.log_artifact(self.run_id, str(chart), "figures")
 
 
 class SearchUploader:
-    """Sends a search and its trials while it goes on; nobody waits for it until the end."""
+    """Uploads a search and its trials in background threads. Only `end` waits for them."""
 
     def __init__(
-        self, prepared: "PreparedSearch", folder: Path, note: Callable[[str], None], identity: places.SearchIdentity
+        self, prepared: "PreparedSearch", folder: Path, note: Callable[[str], None], identity: paths.SearchIdentity
     ) -> None:
-        """Open the store.
+        """Open the store and record that the search is running.
+
+        Args:
+            prepared: The checked search.
+            folder: The search's folder, absolute.
+            note: Called with messages about the store, also from background threads.
+            identity: The search's identity.
 
         Raises:
-            InputError: it cannot be reached.
+            InputError: If the store cannot be reached.
         """
         self._prepared, self._folder, self._note = prepared, folder, note
         experiment = prepared.base.experiment
-        uri = places.restore_password(places.store_uri(experiment, folder))
-        try:
-            self._record = SearchRecorder(prepared.search, experiment.tracking.experiment, identity, folder, uri)
-            self._record.resume()
-        except (*FAILURES, InputError) as error:
-            raise store_error(uri, error, OFFLINE) from error
-        self._uri = uri
-        self._shippers: dict[int, JournalUploader] = {}
-        self._ending: list[threading.Thread] = []
+        self._uri = paths.restore_password(paths.tracking_uri(experiment, folder))
+        with explain_store_errors(self._uri, OFFLINE_ADVICE):
+            self._recorder = SearchRecorder(
+                prepared.search, experiment.tracking.experiment, identity, folder, self._uri
+            )
+            self._recorder.resume()
+        self._uploaders: dict[int, JournalUploader] = {}
+        self._end_threads: list[threading.Thread] = []
 
-    def __call__(self, told: TrialNews) -> None:
-        """Follow a trial from its start to its end."""
-        match told.news:
-            case TrialStarted(values=values, fingerprint=fingerprint, folder=folder) if told.trial > 0:
-                if told.trial not in self._shippers:
-                    prepared = self._prepared
-                    experiment = with_values(prepared.search, prepared.content, values, prepared.file)
-                    self._shippers[told.trial] = JournalUploader(
-                        experiment, fingerprint, Path(folder), self._note, self._record.run_id
+    def __call__(self, trial_event: TrialEvent) -> None:
+        """Start a trial's uploader when the trial starts, and end it when the trial ends."""
+        number = trial_event.trial
+        match trial_event.news:
+            case TrialStarted(values=values, fingerprint=fingerprint, folder=folder) if number > 0:
+                if number not in self._uploaders:
+                    search, content, file = self._prepared.search, self._prepared.content, self._prepared.file
+                    self._uploaders[number] = JournalUploader(
+                        build_trial_experiment(search, content, values, file),
+                        fingerprint,
+                        Path(folder),
+                        self._note,
+                        self._recorder.run_id,
                     )
-            case TrialEnded() if told.trial in self._shippers:
-                shipper = self._shippers.pop(told.trial)
-                thread = threading.Thread(target=shipper.end, args=[TRIAL_SECONDS], name="ending", daemon=True)
+            case TrialEnded() if number in self._uploaders:
+                end = self._uploaders.pop(number).end
+                thread = threading.Thread(target=end, args=[TRIAL_TIMEOUT], name="ending", daemon=True)
                 thread.start()
-                self._ending.append(thread)
+                self._end_threads.append(thread)
 
-    def end(self, patience: float | None = None) -> None:
-        """Let everything arrive, and with it how the search ended, which the folder says by now.
+    def end(self, timeout: float | None = None) -> None:
+        """Upload everything that is left, then record how the search ended, as its folder says.
 
         Args:
-            patience: seconds to wait for all of it; default: more for more trials whose records are under way.
+            timeout: Seconds to wait; default: longer the more trials have records left.
         """
-        waiting = len(self._shippers) + sum(thread.is_alive() for thread in self._ending)
-        patience = PATIENCE_SECONDS * (1 + waiting) if patience is None else patience
-        deadline = time.monotonic() + patience
-        self._ending += [
-            threading.Thread(target=shipper.end, args=[patience], daemon=True) for shipper in self._shippers.values()
+        waiting = len(self._uploaders) + sum(thread.is_alive() for thread in self._end_threads)
+        timeout = FINISH_TIMEOUT * (1 + waiting) if timeout is None else timeout
+        deadline = time.monotonic() + timeout
+        self._end_threads += [
+            threading.Thread(target=uploader.end, args=[timeout], daemon=True) for uploader in self._uploaders.values()
         ]
-        for thread in self._ending:
-            with suppress(RuntimeError):  # it is started already
+        for thread in self._end_threads:
+            with suppress(RuntimeError):  # the thread was started before
                 thread.start()
-        for thread in self._ending:
+        for thread in self._end_threads:
             thread.join(max(0.0, deadline - time.monotonic()))
         try:
-            self._record.finalize(self._folder)
+            self._recorder.finalize(self._folder)
         except (*FAILURES, ArtifactError) as error:
-            why = error if isinstance(error, ArtifactError) else store_error(self._uri, error)
-            rest = command("zscl", "sync", self._folder)
-            self._note(f"MLflow has not taken everything ({why}); later, send the rest with: {rest}")
+            reason = error if isinstance(error, ArtifactError) else store_error(self._uri, error)
+            sync = shell_command("zscl", "sync", self._folder)
+            self._note(f"MLflow has not taken everything ({reason}); later, send the rest with: {sync}")
 
 
-def sync_search(folder: Path, uri: str | None, on_sent: Callable[[str, int, int], None]) -> Synced:
-    """Send what a store does not have yet of a search on which nobody works.
+def sync_search(folder: Path, uri: str | None, on_sent: Callable[[str, int, int], None]) -> SyncReport:
+    """Upload what an MLflow store does not have yet of a search that no process works on.
 
     Args:
-        folder: the search's, absolute.
-        uri: of the store; default: that of its recipe.
-        on_sent: told how far it is: what is sent, entries sent, and to be sent.
+        folder: The search's folder, absolute.
+        uri: Tracking URI; default: that of the search's recipe.
+        on_sent: Called with the name of the trial, the number of entries sent, and the number of entries to send.
+
+    Returns:
+        What was sent, and the search's status.
 
     Raises:
-        InputError: it is under way, or the store or its artefact store cannot be reached.
+        InputError: If a process works on the search, or the store or its artifact store cannot be reached.
     """
     with run_lock(folder, advice="copy the run to such a folder, and sync the copy"):
-        search, content = load_search(folder / places.SEARCH)
-        experiment = with_values(search, content, {}, folder / places.SEARCH)
-        uri = uri or places.restore_password(places.store_uri(experiment, folder))
-        identity = places.search_identity(folder)
+        search, content = load_search(folder / paths.SEARCH)
+        experiment = build_trial_experiment(search, content, {}, folder / paths.SEARCH)
+        uri = uri or paths.restore_password(paths.tracking_uri(experiment, folder))
+        identity = paths.read_search_identity(folder)
         sent, failure = 0, None
-        try:
-            record = SearchRecorder(search, experiment.tracking.experiment, identity, folder, uri)
-            for trial in sorted((folder / "trials").glob(f"*/{JOURNAL}")):
-                told = partial(on_sent, trial.parent.name)
+        with explain_store_errors(uri):
+            recorder = SearchRecorder(search, experiment.tracking.experiment, identity, folder, uri)
+            for journal in sorted((folder / "trials").glob(f"*/{JOURNAL}")):
+                run = journal.parent
+                report = partial(on_sent, run.name)
                 try:
-                    sent += upload_run(trial.parent, uri, told, record.run_id, files=failure is None).entries
-                except ArtifactError as error:  # the others' metrics and status may be sent nevertheless
+                    sent += upload_run(run, uri, report, recorder.run_id, files=failure is None).entries
+                except ArtifactError as error:  # metrics and status of other trials can be sent nevertheless
                     failure = error
-            status = record.finalize(folder, files=failure is None)
-        except ArtifactError as error:
-            failure = error
-        except FAILURES as error:
-            raise store_error(uri, error) from error
+            try:
+                status = recorder.finalize(folder, files=failure is None)
+            except ArtifactError as error:
+                failure = error
     if failure is not None:
-        raise InputError(f"{folder}: {failure}; then repeat: {command('zscl', 'sync', folder)}") from failure
-    return Synced(folder=str(folder), tracking_uri=mask(uri), entries=sent, status=status)
+        raise InputError(
+            f"{folder}: {failure}; then repeat: {shell_command('zscl', 'sync', folder)}", code=ErrorCode.UNREACHABLE
+        ) from failure
+    return SyncReport(folder=str(folder), tracking_uri=mask(uri), entries=sent, status=status)

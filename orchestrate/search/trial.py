@@ -21,10 +21,9 @@ from ray import tune
 
 from orchestrate.cluster.connect import check_resources
 from orchestrate.cluster.train_workers import train
-from orchestrate.lifecycle.paths import EXPERIMENT
 from orchestrate.lifecycle.run_status import write_state
 from orchestrate.lifecycle.signals import StopRequest
-from orchestrate.recipes.recipe import with_values, write_experiment
+from orchestrate.recipes.recipe import build_trial_experiment, write_experiment
 from orchestrate.search.samplers import TRIAL_NUMBER
 from schemas.base import parse_json
 from schemas.errors import InputError, InterruptedRunError
@@ -32,11 +31,11 @@ from schemas.events import RowMeasured, StageTrained
 from schemas.experiment import Experiment
 from schemas.redaction import mask
 from schemas.results import Result
-from schemas.search import Search, TrialEnded, TrialNews, TrialStarted, objectives_of
-from zscl.evaluation.metrics import metrics
+from schemas.search import Search, TrialEnded, TrialEvent, TrialStarted, objective_values
+from zscl.evaluation.metrics import compute_metrics
 from zscl.runtime.atomic_io import link_folder
 from zscl.runtime.retry import try_acquire
-from zscl.sequence.layout import RESULT
+from zscl.sequence.layout import EXPERIMENT, RESULT, lock_file, stage_cache_folder, teacher_cache_folder
 from zscl.sequence.resolve import ResolvedExperiment, resolve
 from zscl.sequence.run import run_sequence
 from zscl.sequence.stage_cache import Averages, SharedWork
@@ -70,7 +69,7 @@ class TrialContext:
     @property
     def shared(self) -> SharedWork:
         """What trials share: trained stages within the search, teacher features with all runs next to the search."""
-        return SharedWork(self.folder.parent / "teacher", self.folder / "stages", self.averages)
+        return SharedWork(teacher_cache_folder(self.folder), stage_cache_folder(self.folder), self.averages)
 
     def trial_folder(self, fingerprint: str) -> Path:
         """Return the folder of the trial with this fingerprint."""
@@ -135,7 +134,7 @@ class SearchTrial(tune.Trainable):  # type: ignore[misc]
 
     def _reset(self, config: dict[str, Any]) -> None:
         self._number = config[TRIAL_NUMBER]
-        self._values = {path: domain.meant(config[path]) for path, domain in self._context.search.domains.items()}
+        self._values = {path: domain.decode(config[path]) for path, domain in self._context.search.domains.items()}
         self._reports: queue.Queue[dict[str, Any] | BaseException] = queue.Queue()
         self._may_continue, self._stopped_early = threading.Event(), threading.Event()
         self._reported = False
@@ -167,7 +166,9 @@ class SearchTrial(tune.Trainable):  # type: ignore[misc]
 
     def _run(self) -> Result:
         context = self._context
-        resolved = self._resolved = resolve(with_values(context.search, context.content, self._values, context.file))
+        resolved = self._resolved = resolve(
+            build_trial_experiment(context.search, context.content, self._values, context.file)
+        )
         self._fingerprint, folder = resolved.fingerprint, context.trial_folder(resolved.fingerprint)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with self._trial_lock(folder):
@@ -195,7 +196,7 @@ class SearchTrial(tune.Trainable):  # type: ignore[misc]
     @contextmanager
     def _trial_lock(self, folder: Path) -> Iterator[None]:
         """Hold the trial's lock. A sampler may suggest the same values twice; the second trial waits for the first."""
-        lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+        lock = FileLock(lock_file(folder))
         while not try_acquire(lock, POLL_SECONDS):
             if self._stop_requested():
                 raise StoppedError("stopped while waiting for another trial with the same values")
@@ -216,9 +217,7 @@ class SearchTrial(tune.Trainable):  # type: ignore[misc]
         if experiment.compute.workers == 1:
             return run_sequence(resolved, folder, self._on_event, _device(), self._stop_requested, shared)
         with StopPoller(self._stop_requested) as stop_request:
-            return train(
-                experiment, folder, self._on_event, stop_request, shared, grace_seconds=WORKERS_STOP_SECONDS
-            )
+            return train(experiment, folder, self._on_event, stop_request, shared, grace_seconds=WORKERS_STOP_SECONDS)
 
     def _on_event(self, event: BaseModel) -> None:
         """Forward an event. After a stage's row, report to Tune and wait until the trial may continue."""
@@ -244,7 +243,7 @@ class SearchTrial(tune.Trainable):  # type: ignore[misc]
         names = [task.name for task in result.tasks]
         self._stages = len(result.accuracy_matrix)
         last_row = dict(zip(names, result.accuracy_matrix[-1], strict=True))
-        objectives = objectives_of(self._context.search.objectives, result.metrics, last_row)
+        objectives = objective_values(self._context.search.objectives, result.metrics, last_row)
         self._report_end("read" if self._was_finished else "finished", "", objectives, result.train_seconds)
 
     def _report_end(
@@ -274,15 +273,15 @@ class SearchTrial(tune.Trainable):  # type: ignore[misc]
         matrix = [[row[task.name] for task in tasks] for row in self._rows]
         one_head = self._resolved.experiment.class_incremental is not None
         images = [len(task.test) for task in tasks] if one_head else None  # type: ignore[arg-type]  # local data
-        figures = metrics(matrix, [self._zero_shot[task.name] for task in tasks], images)
-        return objectives_of(self._context.search.objectives, figures, self._rows[-1])
+        figures = compute_metrics(matrix, [self._zero_shot[task.name] for task in tasks], images)
+        return objective_values(self._context.search.objectives, figures, self._rows[-1])
 
     def _record_state(self, status: Any, reason: str) -> None:
         if self._fingerprint:
             write_state(self._context.trial_folder(self._fingerprint), status, reason)
 
     def _stop_requested(self) -> bool:
-        return self._stopped_early.is_set() or bool(ray.get(self._context.channel.asked_to_stop.remote()))
+        return self._stopped_early.is_set() or bool(ray.get(self._context.channel.stop_requested.remote()))
 
     def _send(self, event: BaseModel) -> None:
         _send_event(self._context.channel, self._number, event)
@@ -315,7 +314,7 @@ class StopPoller(StopRequest):
         except ray.exceptions.RayError:
             stop = True
         if stop:
-            self.ask()
+            self.request()
 
     def _run(self) -> None:
         while not self and not self._closed.wait(POLL_SECONDS):
@@ -333,7 +332,7 @@ def evaluate_on_test(experiment: Experiment, folder: Path, context: TrialContext
     Returns:
         The run's result on the test images.
     """
-    compute, shared = experiment.compute, SharedWork(context.shared.teacher)
+    compute, shared = experiment.compute, SharedWork(context.shared.teacher_cache)
     if compute.workers > 1:
         return train(experiment, folder, partial(_send_event, context.channel, 0), StopRequest(), shared)
     gpus = compute.gpus_per_worker if check_resources(compute) else 0.0
@@ -354,5 +353,5 @@ def _device() -> torch.device:
 
 
 def _send_event(channel: Any, trial: int, event: BaseModel) -> None:
-    news = TrialNews(trial=trial, news=event)  # type: ignore[arg-type]
+    news = TrialEvent(trial=trial, news=event)  # type: ignore[arg-type]
     ray.get(channel.put.remote(news.model_dump_json()))

@@ -1,72 +1,79 @@
-"""Files and figures that join a run in MLflow after it has ended: evaluations, and comparisons it takes part in."""
+"""Attaching files and metrics to a run in MLflow after it has ended: evaluations and comparisons."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from orchestrate.lifecycle.paths import EXPERIMENT, LEVELS, restore_password, sqlite_file, store_uri
+from orchestrate.lifecycle.paths import RUN_LEVELS, restore_password, sqlite_file, tracking_uri
 from orchestrate.recipes.recipe import load_experiment
 from schemas.errors import InputError
 from schemas.redaction import mask
-from zscl.sequence.journal import begun_in, identity_of
+from zscl.sequence.journal import read_run_identity, read_start_time
+from zscl.sequence.layout import EXPERIMENT
 
 
 def attach_files(
-    run: Path,
+    run_folder: Path,
     files: Sequence[Path],
-    place: str,
+    artifact_path: str,
     note: Callable[[str], None],
     metrics: Mapping[str, Mapping[int, float]] | None = None,
 ) -> bool:
-    """Leave files among the artefacts of a run, where its store has it; what is there of the same name is replaced.
+    """Upload files to a run's artifacts, and log metrics, if the run is recorded in its store.
 
-    A store that does not answer is noted: the files are on disk, and this is a second place for them.
+    Artifacts of the same name are replaced. A failure is not an error, because the files are also on disk.
 
     Args:
-        run: the run's folder.
-        files: what to leave.
-        place: the folder among the run's artefacts.
-        note: told why nothing was left.
-        metrics: by name and step, which join the run's.
+        run_folder: The run's folder.
+        files: Files to upload.
+        artifact_path: Folder among the run's artifacts.
+        note: Receives a message if the upload fails.
+        metrics: Values by metric name and step.
+
+    Returns:
+        Whether the run is recorded and everything was uploaded.
     """
     try:
-        experiment = load_experiment(run / EXPERIMENT)
-        uri = restore_password(store_uri(experiment, run))
+        experiment = load_experiment(run_folder / EXPERIMENT)
+        uri = restore_password(tracking_uri(experiment, run_folder))
     except InputError as error:
-        note(f"not left in MLflow: {error}")
+        note(f"not uploaded to MLflow: {error}")
         return False
-    identity = identity_of(run)
+    identity = read_run_identity(run_folder)
     from mlflow.entities import Metric  # takes seconds to import
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-    from orchestrate.tracking.local_store import artefacts_now
-    from orchestrate.tracking.mlflow_client import find_recorded, log_metrics, open_client, runs_of
-    from orchestrate.tracking.store_errors import reason_of
+    from orchestrate.tracking.local_store import current_artifact_uri
+    from orchestrate.tracking.mlflow_client import find_run_of_folder, log_metrics, open_client, search_runs
+    from orchestrate.tracking.store_errors import root_cause
 
     try:
-        file = sqlite_file(uri)
-        if identity is None or (file is not None and not file.is_file()):
-            return False  # a copy of a result, or an offline run: `zscl sync` makes the store
+        store_file = sqlite_file(uri)
+        if identity is None or (store_file is not None and not store_file.is_file()):
+            return False  # a copy of a result, or an offline run, whose store `zscl sync` creates
         client = open_client(uri)
-        found = client.get_experiment_by_name(experiment.tracking.experiment)
-        runs = runs_of(client, [found.experiment_id], identity.fingerprint, LEVELS) if found else []
-        run_there = find_recorded(runs, run.absolute(), identity.begun, begun_in)
-        if run_there is not None:
-            where = run_there.info.run_id
-            uri_now = artefacts_now(run_there.info.artifact_uri, file)
-            for each in files:
-                if uri_now == run_there.info.artifact_uri:
-                    client.log_artifact(where, str(each), place)
-                else:
-                    get_artifact_repository(uri_now).log_artifact(str(each), place)
-            rows = [
-                # The time of the run's end: sent again, it is the same metric.
-                Metric(name, value, run_there.info.end_time or run_there.info.start_time, step)
-                for name, values in (metrics or {}).items()
-                for step, value in values.items()
-            ]
-            if rows:
-                log_metrics(client, where, rows)
-    except Exception as error:  # also whatever a store of artefacts may raise: the files are on disk
-        note(f"not left in MLflow at {mask(uri)} ({reason_of(error, uri)}); the files are in {files[0].parent}")
+        mlflow_experiment = client.get_experiment_by_name(experiment.tracking.experiment)
+        if mlflow_experiment is None:
+            return False
+        runs = search_runs(client, [mlflow_experiment.experiment_id], identity.fingerprint, RUN_LEVELS)
+        run = find_run_of_folder(runs, run_folder.absolute(), identity.start_time, read_start_time)
+        if run is None:
+            return False
+        artifact_uri = current_artifact_uri(run.info.artifact_uri, store_file)
+        for file in files:
+            if artifact_uri == run.info.artifact_uri:
+                client.log_artifact(run.info.run_id, str(file), artifact_path)
+            else:
+                get_artifact_repository(artifact_uri).log_artifact(str(file), artifact_path)
+        # The run's end time makes logging idempotent: MLflow drops a metric that it has with the same time.
+        timestamp = run.info.end_time or run.info.start_time
+        points = [
+            Metric(name, value, timestamp, step)
+            for name, values in (metrics or {}).items()
+            for step, value in values.items()
+        ]
+        if points:
+            log_metrics(client, run.info.run_id, points)
+    except Exception as error:  # the client libraries of artifact stores raise errors of any type
+        note(f"not uploaded to MLflow at {mask(uri)} ({root_cause(error, uri)}); the files are in {files[0].parent}")
         return False
-    return run_there is not None
+    return True

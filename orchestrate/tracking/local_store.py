@@ -1,7 +1,7 @@
-"""An SQLite store of MLflow's and the artefacts beside it, which may be moved together.
+"""SQLite tracking stores: the artifact folder next to the database, and its new location after both were moved.
 
-MLflow records where artefacts lie as absolute locations: of an experiment, of each run and of each model. After a
-project's folder was moved or copied, it would still read and write at the old place.
+MLflow records artifact locations as absolute paths: of an experiment, of each run and of each model. After a project's
+folder was moved or copied, MLflow would still read and write at the old paths.
 """
 
 import sqlite3
@@ -11,8 +11,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-ARTEFACTS = "mlflow-artifacts"
-LOCATIONS = (  # table and column, as far as a version of MLflow has them
+ARTIFACT_FOLDER = "mlflow-artifacts"
+LOCATION_COLUMNS = (  # tables and columns with artifact locations; some versions of MLflow lack some of them
     ("experiments", "artifact_location"),
     ("runs", "artifact_uri"),
     ("logged_models", "artifact_location"),
@@ -21,80 +21,84 @@ LOCATIONS = (  # table and column, as far as a version of MLflow has them
 )
 
 
-def artefacts_beside(file: Path) -> Path:
-    """Return the folder of an SQLite store's artefacts."""
-    return file.parent / ARTEFACTS
+def artifact_folder(file: Path) -> Path:
+    """Return the folder of an SQLite store's artifacts."""
+    return file.parent / ARTIFACT_FOLDER
 
 
-def artefacts_now(location: str, file: Path | None) -> str:
-    """Return where artefacts lie now, without a change to the store: beside it, where it was moved with them.
+def current_artifact_uri(location: str, file: Path | None) -> str:
+    """Return where artifacts are now, if the store and its artifact folder were moved together.
+
+    The store itself is not changed.
 
     Args:
-        location: What the store says.
-        file: Of the store, if it is an SQLite file.
+        location: Artifact path or URI, as recorded in the store.
+        file: The store's SQLite file; `None` for any other store.
+
+    Returns:
+        The URI below the store's present artifact folder, or `location` if it is still valid.
     """
     recorded = _path(location)
-    root = next((each for each in recorded.parents if each.name == ARTEFACTS), None)
-    if file is None or root is None or not _is_local(location) or not _was_left(str(root), artefacts_beside(file)):
+    root = next((parent for parent in recorded.parents if parent.name == ARTIFACT_FOLDER), None)
+    if file is None or root is None or not _is_local(location) or not _is_outdated(str(root), artifact_folder(file)):
         return location
-    return (artefacts_beside(file) / recorded.relative_to(root)).as_uri()
+    return (artifact_folder(file) / recorded.relative_to(root)).as_uri()
 
 
-def follow_artefacts(file: Path) -> None:
-    """Have a store that was moved name its artefacts where they lie now: beside it.
+def relocate_artifacts(file: Path) -> None:
+    """Update the artifact locations in a store that was moved: they become paths in the folder next to it.
 
-    Only locations change that `zscl` chose, in the folder beside the store, and only if the artefacts came along or are
-    gone from where they were.
+    Only locations that `zscl` chose are changed, and only if the artifacts were moved, too, or do not exist at the old
+    location any more.
 
     Args:
-        file: of the store; it need not exist.
+        file: The store's SQLite file; it may not exist.
 
     Raises:
-        OSError: the store cannot be read or written.
+        OSError: The store cannot be read or written.
     """
     if not file.is_file():
         return
     try:
-        with closing(sqlite3.connect(file)) as store, store:  # a transaction: all or nothing
-            _follow(store, artefacts_beside(file))
+        with closing(sqlite3.connect(file)) as connection, connection:  # one transaction
+            _update_locations(connection, artifact_folder(file))
     except sqlite3.Error as error:
         raise OSError(f"{file}: {error}") from error
 
 
-def _follow(store: sqlite3.Connection, here: Path) -> None:
-    left = [location for location in _locations(store) if _was_left(location, here)]
-    for table, column in LOCATIONS if left else ():
-        if column not in _columns(store, table):
+def _update_locations(connection: sqlite3.Connection, folder: Path) -> None:
+    outdated = [location for location in _experiment_locations(connection) if _is_outdated(location, folder)]
+    for table, column in LOCATION_COLUMNS if outdated else ():
+        if column not in _columns(connection, table):
             continue
-        for location in left:
-            store.execute(
+        for location in outdated:
+            connection.execute(
                 f"UPDATE {table} SET {column} = :new || substr({column}, length(:old) + 1) "
                 f"WHERE {column} = :old OR substr({column}, 1, length(:old) + 1) = :old || '/'",
-                {"new": here.as_uri(), "old": location},
+                {"new": folder.as_uri(), "old": location},
             )
 
 
-def _locations(store: sqlite3.Connection) -> Iterator[str]:
-    """Give where the experiments of a store have their artefacts, if it has any experiments yet."""
-    if _columns(store, "experiments"):
-        for [location] in store.execute("SELECT DISTINCT artifact_location FROM experiments"):
+def _experiment_locations(connection: sqlite3.Connection) -> Iterator[str]:
+    """Yield the local artifact locations of the store's experiments."""
+    if _columns(connection, "experiments"):
+        for [location] in connection.execute("SELECT DISTINCT artifact_location FROM experiments"):
             if location and _is_local(location):
                 yield location
 
 
-def _columns(store: sqlite3.Connection, table: str) -> set[str]:
-    return {column[1] for column in store.execute(f"PRAGMA table_info({table})")}
+def _columns(connection: sqlite3.Connection, table: str) -> set[str]:
+    return {column[1] for column in connection.execute(f"PRAGMA table_info({table})")}
 
 
-def _was_left(location: str, here: Path) -> bool:
-    """Whether a location is that of a store's artefacts before the store came to lie where it lies now."""
+def _is_outdated(location: str, folder: Path) -> bool:
+    """Whether a location is that of a store's artifacts before the store was moved to its present folder."""
     recorded = _path(location)
-    if recorded.name != ARTEFACTS or recorded == here:
+    if recorded.name != ARTIFACT_FOLDER or recorded == folder:
         return False
     try:
-        is_there = recorded.exists()
-        return not is_there or (here.exists() and not recorded.samefile(here))
-    except OSError:  # below a folder of another user: nobody knows
+        return not recorded.exists() or (folder.exists() and not recorded.samefile(folder))
+    except OSError:  # in a folder of another user: it cannot be decided
         return False
 
 

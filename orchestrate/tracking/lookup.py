@@ -1,4 +1,4 @@
-"""Runs as people name them: by folder, by MLflow's run id, by a search expression."""
+"""Finding runs by folder, by MLflow run ID or by an MLflow search expression."""
 
 import atexit
 import os
@@ -9,166 +9,189 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orchestrate.lifecycle.paths import EXPERIMENT, LEVELS, sqlite_file, sqlite_uri
-from schemas.errors import InputError, did_you_mean
+from orchestrate.lifecycle.paths import RUN_LEVELS, sqlite_file, sqlite_uri
+from schemas.errors import ErrorCode, InputError, did_you_mean
 from schemas.redaction import mask
 from zscl.runtime.hashing import sha256_of
 from zscl.runtime.paths import did_you_mean_path
-from zscl.sequence.journal import RunIdentity, identity_of
-from zscl.sequence.layout import RESULT
+from zscl.sequence.journal import RunIdentity, read_run_identity
+from zscl.sequence.layout import EXPERIMENT, RESULT
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
 RUN_ID = re.compile(r"[0-9a-f]{32}")
-NEARLY_RUN_ID = re.compile(r"[0-9a-fA-F]{20,}")
-MOST_RUNS = 1_000
-DOWNLOADED = "zscl-downloaded-"  # beginning of the name of a folder for as long as the comparison takes
+SIMILAR_TO_RUN_ID = re.compile(r"[0-9a-fA-F]{20,}")
+MAX_RUNS = 1_000
+DOWNLOAD_PREFIX = "zscl-downloaded-"  # of the name of a temporary folder
 
 
-def find_runs(given: Sequence[str], where: str | None, uri: str | None) -> dict[str, Path | InputError]:
-    """Find where runs lie, by what the user gave, in that order.
+def find_runs(names: Sequence[str], where: str | None, uri: str | None) -> dict[str, Path | InputError]:
+    """Find the folders of runs.
 
-    A run of MLflow's is in its folder, as recorded; where that is not on this machine, or holds another run by now, its
-    artefacts are downloaded.
+    A run that is named by its MLflow run ID is in the folder that MLflow has recorded. If that folder is not on this
+    machine, or holds another run now, the run's artifacts are downloaded.
 
     Args:
-        given: folders or run ids.
-        where: MLflow search expression, whose runs come behind; of a search's or a group's runs, the trials too.
-        uri: of the store.
+        names: Folders or MLflow run IDs.
+        where: MLflow search expression. Its runs are appended; the runs of a search include its trials.
+        uri: Tracking URI; default: MLFLOW_TRACKING_URI, else `runs/mlflow.db`.
 
     Returns:
-        Each run's folder, by what was given or the run's id; of a run that only the expression found, the reason
-            where it has none.
+        Each run's folder by its name or run ID, in this order. The value is an error for a run that only the
+            expression selected and that has no folder.
 
     Raises:
-        InputError: nothing was given, something that was given is not there, or the store cannot be reached or
-            searched.
+        InputError: No run was asked for, a name does not exist, or the store cannot be reached or searched.
     """
-    if not given and where is None:
-        raise InputError("found no runs, expected folders, run ids, or --where EXPRESSION")
-    ids = [name for name in given if RUN_ID.fullmatch(name) and not Path(name).exists()]
+    if not names and where is None:
+        raise InputError(
+            "found no runs, expected folders, run ids, or --where EXPRESSION", code=ErrorCode.MISSING_VALUE
+        )
+    ids = [name for name in names if RUN_ID.fullmatch(name) and not Path(name).exists()]
     store = _Store(uri) if ids or where is not None else None
-    found: dict[str, Path | InputError] = {}
-    problems: list[str] = []
-    for name in given:
+    folders: dict[str, Path | InputError] = {}
+    errors: list[InputError] = []
+    for name in names:
         try:
-            found[name] = store.folder(name) if store is not None and name in ids else _folder(name)
+            folders[name] = store.find(name) if store is not None and name in ids else _existing_folder(name)
         except InputError as error:
-            problems.append(str(error))
-    if problems:
-        raise InputError("\n".join(problems))
+            errors.append(error)
+    if errors:
+        raise InputError("\n".join(map(str, errors)), code=errors[0].code, field=errors[0].field)
     if store is not None and where is not None:
-        found |= store.search(where)
-    return found
+        folders |= store.search(where)
+    return folders
 
 
-def _folder(name: str) -> Path:
+def _existing_folder(name: str) -> Path:
     path = Path(name).expanduser().absolute()
     try:
         if path.exists():
             return path
-    except OSError as error:  # below a folder of another user, say
+    except OSError as error:  # for example in a folder of another user
         raise InputError(
-            f"{name}: cannot be read ({error.strerror}), expected a run's folder or its id in MLflow"
-        ) from (error)
-    if NEARLY_RUN_ID.fullmatch(name):
+            f"{name}: cannot be read ({error.strerror}), expected a run's folder or its id in MLflow",
+            code=ErrorCode.NOT_FOUND,
+        ) from error
+    if SIMILAR_TO_RUN_ID.fullmatch(name):
         raise InputError(
             f"{name}: found no such folder and no run id, expected a folder, or the 32 digits (0-9, a-f) of a run's id "
-            "in MLflow"
+            "in MLflow",
+            code=ErrorCode.NOT_FOUND,
         )
     raise InputError(
-        f"{name}: found no such folder, expected a run's folder or its id in MLflow{did_you_mean_path(path)}"
+        f"{name}: found no such folder, expected a run's folder or its id in MLflow{did_you_mean_path(path)}",
+        code=ErrorCode.NOT_FOUND,
     )
 
 
-def place_of(found: Mapping[str, Path | InputError]) -> Path:
-    """Return the default folder of a comparison: beside the first run, one for each choice of runs in their order.
+def comparison_folder(folders: Mapping[str, Path | InputError]) -> Path:
+    """Return the default folder of a comparison: next to the first run, named after a hash of the runs in their order.
 
     Args:
-        found: the runs, as of `find`.
+        folders: The result of `find_runs`.
+
+    Returns:
+        The folder, which may not exist.
     """
-    here = {
-        given: folder
-        for given, folder in found.items()
-        if isinstance(folder, Path) and not folder.parent.parent.name.startswith(DOWNLOADED)
+    local = {
+        name: folder
+        for name, folder in folders.items()
+        if isinstance(folder, Path) and not folder.parent.parent.name.startswith(DOWNLOAD_PREFIX)
     }
-    beside = next((folder.parent for folder in here.values()), Path.cwd() / "runs")
-    which = [str(here[given].resolve()) if given in here else given for given in found]
-    return beside / "comparison" / sha256_of(*which)[:8]
+    parent = next((folder.parent for folder in local.values()), Path.cwd() / "runs")
+    identities = [str(local[name].resolve()) if name in local else name for name in folders]
+    return parent / "comparison" / sha256_of(*identities)[:8]
 
 
 class _Store:
-    """MLflow, asked for runs."""
+    """A tracking store in which runs are looked up."""
 
     def __init__(self, uri: str | None) -> None:
         from orchestrate.tracking.mlflow_client import open_client
-        from orchestrate.tracking.store_errors import FAILURES, store_error
+        from orchestrate.tracking.store_errors import FAILURES, explain_store_errors
 
         self.uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or sqlite_uri(Path.cwd() / "runs/mlflow.db")
         self.failures = FAILURES
-        try:
+        with explain_store_errors(self.uri):
             self.file = sqlite_file(self.uri)
             if self.file is not None and not self.file.is_file():
                 raise InputError(
-                    f"--uri: found no MLflow store at {mask(self.uri)}, expected a server or sqlite:///FILE"
+                    f"--uri: found no MLflow store at {mask(self.uri)}, expected a server or sqlite:///FILE",
+                    code=ErrorCode.NOT_FOUND,
+                    field="--uri",
                 )
             self.client = open_client(self.uri)
-            self.experiments = [each.experiment_id for each in self.client.search_experiments()]
-        except FAILURES as error:
-            raise store_error(self.uri, error) from error
+            self.experiment_ids = [experiment.experiment_id for experiment in self.client.search_experiments()]
 
-    def folder(self, run_id: str) -> Path:
+    def find(self, run_id: str) -> Path:
+        """Return the folder of the run with this ID."""
         try:
             run = self.client.get_run(run_id)
         except self.failures as error:
-            known = [run.info.run_id for run in self._runs("")]
+            run_ids = [run.info.run_id for run in self._search("")]
             raise InputError(
-                f"{run_id}: found no such run in {mask(self.uri)}, expected a run's id{did_you_mean(run_id, known)}"
+                f"{run_id}: found no such run in {mask(self.uri)}, expected a run's id{did_you_mean(run_id, run_ids)}",
+                code=ErrorCode.NOT_FOUND,
             ) from error
         level = run.data.tags.get("zscl.level", "")
-        if level not in LEVELS:
-            what = {"search": "a whole search", "stage": "a single stage"}.get(level, "a run that is not of zscl")
+        if level not in RUN_LEVELS:
+            kind = {"search": "a search", "stage": "a single stage"}.get(level, "a run that zscl did not create")
             parent = run.data.tags.get("mlflow.parentRunId")
-            whole = f" (that of its whole run is {parent})" if level == "stage" and parent else ""
-            raise InputError(f"{run_id}: found {what}, expected the id of a run over all its stages{whole}")
-        return self._folder(run)
+            hint = f" (that of its complete run is {parent})" if level == "stage" and parent else ""
+            raise InputError(
+                f"{run_id}: found {kind}, expected the id of a run over all its stages{hint}",
+                code=ErrorCode.UNSUPPORTED,
+            )
+        return self._folder_of(run)
 
     def search(self, where: str) -> dict[str, Path | InputError]:
+        """Return the folder, or the reason why there is none, of each run that an expression selects."""
         try:
-            runs = self._runs(where)
+            runs = self._search(where)
         except self.failures as error:
             reason = mask(" ".join(str(error).split()))
-            raise InputError(f"--where: found no expression that MLflow takes ({reason})") from error
-        found: dict[str, Path | InputError] = {}
+            raise InputError(
+                f"--where: found no expression that MLflow takes ({reason})",
+                code=ErrorCode.INVALID_VALUE,
+                field="--where",
+            ) from error
+        folders: dict[str, Path | InputError] = {}
         for run in runs:
-            if run.data.tags.get("zscl.level") in LEVELS:
+            if run.data.tags.get("zscl.level") in RUN_LEVELS:
                 try:
-                    found[run.info.run_id] = self._folder(run)
+                    folders[run.info.run_id] = self._folder_of(run)
                 except InputError as error:
-                    found[run.info.run_id] = error
-        if not found:
-            raise InputError(f"--where {where}: found no run in {mask(self.uri)}, expected some")
-        return found
+                    folders[run.info.run_id] = error
+        if not folders:
+            raise InputError(
+                f"--where {where}: found no run in {mask(self.uri)}, expected some",
+                code=ErrorCode.NOT_FOUND,
+                field="--where",
+            )
+        return folders
 
-    def _runs(self, where: str) -> "Sequence[Run]":
+    def _search(self, where: str) -> "Sequence[Run]":
         return list(
-            self.client.search_runs(self.experiments, where, max_results=MOST_RUNS, order_by=["attributes.start_time"])
+            self.client.search_runs(
+                self.experiment_ids, where, max_results=MAX_RUNS, order_by=["attributes.start_time"]
+            )
         )
 
-    def _folder(self, run: "Run") -> Path:
-        """Find a run's folder, or download what a comparison needs."""
-        from orchestrate.tracking.mlflow_client import FINGERPRINT, start_times
+    def _folder_of(self, run: "Run") -> Path:
+        """Return the run's own folder if it is on this machine, else a folder with its downloaded artifacts."""
+        from orchestrate.tracking.mlflow_client import FINGERPRINT, recorded_start_time
 
-        begun = start_times(run)
-        identity = RunIdentity(run.data.tags.get(FINGERPRINT, ""), -1 if begun is None else begun)
+        start_time = recorded_start_time(run)
+        identity = RunIdentity(run.data.tags.get(FINGERPRINT, ""), -1 if start_time is None else start_time)
         for folder in self._candidates(run):
-            if identity_of(folder) == identity:
+            if read_run_identity(folder) == identity:
                 return folder
-        return self._downloaded(run)
+        return self._download(run)
 
     def _candidates(self, run: "Run") -> Iterator[Path]:
-        """Where a run may lie: where it was recorded, and, moved with its store, beside that."""
+        """Yield the recorded folder, then the folder of that name next to the store: both may have been moved."""
         from orchestrate.tracking.mlflow_client import FOLDER
 
         recorded = Path(run.data.tags.get(FOLDER, "/"))
@@ -176,27 +199,29 @@ class _Store:
         if self.file is not None:
             yield self.file.parent / recorded.name
 
-    def _downloaded(self, run: "Run") -> Path:
+    def _download(self, run: "Run") -> Path:
+        """Download what a comparison needs into a temporary folder, which is deleted when the process exits."""
         from mlflow.artifacts import download_artifacts
 
-        from orchestrate.tracking.local_store import artefacts_now
+        from orchestrate.tracking.local_store import current_artifact_uri
 
-        which = run.info.run_id
+        run_id = run.info.run_id
         name = (run.info.run_name or "run").replace("/", "_")
-        place = Path(tempfile.mkdtemp(prefix=DOWNLOADED), which[:8], name)
-        atexit.register(shutil.rmtree, place.parent.parent, ignore_errors=True)
-        place.mkdir(parents=True)
+        folder = Path(tempfile.mkdtemp(prefix=DOWNLOAD_PREFIX), run_id[:8], name)
+        atexit.register(shutil.rmtree, folder.parent.parent, ignore_errors=True)
+        folder.mkdir(parents=True)
         try:
-            location = artefacts_now(run.info.artifact_uri, self.file)
+            location = current_artifact_uri(run.info.artifact_uri, self.file)
             is_moved = location != run.info.artifact_uri
             for file in (RESULT, EXPERIMENT):
-                artefact = f"{location}/{file}" if is_moved else f"runs:/{which}/{file}"
-                download_artifacts(artefact, dst_path=str(place), tracking_uri=self.uri)
-        except Exception as error:  # whatever a store of artefacts may raise
+                artifact_uri = f"{location}/{file}" if is_moved else f"runs:/{run_id}/{file}"
+                download_artifacts(artifact_uri, dst_path=str(folder), tracking_uri=self.uri)
+        except Exception as error:  # the client libraries of artifact stores raise errors of any type
             reason = mask(" ".join(str(error).split()))
             raise InputError(
-                f"{which}: found another run or none in the recorded folder ({next(self._candidates(run))}), and no "
-                f"{RESULT} among the run's artefacts, expected one of the two: give the folder in which it lies now; a "
-                f"run that is not finished has no {RESULT} yet ({reason})"
+                f"{run_id}: found another run or none in the recorded folder ({next(self._candidates(run))}), and no "
+                f"{RESULT} among the run's artefacts, expected one of the two: give the folder where it is now; a "
+                f"run that is not finished has no {RESULT} yet ({reason})",
+                code=ErrorCode.NOT_FOUND,
             ) from error
-        return place
+        return folder

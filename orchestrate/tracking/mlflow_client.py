@@ -1,4 +1,4 @@
-"""MLflow's store: opened or found unreachable, searched for runs, and told what every run of ours says of itself."""
+"""The MLflow client: opens a store, finds runs by fingerprint and folder, logs metrics and tables, finishes runs."""
 
 import getpass
 import json
@@ -12,11 +12,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-# `orchestrate.tracking.uploader` retries, with longer and longer pauses. A request that MLflow itself repeats because
-# its answer was lost would create a second run. A silent server is noticed in seconds, not in two minutes.
+# `orchestrate.tracking.uploader` retries with exponential backoff. If MLflow repeated a request whose answer was lost,
+# it would create a second run. The timeout detects a silent server in seconds instead of two minutes.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-# Standard output holds results alone.
+# Standard output is reserved for results.
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
@@ -30,124 +30,143 @@ from sqlalchemy import NullPool, create_engine, make_url
 
 from orchestrate.lifecycle.network import check_port
 from orchestrate.lifecycle.paths import sqlite_file
-from orchestrate.tracking.local_store import artefacts_beside, follow_artefacts
-from orchestrate.tracking.store_errors import FAILURES, store_error
-from schemas.errors import InputError
+from orchestrate.tracking.local_store import artifact_folder, relocate_artifacts
+from orchestrate.tracking.store_errors import artifact_error, explain_store_errors
+from schemas.errors import ErrorCode, InputError, shell_command
 from schemas.redaction import mask
 from zscl.runtime.hashing import sha256_of
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)
-# It prints the traceback of every attempt at a locked database.
+# This logger prints the traceback of every attempt at a locked database.
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
+# Tags of a run.
 PARENT = "mlflow.parentRunId"
 FINGERPRINT = "zscl.fingerprint"
-FOLDER = "zscl.folder"  # where the run lay when it was last recorded
-TAKEN = "zscl.sequence.journal"  # how many of a journal's entries a run has, and when that journal begins
+FOLDER = "zscl.folder"  # the run's folder when it was last recorded
+JOURNAL_POSITION = "zscl.journal"  # number of journal entries that were sent, and the time of the journal's first entry
 LEVEL = "zscl.level"  # search, trial or sequence, stage
-REASON = "zscl.reason"
-TABLES = "mlflow.loggedArtifacts"  # which artefacts MLflow's pages show as tables
-ARTIFACTS = (
-    "zscl.artifacts_missing"  # why the files of a finished run are not in its artefact store, while they are not
-)
-LONGEST_VALUE = 6_000  # of a parameter
-LONGEST_NAME = 250  # of a metric, or a run
-PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}  # where a URI names none
-METRICS_AT_ONCE = 1_000  # MLflow's limit for one call
-# The kind of experiment whose page opens with charts for training instead of those for language models.
-KIND = {"mlflow.experimentKind": "custom_model_development"}
+REASON = "zscl.reason"  # why the run failed or was killed
+LOGGED_TABLES = "mlflow.loggedArtifacts"  # artifacts that MLflow's pages show as tables
+ARTIFACTS_MISSING = "zscl.artifacts_missing"  # why the files of a finished run are not in its artifact store yet
+# Tag of an experiment: its page opens with charts for training instead of those for language models.
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
+
+MAX_VALUE_LENGTH = 6_000  # characters of a parameter or tag
+MAX_NAME_LENGTH = 250  # characters of a metric's or run's name
+METRICS_PER_CALL = 1_000  # MLflow's limit
+DEFAULT_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 
 
 def open_store(uri: str, experiment: str) -> tuple[MlflowClient, str]:
-    """Open a store, and in it the experiment of this name, which is made where there is none. Returns its id, too.
+    """Open a store for writing, and create the experiment if it does not exist.
+
+    Args:
+        uri: Tracking URI.
+        experiment: Name of the experiment.
+
+    Returns:
+        The client and the experiment's ID.
 
     Raises:
-        InputError: somebody deleted the experiment.
-        Exception: one of `store_errors.FAILURES`.
+        InputError: The experiment was deleted.
+        MlflowException: The store cannot be used; any other of `store_errors.FAILURES` may be raised, too.
     """
     if uri.partition("://")[0].partition("+")[0] in set(DATABASE_ENGINES) - {"sqlite"}:
-        # MLflow asks a database that does not answer again for a hundred seconds.
+        # MLflow itself retries for a hundred seconds if a database does not answer.
         _check_database(uri)
     file = sqlite_file(uri)
-    with _alone(file):
+    with _sqlite_lock(file):
         if file is not None:
-            follow_artefacts(file)
+            relocate_artifacts(file)
         client = open_client(uri)
-        found = client.get_experiment_by_name(experiment)
-        if found is not None:
-            return client, _active(found, uri)
-        # Beside an SQLite store lie its artefacts; a server has a place of its own.
-        place = None if file is None else artefacts_beside(file).as_uri()
+        existing = client.get_experiment_by_name(experiment)
+        if existing is not None:
+            return client, _active_experiment_id(existing, uri)
+        # An SQLite store has its artifacts in a folder next to it; a server chooses the location itself.
+        location = None if file is None else artifact_folder(file).as_uri()
         try:
-            return client, str(client.create_experiment(experiment, artifact_location=place, tags=KIND))
+            return client, str(client.create_experiment(experiment, artifact_location=location, tags=EXPERIMENT_TAGS))
         except MlflowException:
-            made = client.get_experiment_by_name(experiment)  # by another run, in between
-            if made is None:
+            existing = client.get_experiment_by_name(experiment)  # another process may have created it meanwhile
+            if existing is None:
                 raise
-            return client, _active(made, uri)
+            return client, _active_experiment_id(existing, uri)
 
 
-def _active(experiment: Experiment, uri: str) -> str:
-    """The id of an experiment that takes runs.
+def _active_experiment_id(experiment: Experiment, uri: str) -> str:
+    """Return an experiment's ID.
+
+    Args:
+        experiment: The experiment.
+        uri: Tracking URI, for the error message.
+
+    Returns:
+        The ID.
 
     Raises:
-        InputError: it is deleted.
+        InputError: The experiment was deleted.
     """
     if experiment.lifecycle_stage == LifecycleStage.DELETED:
         raise InputError(
             f"tracking.experiment: found '{experiment.name}' deleted in the MLflow store at {mask(uri)}, expected an "
             f"experiment that takes runs; restore it (MLFLOW_TRACKING_URI={mask(uri)} mlflow experiments restore "
-            f"--experiment-id {experiment.experiment_id}), or set tracking.experiment to another name"
+            f"--experiment-id {experiment.experiment_id}), or set tracking.experiment to another name",
+            code=ErrorCode.REJECTED,
+            field="tracking.experiment",
         )
     return str(experiment.experiment_id)
 
 
 def _check_database(uri: str) -> None:
-    """Connect to a database server once; one that does not answer is noticed within seconds.
-
-    Raises:
-        Exception: one of `store_errors.FAILURES`.
-    """
-    place = make_url(uri)
-    engine = create_engine(uri, poolclass=NullPool)  # its driver may be missing
-    port = place.port or PORTS.get(place.get_backend_name())
-    if place.host and port and not {"/", ","} & set(place.host):  # neither a Unix socket nor several hosts
-        check_port(place.host, port)
+    """Connect to a database server once, to detect within seconds that it does not answer."""
+    url = make_url(uri)
+    engine = create_engine(uri, poolclass=NullPool)  # raises if the driver is missing
+    port = url.port or DEFAULT_PORTS.get(url.get_backend_name())
+    if url.host and port and not {"/", ","} & set(url.host):  # neither a Unix socket nor several hosts
+        check_port(url.host, port)
     engine.connect().close()
 
 
 def open_client(uri: str) -> MlflowClient:
-    """Open a store to read it. Nothing in it changes, also where it was moved: see `local_store.artefacts_now`.
+    """Open a store for reading.
 
-    Raises:
-        Exception: one of `FAILURES`.
+    The store is not changed, even if it was moved: see `local_store.current_artifact_uri`.
+
+    Args:
+        uri: Tracking URI.
+
+    Returns:
+        The client. It may raise one of `store_errors.FAILURES`, here or later.
     """
     return MlflowClient(tracking_uri=uri)
 
 
 def check_store(uri: str, experiment: str) -> str:
-    """Check, without creating anything, that a store answers and that its experiment takes runs.
+    """Check that a store answers and that its experiment accepts runs; create nothing.
+
+    Args:
+        uri: Tracking URI.
+        experiment: Name of the experiment.
 
     Returns:
-        What is known of the experiment, for people.
+        A message about the experiment.
 
     Raises:
-        InputError: it does not.
+        InputError: The store does not answer, or the experiment was deleted.
     """
-    try:
+    with explain_store_errors(uri):
         if uri.partition("://")[0].partition("+")[0] in DATABASE_ENGINES and sqlite_file(uri) is None:
             _check_database(uri)
-        found = open_client(uri).get_experiment_by_name(experiment)
-    except FAILURES as error:
-        raise store_error(uri, error) from error
-    if found is not None:
-        _active(found, uri)
-    return f"experiment '{experiment}' {'will be made' if found is None else 'is there'}"
+        existing = open_client(uri).get_experiment_by_name(experiment)
+    if existing is not None:
+        _active_experiment_id(existing, uri)
+    return f"experiment '{experiment}' {'will be made' if existing is None else 'is there'}"
 
 
 @contextmanager
-def _alone(file: Path | None) -> Iterator[None]:
-    """Let one process at a time open an SQLite store: two that create it at once break it."""
+def _sqlite_lock(file: Path | None) -> Iterator[None]:
+    """Hold an inter-process lock while an SQLite store is opened: two processes that create it at once break it."""
     if file is None:
         yield
         return
@@ -158,116 +177,182 @@ def _alone(file: Path | None) -> Iterator[None]:
         yield
 
 
-def runs_of(client: MlflowClient, experiments: Sequence[str], fingerprint: str, levels: Sequence[str]) -> list[Run]:
-    """Return the runs, of some levels, of what has a fingerprint, the newest first."""
-    query = f"tags.`{FINGERPRINT}` = '{fingerprint}'"
-    found = client.search_runs(list(experiments), query, order_by=["attributes.start_time DESC"])
-    return [run for run in found if run.data.tags.get(LEVEL) in levels]
-
-
-def find_recorded(
-    runs: Sequence[Run], folder: Path, begun: int | None, begun_in: Callable[[Path], int | None]
-) -> Run | None:
-    """Choose, among the runs of one fingerprint, the record of what lies in a folder.
-
-    It is known by when it began, so that it is found again after its folder was moved. A copy, whose original is still
-    where it was recorded, is not its original.
+def search_runs(
+    client: MlflowClient, experiment_ids: Sequence[str], fingerprint: str, levels: Sequence[str]
+) -> list[Run]:
+    """Search for the runs with a fingerprint.
 
     Args:
-        runs: of one fingerprint, level and search, the newest first.
-        folder: absolute.
-        begun: when what lies in it began, if it has begun.
-        begun_in: gives the same of another folder, if there is one.
+        client: The store.
+        experiment_ids: MLflow experiments to search.
+        fingerprint: Fingerprint of the experiment or search.
+        levels: Accepted values of the tag `zscl.level`.
+
+    Returns:
+        The runs, newest first.
+    """
+    query = f"tags.`{FINGERPRINT}` = '{fingerprint}'"
+    runs = client.search_runs(list(experiment_ids), query, order_by=["attributes.start_time DESC"])
+    return [run for run in runs if run.data.tags.get(LEVEL) in levels]
+
+
+def find_run_of_folder(
+    runs: Sequence[Run], folder: Path, start_time: int | None, read_start_time: Callable[[Path], int | None]
+) -> Run | None:
+    """Choose, among runs of one fingerprint, the MLflow run that records the run (or search) in a folder.
+
+    A run is identified by its start time, so it is found again after its folder was moved. If the recorded folder still
+    holds a run with that start time, `folder` is a copy of it, and a copy is another run.
+
+    Args:
+        runs: Runs of one fingerprint, level and search, newest first.
+        folder: The run's folder, absolute.
+        start_time: Start time of the run in `folder`, in milliseconds; `None` before its first event.
+        read_start_time: Reads the start time of the run in another folder; `None` if it holds none.
+
+    Returns:
+        The MLflow run, or `None` if the run is not recorded yet.
     """
 
-    def is_here(place: Path) -> bool:
-        """Whether a recorded place is this folder, by whatever path; a place that cannot be read is not."""
+    def is_same_folder(recorded: Path) -> bool:
+        """Whether a recorded path is `folder`, perhaps through a symbolic link; an unreadable path is not."""
         try:
-            return str(place) == mask(str(folder)) or place.samefile(folder)
+            return str(recorded) == mask(str(folder)) or recorded.samefile(folder)
         except OSError:
             return False
 
-    began = [(run, Path(run.data.tags.get(FOLDER, "/")), start_times(run)) for run in runs]
-    alike = [(run, place) for run, place, when in began if when == begun]
-    choices = [run for run, place in alike if is_here(place)]
-    if begun is not None:
-        choices += [run for run, place in alike if begun_in(place) != begun]
-        choices += [run for run, place, when in began if when is None and is_here(place)]  # killed before it sent any
-    return choices[0] if choices else None
+    records = [(run, Path(run.data.tags.get(FOLDER, "/")), recorded_start_time(run)) for run in runs]
+    same_start = [(run, recorded) for run, recorded, start in records if start == start_time]
+    matches = [run for run, recorded in same_start if is_same_folder(recorded)]
+    if start_time is not None:
+        matches += [run for run, recorded in same_start if read_start_time(recorded) != start_time]
+        # A process that was killed before it sent any entry recorded no start time.
+        matches += [run for run, recorded, start in records if start is None and is_same_folder(recorded)]
+    return matches[0] if matches else None
 
 
-def start_times(run: Run) -> int | None:
-    """Return when what a run records began, if it says so."""
-    begun = run.data.tags.get(TAKEN, "").partition(" since ")[2]
-    return int(begun) if begun else None
+def recorded_start_time(run: Run) -> int | None:
+    """Return the start time of the recorded run or search, in milliseconds, or `None` if it is not recorded yet."""
+    start_time = run.data.tags.get(JOURNAL_POSITION, "").partition(" since ")[2]
+    return int(start_time) if start_time else None
 
 
-def clear_reason(client: MlflowClient, run: str) -> None:
-    """Forget why an earlier attempt at a run, or search, ended."""
-    if REASON in client.get_run(run).data.tags:
-        client.delete_tag(run, REASON)
+def clear_reason(client: MlflowClient, run_id: str) -> None:
+    """Delete the reason why an earlier attempt at a run or search ended."""
+    if REASON in client.get_run(run_id).data.tags:
+        client.delete_tag(run_id, REASON)
 
 
-def log_table(client: MlflowClient, run: str, columns: Mapping[str, Sequence[Any]], file: str) -> None:
-    """Log columns as a table that MLflow's pages show; what was logged before is replaced."""
-    # A dot in a column's name would be a path to these pages; `client.log_table` would append.
+def finish_run(
+    client: MlflowClient,
+    run: Run,
+    folder: Path,
+    end_time: int | None,
+    upload_files: Callable[[], None] | None,
+) -> None:
+    """Set a run's status to FINISHED, then upload its files.
+
+    The status is sent first, because the artifact store may be another server, which may not answer. Until the upload
+    has succeeded, the tag `zscl.artifacts_missing` says why the files are missing.
+
+    Args:
+        client: The store.
+        run: The MLflow run.
+        folder: Folder of the run or search, for the advice how to send the files later.
+        end_time: When the run was finished, in milliseconds; `None` for now.
+        upload_files: Uploads the files; `None` to leave that for later.
+
+    Raises:
+        ArtifactError: The run is finished, but the artifact store did not accept its files.
+    """
+    run_id = run.info.run_id
+    sync = shell_command("zscl", "sync", folder)
+    advice = f"not sent yet; this command sends them: {sync}"
+    client.set_tag(run_id, ARTIFACTS_MISSING, advice[:MAX_VALUE_LENGTH])
+    client.set_terminated(run_id, "FINISHED", end_time)
+    if upload_files is None:
+        return
+    try:
+        upload_files()
+    except Exception as error:  # the client libraries of artifact stores raise errors of any type
+        failure = artifact_error(client.tracking_uri, run.info.artifact_uri, error)
+        client.set_tag(run_id, ARTIFACTS_MISSING, str(failure)[:MAX_VALUE_LENGTH])
+        raise failure from error
+    client.delete_tag(run_id, ARTIFACTS_MISSING)
+
+
+def log_table(client: MlflowClient, run_id: str, columns: Mapping[str, Sequence[Any]], file: str) -> None:
+    """Log columns as a table that MLflow's pages show. An earlier table of that name is replaced.
+
+    Args:
+        client: The store.
+        run_id: The MLflow run.
+        columns: Values by column name.
+        file: Artifact path of the table, `….json`.
+    """
+    # MLflow's pages read a dot in a column's name as a path. `client.log_table` would append to an earlier table.
     names = [name.replace(".", "/") for name in columns]
     rows = [list(row) for row in zip(*columns.values(), strict=True)]
-    client.log_dict(run, {"columns": names, "data": rows}, file)
-    client.set_tag(run, TABLES, json.dumps([{"path": file, "type": "table"}]))
+    client.log_dict(run_id, {"columns": names, "data": rows}, file)
+    client.set_tag(run_id, LOGGED_TABLES, json.dumps([{"path": file, "type": "table"}]))
 
 
-def log_metrics(client: MlflowClient, run: str, metrics: Sequence[Metric]) -> None:
-    """Log metrics, as many in a call as MLflow takes, under names that it takes."""
-    for start in range(0, len(metrics), METRICS_AT_ONCE):
-        batch = metrics[start : start + METRICS_AT_ONCE]
-        client.log_batch(run, metrics=[Metric(valid_name(m.key), m.value, m.timestamp, m.step) for m in batch])
+def log_metrics(client: MlflowClient, run_id: str, metrics: Sequence[Metric]) -> None:
+    """Log metrics in batches of the size that MLflow accepts, under valid names."""
+    for start in range(0, len(metrics), METRICS_PER_CALL):
+        batch = metrics[start : start + METRICS_PER_CALL]
+        client.log_batch(run_id, metrics=[Metric(valid_name(m.key), m.value, m.timestamp, m.step) for m in batch])
 
 
 def valid_name(name: str) -> str:
-    """A name that MLflow takes; names that differ stay different.
+    """Turn a name into one that MLflow accepts; different names stay different.
 
-    MLflow takes letters, digits and `_-.: /`, 250 of them, and no path that has another, shorter form.
+    MLflow accepts letters, digits and `_-.: /`, at most 250 characters, and only paths in their shortest form.
+
+    Args:
+        name: The name of a metric or parameter.
+
+    Returns:
+        The name itself if it is valid, else a valid form of it with a hash.
     """
     plain = re.sub(r"[^/\w.\-: ]", "_", name)
     plain = "/".join(part for part in plain.split("/") if part not in ("", ".", ".."))
-    if plain == name and len(name) <= LONGEST_NAME:
+    if plain == name and len(name) <= MAX_NAME_LENGTH:
         return name
-    return f"{plain[: LONGEST_NAME - 9]}-{sha256_of(name)[:8]}"
+    return f"{plain[: MAX_NAME_LENGTH - 9]}-{sha256_of(name)[:8]}"
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Every value of a tree, by dotted path."""
+    """List the values of nested dictionaries, each with its dotted path."""
     rows: list[tuple[str, Any]] = []
     for name, value in tree.items():
         rows += flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
     return rows
 
 
-def provenance() -> dict[str, str]:
-    """Tags that say who runs this, with what, from where."""
+def provenance_tags() -> dict[str, str]:
+    """Return tags with the user, the version of zscl, the git commit and the Ray job."""
     source = {"mlflow.source.name": f"zscl {version('zscl')}", "mlflow.source.type": "JOB"}
-    return {**_user(), **source, **_commit(), **_ray_job()}
+    return {**_user_tags(), **source, **_commit_tags(), **_ray_job_tags()}
 
 
-def _user() -> dict[str, str]:
-    """Who runs this, where the machine knows."""
+def _user_tags() -> dict[str, str]:
     try:
         return {"mlflow.user": getpass.getuser()}
     except (OSError, KeyError):  # a container whose user has no name
         return {}
 
 
-def _commit() -> dict[str, str]:
-    """The commit that the current folder is at, where it is a repository's."""
+def _commit_tags() -> dict[str, str]:
+    """Return a tag with the commit of the current folder, if it belongs to a git repository."""
     try:
         return {"mlflow.source.git.commit": Repo(Path.cwd(), search_parent_directories=True).head.commit.hexsha}
     except (GitError, ValueError, OSError):
         return {}
 
 
-def _ray_job() -> dict[str, str]:
-    """The submission id of the Ray job that this process is, or Ray's id of it."""
+def _ray_job_tags() -> dict[str, str]:
+    """Return a tag with the submission ID of this process's Ray job, or else the job ID that Ray assigned."""
     if "ray" not in sys.modules or not sys.modules["ray"].is_initialized():
         return {}
     job = sys.modules["ray"].get_runtime_context().get_job_id()

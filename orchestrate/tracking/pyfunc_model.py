@@ -1,7 +1,7 @@
-"""A stage's model as MLflow loads it: images and class names in, probabilities out.
+"""A stage's model for `mlflow.pyfunc.load_model`: images and class names in, probabilities out.
 
-MLflow copies this file beside the weights and imports it where the model is loaded (`mlflow.pyfunc.load_model`), which
-needs nothing of zscl, only what the model's own requirements name.
+MLflow copies this file next to the weights and imports it on the machine that loads the model. It needs only the
+packages in the model's requirements, not zscl.
 """
 
 import io
@@ -13,11 +13,18 @@ import pandas as pd
 import torch
 from PIL import Image
 
-AT_ONCE = 64  # images
+BATCH_SIZE = 64
 
 
 class ZeroShotClassifier:
-    """An open_clip model that tells classes apart by their names; on a GPU where there is one."""
+    """An open_clip model as a zero-shot classifier, on a GPU if there is one.
+
+    Attributes:
+        device: `cuda` or `cpu`.
+        model: The open_clip model.
+        transform: Turns an image into the model's input.
+        tokenizer: Turns texts into tokens.
+    """
 
     def __init__(self, folder: str) -> None:
         name = f"local-dir:{folder}"
@@ -27,14 +34,15 @@ class ZeroShotClassifier:
         self.tokenizer = open_clip.get_tokenizer(name)
 
     def predict(self, model_input: pd.DataFrame, params: dict[str, Any]) -> pd.DataFrame:
-        """Each image's probabilities over the classes.
+        """Classify images.
 
         Args:
-            model_input: a table with a column `image`: paths, or the bytes of files.
-            params: `classes`: names; `templates`: prompts with `{c}` for the name, averaged into a class embedding.
-                Default: those of the task that the stage trained.
+            model_input: A table with a column `image`: paths, or the bytes of image files.
+            params: `classes`: class names; `templates`: prompts with `{c}` for the class name, whose text embeddings
+                are averaged per class. Default: those of the stage's task.
 
-        Returns a table with a row an image and a column a class.
+        Returns:
+            Probabilities, one row per image and one column per class.
         """
         classes, templates = list(params["classes"]), list(params["templates"])
         formats = [lambda name, template=template: template.replace("{c}", name) for template in templates]
@@ -43,18 +51,18 @@ class ZeroShotClassifier:
             head = open_clip.build_zero_shot_classifier(
                 self.model, self.tokenizer, classes, formats, device=self.device
             )
-            for start in range(0, len(images), AT_ONCE):
-                batch = torch.stack([self._read(image) for image in images[start : start + AT_ONCE]])
+            for start in range(0, len(images), BATCH_SIZE):
+                batch = torch.stack([self._read(image) for image in images[start : start + BATCH_SIZE]])
                 features = self.model.encode_image(batch.to(self.device), normalize=True)
                 rows += (self.model.logit_scale.exp() * features @ head).softmax(dim=1).float().cpu().tolist()
         return pd.DataFrame(rows, columns=classes)
 
-    def _read(self, image: str | bytes) -> torch.Tensor:
-        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else Path(image)) as opened:
-            transformed: torch.Tensor = self.transform(opened.convert("RGB"))
+    def _read(self, source: str | bytes) -> torch.Tensor:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else Path(source)) as image:
+            transformed: torch.Tensor = self.transform(image.convert("RGB"))
         return transformed
 
 
 def _load_pyfunc(data_path: str) -> ZeroShotClassifier:
-    """What MLflow calls."""
+    """Load the model; MLflow calls this function."""
     return ZeroShotClassifier(data_path)

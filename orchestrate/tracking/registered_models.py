@@ -1,4 +1,4 @@
-"""Each stage's model among MLflow's models: loaded by `mlflow.pyfunc.load_model`, registered like any other."""
+"""Logging each stage's model in MLflow, so that it can be loaded with `mlflow.pyfunc.load_model` and registered."""
 
 import tempfile
 import warnings
@@ -17,40 +17,56 @@ from mlflow.types.type_hints import AnyType
 CODE = Path(__file__).with_name("pyfunc_model.py")
 REQUIREMENTS = ("open_clip_torch", "torch", "torchvision", "pandas", "pillow")
 READY = "READY"
-Words = tuple[Sequence[str], Sequence[str]]  # class names, templates
-# MLflow would like one with every model; ours would be a picture.
+ClassPrompts = tuple[Sequence[str], Sequence[str]]  # class names, prompt templates
+# MLflow recommends an input example with every model; here it would be an image.
 warnings.filterwarnings("ignore", message=".*input example was not provided")
 
 
 def log_model(
-    client: MlflowClient, experiment: str, run: str, name: str, folder: Path, words: Callable[[], Words]
+    client: MlflowClient,
+    experiment_id: str,
+    run_id: str,
+    name: str,
+    folder: Path,
+    load_prompts: Callable[[], ClassPrompts],
 ) -> None:
-    """Log an open_clip folder as the model of a stage's run, unless it is there.
+    """Log an open_clip folder as the model of a stage's run, unless it is logged already.
 
     Args:
-        client: of the store.
-        experiment: the run's.
-        run: the stage's.
-        name: of the model.
-        folder: the model's, as open_clip's `local-dir:` reads it.
-        words: finds the class names and templates that the model takes where it is given none; not called in vain.
+        client: The store.
+        experiment_id: MLflow experiment of the run.
+        run_id: The stage's MLflow run.
+        name: Name of the logged model.
+        folder: The model's folder, in the format of open_clip's `local-dir:`.
+        load_prompts: Loads the model's default class names and templates. Called only if the model must be logged.
     """
-    query = f"name = '{name}' AND source_run_id = '{run}'"
-    found = list(client.search_logged_models([experiment], query, max_results=1))
-    if found and str(found[0].status) == READY:
+    query = f"name = '{name}' AND source_run_id = '{run_id}'"
+    models = list(client.search_logged_models([experiment_id], query, max_results=1))
+    if models and str(models[0].status) == READY:
         return
-    made = found[0] if found else client.create_logged_model(experiment, name, run, model_type="zero-shot classifier")
+    model = (
+        models[0]
+        if models
+        else client.create_logged_model(experiment_id, name, run_id, model_type="zero-shot classifier")
+    )
     with tempfile.TemporaryDirectory(prefix="zscl-model-") as scratch:
-        place = Path(scratch, "model")
-        save(place, folder, words(), made.model_id)
-        client.log_model_artifacts(made.model_id, str(place))
-    client.log_outputs(run, [LoggedModelOutput(made.model_id, step=0)])
-    client.finalize_logged_model(made.model_id, READY)  # last: what is ready is not sent again
+        path = Path(scratch, "model")
+        save_model(path, folder, load_prompts(), model.model_id)
+        client.log_model_artifacts(model.model_id, str(path))
+    client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
+    client.finalize_logged_model(model.model_id, READY)  # last, because a model that is ready is not sent again
 
 
-def save(place: Path, folder: Path, words: Words, model_id: str | None = None) -> None:
-    """Write an MLflow model with two flavours: `python_function`, and `open_clip`, which names the folder in it."""
-    classes, templates = map(list, words)
+def save_model(path: Path, model_folder: Path, prompts: ClassPrompts, model_id: str | None = None) -> None:
+    """Write an MLflow model with the flavours `python_function` and `open_clip`.
+
+    Args:
+        path: Folder to create.
+        model_folder: The model's folder, in the format of open_clip's `local-dir:`.
+        prompts: Default class names and templates.
+        model_id: ID of the logged model in MLflow, if there is one.
+    """
+    classes, templates = map(list, prompts)
     params: list[Any] = [
         ParamSpec("classes", "string", default=classes, shape=(-1,)),
         ParamSpec("templates", "string", default=templates, shape=(-1,)),
@@ -59,9 +75,9 @@ def save(place: Path, folder: Path, words: Words, model_id: str | None = None) -
     model = Model(model_id=model_id)
     model.add_flavor("open_clip", data="data", open_clip_version=version("open_clip_torch"))
     mlflow.pyfunc.save_model(
-        place,
+        path,
         loader_module=CODE.stem,
-        data_path=str(folder),
+        data_path=str(model_folder),
         code_paths=[str(CODE)],
         mlflow_model=model,
         signature=signature,

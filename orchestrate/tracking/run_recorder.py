@@ -1,10 +1,10 @@
-"""MLflow: a run is a parent, each of its stages a child.
+"""Recording a run in MLflow: a parent run for the sequence, and a child run for each stage.
 
-Names are laid out for MLflow's own compare view: the parent has one series a task, `accuracy/<task>` against the
-number of stages trained (0 is the zero-shot row); a child has its curves against the step.
+The names suit MLflow's own compare view: the parent has one series per task, `accuracy/<task>`, against the number of
+trained stages (0 is the zero-shot row); a child has its losses, learning rate and gradient norm against the step.
 
-Everything can be sent twice and is there once: runs are found again, and a metric that has the time of its journal
-entry is, for the stores of MLflow, the one they have.
+Sending is idempotent: runs are found again by fingerprint and start time, and MLflow's stores drop a metric that they
+already have with the same timestamp, which is that of the journal entry.
 """
 
 import json
@@ -20,43 +20,57 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run,
 from orchestrate.reports.charts import draw_accuracies, draw_matrix
 from orchestrate.reports.results import matrix_columns
 from orchestrate.tracking.mlflow_client import (
-    ARTIFACTS,
+    ARTIFACTS_MISSING,
     FINGERPRINT,
     FOLDER,
+    JOURNAL_POSITION,
     LEVEL,
-    LONGEST_NAME,
-    LONGEST_VALUE,
+    MAX_NAME_LENGTH,
+    MAX_VALUE_LENGTH,
     PARENT,
     REASON,
-    TAKEN,
     clear_reason,
-    find_recorded,
+    find_run_of_folder,
+    finish_run,
     flatten,
     log_metrics,
     log_table,
     open_store,
-    provenance,
-    runs_of,
+    provenance_tags,
+    search_runs,
     valid_name,
 )
-from orchestrate.tracking.store_errors import artifact_error, reason_of
-from schemas.errors import InputError, command
+from orchestrate.tracking.store_errors import root_cause
+from schemas.errors import InputError
 from schemas.events import JournalEntry, RowMeasured, StageStarted, StageTrained, StepsTaken, WorkersUsed
 from schemas.experiment import Experiment
 from schemas.redaction import mask
 from schemas.results import Result, RunState, StageResult
-from zscl.sequence.journal import begun_in
-from zscl.sequence.layout import model_folder
+from zscl.sequence.journal import read_start_time
+from zscl.sequence.layout import EXPERIMENT, RESULT, model_folder
 from zscl.sequence.resolve import resolve_tasks
 
 log = logging.getLogger(__name__)
 
 STAGE = "zscl.stage"
-LONGEST_DIGEST = 36
+MAX_DIGEST_LENGTH = 36  # MLflow's limit for the digest of a dataset
 
 
 class RunRecorder:
-    """One run in a store. Every method raises one of `store_errors.FAILURES` where the store does not answer."""
+    """Records one run in a store. Every method may raise one of `store_errors.FAILURES`.
+
+    Attributes:
+        client: The store.
+        experiment: The experiment that is run.
+        experiment_id: ID of the MLflow experiment.
+        folder: The run's folder.
+        run_id: ID of the parent run.
+        search_run_id: ID of the search's MLflow run, if this run is a trial.
+        start_time: Time of the journal's first entry, in milliseconds; `None` while there is none.
+        position: Number of journal entries that the store has.
+        status: The parent run's status when it was found or created.
+        is_complete: Whether the store has the run's end and all its files.
+    """
 
     def __init__(
         self,
@@ -64,121 +78,119 @@ class RunRecorder:
         fingerprint: str,
         folder: Path,
         uri: str,
-        begun: int | None,
-        search: str | None = None,
+        start_time: int | None,
+        search_run_id: str | None = None,
     ) -> None:
-        """Find the run in the store, or make it.
+        """Find the run in the store, or create it.
 
         Args:
-            experiment: what is run.
-            fingerprint: of it.
-            folder: the run's, absolute.
-            uri: of the store.
-            begun: when the run's journal begins, if there is one; it tells a run from an earlier one of the same
-                experiment, whose folder is gone.
-            search: the run, in the store, of the search that this one is a trial of.
+            experiment: The experiment that is run.
+            fingerprint: The experiment's fingerprint.
+            folder: The run's folder, absolute.
+            uri: Tracking URI.
+            start_time: Time of the journal's first entry, in milliseconds, if there is one. It distinguishes the run
+                from an earlier run of the same experiment, whose folder was deleted.
+            search_run_id: ID of the search's MLflow run, if this run is a trial.
         """
-        self.begun, self.search = begun, search
+        self.start_time, self.search_run_id = start_time, search_run_id
         self.experiment, self.folder = experiment, folder
         self.client, self.experiment_id = open_store(uri, experiment.tracking.experiment)
-        found = self._find(fingerprint) or self._make(experiment, fingerprint, folder)
-        self.parent = str(found.info.run_id)
-        self.status = str(found.info.status)
-        self.complete = self.status == "FINISHED" and ARTIFACTS not in found.data.tags
-        self._uri, self._artifacts = uri, str(found.info.artifact_uri)
-        self._artifacts_failed = False
-        self.taken = int(found.data.tags.get(TAKEN, "0").partition(" ")[0])
-        if found.data.tags.get(FOLDER) != mask(str(folder)):  # moved since
-            self.client.set_tag(self.parent, FOLDER, mask(str(folder)))
-        self._children: dict[int, str] = {}
-        if not found.data.params:
-            what = experiment.model_dump(mode="json", exclude={"compute", "tracking", "tasks"})
-            what["optimisation"]["warmup_steps"] = experiment.warmup_steps
-            params = [Param(valid_name(name), mask(str(value))[:LONGEST_VALUE]) for name, value in flatten(what)]
-            self.client.log_batch(self.parent, params=params)
+        self._run = self._find(fingerprint) or self._create(fingerprint)
+        tags = self._run.data.tags
+        self.run_id, self.status = str(self._run.info.run_id), str(self._run.info.status)
+        self.is_complete = self.status == "FINISHED" and ARTIFACTS_MISSING not in tags
+        self.position = int(tags.get(JOURNAL_POSITION, "0").partition(" ")[0])
+        self._stage_run_ids: dict[int, str] = {}
+        self._has_model_failed = False
+        if tags.get(FOLDER) != mask(str(folder)):  # the folder was moved
+            self.client.set_tag(self.run_id, FOLDER, mask(str(folder)))
+        if not self._run.data.params:
+            settings = experiment.model_dump(mode="json", exclude={"compute", "tracking", "tasks"})
+            settings["optimisation"]["warmup_steps"] = experiment.warmup_steps
+            params = [Param(valid_name(name), mask(str(value))[:MAX_VALUE_LENGTH]) for name, value in flatten(settings)]
+            self.client.log_batch(self.run_id, params=params)
 
     def resume(self) -> None:
-        """Say that the run is under way."""
-        self.client.update_run(self.parent, status="RUNNING")
-        clear_reason(self.client, self.parent)
+        """Set the run's status to RUNNING."""
+        self.client.update_run(self.run_id, status="RUNNING")
+        clear_reason(self.client, self.run_id)
 
     def send(self, entries: Sequence[JournalEntry]) -> None:
-        """Send the entries behind those that were taken, and note how many that makes."""
-        for stage, together in groupby(entries, key=_stage_of_steps):
-            if stage is None:
-                for entry in together:
-                    self._send_event(entry)
-            else:  # neighbouring steps of a stage, in few calls
-                curves = [metric for entry in together for metric in _curves(entry)]
-                log_metrics(self.client, self._child(stage, curves[0].timestamp), curves)
-        self.begun = self.begun or entries[0].time
-        self.client.set_tag(self.parent, TAKEN, f"{self.taken + len(entries)} since {self.begun}")
-        self.taken += len(entries)
-
-    def finish(self, result: Result, folder: Path, measured: int, ended: int, files: bool = True) -> None:
-        """Record figures, matrix, recipe and pictures, and close the parent.
+        """Send journal entries, then record the new position.
 
         Args:
-            result: of the run.
-            folder: of the run.
-            measured: the time that the figures get, the same whenever they are sent.
-            ended: when the run was finished.
-            files: Also send what belongs into the artefact store.
+            entries: The entries from `position` on; at least one.
+        """
+        for stage, group in groupby(entries, key=_stage_of_steps):
+            if stage is None:
+                for entry in group:
+                    self._send_event(entry)
+            else:  # consecutive steps of a stage are sent in few calls
+                metrics = [metric for entry in group for metric in _step_metrics(entry)]
+                log_metrics(self.client, self._stage_run_id(stage, metrics[0].timestamp), metrics)
+        self.start_time = self.start_time or entries[0].time
+        self.client.set_tag(self.run_id, JOURNAL_POSITION, f"{self.position + len(entries)} since {self.start_time}")
+        self.position += len(entries)
+
+    def finish(self, result: Result, metric_time: int, end_time: int, files: bool = True) -> None:
+        """Record the result and set the parent run's status to FINISHED.
+
+        Args:
+            result: The run's result.
+            metric_time: Timestamp of the result's metrics, in milliseconds. It must be the same in every attempt.
+            end_time: When the run was finished, in milliseconds.
+            files: Whether to upload the run's files, too.
 
         Raises:
-            ArtifactError: All but the files is recorded.
+            ArtifactError: Everything is recorded except the files.
         """
-        zero_shot = result.zero_shot_metrics
-        figures = result.metrics.model_dump() | {
-            "zero_shot/transfer": zero_shot.transfer,
-            "zero_shot/avg": zero_shot.avg,
+        values = result.metrics.model_dump() | {
+            "zero_shot/transfer": result.zero_shot_metrics.transfer,
+            "zero_shot/avg": result.zero_shot_metrics.avg,
         }
-        metrics = [Metric(name, value, measured, 0) for name, value in figures.items() if value is not None]
-        if not result.stages:  # nothing was trained, nor measured again; the rows are there for comparisons
+        metrics = [Metric(name, value, metric_time, 0) for name, value in values.items() if value is not None]
+        if not result.stages:  # a method without training reports no rows; they are logged for comparisons
             names = [task.name for task in result.tasks]
-            for stage, cells in enumerate(result.accuracy_matrix, start=1):
-                metrics += _row(dict(zip(names, cells, strict=True)), measured, stage)
-        log_metrics(self.client, self.parent, metrics)
-        self._log_data(result)
+            for stage, row in enumerate(result.accuracy_matrix, start=1):
+                metrics += _row_metrics(dict(zip(names, row, strict=True)), metric_time, stage)
+        log_metrics(self.client, self.run_id, metrics)
+        self._log_datasets(result)
         if result.warnings:
-            self.client.set_tag(self.parent, "zscl.warnings", "\n".join(result.warnings)[:LONGEST_VALUE])
-        clear_reason(self.client, self.parent)
-        # The status comes before the files: their store may be another one, which does not answer.
-        sync = command("zscl", "sync", folder)
-        self.client.set_tag(self.parent, ARTIFACTS, f"not sent yet; this command sends them: {sync}"[:LONGEST_VALUE])
-        self.client.set_terminated(self.parent, "FINISHED", ended)
-        if not files:
-            return
-        try:
-            self._log_files(result, folder)
-        except Exception as error:  # whatever the library of an artefact store raises
-            told = artifact_error(self._uri, self._artifacts, error)
-            self.client.set_tag(self.parent, ARTIFACTS, str(told)[:LONGEST_VALUE])
-            raise told from error
-        self.client.delete_tag(self.parent, ARTIFACTS)
-        self.complete = True
+            self.client.set_tag(self.run_id, "zscl.warnings", "\n".join(result.warnings)[:MAX_VALUE_LENGTH])
+        clear_reason(self.client, self.run_id)
+        upload_files = partial(self._log_files, result) if files else None
+        finish_run(self.client, self._run, self.folder, end_time, upload_files)
+        self.is_complete = files
 
-    def _log_files(self, result: Result, folder: Path) -> None:
-        """Record matrix, recipe, pictures, and the models that the store would not take before."""
-        self.client.log_artifact(self.parent, str(folder / "experiment.yaml"))
-        self.client.log_artifact(self.parent, str(folder / "result.json"))
-        log_table(self.client, self.parent, matrix_columns(result), "accuracy_matrix.json")
-        self.client.log_figure(self.parent, draw_matrix(result), "figures/accuracy_matrix.png")
-        self.client.log_figure(self.parent, draw_accuracies(result), "figures/accuracy_by_stage.png")
+    def fail(self, state: RunState) -> None:
+        """Set the status of the parent and of the running stage to FAILED or KILLED, with the reason."""
+        query = f"tags.`{PARENT}` = '{self.run_id}' and attributes.status = 'RUNNING'"
+        for stage in self.client.search_runs([self.experiment_id], query):
+            self.client.set_terminated(stage.info.run_id, state.status, state.time)
+        self.client.set_tag(self.run_id, REASON, state.reason[:MAX_VALUE_LENGTH])
+        self.client.set_terminated(self.run_id, state.status, state.time)
+
+    def _log_files(self, result: Result) -> None:
+        """Log recipe, result, accuracy matrix and charts, and the models that could not be logged during the run."""
+        self.client.log_artifact(self.run_id, str(self.folder / EXPERIMENT))
+        self.client.log_artifact(self.run_id, str(self.folder / RESULT))
+        log_table(self.client, self.run_id, matrix_columns(result), "accuracy_matrix.json")
+        self.client.log_figure(self.run_id, draw_matrix(result), "figures/accuracy_matrix.png")
+        self.client.log_figure(self.run_id, draw_accuracies(result), "figures/accuracy_by_stage.png")
         for trained in result.stages:
-            if child := self._find_child(trained.stage):
-                self._log_model(child.info.run_id, trained)
+            if run := self._find_stage_run(trained.stage):
+                self._log_model(run.info.run_id, trained)
 
-    def _log_data(self, result: Result) -> None:
-        """Name the data, with digests and split families, where MLflow shows a run's datasets."""
-        if self.client.get_run(self.parent).inputs.dataset_inputs:
+    def _log_datasets(self, result: Result) -> None:
+        """Log the datasets, with digests and split families, unless they are logged already."""
+        if self.client.get_run(self.run_id).inputs.dataset_inputs:
             return
         context = [InputTag("mlflow.data.context", "training and evaluation")]
-        found = [
+        datasets = [
             DatasetInput(
                 Dataset(
                     name=task.name,
-                    digest=task.digest[:LONGEST_DIGEST],
+                    digest=task.digest[:MAX_DIGEST_LENGTH],
                     source_type="local",
                     source=json.dumps({"uri": task.path}),
                     profile=json.dumps({"split_family": task.split_family, "test_images": task.test_images}),
@@ -188,102 +200,96 @@ class RunRecorder:
             for task in result.tasks
         ]
         if result.reference:
-            digest, texts = result.reference[:LONGEST_DIGEST], json.dumps({"texts": result.reference_texts})
+            digest, texts = result.reference[:MAX_DIGEST_LENGTH], json.dumps({"texts": result.reference_texts})
             reference = Dataset("reference", digest, "local", json.dumps({"uri": ""}), profile=texts)
-            found.append(DatasetInput(reference, [InputTag("mlflow.data.context", "reference")]))
-        self.client.log_inputs(self.parent, datasets=found)
-
-    def close(self, state: RunState) -> None:
-        """Mark the parent and the open stage as FAILED or KILLED, and say why."""
-        query = f"tags.`{PARENT}` = '{self.parent}' and attributes.status = 'RUNNING'"
-        for stage in self.client.search_runs([self.experiment_id], query):
-            self.client.set_terminated(stage.info.run_id, state.status, state.time)
-        self.client.set_tag(self.parent, REASON, state.reason[:LONGEST_VALUE])
-        self.client.set_terminated(self.parent, state.status, state.time)
-
-    def _find(self, fingerprint: str) -> Run | None:
-        runs = runs_of(self.client, [self.experiment_id], fingerprint, [self._level])
-        of_search = [run for run in runs if run.data.tags.get(PARENT) == self.search]
-        return find_recorded(of_search, self.folder, self.begun, begun_in)
+            datasets.append(DatasetInput(reference, [InputTag("mlflow.data.context", "reference")]))
+        self.client.log_inputs(self.run_id, datasets=datasets)
 
     @property
     def _level(self) -> str:
-        return "sequence" if self.search is None else "trial"
+        return "sequence" if self.search_run_id is None else "trial"
 
-    def _make(self, experiment: Experiment, fingerprint: str, folder: Path) -> Run:
+    def _find(self, fingerprint: str) -> Run | None:
+        runs = search_runs(self.client, [self.experiment_id], fingerprint, [self._level])
+        runs = [run for run in runs if run.data.tags.get(PARENT) == self.search_run_id]
+        return find_run_of_folder(runs, self.folder, self.start_time, read_start_time)
+
+    def _create(self, fingerprint: str) -> Run:
         tags = {
-            **({} if self.search is None else {PARENT: self.search}),
+            **({} if self.search_run_id is None else {PARENT: self.search_run_id}),
             LEVEL: self._level,
-            "zscl.method": experiment.method.name,
-            "zscl.seed": str(experiment.seed),
+            "zscl.method": self.experiment.method.name,
+            "zscl.seed": str(self.experiment.seed),
             FINGERPRINT: fingerprint,
-            FOLDER: mask(str(folder)),
-            **provenance(),
+            FOLDER: mask(str(self.folder)),
+            **provenance_tags(),
         }
-        return self.client.create_run(
-            self.experiment_id, start_time=self.begun, run_name=folder.name[:LONGEST_NAME], tags=tags
-        )
+        name = self.folder.name[:MAX_NAME_LENGTH]
+        return self.client.create_run(self.experiment_id, start_time=self.start_time, run_name=name, tags=tags)
 
-    def _child(self, stage: int, time: int, task: str = "") -> str:
-        """The run of a stage that is under way; where somebody deleted it, another one."""
-        if stage not in self._children:
-            found = self._find_child(stage)
-            if found is None:
-                tags = {PARENT: self.parent, LEVEL: "stage", STAGE: str(stage)}
-                name = f"{stage}-{task}".rstrip("-")[:LONGEST_NAME]
-                found = self.client.create_run(self.experiment_id, start_time=time, run_name=name, tags=tags)
-            elif found.info.status != "RUNNING":  # it goes on
-                self.client.update_run(found.info.run_id, status="RUNNING")
-            self._children[stage] = str(found.info.run_id)
-        return self._children[stage]
+    def _stage_run_id(self, stage: int, time: int, task: str = "") -> str:
+        """Return the ID of a stage's MLflow run, which is RUNNING then; create the run if it does not exist."""
+        if stage not in self._stage_run_ids:
+            run = self._find_stage_run(stage)
+            if run is None:
+                tags = {PARENT: self.run_id, LEVEL: "stage", STAGE: str(stage)}
+                name = f"{stage}-{task}".rstrip("-")[:MAX_NAME_LENGTH]
+                run = self.client.create_run(self.experiment_id, start_time=time, run_name=name, tags=tags)
+            elif run.info.status != "RUNNING":
+                self.client.update_run(run.info.run_id, status="RUNNING")
+            self._stage_run_ids[stage] = str(run.info.run_id)
+        return self._stage_run_ids[stage]
 
-    def _find_child(self, stage: int) -> Run | None:
-        query = f"tags.`{PARENT}` = '{self.parent}' and tags.`{STAGE}` = '{stage}'"
+    def _find_stage_run(self, stage: int) -> Run | None:
+        query = f"tags.`{PARENT}` = '{self.run_id}' and tags.`{STAGE}` = '{stage}'"
         runs = self.client.search_runs([self.experiment_id], query, max_results=1)
         return runs[0] if runs else None
 
     def _send_event(self, entry: JournalEntry) -> None:
-        match progress := entry.progress:
+        match event := entry.progress:
             case StageStarted():
-                self._child(progress.stage, entry.time, progress.task)
+                self._stage_run_id(event.stage, entry.time, event.task)
             case StageTrained():
-                child = self._child(progress.result.stage, entry.time)
-                log_metrics(self.client, child, [Metric("train_seconds", progress.result.train_seconds, entry.time, 0)])
-                self._try_to_log_model(child, progress.result)
+                run_id = self._stage_run_id(event.result.stage, entry.time)
+                log_metrics(self.client, run_id, [Metric("train_seconds", event.result.train_seconds, entry.time, 0)])
+                self._try_log_model(run_id, event.result)
             case WorkersUsed():
-                log_metrics(self.client, self._child(progress.stage, entry.time), _usage(progress, entry.time))
+                log_metrics(self.client, self._stage_run_id(event.stage, entry.time), _usage_metrics(event, entry.time))
             case RowMeasured():
-                self._send_row(progress, entry.time)
+                self._send_row(event, entry.time)
 
-    def _log_model(self, child: str, trained: StageResult) -> None:
-        """Log what the stage hands on as one of MLflow's models, where the recipe asks for it and it is there still."""
-        wanted, last = self.experiment.tracking.models, trained.stage == len(self.experiment.tasks)
+    def _log_model(self, run_id: str, trained: StageResult) -> None:
+        """Log a stage's model, if `tracking.models` asks for it and its folder still exists."""
+        setting, is_last = self.experiment.tracking.models, trained.stage == len(self.experiment.tasks)
         folder = model_folder(self.folder, trained.stage, trained.task)
-        if self.search is not None or wanted == "none" or (wanted == "last" and not last) or not folder.is_dir():
+        is_selected = setting == "all" or (setting == "last" and is_last)
+        if self.search_run_id is not None or not is_selected or not folder.is_dir():
             return
         from orchestrate.tracking.registered_models import log_model  # takes seconds to import
 
-        name = re.sub(r"[/:.%\"']", "_", f"{self.folder.name}-{trained.stage}-{trained.task}")  # not taken by MLflow
-        log_model(self.client, self.experiment_id, child, name, folder, partial(self._words, trained.stage))
+        # MLflow refuses these characters in a model's name.
+        name = re.sub(r"[/:.%\"']", "_", f"{self.folder.name}-{trained.stage}-{trained.task}")
+        load_prompts = partial(self._load_prompts, trained.stage)
+        log_model(self.client, self.experiment_id, run_id, name, folder, load_prompts)
 
-    def _try_to_log_model(self, child: str, trained: StageResult) -> None:
-        """Log a stage's model while the run goes on; once that failed, all wait for the end.
+    def _try_log_model(self, run_id: str, trained: StageResult) -> None:
+        """Log a stage's model during the run. After one failure, all models are logged at the end of the run.
 
-        The model is on disk, the curves are worth more, and a store that does not answer may take minutes to say so.
+        A store that does not answer may take minutes to fail, and would delay the metrics. The model is on disk anyway.
         """
-        if self._artifacts_failed:
+        if self._has_model_failed:
             return
         try:
-            self._log_model(child, trained)
-        except Exception as error:  # whatever the library of an artefact store raises
-            self._artifacts_failed = True
+            self._log_model(run_id, trained)
+        except Exception as error:  # the client libraries of artifact stores raise errors of any type
+            self._has_model_failed = True
             log.warning(
                 "MLflow did not take the model of stage %d (%s); it is sent again at the end of the run",
-                trained.stage, reason_of(error, self._uri),
+                trained.stage, root_cause(error, self.client.tracking_uri),
             )  # fmt: skip
 
-    def _words(self, stage: int) -> tuple[Sequence[str], Sequence[str]]:
-        """Class names and templates of a stage's task; none where its folder cannot be read from here."""
+    def _load_prompts(self, stage: int) -> tuple[Sequence[str], Sequence[str]]:
+        """Load class names and templates of a stage's task; none if its folder is not readable on this machine."""
         try:
             task = resolve_tasks(self.experiment)[1][stage - 1]
         except InputError:
@@ -291,39 +297,39 @@ class RunRecorder:
         return task.classnames, task.templates
 
     def _send_row(self, row: RowMeasured, time: int) -> None:
-        cells = _row(row.accuracy, time, row.stage)
-        log_metrics(self.client, self.parent, cells)
+        metrics = _row_metrics(row.accuracy, time, row.stage)
+        log_metrics(self.client, self.run_id, metrics)
         if row.stage == 0:
-            order = ", ".join(row.accuracy)[:LONGEST_VALUE]
-            self.client.log_batch(self.parent, params=[Param("tasks", order)], tags=[RunTag("zscl.order", order)])
+            order = ", ".join(row.accuracy)[:MAX_VALUE_LENGTH]
+            self.client.log_batch(self.run_id, params=[Param("tasks", order)], tags=[RunTag("zscl.order", order)])
         else:
-            child = self._child(row.stage, time)
-            log_metrics(self.client, child, cells)
-            self.client.set_terminated(child, "FINISHED", time)
-            del self._children[row.stage]
+            run_id = self._stage_run_id(row.stage, time)
+            log_metrics(self.client, run_id, metrics)
+            self.client.set_terminated(run_id, "FINISHED", time)
+            del self._stage_run_ids[row.stage]
 
 
 def _stage_of_steps(entry: JournalEntry) -> int | None:
     return entry.progress.stage if isinstance(entry.progress, StepsTaken) else None
 
 
-def _curves(entry: JournalEntry) -> list[Metric]:
-    taken, time = entry.progress, entry.time
-    assert isinstance(taken, StepsTaken)
-    curves = []
-    for step in taken.steps:
-        curves.append(Metric("learning_rate", step.learning_rate, time, step.step))
-        curves.append(Metric("gradient_norm", step.gradient_norm, time, step.step))
-        curves += [Metric(f"loss/{name}", value, time, step.step) for name, value in step.losses.items()]
-    curves.append(Metric("images_per_second", taken.images_per_second, time, taken.steps[-1].step))
-    return curves
-
-
-def _usage(used: WorkersUsed, time: int) -> list[Metric]:
-    """Where MLflow's pages look for system metrics, and as its own are called."""
+def _step_metrics(entry: JournalEntry) -> list[Metric]:
+    event, time = entry.progress, entry.time
+    assert isinstance(event, StepsTaken)
     metrics = []
-    for number, worker in enumerate(used.workers):
-        figures = {
+    for step in event.steps:
+        metrics.append(Metric("learning_rate", step.learning_rate, time, step.step))
+        metrics.append(Metric("gradient_norm", step.gradient_norm, time, step.step))
+        metrics += [Metric(f"loss/{name}", value, time, step.step) for name, value in step.losses.items()]
+    metrics.append(Metric("images_per_second", event.images_per_second, time, event.steps[-1].step))
+    return metrics
+
+
+def _usage_metrics(event: WorkersUsed, time: int) -> list[Metric]:
+    """Return each worker's resource use as metrics, under the names of MLflow's own system metrics."""
+    metrics = []
+    for rank, worker in enumerate(event.workers):
+        values = {
             "images_per_second": worker.images_per_second,
             "loader_wait_percentage": 100 * worker.loader_wait_share,
             "cpu_utilization_percentage": 100 * worker.cpu_cores,
@@ -331,13 +337,14 @@ def _usage(used: WorkersUsed, time: int) -> list[Metric]:
             "gpu_memory_usage_megabytes": worker.gpu_memory_megabytes,
         }
         metrics += [
-            Metric(f"system/worker-{number}/{name}", value, time, used.step)
-            for name, value in figures.items()
+            Metric(f"system/worker-{rank}/{name}", value, time, event.step)
+            for name, value in values.items()
             if value is not None
         ]
     return metrics
 
 
-def _row(accuracy: dict[str, float], time: int, stage: int) -> list[Metric]:
-    cells = [Metric(f"accuracy/{task}", value, time, stage) for task, value in accuracy.items()]
-    return [*cells, Metric("accuracy_mean", sum(accuracy.values()) / len(accuracy), time, stage)]
+def _row_metrics(accuracy: dict[str, float], time: int, stage: int) -> list[Metric]:
+    """Return a row of the accuracy matrix, and its mean, as metrics at step `stage`."""
+    metrics = [Metric(f"accuracy/{task}", value, time, stage) for task, value in accuracy.items()]
+    return [*metrics, Metric("accuracy_mean", sum(accuracy.values()) / len(accuracy), time, stage)]

@@ -1,7 +1,7 @@
-"""From a run's journal to MLflow: beside a run that goes on, or afterwards.
+"""Uploading a run's journal to MLflow: in the background while the run is in progress, or afterwards (`zscl sync`).
 
-The journal is what counts. A store takes it entry by entry and says how many it has, so whoever sends goes on where the
-last one stopped, and a store that has nothing gets everything.
+The journal is the source of truth. The store counts the entries that it has, so an upload resumes where the last one
+stopped, and an empty store receives the complete journal.
 """
 
 import logging
@@ -12,78 +12,103 @@ from functools import partial
 from pathlib import Path
 
 from orchestrate.lifecycle.lock import run_lock
-from orchestrate.lifecycle.paths import restore_password, store_uri
+from orchestrate.lifecycle.paths import restore_password, tracking_uri
 from orchestrate.lifecycle.run_status import read_state
 from orchestrate.recipes.recipe import load_experiment
 from orchestrate.reports.results import load_result
 from orchestrate.tracking.run_recorder import RunRecorder
-from orchestrate.tracking.store_errors import FAILURES, OFFLINE, ArtifactError, reason_of, store_error
-from schemas.errors import InputError, command
+from orchestrate.tracking.store_errors import (
+    FAILURES,
+    OFFLINE_ADVICE,
+    ArtifactError,
+    explain_store_errors,
+    root_cause,
+    store_error,
+)
+from schemas.errors import ErrorCode, InputError, shell_command
 from schemas.events import JournalEntry, RunStarted
 from schemas.experiment import Experiment
 from schemas.redaction import mask
-from schemas.results import RunState, Synced
-from zscl.sequence.journal import JOURNAL, JournalReader
+from schemas.results import RunState, SyncReport
+from zscl.sequence.journal import JournalReader
+from zscl.sequence.layout import EXPERIMENT, JOURNAL, RESULT
 
 log = logging.getLogger(__name__)
 
-EVERY_SECONDS = 2.0
-PAUSES = (1.0, 30.0)  # after a failure, doubling from the first to the last
-PATIENCE_SECONDS = 20.0  # at the end of a run
-ENTRIES_AT_ONCE = 100  # about two minutes of steps: little is sent again after a failure
+POLL_SECONDS = 2.0
+RETRY_DELAYS = (1.0, 30.0)  # seconds: the first delay, and the limit up to which it doubles
+FINISH_TIMEOUT = 20.0  # seconds, at the end of a run
+ENTRIES_PER_BATCH = 100  # about two minutes of steps, so that little is sent again after a failure
 
 
 class UploadSession:
-    """A journal on its way into a store. After a failure, begin another one: nothing is known but what they say."""
+    """An upload of a journal into a store. After a failure, open a new session, which reads the position again.
+
+    Attributes:
+        folder: The run's folder.
+        recorder: Records the run in the store.
+    """
 
     def __init__(
-        self, experiment: Experiment, fingerprint: str, folder: Path, uri: str, search: str | None = None
+        self, experiment: Experiment, fingerprint: str, folder: Path, uri: str, search_run_id: str | None = None
     ) -> None:
         self.folder = folder
         self._reader = JournalReader(folder / JOURNAL)
-        self._waiting: list[JournalEntry] = []
-        self._last = 0
-        self._read()
-        begun = self._waiting[0].time if self._waiting else None
-        self.record = RunRecorder(experiment, fingerprint, folder, uri, begun, search)
-        del self._waiting[: self.record.taken]
+        self._pending: list[JournalEntry] = []
+        self._last_time = 0
+        self._read_journal()
+        start_time = self._pending[0].time if self._pending else None
+        self.recorder = RunRecorder(experiment, fingerprint, folder, uri, start_time, search_run_id)
+        del self._pending[: self.recorder.position]
 
     def send(self) -> Iterator[tuple[int, int]]:
-        """Send what is new, a part at a time. Yields how many entries are sent by then, and how many there were."""
-        self._read()
-        total = len(self._waiting)
-        while self._waiting:
-            self.record.send(self._waiting[:ENTRIES_AT_ONCE])
-            del self._waiting[:ENTRIES_AT_ONCE]
-            yield total - len(self._waiting), total
+        """Send the new entries in batches.
+
+        Yields:
+            After each batch, the number of entries that were sent, and the number of new entries.
+        """
+        self._read_journal()
+        total = len(self._pending)
+        while self._pending:
+            self.recorder.send(self._pending[:ENTRIES_PER_BATCH])
+            del self._pending[:ENTRIES_PER_BATCH]
+            yield total - len(self._pending), total
 
     def finalize(self, files: bool = True) -> str:
-        """Record how the run ended, as its folder says. Returns the status.
+        """Record how the run ended, according to its folder.
 
         Args:
-            files: Also send the files of a run that is finished.
+            files: Whether to upload the files of a finished run, too.
+
+        Returns:
+            The run's status.
 
         Raises:
-            ArtifactError: The status is recorded, but the artefact store does not take the files.
+            ArtifactError: The status is recorded, but the artifact store did not accept the files.
         """
         state = read_state(self.folder)
-        if (self.folder / "result.json").is_file():
-            ended = state.time if state and state.status == "FINISHED" else self._last
-            self.record.finish(load_result(self.folder), self.folder, self._last, ended, files)
+        if (self.folder / RESULT).is_file():
+            end_time = state.time if state and state.status == "FINISHED" else self._last_time
+            self.recorder.finish(load_result(self.folder), self._last_time, end_time, files)
             return "FINISHED"
-        if state is None or state.status == "RUNNING":  # and yet nobody works on it
-            state = RunState(status="KILLED", reason="the process is gone", time=self._last)
-        self.record.close(state)
+        if state is None or state.status == "RUNNING":  # no process works on the run
+            state = RunState(status="KILLED", reason="the process is gone", time=self._last_time)
+        self.recorder.fail(state)
         return state.status
 
-    def _read(self) -> None:
-        entries = self._reader.new()
-        self._waiting += entries
-        self._last = entries[-1].time if entries else self._last
+    def _read_journal(self) -> None:
+        entries = self._reader.read_new()
+        self._pending += entries
+        self._last_time = entries[-1].time if entries else self._last_time
 
 
 class JournalUploader:
-    """Sends a run's journal while the run goes on, from a thread of its own, which nobody waits for until the end."""
+    """Uploads a run's journal from a background thread while the run is in progress.
+
+    Attributes:
+        folder: The run's folder.
+        run_id: ID of the MLflow run; not set for a trial of a search.
+    """
 
     def __init__(
         self,
@@ -91,155 +116,171 @@ class JournalUploader:
         fingerprint: str,
         folder: Path,
         note: Callable[[str], None],
-        search: str | None = None,
+        search_run_id: str | None = None,
     ) -> None:
-        """Open the store, where a resumed run is found again.
+        """Open the store, find or create the run in it, and start the thread.
 
         Args:
-            experiment: what is run.
-            fingerprint: of it.
-            folder: the run's, absolute.
-            note: is told, in the thread, when the store does not answer any more, and when it does again.
-            search: the run, in the store, of the search that this one is a trial of. It has seen the store: one that is
-                away now comes back.
+            experiment: The experiment that is run.
+            fingerprint: The experiment's fingerprint.
+            folder: The run's folder, absolute.
+            note: Receives a message, in the thread, when the store stops accepting records and when it accepts them
+                again.
+            search_run_id: ID of the search's MLflow run, if this run is a trial. The search has opened the store
+                before, so a store that does not answer is retried.
 
         Raises:
-            InputError: the store cannot be reached.
+            InputError: The store cannot be used.
         """
         self.folder, self._note = folder, note
-        uri = restore_password(store_uri(experiment, folder if search is None else folder.parents[1]))
-        self._uri, self._failure, self._noted = uri, "", ""
-        self._begin = partial(self._shipment, experiment, fingerprint, folder, uri, search)
-        shipment = None
-        if search is None:
-            try:
-                shipment = self._begin()
-            except (*FAILURES, InputError) as error:
-                raise store_error(uri, error, OFFLINE) from error
-            self.run_id = shipment.record.parent
-        self._ending, self._abandoned = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._work, args=[shipment], name="shipper", daemon=True)
+        self._uri = restore_password(tracking_uri(experiment, folder if search_run_id is None else folder.parents[1]))
+        self._failure, self._reported_failure = "", ""
+        self._open_session = partial(_open_session, experiment, fingerprint, folder, self._uri, search_run_id)
+        session = None
+        if search_run_id is None:
+            with explain_store_errors(self._uri, OFFLINE_ADVICE):
+                session = self._open_session()
+                self.run_id = session.recorder.run_id
+        self._finishing, self._cancelled = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._upload, args=[session], name="journal-uploader", daemon=True)
         self._thread.start()
 
-    def end(self, patience: float = PATIENCE_SECONDS) -> bool:
-        """Let everything arrive, and with it how the run ended, which the folder says by now.
+    def end(self, timeout: float = FINISH_TIMEOUT) -> bool:
+        """Upload the rest of the journal, and how the run ended, according to its folder.
 
-        Returns whether it did; if it takes longer than so many seconds, `note` is told what to do.
+        Args:
+            timeout: Seconds to wait. After that, `note` receives a message with the command for the rest.
+
+        Returns:
+            Whether everything was uploaded.
         """
-        self._ending.set()
-        self._thread.join(patience)
+        self._finishing.set()
+        self._thread.join(timeout)
         if self._thread.is_alive():
-            self._abandoned.set()
-            why = f" ({self._failure})" if self._failure != self._noted else ""
-            rest = command("zscl", "sync", self.folder)
-            self._note(f"MLflow has not taken everything yet{why}; later, send the rest with: {rest}")
+            self._cancelled.set()
+            reason = f" ({self._failure})" if self._failure != self._reported_failure else ""
+            sync = shell_command("zscl", "sync", self.folder)
+            self._note(f"MLflow has not taken everything yet{reason}; later, send the rest with: {sync}")
         return not self._thread.is_alive()
 
-    @staticmethod
-    def _shipment(
-        experiment: Experiment, fingerprint: str, folder: Path, uri: str, search: str | None
-    ) -> UploadSession:
-        shipment = UploadSession(experiment, fingerprint, folder, uri, search)
-        if shipment.record.status != "FINISHED":
-            shipment.record.resume()
-        return shipment
-
-    def _work(self, shipment: UploadSession | None) -> None:
-        pause, away = PAUSES[0], False
-        while not self._abandoned.is_set():
-            ending = self._ending.is_set()  # asked before the journal is read: nothing comes after the end
-            fresh = shipment is None
+    def _upload(self, session: UploadSession | None) -> None:
+        """Send new entries periodically; after a failure, retry in a new session with exponential backoff."""
+        delay, is_failing = RETRY_DELAYS[0], False
+        while not self._cancelled.is_set():
+            finishing = self._finishing.is_set()  # before the journal is read, so that no entry is missed
+            is_new_session = session is None
             try:
-                shipment = shipment or self._begin()
-                for _ in shipment.send():
-                    if self._abandoned.is_set():
+                session = session or self._open_session()
+                for _ in session.send():
+                    if self._cancelled.is_set():
                         return
-                if ending:
-                    shipment.finalize()
-            except Exception as error:  # also whatever a store of artefacts may raise: training is worth more
-                shipment = None
+                if finishing:
+                    session.finalize()
+            except Exception as error:  # the client libraries of artifact stores raise errors of any type
+                session = None
                 log.debug("MLflow did not take records", exc_info=True)
-                if not fresh:  # the run may be deleted, or its experiment: opening the store again tells
+                if not is_new_session:  # a run or experiment may have been deleted: opening a session shows the cause
                     continue
                 self._failure = self._explain(error)
-                if not away:
-                    kept = "" if ending else ". The run goes on, and its journal keeps them"
-                    self._note(f"MLflow does not take records: {self._failure}{kept}")
-                    self._noted = self._failure
-                wait, pause, away = pause, min(2 * pause, PAUSES[1]), True
+                if not is_failing:
+                    reassurance = "" if finishing else ". The run goes on, and its journal keeps them"
+                    self._note(f"MLflow does not take records: {self._failure}{reassurance}")
+                    self._reported_failure = self._failure
+                wait, delay, is_failing = delay, min(2 * delay, RETRY_DELAYS[1]), True
             else:
-                if away:
+                if is_failing:
                     self._note("MLflow takes records again; nothing is lost")
                 self._failure = ""
-                if ending:
+                if finishing:
                     return
-                wait, pause, away = EVERY_SECONDS, PAUSES[0], False
-            if ending:
-                time.sleep(min(wait, PAUSES[0]))
+                wait, delay, is_failing = POLL_SECONDS, RETRY_DELAYS[0], False
+            if finishing:
+                time.sleep(min(wait, RETRY_DELAYS[0]))
             else:
-                self._ending.wait(wait)
+                self._finishing.wait(wait)
 
     def _explain(self, error: Exception) -> str:
-        """Why MLflow does not take records, in a sentence."""
+        """Explain in a sentence why MLflow does not accept records."""
         if isinstance(error, (*FAILURES, InputError)):
             return str(store_error(self._uri, error))
-        return str(error) if isinstance(error, ArtifactError) else reason_of(error, self._uri)
+        return str(error) if isinstance(error, ArtifactError) else root_cause(error, self._uri)
 
 
-def sync_run(folder: Path, uri: str | None, on_sent: Callable[[int, int], None]) -> Synced:
-    """Send what a store does not have yet of a run on which nobody works.
+def _open_session(
+    experiment: Experiment, fingerprint: str, folder: Path, uri: str, search_run_id: str | None
+) -> UploadSession:
+    session = UploadSession(experiment, fingerprint, folder, uri, search_run_id)
+    if session.recorder.status != "FINISHED":
+        session.recorder.resume()
+    return session
+
+
+def sync_run(folder: Path, uri: str | None, on_sent: Callable[[int, int], None]) -> SyncReport:
+    """Upload what a store does not have yet of a run that no process works on.
 
     Args:
-        folder: the run's.
-        uri: of the store; default: that of the run.
-        on_sent: told how far it is: entries sent, and to be sent.
+        folder: The run's folder.
+        uri: Tracking URI; default: that of the run.
+        on_sent: Callback for progress: receives the number of entries that were sent, and that are to be sent.
+
+    Returns:
+        What was sent.
 
     Raises:
-        InputError: there is no such run, it is under way, or the store or its artefact store cannot be reached.
+        InputError: There is no such run, it is in progress, or its tracking store or artifact store cannot be used.
     """
     try:
         return upload_run(folder, uri, on_sent)
     except ArtifactError as error:
-        raise InputError(f"{folder}: {error}; then repeat: {command('zscl', 'sync', folder)}") from error
+        message = f"{folder}: {error}; then repeat: {shell_command('zscl', 'sync', folder)}"
+        raise InputError(message, code=ErrorCode.REJECTED) from error
 
 
 def upload_run(
-    folder: Path, uri: str | None, on_sent: Callable[[int, int], None], search: str | None = None, files: bool = True
-) -> Synced:
-    """Do what `sync` does for a run, or for a trial of a search.
+    folder: Path,
+    uri: str | None,
+    on_sent: Callable[[int, int], None],
+    search_run_id: str | None = None,
+    files: bool = True,
+) -> SyncReport:
+    """Upload what a store does not have yet of a run, or of a trial of a search.
 
     Args:
-        folder: See `sync`.
-        uri: See `sync`.
-        on_sent: See `sync`.
-        search: the run, in the store, of the search that this one is a trial of.
-        files: Also send what belongs into the artefact store.
+        folder: See `sync_run`.
+        uri: See `sync_run`.
+        on_sent: See `sync_run`.
+        search_run_id: ID of the search's MLflow run, if this run is a trial.
+        files: Whether to upload the files of a finished run, too.
+
+    Returns:
+        What was sent.
 
     Raises:
-        ArtifactError: Everything but the files is sent.
-        InputError: there is no such run, it is under way, or the store cannot be reached.
+        ArtifactError: Everything is sent except the files.
+        InputError: There is no such run, it is in progress, or its tracking store cannot be used.
     """
     folder = folder.absolute()
     if not folder.is_dir():
-        raise InputError(f"{folder}: found no such folder, expected a run's folder")
+        raise InputError(f"{folder}: found no such folder, expected a run's folder", code=ErrorCode.NOT_FOUND)
     with run_lock(folder, advice="copy the run to such a folder, and sync the copy"):
-        fingerprint = _fingerprint(folder)
-        experiment = load_experiment(folder / "experiment.yaml")
-        uri = uri or restore_password(store_uri(experiment, folder))
-        try:
-            shipment = UploadSession(experiment, fingerprint, folder, uri, search)
+        fingerprint = _read_fingerprint(folder)
+        experiment = load_experiment(folder / EXPERIMENT)
+        uri = uri or restore_password(tracking_uri(experiment, folder))
+        with explain_store_errors(uri):
+            session = UploadSession(experiment, fingerprint, folder, uri, search_run_id)
             sent = 0
-            for sent, total in shipment.send():
+            for sent, total in session.send():
                 on_sent(sent, total)
-            known = shipment.record.complete and not sent
-            status = "FINISHED" if known else shipment.finalize(files)
-        except FAILURES as error:
-            raise store_error(uri, error) from error
-    return Synced(folder=str(folder), tracking_uri=mask(uri), entries=sent, status=status)
+            is_up_to_date = session.recorder.is_complete and not sent
+            status = "FINISHED" if is_up_to_date else session.finalize(files)
+    return SyncReport(folder=str(folder), tracking_uri=mask(uri), entries=sent, status=status)
 
 
-def _fingerprint(folder: Path) -> str:
-    for entry in reversed(JournalReader(folder / JOURNAL).new()):
+def _read_fingerprint(folder: Path) -> str:
+    for entry in reversed(JournalReader(folder / JOURNAL).read_new()):
         if isinstance(entry.progress, RunStarted):
             return entry.progress.fingerprint
-    raise InputError(f"{folder}: found no {JOURNAL} that tells of a run, expected the folder of a run that was started")
+    raise InputError(
+        f"{folder}: found no {JOURNAL} with a started run, expected the folder of a run that was started",
+        code=ErrorCode.NOT_FOUND,
+    )

@@ -28,6 +28,7 @@ from PIL import Image
 from ruamel.yaml import YAML
 
 from orchestrate.recipes import recipe as recipes
+from orchestrate.recipes.variants import load_variants
 from schemas.data import Task
 from schemas.errors import InputError
 from zscl.data.decode import Decoder
@@ -217,7 +218,7 @@ def good(recipe: Callable[..., dict[str, Any]], tasks: list[str], tmp_path: Path
     (tmp_path / "captions.txt").write_text("one\ntwo\n")
     return [
         plain,
-        recipes.as_recipe(recipes.load_experiment(spelt_out)),
+        recipes.to_recipe(recipes.load_experiment(spelt_out)),
         scenario,
         recipe(reference={"images": shards, "texts": "captions.txt"}, method="zscl"),
         recipe(method={"preset": "icarl", "memory": {"budget": 8}}, tasks=[{"path": task} for task in tasks[:2]]),
@@ -243,7 +244,7 @@ def test_a_malformed_recipe_is_read_or_refused(
             value = rng.choice([rng.choice(SNIPPETS), yaml_of(rng.choice(NASTY)).strip()]).decode(errors="replace")
             overrides = [f"{rng.choice(SET)}={value}" if rng.random() < 0.9 else value]
         try:
-            experiments = recipes.load_variants(file, overrides, "all" if "variants" in tree else None)
+            experiments = load_variants(file, overrides, "all" if "variants" in tree else None)
         except InputError as error:
             return sentence_of(error, str(file), str(tmp_path / "good.yaml"), "--set", "--variant")
         for experiment in experiments.values():
@@ -479,13 +480,13 @@ def decoded(image: Image.Image) -> torch.Tensor:
 
 
 def read_all(samples: Samples, task: TaskFolder) -> None:
-    decode = Decoder(decoded, task.label_of)
+    decode = Decoder(decoded, task.get_label)
     for item in EvaluationImages(samples, decode, 0, 1)():
         assert isinstance(item, str) or item[0].shape == (3, 16, 16)
-    for _ in islice(TrainingImages(samples, decode, seed=0, batch_size=4, own=range(4))(), 10):
+    for _ in islice(TrainingImages(samples, decode, seed=0, batch_size=4, rank_indices=range(4))(), 10):
         pass
     assert isinstance(samples, IndexedSamples | StreamedSamples)
-    assert all(isinstance(text, str) for text in samples.texts())
+    assert all(isinstance(text, str) for text in samples.iter_texts())
     assert samples.digest
 
 

@@ -27,8 +27,8 @@ from support.faults import (
 
 from orchestrate.recipes import recipe as recipes
 from schemas.results import RunState
+from zscl.sequence.layout import CHECKPOINT
 from zscl.sequence.run import run_sequence
-from zscl.training.checkpoint import CHECKPOINT
 
 pytest_plugins = ["support.faulty_cluster"]
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(3600)]
@@ -85,7 +85,7 @@ def test_the_driver_is_killed_and_asked_to_end(launch: Launch, tmp_path: Path, w
             process.send_signal(number)
             said = ended(process, code)
         assert "is stopped behind step" in said
-        assert ("is gone without a word, taking over" in said) == (number == signal.SIGTERM)
+        assert ("has ended without releasing the lock, taking over" in said) == (number == signal.SIGTERM)
         assert RunState.model_validate_json((run / "state.json").read_text()).status == "KILLED"
     with launch(verb=("resume",)) as process:
         assert "stage 2 goes on behind step" in ended(process)

@@ -13,8 +13,7 @@ import pytest
 from ray.cluster_utils import Cluster
 from support.faults import a_worker, add_node, ended, numbers, same, starts_of, train_workers, trained, until
 
-from zscl.sequence.journal import JOURNAL
-from zscl.training.checkpoint import CHECKPOINT
+from zscl.sequence.layout import CHECKPOINT, JOURNAL
 
 pytest_plugins = ["support.faulty_cluster"]
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(3600)]

@@ -11,7 +11,7 @@ from ray.cluster_utils import Cluster
 from support.faults import add_node, ended, numbers, processes, starts_of, trained, until
 
 from orchestrate.cluster.auth import bind_to_loopback
-from zscl.training.checkpoint import CHECKPOINT
+from zscl.sequence.layout import CHECKPOINT
 
 pytest_plugins = ["support.faulty_cluster", "support.object_storage"]
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(3600)]

@@ -61,7 +61,7 @@ def test_a_trial_and_a_search_are_killed(launch: Launch, tmp_path: Path, search:
     with launch(verb=("search", search, "--out"), run="look") as process:
         until(lambda: sum(map(starts_of, journals(look))) > starts, "a trial goes on")
         process.send_signal(signal.SIGTERM)
-        assert "or zscl resume, goes on; finished trials are kept" in ended(process, 143)
+        assert "or zscl resume, resumes it; finished trials are kept" in ended(process, 143)
     assert json.loads((look / "state.json").read_text())["status"] == "KILLED"
     with launch(verb=("resume",), run="look") as process:
         ended(process)
@@ -73,7 +73,7 @@ def test_a_trial_and_a_search_are_killed(launch: Launch, tmp_path: Path, search:
     for trial in found.trials:
         alone = tmp_path / "alone" / str(trial.number)
         result = run_sequence(
-            recipes.with_values(section, content, trial.values, search), alone, device=torch.device("cpu")
+            recipes.build_trial_experiment(section, content, trial.values, search), alone, device=torch.device("cpu")
         )
         assert trial.objectives == {"last": result.metrics.last, "avg": result.metrics.avg}
 

@@ -30,7 +30,8 @@ from orchestrate.tracking.uploader import JournalUploader
 from schemas.events import RowMeasured, RunStarted, StageStarted, StageTrained, StepsTaken
 from schemas.experiment import Experiment
 from schemas.results import StageResult, StepLosses
-from zscl.sequence.journal import JOURNAL, Journal
+from zscl.sequence.journal import Journal
+from zscl.sequence.layout import JOURNAL
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(3600)]
 STEPS_A_SECOND = 20
@@ -234,8 +235,8 @@ def lossy(server: Server) -> Iterator[Any]:
 def test_answers_that_are_lost_make_nothing_twice(
     server: Server, lossy: Any, begin: Begin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shipping, "PAUSES", (0.1, 0.5))
-    monkeypatch.setattr(shipping, "EVERY_SECONDS", 0.5)
+    monkeypatch.setattr(shipping, "RETRY_DELAYS", (0.1, 0.5))
+    monkeypatch.setattr(shipping, "POLL_SECONDS", 0.5)
     training, shipper, said = begin(f"http://127.0.0.1:{lossy.server_port}")
     lossy.losing = True
     for _ in range(4):

@@ -1,10 +1,13 @@
 """Record what the code computes and shows, or read it back for comparison.
 
-python tests/golden/record.py           # writes tests/golden/*.json, help.txt and stopped-run/
+python tests/golden/record.py --texts    # writes help.txt, schema.json and messages.txt
+python tests/golden/record.py            # also runs.json, fingerprints.json and stopped-run/
 
-Run it only to accept a change on purpose: `test_golden.py` compares every later state of the code with these files.
+Run it only to accept an intended change: `test_golden.py` compares every later state of the code with these files.
 """
 
+import argparse
+import ast
 import csv
 import hashlib
 import json
@@ -31,12 +34,14 @@ sys.path[:0] = [str(HERE.parent), str(ROOT)]
 
 from golden import inputs  # noqa: E402
 
-from orchestrate.recipes.recipe import load_search, load_variants  # noqa: E402
+from orchestrate.recipes.recipe import load_search  # noqa: E402
+from orchestrate.recipes.variants import load_variants  # noqa: E402
 from schemas.experiment import Experiment  # noqa: E402
 from zscl.sequence.run import run_sequence  # noqa: E402
 from zscl.training.checkpoint import StoppedError  # noqa: E402
 
-RUNS, FINGERPRINTS, SCHEMA, HELP = "runs.json", "fingerprints.json", "schema.json", "help.txt"
+RUNS, FINGERPRINTS, SCHEMA = "runs.json", "fingerprints.json", "schema.json"
+HELP, MESSAGES = "help.txt", "messages.txt"
 STOPPED_RUN = HERE / "stopped-run"
 COMMANDS = (
     "", "run", "search", "resume", "embed", "sync", "compare", "submit", "evaluate", "average", "export", "schema",
@@ -118,7 +123,7 @@ def fingerprints() -> dict[str, str]:
 
 class _Names(defaultdict[str, str]):
     def __missing__(self, location: str) -> str:
-        return f"content of {location}"
+        return f"content of {Path(location).relative_to(Path.cwd()) if Path(location).is_absolute() else location}"
 
 
 def help_texts() -> str:
@@ -138,6 +143,34 @@ def schema() -> str:
     """The output of `zscl schema`."""
     program = Path(sys.executable).parent / "zscl"
     return subprocess.run([program, "schema"], capture_output=True, text=True, check=True).stdout
+
+
+def messages() -> str:
+    """The wording of every `InputError` that the packages raise, with its code; values are shown as `{}`."""
+    lines = []
+    for package in ("schemas", "zscl", "orchestrate"):
+        for file in sorted((ROOT / package).rglob("*.py")):
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "InputError":
+                    codes = [keyword.value for keyword in node.keywords if keyword.arg == "code"]
+                    code = codes[0].attr if codes and isinstance(codes[0], ast.Attribute) else "{}"
+                    text = _wording(node.args[0]).replace("\n", "\\n")
+                    lines.append(f"{file.relative_to(ROOT)}: {code}: {text}")
+    return "\n".join(lines) + "\n"
+
+
+def _wording(node: ast.expr) -> str:
+    match node:
+        case ast.Constant(value=str(text)):
+            return text
+        case ast.JoinedStr(values=parts):
+            return "".join(map(_wording, parts))
+        case ast.BinOp(left=left, op=ast.Add(), right=right):
+            return _wording(left) + _wording(right)
+        case ast.IfExp(body=body, orelse=orelse):
+            return f"({_wording(body)}|{_wording(orelse)})"
+        case _:
+            return "{}"
 
 
 def stop_after_three_steps(root: Path) -> Path:
@@ -166,6 +199,17 @@ def stop_after_three_steps(root: Path) -> Path:
 
 def main() -> None:
     """Write the golden files."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--texts", action="store_true", help="write the texts only: help, schema and messages")
+    if not parser.parse_args().texts:
+        write_runs()
+    (HERE / HELP).write_text(help_texts())
+    (HERE / SCHEMA).write_text(schema())
+    (HERE / MESSAGES).write_text(messages())
+
+
+def write_runs() -> None:
+    """Write what is computed: losses, weights, accuracies, fingerprints and the stopped run."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
@@ -178,8 +222,6 @@ def main() -> None:
     content = {"machine": machine(), "runs": runs}
     (HERE / RUNS).write_text(json.dumps(content, indent=1) + "\n")
     (HERE / FINGERPRINTS).write_text(json.dumps(fingerprints(), indent=1) + "\n")
-    (HERE / HELP).write_text(help_texts())
-    (HERE / SCHEMA).write_text(schema())
 
 
 if __name__ == "__main__":

@@ -94,5 +94,12 @@ def test_help_of_every_command() -> None:
             assert f"Example: zscl {command}" in texts
 
 
+def test_wording_of_the_error_messages() -> None:
+    """Other tests assert codes and fields of errors; the wording is pinned here alone."""
+    messages = record.messages()
+    assert messages == (HERE / record.MESSAGES).read_text(), "run: python tests/golden/record.py --texts"
+    assert ": {}: " not in messages.replace("explain", ""), "every InputError has a code"
+
+
 def test_schema_of_the_recipe() -> None:
     assert record.schema() == (HERE / record.SCHEMA).read_text()

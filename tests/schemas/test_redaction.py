@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from schemas.errors import InputError
-from schemas.redaction import mask, mask_urls, masked
+from schemas.redaction import mask, mask_tree, mask_urls
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_a_password_that_a_library_took_out_of_its_url_is_masked() -> None:
 
 def test_trees_are_masked_throughout() -> None:
     tree = {"a": ["x://u:secret@h", {"b": ("x://u:secret@h", 1, None)}]}
-    assert masked(tree) == {"a": ["x://u:***@h", {"b": ("x://u:***@h", 1, None)}]}
+    assert mask_tree(tree) == {"a": ["x://u:***@h", {"b": ("x://u:***@h", 1, None)}]}
 
 
 def test_a_sentence_of_ours_has_no_secret_in_it_and_steers_no_terminal() -> None:

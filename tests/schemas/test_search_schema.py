@@ -1,61 +1,59 @@
-"""What a search may say, and what it is told when it says something else."""
+"""Validation of searches, their domains, fingerprints and objectives."""
 
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from support.errors import refused
 
-from schemas.base import explain
+from schemas.base import input_error
+from schemas.errors import ErrorCode
 from schemas.results import Metrics
-from schemas.search import Domain, Search, objectives_of
+from schemas.search import Domain, Search, objective_values
 
 DOMAINS = {"method.distill.image_weight": {"log_uniform": [0.1, 10]}, "method.average.every": {"choice": [5, 10]}}
+CONFLICT, DUPLICATE, INVALID = ErrorCode.CONFLICT, ErrorCode.DUPLICATE, ErrorCode.INVALID_VALUE
+MISSING, UNKNOWN = ErrorCode.MISSING_VALUE, ErrorCode.UNKNOWN_NAME
 
 
-def refused(**changes: Any) -> str:
+def validate(**changes: Any) -> Search:
     content = {"domains": DOMAINS, "trials": 4} | changes
-    with pytest.raises(ValidationError) as error:
-        Search.model_validate({name: value for name, value in content.items() if value is not None})
-    return explain(error.value)
+    try:
+        return Search.model_validate({name: value for name, value in content.items() if value is not None})
+    except ValidationError as error:
+        raise input_error(error) from error
 
 
 @pytest.mark.parametrize(
-    ("changes", "sentence"),
+    ("changes", "code", "field", "content"),
     [
-        ({"trials": 0}, "trials: found 0, expected a value greater than 0"),
-        ({"trials": None}, "trials: found none with sampler tpe, expected how many, at least 1"),
-        ({"domains": {}}, "domains: found {}, expected at least 1 item"),
-        ({"domains": {"a": {}}}, "domains.a: found none, expected exactly one of uniform, log_uniform, integer"),
-        (
-            {"domains": {"a": {"uniform": [0, 1], "choice": [1]}}},
-            "domains.a: found uniform and choice, expected exactly",
-        ),
-        (
-            {"domains": {"a": {"uniform": [2, 1]}}},
-            "domains.a: uniform is [2, 1], expected a low end below the high one",
-        ),
-        ({"domains": {"a": {"log_uniform": [0, 1]}}}, "domains.a: log_uniform begins at 0, expected an end above 0"),
-        ({"domains": {"a": {"choice": [1, 1]}}}, "domains.a: choice names a value twice"),
-        ({"domains": {"a": {"choise": [1]}}}, "domains.a: unknown field 'choise'; did you mean 'choice'?"),
-        ({"domains": {"compute.workers": {"choice": [1, 2]}}}, "domains.compute.workers: expected no field of compute"),
-        (
-            {"objectives": "accurracy"},
-            "objectives: found 'accurracy', which no metric has, expected transfer, avg, last",
-        ),
-        ({"objectives": ["last", "last"]}, "objectives: found last, last, expected each once"),
-        ({"sampler": "grid"}, "trials is 4 with sampler grid, expected none: all combinations are tried"),
-        ({"sampler": "grid", "trials": None}, "domains.method.distill.image_weight: expected a choice or at most 16"),
-        ({"sampler": "nsga2"}, "sampler is nsga2 with one objective, expected several (or tpe)"),
-        ({"early_stopping": "asha", "objectives": ["last", "avg"]}, "early_stopping with several objectives"),
-        ({"early_stopping": "hyperband"}, "early_stopping.kind: found 'hyperband', expected 'asha' or 'median'"),
-        ({"validation_share": 1.0}, "validation_share: found 1.0, expected a value less than 1"),
+        ({"trials": 0}, INVALID, "trials", "greater than 0"),
+        ({"trials": None}, MISSING, "trials", "sampler tpe"),
+        ({"domains": {}}, INVALID, "domains", "at least 1 item"),
+        ({"domains": {"a": {}}}, INVALID, "domains.a", "uniform, log_uniform, integer"),
+        ({"domains": {"a": {"uniform": [0, 1], "choice": [1]}}}, INVALID, "domains.a", "uniform and choice"),
+        ({"domains": {"a": {"uniform": [2, 1]}}}, INVALID, "domains.a.uniform", "[2, 1]"),
+        ({"domains": {"a": {"log_uniform": [0, 1]}}}, INVALID, "domains.a.log_uniform", "above 0"),
+        ({"domains": {"a": {"choice": [1, 1]}}}, DUPLICATE, "domains.a.choice", "[1, 1]"),
+        ({"domains": {"a": {"choise": [1]}}}, UNKNOWN, "domains.a.choise", "did you mean 'choice'?"),
+        ({"domains": {"compute.workers": {"choice": [1, 2]}}}, CONFLICT, "domains.compute.workers", "compute"),
+        ({"objectives": "accurracy"}, UNKNOWN, "objectives", "'accurracy'"),
+        ({"objectives": ["last", "last"]}, DUPLICATE, "objectives", "last, last"),
+        ({"sampler": "grid"}, CONFLICT, "trials", "trials is 4"),
+        ({"sampler": "grid", "trials": None}, CONFLICT, "domains.method.distill.image_weight", "at most 16"),
+        ({"sampler": "nsga2"}, CONFLICT, "sampler", "one objective"),
+        ({"early_stopping": "asha", "objectives": ["last", "avg"]}, CONFLICT, "early_stopping", "several objectives"),
+        ({"early_stopping": "hyperband"}, INVALID, "early_stopping.kind", "'hyperband'"),
+        ({"validation_share": 1.0}, INVALID, "validation_share", "less than 1"),
     ],
 )
-def test_what_is_refused(changes: dict[str, Any], sentence: str) -> None:
-    assert sentence in refused(**changes)
+def test_invalid_searches(changes: dict[str, Any], code: ErrorCode, field: str, content: str) -> None:
+    with refused(code, field) as error:
+        validate(**changes)
+    assert content in str(error.value)
 
 
-def test_what_is_left_out_has_a_default() -> None:
+def test_defaults() -> None:
     search = Search.model_validate({"domains": DOMAINS, "trials": 4})
     assert (search.objectives, search.sampler, search.early_stopping) == (("transfer",), "tpe", None)
     named = Search.model_validate({"domains": DOMAINS, "trials": 4, "objectives": "last", "early_stopping": "median"})
@@ -64,11 +62,11 @@ def test_what_is_left_out_has_a_default() -> None:
     assert named.early_stopping.kind == "median"
 
 
-def test_a_choice_may_be_of_anything() -> None:
+def test_a_choice_may_have_values_of_any_type() -> None:
     domain = Domain.model_validate({"choice": [None, 1, True, "1", {"every": 5}]})
-    assert domain.codes == (None, 1, True, "1", '{"every": 5}')
-    assert [domain.meant(code) for code in domain.codes] == list(domain.choice or ())
-    assert domain.meant(True) is True
+    assert domain.encoded_choices == (None, 1, True, "1", '{"every": 5}')
+    assert [domain.decode(code) for code in domain.encoded_choices] == list(domain.choice or ())
+    assert domain.decode(True) is True
 
 
 @pytest.mark.parametrize(
@@ -80,11 +78,11 @@ def test_a_choice_may_be_of_anything() -> None:
         ({"choice": [0.5, 2]}, (0.5, 2)),
     ],
 )
-def test_few_values_are_known(domain: dict[str, Any], values: tuple[Any, ...] | None) -> None:
+def test_values_of_small_domains(domain: dict[str, Any], values: tuple[Any, ...] | None) -> None:
     assert Domain.model_validate(domain).values == values
 
 
-def test_the_identity_is_what_is_looked_for() -> None:
+def test_fingerprint() -> None:
     def fingerprint(base: str = "b", **changes: Any) -> str:
         return Search.model_validate({"domains": DOMAINS, "trials": 4} | changes).fingerprint(base)
 
@@ -92,7 +90,7 @@ def test_the_identity_is_what_is_looked_for() -> None:
     assert len({fingerprint(), fingerprint(trials=5), fingerprint(seed=1), fingerprint("c")}) == 4
 
 
-def test_objectives_are_figures_or_cells() -> None:
-    figures = Metrics(transfer=None, avg=0.5, last=0.6, forgetting=None)
-    found = objectives_of(["transfer", "last", "accuracy/first"], figures, {"first": 0.7, "second": 0.1})
-    assert found == {"transfer": 0.0, "last": 0.6, "accuracy/first": 0.7}
+def test_objectives_are_metrics_or_cells_of_the_matrix() -> None:
+    metrics = Metrics(transfer=None, avg=0.5, last=0.6, forgetting=None)
+    values = objective_values(["transfer", "last", "accuracy/first"], metrics, {"first": 0.7, "second": 0.1})
+    assert values == {"transfer": 0.0, "last": 0.6, "accuracy/first": 0.7}

@@ -36,7 +36,7 @@ def jpeg(size: int = 64) -> bytes:
     return stream.getvalue()
 
 
-def coloured(count: int, seed: int) -> Iterator[tuple[bytes, int]]:
+def coloured_images(count: int, seed: int) -> Iterator[tuple[bytes, int]]:
     """Pairs of image and label, the colours in turn."""
     rng = np.random.default_rng(seed)
     for index in range(count):
@@ -50,7 +50,7 @@ def make_task(folder: Path, seed: int, train: int = 24, test: int = 10, shard_im
         folder,
         list(COLOURS),
         [f"a {folder.name} square of {{c}}", "some {c}"],
-        {"train": coloured(train, seed), "test": coloured(test, seed + 1)},
+        {"train": coloured_images(train, seed), "test": coloured_images(test, seed + 1)},
         suffix="png",
         source="made by a test",
         shard_images=shard_images,
@@ -72,16 +72,16 @@ def write_tar(file: Path, members: Iterable[tuple[str, bytes]], kind: bytes = ta
     return file
 
 
-def opened(folder: str | Path) -> TaskFolder:
+def open_task(folder: str | Path) -> TaskFolder:
     """The task that lies in a folder."""
     return TaskFolder.open(Task.model_validate(str(folder)))
 
 
-def first(draws: Iterator[SampleFetcher]) -> Iterator[Sample]:
+def fetch_first(draws: Iterator[SampleFetcher]) -> Iterator[Sample]:
     """What is drawn where every sample can be used."""
     return (draw(0) for draw in draws)
 
 
-def labels(samples: Iterable[Sample]) -> list[int]:
+def sample_labels(samples: Iterable[Sample]) -> list[int]:
     """What the samples' labels say."""
     return [int(sample.label or b"") for sample in samples]

@@ -16,9 +16,10 @@ from ruamel.yaml import YAML
 
 from orchestrate.cluster.auth import bind_to_loopback
 from schemas.events import RunStarted, StepsTaken
-from support.data import coloured, make_task
+from support.data import coloured_images, make_task
 from zscl.data.tar import write_shards
-from zscl.sequence.journal import JOURNAL, JournalReader
+from zscl.sequence.journal import JournalReader
+from zscl.sequence.layout import JOURNAL
 
 PATIENCE_SECONDS = 900.0  # that an event may take: only what hangs takes longer, on however busy a machine
 # On the loopback interface, as the cluster of these tests: Ray knows a node by its address alone.
@@ -53,7 +54,7 @@ def recipe_for_faults(folder: Path, model: str, steps: int = 240) -> Path:
     data = folder / "data"
     for seed, name in enumerate(["first", "second"]):
         make_task(data / name, seed, train=60, test=400, shard_images=100)
-    samples = ({"png": image, "txt": f"a thing {label}".encode()} for image, label in coloured(600, seed=9))
+    samples = ({"png": image, "txt": f"a thing {label}".encode()} for image, label in coloured_images(600, seed=9))
     write_shards(data / "reference", samples, shard_images=100)
     recipe = {
         "name": "tiny",
@@ -86,7 +87,7 @@ def trained(run: Path, steps: int) -> Callable[[], bool]:
 
     def enough() -> bool:
         nonlocal found
-        found += sum(len(entry.progress.steps) for entry in reader.new() if isinstance(entry.progress, StepsTaken))
+        found += sum(len(entry.progress.steps) for entry in reader.read_new() if isinstance(entry.progress, StepsTaken))
         return found >= steps
 
     return enough
@@ -94,7 +95,7 @@ def trained(run: Path, steps: int) -> Callable[[], bool]:
 
 def starts_of(run: Path) -> int:
     """How often a run was begun or taken up."""
-    return sum(isinstance(entry.progress, RunStarted) for entry in JournalReader(run / JOURNAL).new())
+    return sum(isinstance(entry.progress, RunStarted) for entry in JournalReader(run / JOURNAL).read_new())
 
 
 def processes(name: str) -> list[psutil.Process]:

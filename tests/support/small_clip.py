@@ -1,4 +1,4 @@
-"""A CLIP of two small layers a tower, in variations, and prompts for it."""
+"""Small random CLIP models with two layers in each tower, in variations, and prompts for them."""
 
 from typing import Any
 
@@ -12,12 +12,23 @@ SMALL: dict[str, Any] = {
     "vision_cfg": {"image_size": 16, "layers": 2, "width": 16, "patch_size": 8, "head_width": 8},
     "text_cfg": {"context_length": 12, "vocab_size": 50, "width": 16, "heads": 2, "layers": 2},
 }
+# Two prompts with the start token 48, the end token 49 and a common prefix of four tokens.
 TOKENS = torch.tensor([[48, 5, 6, 9, 49, 0, 0, 0, 0, 0, 0, 0], [48, 5, 6, 9, 7, 8, 49, 0, 0, 0, 0, 0]])
 
 
-def clip_of(
+def build_small_clip(
     vision: dict[str, Any] | None = None, text: dict[str, Any] | None = None, kind: type = open_clip.CLIP
 ) -> Any:
+    """Build a model in evaluation mode.
+
+    Args:
+        vision: Changes to the configuration of the image tower.
+        text: Changes to the configuration of the text tower.
+        kind: open_clip's class, `CLIP` or `CustomTextCLIP`.
+
+    Returns:
+        The model; the same weights at every call.
+    """
     torch.manual_seed(0)
     model = kind(
         16, vision_cfg=SMALL["vision_cfg"] | (vision or {}), text_cfg=SMALL["text_cfg"] | (text or {}), output_dict=True
@@ -25,8 +36,8 @@ def clip_of(
     return model.eval()
 
 
-class AttentionOfVersion4(nn.Module):
-    """The attention of open_clip 4, with the parameters of an `nn.MultiheadAttention` and no `batch_first`."""
+class AttentionV4(nn.Module):
+    """The attention of open_clip 4: the parameters of an `nn.MultiheadAttention` without `batch_first`."""
 
     def __init__(self, attention: nn.MultiheadAttention) -> None:
         super().__init__()
@@ -44,8 +55,8 @@ class AttentionOfVersion4(nn.Module):
         return self.out_drop(self.out_proj(self.ln_inner(attended.transpose(1, 2).flatten(2))))  # type: ignore[no-any-return]
 
 
-class TransformerOfVersion4(nn.Module):
-    """The transformer of open_clip 4, around the blocks of an older one."""
+class TransformerV4(nn.Module):
+    """The transformer of open_clip 4 around the blocks of an older version."""
 
     def __init__(self, transformer: Any) -> None:
         super().__init__()
@@ -53,7 +64,7 @@ class TransformerOfVersion4(nn.Module):
         self.grad_checkpointing = False
         for block in self.resblocks:
             if isinstance(block.attn, nn.MultiheadAttention):
-                block.attn = AttentionOfVersion4(block.attn)
+                block.attn = AttentionV4(block.attn)
 
     def get_cast_dtype(self) -> torch.dtype:
         return self.resblocks[0].mlp.c_fc.weight.dtype  # type: ignore[no-any-return, union-attr]
@@ -65,10 +76,10 @@ class TransformerOfVersion4(nn.Module):
         return rows
 
 
-def clip_of_version_4(**given: Any) -> Any:
-    """The same model with the blocks that open_clip 4 has, whichever version is installed."""
-    model = clip_of(**given)
-    model.visual.transformer = TransformerOfVersion4(model.visual.transformer)
+def build_small_clip_v4(**settings: Any) -> Any:
+    """Build the same model with the blocks of open_clip 4, whichever version is installed."""
+    model = build_small_clip(**settings)
+    model.visual.transformer = TransformerV4(model.visual.transformer)
     text = model if hasattr(model, "transformer") else model.text
-    text.transformer = TransformerOfVersion4(text.transformer)
+    text.transformer = TransformerV4(text.transformer)
     return model.eval()

@@ -1,1 +1,1 @@
-"""Validation of task folders, sample by sample."""
+"""Validation of task folders, sample by sample (`zscl data check`)."""

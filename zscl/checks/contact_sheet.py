@@ -1,4 +1,4 @@
-"""A few images of each class of a task, made small, to look at oneself."""
+"""Selection of example images of each class, scaled down for a contact sheet."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,45 +15,64 @@ from zscl.data.task import parse_count
 
 @dataclass(frozen=True)
 class ContactRow:
-    """A class and a few of its training images, made small."""
+    """A class and a few of its training images.
+
+    Attributes:
+        prompt: The first template, filled with the class name.
+        images: The thumbnails.
+    """
 
     prompt: str
     images: tuple[Image.Image, ...]
 
 
 def contact_rows(scanned: ScannedTask, per_class: int, classes: int, max_edge: int) -> list[ContactRow]:
-    """Choose classes and training images of each, evenly; an image is made to fit into a square of `edge` pixels."""
+    """Select classes, and training images of each class, at even distances.
+
+    Args:
+        scanned: The task.
+        per_class: Maximum number of images of a class.
+        classes: Maximum number of classes.
+        max_edge: Maximum width and height of a thumbnail in pixels.
+
+    Returns:
+        One row per selected class, in label order.
+    """
     task = scanned.task
-    labels = [spread[0] for spread in _parts(range(len(task.classnames)), classes)]
-    places: dict[int, list[tuple[IndexedSamples, int]]] = {label: [] for label in labels}
+    labels = [chunk[0] for chunk in _chunks(range(len(task.classnames)), classes)]
+    samples_of: dict[int, list[tuple[IndexedSamples, int]]] = {label: [] for label in labels}
     for shard in scanned.shards:
         if shard.split == "train" and shard.samples:
-            for index, sample in enumerate(shard.samples.labels()):
-                number = parse_count(decode_label(sample.label))
-                if number in places:
-                    places[number].append((shard.samples, index))
+            for index, sample in enumerate(shard.samples.iter_labels()):
+                label = parse_count(decode_label(sample.label))
+                if label in samples_of:
+                    samples_of[label].append((shard.samples, index))
     template = task.templates[0] if task.templates else "{c}"
     with suppress_decoder_warnings():
         return [
-            ContactRow(template.replace("{c}", task.classnames[label]), tuple(_thumbnails(found, per_class, max_edge)))
-            for label, found in places.items()
+            ContactRow(
+                template.replace("{c}", task.classnames[label]), tuple(_thumbnails(samples, per_class, max_edge))
+            )
+            for label, samples in samples_of.items()
         ]
 
 
-def _parts(things: Sequence[int], count: int) -> list[Sequence[int]]:
-    """Cut into at most `count` parts of about the same length, none of them empty."""
-    count = min(count, len(things))
-    return [things[part * len(things) // count : (part + 1) * len(things) // count] for part in range(count)]
+def _chunks(positions: Sequence[int], count: int) -> list[Sequence[int]]:
+    """Divide a sequence into at most `count` chunks of about the same length, none of them empty."""
+    count = min(count, len(positions))
+    return [
+        positions[chunk * len(positions) // count : (chunk + 1) * len(positions) // count] for chunk in range(count)
+    ]
 
 
-def _thumbnails(places: Sequence[tuple[IndexedSamples, int]], count: int, edge: int) -> Iterator[Image.Image]:
-    """From each of as many parts as images are wanted, the first that can be read."""
-    for part in _parts(range(len(places)), count):
-        for number in part:
-            samples, index = places[number]
+def _thumbnails(candidates: Sequence[tuple[IndexedSamples, int]], count: int, max_edge: int) -> Iterator[Image.Image]:
+    """Yield the first readable image of each of `count` chunks of the candidates."""
+    for chunk in _chunks(range(len(candidates)), count):
+        for position in chunk:
+            samples, index = candidates[position]
             [sample] = samples.subset([index]).iter_shard()
             if isinstance(inspect_image(sample.image), ImageFacts):
-                small = decode_image(sample.image)
-                small.thumbnail((edge, edge))
-                yield small
+                thumbnail = decode_image(sample.image)
+                thumbnail.thumbnail((max_edge, max_edge))
+                yield thumbnail
                 break

@@ -1,4 +1,4 @@
-"""One encoded image looked at: figures of it, or why it cannot be read."""
+"""Inspection of one encoded image: its size, format and digest, or why it cannot be decoded."""
 
 import hashlib
 import io
@@ -10,21 +10,31 @@ from dataclasses import dataclass
 from PIL import Image, UnidentifiedImageError
 
 from schemas.dataset_report import Reason
-from zscl.data.decode import FORMATS, decode_image
+from zscl.data.decode import IMAGE_FORMATS, decode_image
+from zscl.data.sample import Fault
 
-# What of an image training does not see as an image viewer shows it.
+EXIF_ORIENTATION = 0x0112  # EXIF tag
+# Properties of an image that an image viewer shows and training ignores.
 TRAITS: Mapping[str, Callable[[Image.Image], bool]] = {
     "16 bits a channel, of which the upper 8 are read": lambda image: image.mode.startswith("I"),
     "transparency, which is ignored": lambda image: image.has_transparency_data,
-    "an EXIF orientation, which is not applied": lambda image: image.getexif().get(ORIENTATION, 1) != 1,
+    "an EXIF orientation, which is not applied": lambda image: image.getexif().get(EXIF_ORIENTATION, 1) != 1,
     "several frames, of which the first is read": lambda image: getattr(image, "n_frames", 1) > 1,
 }
-ORIENTATION = 0x0112  # tag of EXIF
 
 
 @dataclass(frozen=True, slots=True)
 class ImageFacts:
-    """What is kept of a readable image."""
+    """Facts about a readable image.
+
+    Attributes:
+        width: Width in pixels.
+        height: Height in pixels.
+        format: PIL's name of the file format, such as "PNG".
+        mode: PIL's mode, such as "RGB".
+        digest: BLAKE2b digest of the encoded bytes; equal digests mean duplicate images.
+        traits: Keys of `TRAITS` that hold for the image.
+    """
 
     width: int
     height: int
@@ -34,39 +44,38 @@ class ImageFacts:
     traits: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class DecodeError:
-    """Why an image cannot be read."""
+def inspect_image(encoded: bytes) -> ImageFacts | Fault:
+    """Decode an image completely, in the same way as training, and collect facts about it.
 
-    reason: Reason
-    detail: str
+    Args:
+        encoded: The content of the image file.
 
-
-def inspect_image(encoded: bytes) -> ImageFacts | DecodeError:
-    """Decode an image to its last pixel, as training does, and keep only figures of it."""
+    Returns:
+        The facts, or the fault if the image cannot be decoded.
+    """
     try:
-        with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(encoded), formats=IMAGE_FORMATS) as image:
             width, height, name, mode = *image.size, image.format or "unknown", image.mode
-            traits = tuple(trait for trait, has in TRAITS.items() if has(image))
+            traits = tuple(trait for trait, has_trait in TRAITS.items() if has_trait(image))
         decode_image(encoded)
-    except Exception as error:  # what a decoder raises on foreign bytes is no closed list, and is the finding itself
-        return DecodeError(_reason(error), _detail(error))
-    content = hashlib.blake2b(encoded, digest_size=16).digest()
-    return ImageFacts(width, height, name, mode, content, traits)
+    except Exception as error:  # decoders may raise any exception on damaged bytes; the exception is the result
+        return Fault(_reason(error), _detail(error))
+    digest = hashlib.blake2b(encoded, digest_size=16).digest()
+    return ImageFacts(width, height, name, mode, digest, traits)
 
 
 def has_image_header(encoded: bytes) -> bool:
-    """Whether something begins like an image that training decodes; the rest of it is not looked at."""
+    """Return whether the content begins like an image that training can decode; the pixels are not decoded."""
     try:
-        with Image.open(io.BytesIO(encoded), formats=FORMATS):
+        with Image.open(io.BytesIO(encoded), formats=IMAGE_FORMATS):
             return True
-    except Exception:  # as in look_at
+    except Exception:  # as in `inspect_image`
         return False
 
 
 def _detail(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return "no image format that PIL knows"  # its own words name an address in memory
+        return "no image format that PIL knows"  # PIL's own message contains a memory address
     return str(error) or type(error).__name__
 
 
@@ -82,7 +91,7 @@ def _reason(error: Exception) -> Reason:
 
 @contextmanager
 def suppress_decoder_warnings() -> Iterator[None]:
-    """Keep warnings off the terminal: PIL warns of odd metadata and of large images, and decodes them all the same."""
+    """Suppress PIL's warnings about odd metadata and large images; such images are decoded nevertheless."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -1,70 +1,74 @@
-"""Warnings about a task's prompts as a tokenizer reads them: prompts that are cut, and classes that it makes equal."""
+"""Warnings about a task's prompts after tokenization: truncated prompts, and classes with equal tokens."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from zscl.data.task import TaskFolder
 
-MOST_PROMPTS = 2_000  # of a task, the longest ones, that are counted in tokens
-NAMED = 5  # classes in a sentence
-BEHIND = 8  # tokens read behind the context, to see whether a prompt goes on
+MAX_PROMPTS = 2_000  # the longest prompts of a task, whose tokens are counted
+MAX_CLASSES = 5  # in a message
+EXTRA_TOKENS = 8  # read after the context length, to see whether a prompt is longer
 
 
 def prompt_warnings(task: TaskFolder, tokenizer: Any, include_equal_names: bool = True) -> list[str]:
-    """Describe prompts that the model does not read to their end, and classes that no prompt tells apart.
+    """Warn about prompts that the model does not read to their end, and classes that no prompt tells apart.
 
     Args:
-        task: its class names and templates; the first template trains.
-        tokenizer: the model's.
-        same_names: also describe classes of one name.
+        task: The task with its class names and templates; the first template is used for training.
+        tokenizer: The model's tokenizer.
+        include_equal_names: Whether to warn about classes with the same name, too.
 
     Returns:
-        A sentence for each kind of prompt that is cut, and for each group of classes that are equal.
+        One message if prompts are truncated, and one for each group of classes with equal tokens.
     """
-    return [*_cut(task, tokenizer), *_equal(task, tokenizer, include_equal_names)] if task.templates else []
+    if not task.templates:
+        return []
+    return [*_truncated_prompts(task, tokenizer), *_equal_classes(task, tokenizer, include_equal_names)]
 
 
-def _cut(task: TaskFolder, tokenizer: Any) -> list[str]:
-    context = tokenizer([""]).shape[1]
-    # A prompt has no more tokens than bytes, beside the start and the end token.
-    prompts = [prompt for each in task.templates for prompt in task.prompts(each) if len(prompt.encode()) > context - 3]
-    longest = sorted(set(prompts), key=lambda prompt: (len(prompt), prompt))[-MOST_PROMPTS:]
+def _truncated_prompts(task: TaskFolder, tokenizer: Any) -> list[str]:
+    context_length = tokenizer([""]).shape[1]
+    # Without the start and the end token, a prompt has at most as many tokens as bytes.
+    min_bytes = context_length - 2
+    prompts = {prompt for template in task.templates for prompt in task.prompts(template)}
+    candidates = [prompt for prompt in prompts if len(prompt.encode()) >= min_bytes]
+    longest = sorted(candidates, key=lambda prompt: (len(prompt), prompt))[-MAX_PROMPTS:]
     if not longest:
         return []
-    padding = tokenizer([""], context_length=context + BEHIND)[0, -1]
-    behind = tokenizer(longest, context_length=context + BEHIND)[:, context:]
-    cut = [prompt for prompt, goes_on in zip(longest, (behind != padding).any(dim=1).tolist(), strict=True) if goes_on]
-    if not cut:
+    padding = tokenizer([""], context_length=context_length + EXTRA_TOKENS)[0, -1]
+    extra = tokenizer(longest, context_length=context_length + EXTRA_TOKENS)[:, context_length:]
+    is_truncated = (extra != padding).any(dim=1).tolist()
+    truncated = [prompt for prompt, is_cut in zip(longest, is_truncated, strict=True) if is_cut]
+    if not truncated:
         return []
-    others = f" and {len(cut) - 1} more" if len(cut) > 1 else ""
+    more = f" and {len(truncated) - 1} more" if len(truncated) > 1 else ""
     return [
-        f"task '{task.name}': found the prompt {cut[-1]!r}{others} to have more than the {context} tokens that the "
-        "model reads; what lies behind them is cut off"
+        f"task '{task.name}': found the prompt {truncated[-1]!r}{more} to have more than the {context_length} tokens "
+        "that the model reads; the rest is cut off"
     ]
 
 
-def _equal(task: TaskFolder, tokenizer: Any, same_names: bool) -> list[str]:
-    groups: dict[bytes, list[int]] = {}
-    for label, row in enumerate(tokenizer(task.prompts(task.templates[0]))):
-        groups.setdefault(row.numpy().tobytes(), []).append(label)
-    alike = [labels for labels in groups.values() if len(labels) > 1]
+def _equal_classes(task: TaskFolder, tokenizer: Any, include_equal_names: bool) -> list[str]:
+    labels_of: dict[bytes, list[int]] = {}
+    for label, tokens in enumerate(tokenizer(task.prompts(task.templates[0]))):
+        labels_of.setdefault(tokens.numpy().tobytes(), []).append(label)
     return [
-        _sentence(task, labels)
-        for labels in alike
-        if same_names or len({task.classnames[label] for label in labels}) > 1
+        _equal_classes_message(task, labels)
+        for labels in labels_of.values()
+        if len(labels) > 1 and (include_equal_names or len({task.classnames[label] for label in labels}) > 1)
     ]
 
 
-def _sentence(task: TaskFolder, labels: Sequence[int]) -> str:
+def _equal_classes_message(task: TaskFolder, labels: Sequence[int]) -> str:
     names = [task.classnames[label] for label in labels]
     if len(set(names)) == 1:
         return (
             f"task '{task.name}': found {names[0]!r} to be the name of the classes {', '.join(map(str, labels))}; no "
             "prompt tells them apart"
         )
-    shown = ", ".join(f"{name!r} ({label})" for name, label in list(zip(names, labels, strict=True))[:NAMED])
-    more = f" and {len(labels) - NAMED} more" if len(labels) > NAMED else ""
+    classes = ", ".join(f"{name!r} ({label})" for name, label in list(zip(names, labels, strict=True))[:MAX_CLASSES])
+    more = f" and {len(labels) - MAX_CLASSES} more" if len(labels) > MAX_CLASSES else ""
     return (
-        f"task '{task.name}': found the classes {shown}{more} to have the same tokens in the prompt "
+        f"task '{task.name}': found the classes {classes}{more} to have the same tokens in the prompt "
         f"{task.templates[0]!r}; the model cannot tell them apart"
     )

@@ -1,7 +1,7 @@
-"""A task folder looked at sample by sample before anything is trained on it: folder → finding.
+"""Inspection of a task folder, sample by sample, before training: figures, problems and warnings.
 
-Training stops at the first thing that is wrong; here everything is looked at, counted, and named with its place.
-Images are decoded as training decodes them, a few at once, and forgotten; a hash of each is kept.
+Training stops at the first error. The inspection examines every sample, counts all errors and names their locations.
+Images are decoded in the same way as in training, a few at a time; only their digests stay in memory.
 """
 
 import os
@@ -16,35 +16,35 @@ import open_clip
 from schemas.dataset_report import (
     SPLITS,
     ClassNames,
+    DatasetReport,
+    DuplicateImage,
     DuplicatePair,
     Duplicates,
-    Extent,
-    Inspection,
+    PixelRange,
     Reason,
     RepeatedName,
-    SeenImage,
     Split,
     SplitFinding,
     Templates,
-    Unreadable,
     UnreadableSample,
+    UnreadableSamples,
 )
 from schemas.errors import InputError
-from zscl.checks.findings import class_problems, sample_problems, template_problems, trait_warnings, task_warnings
-from zscl.checks.image import DecodeError, ImageFacts, inspect_image, suppress_decoder_warnings
+from zscl.checks.findings import class_problems, sample_problems, task_warnings, template_problems, trait_warnings
+from zscl.checks.image import ImageFacts, inspect_image, suppress_decoder_warnings
 from zscl.checks.prompts import prompt_warnings
-from zscl.checks.task_scan import Progress, ScannedTask, ScannedShard, no_progress
-from zscl.data.sample import Sample, decode_label
+from zscl.checks.task_scan import Progress, ScannedShard, ScannedTask, no_progress
+from zscl.data.sample import Fault, Sample, decode_label
 from zscl.data.task import TaskFolder
 
-MAX_LISTED = 20  # samples and pairs named one by one; all are counted
-AT_ONCE = 64  # encoded images held
-THREADS = min(8, os.cpu_count() or 1)  # each holds a decoded image
+MAX_LISTED = 20  # samples and duplicate pairs that are listed; all are counted
+BATCH_SIZE = 64  # encoded images in memory
+THREADS = min(8, os.cpu_count() or 1)  # each thread holds one decoded image
 
 
 @dataclass
-class _Tally:
-    """Figures of a split, as they grow."""
+class _SplitStatistics:
+    """Running counts of the usable images of a split."""
 
     per_class: list[int]
     widths: Counter[int] = field(default_factory=Counter)
@@ -62,194 +62,212 @@ class _Tally:
         self.traits.update(image.traits)
 
 
-class _Pairs:
-    """Duplicates: all counted, the first ones kept."""
+@dataclass(frozen=True, slots=True)
+class _Occurrence:
+    """Where an image occurs, and its label if that is valid."""
+
+    shard: ScannedShard
+    key: str
+    label: int | None
+
+    def to_report(self) -> DuplicateImage:
+        return DuplicateImage(shard=self.shard.finding.shard, key=self.key, label=self.label)
+
+
+class _DuplicateCounter:
+    """Counts duplicate pairs and stores the first ones."""
 
     def __init__(self) -> None:
         self.count = self.of_other_label = 0
         self.first: list[DuplicatePair] = []
 
-    def add(self, first: "_Sighting", again: "_Sighting") -> None:
+    def add(self, first: _Occurrence, again: _Occurrence) -> None:
         self.count += 1
         self.of_other_label += first.label != again.label
         if len(self.first) < MAX_LISTED:
-            self.first.append(DuplicatePair(first=first.seen(), again=again.seen()))
+            self.first.append(DuplicatePair(first=first.to_report(), again=again.to_report()))
 
-    def finding(self) -> Duplicates:
+    def to_report(self) -> Duplicates:
         return Duplicates(pairs=self.count, of_other_label=self.of_other_label, first=tuple(self.first))
 
 
-@dataclass(frozen=True, slots=True)
-class _Sighting:
-    shard: ScannedShard
-    key: str
-    label: int | None
+class _TaskStatistics:
+    """Statistics of all samples inspected so far.
 
-    def seen(self) -> SeenImage:
-        return SeenImage(shard=self.shard.finding.shard, key=self.key, label=self.label)
-
-
-class _Gathered:
-    """What is known after the samples looked at so far."""
+    Attributes:
+        splits: Counts of usable images per split.
+        between_splits: Images that occur in both splits.
+        within_splits: Images that occur more than once in a split.
+    """
 
     def __init__(self, task: TaskFolder) -> None:
-        self.task = task
-        self.tallies = {split: _Tally([0] * len(task.classnames)) for split in SPLITS}
-        self.between, self.within = _Pairs(), _Pairs()
-        self.reasons: Counter[Reason] = Counter()
-        self._unreadable_samples = 0
+        self.splits = {split: _SplitStatistics([0] * len(task.classnames)) for split in SPLITS}
+        self.between_splits, self.within_splits = _DuplicateCounter(), _DuplicateCounter()
+        self._task = task
+        self._fault_counts: Counter[Reason] = Counter()
+        self._unreadable_count = 0
         self._first_unreadable: list[UnreadableSample] = []
-        self._seen: dict[bytes, _Sighting] = {}
+        self._first_occurrences: dict[bytes, _Occurrence] = {}  # by image digest
 
-    def add(self, shard: ScannedShard, sample: Sample, image: ImageFacts | DecodeError) -> None:
+    def add(self, shard: ScannedShard, sample: Sample, image: ImageFacts | Fault) -> None:
         label = self._label(sample)
-        faults = [fault for fault in (image, label) if isinstance(fault, DecodeError)]
+        faults = [fault for fault in (image, label) if isinstance(fault, Fault)]
         if faults:
-            self._unreadable(shard, sample.key, faults)
+            self._add_unreadable(shard, sample.key, faults)
         if isinstance(image, ImageFacts):
-            known = label if isinstance(label, int) else None
-            if known is not None:
-                self.tallies[shard.split].add(image, known)
-            self._compare(image.digest, _Sighting(shard, sample.key, known))
+            valid_label = label if isinstance(label, int) else None
+            if valid_label is not None:
+                self.splits[shard.split].add(image, valid_label)
+            self._add_occurrence(image.digest, _Occurrence(shard, sample.key, valid_label))
 
-    def unreadable(self) -> Unreadable:
-        return Unreadable(
-            samples=self._unreadable_samples,
-            reasons=dict(self.reasons.most_common()),
+    def unreadable(self) -> UnreadableSamples:
+        return UnreadableSamples(
+            samples=self._unreadable_count,
+            reasons=dict(self._fault_counts.most_common()),
             first=tuple(self._first_unreadable),
         )
 
-    def _label(self, sample: Sample) -> int | DecodeError | None:
-        if sample.fault is not None:  # that is enough: `image` says it
+    def _label(self, sample: Sample) -> int | Fault | None:
+        """Return the label, why it is invalid, or nothing if the sample has another fault anyway."""
+        if sample.fault is not None:
             return None
         if sample.label is None:
-            return DecodeError("no label", "expected a .cls member")
+            return Fault("no label", "expected a .cls member")
         try:
-            return self.task.label_of(sample)
+            return self._task.get_label(sample)
         except InputError:
             text = decode_label(sample.label[:40])
-            last = len(self.task.classnames) - 1
-            return DecodeError("label outside the class list", f"found {text!r}, expected 0 to {last}")
+            last = len(self._task.classnames) - 1
+            return Fault("label outside the class list", f"found {text!r}, expected 0 to {last}")
 
-    def _unreadable(self, shard: ScannedShard, key: str, faults: Sequence[DecodeError]) -> None:
-        self._unreadable_samples += 1
+    def _add_unreadable(self, shard: ScannedShard, key: str, faults: Sequence[Fault]) -> None:
+        self._unreadable_count += 1
         for fault in faults:
-            self.reasons[fault.reason] += 1
+            self._fault_counts[fault.reason] += 1
             if len(self._first_unreadable) < MAX_LISTED:
                 self._first_unreadable.append(
                     UnreadableSample(shard=shard.finding.shard, key=key, reason=fault.reason, detail=fault.detail)
                 )
 
-    def _compare(self, content: bytes, sighting: _Sighting) -> None:
-        first = self._seen.setdefault(content, sighting)
-        if first is not sighting:
-            pairs = self.within if first.shard.split == sighting.shard.split else self.between
-            pairs.add(first, sighting)
+    def _add_occurrence(self, digest: bytes, occurrence: _Occurrence) -> None:
+        first = self._first_occurrences.setdefault(digest, occurrence)
+        if first is not occurrence:
+            is_same_split = first.shard.split == occurrence.shard.split
+            (self.within_splits if is_same_split else self.between_splits).add(first, occurrence)
 
 
-def inspect_task(scanned: ScannedTask, progress: Progress = no_progress) -> Inspection:
-    """Look at every sample of a task."""
-    gathered = _Gathered(scanned.task)
+def inspect_task(scanned: ScannedTask, progress: Progress = no_progress) -> DatasetReport:
+    """Inspect every sample of a task.
+
+    Args:
+        scanned: The task with its indexed shards.
+        progress: Callback for progress.
+
+    Returns:
+        The figures, problems and warnings.
+    """
+    statistics = _TaskStatistics(scanned.task)
     total = sum(shard.finding.samples or 0 for shard in scanned.shards)
     done = 0
-    with suppress_decoder_warnings(), ThreadPoolExecutor(THREADS) as threads:  # decoders let other threads run
+    with suppress_decoder_warnings(), ThreadPoolExecutor(THREADS) as threads:  # decoders release the GIL
         for shard in scanned.shards:
             remaining = shard.samples.iter_shard() if shard.samples else iter(())
-            while samples := list(islice(remaining, AT_ONCE)):
-                images = threads.map(_look_at, samples)
+            while samples := list(islice(remaining, BATCH_SIZE)):
+                images = threads.map(_inspect_sample, samples)
                 for sample, image in zip(samples, images, strict=True):
-                    gathered.add(shard, sample, image)
+                    statistics.add(shard, sample, image)
                 done += len(samples)
                 progress("looking at samples", done, total)
-    return _finding(scanned, gathered)
+    return _report(scanned, statistics)
 
 
-def _look_at(sample: Sample) -> ImageFacts | DecodeError:
-    fault = sample.fault
-    return inspect_image(sample.image) if fault is None else DecodeError(fault.reason, fault.detail)
+def _inspect_sample(sample: Sample) -> ImageFacts | Fault:
+    return inspect_image(sample.image) if sample.fault is None else sample.fault
 
 
-# ------------------------------------------------------------------------------------------------- the finding
+# ------------------------------------------------------------------------------------------------- the report
 
 
-def _finding(opened: ScannedTask, gathered: _Gathered) -> Inspection:
-    splits = [_split_finding(split, opened, gathered.tallies[split]) for split in SPLITS]
-    classnames = _classnames(opened.task.classnames, splits)
-    templates = _templates(opened.task.templates)
-    unreadable, between, within = gathered.unreadable(), gathered.between.finding(), gathered.within.finding()
-    shards = tuple(shard.finding for shard in opened.shards)
-    traits: Counter[str] = sum((tally.traits for tally in gathered.tallies.values()), Counter())
+def _report(scanned: ScannedTask, statistics: _TaskStatistics) -> DatasetReport:
+    splits = [_split_finding(split, scanned, statistics.splits[split]) for split in SPLITS]
+    classnames = _classnames(scanned.task.classnames, splits)
+    templates = _templates(scanned.task.templates)
+    unreadable = statistics.unreadable()
+    between_splits, within_splits = statistics.between_splits.to_report(), statistics.within_splits.to_report()
+    shards = tuple(shard.finding for shard in scanned.shards)
+    traits: Counter[str] = sum((split.traits for split in statistics.splits.values()), Counter())
     problems = (
-        *opened.problems,
+        *scanned.problems,
         *(problem for shard in shards for problem in shard.problems),
         *class_problems(classnames, splits),
         *template_problems(templates),
-        *sample_problems(unreadable, between),
+        *sample_problems(unreadable, between_splits),
     )
-    return Inspection(
-        task=opened.task.name,
-        path=opened.task.path,
+    return DatasetReport(
+        task=scanned.task.name,
+        path=scanned.task.path,
         splits=tuple(splits),
         shards=shards,
-        manifest=opened.manifest is not None,
+        manifest=scanned.manifest is not None,
         unreadable=unreadable,
-        between_splits=between,
-        within_splits=within,
+        between_splits=between_splits,
+        within_splits=within_splits,
         classnames=classnames,
         templates=templates,
         problems=problems,
         warnings=(
-            *opened.warnings,
-            *task_warnings(classnames, templates, within, splits),
+            *scanned.warnings,
+            *task_warnings(classnames, templates, within_splits, splits),
             *trait_warnings(traits),
-            *_prompts_of_clip(opened.task),
+            *_clip_prompt_warnings(scanned.task),
         ),
     )
 
 
-def _prompts_of_clip(task: TaskFolder) -> list[str]:
-    """What CLIP's own tokenizer makes of the prompts; which model will read them is not known here."""
-    sentences = prompt_warnings(task, open_clip.get_tokenizer("ViT-B-32"), include_equal_names=False)
-    return [f"{sentence} (as CLIP's own tokenizer reads them)" for sentence in sentences]
+def _clip_prompt_warnings(task: TaskFolder) -> list[str]:
+    """Warn about prompts as CLIP's own tokenizer reads them; the model of a later run is not known yet."""
+    messages = prompt_warnings(task, open_clip.get_tokenizer("ViT-B-32"), include_equal_names=False)
+    return [f"{message} (as CLIP's own tokenizer reads them)" for message in messages]
 
 
-def _split_finding(split: Split, opened: ScannedTask, tally: _Tally) -> SplitFinding:
-    shards = [shard.finding for shard in opened.shards if shard.split == split]
+def _split_finding(split: Split, scanned: ScannedTask, statistics: _SplitStatistics) -> SplitFinding:
+    shards = [shard.finding for shard in scanned.shards if shard.split == split]
     return SplitFinding(
         split=split,
         shards=len(shards),
         samples=sum(shard.samples or 0 for shard in shards),
-        images=sum(tally.per_class),
-        per_class=tuple(tally.per_class),
-        empty_classes=tuple(label for label, count in enumerate(tally.per_class) if not count),
-        width=_extent(tally.widths),
-        height=_extent(tally.heights),
-        formats=dict(tally.formats.most_common()),
-        modes=dict(tally.modes.most_common()),
+        images=sum(statistics.per_class),
+        per_class=tuple(statistics.per_class),
+        empty_classes=tuple(label for label, count in enumerate(statistics.per_class) if not count),
+        width=_pixel_range(statistics.widths),
+        height=_pixel_range(statistics.heights),
+        formats=dict(statistics.formats.most_common()),
+        modes=dict(statistics.modes.most_common()),
     )
 
 
-def _extent(pixels: Counter[int]) -> Extent | None:
+def _pixel_range(pixels: Counter[int]) -> PixelRange | None:
+    """Return the minimum, the lower median and the maximum of a histogram."""
     if not pixels:
         return None
-    middle, below = (pixels.total() - 1) // 2, 0
+    median_rank, rank = (pixels.total() - 1) // 2, 0
     for median in sorted(pixels):
-        below += pixels[median]
-        if below > middle:
+        rank += pixels[median]
+        if rank > median_rank:
             break
-    return Extent(min=min(pixels), median=median, max=max(pixels))
+    return PixelRange(min=min(pixels), median=median, max=max(pixels))
 
 
 def _classnames(names: Sequence[str], splits: Sequence[SplitFinding]) -> ClassNames:
-    labels: dict[str, list[int]] = {}
+    labels_of: dict[str, list[int]] = {}
     for label, name in enumerate(names):
-        labels.setdefault(name, []).append(label)
-    empty = labels.pop("", [])
+        labels_of.setdefault(name, []).append(label)
+    empty = labels_of.pop("", [])
     images = [sum(counts) for counts in zip(*(split.per_class for split in splits), strict=True)]
     return ClassNames(
         names=tuple(names),
         repeated=tuple(
-            RepeatedName(name=name, labels=tuple(found)) for name, found in labels.items() if len(found) > 1
+            RepeatedName(name=name, labels=tuple(labels)) for name, labels in labels_of.items() if len(labels) > 1
         ),
         empty=tuple(empty),
         unused=tuple(label for label, count in enumerate(images) if not count),

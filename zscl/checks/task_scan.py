@@ -1,4 +1,4 @@
-"""A task folder opened whatever is wrong with it: what it promises, what is there, and what does not fit."""
+"""Scan of a task folder that may be damaged: class names, templates, manifest and shards, with all problems listed."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -7,22 +7,28 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from schemas.dataset_report import SPLITS, Manifest, ManifestShard, ShardFinding, Split
-from schemas.errors import InputError
+from schemas.errors import ErrorCode, InputError
 from zscl.data.indexed import IndexedSamples
 from zscl.data.sample import printable_name
-from zscl.data.task import MANIFEST, TaskFolder, dotted_keys_warning, read_lines, read_text, uncounted_shards_warning
+from zscl.data.task import MANIFEST, TaskFolder, describe_dotted_keys, describe_extra_shards, read_lines, read_text
 from zscl.runtime.hashing import sha256_of_file
 
-Progress = Callable[[str, int, int], None]  # what, done, total
+Progress = Callable[[str, int, int], None]  # activity, done, total
 
 
-def no_progress(what: str, done: int, total: int) -> None:
-    """Show nothing."""
+def no_progress(activity: str, done: int, total: int) -> None:
+    """Ignore the progress."""
 
 
 @dataclass(frozen=True)
 class ScannedShard:
-    """A promised shard, and its samples where it is whole."""
+    """A shard that nshards.txt promises.
+
+    Attributes:
+        split: The split that the shard belongs to.
+        samples: The indexed samples, or `None` if the shard is missing or damaged.
+        finding: Figures and problems of the shard.
+    """
 
     split: Split
     samples: IndexedSamples | None
@@ -31,7 +37,15 @@ class ScannedShard:
 
 @dataclass
 class ScannedTask:
-    """A task folder whose words are read and whose shards are indexed, whatever is wrong with them."""
+    """A task folder after the scan, with everything in it that can be read.
+
+    Attributes:
+        task: Class names and templates.
+        manifest: The manifest, if there is a valid one.
+        shards: The promised shards, train before test.
+        problems: Messages about errors in the folder, except for those of a shard.
+        warnings: Messages about content that may be intended.
+    """
 
     task: TaskFolder
     manifest: Manifest | None = None
@@ -41,17 +55,30 @@ class ScannedTask:
 
 
 def scan_task(folder: str, progress: Progress = no_progress) -> ScannedTask:
-    """Read a task's words, index its shards and compare them with the manifest.
+    """Read a task's class names and templates, index its shards and compare them with the manifest.
+
+    Args:
+        folder: Path of the task folder.
+        progress: Callback for progress.
+
+    Returns:
+        The readable content, with all problems.
 
     Raises:
-        InputError: this is no local folder with class names in it, so no task at all.
+        InputError: The folder is not a local task folder with class names.
     """
     if "://" in folder:
-        raise InputError(f"{folder}: found a remote folder, expected a local one: copy the task here to check it")
+        raise InputError(
+            f"{folder}: found a remote folder, expected a local one: copy the task here to check it",
+            code=ErrorCode.UNSUPPORTED,
+        )
     if not folder.isprintable():
-        raise InputError(f"{printable_name(folder)}: found a path that is no text, expected printable characters")
+        raise InputError(
+            f"{printable_name(folder)}: found a path that is no text, expected printable characters",
+            code=ErrorCode.INVALID_VALUE,
+        )
     if not Path(folder).is_dir():
-        raise InputError(f"{folder}: found no such folder, expected a task")
+        raise InputError(f"{folder}: found no such folder, expected a task", code=ErrorCode.NOT_FOUND)
     classnames = read_lines(f"{folder}/classnames.txt", "class names")
     problems: list[str] = []
     templates: list[str] = []
@@ -61,10 +88,10 @@ def scan_task(folder: str, progress: Progress = no_progress) -> ScannedTask:
     except InputError as error:
         problems.append(str(error))
     task = TaskFolder(Path(folder).resolve().name, folder, tuple(classnames), tuple(templates))
-    opened = ScannedTask(task, problems=problems)
-    opened.manifest = _read_manifest(task, problems)
-    _open_shards(opened, progress)
-    return opened
+    scanned = ScannedTask(task, problems=problems)
+    scanned.manifest = _read_manifest(task, problems)
+    _scan_shards(scanned, progress)
+    return scanned
 
 
 def _read_manifest(task: TaskFolder, problems: list[str]) -> Manifest | None:
@@ -77,45 +104,45 @@ def _read_manifest(task: TaskFolder, problems: list[str]) -> Manifest | None:
         return None
 
 
-def _open_shards(opened: ScannedTask, progress: Progress) -> None:
+def _scan_shards(scanned: ScannedTask, progress: Progress) -> None:
     promised: list[tuple[Split, Path]] = []
     for split in SPLITS:
         try:
-            files = [Path(shard) for shard in opened.task.promised_shards(split)]
+            files = [Path(shard) for shard in scanned.task.list_expected_shards(split)]
         except InputError as error:
-            opened.problems.append(str(error))
+            scanned.problems.append(str(error))
             continue
         promised += [(split, file) for file in files]
-        if others := opened.task.uncounted_shards(split):
-            opened.warnings.append(uncounted_shards_warning(split, others))
-    records = _records(opened.manifest)
+        if uncounted := scanned.task.find_extra_shards(split):
+            scanned.warnings.append(describe_extra_shards(split, uncounted))
+    records = _shard_records(scanned.manifest)
     for done, (split, file) in enumerate(promised):
         progress("indexing shards", done, len(promised))
-        record = records.pop(_place(split, file), None)
-        opened.shards.append(_open_shard(split, file, record, opened.manifest is not None))
+        record = records.pop(_shard_name(split, file), None)
+        scanned.shards.append(_scan_shard(split, file, record, scanned.manifest is not None))
     for split in SPLITS:
-        found = [shard.samples.dotted_keys() for shard in opened.shards if shard.split == split and shard.samples]
-        if keys := [key for each in found for key in each]:
-            opened.warnings.append(dotted_keys_warning(split, keys))
-    opened.problems += [
-        f"{MANIFEST}: found {place} in it, expected only shards that nshards.txt promises" for place in records
+        shards = [shard.samples for shard in scanned.shards if shard.split == split and shard.samples]
+        if keys := [key for samples in shards for key in samples.find_dotted_keys()]:
+            scanned.warnings.append(describe_dotted_keys(split, keys))
+    scanned.problems += [
+        f"{MANIFEST}: found {shard} in it, expected only shards that nshards.txt promises" for shard in records
     ]
 
 
-def _records(manifest: Manifest | None) -> dict[str, ManifestShard]:
+def _shard_records(manifest: Manifest | None) -> dict[str, ManifestShard]:
     splits = manifest.splits if manifest else {}
     return {f"{split}/{shard.file}": shard for split, shards in splits.items() for shard in shards}
 
 
-def _place(split: Split, file: Path) -> str:
+def _shard_name(split: Split, file: Path) -> str:
     return f"{split}/{file.name}"
 
 
-def _open_shard(split: Split, file: Path, record: ManifestShard | None, manifest: bool) -> ScannedShard:
-    place = _place(split, file)
+def _scan_shard(split: Split, file: Path, record: ManifestShard | None, has_manifest: bool) -> ScannedShard:
+    name = _shard_name(split, file)
     if not file.is_file():
-        problem = f"{place}: found no such file, expected a shard as nshards.txt promises"
-        return ScannedShard(split, None, ShardFinding(shard=place, samples=None, bytes=None, problems=(problem,)))
+        problem = f"{name}: found no such file, expected a shard as nshards.txt promises"
+        return ScannedShard(split, None, ShardFinding(shard=name, samples=None, bytes=None, problems=(problem,)))
     problems: list[str] = []
     samples: IndexedSamples | None = None
     count: int | None = None
@@ -123,21 +150,22 @@ def _open_shard(split: Split, file: Path, record: ManifestShard | None, manifest
         samples = IndexedSamples([file])
         count = len(samples)
     except (InputError, OSError) as error:
-        problems.append(str(error).replace(str(file), place))
+        problems.append(str(error).replace(str(file), name))
     if record is not None:
-        problems += _against_manifest(place, file, count, record)
-    elif manifest:
-        problems.append(f"{place}: found a shard that {MANIFEST} does not know, expected it there")
+        problems += _manifest_problems(name, file, count, record)
+    elif has_manifest:
+        problems.append(f"{name}: found a shard that {MANIFEST} does not know, expected it there")
     size = file.stat().st_size
-    return ScannedShard(split, samples, ShardFinding(shard=place, samples=count, bytes=size, problems=tuple(problems)))
+    return ScannedShard(split, samples, ShardFinding(shard=name, samples=count, bytes=size, problems=tuple(problems)))
 
 
-def _against_manifest(place: str, file: Path, samples: int | None, record: ManifestShard) -> list[str]:
+def _manifest_problems(name: str, file: Path, samples: int | None, record: ManifestShard) -> list[str]:
+    """Return the differences between a shard and its record in the manifest."""
     problems, size = [], file.stat().st_size
     if samples is not None and samples != record.samples:
-        problems.append(f"{place}: found {samples} samples, expected {record.samples} as {MANIFEST} says")
+        problems.append(f"{name}: found {samples} samples, expected {record.samples} as {MANIFEST} says")
     if size != record.bytes:
-        problems.append(f"{place}: found {size} bytes, expected {record.bytes} as {MANIFEST} says")
-    elif (found := sha256_of_file(file)) != record.sha256:
-        problems.append(f"{place}: found the SHA-256 {found}, expected {record.sha256} as {MANIFEST} says")
+        problems.append(f"{name}: found {size} bytes, expected {record.bytes} as {MANIFEST} says")
+    elif (sha256 := sha256_of_file(file)) != record.sha256:
+        problems.append(f"{name}: found the SHA-256 {sha256}, expected {record.sha256} as {MANIFEST} says")
     return problems

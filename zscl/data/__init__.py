@@ -1,1 +1,1 @@
-"""Samples of tar shards and image folders, decoded and batched."""
+"""Datasets: tasks and reference sets, samples of tar shards and image folders, decoding and batching."""

@@ -1,4 +1,4 @@
-"""Decoding of encoded images."""
+"""Decoding of encoded images to RGB, and the decoder from encoded samples to (tensor, label)."""
 
 import io
 from collections.abc import Callable
@@ -12,51 +12,59 @@ from PIL import Image, UnidentifiedImageError
 from zscl.data.sample import BrokenSampleError, Sample
 
 Transform = Callable[[Any], torch.Tensor]
-
-
 Label = int | tuple[int, ...]
-
-
-LabelOf = Callable[[Sample], Label]
-
-
+GetLabel = Callable[[Sample], Label]
 Decoded = tuple[torch.Tensor, Label]
 
-
-# Whatever a file is called: other formats of PIL start other programs, or are read by code that few look at.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM")
-
-
-LONGEST_SIDES = 100  # the longer side by the shorter: a strip of one pixel would be enlarged beyond all memory
+# Accepted whatever the file's suffix. PIL's other formats start external programs or use decoders with little review.
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM")
+MAX_ASPECT_RATIO = 100  # longer side by shorter side: resizing a strip of one pixel would need too much memory
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """Encoded sample → (image [3, H, W], label)."""
+    """Decodes an encoded sample to (image [3, H, W], label).
+
+    Attributes:
+        transform: Converts a PIL image to a tensor [3, H, W].
+        get_label: Returns a sample's label.
+    """
 
     transform: Transform
-    label_of: LabelOf
+    get_label: GetLabel
 
     def __call__(self, sample: Sample) -> Decoded:
-        """Decode one image and transform it.
+        """Decode and transform one sample.
+
+        Args:
+            sample: The encoded sample.
+
+        Returns:
+            The image [3, H, W] and the label.
 
         Raises:
-            BrokenSampleError: the image or the label cannot be read.
+            BrokenSampleError: The sample has a fault, or its image or label cannot be decoded.
         """
         sample.check()
-        label = self.label_of(sample)
-        return self.transform(self.read(sample)), label
+        label = self.get_label(sample)
+        return self.transform(self.load_image(sample)), label
 
-    def read(self, sample: Sample) -> Image.Image:
-        """Decode one image, as it is.
+    def load_image(self, sample: Sample) -> Image.Image:
+        """Decode one image without transforming it.
+
+        Args:
+            sample: The encoded sample.
+
+        Returns:
+            The RGB image.
 
         Raises:
-            BrokenSampleError: the image cannot be read.
+            BrokenSampleError: The image cannot be decoded.
         """
         try:
             return decode_image(sample.image)
-        except Exception as error:  # what a decoder raises on foreign bytes is no closed list
-            unknown = isinstance(error, UnidentifiedImageError)  # its own words show an address, another each time
+        except Exception as error:  # decoders raise any class of error on damaged bytes
+            unknown = isinstance(error, UnidentifiedImageError)  # its message holds a memory address, which varies
             reason = f"found {len(sample.image)} bytes of no known format" if unknown else str(error)
             raise BrokenSampleError(
                 f"{sample.shard}: sample '{sample.key}' is no readable image ({reason or type(error).__name__})"
@@ -64,23 +72,30 @@ class Decoder:
 
 
 def decode_image(encoded: bytes) -> Image.Image:
-    """Decode an image to its last pixel; RGB.
+    """Decode all pixels of an image and convert it to RGB.
 
-    Of 16 bits, the upper 8 are taken; of several frames, the first; transparency and EXIF orientation are left alone.
+    Of 16-bit pixels, the upper 8 bits are used; of several frames, the first. Transparency is dropped. The EXIF
+    orientation is ignored.
+
+    Args:
+        encoded: An image file in one of `IMAGE_FORMATS`.
+
+    Returns:
+        The RGB image.
 
     Raises:
-        UnidentifiedImageError: it is in none of `FORMATS`.
-        ValueError: its sides are too unlike.
-        Exception: what the decoder raises.
+        UnidentifiedImageError: The format is not one of `IMAGE_FORMATS`.
+        ValueError: The aspect ratio exceeds `MAX_ASPECT_RATIO`, or the pixels are of floating point.
+        Exception: Whatever else the decoder raises.
     """
-    with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
-        if max(image.size) > LONGEST_SIDES * min(image.size):
+    with Image.open(io.BytesIO(encoded), formats=IMAGE_FORMATS) as image:
+        if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
             raise ValueError(
-                f"found {image.width} x {image.height} pixels, expected no side over {LONGEST_SIDES} times the other"
+                f"found {image.width} x {image.height} pixels, expected no side over {MAX_ASPECT_RATIO} times the other"
             )
         if image.mode == "F":
             raise ValueError("found pixels of floating point, expected whole numbers")
-        if image.mode.startswith("I"):  # 16 bits, which `convert` would cut off at 255: nearly all would be white
+        if image.mode.startswith("I"):  # 16 bits: `convert` would clip at 255, so that nearly all pixels were white
             pixels = (np.asarray(image).clip(0, 2**16 - 1) >> 8).astype(np.uint8)
             return Image.fromarray(pixels).convert("RGB")
         return image.convert("RGB")

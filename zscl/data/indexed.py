@@ -1,4 +1,4 @@
-"""Samples of local shards and loose images: indexed by member offsets, any of them one positional read away."""
+"""Local samples in tar shards and loose image files, indexed by byte offsets for random access."""
 
 import itertools
 import os
@@ -9,184 +9,206 @@ from pathlib import Path
 
 import torch
 
-from schemas.errors import InputError
+from schemas.errors import ErrorCode, InputError
 from zscl.data.sample import Fault, Sample, SampleFetcher, decode_text, printable_name
-from zscl.data.tar import EXPECTED_SUFFIXES, OTHER_IMAGE_SUFFIXES, Member, assemble, is_side_data, tar_members
+from zscl.data.tar import EXPECTED_SUFFIXES, OTHER_IMAGE_SUFFIXES, Member, assemble, is_side_data, list_members
 from zscl.runtime.hashing import sha256_of
 from zscl.runtime.retry import retry_io
 from zscl.runtime.seeding import derive_seed
 
-KINDS = ("image", "label", "text")
-ABSENT = (-1, 0, 0)
-Place = tuple[int, int, int]  # file, offset, size
+MEMBER_KINDS = ("image", "label", "text")
+Location = tuple[int, int, int]  # number of the file in `IndexedSamples.files`, offset and size in bytes
+ABSENT: Location = (-1, 0, 0)
+IndexRow = tuple[Location, Location, Location]  # of image, label and text
 
 
 class IndexedSamples:
-    """Local samples by position: shuffled as a whole, O(1) to any position, however many processes read.
+    """Local samples with random access by one positional read, and a shuffle over the whole dataset.
 
-    `table[sample, kind]` is the (file, offset, size) of a member: 72 bytes a sample, so that ImageNet's index, with
-    the keys, stays under 150 MB. `places[sample]` is its number in the set that it is told apart in. A sample whose
-    members make none is there with its fault: it is never read, but it is drawn, named and counted.
+    The index takes 72 bytes per sample plus its key: less than 150 MB for ImageNet. A sample with a fault stays in the
+    index: it is drawn, reported and counted, but its content is not read.
+
+    Attributes:
+        files: Shards and loose files that hold members.
+        table: Location of each member, as (file, offset, size) [samples, 3 kinds of member, 3].
+        indices: `Sample.index` of each sample [samples].
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
         self.files: list[Path] = []
         self._faults: dict[int, tuple[Path, Fault]] = {}  # by row
         keys: list[bytes] = []
-        rows: list[tuple[Place, ...]] = []
+        rows: list[IndexRow] = []
         for file in files:
-            for key, row, fault in self._index(file):
+            for key, row, fault in self._index_file(file):
                 if fault is not None:
                     self._faults[len(rows)] = file, fault
                 keys.append(printable_name(key).encode())
                 rows.append(row)
         if not rows:
-            raise InputError(f"{files[0].parent}: found no image in its shards, expected at least one")
+            raise InputError(
+                f"{files[0].parent}: found no image in its shards, expected at least one", code=ErrorCode.EMPTY
+            )
         self.table = torch.tensor(rows)
-        self.places = torch.arange(len(rows))
-        self._rows = torch.arange(len(rows))  # of the index of all files: `table` may be a part of it
+        self.indices = torch.arange(len(rows))
+        self._rows = torch.arange(len(rows))  # row in the index of all files; `table` may be a subset of it
         self._keys = b"".join(keys)
         self._key_ends = torch.tensor([0, *itertools.accumulate(map(len, keys))])
 
     def __len__(self) -> int:
         return len(self.table)
 
-    def subset(self, indices: Sequence[int]) -> "IndexedSamples":
-        """The samples at these places, in this order; each keeps its place in the whole set."""
-        chosen, wanted = copy(self), list(indices)
-        chosen.__dict__.pop("digest", None)
-        chosen.table, chosen.places, chosen._rows = self.table[wanted], self.places[wanted], self._rows[wanted]
-        return chosen
+    def subset(self, positions: Sequence[int]) -> "IndexedSamples":
+        """Return the samples at these positions, in this order. Their `Sample.index` does not change."""
+        selected = copy(self)
+        selected.__dict__.pop("digest", None)
+        chosen = list(positions)
+        selected.table, selected.indices, selected._rows = self.table[chosen], self.indices[chosen], self._rows[chosen]
+        return selected
 
     def reindexed(self) -> "IndexedSamples":
-        """The same samples as a set of their own, in which their places are counted from 0."""
-        chosen = copy(self)
-        chosen.places = torch.arange(len(self))
-        return chosen
+        """Return the same samples with `Sample.index` counted from 0."""
+        renumbered = copy(self)
+        renumbered.indices = torch.arange(len(self))
+        return renumbered
 
     def iter_positions(self, positions: Iterable[int], seed: int) -> Iterator[SampleFetcher]:
-        """See `Samples.at`: epoch after epoch, each a permutation of its own; any other sample may stand in."""
+        """Iterate over positions; see `Samples.iter_positions`.
+
+        Each epoch is a separate permutation of all samples. Substitutes are drawn from all samples.
+
+        Args:
+            positions: Positions in ascending order.
+            seed: Determines the permutations.
+
+        Yields:
+            The fetcher of each position.
+        """
         epoch, order = -1, torch.empty(0)
-        with _Descriptors() as descriptors:
+        with _FileDescriptors() as descriptors:
             for position in positions:
                 if position // len(self) != epoch:
                     epoch = position // len(self)
                     generator = torch.Generator().manual_seed(derive_seed(seed, epoch))
                     order = torch.randperm(len(self), generator=generator)
-                yield partial(self._draw, descriptors, int(order[position % len(self)]), (seed, position))
+                yield partial(self._fetch, descriptors, int(order[position % len(self)]), (seed, position))
 
-    def _draw(self, descriptors: "_Descriptors", index: int, place: tuple[int, int], attempt: int) -> Sample:
-        return self._read(descriptors, index if attempt == 0 else derive_seed(*place, attempt) % len(self))
+    def _fetch(self, descriptors: "_FileDescriptors", number: int, draw: tuple[int, int], attempt: int) -> Sample:
+        """Read sample `number`, or from attempt 1 on a substitute. `draw` is (seed, position)."""
+        return self._read(descriptors, number if attempt == 0 else derive_seed(*draw, attempt) % len(self))
 
-    def iter_shard(self, part: int = 0, parts: int = 1) -> Iterator[Sample]:
-        """See `Samples.once`."""
-        with _Descriptors() as descriptors:
-            for index in range(part, len(self), parts):
-                yield self._read(descriptors, index)
+    def iter_shard(self, index: int = 0, num_shards: int = 1) -> Iterator[Sample]:
+        """Iterate over one part; see `Samples.iter_shard`."""
+        with _FileDescriptors() as descriptors:
+            for number in range(index, len(self), num_shards):
+                yield self._read(descriptors, number)
 
-    def texts(self) -> Iterator[str]:
-        """The .txt members of usable samples, in order."""
-        with _Descriptors() as descriptors:
-            for places, row in zip(self.table.tolist(), self._rows.tolist(), strict=True):
-                text = None if row in self._faults else self._member(descriptors, places[KINDS.index("text")])
+    def iter_texts(self) -> Iterator[str]:
+        """Iterate over the .txt members of usable samples, in order."""
+        with _FileDescriptors() as descriptors:
+            for locations, row in zip(self.table.tolist(), self._rows.tolist(), strict=True):
+                location = locations[MEMBER_KINDS.index("text")]
+                text = None if row in self._faults else self._read_member(descriptors, location)
                 if text is not None:
                     yield decode_text(text)
 
-    def labels(self) -> Iterator[Sample]:
-        """Each sample without its image and text, in order."""
-        with _Descriptors() as descriptors:
-            for places, row, place in zip(self.table.tolist(), self._rows.tolist(), self.places.tolist(), strict=True):
-                yield self._sample(descriptors, places, row, place, ("label",))
+    def iter_labels(self) -> Iterator[Sample]:
+        """Iterate over all samples without reading images and texts, in order."""
+        with _FileDescriptors() as descriptors:
+            for locations, row, index in zip(
+                self.table.tolist(), self._rows.tolist(), self.indices.tolist(), strict=True
+            ):
+                yield self._to_sample(descriptors, locations, row, index, ("label",))
 
-    def faulty(self) -> list[Sample]:
-        """The samples whose members make none, without what they hold."""
+    def faulty_samples(self) -> list[Sample]:
+        """Return the samples with a fault, without their content."""
         if not self._faults:
             return []
-        indices = [index for index, row in enumerate(self._rows.tolist()) if row in self._faults]
-        with _Descriptors() as descriptors:
-            return [self._read(descriptors, index, ()) for index in indices]
+        numbers = [number for number, row in enumerate(self._rows.tolist()) if row in self._faults]
+        with _FileDescriptors() as descriptors:
+            return [self._read(descriptors, number, ()) for number in numbers]
 
-    def dotted_keys(self) -> list[str]:
-        """The keys of samples of shards that have a dot in them, where WebDataset's own reader ends a key."""
+    def find_dotted_keys(self) -> list[str]:
+        """Return the keys in shards that contain a dot. WebDataset's own reader ends a key at the first dot."""
         ends = self._key_ends.tolist()
-        found = []
-        for place, row in zip(self.table[:, 0, 0].tolist(), self._rows.tolist(), strict=True):
+        dotted = []
+        for file_number, row in zip(self.table[:, 0, 0].tolist(), self._rows.tolist(), strict=True):
             key = self._keys[ends[row] : ends[row + 1]]
-            if b"." in key.rpartition(b"/")[2] and self._file_of(row, place).suffix.lower() == ".tar":
-                found.append(key.decode())
-        return found
+            if b"." in key.rpartition(b"/")[2] and self._file_of(row, file_number).suffix.lower() == ".tar":
+                dotted.append(key.decode())
+        return dotted
 
     @property
-    def layout(self) -> str:
-        """What tells these samples from others on this machine, at no cost: where their members lie."""
-        return sha256_of(self.table.numpy().tobytes(), self.places.numpy().tobytes(), *map(os.fsencode, self.files))
+    def layout_digest(self) -> str:
+        """Hash of the members' locations. It identifies the samples on this machine without reading them."""
+        return sha256_of(self.table.numpy().tobytes(), self.indices.numpy().tobytes(), *map(os.fsencode, self.files))
 
     @cached_property
     def digest(self) -> str:
-        """What tells these samples from others without reading the images: names, places, sizes and labels."""
+        """Hash of names, locations, sizes and labels. It identifies the samples without reading the images."""
         names = (
             os.fsencode(Path(sample.shard).name) + f" {sample.key} ".encode() + (sample.label or b"")
-            for sample in self.labels()
+            for sample in self.iter_labels()
         )
         return sha256_of(self.table.numpy().tobytes(), *names)
 
-    def _read(self, descriptors: "_Descriptors", index: int, kinds: Sequence[str] = KINDS) -> Sample:
-        places, row, place = self.table[index].tolist(), int(self._rows[index]), int(self.places[index])
-        return self._sample(descriptors, places, row, place, kinds)
+    def _read(self, descriptors: "_FileDescriptors", number: int, kinds: Sequence[str] = MEMBER_KINDS) -> Sample:
+        locations, row, index = self.table[number].tolist(), int(self._rows[number]), int(self.indices[number])
+        return self._to_sample(descriptors, locations, row, index, kinds)
 
-    def _sample(
-        self, descriptors: "_Descriptors", places: list[list[int]], row: int, place: int, kinds: Sequence[str]
+    def _to_sample(
+        self, descriptors: "_FileDescriptors", locations: list[list[int]], row: int, index: int, kinds: Sequence[str]
     ) -> Sample:
-        """A sample with what is wanted of it."""
+        """Return a sample with the members of these kinds."""
         image, label, text = (
-            self._member(descriptors, member) if kind in kinds else None
-            for kind, member in zip(KINDS, places, strict=True)
+            self._read_member(descriptors, location) if kind in kinds else None
+            for kind, location in zip(MEMBER_KINDS, locations, strict=True)
         )
         start, end = self._key_ends[row : row + 2].tolist()
-        file, fault = self._file_of(row, places[0][0]), self._faults[row][1] if row in self._faults else None
+        file, fault = self._file_of(row, locations[0][0]), self._faults[row][1] if row in self._faults else None
         shard = str(file if file.suffix.lower() == ".tar" else file.parent)
-        return Sample(image or b"", label, text, shard, self._keys[start:end].decode(), place, fault)
+        return Sample(image or b"", label, text, shard, self._keys[start:end].decode(), index, fault)
 
-    def _file_of(self, row: int, place: int) -> Path:
-        """The shard or the loose image of a row whose image lies in the file `place`, where it has no fault."""
-        return self._faults[row][0] if row in self._faults else self.files[place]
+    def _file_of(self, row: int, file_number: int) -> Path:
+        """Return a row's shard or loose image. `file_number` is its image's; a row with a fault may have none."""
+        return self._faults[row][0] if row in self._faults else self.files[file_number]
 
-    def _member(self, descriptors: "_Descriptors", place: list[int]) -> bytes | None:
-        file, offset, size = place
-        return None if file < 0 else descriptors.read(self.files[file], offset, size)
+    def _read_member(self, descriptors: "_FileDescriptors", location: list[int]) -> bytes | None:
+        file_number, offset, size = location
+        return None if file_number < 0 else descriptors.read(self.files[file_number], offset, size)
 
-    def _index(self, file: Path) -> Iterator[tuple[str, tuple[Place, ...], Fault | None]]:
-        """The key, the places and the fault of each sample of a shard, or of a loose image."""
+    def _index_file(self, file: Path) -> Iterator[tuple[str, IndexRow, Fault | None]]:
+        """Yield key, locations and fault of each sample of a shard, or of a loose image."""
         if file.suffix.lower() == ".tar":
             yield from self._index_tar(file)
             return
         caption = file.with_suffix(".txt")
-        fault = _fault_of_file(file)
-        image = ABSENT if fault else self._whole(file)
-        yield file.stem, (image, ABSENT, self._whole(caption) if caption.is_file() else ABSENT), fault
+        fault = _find_fault(file)
+        image = ABSENT if fault else self._add_file(file)
+        yield file.stem, (image, ABSENT, self._add_file(caption) if caption.is_file() else ABSENT), fault
 
-    def _whole(self, file: Path) -> Place:
+    def _add_file(self, file: Path) -> Location:
         self.files.append(file)
         return len(self.files) - 1, 0, file.stat().st_size
 
-    def _index_tar(self, file: Path) -> Iterator[tuple[str, tuple[Place, ...], Fault | None]]:
+    def _index_tar(self, file: Path) -> Iterator[tuple[str, IndexRow, Fault | None]]:
         self.files.append(file)
-        number = len(self.files) - 1
-        members: dict[str, list[tuple[Member, Place]]] = {}
-        for member in tar_members(file):
-            members.setdefault(member.key, []).append((member, (number, member.offset, member.size)))
-        if not members:
-            raise InputError(f"{file}: found no image in the shard, expected at least one")
-        with_image = {key for key, found in members.items() if any(member.kind == "image" for member, _ in found)}
-        for key, found in members.items():
-            if key not in with_image and is_side_data([member for member, _ in found], with_image):
+        file_number = len(self.files) - 1
+        by_key: dict[str, list[tuple[Member, Location]]] = {}
+        for member in list_members(file):
+            by_key.setdefault(member.key, []).append((member, (file_number, member.offset, member.size)))
+        if not by_key:
+            raise InputError(f"{file}: found no image in the shard, expected at least one", code=ErrorCode.EMPTY)
+        with_image = {key for key, members in by_key.items() if any(member.kind == "image" for member, _ in members)}
+        for key, members in by_key.items():
+            if key not in with_image and is_side_data([member for member, _ in members], with_image):
                 continue
-            image, label, text, fault = assemble(found, str(file))
+            image, label, text, fault = assemble(members, str(file))
             yield key, (image or ABSENT, label or ABSENT, text or ABSENT), fault
 
 
-def _fault_of_file(file: Path) -> Fault | None:
-    """Why a loose file is no image that can be read, as its name tells."""
+def _find_fault(file: Path) -> Fault | None:
+    """Return why a loose file is no readable image, judged by its name; `None` if it may be one."""
     if not file.is_file():
         return Fault("link", f"found {printable_name(file.name)}, a link to a file that is not there")
     suffix = file.suffix.lower().removeprefix(".")
@@ -195,15 +217,15 @@ def _fault_of_file(file: Path) -> Fault | None:
     return None
 
 
-class _Descriptors:
-    """The shards read last, kept open."""
+class _FileDescriptors:
+    """Keeps the descriptors of up to `LIMIT` files open; opening another one closes the oldest."""
 
     LIMIT = 64
 
     def __init__(self) -> None:
         self._open: dict[Path, int] = {}
 
-    def __enter__(self) -> "_Descriptors":
+    def __enter__(self) -> "_FileDescriptors":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -211,10 +233,13 @@ class _Descriptors:
             os.close(descriptor)
 
     def read(self, path: Path, offset: int, size: int) -> bytes:
+        """Read `size` bytes at `offset`; transient errors are retried."""
         try:
-            return retry_io(lambda: self._read(path, offset, size), must_exist=path.parent, what=path)
+            return retry_io(lambda: self._read(path, offset, size), must_exist=path.parent, description=path)
         except OSError as error:
-            raise InputError(f"{path}: cannot be read any more ({error.strerror}), expected a shard") from error
+            raise InputError(
+                f"{path}: cannot be read any more ({error.strerror}), expected a shard", code=ErrorCode.NOT_FOUND
+            ) from error
 
     def _read(self, path: Path, offset: int, size: int) -> bytes:
         if path not in self._open:
@@ -223,6 +248,6 @@ class _Descriptors:
             self._open[path] = os.open(path, os.O_RDONLY)
         try:
             return os.pread(self._open[path], size, offset)
-        except OSError:  # storage that comes back may not know the descriptor
+        except OSError:  # network storage that was remounted rejects old descriptors
             os.close(self._open.pop(path))
             raise

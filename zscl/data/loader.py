@@ -1,8 +1,8 @@
-"""Shards → decoded, batched, deterministic streams, through WebDataset.
+"""Data loading: decoded, batched and deterministic streams of training and evaluation images, through WebDataset.
 
-A training stream is endless and a pure function of (seed, stage, position): a global batch holds the same images,
-equally augmented, however many workers and loader processes share it, and from whichever step it goes on. A sample
-that cannot be used is skipped and named (another stands in for it while training); too many of them end the run.
+A training stream is endless and a pure function of (seed, position): a global batch holds the same images with the same
+augmentation for any number of workers and loader processes, and after any resume. An unusable sample is skipped and
+reported; while training, a substitute takes its place. Too many unusable samples stop the run.
 """
 
 import os
@@ -20,79 +20,84 @@ from PIL import Image
 from torch.utils.data import get_worker_info
 
 from schemas.compute import Compute
-from schemas.errors import InputError
+from schemas.errors import ErrorCode, InputError
 from schemas.events import Note
 from zscl.data.decode import Decoded, Decoder
 from zscl.data.indexed import IndexedSamples
-from zscl.data.sample import ATTEMPTS, BrokenSampleError, Sample, SampleFetcher, Samples, check_broken_share
+from zscl.data.sample import MAX_ATTEMPTS, BrokenSampleError, Sample, SampleFetcher, Samples, check_broken_share
 from zscl.data.streaming import StreamedSamples
-from zscl.runtime.distributed import all_gather_unique, all_reduce_ints, world_size
+from zscl.runtime.distributed import all_gather_unique, all_reduce_sum, world_size
 from zscl.runtime.seeding import derive_seed
 
-# What a stream is made of: decoded images, and the sentences of samples that were skipped.
-Items = Iterator[Decoded | str]
-LONGEST_TEMPORARY = 107 - 32  # bytes: a path to a Unix socket has 107, of which multiprocessing adds up to 32
+Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]  # images [b, 3, H, W] and labels [b]
+DecodedStream = Iterator[Decoded | str]  # decoded samples, and messages about skipped ones
+MAX_TEMP_PATH_BYTES = 107 - 32  # the path of a Unix socket has 107 bytes, of which multiprocessing uses up to 32
+PIXEL_BYTES = 4  # Pillow's memory for one RGB pixel
+MIN_SAMPLES_FOR_SHARE = 10_000  # denominator of the share of unusable samples while the dataset's size is unknown
 
-PIXEL_BYTES = 4  # that Pillow takes for a pixel of RGB
-FEW = 10_000  # of an unknown number of samples: judge the share of broken ones by no fewer
 
+def _shorten_temp_folder(process: int) -> None:
+    """Place a loader process's sockets in /tmp if the path of the temporary folder is too long for them.
 
-def _keep_socket_paths_short(process: int) -> None:
-    """Have a loader process put its sockets into /tmp if the temporary folder's name is too long for them.
-
-    Batches that it cannot send are lost: multiprocessing prints the error and goes on.
+    Otherwise batches are lost: multiprocessing only prints the error.
     """
-    if len(os.fsencode(tempfile.gettempdir())) > LONGEST_TEMPORARY:
+    if len(os.fsencode(tempfile.gettempdir())) > MAX_TEMP_PATH_BYTES:
         tempfile.tempdir = "/tmp"
 
 
 @dataclass
 class ReadProgress:
-    """A set that a worker reads, as far as it is read.
+    """How much of a dataset a worker has read.
 
-    broken: sentences of the samples that cannot be used; drawn: samples read so far; total: samples in the set, if that
-    is known; is_read: whether each of them was read once.
+    Attributes:
+        total: Samples in the dataset; `None` if unknown.
+        broken_samples: Messages about unusable samples, without repetitions.
+        samples_read: Samples read, with repetitions.
+        is_complete: Whether each sample was read once.
     """
 
     total: int | None
-    broken: dict[str, None] = field(default_factory=dict)
-    drawn: int = 0
-    is_read: bool = False
+    broken_samples: dict[str, None] = field(default_factory=dict)
+    samples_read: int = 0
+    is_complete: bool = False
 
 
 @dataclass(frozen=True)
 class Loader:
-    """How a worker reads.
+    """Reads batches in loader processes, moves them to the device, and limits the share of unusable samples.
 
-    Args:
-        device: where batches go.
-        processes: that read and decode beside the worker; 0: the worker itself.
-        labels_stay: on the CPU.
-        max_broken_share: of a set, above which the run stops.
-        note: told about every sample that was skipped, once.
-        broken: the sentences of those met so far.
-        sets: what was read so far, in the order in which it was begun.
-        resumed: sentences of the samples that were broken in each set before an interruption.
+    Attributes:
+        device: Device of the batches.
+        processes: Number of loader processes per worker; 0 loads in the worker itself.
+        labels_on_cpu: Leave the labels on the CPU.
+        max_broken_share: Largest accepted share of unusable samples of a dataset, 0 to 1.
+        on_skip: Callback for each skipped sample; a repeated sample is reported once.
+        broken_samples: Messages about unusable samples of all datasets, without repetitions.
+        progress: Progress of each dataset, in the order in which they were started.
+        restored_broken_samples: Messages about unusable samples from before a resume, one list per dataset.
     """
 
     device: torch.device
     processes: int = 0
-    labels_stay: bool = False
+    labels_on_cpu: bool = False
     max_broken_share: float = 0.0
-    on_skip: Callable[[str], None] = lambda sentence: None
-    broken: dict[str, None] = field(default_factory=dict)
-    sets: list[ReadProgress] = field(default_factory=list)
-    resumed: list[Sequence[str]] = field(default_factory=list)
+    on_skip: Callable[[str], None] = lambda message: None
+    broken_samples: dict[str, None] = field(default_factory=dict)
+    progress: list[ReadProgress] = field(default_factory=list)
+    restored_broken_samples: list[Sequence[str]] = field(default_factory=list)
 
-    def __call__(self, batches: "BatchedDataset", total: int | None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Read batches and bring them to the device: images [b, 3, H, W] and labels [b].
+    def __call__(self, batches: "BatchedDataset", total: int | None) -> Batches:
+        """Read batches and move them to the device.
 
         Args:
-            batches: what to read.
-            total: samples in the set, if that is known.
+            batches: The dataset.
+            total: Samples in the dataset; `None` if unknown.
+
+        Yields:
+            Images [b, 3, H, W] and labels [b].
 
         Raises:
-            InputError: a shard cannot be read, or too many samples cannot be used.
+            InputError: A shard cannot be read, or too many samples are unusable.
         """
         loader = webdataset.WebLoader(
             webdataset.DataPipeline(batches),
@@ -100,226 +105,260 @@ class Loader:
             num_workers=self.processes,
             pin_memory=self.device.type == "cuda",
             prefetch_factor=4 if self.processes else None,
-            worker_init_fn=_keep_socket_paths_short,
-            generator=torch.Generator(),  # or it would draw from everybody's
+            worker_init_fn=_shorten_temp_folder,
+            generator=torch.Generator(),  # otherwise it draws from the global generator
         )
-        read = ReadProgress(total, dict.fromkeys(self.resumed.pop(0) if self.resumed else ()))
-        self.sets.append(read)
+        restored = self.restored_broken_samples.pop(0) if self.restored_broken_samples else ()
+        progress = ReadProgress(total, dict.fromkeys(restored))
+        self.progress.append(progress)
         for batch in loader:
-            if isinstance(batch, str):  # an input error, carried as it is out of the loader process
-                raise InputError(batch)
+            if isinstance(batch, InputError):
+                raise batch
             images, labels, skipped, counted = batch
-            read.drawn += len(labels) + len(skipped)
-            read.total = counted if total is None else total
+            progress.samples_read += len(labels) + len(skipped)
+            progress.total = counted if total is None else total
             if skipped:
-                read.broken.update(dict.fromkeys(skipped))
-                total_by_now = read.total or max(read.drawn, FEW)
-                check_broken_share(skipped[0], len(read.broken), total_by_now, self.max_broken_share)
-                self._name(skipped)
+                progress.broken_samples.update(dict.fromkeys(skipped))
+                current_total = progress.total or max(progress.samples_read, MIN_SAMPLES_FOR_SHARE)
+                check_broken_share(skipped[0], len(progress.broken_samples), current_total, self.max_broken_share)
+                self._report_skipped(skipped)
             if len(labels):
                 images = images.to(self.device, non_blocking=True)
-                yield images, labels if self.labels_stay else labels.to(self.device, non_blocking=True)
-        read.is_read = True
+                yield images, labels if self.labels_on_cpu else labels.to(self.device, non_blocking=True)
+        progress.is_complete = True
 
-    def check_over_workers(self) -> None:
-        """Compare the broken samples that all workers met with the sets; every worker calls it at the same time.
+    def check_broken_across_ranks(self) -> None:
+        """Check the share of unusable samples over all workers.
+
+        Collective: every rank must call it, and all ranks raise the same error.
 
         Raises:
-            InputError: too many samples of a set cannot be used. All workers raise it.
+            InputError: Too many samples of a dataset are unusable.
         """
-        for read in self.sets:
-            known = read.total is not None
-            broken, drawn, total, knowing, done = map(
-                int, all_reduce_ints(len(read.broken), read.drawn, read.total or 0, known, read.is_read)
+        for progress in self.progress:
+            is_known = progress.total is not None
+            broken, samples_read, total, known_count, complete_count = map(
+                int,
+                all_reduce_sum(
+                    len(progress.broken_samples),
+                    progress.samples_read,
+                    progress.total or 0,
+                    is_known,
+                    progress.is_complete,
+                ),
             )
-            if knowing:
-                total //= knowing
-            else:  # of a stream; whoever read all of it knows now how many there are
-                total = drawn if done == world_size() else max(drawn, FEW)
-            if broken > self.max_broken_share * total:  # a sample that two workers met counts once
-                sentences = all_gather_unique(read.broken)
-                check_broken_share(sentences[0], len(sentences), total, self.max_broken_share)
+            if known_count:
+                total //= known_count
+            else:  # a stream: its size is known once all ranks have read their parts
+                is_complete = complete_count == world_size()
+                total = samples_read if is_complete else max(samples_read, MIN_SAMPLES_FOR_SHARE)
+            if broken > self.max_broken_share * total:  # gather the messages: two ranks may have read the same sample
+                messages = all_gather_unique(progress.broken_samples)
+                check_broken_share(messages[0], len(messages), total, self.max_broken_share)
 
-    def _name(self, skipped: list[str]) -> None:
-        for sentence in skipped:
-            if sentence not in self.broken:
-                self.broken[sentence] = None
-                self.on_skip(f"skipped {sentence}")
+    def _report_skipped(self, skipped: list[str]) -> None:
+        for message in skipped:
+            if message not in self.broken_samples:
+                self.broken_samples[message] = None
+                self.on_skip(f"skipped {message}")
 
 
-class DecodedImages:
-    """Decoded images that this process keeps in memory, by content: stages and runs that follow share them.
+class DecodedImageCache:
+    """In-memory cache of decoded images by content, shared by the stages and runs of this process.
 
-    A set that needs room takes it from those that nobody reads, the one that was read longest ago first.
+    When the total budget is exceeded, datasets without an open reader are evicted in LRU order.
     """
 
     def __init__(self) -> None:
-        self._sets: dict[str, dict[int, Image.Image]] = {}  # the one opened last comes last
+        self._images: dict[str, dict[int, Image.Image]] = {}  # by dataset; the one opened last comes last
         self._bytes: Counter[str] = Counter()
         self._readers: Counter[str] = Counter()
 
     @contextmanager
-    def opened(self, name: str) -> Iterator[None]:
-        """Read a set while the block runs."""
-        self._sets[name] = self._sets.pop(name, {})
+    def open_reader(self, name: str) -> Iterator[None]:
+        """Protect a dataset's images from eviction while the block runs."""
+        self._images[name] = self._images.pop(name, {})
         self._readers[name] += 1
         try:
             yield
         finally:
             self._readers[name] -= 1
 
-    def read(self, name: str, sample: Sample, decode: Decoder, budget: int, total_budget: int) -> Image.Image:
-        """Decode a sample's image, or take what is kept of it.
+    def get_or_decode(self, name: str, sample: Sample, decoder: Decoder, budget: int, total_budget: int) -> Image.Image:
+        """Return a sample's cached image, or decode it and add it to the cache if it fits.
 
         Args:
-            name: of the set, opened before.
-            sample: of the set.
-            decode: how.
-            budget: bytes that the set may take up.
-            total_budget: bytes that all sets may take up.
+            name: Name of the dataset, which has an open reader.
+            sample: A sample of the dataset. Streamed samples are not cached.
+            decoder: Decodes the image.
+            budget: Memory for this dataset in bytes.
+            total_budget: Memory for all datasets in bytes.
+
+        Returns:
+            The RGB image.
 
         Raises:
-            BrokenSampleError: the image cannot be read.
+            BrokenSampleError: The image cannot be decoded.
         """
-        if budget == 0 or sample.index < 0:  # nothing is kept of a stream
-            return decode.read(sample)
-        kept, content = self._sets[name], sample.identity()[1]
-        if content in kept:
-            return kept[content]
-        image = decode.read(sample)
+        if budget == 0 or sample.index < 0:
+            return decoder.load_image(sample)
+        cached, content = self._images[name], sample.identity()[1]
+        if content in cached:
+            return cached[content]
+        image = decoder.load_image(sample)
         size = PIXEL_BYTES * image.width * image.height
-        if self._bytes[name] + size <= budget and self._have_room(size, total_budget):
+        if self._bytes[name] + size <= budget and self._evict(size, total_budget):
             self._bytes[name] += size
-            kept[content] = image
+            cached[content] = image
         return image
 
-    def _have_room(self, size: int, budget: int) -> bool:
+    def _evict(self, size: int, budget: int) -> bool:
+        """Evict datasets until `size` bytes fit into the budget; return whether they fit."""
         while self._bytes.total() + size > budget:
-            idle = next((name for name in self._sets if not self._readers[name]), None)
+            idle = next((name for name in self._images if not self._readers[name]), None)
             if idle is None:
                 return False
-            del self._sets[idle], self._bytes[idle]
+            del self._images[idle], self._bytes[idle]
         return True
 
 
-_decoded = DecodedImages()
+_image_cache = DecodedImageCache()
 
 
 @dataclass(frozen=True)
 class TrainingImages:
-    """Endless decoded images: one worker's share of each global batch, from `first_step` on.
+    """Endless stream of decoded training images: one rank's part of each global batch, from `first_step` on.
 
-    Args:
-        samples: where the images come from.
-        decode: applied to each; what is random in it is drawn from (seed, position) alone.
-        seed: one per experiment, stage and stream; see `seed_of`.
-        batch_size: images in a global batch.
-        own: this worker's part of a global batch.
-        first_step: steps already taken.
-        keep_bytes: memory for decoded images, over all loader processes.
-        keep_in: of so many bytes for all sets together; default: for this one alone.
+    Attributes:
+        samples: The dataset.
+        decoder: Decodes and transforms. Random transforms depend on (seed, position) only.
+        seed: Seed of this experiment, stage and stream.
+        batch_size: Images in a global batch.
+        rank_indices: This rank's indices within a global batch.
+        first_step: Steps already taken.
+        cache_bytes: Memory for this dataset's decoded images, in bytes over all loader processes.
+        total_cache_bytes: Memory for the decoded images of all datasets, if larger than `cache_bytes`.
     """
 
     samples: Samples
-    decode: Decoder
+    decoder: Decoder
     seed: int
     batch_size: int
-    own: range
+    rank_indices: range
     first_step: int = 0
-    keep_bytes: int = 0
-    keep_in: int = 0
+    cache_bytes: int = 0
+    total_cache_bytes: int = 0
 
-    def __call__(self) -> Items:
-        """Yield what this loader process decodes: every so-many-th batch of the worker."""
-        name = self.samples.layout if isinstance(self.samples, IndexedSamples) else ""
-        with _decoded.opened(name):
-            for position, draw in zip(
+    def __call__(self) -> DecodedStream:
+        """Iterate over the images of this loader process: of N processes, each decodes every N-th batch."""
+        name = self.samples.layout_digest if isinstance(self.samples, IndexedSamples) else ""
+        with _image_cache.open_reader(name):
+            for position, fetch in zip(
                 self._positions(), self.samples.iter_positions(self._positions(), self.seed), strict=True
             ):
-                yield from self._decode(position, draw, name)
+                yield from self._decode(position, fetch, name)
 
-    def _decode(self, position: int, draw: SampleFetcher, name: str) -> Items:
-        """Decode the sample at a position, or what stands in for it."""
-        processes = _process()[1]
-        budget, total = self.keep_bytes // processes, max(self.keep_bytes, self.keep_in) // processes
-        for attempt in range(ATTEMPTS):
+    def _decode(self, position: int, fetch: SampleFetcher, name: str) -> DecodedStream:
+        """Yield messages about unusable samples at this position, then the decoded sample or its substitute."""
+        _, processes = _loader_process()
+        budget, total = self.cache_bytes // processes, max(self.cache_bytes, self.total_cache_bytes) // processes
+        for attempt in range(MAX_ATTEMPTS):
             try:
-                sample = draw(attempt)
+                sample = fetch(attempt)
                 sample.check()
-                label = self.decode.label_of(sample)
-                image = _decoded.read(name, sample, self.decode, budget, total)
+                label = self.decoder.get_label(sample)
+                image = _image_cache.get_or_decode(name, sample, self.decoder, budget, total)
             except BrokenSampleError as error:
                 yield str(error)
                 continue
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(derive_seed(self.seed, position))
-                decoded = self.decode.transform(image), label
+                decoded = self.decoder.transform(image), label
             yield decoded
             return
         raise InputError(
-            f"{draw(0).shard}: found no usable sample in {ATTEMPTS} attempts, expected readable images; zscl data "
-            "check lists what is wrong"
+            f"{fetch(0).shard}: found no usable sample in {MAX_ATTEMPTS} attempts, expected readable images; zscl data "
+            "check lists what is wrong",
+            code=ErrorCode.BROKEN_SAMPLES,
         )
 
     def _positions(self) -> Iterator[int]:
-        process, processes = _process()
+        process, processes = _loader_process()
         for step in count(self.first_step + process, processes):
-            yield from range(step * self.batch_size + self.own.start, step * self.batch_size + self.own.stop)
+            start = step * self.batch_size
+            yield from range(start + self.rank_indices.start, start + self.rank_indices.stop)
 
-    def batches(self, loader: Loader) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Images [b, 3, H, W] and labels [b]; the b of all workers add up to the global batch."""
-        return loader(BatchedDataset(self, len(self.own), self.count), self.count())
+    def iter_batches(self, loader: Loader) -> Batches:
+        """Return an iterator over images [b, 3, H, W] and labels [b]; the b of all ranks add up to `batch_size`."""
+        return loader(BatchedDataset(self, len(self.rank_indices), self.count), self.count())
 
     def count(self) -> int | None:
-        """Samples in the set, if that is known by now."""
-        return _count(self.samples)
+        """Return the number of samples in the dataset; `None` if it is not known yet."""
+        return _count_samples(self.samples)
 
 
 @dataclass(frozen=True)
 class EvaluationImages:
-    """Every sample exactly once over all workers and their loader processes."""
+    """Decoded images of a dataset, each once over all ranks and their loader processes.
+
+    Attributes:
+        samples: The dataset.
+        decoder: Decodes and transforms.
+        rank: This worker's rank.
+        world_size: Number of workers.
+        total: Number of samples, if `samples` is a subset of the dataset whose share of unusable samples is limited.
+    """
 
     samples: Samples
-    decode: Decoder
-    worker: int
-    workers: int
-    total: int | None = None  # samples in the set that these are a part of; default: these are all
+    decoder: Decoder
+    rank: int
+    world_size: int
+    total: int | None = None
 
-    def __call__(self) -> Items:
-        """Yield what this loader process decodes."""
-        process, processes = _process()
-        part = self.worker * processes + process
-        for sample in self.samples.iter_shard(part, self.workers * processes):
+    def __call__(self) -> DecodedStream:
+        """Iterate over the images of this loader process."""
+        process, processes = _loader_process()
+        index = self.rank * processes + process
+        for sample in self.samples.iter_shard(index, self.world_size * processes):
             try:
-                yield self.decode(sample)
+                yield self.decoder(sample)
             except BrokenSampleError as error:
                 yield str(error)
 
-    def batches(self, batch_size: int, loader: Loader) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Images [b, 3, H, W] and labels [b], with b at most `batch_size`."""
+    def iter_batches(self, batch_size: int, loader: Loader) -> Batches:
+        """Return an iterator over images [b, 3, H, W] and labels [b], where b is at most `batch_size`."""
         return loader(BatchedDataset(self, batch_size, self.count), self.count())
 
     def count(self) -> int | None:
-        """Samples in the set, if that is known by now."""
-        return _count(self.samples) if self.total is None else self.total
+        """Return the number of samples in the dataset; `None` if it is not known yet."""
+        return _count_samples(self.samples) if self.total is None else self.total
 
 
-def _unknown() -> int | None:
+def _unknown_count() -> int | None:
     return None
 
 
 @dataclass(frozen=True)
 class BatchedDataset:
-    """Decoded images, stacked; an input error ends the stream as its sentence, to cross process borders whole."""
+    """Stacks decoded images to batches.
 
-    items: Callable[[], Items]
+    Attributes:
+        items: Returns the decoded stream.
+        batch_size: Images in a batch.
+        count: Returns the number of samples in the dataset; `None` if it is not known yet.
+    """
+
+    items: Callable[[], DecodedStream]
     batch_size: int
-    count: Callable[[], int | None] = _unknown
+    count: Callable[[], int | None] = _unknown_count
 
     def __call__(self) -> Iterator[Any]:
-        """Yield (images, labels, sentences of what was skipped, samples in the set), or the sentence that ends it all.
+        """Iterate over batches.
 
-        How many samples a stream has is not known before its end.
+        Yields:
+            (images [b, 3, H, W], labels [b], messages about skipped samples, number of samples in the dataset). An
+            `InputError` is yielded instead of raised and ends the stream: PyTorch replaces an error that is raised in
+            a loader process by another with its traceback in the message.
         """
         batch: list[Decoded] = []
         skipped: list[str] = []
@@ -333,20 +372,20 @@ class BatchedDataset:
                     yield *_stack(batch), skipped, self.count()
                     batch, skipped = [], []
         except InputError as error:
-            yield str(error)
+            yield error
             return
         if batch or skipped:
             yield *_stack(batch), skipped, self.count()
 
 
-def _process() -> tuple[int, int]:
-    """This loader process's number and how many there are."""
+def _loader_process() -> tuple[int, int]:
+    """Return the number of this loader process and how many there are."""
     info = get_worker_info()
     return (info.id, info.num_workers) if info else (0, 1)
 
 
-def _count(samples: Samples) -> int | None:
-    """Samples in the set; `None` for a stream that was not read to its end yet, and where there is no end."""
+def _count_samples(samples: Samples) -> int | None:
+    """Return the number of samples; `None` for endless samples and for a stream that was not read to its end."""
     if isinstance(samples, IndexedSamples):
         return len(samples)
     return samples.count if isinstance(samples, StreamedSamples) else None
@@ -360,10 +399,19 @@ def _stack(samples: list[Decoded]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def build_loader(compute: Compute, device: torch.device, report: Callable[[Note], None]) -> Loader:
-    """How a worker reads; what it skips is reported."""
+    """Build the loader of a worker.
+
+    Args:
+        compute: The recipe's section `compute`.
+        device: Device of the batches.
+        report: Callback for notes about skipped samples.
+
+    Returns:
+        The loader.
+    """
     return Loader(
         device,
         compute.loader_processes,
         max_broken_share=compute.max_broken_share,
-        on_skip=lambda sentence: report(Note(text=sentence)),
+        on_skip=lambda message: report(Note(text=message)),
     )

@@ -1,4 +1,4 @@
-"""Samples, the protocol of a set of samples, and a set of uniform noise."""
+"""Samples: encoded image, label and text; the `Samples` protocol of a dataset; and a dataset of uniform noise."""
 
 import hashlib
 import random
@@ -9,13 +9,18 @@ from itertools import count
 from typing import Protocol
 
 from schemas.dataset_report import Reason
-from schemas.errors import InputError
+from schemas.errors import ErrorCode, InputError
 from zscl.runtime.seeding import derive_seed
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Why a sample cannot be used, as its file names tell: no content was looked at."""
+    """Why a sample cannot be used, as far as file names tell: its content was not decoded.
+
+    Attributes:
+        reason: Kind of fault, as `zscl data check` counts it.
+        detail: The files found and what was expected.
+    """
 
     reason: Reason
     detail: str
@@ -23,9 +28,16 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One encoded sample and where it was found.
+    """One encoded sample and its origin.
 
-    place: its number in its set, -1 where a stream has none; fault: why it cannot be used.
+    Attributes:
+        image: Encoded image; empty if it was not read.
+        label: Content of the .cls member.
+        text: Content of the .txt member.
+        shard: Path or URL of the shard, or the folder of a loose image.
+        key: The sample's key in WebDataset's sense: the file name without its suffix.
+        index: Position in its dataset; -1 in a stream, which has no positions.
+        fault: Why the sample cannot be used; `None` if it may be usable.
     """
 
     image: bytes
@@ -37,101 +49,123 @@ class Sample:
     fault: Fault | None = None
 
     def check(self) -> None:
-        """Refuse a sample whose members make none.
+        """Raise an error if the sample has a fault.
 
         Raises:
-            BrokenSampleError: naming shard and key.
+            BrokenSampleError: The sample has a fault. The message names its shard and key.
         """
         if self.fault is not None:
-            raise self.error()
+            raise self.as_error()
 
-    def error(self) -> "BrokenSampleError":
-        """What `check` raises."""
+    def as_error(self) -> "BrokenSampleError":
+        """Return the error that `check` raises."""
         why = f"{self.fault.reason}: {self.fault.detail}" if self.fault else "no fault"
         return BrokenSampleError(f"{self.shard}: sample '{self.key}' cannot be used ({why})")
 
     def identity(self) -> tuple[int, int]:
-        """Its place, and a hash of the encoded image that is never 0."""
+        """Return the index and a 56-bit hash of the encoded image; the hash is never 0."""
         return self.index, 1 + int.from_bytes(hashlib.blake2b(self.image, digest_size=7).digest())
 
 
 def printable_name(name: str) -> str:
-    """A file's name as text files can hold it: bytes that are no UTF-8, line breaks and the like are escaped."""
+    """Return a file name that text files can hold: invalid UTF-8, line breaks and control characters are escaped."""
     text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
+    )
 
 
 def decode_label(member: bytes | None) -> str:
-    """What a .cls member says; nothing where there is none."""
+    """Return the text of a .cls member; empty if there is none."""
     return (member or b"").decode("ascii", errors="replace").strip()
 
 
 def decode_text(member: bytes | None) -> str:
-    """What a .txt member says; nothing where there is none."""
+    """Return the text of a .txt member; empty if there is none."""
     return (member or b"").decode("utf-8", errors="replace").strip()
 
 
 class BrokenSampleError(InputError):
-    """A sample that cannot be used; its sentence names shard and key."""
+    """A sample that cannot be used. The message names its shard and key."""
+
+    def __init__(self, message: str, *, code: ErrorCode = ErrorCode.BROKEN_SAMPLES, field: str | None = None) -> None:
+        super().__init__(message, code=code, field=field)
 
 
-def check_broken_share(sentence: str, broken: int, total: int, max_broken_share: float) -> None:
-    """Refuse a set of which too many samples cannot be used.
+def check_broken_share(message: str, broken_count: int, total: int, max_broken_share: float) -> None:
+    """Raise an error if too many samples of a dataset cannot be used.
 
     Args:
-        sentence: about one of them.
-        broken: how many they are.
-        total: samples in the set.
-        max_broken_share: that may be broken.
+        message: Describes one of the unusable samples.
+        broken_count: Number of unusable samples.
+        total: Samples in the dataset.
+        max_broken_share: Largest accepted share of unusable samples, 0 to 1.
 
     Raises:
-        InputError: more of them are.
+        InputError: The share of unusable samples is larger.
     """
-    if broken > max_broken_share * total:
+    if broken_count > max_broken_share * total:
         raise InputError(
-            f"{sentence}; found {broken} such samples of {total}, expected at most a share of "
-            f"{max_broken_share:g} (compute.max_broken_share)"
+            f"{message}; found {broken_count} such samples of {total}, expected at most a share of "
+            f"{max_broken_share:g} (compute.max_broken_share)",
+            code=ErrorCode.BROKEN_SAMPLES,
+            field="compute.max_broken_share",
         )
 
 
-# A position of an endless order: the sample there, or what stands in for it at the k-th attempt to find a usable one.
+# Returns the sample of one position. The argument counts attempts from 0: if the sample is unusable, the next attempt
+# returns a substitute.
 SampleFetcher = Callable[[int], Sample]
-ATTEMPTS = 8
+MAX_ATTEMPTS = 8
 
 
 class Samples(Protocol):
-    """Samples in an endless shuffled order, or once in their own."""
+    """A dataset that is read in an endless shuffled order, or once in its own order."""
 
     def iter_positions(self, positions: Iterable[int], seed: int) -> Iterator[SampleFetcher]:
-        """Yield the draws at the given rising positions of the endless order that `seed` makes.
+        """Iterate over positions of the endless shuffled order.
 
-        A draw holds until the next one is asked for; what stands in depends on seed and position alone.
+        Args:
+            positions: Positions in ascending order.
+            seed: Determines the order. A substitute depends on seed and position only.
+
+        Yields:
+            The fetcher of each position. It is valid until the next one is requested.
         """
 
-    def iter_shard(self, part: int, parts: int) -> Iterator[Sample]:
-        """Yield every `parts`-th sample from `part` on, each sample of the whole in exactly one part."""
+    def iter_shard(self, index: int, num_shards: int) -> Iterator[Sample]:
+        """Iterate once over one of `num_shards` disjoint parts of the dataset.
+
+        Args:
+            index: Number of the part, from 0.
+            num_shards: Number of parts.
+
+        Yields:
+            Every `num_shards`-th sample, from sample `index` on.
+        """
 
 
 @dataclass(frozen=True)
 class NoiseSamples:
-    """Endless noise: every position has an image of its own, drawn from (seed, position) alone.
+    """Endless images of uniform noise. Each image depends on (seed, position) only.
 
-    size: height and width in pixels.
+    Attributes:
+        size: Height and width in pixels.
     """
 
     size: tuple[int, int]
 
     def iter_positions(self, positions: Iterable[int], seed: int) -> Iterator[SampleFetcher]:
-        """See `Samples.at`."""
+        """Iterate over positions; see `Samples.iter_positions`."""
         for position in positions:
             yield partial(self._draw, seed, position)
 
-    def iter_shard(self, part: int, parts: int) -> Iterator[Sample]:
-        """See `Samples.once`; here there is no end to it."""
-        return (draw(0) for draw in self.iter_positions(count(part, parts), seed=0))
+    def iter_shard(self, index: int, num_shards: int) -> Iterator[Sample]:
+        """Iterate over one part; see `Samples.iter_shard`. Unlike other datasets, it is endless."""
+        return (fetch(0) for fetch in self.iter_positions(count(index, num_shards), seed=0))
 
     def _draw(self, seed: int, position: int, attempt: int) -> Sample:
         height, width = self.size
-        header = f"P6 {width} {height} 255\n".encode()  # PPM: plain pixels behind a header
+        header = f"P6 {width} {height} 255\n".encode()  # PPM: uncompressed pixels after a header
         pixels = random.Random(derive_seed(seed, position)).randbytes(3 * height * width)
         return Sample(header + pixels, None, None, "noise", str(position))

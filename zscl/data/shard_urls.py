@@ -1,6 +1,6 @@
-"""Where shards lie: locations → samples.
+"""Locations of shards: expands globs, brace ranges, folders and URLs, and opens or downloads what they name.
 
-Local shards are indexed, remote ones are copied to a cache and indexed, or streamed.
+Local shards are indexed. Remote shards are downloaded to a cache and indexed, or streamed.
 """
 
 import os
@@ -13,171 +13,209 @@ import fsspec
 from braceexpand import braceexpand
 from filelock import FileLock
 
-from schemas.errors import InputError
+from schemas.errors import ErrorCode, InputError
 from schemas.redaction import mask_urls
 from zscl.data.indexed import IndexedSamples
-from zscl.data.streaming import StreamedSamples
+from zscl.data.streaming import StreamedSamples, remote_error_code
 from zscl.data.tar import is_image_name
 from zscl.runtime.atomic_io import atomic_file
 from zscl.runtime.hashing import sha256_of
-from zscl.runtime.paths import did_you_mean_path, files_within, is_hidden
+from zscl.runtime.paths import did_you_mean_path, is_hidden, list_files
 
-MOST_SHARDS = 1_000_000
-COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4", ".tar.z")
-IMAGE_BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*")
+MAX_SHARDS = 1_000_000
+COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4", ".tar.z")
+IMAGE_MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*")
 
 
 def open_samples(
-    locations: Sequence[str], cache: str | None = None, as_written: bool = False
+    locations: Sequence[str], shard_cache: str | None = None, literal: bool = False
 ) -> IndexedSamples | StreamedSamples:
-    """Resolve shards (paths, globs, brace ranges, URLs, folders) and index them where they are local.
+    """Expand the locations of shards and open the samples in them.
 
     Args:
-        locations: of shards.
-        cache: folder that remote shards are copied to, once; without one they are streamed.
-        as_written: take braces, colons and asterisks for parts of a name. Local paths that are there always are.
+        locations: Paths, globs, brace ranges, URLs and folders.
+        shard_cache: Folder that remote shards are downloaded to once; `None` streams them.
+        literal: Do not expand braces, colons and asterisks. Existing local paths are never expanded.
+
+    Returns:
+        Indexed samples if all shards are local or cached, streamed samples otherwise.
 
     Raises:
-        InputError: a location matches nothing, a shard is missing, truncated or not a tar, or there is no image.
+        InputError: A location matches nothing, a shard is missing, truncated or not a tar, or there is no image.
     """
-    expanded = [shard for location in locations for shard in ([location] if as_written else _expanded(location))]
-    if any("://" in shard for shard in expanded):
+    shards = [shard for location in locations for shard in ([location] if literal else _expand_braces(location))]
+    if any("://" in shard for shard in shards):
         urls = [
             url
-            for shard in expanded
-            for url in ([f"file://{shard}"] if "://" not in shard else [shard] if as_written else _remote_glob(shard))
+            for shard in shards
+            for url in ([f"file://{shard}"] if "://" not in shard else [shard] if literal else _expand_url(shard))
         ]
-        if cache is None:
+        if shard_cache is None:
             return StreamedSamples(urls)
-        return _with_images(IndexedSamples([download_to_cache(url, cache) for url in urls]))
-    return _with_images(IndexedSamples([path for shard in expanded for path in _local_files(Path(shard))]))
+        return _check_has_image(IndexedSamples([download_to_cache(url, shard_cache) for url in urls]))
+    return _check_has_image(IndexedSamples([path for shard in shards for path in _list_local_files(Path(shard))]))
 
 
-def _with_images(samples: IndexedSamples) -> IndexedSamples:
-    faulty = samples.faulty()
+def _check_has_image(samples: IndexedSamples) -> IndexedSamples:
+    """Return the samples if at least one of them has no fault."""
+    faulty = samples.faulty_samples()
     if len(faulty) == len(samples):
-        raise InputError(f"{faulty[0].error()}; found no image that can be read beside it, expected at least one")
+        raise InputError(
+            f"{faulty[0].as_error()}; found no image that can be read beside it, expected at least one",
+            code=ErrorCode.EMPTY,
+        )
     return samples
 
 
-def _expanded(location: str) -> list[str]:
-    """What a location's brace ranges mean; `::` parts several. What is there under this very name is taken as it is."""
+def _expand_braces(location: str) -> list[str]:
+    """Expand brace ranges, and split at `::`. An existing local path is returned unchanged."""
     if "://" not in location and os.path.lexists(location):
         return [location]
-    if _most_shards(location) > MOST_SHARDS:
-        raise InputError(f"{location}: found a range of more than {MOST_SHARDS} shards, expected fewer")
+    if _max_shard_count(location) > MAX_SHARDS:
+        raise InputError(
+            f"{location}: found a range of more than {MAX_SHARDS} shards, expected fewer", code=ErrorCode.INVALID_VALUE
+        )
     try:
         return [shard for part in location.split("::") for shard in braceexpand(part)]
-    except (ValueError, IndexError, RecursionError) as error:  # braces that do not close
-        raise InputError(f"{location}: found no readable brace range, expected one as in {{0..9}}.tar") from error
+    except (ValueError, IndexError, RecursionError) as error:  # unbalanced braces
+        raise InputError(
+            f"{location}: found no readable brace range, expected one as in {{0..9}}.tar", code=ErrorCode.INVALID_VALUE
+        ) from error
 
 
-def _most_shards(location: str) -> int:
-    """An upper bound of how many shards a location's braces mean: to find out exactly may take for ever."""
-    most, commas = 1, []
-    for sign in location:
-        if sign == "{":
+def _max_shard_count(location: str) -> int:
+    """Return an upper bound of the number of shards. Counting them by expansion could take forever."""
+    bound, commas = 1, []
+    for character in location:
+        if character == "{":
             commas.append(0)
-        elif sign == "," and commas:
+        elif character == "," and commas:
             commas[-1] += 1
-        elif sign == "}" and commas:
-            most *= 1 + commas.pop()
+        elif character == "}" and commas:
+            bound *= 1 + commas.pop()
     for first, last in re.findall(r"\{(-?[0-9]+)\.\.(-?[0-9]+)", location):
         digits = max(len(first), len(last))
-        most *= 1 + abs(int(last) - int(first)) if digits < 20 else MOST_SHARDS + 1
+        bound *= 1 + abs(int(last) - int(first)) if digits < 20 else MAX_SHARDS + 1
     letters: int = 52 ** len(re.findall(r"\{[a-zA-Z]\.\.[a-zA-Z]", location))
-    return most * letters
+    return bound * letters
 
 
-def _remote_glob(url: str) -> list[str]:
-    web = url.startswith(("http://", "https://"))  # where a question mark begins the query
-    if not any(mark in (url.partition("?")[0] if web else url) for mark in "*?["):
+def _expand_url(url: str) -> list[str]:
+    is_http = url.startswith(("http://", "https://"))  # there, a question mark begins the query
+    if not any(mark in (url.partition("?")[0] if is_http else url) for mark in "*?["):
         return [url]
     try:
-        found = [str(file.full_name) for file in fsspec.open_files(url, "rb")]
-    except Exception as error:  # fsspec raises what its stores raise
-        raise InputError(f"{url}: cannot be listed ({error}), expected shards of that pattern") from error
-    if not found:
-        raise InputError(f"{url}: found no file of that pattern, expected at least one shard")
-    return sorted(found, key=lambda name: _natural(Path(name)))
+        urls = [str(file.full_name) for file in fsspec.open_files(url, "rb")]
+    except Exception as error:  # each fsspec backend raises its own classes of error
+        raise InputError(
+            f"{url}: cannot be listed ({error}), expected shards of that pattern", code=remote_error_code(error)
+        ) from error
+    if not urls:
+        raise InputError(f"{url}: found no file of that pattern, expected at least one shard", code=ErrorCode.NOT_FOUND)
+    return sorted(urls, key=lambda name: _natural_order(Path(name)))
 
 
-def download_to_cache(url: str, cache: str) -> Path:
-    """Copy a remote file to the cache, whole or not at all, unless it is there with the size it has; return the copy.
+def download_to_cache(url: str, shard_cache: str) -> Path:
+    """Download a remote shard to the cache, atomically. A cached copy of the same size is reused.
+
+    Args:
+        url: URL of the shard. Credentials in it do not change the name of the copy.
+        shard_cache: Folder of the cache.
+
+    Returns:
+        Path of the copy.
 
     Raises:
-        InputError: it cannot be read.
+        InputError: The shard cannot be read.
     """
-    # A presigned URL is signed anew each day, and its secrets are no part of a file's name.
     name = PurePosixPath(urlsplit(url).path).stem[:100] or "shard"
-    copy_of_it = Path(cache) / sha256_of(mask_urls(url))[:16] / f"{name}.tar"
+    cached = Path(shard_cache) / sha256_of(mask_urls(url))[:16] / f"{name}.tar"
     try:
         filesystem, path = fsspec.core.url_to_fs(url)
-        copy_of_it.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(copy_of_it.with_suffix(".lock")):  # of the workers on a machine, one copies
-            if not copy_of_it.is_file() or copy_of_it.stat().st_size != filesystem.size(path):
-                with atomic_file(copy_of_it) as temporary:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(cached.with_suffix(".lock")):  # only one of the workers on a machine downloads
+            if not cached.is_file() or cached.stat().st_size != filesystem.size(path):
+                with atomic_file(cached) as temporary:
                     filesystem.get_file(path, str(temporary))
-    except Exception as error:  # fsspec raises what its stores raise: no credentials, no such bucket, ...
-        raise InputError(f"{url}: found no readable shard ({error}), expected a tar") from error
-    return copy_of_it
+    except Exception as error:  # each fsspec backend raises its own classes of error
+        raise InputError(
+            f"{url}: found no readable shard ({error}), expected a tar", code=remote_error_code(error)
+        ) from error
+    return cached
 
 
-def _local_files(path: Path) -> list[Path]:
+def _list_local_files(path: Path) -> list[Path]:
     try:
-        return _found_files(path)
+        return _match_local_files(path)
     except InputError:
         raise
-    except (OSError, ValueError) as error:  # a name that no file can have, a pattern that is none, no permission
-        raise InputError(f"{path}: cannot be read ({error}), expected a shard or a folder of them") from error
+    except (OSError, ValueError) as error:  # a name that no file can have, an invalid pattern, missing permissions
+        raise InputError(
+            f"{path}: cannot be read ({error}), expected a shard or a folder of them", code=ErrorCode.UNREADABLE
+        ) from error
 
 
-def _found_files(path: Path) -> list[Path]:
+def _match_local_files(path: Path) -> list[Path]:
     if path.is_dir():
-        return _files_of(path)
+        return _list_folder(path)
     if path.is_file():
         return [path]
     if any(mark in path.name for mark in "*?["):
-        found = sorted((file for file in path.parent.glob(path.name) if not is_hidden(file.name)), key=_natural)
-        files = [each for file in found for each in (_files_of(file) if file.is_dir() else [file])]
+        matches = sorted((file for file in path.parent.glob(path.name) if not is_hidden(file.name)), key=_natural_order)
+        files = [file for match in matches for file in (_list_folder(match) if match.is_dir() else [match])]
         if not files:
-            raise InputError(f"{path}: found no file of that pattern, expected at least one shard")
+            raise InputError(
+                f"{path}: found no file of that pattern, expected at least one shard", code=ErrorCode.NOT_FOUND
+            )
         return files
-    raise InputError(f"{path}: found no such file, expected a shard{did_you_mean_path(path)}")
+    raise InputError(f"{path}: found no such file, expected a shard{did_you_mean_path(path)}", code=ErrorCode.NOT_FOUND)
 
 
-def _files_of(folder: Path) -> list[Path]:
-    """The shards of a folder, or the images in it, at any depth.
+def _list_folder(folder: Path) -> list[Path]:
+    """List the shards directly in a folder, or the images in it at any depth.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        The files, sorted.
 
     Raises:
-        InputError: there is neither, or something that would be left out silently.
+        InputError: There is neither, or the folder holds other data that would be ignored silently.
     """
-    files = files_within(folder)
-    shards = [file for file in files if file.suffix.lower() == ".tar"]
+    files = list_files(folder)
+    all_shards = [file for file in files if file.suffix.lower() == ".tar"]
     images = [file for file in files if _is_image(file)]
-    packed = [file for file in files if file.name.lower().endswith(COMPRESSED)]
-    here = sorted((file for file in shards if file.parent == folder), key=_natural)
-    if packed and not images:
-        raise InputError(f"{packed[0]}: found a compressed tar among the data, expected plain .tar shards; unpack it")
-    odd = images or [file for file in shards if file.parent != folder]
-    if shards and odd:
+    compressed = [file for file in files if file.name.lower().endswith(COMPRESSED_TARS)]
+    shards = sorted((file for file in all_shards if file.parent == folder), key=_natural_order)
+    if compressed and not images:
         raise InputError(
-            f"{folder}: found {(here or shards)[0].relative_to(folder)} and {odd[-1].relative_to(folder)} in it, "
-            "expected shards in the folder itself alone, or images alone; to read some of it, give a pattern such as "
-            f"{shards[0].parent}/*.tar"
+            f"{compressed[0]}: found a compressed tar among the data, expected plain .tar shards; unpack it",
+            code=ErrorCode.UNSUPPORTED,
         )
-    if not here and not images:
-        raise InputError(f"{folder}: found no .tar shard and no image file, expected at least one")
-    return here or images
+    other = images or [file for file in all_shards if file.parent != folder]
+    if all_shards and other:
+        raise InputError(
+            f"{folder}: found {(shards or all_shards)[0].relative_to(folder)} and {other[-1].relative_to(folder)} in "
+            "it, expected shards in the folder itself alone, or images alone; to read some of it, give a pattern such "
+            f"as {all_shards[0].parent}/*.tar",
+            code=ErrorCode.CONFLICT,
+        )
+    if not shards and not images:
+        raise InputError(
+            f"{folder}: found no .tar shard and no image file, expected at least one", code=ErrorCode.EMPTY
+        )
+    return shards or images
 
 
 def _is_image(file: Path) -> bool:
-    """Whether a user takes a file for an image: by its suffix, or where it has none, by how it begins."""
+    """Return whether a file is an image by its suffix; without a suffix, by its first bytes."""
     if file.suffix or not file.is_file():
         return is_image_name(file.name)
     with file.open("rb") as stream:
-        return stream.read(len(max(IMAGE_BEGINNINGS, key=len))).startswith(IMAGE_BEGINNINGS)
+        return stream.read(len(max(IMAGE_MAGIC, key=len))).startswith(IMAGE_MAGIC)
 
 
-def _natural(path: Path) -> tuple[int, str]:
+def _natural_order(path: Path) -> tuple[int, str]:
+    """Sort key: other names alphabetically, then numbered shards by number."""
     return (int(path.stem) if path.stem.isdecimal() and len(path.stem) < 20 else -1, path.name)

@@ -1,14 +1,10 @@
-"""Parts of a task's training images, drawn class by class.
-
-Those held out are what choices are judged by, so that they never see a test image; a few of each class are what
-few-shot learning trains on.
-"""
+"""Class-wise random subsets of a task's training images: held-out images for validation, and few-shot training sets."""
 
 import random
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
-from schemas.errors import InputError
+from schemas.errors import ErrorCode, InputError
 from schemas.experiment import HeldOut
 from zscl.data.indexed import IndexedSamples
 from zscl.data.sample import Sample, decode_label
@@ -19,74 +15,92 @@ from zscl.runtime.seeding import derive_seed
 def hold_out(
     samples: IndexedSamples | StreamedSamples, held_out: HeldOut, path: str, classnames: Sequence[str]
 ) -> tuple[IndexedSamples, IndexedSamples]:
-    """Draw a share of each class's images, by a seed. Returns those that stay, and those held out.
+    """Hold out a random share of each class's images.
+
+    The draw depends on the seed, each class's label and its number of images only.
 
     Args:
-        samples: a task's training images.
-        held_out: share and seed; the draw depends on them, a class's label and its number of images alone.
-        path: the task's, for what is refused.
-        classnames: in label order.
+        samples: A task's training images.
+        held_out: Share and seed.
+        path: The task's path, for error messages.
+        classnames: Class names in label order.
+
+    Returns:
+        The remaining training images, and the held-out images.
 
     Raises:
-        InputError: the images are remote, a class would have none to be trained on, or no image would be held out.
+        InputError: The images are remote, a class would have no training image left, or no image would be held out.
     """
     if not isinstance(samples, IndexedSamples):
         raise InputError(
             f"{path}: found remote shards, expected local ones to hold some images out of (evaluation.held_out); "
-            "compute.shard_cache makes them local"
+            "compute.shard_cache makes them local",
+            code=ErrorCode.UNSUPPORTED,
+            field="evaluation.held_out",
         )
     held: list[int] = []
-    for label, places in _by_class(samples).items():
-        count = round(held_out.share * len(places))
-        if count == len(places):
+    for label, positions in _group_by_label(samples).items():
+        count = round(held_out.share * len(positions))
+        if count == len(positions):
             name = classnames[int(label)] if label.isdecimal() and int(label) < len(classnames) else label
             raise InputError(
                 f"{path}: evaluation.held_out.share is {held_out.share:g}, which leaves the class '{name}' without "
-                f"training images (found {len(places)}), expected a smaller share"
+                f"training images (found {len(positions)}), expected a smaller share",
+                code=ErrorCode.INVALID_VALUE,
+                field="evaluation.held_out.share",
             )
-        held += random.Random(derive_seed(held_out.seed, "held out", label)).sample(places, count)
+        held += random.Random(derive_seed(held_out.seed, "held out", label)).sample(positions, count)
     if not held:
         raise InputError(
             f"{path}: evaluation.held_out.share is {held_out.share:g}, which holds out none of its {len(samples)} "
-            "training images, expected a larger share"
+            "training images, expected a larger share",
+            code=ErrorCode.INVALID_VALUE,
+            field="evaluation.held_out.share",
         )
-    out = set(held)
-    kept = [place for place in range(len(samples)) if place not in out]
-    return samples.subset(kept).reindexed(), samples.subset(sorted(held)).reindexed()
+    excluded = set(held)
+    remaining = [position for position in range(len(samples)) if position not in excluded]
+    return samples.subset(remaining).reindexed(), samples.subset(sorted(held)).reindexed()
 
 
 def draw_shots(
     samples: IndexedSamples | StreamedSamples, shots: int, seed: int, path: str, is_usable: Callable[[Sample], bool]
 ) -> IndexedSamples:
-    """Draw so many images of each class, by a seed; of a class that has fewer, all.
+    """Draw a few random images of each class, for few-shot training.
+
+    The draw depends on the seed, each class's label and its number of usable images only.
 
     Args:
-        samples: a task's training images.
-        shots: images of each class.
-        seed: the draw depends on it, a class's label and its number of images alone.
-        path: the task's, for what is refused.
-        is_usable: whether a sample is of a class; others are not drawn.
+        samples: A task's training images.
+        shots: Images per class; a class with fewer images contributes all of them.
+        seed: Seed of the draw.
+        path: The task's path, for error messages.
+        is_usable: Returns whether a sample can be used; others are not drawn.
+
+    Returns:
+        The drawn images.
 
     Raises:
-        InputError: the images are remote.
+        InputError: The images are remote.
     """
     if not isinstance(samples, IndexedSamples):
         raise InputError(
             f"{path}: found remote shards, expected local ones to train on a few images of each class (shots); "
-            "compute.shard_cache makes them local"
+            "compute.shard_cache makes them local",
+            code=ErrorCode.UNSUPPORTED,
+            field="tasks.shots",
         )
     drawn: list[int] = []
-    for label, places in _by_class(samples, is_usable).items():
-        drawn += random.Random(derive_seed(seed, "shots", label)).sample(places, min(shots, len(places)))
+    for label, positions in _group_by_label(samples, is_usable).items():
+        drawn += random.Random(derive_seed(seed, "shots", label)).sample(positions, min(shots, len(positions)))
     return samples.subset(sorted(drawn)).reindexed()
 
 
-def _by_class(
+def _group_by_label(
     samples: IndexedSamples, is_usable: Callable[[Sample], bool] = lambda sample: sample.fault is None
 ) -> dict[str, list[int]]:
-    """The places of each label's samples, in their order; those without a readable image are none to choose from."""
-    of_class: defaultdict[str, list[int]] = defaultdict(list)
-    for place, sample in enumerate(samples.labels()):
+    """Return the positions of the usable samples of each label, in order."""
+    by_label: defaultdict[str, list[int]] = defaultdict(list)
+    for position, sample in enumerate(samples.iter_labels()):
         if is_usable(sample):
-            of_class[decode_label(sample.label)].append(place)
-    return dict(of_class)
+            by_label[decode_label(sample.label)].append(position)
+    return dict(by_label)

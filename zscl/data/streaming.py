@@ -1,4 +1,4 @@
-"""Samples of remote shards, in the order in which they are streamed."""
+"""Remote samples, streamed from tar shards through WebDataset and shuffled in a buffer."""
 
 import itertools
 import random
@@ -10,64 +10,78 @@ from typing import IO
 import fsspec
 import webdataset
 
-from schemas.errors import InputError
+from schemas.errors import ErrorCode, InputError
 from schemas.redaction import mask_urls
-from zscl.data.sample import ATTEMPTS, Sample, SampleFetcher, decode_text
-from zscl.data.tar import Tail, read_samples, reason_of
+from zscl.data.sample import MAX_ATTEMPTS, Sample, SampleFetcher, decode_text
+from zscl.data.tar import CheckedTarStream, read_samples, summarize_error
 from zscl.runtime.hashing import sha256_of
 from zscl.runtime.seeding import derive_seed
 
-SHUFFLE_BUFFER = 2_000  # samples held while streaming; local shards are shuffled as a whole instead
+SHUFFLE_BUFFER = 2_000  # samples in memory while streaming; local samples are shuffled over the whole dataset instead
 
 
 class StreamedSamples:
-    """Remote samples in stream order through WebDataset, shuffled by shard and in a buffer.
+    """Remote samples without random access. Shards are shuffled, then samples in a buffer of `SHUFFLE_BUFFER`.
 
-    The order does not depend on how many processes read: each reads the whole stream and keeps its own positions,
-    so the bytes read grow with workers x loader processes.
+    The order does not depend on the number of processes: each process reads the whole stream and selects its own
+    positions. The bytes read therefore grow with workers x loader processes.
+
+    Attributes:
+        urls: URLs of the shards.
+        count: Number of samples; `None` until this process has read all of them.
     """
 
     def __init__(self, urls: Sequence[str]) -> None:
         self.urls = list(urls)
-        self.count: int | None = None  # of samples, once this process has read all of them
+        self.count: int | None = None
 
     def iter_positions(self, positions: Iterable[int], seed: int) -> Iterator[SampleFetcher]:
-        """See `Samples.at`; a sample from just before in the stream may stand in, at its start one from just behind."""
-        stream = itertools.chain.from_iterable(self._epoch(seed, epoch) for epoch in itertools.count())
-        first = list(itertools.islice(stream, ATTEMPTS))
-        latest: deque[Sample] = deque(maxlen=ATTEMPTS)
+        """Iterate over positions; see `Samples.iter_positions`.
+
+        Substitutes are the preceding samples of the stream; at its start, those that follow.
+
+        Args:
+            positions: Positions in ascending order.
+            seed: Determines the order of shards and samples.
+
+        Yields:
+            The fetcher of each position.
+        """
+        stream = itertools.chain.from_iterable(self._iter_epoch(seed, epoch) for epoch in itertools.count())
+        first = list(itertools.islice(stream, MAX_ATTEMPTS))
+        latest: deque[Sample] = deque(maxlen=MAX_ATTEMPTS)
         numbered = enumerate(itertools.chain(first, stream))
         for position in positions:
-            for index, sample in numbered:
+            for number, sample in numbered:
                 latest.appendleft(sample)
-                if index == position:
+                if number == position:
                     break
-            near = latest if position >= ATTEMPTS else [first[position], *first[:position], *first[position + 1 :]]
-            yield partial(_near, near)
+            near = latest if position >= MAX_ATTEMPTS else [first[position], *first[:position], *first[position + 1 :]]
+            yield partial(_fetch, near)
 
     @property
     def digest(self) -> str:
-        """Of remote samples, only where they lie is known beforehand."""
+        """Hash of the masked URLs: the content of remote samples is not known before it is read."""
         return sha256_of(*map(mask_urls, self.urls))
 
-    def iter_shard(self, part: int = 0, parts: int = 1) -> Iterator[Sample]:
-        """See `Samples.once`."""
-        return itertools.islice(self._counted(_stream(self.urls)), part, None, parts)
+    def iter_shard(self, index: int = 0, num_shards: int = 1) -> Iterator[Sample]:
+        """Iterate over one part; see `Samples.iter_shard`."""
+        return itertools.islice(self._count(_stream_samples(self.urls)), index, None, num_shards)
 
-    def texts(self) -> Iterator[str]:
-        """The .txt members of usable samples, in order."""
-        for sample in _stream(self.urls):
+    def iter_texts(self) -> Iterator[str]:
+        """Iterate over the .txt members of usable samples, in order."""
+        for sample in _stream_samples(self.urls):
             if sample.fault is None and sample.text is not None:
                 yield decode_text(sample.text)
 
-    def _epoch(self, seed: int, epoch: int) -> Iterator[Sample]:
+    def _iter_epoch(self, seed: int, epoch: int) -> Iterator[Sample]:
         rng = random.Random(derive_seed(seed, epoch))
         urls = rng.sample(self.urls, len(self.urls))
         shuffle = webdataset.filters.shuffle(SHUFFLE_BUFFER, initial=SHUFFLE_BUFFER, rng=rng)
-        yield from shuffle(self._counted(_stream(urls)))
+        yield from shuffle(self._count(_stream_samples(urls)))
 
-    def _counted(self, samples: Iterator[Sample]) -> Iterator[Sample]:
-        """Pass all samples on, and know behind the last one how many they are."""
+    def _count(self, samples: Iterator[Sample]) -> Iterator[Sample]:
+        """Yield all samples, and set `count` after the last one."""
         count = 0
         for sample in samples:
             count += 1
@@ -75,27 +89,29 @@ class StreamedSamples:
         self.count = count
 
 
-def _opened(url: str) -> IO[bytes]:
-    """Open a remote file.
-
-    Raises:
-        InputError: it cannot be.
-    """
-    try:
-        opened: IO[bytes] = fsspec.open(url, "rb").open()
-    except Exception as error:  # fsspec raises what its stores raise: no credentials, no such bucket, ...
-        raise InputError(f"{url}: found no readable shard ({error}), expected a tar") from error
-    return opened
-
-
-def _near(samples: Sequence[Sample], attempt: int) -> Sample:
+def _fetch(samples: Sequence[Sample], attempt: int) -> Sample:
     return samples[min(attempt, len(samples) - 1)]
 
 
-def _stream(urls: Sequence[str]) -> Iterator[Sample]:
+def _open_url(url: str) -> IO[bytes]:
+    try:
+        stream: IO[bytes] = fsspec.open(url, "rb").open()
+    except Exception as error:  # each fsspec backend raises its own classes of error
+        raise InputError(
+            f"{url}: found no readable shard ({error}), expected a tar", code=remote_error_code(error)
+        ) from error
+    return stream
+
+
+def remote_error_code(error: Exception) -> ErrorCode:
+    """Return the code for an error of an fsspec backend."""
+    return ErrorCode.NOT_FOUND if isinstance(error, FileNotFoundError) else ErrorCode.UNREACHABLE
+
+
+def _stream_samples(urls: Sequence[str]) -> Iterator[Sample]:
     for url in urls:
-        with _opened(url) as opened:
-            samples = read_samples(Tail(opened, url), url)
+        with _open_url(url) as stream:
+            samples = read_samples(CheckedTarStream(stream, url), url)
             while (sample := _next_sample(samples, url)) is not None:
                 yield sample
 
@@ -105,5 +121,7 @@ def _next_sample(samples: Iterator[Sample], url: str) -> Sample | None:
         return next(samples, None)
     except InputError:
         raise
-    except Exception as error:  # of the tar, or of the store: it may break off in the middle
-        raise InputError(f"{url}: found no readable shard ({reason_of(error)}), expected a tar") from error
+    except Exception as error:  # from tarfile, or from the fsspec backend if the connection is lost
+        raise InputError(
+            f"{url}: found no readable shard ({summarize_error(error)}), expected a tar", code=ErrorCode.UNREADABLE
+        ) from error

@@ -1,8 +1,8 @@
-"""The members of tar shards: what would be read of one is looked at first.
+"""Tar shards: list, validate, stream and write their members.
 
 A shard is a tar of samples KEY.(jpg|jpeg|png|webp) + KEY.cls or KEY.txt. KEY is everything before the last dot.
-KEY.NAME.json and the like, and KEY.NAME.txt, are side data of KEY where KEY has an image.
-Nothing here unpickles: only image, label and text members are ever read.
+KEY.NAME.json, KEY.NAME.txt and the like are side data of KEY if KEY has an image.
+Only image, label and text members are read, and nothing is unpickled.
 """
 
 import re
@@ -15,20 +15,21 @@ from typing import IO, Generic, NamedTuple, TypeVar
 
 import webdataset
 
-from schemas.errors import InputError
+from schemas.errors import ErrorCode, InputError
 from zscl.data.sample import Fault, Sample, printable_name
 from zscl.runtime.hashing import sha256_of_file
 from zscl.runtime.paths import is_hidden
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 EXPECTED_SUFFIXES = f"expected one of {', '.join(f'.{suffix}' for suffix in IMAGE_SUFFIXES)}"
-KINDS = {**dict.fromkeys(IMAGE_SUFFIXES, "image"), "cls": "label", "txt": "text"}  # no other member is ever read
-# Images of other formats. They are never decoded, but a user takes them for data, so they are named and counted.
+# Members with other suffixes are never read.
+KIND_OF_SUFFIX = {**dict.fromkeys(IMAGE_SUFFIXES, "image"), "cls": "label", "txt": "text"}
+# Images in other formats are never decoded, but users take them for data: they are reported and counted.
 OTHER_IMAGE_SUFFIXES = frozenset(
     {"arw", "avif", "bmp", "cr2", "dng", "gif", "heic", "heif", "ico", "jfif", "jp2", "jpe", "jxl", "nef", "pbm", "pgm"}
     | {"pnm", "ppm", "psd", "raw", "svg", "tga", "tif", "tiff"}
 )
-# How files begin that are often found under the name of a shard.
+# First bytes of files that users often mistake for shards: what the file is, and what to do.
 FOREIGN_FILES = {
     b"\x1f\x8b": ("compressed by gzip", "gunzip"),
     b"BZh": ("compressed by bzip2", "bunzip2"),
@@ -41,40 +42,56 @@ FOREIGN_FILES = {
     b"version https://git-lfs": ("a pointer of Git LFS", "git lfs pull"),
     b"<": ("a page of HTML or XML", "download the shard again"),
 }
-LARGEST_MEMBER = 2**28  # bytes: what claims to be larger is no image, label or text
-MOST_READS_IN_VAIN = 100
-AT_ONCE = 2**20  # bytes
+MAX_MEMBER_BYTES = 2**28  # a larger member is no image, label or text
+MAX_EMPTY_READS = 100
+READ_SIZE = 2**20  # bytes
 T = TypeVar("T")
 
 
 class Member(NamedTuple):
-    """A member of a shard, and where its content lies; `link`: what it points to where it is no file."""
+    """A member of a shard.
+
+    Attributes:
+        name: Name in the tar, with folders.
+        key: The name before the last dot, without a leading "./".
+        suffix: The name after the last dot, in lower case; empty without a dot.
+        offset: Position of the content in the tar, in bytes.
+        size: Size of the content in bytes.
+        link_target: Target of a link; `None` for a regular file.
+    """
 
     name: str
     key: str
     suffix: str
     offset: int
     size: int
-    link: str | None
+    link_target: str | None
 
     @property
     def kind(self) -> str | None:
-        """Whether it is an image (of whatever format), a label or a text."""
-        return "image" if self.suffix in OTHER_IMAGE_SUFFIXES else KINDS.get(self.suffix)
+        """`image` (of any format), `label` or `text`; `None` for other members."""
+        return "image" if self.suffix in OTHER_IMAGE_SUFFIXES else KIND_OF_SUFFIX.get(self.suffix)
 
     @property
     def is_read(self) -> bool:
-        """Whether its content is ever read."""
-        return self.suffix in KINDS and self.link is None
+        """Whether its content is read: an image in a supported format, a label or a text."""
+        return self.suffix in KIND_OF_SUFFIX and self.link_target is None
 
     @property
     def file_name(self) -> str:
-        """Its name without folders, to be shown."""
+        """The printable name without folders."""
         return printable_name(self.name.rpartition("/")[2])
 
 
-class Parts(NamedTuple, Generic[T]):
-    """A sample's image, label and text; `fault`: why they make no sample."""
+class SampleParts(NamedTuple, Generic[T]):
+    """Image, label and text of a sample.
+
+    Attributes:
+        image: The image's content or location; `None` without an image.
+        label: The label's content or location; `None` without a label.
+        text: The text's content or location; `None` without a text.
+        fault: Why the members are not a usable sample; `None` if they are.
+    """
 
     image: T | None
     label: T | None
@@ -83,49 +100,52 @@ class Parts(NamedTuple, Generic[T]):
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file is an image by its suffix, of whatever format."""
+    """Return whether a file is an image by its suffix, in any format."""
     suffix = name.lower().rpartition(".")[2]
     return suffix in IMAGE_SUFFIXES or suffix in OTHER_IMAGE_SUFFIXES
 
 
-def assemble(members: Sequence[tuple[Member, T]], shard: str) -> Parts[T]:
-    """Put the members of one key together.
+def assemble(members: Sequence[tuple[Member, T]], shard: str) -> SampleParts[T]:
+    """Combine the members of one key to a sample.
 
     Args:
-        members: each with its content, or where that lies.
-        shard: that holds them.
+        members: Pairs of a member and its content or location.
+        shard: Path or URL of the shard.
 
     Returns:
-        The parts. Where one is missing, doubled, a link or of another format, the fault says so.
+        The parts. The fault tells whether the image is missing, or a member is ambiguous, a link or of another format.
 
     Raises:
-        InputError: a member is there twice.
+        InputError: The shard holds a member twice.
     """
-    found: dict[str, T] = {}
+    parts: dict[str, T] = {}
     names: set[str] = set()
     for member, content in members:
         if member.name in names and member.kind:
-            raise InputError(f"{shard}: found the member '{member.name}' twice, expected every member once")
+            raise InputError(
+                f"{shard}: found the member '{member.name}' twice, expected every member once",
+                code=ErrorCode.DUPLICATE,
+            )
         names.add(member.name)
         if member.is_read:
-            found.setdefault(KINDS[member.suffix], content)
-    fault = _fault_of([member for member, _ in members])
-    return Parts(found.get("image"), found.get("label"), found.get("text"), fault)
+            parts.setdefault(KIND_OF_SUFFIX[member.suffix], content)
+    fault = _find_fault([member for member, _ in members])
+    return SampleParts(parts.get("image"), parts.get("label"), parts.get("text"), fault)
 
 
-def _fault_of(members: Sequence[Member]) -> Fault | None:
-    """Why the members of one key make no sample, if they do not."""
-    of_kind: dict[str | None, list[Member]] = {}
+def _find_fault(members: Sequence[Member]) -> Fault | None:
+    """Return why the members of one key are not a usable sample; `None` if they are."""
+    by_kind: dict[str | None, list[Member]] = {}
     for member in members:
-        of_kind.setdefault(member.kind, []).append(member)
-    images = of_kind.get("image", [])
-    links = [member for member in members if member.link and (member.kind or not images)]
+        by_kind.setdefault(member.kind, []).append(member)
+    images = by_kind.get("image", [])
+    links = [member for member in members if member.link_target and (member.kind or not images)]
     if links:
         advice = "expected a file: pack it with tar --dereference --hard-dereference"
-        return Fault("link", f"found {links[0].file_name}, a link to {links[0].link}, {advice}")
+        return Fault("link", f"found {links[0].file_name}, a link to {links[0].link_target}, {advice}")
     for kind in ("image", "label", "text"):
-        if len(of_kind.get(kind, [])) > 1:
-            names = " and ".join(member.file_name for member in of_kind[kind])
+        if len(by_kind.get(kind, [])) > 1:
+            names = " and ".join(member.file_name for member in by_kind[kind])
             return Fault("several members of a kind", f"found {names}, expected one {kind}")
     if not images:
         names = ", ".join(member.file_name for member in members)
@@ -135,58 +155,75 @@ def _fault_of(members: Sequence[Member]) -> Fault | None:
     return None
 
 
-def tar_members(file: Path) -> list[Member]:
-    """Every member of a local shard that may belong to a sample.
+def list_members(file: Path) -> list[Member]:
+    """List the members of a local shard that may belong to a sample.
+
+    Args:
+        file: The shard.
+
+    Returns:
+        The members in the order of the tar, without folders, hidden files and WebDataset's own metadata.
 
     Raises:
-        InputError: the shard is compressed, cut, broken or followed by something else, or a member that would be read
-            is not what it says.
+        InputError: The shard is compressed, truncated, damaged or followed by other content, or a member to be read
+            is sparse or too large.
     """
     try:
         with file.open("rb") as stream:
-            _refuse_foreign(stream.read(tarfile.BLOCKSIZE), str(file))
+            _check_is_tar(stream.read(tarfile.BLOCKSIZE), str(file))
             stream.seek(0)
             with tarfile.open(fileobj=stream, mode="r:") as tar:
-                found = [member for member, _ in _members_of(tar, str(file))]
+                members = [member for member, _ in _iter_members(tar, str(file))]
                 end = tar.offset
             stream.seek(end)
-            more = any(block.strip(b"\0") for block in iter(lambda: stream.read(AT_ONCE), b""))
+            has_trailing_content = any(block.strip(b"\0") for block in iter(lambda: stream.read(READ_SIZE), b""))
     except InputError:
         raise
-    except Exception as error:  # what tarfile raises on foreign bytes is no closed list
+    except Exception as error:  # tarfile raises any class of error on damaged bytes
         raise InputError(
-            f"{file}: found a truncated or broken shard ({reason_of(error)}), expected a whole tar"
+            f"{file}: found a truncated or broken shard ({summarize_error(error)}), expected a whole tar",
+            code=ErrorCode.UNREADABLE,
         ) from error
-    # A shard cut between two members reads without an error; only the end mark's absence tells.
+    # tarfile reads a shard truncated between two members without an error; only the end mark is missing.
     if file.stat().st_size < end + tarfile.BLOCKSIZE:
-        raise InputError(f"{file}: found a shard without its end after {len(found)} members, expected a whole tar")
-    if more:
-        raise InputError(_more_behind(str(file), end))
-    return found
+        raise InputError(
+            f"{file}: found a shard without its end after {len(members)} members, expected a whole tar",
+            code=ErrorCode.UNREADABLE,
+        )
+    if has_trailing_content:
+        raise InputError(_trailing_content_message(str(file), end), code=ErrorCode.UNREADABLE)
+    return members
 
 
-class Tail:
-    """A stream that knows how long it was and where its last byte that is not zero lay.
+class CheckedTarStream:
+    """A readable stream of a tar that detects truncated tars and content after the end of the tar.
 
-    It is not read for ever behind its end.
+    It records its length and the position of the last byte that is not zero. It ends after `MAX_EMPTY_READS` reads
+    without data: tarfile skips a member by reading as many bytes as its header claims.
     """
 
     def __init__(self, stream: IO[bytes], url: str) -> None:
-        self._stream, self._url, self._in_vain = stream, url, 0
+        self._stream, self._url, self._empty_reads = stream, url, 0
         self._length = self._content_end = 0
 
     def read(self, size: int = -1) -> bytes:
-        """Read on.
+        """Read from the stream.
+
+        Args:
+            size: Maximum number of bytes; -1 for all.
+
+        Returns:
+            The bytes read.
 
         Raises:
-            EOFError: reading has been in vain too often.
-            InputError: the stream begins like something else than a tar.
+            EOFError: There were too many reads without data.
+            InputError: The first block is not of a tar.
         """
         content = self._stream.read(size)
         if not self._length:
-            _refuse_foreign(content[: tarfile.BLOCKSIZE], self._url)
-        self._in_vain += not content
-        if self._in_vain > MOST_READS_IN_VAIN:  # to pass over a member, tarfile reads all that its size claims
+            _check_is_tar(content[: tarfile.BLOCKSIZE], self._url)
+        self._empty_reads += not content
+        if self._empty_reads > MAX_EMPTY_READS:
             raise EOFError("it ends within a member")
         if last := len(content.rstrip(b"\0")):
             self._content_end = self._length + last
@@ -194,87 +231,103 @@ class Tail:
         return content
 
     def check_end(self, end: int) -> None:
-        """Read the rest of a stream.
+        """Read the rest of the stream and check that the tar is complete.
 
         Args:
-            end: where tarfile found the end of the tar.
+            end: Position at which tarfile found the end of the tar, in bytes.
 
         Raises:
-            InputError: the tar has no end mark, or something follows it.
+            InputError: The tar has no end mark, or is followed by other content.
         """
-        while self._content_end <= end and self.read(AT_ONCE):
+        while self._content_end <= end and self.read(READ_SIZE):
             pass
-        if self._length < end + tarfile.BLOCKSIZE:  # cut between two members: only the end mark's absence tells
-            raise InputError(f"{self._url}: found no readable shard (it has no end), expected a tar")
+        # tarfile reads a tar truncated between two members without an error; only the end mark is missing.
+        if self._length < end + tarfile.BLOCKSIZE:
+            raise InputError(
+                f"{self._url}: found no readable shard (it has no end), expected a tar", code=ErrorCode.UNREADABLE
+            )
         if self._content_end > end:
-            raise InputError(_more_behind(self._url, end))
+            raise InputError(_trailing_content_message(self._url, end), code=ErrorCode.UNREADABLE)
 
 
-def read_samples(stream: Tail, url: str) -> Iterator[Sample]:
-    """Read the samples of a streamed shard, one after another; only images, labels and texts are read.
+def read_samples(stream: CheckedTarStream, url: str) -> Iterator[Sample]:
+    """Read the samples of a streamed shard, in the order of the tar.
+
+    Args:
+        stream: The shard.
+        url: Its URL.
+
+    Yields:
+        The samples, usable or not.
 
     Raises:
-        InputError: the members of a sample are apart, there is no sample, or the shard is no whole tar.
+        InputError: The members of a sample are not adjacent, there is no sample, or the tar is damaged or truncated.
     """
-    group: list[tuple[Member, bytes]] = []
-    held: dict[str, list[tuple[Member, bytes]]] = {}  # texts KEY.….txt of the sample KEY, or of a sample that follows
-    others: dict[str, list[Member]] = {}  # what may belong to a sample that comes later, without its content
+    group: list[tuple[Member, bytes]] = []  # the members of the current sample
+    texts: dict[str, list[tuple[Member, bytes]]] = {}  # KEY.….txt: of the sample KEY, or of a sample that follows
+    deferred: dict[str, list[Member]] = {}  # members without content that may belong to a later sample
     done: set[str] = set()
     with_image: set[str] = set()
 
     def close(group: Sequence[tuple[Member, bytes]]) -> Iterator[Sample]:
-        """Yield a group whose last member was read; texts KEY.….txt alone may be side data of a sample behind them."""
+        """Yield a complete group. A group of texts KEY.….txt is deferred: it may be side data of a later sample."""
         members = [member for member, _ in group]
         key = members[0].key
         if "." in key.rpartition("/")[2] and all(member.kind == "text" for member in members):
-            others.setdefault(key, []).extend(members)
+            deferred.setdefault(key, []).extend(members)
             return
         done.add(key)
         if any(member.kind == "image" for member in members):
             with_image.add(key)
-        yield _sample_of(group, url)
+        yield _to_sample(group, url)
 
-    with tarfile.open(fileobj=stream, mode="r|") as tar:  # type: ignore[call-overload]  # it only reads
-        for member, info in _members_of(tar, url):
+    with tarfile.open(fileobj=stream, mode="r|") as tar:  # type: ignore[call-overload]  # it only calls `read`
+        for member, info in _iter_members(tar, url):
             if member.kind is None:
-                others.setdefault(member.key, []).append(member)
+                deferred.setdefault(member.key, []).append(member)
                 continue
-            if member.key in done or any(other.kind for other in others.get(member.key, ())):
+            if member.key in done or any(other.kind for other in deferred.get(member.key, ())):
                 raise InputError(
                     f"{url}: found the members of the sample '{printable_name(member.key)}' apart, expected them one "
                     "after another in a streamed shard: pack it with tar --sort=name, or let compute.shard_cache "
-                    "copy it"
+                    "copy it",
+                    code=ErrorCode.UNSUPPORTED,
                 )
-            opened = tar.extractfile(info) if member.is_read else None
-            read = member, opened.read() if opened else b""
-            tar.members = []  # or it remembers every header of the shard
+            reader = tar.extractfile(info) if member.is_read else None
+            content = reader.read() if reader else b""
+            tar.members = []  # otherwise tarfile keeps the headers of all members in memory
             if group and member.kind == "text" and group[0][0].key in _shorter_keys(member.key):
-                held.setdefault(member.key, []).append(read)
+                texts.setdefault(member.key, []).append((member, content))
                 continue
             if group and group[0][0].key != member.key:
                 yield from close(group)
-                group = held.pop(member.key, [])
-                for texts in held.values():
-                    yield from close(texts)
-                held = {}
-            group.append(read)
-        for each in [group, *held.values()] if group else []:
-            yield from close(each)
+                group = texts.pop(member.key, [])
+                for members in texts.values():
+                    yield from close(members)
+                texts = {}
+            group.append((member, content))
+        for members in [group, *texts.values()] if group else []:
+            yield from close(members)
         stream.check_end(tar.offset)
-    lonely = [members for key, members in others.items() if key not in done and not is_side_data(members, with_image)]
-    if not done and not lonely:
-        raise InputError(f"{url}: found no image in the shard, expected at least one")
-    yield from (_sample_of([(member, b"") for member in members], url) for members in lonely)
+    unmatched = [
+        members for key, members in deferred.items() if key not in done and not is_side_data(members, with_image)
+    ]
+    if not done and not unmatched:
+        raise InputError(f"{url}: found no image in the shard, expected at least one", code=ErrorCode.EMPTY)
+    yield from (_to_sample([(member, b"") for member in members], url) for members in unmatched)
 
 
 def is_side_data(members: Sequence[Member], with_image: Container[str]) -> bool:
-    """Whether the members of one key are side data of another sample, such as x.metadata.json beside x.jpg.
+    """Return whether the members of one key are side data of another sample: x.metadata.json of x.jpg, for example.
 
-    Images and labels never are: a user takes them for samples.
+    Images and labels are never side data, because users take them for samples.
 
     Args:
-        members: of one key.
-        with_image: the keys of the shard that have an image.
+        members: All members of one key.
+        with_image: The keys of the shard that have an image.
+
+    Returns:
+        `True` if a shorter key of theirs has an image, and none of them is an image or a label.
     """
     if any(member.kind in ("image", "label") for member in members):
         return False
@@ -282,54 +335,60 @@ def is_side_data(members: Sequence[Member], with_image: Container[str]) -> bool:
 
 
 def _shorter_keys(key: str) -> list[str]:
-    """The keys that a file's name has where it is cut at one of the dots within its key."""
+    """Return the key cut at each of the dots in its file name: "a/x.b.c" → ["a/x", "a/x.b"]."""
     folder, slash, name = key.rpartition("/")
     parts = name.split(".")
     return [f"{folder}{slash}{'.'.join(parts[:count])}" for count in range(1, len(parts))]
 
 
-def _sample_of(group: Sequence[tuple[Member, bytes]], url: str) -> Sample:
+def _to_sample(group: Sequence[tuple[Member, bytes]], url: str) -> Sample:
     image, label, text, fault = assemble(group, url)
     return Sample(image or b"", label, text, url, printable_name(group[0][0].key), fault=fault)
 
 
-def _members_of(tar: tarfile.TarFile, shard: str) -> Iterator[tuple[Member, tarfile.TarInfo]]:
-    """The members that may belong to samples, one after another; those that would be read are looked at first."""
-    behind = -1
+def _iter_members(tar: tarfile.TarFile, shard: str) -> Iterator[tuple[Member, tarfile.TarInfo]]:
+    """Iterate over the members that may belong to samples, and check the headers of those that will be read."""
+    last_offset = -1
     for info in tar:
-        if info.offset <= behind or info.size < 0:  # or a crafted size leads back to where we were, for ever
-            raise InputError(f"{shard}: found the size {info.size} of a member, expected a whole tar")
-        behind = info.offset
+        # A crafted size could lead back to an earlier header, which would loop forever.
+        if info.offset <= last_offset or info.size < 0:
+            raise InputError(
+                f"{shard}: found the size {info.size} of a member, expected a whole tar", code=ErrorCode.UNREADABLE
+            )
+        last_offset = info.offset
         folder, slash, name = re.sub(r"^(\.?/)+", "", info.name).rpartition("/")
-        is_meta = name.startswith("__") and name.endswith("__")  # WebDataset's own
+        is_meta = name.startswith("__") and name.endswith("__")  # WebDataset's own metadata
         if info.isdir() or is_meta or is_hidden(info.name):
             continue
         stem, dot, suffix = name.rpartition(".")
-        link = None if info.isreg() else printable_name(info.linkname) or "a device"
+        link_target = None if info.isreg() else printable_name(info.linkname) or "a device"
         member = Member(
             info.name, f"{folder}{slash}{stem if dot else name}", suffix.lower() if dot else "", info.offset_data,
-            info.size, link,
+            info.size, link_target,
         )  # fmt: skip
-        if member.is_read and (info.issparse() or info.size > LARGEST_MEMBER):
+        if member.is_read and (info.issparse() or info.size > MAX_MEMBER_BYTES):
             what = "is sparse" if info.issparse() else f"has {info.size} bytes"
             raise InputError(
                 f"{shard}: found the member '{info.name}', which {what}, expected files of at most "
-                f"{LARGEST_MEMBER} bytes"
+                f"{MAX_MEMBER_BYTES} bytes",
+                code=ErrorCode.UNSUPPORTED,
             )
         yield member, info
 
 
-def _refuse_foreign(beginning: bytes, shard: str) -> None:
-    """Refuse what begins like another kind of file; a tar begins with a member's name, which may be anything."""
+def _check_is_tar(first_block: bytes, shard: str) -> None:
+    """Raise an error if a file begins like one of `FOREIGN_FILES` and has no valid tar header."""
     for magic, (what, advice) in FOREIGN_FILES.items():
-        if beginning.startswith(magic):
-            with suppress(tarfile.TarError):
-                tarfile.TarInfo.frombuf(beginning, tarfile.ENCODING, "surrogateescape")
+        if first_block.startswith(magic):
+            with suppress(tarfile.TarError):  # a tar begins with a member's name, which may equal a magic number
+                tarfile.TarInfo.frombuf(first_block, tarfile.ENCODING, "surrogateescape")
                 return
-            raise InputError(f"{shard}: found a file that is {what}, expected a plain tar; {advice}")
+            raise InputError(
+                f"{shard}: found a file that is {what}, expected a plain tar; {advice}", code=ErrorCode.UNREADABLE
+            )
 
 
-def _more_behind(shard: str, end: int) -> str:
+def _trailing_content_message(shard: str, end: int) -> str:
     return (
         f"{shard}: found more content behind the end of the tar at byte {end}, expected one whole tar a file: it is "
         "broken there, or tars were joined by cat, of which only the first would be read; give them as shards of their "
@@ -337,16 +396,22 @@ def _more_behind(shard: str, end: int) -> str:
     )
 
 
-def reason_of(error: Exception) -> str:
-    """What an error says, on one line, whole."""
-    said = error.args[0] if error.args and isinstance(error.args[0], str) else error  # WebDataset appends to it
-    return " ".join(str(said).split()) or type(error).__name__
+def summarize_error(error: Exception) -> str:
+    """Return an error's message on one line, without what WebDataset appends to it."""
+    message = error.args[0] if error.args and isinstance(error.args[0], str) else error
+    return " ".join(str(message).split()) or type(error).__name__
 
 
 def write_shards(folder: Path, samples: Iterable[Mapping[str, bytes]], shard_images: int) -> list[dict[str, object]]:
-    """Write samples (suffix -> content) to 0.tar, 1.tar, …; the same samples give the same bytes.
+    """Write samples to 0.tar, 1.tar, …. Equal samples give identical bytes.
 
-    Returns each shard's file name, samples, bytes and sha256.
+    Args:
+        folder: Folder of the shards; it is created if necessary.
+        samples: Mappings of suffix to content.
+        shard_images: Samples per shard.
+
+    Returns:
+        File name, number of samples, size in bytes and SHA-256 of each shard.
     """
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[dict[str, object]] = []

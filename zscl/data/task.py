@@ -1,10 +1,10 @@
-"""A task as it lies on disk: CLIP_benchmark's WebDataset layout, and one file of ours beside it.
+"""Task folders in CLIP_benchmark's WebDataset layout: class names, prompt templates, labels, splits and manifest.
 
-<task>/classnames.txt                         one class a line; line number = label
-<task>/zeroshot_classification_templates.txt  one template a line, `{c}` for the class name; line 0 trains
+<task>/classnames.txt                         one class name per line; line number = label
+<task>/zeroshot_classification_templates.txt  one prompt template per line, `{c}` for the class name; line 0 is trained
 <task>/train/nshards.txt, 0.tar, 1.tar, …     samples KEY.(jpg|jpeg|png|webp) + KEY.cls
 <task>/test/nshards.txt, 0.tar, …
-<task>/zscl.json                              optional: source, split, counts, sizes and SHA-256 of the shards
+<task>/zscl.json                              optional manifest of ZSCL: source, split, counts, sizes and SHA-256
 """
 
 import json
@@ -13,14 +13,13 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-import fsspec
-
 from schemas.data import Task
-from schemas.errors import InputError, listed
+from schemas.errors import ErrorCode, InputError, format_names
 from schemas.experiment import HeldOut
+from zscl.data.captions.text_file import open_binary
 from zscl.data.indexed import IndexedSamples
 from zscl.data.sample import BrokenSampleError, Sample, check_broken_share, decode_label, printable_name
-from zscl.data.shard_urls import MOST_SHARDS, open_samples
+from zscl.data.shard_urls import MAX_SHARDS, open_samples
 from zscl.data.splits import draw_shots, hold_out
 from zscl.data.streaming import StreamedSamples
 from zscl.runtime.hashing import sha256_of
@@ -30,108 +29,164 @@ MANIFEST = "zscl.json"
 
 
 def read_text(location: str) -> str | None:
-    """Read a small text file, local or remote; `None` where there is none."""
+    """Read a small text file, local or remote. Line endings are preserved.
+
+    Args:
+        location: Path or URL.
+
+    Returns:
+        The text; `None` if there is no such file.
+
+    Raises:
+        InputError: The file cannot be read or is not UTF-8 text.
+    """
     try:
-        # Only \n ends a line: the number of a line may be a label.
-        if "://" not in location:
-            if Path(location).exists() and not Path(location).is_file():
-                raise InputError(f"{location}: found no file but a folder or device, expected a text file")
-            # Not through fsspec, which would take `::` in a path for a chain of URLs.
-            with Path(location).open(encoding="utf-8-sig", newline="\n") as file:
-                return file.read()
-        with fsspec.open(location, "rt", encoding="utf-8-sig", newline="\n") as stream:
-            return str(stream.read())
+        if "://" not in location and Path(location).exists() and not Path(location).is_file():
+            raise InputError(
+                f"{location}: found no file but a folder or device, expected a text file", code=ErrorCode.UNREADABLE
+            )
+        with open_binary(location) as stream:
+            return stream.read().decode("utf-8-sig")
     except (FileNotFoundError, NotADirectoryError):
         return None
     except InputError:
         raise
     except UnicodeDecodeError as error:
-        raise InputError(f"{location}: found no UTF-8 text ({error.reason}), expected a text file in UTF-8") from error
-    except Exception as error:  # fsspec raises what its stores raise: no credentials, no such bucket, ...
-        raise InputError(f"{location}: cannot be read ({error}), expected a text file") from error
+        raise InputError(
+            f"{location}: found no UTF-8 text ({error.reason}), expected a text file in UTF-8",
+            code=ErrorCode.UNREADABLE,
+        ) from error
+    except Exception as error:  # each fsspec backend raises its own classes of error
+        raise InputError(
+            f"{location}: cannot be read ({error}), expected a text file", code=ErrorCode.UNREADABLE
+        ) from error
 
 
-def read_lines(location: str, what: str) -> list[str]:
-    """Read a file's lines. Only \\n and \\r\\n end a line: other line separators of Unicode are part of it.
+def read_lines(location: str, content: str) -> list[str]:
+    r"""Read the lines of a text file, without surrounding whitespace.
+
+    Only \n and \r\n end a line, because line numbers may be labels: Unicode's other line separators are kept.
+
+    Args:
+        location: Path or URL.
+        content: What the lines are, for error messages.
+
+    Returns:
+        The lines, without blank lines at the end.
 
     Raises:
-        InputError: there is no such file, it is empty, or it holds NUL bytes.
+        InputError: There is no such file, it is empty, or it contains NUL bytes or single carriage returns.
     """
     text = read_text(location)
     if text is None:
-        raise InputError(f"{location}: found no such file, expected {what}, one a line")
+        raise InputError(f"{location}: found no such file, expected {content}, one a line", code=ErrorCode.NOT_FOUND)
     if not text.strip():
-        raise InputError(f"{location}: found an empty file, expected {what}, one a line")
+        raise InputError(f"{location}: found an empty file, expected {content}, one a line", code=ErrorCode.EMPTY)
     lines = [line.strip() for line in text.rstrip().split("\n")]
     for number, line in enumerate(lines, start=1):
         if "\0" in line or "\r" in line:
-            what_ends = "a NUL byte" if "\0" in line else "a carriage return within a line"
-            raise InputError(f"{location}: found {what_ends} on line {number}, expected {what}, one a line, in UTF-8")
+            character = "a NUL byte" if "\0" in line else "a carriage return within a line"
+            raise InputError(
+                f"{location}: found {character} on line {number}, expected {content}, one a line, in UTF-8",
+                code=ErrorCode.UNREADABLE,
+            )
     return lines
 
 
 def parse_count(text: str) -> int | None:
-    """The number that a text writes in digits, if it is one that may count something."""
+    """Parse a non-negative integer of fewer than 20 ASCII digits; `None` for any other text."""
     return int(text) if text.isascii() and text.isdecimal() and len(text) < 20 else None
 
 
 @dataclass(frozen=True)
 class TaskFolder:
-    """A task, opened: its words are read, its shards are found on demand."""
+    """A task with its class names and templates. Its shards are opened on first use.
+
+    Attributes:
+        name: Name of the task.
+        path: Path or URL of the folder.
+        classnames: Class names in label order.
+        templates: Prompt templates; the first one is used for training.
+        shard_cache: Folder that remote shards are downloaded to; `None` streams them.
+        classes: For a subset of the classes, their labels in the folder; label i of this task is `classes[i]`.
+        full_task: For a subset of the classes, the task with all classes.
+        held_out: Which training images are held out; `None` for none.
+        shots: Training images per class; `None` for all.
+        shots_seed: Seed of the draw of these images.
+    """
 
     name: str
     path: str
     classnames: tuple[str, ...]
     templates: tuple[str, ...]
-    cache: str | None = None
+    shard_cache: str | None = None
     classes: tuple[int, ...] | None = None
-    whole: "TaskFolder | None" = field(default=None, compare=False)
+    full_task: "TaskFolder | None" = field(default=None, compare=False)
     held_out: HeldOut | None = None
     shots: int | None = None
     shots_seed: int = 0
 
     @classmethod
-    def open(cls, task: Task, cache: str | None = None, held_out: HeldOut | None = None) -> "TaskFolder":
-        """Read a task's class names and templates; remote shards go through `cache`, if any.
+    def open(cls, task: Task, shard_cache: str | None = None, held_out: HeldOut | None = None) -> "TaskFolder":
+        """Read a task's class names and templates.
 
         Args:
-            task: where, and its name.
-            cache: folder for copies of remote shards.
-            held_out: the part of the training images that is not trained on.
+            task: The task of a recipe: path and name.
+            shard_cache: Folder that remote shards are downloaded to; `None` streams them.
+            held_out: Which training images are held out; `None` for none.
+
+        Returns:
+            The task with all classes and all shots.
 
         Raises:
-            InputError: the folder, a file of it or the template's `{c}` is missing.
+            InputError: The folder or one of its files is missing, a class name is empty, or a template has no `{c}`.
         """
-        if "://" not in task.path and not Path(task.path).is_dir():
-            near = did_you_mean_path(Path(task.path))
-            raise InputError(f"{task.path}: found no such folder, expected a task (task '{task.name}'){near}")
-        if "://" not in task.path and not Path(task.path, "classnames.txt").exists():
+        is_local = "://" not in task.path
+        if is_local and not Path(task.path).is_dir():
+            suggestion = did_you_mean_path(Path(task.path))
+            raise InputError(
+                f"{task.path}: found no such folder, expected a task (task '{task.name}'){suggestion}",
+                code=ErrorCode.NOT_FOUND,
+            )
+        if is_local and not Path(task.path, "classnames.txt").exists():
             raise InputError(
                 f"{task.path}/classnames.txt: found no such file, expected class names, one a line; a folder of images "
-                "becomes a task with: zscl data prepare folder"
+                "becomes a task with: zscl data prepare folder",
+                code=ErrorCode.NOT_FOUND,
             )
         classnames = read_lines(f"{task.path}/classnames.txt", "class names")
         if "" in classnames:
             raise InputError(
                 f"{task.path}/classnames.txt: found line {classnames.index('') + 1} empty, expected a class name: the "
-                "line number is the label"
+                "line number is the label",
+                code=ErrorCode.INVALID_VALUE,
             )
         file = f"{task.path}/zeroshot_classification_templates.txt"
         templates = [line for line in read_lines(file, "prompt templates") if line]
         for template in templates:
             if "{c}" not in template:
-                raise InputError(f"{file}: found the template {template!r}, expected a {{c}} for the class name in it")
-        return cls(task.name, task.path, tuple(classnames), tuple(templates), cache, held_out=held_out)
+                raise InputError(
+                    f"{file}: found the template {template!r}, expected a {{c}} for the class name in it",
+                    code=ErrorCode.INVALID_VALUE,
+                )
+        return cls(task.name, task.path, tuple(classnames), tuple(templates), shard_cache, held_out=held_out)
 
     def prompts(self, template: str) -> list[str]:
-        """Every class name in a template, in label order."""
+        """Return the template with each class name, in label order."""
         return [template.replace("{c}", name) for name in self.classnames]
 
     def subset(self, classes: tuple[int, ...] | None, name: str) -> "TaskFolder":
-        """The part of the task that is about some of its labels, renumbered in their order; `None`: all of it.
+        """Return a task of some of the classes, with labels renumbered in the given order.
+
+        Args:
+            classes: Labels of the classes; `None` for all.
+            name: Name of the new task.
+
+        Returns:
+            The new task.
 
         Raises:
-            InputError: a label is given twice, or is not one of the task's.
+            InputError: A label is repeated or out of range.
         """
         if classes is None:
             return replace(self, name=name)
@@ -139,113 +194,144 @@ class TaskFolder:
             if label >= len(self.classnames) or classes.count(label) > 1:
                 raise InputError(
                     f"{self.path}: found the class {label} in the classes of '{name}', expected each once, of 0 to "
-                    f"{len(self.classnames) - 1}"
+                    f"{len(self.classnames) - 1}",
+                    code=ErrorCode.INVALID_VALUE,
+                    field="tasks.classes",
                 )
         names = tuple(self.classnames[label] for label in classes)
-        return replace(self, name=name, classnames=names, classes=classes, whole=self)
+        return replace(self, name=name, classnames=names, classes=classes, full_task=self)
 
     @cached_property
     def train(self) -> IndexedSamples | StreamedSamples:
-        """The training images."""
+        """The training images, without those held out and limited to `shots` per class."""
         if self.shots is None:
-            return self._samples("train")
+            return self._load_split("train")
         return draw_shots(self.without_shots.train, self.shots, self.shots_seed, self.path, self._is_usable)
 
     @cached_property
     def test(self) -> IndexedSamples | StreamedSamples:
-        """The test images."""
-        return self._samples("test") if self.shots is None else self.without_shots.test
+        """The test images, or the held-out images if the run is evaluated on those."""
+        return self._load_split("test") if self.shots is None else self.without_shots.test
 
     @cached_property
     def without_shots(self) -> "TaskFolder":
-        """The task with all its training images; its shards are indexed once for both."""
+        """The task with all training images. It is cached, so that shards are indexed once for both tasks."""
         return self if self.shots is None else replace(self, shots=None)
 
-    def _samples(self, split: str) -> IndexedSamples | StreamedSamples:
-        if self.whole is None or self.classes is None:
-            left_out = self.held_out is not None and (split == "train" or self.held_out.judged_on == "held_out")
-            return self._parts[split] if left_out else self._all_samples(split)
-        samples = self.whole.train if split == "train" else self.whole.test
+    def _load_split(self, split: str) -> IndexedSamples | StreamedSamples:
+        if self.full_task is None or self.classes is None:
+            is_divided = self.held_out is not None and (split == "train" or self.held_out.judged_on == "held_out")
+            return self._divided_splits[split] if is_divided else self._open_split(split)
+        samples = self.full_task.train if split == "train" else self.full_task.test
         if not isinstance(samples, IndexedSamples):
             raise InputError(
                 f"{self.path}: found remote shards, expected local ones to take some classes from; "
-                "compute.shard_cache makes them local"
+                "compute.shard_cache makes them local",
+                code=ErrorCode.UNSUPPORTED,
             )
-        wanted = set(self.classes)
-        chosen = [place for place, text in enumerate(self.whole.labels[split]) if parse_count(text) in wanted]
-        if not chosen:
-            raise InputError(f"{self.path}/{split}: found no image of the classes of '{self.name}', expected some")
-        return samples.subset(chosen).reindexed()
+        labels = set(self.classes)
+        positions = [
+            position for position, text in enumerate(self.full_task.label_texts[split]) if parse_count(text) in labels
+        ]
+        if not positions:
+            raise InputError(
+                f"{self.path}/{split}: found no image of the classes of '{self.name}', expected some",
+                code=ErrorCode.EMPTY,
+            )
+        return samples.subset(positions).reindexed()
 
-    def _all_samples(self, split: str) -> IndexedSamples | StreamedSamples:
-        return open_samples(self.shards(split), self.cache, as_written=True)
+    def _open_split(self, split: str) -> IndexedSamples | StreamedSamples:
+        return open_samples(self.list_shards(split), self.shard_cache, literal=True)
 
     @cached_property
-    def _parts(self) -> dict[str, IndexedSamples]:
-        """The training images that are trained on, and those held out of them."""
+    def _divided_splits(self) -> dict[str, IndexedSamples]:
+        """The training images without those held out as `train`, and the held-out images as `test`."""
         assert self.held_out is not None
-        samples = self._all_samples("train")
-        kept, held = hold_out(samples, self.held_out, self.path, self.classnames)
-        return {"train": kept, "test": held}
+        train, held = hold_out(self._open_split("train"), self.held_out, self.path, self.classnames)
+        return {"train": train, "test": held}
 
     @cached_property
-    def labels(self) -> dict[str, list[str]]:
-        """What the labels of each local split say, in order."""
+    def label_texts(self) -> dict[str, list[str]]:
+        """The content of the .cls members of each local split, in order."""
         return {
-            split: [decode_label(sample.label) for sample in samples.labels()] for split, samples in self._local.items()
+            split: [decode_label(sample.label) for sample in samples.iter_labels()]
+            for split, samples in self._local_splits.items()
         }
 
-    def shards(self, split: str) -> list[str]:
-        """Locations of a split's shards.
+    def list_shards(self, split: str) -> list[str]:
+        """List a split's shards, and check that local ones exist.
+
+        Args:
+            split: `train` or `test`.
+
+        Returns:
+            Paths or URLs of the shards.
 
         Raises:
-            InputError: nshards.txt is missing, is not a number above 0, or promises a shard that is not there.
+            InputError: nshards.txt is missing or is not a positive number, or a shard is missing.
         """
-        shards = self.promised_shards(split)
+        shards = self.list_expected_shards(split)
         for shard in shards:
             if "://" not in shard and not Path(shard).is_file():
                 file = f"{self.path}/{split}/nshards.txt"
-                raise InputError(f"{shard}: found no such file, expected {len(shards)} shards as {file} says")
+                raise InputError(
+                    f"{shard}: found no such file, expected {len(shards)} shards as {file} says",
+                    code=ErrorCode.NOT_FOUND,
+                )
         return shards
 
-    def promised_shards(self, split: str) -> list[str]:
-        """Locations of a split's shards as nshards.txt promises them, whether they are there or not.
+    def list_expected_shards(self, split: str) -> list[str]:
+        """List a split's shards as counted by nshards.txt, whether they exist or not.
+
+        Args:
+            split: `train` or `test`.
+
+        Returns:
+            Paths or URLs of the shards.
 
         Raises:
-            InputError: nshards.txt is missing, or is not a number above 0.
+            InputError: nshards.txt is missing, or is not a positive number.
         """
         file = f"{self.path}/{split}/nshards.txt"
-        [count] = read_lines(file, "the number of shards")[:1]
-        shards = parse_count(count)
-        if shards is None or not 1 <= shards <= MOST_SHARDS:
-            raise InputError(f"{file}: found {count[:40]!r}, expected the number of shards, at least 1")
-        return [f"{self.path}/{split}/{index}.tar" for index in range(shards)]
+        [text] = read_lines(file, "the number of shards")[:1]
+        count = parse_count(text)
+        if count is None or not 1 <= count <= MAX_SHARDS:
+            raise InputError(
+                f"{file}: found {text[:40]!r}, expected the number of shards, at least 1", code=ErrorCode.INVALID_VALUE
+            )
+        return [f"{self.path}/{split}/{index}.tar" for index in range(count)]
 
-    def warnings(self, split: str) -> list[str]:
-        """Sentences about a local split that is read otherwise than it may be meant."""
-        sentences = []
+    def list_warnings(self, split: str) -> list[str]:
+        """Return warnings about dotted keys and extra shards, which users may expect to be read differently."""
+        warnings = []
         samples = self.train if split == "train" else self.test
-        if isinstance(samples, IndexedSamples) and (keys := samples.dotted_keys()):
-            sentences.append(dotted_keys_warning(split, keys))
-        if shards := self.uncounted_shards(split):
-            sentences.append(uncounted_shards_warning(split, shards))
-        return sentences
+        if isinstance(samples, IndexedSamples) and (keys := samples.find_dotted_keys()):
+            warnings.append(describe_dotted_keys(split, keys))
+        if shards := self.find_extra_shards(split):
+            warnings.append(describe_extra_shards(split, shards))
+        return warnings
 
-    def uncounted_shards(self, split: str) -> list[Path]:
-        """The shards in a local split's folder that nshards.txt does not count: they are never read."""
+    def find_extra_shards(self, split: str) -> list[Path]:
+        """Return the shards in a local split's folder that nshards.txt does not count. They are never read."""
         if "://" in self.path or not Path(self.path, split, "nshards.txt").is_file():
             return []
-        promised = {Path(shard) for shard in self.promised_shards(split)}
+        expected = {Path(shard) for shard in self.list_expected_shards(split)}
         files = Path(self.path, split).iterdir()
         return sorted(
-            file for file in files if ".tar" in file.name.lower() and not is_hidden(file.name) and file not in promised
+            file for file in files if ".tar" in file.name.lower() and not is_hidden(file.name) and file not in expected
         )
 
-    def label_of(self, sample: Sample) -> int:
-        """Read a sample's label.
+    def get_label(self, sample: Sample) -> int:
+        """Parse a sample's label.
+
+        Args:
+            sample: A sample of this task.
+
+        Returns:
+            The index into `classnames`.
 
         Raises:
-            BrokenSampleError: the sample cannot be used, or its label is missing or outside the class list.
+            BrokenSampleError: The sample has a fault, or its label is missing or not one of the task's.
         """
         sample.check()
         if sample.label is None:
@@ -265,102 +351,105 @@ class TaskFolder:
 
     def _is_usable(self, sample: Sample) -> bool:
         try:
-            self.label_of(sample)
+            self.get_label(sample)
         except BrokenSampleError:
             return False
         return True
 
-    def label_and_index_of(self, sample: Sample) -> tuple[int, int]:
-        """A sample's label, and its number in its set."""
-        return self.label_of(sample), sample.index
+    def get_label_and_index(self, sample: Sample) -> tuple[int, int]:
+        """Return a sample's label and its index in the dataset."""
+        return self.get_label(sample), sample.index
 
     @cached_property
-    def broken(self) -> dict[str, list[str]]:
-        """Of each local split, a sentence a sample that cannot be used, as far as file names and labels tell."""
-        found: dict[str, list[str]] = {}
-        for split, samples in self._local.items():
-            found[split] = []
-            for sample in samples.labels():
+    def broken_samples(self) -> dict[str, list[str]]:
+        """Messages about the unusable samples of each local split, judged by file names and labels."""
+        messages: dict[str, list[str]] = {}
+        for split, samples in self._local_splits.items():
+            messages[split] = []
+            for sample in samples.iter_labels():
                 try:
-                    self.label_of(sample)
+                    self.get_label(sample)
                 except BrokenSampleError as error:
-                    found[split].append(str(error))
-        return found
+                    messages[split].append(str(error))
+        return messages
 
     @property
-    def _local(self) -> dict[str, IndexedSamples]:
+    def _local_splits(self) -> dict[str, IndexedSamples]:
         splits = {"train": self.train, "test": self.test}
         return {split: samples for split, samples in splits.items() if isinstance(samples, IndexedSamples)}
 
     def check(self, max_broken_share: float = 0.0) -> None:
-        """Look at every local shard and label before anything starts.
+        """Check all local shards and labels.
 
         Args:
-            max_broken_share: of a split's samples, that may be unusable.
+            max_broken_share: Largest accepted share of unusable samples of a split, 0 to 1.
 
         Raises:
-            InputError: a shard is missing or broken, or too many samples cannot be used.
+            InputError: A shard is missing or damaged, or too many samples are unusable.
         """
-        for split, samples in self._local.items():
-            if broken := self.broken[split]:
+        for split, samples in self._local_splits.items():
+            if broken := self.broken_samples[split]:
                 check_broken_share(broken[0], len(broken), len(samples), max_broken_share)
 
     @cached_property
     def digest(self) -> str:
-        """Identity of the task's content: by the manifest's hashes, else by its samples' names, sizes and labels."""
-        if self.whole is not None:
-            return sha256_of(self.whole.digest, repr(self.classes), "\n".join(self.templates))
+        """Hash of the task's content: of the manifest's hashes, or else of the samples' names, sizes and labels."""
+        if self.full_task is not None:
+            return sha256_of(self.full_task.digest, repr(self.classes), "\n".join(self.templates))
         if self.held_out is not None:
-            # What the run is judged on has no part in training; the fingerprint counts it.
+            # `judged_on` does not affect training. It is part of the run's fingerprint instead.
             return sha256_of(replace(self, held_out=None).digest, self.held_out.model_dump_json(exclude={"judged_on"}))
-        words = ["\n".join(self.classnames), "\n".join(self.templates)]
+        texts = ["\n".join(self.classnames), "\n".join(self.templates)]
         manifest = read_text(f"{self.path}/{MANIFEST}")
         if manifest is None:
-            return sha256_of(*words, self.train.digest, self.test.digest)
-        return sha256_of(*words, *self._checked_hashes(manifest))
+            return sha256_of(*texts, self.train.digest, self.test.digest)
+        return sha256_of(*texts, *self._read_manifest_hashes(manifest))
 
     @property
     def split_family(self) -> str:
-        """How the task's manifest says that train and test were told apart; nothing without one."""
+        """Name of the train/test split in the manifest; empty without a manifest."""
         manifest = read_text(f"{self.path}/{MANIFEST}")
         try:
             return str(json.loads(manifest or "{}").get("split_family", ""))
-        except (ValueError, AttributeError):  # none of ours: `digest` refuses it
+        except (ValueError, AttributeError):  # an invalid manifest, which `digest` reports
             return ""
 
-    def _checked_hashes(self, manifest: str) -> list[str]:
+    def _read_manifest_hashes(self, manifest: str) -> list[str]:
+        """Return the name and SHA-256 of each shard in the manifest, and check the sizes of local shards."""
         hashes = []
         try:
             splits = json.loads(manifest)["splits"]
-            listed = [(split, shard) for split, shards in splits.items() for shard in shards]
-            for split, shard in listed:
+            entries = [(split, shard) for split, shards in splits.items() for shard in shards]
+            for split, shard in entries:
                 name, size, sha256 = shard["file"], shard["bytes"], shard["sha256"]
                 file = Path(self.path, split, name)
                 if file.exists() and file.stat().st_size != size:
                     raise InputError(
                         f"{file}: found {file.stat().st_size} bytes, expected {size} as {MANIFEST} beside it says "
-                        "(delete that file if you changed the shard)"
+                        "(delete that file if you changed the shard)",
+                        code=ErrorCode.MISMATCH,
                     )
                 hashes.append(f"{split}/{name} {sha256}")
         except InputError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
             raise InputError(
-                f"{self.path}/{MANIFEST}: found no manifest ({error}), expected zscl's own, or no such file"
+                f"{self.path}/{MANIFEST}: found no manifest ({error}), expected zscl's own, or no such file",
+                code=ErrorCode.UNREADABLE,
             ) from error
         return hashes
 
 
-def dotted_keys_warning(split: str, keys: Sequence[str]) -> str:
-    """A sentence about keys that other readers of such shards cut."""
-    found = listed(keys, "sample whose key has a dot", "samples whose keys have dots")
+def describe_dotted_keys(split: str, keys: Sequence[str]) -> str:
+    """Return a warning about keys with dots, which other readers of WebDataset cut at the first dot."""
+    samples = format_names(keys, "sample whose key has a dot", "samples whose keys have dots")
     return (
-        f"{split}: found {found}: they are read here up to the last dot, each image as a sample of its own; "
+        f"{split}: found {samples}: they are read here up to the last dot, each image as a sample of its own; "
         "WebDataset's own tools cut at the first"
     )
 
 
-def uncounted_shards_warning(split: str, shards: Sequence[Path]) -> str:
-    """A sentence about shards that are there and not counted."""
-    found = listed([printable_name(file.name) for file in shards], "shard")
-    return f"{split}: found {found} that nshards.txt does not count: never read"
+def describe_extra_shards(split: str, shards: Sequence[Path]) -> str:
+    """Return a warning about shards that nshards.txt does not count."""
+    names = format_names([printable_name(file.name) for file in shards], "shard")
+    return f"{split}: found {names} that nshards.txt does not count: never read"

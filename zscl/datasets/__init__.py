@@ -1,1 +1,1 @@
-"""Conversion of public datasets into task folders."""
+"""Conversion of public datasets to task folders (`zscl data prepare`, `zscl data fetch`)."""

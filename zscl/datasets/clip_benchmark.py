@@ -1,11 +1,14 @@
-"""Ready-made copies of the tasks in the WebDataset layout, from the Hugging Face Hub; not all have the same splits."""
+"""Download of ready-made tasks in the WebDataset layout from the Hugging Face Hub (`clip-benchmark/wds_*`).
+
+The splits of some copies differ from those of the published results.
+"""
 
 import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from schemas.errors import InputError
+from schemas.errors import ErrorCode, InputError, one_line
 from zscl.data.indexed import IndexedSamples
 from zscl.data.shard_urls import open_samples
 from zscl.data.task import MANIFEST, TaskFolder, read_lines
@@ -17,7 +20,7 @@ from zscl.runtime.hashing import sha256_of_file
 
 SPLIT_FAMILY = "clip-benchmark-wds"
 
-# Repository, and how its split differs from that of the published numbers.
+# Task -> repository, and how its split differs from that of the published results.
 MTIL_COPIES = {
     "Aircraft": ("wds_fgvc_aircraft", "the published split"),
     "Caltech101": ("wds_vtab-caltech101", "another split, and a class more: the background"),
@@ -32,7 +35,7 @@ MTIL_COPIES = {
     "SUN397": ("wds_sun397", "a test split alone: the task can be evaluated and not trained"),
 }
 
-# Test sets that tell how far a model has drifted; class names and templates are the copies' own.
+# Test sets for the drift of a model; the copies' own class names and templates are used.
 DRIFT_COPIES = {
     "ImageNet": ("wds_imagenet1k", "the validation images"),
     "ImageNetV2": ("wds_imagenetv2", "matched frequency"),
@@ -44,35 +47,45 @@ DRIFT_COPIES = {
 
 
 def fetch(task: str, out: Path) -> PreparedTask:
-    """Download a copy to the task folder `out/task`; one that is there is kept.
+    """Download a copy to the task folder `out/task`; an existing one is reused.
 
-    A task of MTIL gets our class names and templates. Of ImageNet and its shifts, the test split alone is fetched.
+    A task of MTIL gets the class names and templates of the published results. Of ImageNet and its variants, only the
+    test split is downloaded. The next call resumes an interrupted download.
 
-    An interrupted download is taken up again by the next call.
+    Args:
+        task: A name in `MTIL_COPIES` or `DRIFT_COPIES`.
+        out: Folder of the tasks.
+
+    Returns:
+        The downloaded or existing task.
 
     Raises:
-        InputError: it cannot be downloaded, its shards are not whole, or something else lies where the task would.
+        InputError: The copy cannot be downloaded, its shards are damaged, or something else exists at `out/task`.
     """
     folder = out / task
     repository, difference = (MTIL_COPIES | DRIFT_COPIES)[task]
-    kept = find_existing_task(folder, SPLIT_FAMILY)
-    if kept is not None:
-        return replace(kept, notes=(difference,))
+    existing = find_existing_task(folder, SPLIT_FAMILY)
+    if existing is not None:
+        return replace(existing, notes=(difference,))
     downloaded = out / ".downloads" / repository
     _download(task, repository, downloaded)
-    ours = task in MTIL_COPIES
-    splits = [split for split in ("train", "test")[not ours :] if (downloaded / split / "nshards.txt").is_file()]
+    is_mtil = task in MTIL_COPIES
+    splits = [split for split in ("train", "test")[not is_mtil :] if (downloaded / split / "nshards.txt").is_file()]
     if "test" not in splits:
-        raise InputError(f"{task}: found no test/nshards.txt in clip-benchmark/{repository}, expected a task's layout")
+        raise InputError(
+            f"{task}: found no test/nshards.txt in clip-benchmark/{repository}, expected a task's layout",
+            code=ErrorCode.NOT_FOUND,
+        )
     classnames, notes = read_lines(f"{downloaded}/classnames.txt", "class names"), list[str]()
-    templates = [] if ours else read_lines(f"{downloaded}/zeroshot_classification_templates.txt", "prompt templates")
-    if ours:
-        classnames, notes = _our_classnames(task, classnames)
+    if is_mtil:
+        classnames, notes = _published_classnames(task, classnames)
         templates = templates_of(task)
+    else:
+        templates = read_lines(f"{downloaded}/zeroshot_classification_templates.txt", "prompt templates")
     images, manifest = _manifest(task, downloaded, splits, classnames, repository)
     with atomic_folder(folder) as temporary:
         for split in splits:
-            # Moved last of all, when everything about them is known to be right.
+            # The shards are moved only after everything has been checked.
             (downloaded / split).rename(temporary / split)
         write_text(temporary / "classnames.txt", "\n".join(classnames) + "\n")
         write_text(temporary / "zeroshot_classification_templates.txt", "\n".join(templates) + "\n")
@@ -91,39 +104,40 @@ def _download(task: str, repository: str, folder: Path) -> None:
             f"clip-benchmark/{repository}", repo_type="dataset", local_dir=str(folder), allow_patterns=patterns
         )
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{task}: cannot download clip-benchmark/{repository} ({reason}), expected a copy") from error
+        raise InputError(
+            f"{task}: cannot download clip-benchmark/{repository} ({one_line(error)}), expected a copy",
+            code=ErrorCode.UNREACHABLE,
+        ) from error
 
 
-def _our_classnames(task: str, theirs: list[str]) -> tuple[list[str], list[str]]:
-    """Their label order in our spelling, and what to say of it."""
-    ours = classnames_of(task, theirs)
-    changed = [f"'{there}' is '{here}' here" for there, here in zip(theirs, ours, strict=True) if there != here]
-    return ours, [f"{len(changed)} class names are CLIP's: {', '.join(changed[:3])}"] if changed else []
+def _published_classnames(task: str, copied: list[str]) -> tuple[list[str], list[str]]:
+    """Return the class names of the published results in the copy's label order, and a note about changed names."""
+    published = classnames_of(task, copied)
+    changed = [f"'{old}' is '{new}' here" for old, new in zip(copied, published, strict=True) if old != new]
+    return published, [f"{len(changed)} class names are CLIP's: {', '.join(changed[:3])}"] if changed else []
 
 
 def _manifest(
     task: str, downloaded: Path, splits: list[str], classnames: list[str], repository: str
 ) -> tuple[dict[str, int], str]:
-    """Images a split, and the manifest; every shard and label has been looked at then."""
-    opened = TaskFolder(task, str(downloaded), tuple(classnames), ())
+    """Check every shard and label, and return the number of images per split and the manifest."""
+    task_folder = TaskFolder(task, str(downloaded), tuple(classnames), ())
     images: dict[str, int] = {}
     shards: dict[str, list[dict[str, object]]] = {}
     file_lists: dict[str, str] = {}
     for split in splits:
         files, shards[split], images[split] = FileList(), [], 0
-        for shard in opened.shards(split):
-            samples = open_samples([shard])
+        for shard in map(Path, task_folder.list_shards(split)):
+            samples = open_samples([str(shard)])
             assert isinstance(samples, IndexedSamples)
-            for sample in samples.labels():
-                files.add(f"{split}/{Path(shard).name}/{sample.key}", opened.label_of(sample))
-            size = Path(shard).stat().st_size
+            for sample in samples.iter_labels():
+                files.add(f"{split}/{shard.name}/{sample.key}", task_folder.get_label(sample))
             shards[split].append(
                 {
-                    "file": Path(shard).name,
+                    "file": shard.name,
                     "samples": len(samples),
-                    "bytes": size,
-                    "sha256": sha256_of_file(Path(shard)),
+                    "bytes": shard.stat().st_size,
+                    "sha256": sha256_of_file(shard),
                 }
             )
             images[split] += len(samples)

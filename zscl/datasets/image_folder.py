@@ -1,133 +1,148 @@
-"""Trees of images, a folder a class → tasks."""
+"""Conversion of image folders, with one subfolder per class, to tasks."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from schemas.errors import InputError, counted
+from schemas.errors import ErrorCode, InputError, format_count
 from zscl.checks.image import has_image_header
 from zscl.data.sample import printable_name
 from zscl.data.tar import IMAGE_SUFFIXES, is_image_name
-from zscl.datasets.sources import SPLIT_SEED, SourceFile, PreparedTask, random_split, convert_errors, write_files
+from zscl.datasets.sources import SPLIT_SEED, PreparedTask, SourceFile, convert_errors, random_split, write_files
 from zscl.datasets.task_writer import image_suffix
-from zscl.runtime.paths import files_within, is_hidden
+from zscl.runtime.paths import is_hidden, list_files
 
 DEFAULT_TEMPLATE = "a photo of a {c}."
-MOST_NAMED = 8  # classes or files, in a sentence
+MAX_NAMES = 8  # classes or files in a message
 
 
 def prepare_folder(images: Path, folder: Path, templates: Sequence[str], seed: int = SPLIT_SEED) -> PreparedTask:
-    """Convert a tree of images, a folder a class, to a task.
+    """Convert an image folder with one subfolder per class to a task.
 
     Args:
-        images: holds train/CLASS/* and test/CLASS/*, or CLASS/*, which is then split 80/20.
-        folder: where the task will be; one made of the same files is kept.
-        templates: prompt templates with `{c}`.
-        seed: of the random split.
+        images: Contains train/CLASS/* and test/CLASS/*, or CLASS/*, which is split 80/20 at random.
+        folder: Path of the task folder. An existing task of the same files is reused.
+        templates: Prompt templates with `{c}`.
+        seed: Seed of the random split.
+
+    Returns:
+        The task, with notes about class names, skipped files and unexpected folders.
 
     Raises:
-        InputError: no images, files that are none, classes that differ between the splits, a template without `{c}`,
-            or something else at `folder`.
+        InputError: There are no images, a class has other files only, the classes of the splits differ, a template
+            has no `{c}`, or `folder` holds something else.
     """
     for template in templates:
-        if "{c}" not in template:
-            raise InputError(f"--template: found {template!r}, expected a {{c}} for the class name in it")
-        if len(template.splitlines()) > 1:
-            raise InputError(f"--template: found {template!r}, expected one line")
-    left_out: list[str] = []
-    family, classes, splits = _folder_splits(images, seed, left_out)
+        if "{c}" not in template or len(template.splitlines()) > 1:
+            expected = "one line" if "{c}" in template else "a {c} for the class name in it"
+            raise InputError(
+                f"--template: found {template!r}, expected {expected}",
+                code=ErrorCode.INVALID_VALUE,
+                field="--template",
+            )
+    skipped: list[str] = []
+    family, classes, splits = _read_splits(images, seed, skipped)
     classnames = [_class_name(images, name) for name in classes]
     for name in classnames:
         if classnames.count(name) > 1:
-            raise InputError(f"{images}: found two folders for the class '{name}', expected one folder a class")
+            raise InputError(
+                f"{images}: found two folders for the class '{name}', expected one folder a class",
+                code=ErrorCode.DUPLICATE,
+            )
     prepared = write_files(folder, classnames, templates, splits, printable_name(str(images)), family)
     notes = [
-        _names(classnames),
-        *_folders_in_classes(images, splits),
-        *_left_out(left_out, "without an image in it"),
-        *_left_out(_beside_classes(images, classes), "beside the classes' folders"),
+        _class_names_note(classnames),
+        *_nested_folder_notes(images, splits),
+        *_skipped_files_notes(skipped, "without an image in it"),
+        *_skipped_files_notes(_find_stray_images(images, classes), "outside the classes' folders"),
     ]
     return replace(prepared, notes=tuple(notes))
 
 
 def _class_name(images: Path, folder: str) -> str:
-    """The class that a folder is named after.
-
-    Raises:
-        InputError: there is no name in it, or it is no text.
-    """
+    """Return the class name for the name of a folder; refuse a folder name without printable text."""
     name = " ".join(folder.replace("_", " ").replace("-", " ").splitlines()).strip()
     if not name or not name.replace("\xa0", " ").isprintable():
         raise InputError(
-            f"{images}: found the folder '{printable_name(folder)}', expected one named after its class; rename it"
+            f"{images}: found the folder '{printable_name(folder)}', expected one named after its class; rename it",
+            code=ErrorCode.INVALID_VALUE,
         )
     return name
 
 
-def _names(classnames: Sequence[str]) -> str:
-    more = ", …" if len(classnames) > MOST_NAMED else ""
-    return f"{len(classnames)} classes, named after their folders: {', '.join(classnames[:MOST_NAMED])}{more}"
+def _class_names_note(classnames: Sequence[str]) -> str:
+    more = ", …" if len(classnames) > MAX_NAMES else ""
+    return f"{len(classnames)} classes, named after their folders: {', '.join(classnames[:MAX_NAMES])}{more}"
 
 
-def _folders_in_classes(images: Path, splits: Mapping[str, Sequence[SourceFile]]) -> list[str]:
-    """A warning where a class's folder holds folders: these may be the classes that were meant."""
+def _nested_folder_notes(images: Path, splits: Mapping[str, Sequence[SourceFile]]) -> list[str]:
+    """Warn if a class's folder contains folders, which may be the intended classes."""
     depth = 2 if (images / "train").is_dir() and (images / "test").is_dir() else 1
     for files in splits.values():
         for file in files:
-            places = PurePosixPath(file.name).parts[depth - 1 : -1]
-            if len(places) > 1:
+            folders = PurePosixPath(file.name).parts[depth - 1 : -1]
+            if len(folders) > 1:
                 return [
-                    f"warning: found the folder {places[1]} in that of the class {places[0]}, whose images it joined; "
-                    "if it is a class, one folder further down is what to give"
+                    f"warning: found the folder {folders[1]} in that of the class {folders[0]}, whose images it "
+                    f"joined; if {folders[1]} is a class, pass the folder that contains it"
                 ]
     return []
 
 
-def _left_out(names: Sequence[str], what: str) -> list[str]:
+def _skipped_files_notes(names: Sequence[str], reason: str) -> list[str]:
     if not names:
         return []
-    more = ", …" if len(names) > MOST_NAMED else ""
-    return [f"warning: left out {counted(len(names), 'file')} {what} ({', '.join(names[:MOST_NAMED])}{more})"]
+    more = ", …" if len(names) > MAX_NAMES else ""
+    return [f"warning: left out {format_count(len(names), 'file')} {reason} ({', '.join(names[:MAX_NAMES])}{more})"]
 
 
-def _beside_classes(images: Path, classes: Sequence[str]) -> list[str]:
-    """The images of a tree that lie in no class's folder."""
-    splits = ("train", "test") if _folders(images / "train") else ()
-    others = [place for place in images.iterdir() if place.name not in (splits or classes)]
-    others += [place for split in splits for place in (images / split).iterdir() if place.name not in classes]
+def _find_stray_images(images: Path, classes: Sequence[str]) -> list[str]:
+    """Return the names of images that are not in the folder of a class."""
+    splits = ("train", "test") if _list_folders(images / "train") else ()
+    stray = [path for path in images.iterdir() if path.name not in (splits or classes)]
+    stray += [path for split in splits for path in (images / split).iterdir() if path.name not in classes]
     files = [
         file
-        for place in sorted(others)
-        if not is_hidden(place.name)
-        for file in (files_within(place) if place.is_dir() else [place])
+        for path in sorted(stray)
+        if not is_hidden(path.name)
+        for file in (list_files(path) if path.is_dir() else [path])
     ]
     return [printable_name(file.relative_to(images).as_posix()) for file in files if is_image_name(file.name)]
 
 
-def _folder_splits(images: Path, seed: int, left_out: list[str]) -> tuple[str, list[str], dict[str, list[SourceFile]]]:
-    """Family, classes and files of a tree; files that are no images are left out, and their names are kept."""
+def _read_splits(images: Path, seed: int, skipped: list[str]) -> tuple[str, list[str], dict[str, list[SourceFile]]]:
+    """Return an image folder's split family, class folders and files; append files without an image to `skipped`."""
     if not images.is_dir():
-        raise InputError(f"{images}: found no such folder, expected images sorted into a folder a class")
-    given = [split for split in ("train", "test") if _folders(images / split)]
-    if len(given) == 1:
-        raise InputError(f"{images}: found {given[0]}/ alone, expected both train/ and test/, or a folder a class")
-    if not given:
-        classes = _folders(images)
-        files = _images(list_class_files(images, images, classes), classes, left_out)
-        places = random_split(len(files), seed)
-        split_files = {split: [files[index] for index in indices] for split, indices in places.items()}
-        return f"folder-seed{seed}", classes, split_files
-    classes, tested = _folders(images / "train"), _folders(images / "test")
-    if classes != tested:
-        [odd, *_] = sorted(set(classes) ^ set(tested))
-        here, there = ("train", "test") if odd in classes else ("test", "train")
-        raise InputError(f"{images}: found the class '{odd}' in {here}/ and not in {there}/, expected it in both")
-    found = {split: _images(list_class_files(images, images / split, classes), classes, left_out) for split in given}
-    return "folder", classes, found
+        raise InputError(
+            f"{images}: found no such folder, expected images sorted into a folder a class", code=ErrorCode.NOT_FOUND
+        )
+    splits = [split for split in ("train", "test") if _list_folders(images / split)]
+    if len(splits) == 1:
+        raise InputError(
+            f"{images}: found {splits[0]}/ alone, expected both train/ and test/, or a folder a class",
+            code=ErrorCode.NOT_FOUND,
+        )
+    if not splits:
+        classes = _list_folders(images)
+        files = _filter_images(list_class_files(images, images, classes), classes, skipped)
+        indices = random_split(len(files), seed)
+        return f"folder-seed{seed}", classes, {split: [files[index] for index in indices[split]] for split in indices}
+    classes, test_classes = _list_folders(images / "train"), _list_folders(images / "test")
+    if classes != test_classes:
+        [odd, *_] = sorted(set(classes) ^ set(test_classes))
+        present, absent = ("train", "test") if odd in classes else ("test", "train")
+        raise InputError(
+            f"{images}: found the class '{odd}' in {present}/ and not in {absent}/, expected it in both",
+            code=ErrorCode.MISMATCH,
+        )
+    split_files = {
+        split: _filter_images(list_class_files(images, images / split, classes), classes, skipped) for split in splits
+    }
+    return "folder", classes, split_files
 
 
-def _images(files: Sequence[SourceFile], classes: Sequence[str], left_out: list[str]) -> list[SourceFile]:
-    """The files that begin like an image; the names of the others join those that are left out."""
+def _filter_images(files: Sequence[SourceFile], classes: Sequence[str], skipped: list[str]) -> list[SourceFile]:
+    """Return the files with an image header, and append the names of the others to `skipped`."""
     images = []
     for file in files:
         with convert_errors(f"{file.name}: cannot be read"):
@@ -135,44 +150,50 @@ def _images(files: Sequence[SourceFile], classes: Sequence[str], left_out: list[
         if is_image:
             images.append(file)
         else:
-            left_out.append(file.name)
+            skipped.append(file.name)
     labels = {file.label for file in images}
     for label, name in enumerate(classes):
         if label not in labels:
-            raise InputError(f"{name}: found no file with an image in it, expected at least one a class")
+            raise InputError(
+                f"{name}: found no file with an image in it, expected at least one a class", code=ErrorCode.EMPTY
+            )
     return images
 
 
-def _folders(folder: Path) -> list[str]:
+def _list_folders(folder: Path) -> list[str]:
     if not folder.is_dir():
         return []
-    return sorted(place.name for place in folder.iterdir() if place.is_dir() and not is_hidden(place.name))
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name))
 
 
 def list_class_files(images: Path, folder: Path, classes: Sequence[str], subfolder: str = "") -> list[SourceFile]:
-    """The image files of a tree with a folder a class, named from `images` on.
+    """List the image files of a folder with one subfolder per class.
 
     Args:
-        images: the source's root.
-        folder: that holds the classes.
-        classes: names of their folders, in label order.
-        within: where in a class's folder its images are.
+        images: The source's root; file names are relative to it.
+        folder: Contains the classes' folders.
+        classes: Names of the classes' folders, in label order.
+        subfolder: Folder of the images within a class's folder.
+
+    Returns:
+        The files, ordered by class and path.
 
     Raises:
-        InputError: a class has no image, or a file is none that shards hold.
+        InputError: A class has no image, or shards cannot hold a file's format.
     """
     files = []
     for label, name in enumerate(classes):
-        place = folder / name / subfolder
-        with convert_errors(f"{place}: cannot be read"):
-            found = files_within(place) if place.is_dir() else []
-        if not found:
-            raise InputError(f"{folder / name}: found no image, expected at least one a class")
-        for file in found:
-            image_suffix(str(file))
-            files.append(SourceFile(printable_name(file.relative_to(images).as_posix()), label, file.read_bytes))
+        class_folder = folder / name / subfolder
+        with convert_errors(f"{class_folder}: cannot be read"):
+            paths = list_files(class_folder) if class_folder.is_dir() else []
+        if not paths:
+            raise InputError(f"{folder / name}: found no image, expected at least one a class", code=ErrorCode.EMPTY)
+        for path in paths:
+            image_suffix(str(path))
+            files.append(SourceFile(printable_name(path.relative_to(images).as_posix()), label, path.read_bytes))
     if not files:
         raise InputError(
-            f"{folder}: found no folder with images, expected one a class ({', '.join(IMAGE_SUFFIXES)} files)"
+            f"{folder}: found no folder with images, expected one a class ({', '.join(IMAGE_SUFFIXES)} files)",
+            code=ErrorCode.EMPTY,
         )
     return files

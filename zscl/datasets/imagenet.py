@@ -1,29 +1,33 @@
-"""TinyImageNet and ImageNet, or a part of its classes, as tasks: the datasets of class-incremental learning.
+"""Conversion of TinyImageNet and ImageNet, or some of its classes, to tasks for class-incremental learning.
 
-Both come as trees of image files, a folder a WordNet id (`n01440764`); their names for people lie elsewhere.
+Both datasets are folders of image files with one subfolder per WordNet id (`n01440764`). The class names are stored
+elsewhere.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
 
-from schemas.errors import InputError
+from schemas.errors import ErrorCode, InputError
 from zscl.data.task import read_lines
 from zscl.datasets.image_folder import list_class_files
-from zscl.datasets.sources import SourceFile, PreparedTask, write_files
+from zscl.datasets.sources import PreparedTask, SourceFile, write_files
 
 TINY_TEMPLATE = "a bad photo of a {c}."  # of the published results
 TEMPLATE = "a good photo of a {c}."
 
 
 def prepare_tinyimagenet(root: Path, folder: Path) -> PreparedTask:
-    """Convert `tiny-imagenet-200` as it unpacks; its validation images are the test split.
+    """Convert the unpacked `tiny-imagenet-200` to a task; its validation images are the test split.
 
     Args:
-        root: holds wnids.txt, words.txt, train/WNID/images/* and val/images/* with val/val_annotations.txt.
-        folder: where the task will be; one made of the same files is kept.
+        root: Contains wnids.txt, words.txt, train/WNID/images/* and val/images/* with val/val_annotations.txt.
+        folder: Path of the task folder. An existing task of the same files is reused.
+
+    Returns:
+        The written or existing task.
 
     Raises:
-        InputError: something of it is missing or does not fit together, or something else lies at `folder`.
+        InputError: A file is missing, the files contradict each other, or `folder` holds something else.
     """
     wnids = sorted(read_lines(f"{root}/wnids.txt", "WordNet ids"))
     words = dict(line.partition("\t")[::2] for line in read_lines(f"{root}/words.txt", "WordNet ids and their names"))
@@ -35,7 +39,8 @@ def prepare_tinyimagenet(root: Path, folder: Path) -> PreparedTask:
         if wnid not in labels or not image.is_file():
             raise InputError(
                 f"{root}/val/val_annotations.txt: found {line!r}, expected an image of val/images and an id of "
-                "wnids.txt"
+                "wnids.txt",
+                code=ErrorCode.MISMATCH,
             )
         test.append(SourceFile(f"val/images/{name}", labels[wnid], image.read_bytes))
     return write_files(
@@ -52,49 +57,65 @@ def prepare_imagenet(root: Path, folder: Path, classes: Path | None) -> Prepared
     """Convert ImageNet-1k, or some of its classes, from the layout of torchvision's ImageNet; val is the test split.
 
     Args:
-        root: holds train/WNID/* and val/WNID/*.
-        folder: where the task will be; one made of the same files is kept.
-        classes: file of WordNet ids in label order, one a line, each with a name behind it if wanted; default: all.
+        root: Contains train/WNID/* and val/WNID/*.
+        folder: Path of the task folder. An existing task of the same files is reused.
+        classes: File with one WordNet id per line in label order, optionally followed by a class name; all classes
+            by default.
+
+    Returns:
+        The written or existing task.
 
     Raises:
-        InputError: a folder of a class is missing, a class has no name, or something else lies at `folder`.
+        InputError: A class has no folder or no name, or `folder` holds something else.
     """
-    known = _names_of_all(root)
-    lines = read_lines(str(classes), "WordNet ids") if classes else sorted(known)
+    clip_names = _clip_names(root)
+    lines = read_lines(str(classes), "WordNet ids") if classes else sorted(clip_names)
     if not lines:
-        raise InputError(f"{root}/train: found no thousand folders, expected ImageNet's, or --classes FILE")
-    given = dict(line.partition(" ")[::2] for line in lines)
-    if len(given) < len(lines):
-        raise InputError(f"{classes}: found a WordNet id twice, expected each class once")
-    for wnid, name in given.items():
-        if not name and wnid not in known:
+        raise InputError(
+            f"{root}/train: found other folders than ImageNet's thousand classes, expected them, or --classes FILE",
+            code=ErrorCode.NOT_FOUND,
+        )
+    names = dict(line.partition(" ")[::2] for line in lines)
+    if len(names) < len(lines):
+        raise InputError(
+            f"{classes}: found a WordNet id twice, expected each class once",
+            code=ErrorCode.DUPLICATE,
+            field="--classes",
+        )
+    for wnid, name in names.items():
+        if not name and wnid not in clip_names:
             raise InputError(
-                f"{classes}: found {wnid!r} without a name, expected one behind it, as {root}/train has not all of "
-                "ImageNet's thousand classes to tell it by"
+                f"{classes}: found {wnid!r} without a name, expected one after it, as {root}/train has not all of "
+                "ImageNet's thousand classes to determine it",
+                code=ErrorCode.MISSING_VALUE,
+                field="--classes",
             )
     return write_files(
         folder,
-        [name.strip() or known[wnid] for wnid, name in given.items()],
+        [name.strip() or clip_names[wnid] for wnid, name in names.items()],
         [TEMPLATE],
         {
-            split: list_class_files(root, root / place, list(given))
-            for split, place in {"train": "train", "test": "val"}.items()
+            split: list_class_files(root, root / source_split, list(names))
+            for split, source_split in {"train": "train", "test": "val"}.items()
         },
-        source=f"ImageNet-1k, {len(given)} classes",
+        source=f"ImageNet-1k, {len(names)} classes",
         split_family="official-val",
     )
 
 
-def _names_of_all(root: Path) -> Mapping[str, str]:
-    """CLIP's names by WordNet id, where all thousand are there to count: labels are their alphabetical order."""
+def _clip_names(root: Path) -> Mapping[str, str]:
+    """Return CLIP's class names by WordNet id.
+
+    Labels are the alphabetical order of all thousand ids. If a folder is missing, the result is empty.
+    """
     from open_clip import IMAGENET_CLASSNAMES
 
-    folders = sorted(place.name for place in (root / "train").glob("n*") if place.is_dir())
-    return dict(zip(folders, IMAGENET_CLASSNAMES, strict=True)) if len(folders) == len(IMAGENET_CLASSNAMES) else {}
+    wnids = sorted(path.name for path in (root / "train").glob("n*") if path.is_dir())
+    return dict(zip(wnids, IMAGENET_CLASSNAMES, strict=True)) if len(wnids) == len(IMAGENET_CLASSNAMES) else {}
 
 
 def _first_name(names: str, wnid: str) -> str:
-    first = names.partition(",")[0].strip()
-    if not first:
-        raise InputError(f"words.txt: found no name for {wnid}, expected one")
-    return first
+    name = names.partition(",")[0].strip()
+    if not name:
+        raise InputError(f"words.txt: found no name for {wnid}, expected one", code=ErrorCode.MISSING_VALUE)
+    return name

@@ -1,7 +1,7 @@
-"""The eleven tasks of the published results, from torchvision's own dataset classes.
+"""Conversion of the eleven MTIL tasks of the published results, read through torchvision's dataset classes.
 
-Splits, class names and templates are those of the published results (`prompts.json`: CLIP's, by torchvision's class
-names). torchvision is imported where it is needed.
+Splits, class names and templates are those of the published results. `prompts.json` contains CLIP's class names by
+torchvision's class names. torchvision is imported only when it is used.
 """
 
 import io
@@ -19,23 +19,23 @@ from typing import Any
 import torch
 from PIL import Image
 
-from schemas.errors import InputError, command
+from schemas.errors import ErrorCode, InputError, shell_command
 from zscl.data.task import MANIFEST
 from zscl.datasets.sources import (
     SPLIT_SEED,
-    SourceFile,
     PreparedTask,
+    SourceFile,
+    convert_errors,
     find_existing_task,
     random_split,
     read_images,
-    convert_errors,
 )
 from zscl.datasets.task_writer import write_task
 from zscl.runtime.atomic_io import atomic_folder
 
-REPORT_EVERY = 200  # images
+PROGRESS_INTERVAL = 200  # images
 
-OnProgress = Callable[[str, int, int], None]  # task, images written, images in all
+OnProgress = Callable[[str, int, int], None]  # task, images written, images in total
 
 
 @cache
@@ -43,29 +43,29 @@ def _prompts() -> Any:
     return json.loads(Path(__file__).with_name("prompts.json").read_text(encoding="utf-8"))
 
 
-# ------------------------------------------------------------------------- what torchvision's classes hold inside
+# ----------------------------------------------------------------------------- attributes of torchvision's datasets
 
 
 def _image_files(dataset: Any, root: Path) -> list[SourceFile]:
-    return _files(zip(dataset._image_files, dataset._labels, strict=True), root)
+    return _source_files(zip(dataset._image_files, dataset._labels, strict=True), root)
 
 
 def _sorted_image_files(dataset: Any, root: Path) -> list[SourceFile]:
-    # torchvision lists them in the order that the disk gives them: a seeded split of that differs by machine.
+    # torchvision lists the files in directory order. A seeded split of that order would differ between machines.
     return sorted(_image_files(dataset, root), key=lambda file: file.name)
 
 
 def _images(dataset: Any, root: Path) -> list[SourceFile]:
-    return _files(zip(dataset._images, dataset._labels, strict=True), root)
+    return _source_files(zip(dataset._images, dataset._labels, strict=True), root)
 
 
 def _samples(dataset: Any, root: Path) -> list[SourceFile]:
-    return _files(getattr(dataset, "samples", None) or dataset._samples, root)
+    return _source_files(getattr(dataset, "samples", None) or dataset._samples, root)
 
 
 def _caltech_files(dataset: Any, root: Path) -> list[SourceFile]:
     folder = Path(dataset.root, "101_ObjectCategories")
-    return _files(
+    return _source_files(
         (
             (folder / dataset.categories[label] / f"image_{number:04d}.jpg", label)
             for number, label in zip(dataset.index, dataset.y, strict=True)
@@ -74,21 +74,24 @@ def _caltech_files(dataset: Any, root: Path) -> list[SourceFile]:
     )
 
 
-def _files(found: Iterable[tuple[str | Path, int]], root: Path) -> list[SourceFile]:
-    return [SourceFile(Path(file).relative_to(root).as_posix(), int(label), Path(file).read_bytes) for file, label in found]
+def _source_files(paths_and_labels: Iterable[tuple[str | Path, int]], root: Path) -> list[SourceFile]:
+    return [
+        SourceFile(Path(path).relative_to(root).as_posix(), int(label), Path(path).read_bytes)
+        for path, label in paths_and_labels
+    ]
 
 
 def _arrays(dataset: Any, _: Path) -> list[SourceFile]:
     return [
-        SourceFile(f"{number:07d}.png", int(label), partial(_png, dataset.data, number))
-        for number, label in enumerate(dataset.targets)
+        SourceFile(f"{index:07d}.png", int(label), partial(_png, dataset.data, index))
+        for index, label in enumerate(dataset.targets)
     ]
 
 
-def _png(pixels: Any, number: int) -> bytes:
+def _png(images: Any, index: int) -> bytes:
     stream = io.BytesIO()
-    image = pixels[number]
-    Image.fromarray(image.numpy() if isinstance(image, torch.Tensor) else image).save(stream, "PNG")
+    pixels = images[index]
+    Image.fromarray(pixels.numpy() if isinstance(pixels, torch.Tensor) else pixels).save(stream, "PNG")
     return stream.getvalue()
 
 
@@ -98,24 +101,32 @@ def _classes(dataset: Any) -> list[str]:
 
 @dataclass(frozen=True)
 class TorchvisionSource:
-    """One of torchvision's dataset classes: how its images are split, and where it keeps them.
+    """One of torchvision's dataset classes, and how to read its splits, images and class names.
 
-    `splits` holds the arguments for train and test; `None` where there is no official split: then it is the authors'
-    80/20 `random_split`.
+    Attributes:
+        dataset: Name of the class in `torchvision.datasets`.
+        folder: Folder that the class expects in its root.
+        published_counts: Numbers of train and test images in the published results.
+        list_files: Returns a dataset's images, for its root.
+        split_arguments: The class's arguments for train and test; `None` if there is no official split. The paper's
+            80/20 `random_split` is used then.
+        list_classes: Returns a dataset's class names in label order.
+        separators: Characters between the words of a class name.
+        is_downloadable: Whether torchvision can download the dataset.
     """
 
-    dataset: str  # class in torchvision.datasets
-    folder: str  # what it looks for under its root
-    published_counts: tuple[int, int]  # train and test images of the published numbers
+    dataset: str
+    folder: str
+    published_counts: tuple[int, int]
     list_files: Callable[[Any, Path], list[SourceFile]] = _image_files
     split_arguments: tuple[Mapping[str, Any], Mapping[str, Any]] | None = ({"split": "train"}, {"split": "test"})
     list_classes: Callable[[Any], list[str]] = _classes
-    separators: str = "_"  # between the words of a class name
+    separators: str = "_"
     is_downloadable: bool = True
 
     @property
     def split_family(self) -> str:
-        """Name of the split: results are comparable only within one."""
+        """Name of the split; results are comparable only within a family."""
         return "torchvision" if self.split_arguments else f"zscl-seed{SPLIT_SEED}"
 
 
@@ -130,8 +141,10 @@ MTIL: Mapping[str, TorchvisionSource] = {
     "CIFAR100": TorchvisionSource("CIFAR100", "cifar-100-python", (50_000, 10_000), _arrays, _BY_TRAIN),
     "DTD": TorchvisionSource("DTD", "dtd", (1_880, 1_880)),
     "EuroSAT": TorchvisionSource("EuroSAT", "eurosat", (21_600, 5_400), _samples, None),
-    # Not every torchvision knows the names of its flowers.
-    "Flowers": TorchvisionSource("Flowers102", "flowers-102", (1_020, 6_149), list_classes=lambda _: _prompts()["Flowers"]["classes"]),
+    # Older versions of torchvision have no class names for this dataset.
+    "Flowers": TorchvisionSource(
+        "Flowers102", "flowers-102", (1_020, 6_149), list_classes=lambda _: _prompts()["Flowers"]["classes"]
+    ),
     "Food": TorchvisionSource("Food101", "food-101", (75_750, 25_250)),
     "MNIST": TorchvisionSource("MNIST", "MNIST", (60_000, 10_000), _arrays, _BY_TRAIN),
     "OxfordPet": TorchvisionSource(
@@ -143,12 +156,20 @@ MTIL: Mapping[str, TorchvisionSource] = {
 
 
 def templates_of(task: str) -> list[str]:
-    """Prompt templates of one of the eleven tasks; the first one trains."""
+    """Return the prompt templates of an MTIL task; the first one is used for training."""
     return list(_prompts()[task]["templates"])
 
 
 def classnames_of(task: str, classes: Sequence[str]) -> list[str]:
-    """CLIP's names of a task's classes, which come in the source's own spelling and order."""
+    """Return the class names of the published results.
+
+    Args:
+        task: A name in `MTIL`.
+        classes: Class names in the source's spelling and order.
+
+    Returns:
+        CLIP's spelling of the names, in the same order.
+    """
     names = _prompts()[task].get("names", {})
     spaces = str.maketrans(dict.fromkeys(MTIL[task].separators, " "))
     return [names.get(name) or name.translate(spaces) for name in classes]
@@ -158,113 +179,130 @@ def classnames_of(task: str, classes: Sequence[str]) -> list[str]:
 
 
 def prepare(task: str, out: Path, root: Path | None, on_progress: OnProgress = lambda *_: None) -> PreparedTask:
-    """Convert one of torchvision's datasets to the task folder `out/task`; one that is there already is kept.
+    """Convert one of torchvision's datasets to the task folder `out/task`; an existing one is reused.
 
     Args:
-        task: a name in `MTIL`.
-        out: folder of the tasks.
-        root: local copy in torchvision's own layout; `None` downloads, and removes what the task then holds.
-        report: hears of every few hundred images.
+        task: A name in `MTIL`.
+        out: Folder of the tasks.
+        root: Local copy in torchvision's own layout; `None` downloads the dataset and removes it after conversion.
+        on_progress: Callback, called every few hundred images.
+
+    Returns:
+        The written or existing task.
 
     Raises:
-        InputError: there is no readable copy, it cannot be downloaded, or something else lies where the task would.
+        InputError: The copy is missing or damaged, the download fails, or something else exists at `out/task`.
     """
     source, folder = MTIL[task], out / task
-    kept = find_existing_task(folder, source.split_family)
-    if kept is not None:
-        return kept
+    existing = find_existing_task(folder, source.split_family)
+    if existing is not None:
+        return existing
     check_copies([task], out, root)
     if root is not None:
         return _convert(task, folder, root, on_progress)
     downloads = out / ".downloads" / task
     if not downloads.is_dir():
-        # torchvision takes a half-unpacked archive for a whole one: a download is whole or not there.
+        # torchvision does not detect a partly unpacked archive, so the download is made atomic.
         with atomic_folder(downloads) as temporary:
-            _open_splits(task, temporary, download=True)
+            _read_splits(task, temporary, download=True)
     prepared = _convert(task, folder, downloads, on_progress)
-    _remove(downloads)
+    _remove_downloads(downloads)
     return prepared
 
 
 def check_copies(tasks: Sequence[str], out: Path, root: Path | None) -> None:
-    """See that every task that is not there yet has a copy, before any work is done.
+    """Check, before any conversion, that there is a local copy or a download for every task that does not exist yet.
+
+    Args:
+        tasks: Names in `MTIL`.
+        out: Folder of the tasks.
+        root: Local copies in torchvision's own layout, if any.
 
     Raises:
-        InputError: a folder that torchvision's class looks for is missing.
+        InputError: A folder that torchvision's class expects is missing, or a task needs a local copy.
     """
     missing = [task for task in tasks if not (out / task / MANIFEST).is_file()]
     if root is None:
         for task in missing:
             if not MTIL[task].is_downloadable:
+                prepare_command = shell_command("zscl", "data", "prepare", task, "--out", out, "--root", "FOLDER")
                 raise InputError(
-                    f"{task}: torchvision can no longer download it, expected a local copy: "
-                    f"{command('zscl', 'data', 'prepare', task, '--out', out, '--root', 'FOLDER')}, where FOLDER holds "
-                    f"{MTIL[task].folder}/"
+                    f"{task}: torchvision can no longer download it, expected a local copy: {prepare_command}, where "
+                    f"FOLDER holds {MTIL[task].folder}/",
+                    code=ErrorCode.MISSING_VALUE,
+                    field="--root",
                 )
         return
-    absent = [MTIL[task].folder for task in missing if not (root / MTIL[task].folder).is_dir()]
+    absent = [task for task in missing if not (root / MTIL[task].folder).is_dir()]
     if absent:
         raise InputError(
-            f"--root {root}: found no folder {', '.join(absent)}, expected what torchvision's classes unpack there "
-            f"({', '.join(task for task in missing if MTIL[task].folder in absent)})"
+            f"--root {root}: found no folder {', '.join(MTIL[task].folder for task in absent)}, expected what "
+            f"torchvision's classes unpack there ({', '.join(absent)})",
+            code=ErrorCode.NOT_FOUND,
+            field="--root",
         )
 
 
-def _convert(task: str, folder: Path, root: Path, report: OnProgress) -> PreparedTask:
+def _convert(task: str, folder: Path, root: Path, on_progress: OnProgress) -> PreparedTask:
     source = MTIL[task]
-    classes, splits = _open_splits(task, root, download=False)
+    classes, splits = _read_splits(task, root, download=False)
     total, written = sum(map(len, splits.values())), itertools.count(1)
 
-    def step() -> None:
+    def on_image() -> None:
         done = next(written)
-        if done % REPORT_EVERY == 0 or done == total:
-            report(task, done, total)
+        if done % PROGRESS_INTERVAL == 0 or done == total:
+            on_progress(task, done, total)
 
     write_task(
         folder,
         classnames_of(task, classes),
         templates_of(task),
-        {split: read_images(task, files, step) for split, files in splits.items()},
+        {split: read_images(task, files, on_image) for split, files in splits.items()},
         source=f"torchvision {source.dataset}",
         split_family=source.split_family,
     )
     images = {split: len(files) for split, files in splits.items()}
-    return PreparedTask(task, str(folder), images, source.split_family, notes=_unlike_published(source, images))
+    return PreparedTask(task, str(folder), images, source.split_family, notes=_size_notes(source, images))
 
 
-def _unlike_published(source: TorchvisionSource, images: Mapping[str, int]) -> tuple[str, ...]:
+def _size_notes(source: TorchvisionSource, images: Mapping[str, int]) -> tuple[str, ...]:
+    """Return a note if the numbers of images differ from those of the published results."""
     train, test = source.published_counts
     if (images["train"], images["test"]) == (train, test):
         return ()
     return (f"not the data of the published numbers, which are from {train} train and {test} test images",)
 
 
-def _open_splits(task: str, root: Path, download: bool) -> tuple[list[str], dict[str, list[SourceFile]]]:
-    """A task's classes in torchvision's label order, and the files of its splits."""
+def _read_splits(task: str, root: Path, download: bool) -> tuple[list[str], dict[str, list[SourceFile]]]:
+    """Return a task's class names in torchvision's label order, and the files of its splits."""
     source = MTIL[task]
-    what = f"{task}: torchvision's {source.dataset} cannot read {root}"
-    with convert_errors(what), redirect_stdout(sys.stderr):
+    message = f"{task}: torchvision's {source.dataset} cannot read {root}"
+    with convert_errors(message), redirect_stdout(sys.stderr):
         import torchvision
 
-        opened = partial(getattr(torchvision.datasets, source.dataset), str(root), download=download)
-        datasets = [opened(**arguments) for arguments in source.split_arguments or [{}]]
+        open_dataset = partial(getattr(torchvision.datasets, source.dataset), str(root), download=download)
+        datasets = [open_dataset(**arguments) for arguments in source.split_arguments or [{}]]
         classes = [source.list_classes(dataset) for dataset in datasets]
-        listed = [source.list_files(dataset, root) for dataset in datasets]
+        files = [source.list_files(dataset, root) for dataset in datasets]
     if classes[0] != classes[-1]:
-        raise InputError(f"{task}: found other classes in the test split than in the train split, expected the same")
-    for file in (file for files in listed for file in files):
+        raise InputError(
+            f"{task}: found other classes in the test split than in the train split, expected the same",
+            code=ErrorCode.MISMATCH,
+        )
+    for file in itertools.chain(*files):
         if not 0 <= file.label < len(classes[0]):
             raise InputError(
                 f"{task}: {file.name} has the label {file.label}, expected 0 to {len(classes[0]) - 1} as there are "
-                f"{len(classes[0])} classes"
+                f"{len(classes[0])} classes",
+                code=ErrorCode.MISMATCH,
             )
     if source.split_arguments:
-        return classes[0], dict(zip(("train", "test"), listed, strict=True))
-    places = random_split(len(listed[0]))
-    return classes[0], {split: [listed[0][index] for index in indices] for split, indices in places.items()}
+        return classes[0], dict(zip(("train", "test"), files, strict=True))
+    indices = random_split(len(files[0]))
+    return classes[0], {split: [files[0][index] for index in indices[split]] for split in indices}
 
 
-def _remove(folder: Path) -> None:
+def _remove_downloads(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     if not any(folder.parent.iterdir()):
         folder.parent.rmdir()

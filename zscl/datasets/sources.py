@@ -1,6 +1,6 @@
-"""From the files of any source to a task folder; one that is there already is kept.
+"""Conversion of image files from any source to a task folder; an existing folder of the same files is reused.
 
-Images that are files at their source keep their bytes.
+Images that are files at the source are copied byte by byte.
 """
 
 import json
@@ -13,15 +13,21 @@ from typing import Any, NamedTuple
 
 import torch
 
-from schemas.errors import InputError
+from schemas.errors import ErrorCode, InputError, one_line
 from zscl.data.task import MANIFEST, read_lines
 from zscl.datasets.task_writer import FileList, LabelledImage, write_task
 
-SPLIT_SEED = 42  # of the authors' random splits
+SPLIT_SEED = 42  # of the paper's random splits
 
 
 class SourceFile(NamedTuple):
-    """An image of a source that has not been read yet."""
+    """An image of a source, which is read on demand.
+
+    Attributes:
+        name: Path relative to the source's root.
+        label: The label.
+        read: Returns the encoded image.
+    """
 
     name: str
     label: int
@@ -30,58 +36,87 @@ class SourceFile(NamedTuple):
 
 @dataclass(frozen=True)
 class PreparedTask:
-    """A task folder that is there now."""
+    """An existing task folder.
+
+    Attributes:
+        name: The task's name.
+        folder: Path of the task folder.
+        images: Number of images per split.
+        split_family: Name of the split.
+        kept: Whether the folder existed before.
+        notes: Messages for the user.
+    """
 
     name: str
     folder: str
-    images: Mapping[str, int]  # split -> how many
+    images: Mapping[str, int]
     split_family: str
-    kept: bool = False  # it was there before
+    kept: bool = False
     notes: tuple[str, ...] = ()
 
 
 def check_name(command: str, name: str, allowed: Sequence[str]) -> str:
-    """Give the name back.
+    """Check that a name is one of the allowed names.
+
+    Args:
+        command: The command that the name was passed to, for the message.
+        name: The name.
+        allowed: The allowed names.
+
+    Returns:
+        The name.
 
     Raises:
-        InputError: it is not among those allowed; the sentence says which is nearest.
+        InputError: The name is not allowed; the message suggests the nearest one.
     """
     if name in allowed:
         return name
     lower = {candidate.lower(): candidate for candidate in allowed}
     nearest = get_close_matches(name.lower(), lower, n=1)
     hint = f"did you mean '{lower[nearest[0]]}'?" if nearest else "expected one of: " + ", ".join(allowed)
-    raise InputError(f"{command}: found the unknown name '{name}'; {hint}")
+    raise InputError(f"{command}: found the unknown name '{name}'; {hint}", code=ErrorCode.UNKNOWN_NAME)
 
 
 def random_split(total: int, seed: int = SPLIT_SEED) -> dict[str, list[int]]:
-    """The authors' 80/20 split: which of `total` samples train and which test, in their order."""
+    """Return the indices of the paper's random 80/20 split of `total` samples, in drawing order."""
     train = int(0.8 * total)
-    places: Any = range(total)
-    parts = torch.utils.data.random_split(places, [train, total - train], generator=torch.Generator().manual_seed(seed))
+    indices: Any = range(total)
+    parts = torch.utils.data.random_split(
+        indices, [train, total - train], generator=torch.Generator().manual_seed(seed)
+    )
     return {split: list(part.indices) for split, part in zip(("train", "test"), parts, strict=True)}
 
 
 def find_existing_task(folder: Path, split_family: str) -> PreparedTask | None:
-    """The task that is there already, if there is one.
+    """Return the task that exists in a folder, if there is one.
+
+    Args:
+        folder: Path of the task folder.
+        split_family: The expected split.
+
+    Returns:
+        The task, or `None` if the folder is missing or empty.
 
     Raises:
-        InputError: another split's task lies there, or something that is no task of ours.
+        InputError: The folder holds a task with another split, or something that is not a task of `zscl data`.
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        found = manifest["split_family"]
+        existing_family = manifest["split_family"]
         images = {split: sum(shard["samples"] for shard in shards) for split, shards in manifest["splits"].items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{folder}: found something that is no task made by zscl data, expected a new folder or one with a "
-            f"{MANIFEST} that names its split"
+            f"{MANIFEST} that names its split",
+            code=ErrorCode.MISMATCH,
         ) from error
-    if found != split_family:
+    if existing_family != split_family:
         raise InputError(
-            f"{folder}: found a task of the split family '{found}', expected '{split_family}' or a new folder"
+            f"{folder}: found a task of the split family '{existing_family}', expected '{split_family}' or a new "
+            "folder",
+            code=ErrorCode.MISMATCH,
         )
     return PreparedTask(folder.name, str(folder), images, split_family, kept=True)
 
@@ -94,45 +129,66 @@ def write_files(
     source: str,
     split_family: str,
 ) -> PreparedTask:
-    """Write a task of image files, whose bytes it keeps; one made of the same files is kept as it is.
+    """Write a task from image files, which are copied byte by byte; reuse an existing task of the same files.
 
-    Arguments as of `zscl.datasets.task_writer.write_task`.
+    Args:
+        folder: Path of the task folder.
+        classnames: Class names in label order.
+        templates: Prompt templates with `{c}`; the first one is used for training.
+        splits: Image files per split.
+        source: Origin of the images, for the manifest.
+        split_family: Name of the split, for the manifest.
+
+    Returns:
+        The written or existing task.
 
     Raises:
-        InputError: a file cannot be read, or something else lies at `folder`.
+        InputError: A file cannot be read, or `folder` holds something else.
     """
-    kept = find_existing_task(folder, split_family)
-    if kept is not None:
-        _check_same(folder, splits, classnames, templates)
-        return kept
-    read = {split: read_images(folder.name, files, lambda: None) for split, files in splits.items()}
-    write_task(folder, classnames, templates, read, source=source, split_family=split_family)
-    return PreparedTask(folder.name, str(folder), {split: len(files) for split, files in splits.items()}, split_family)
+    existing = find_existing_task(folder, split_family)
+    if existing is not None:
+        _check_same_task(folder, splits, classnames, templates)
+        return existing
+    images = {split: read_images(folder.name, files, lambda: None) for split, files in splits.items()}
+    write_task(folder, classnames, templates, images, source=source, split_family=split_family)
+    counts = {split: len(files) for split, files in splits.items()}
+    return PreparedTask(folder.name, str(folder), counts, split_family)
 
 
-def _check_same(
+def _check_same_task(
     folder: Path, splits: Mapping[str, Sequence[SourceFile]], classnames: Sequence[str], templates: Sequence[str]
 ) -> None:
-    lists = {}
+    hashes = {}
     for split, files in splits.items():
-        listed = FileList()
+        file_list = FileList()
         for file in files:
-            listed.add(file.name, file.label)
-        lists[split] = listed.sha256
+            file_list.add(file.name, file.label)
+        hashes[split] = file_list.sha256
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    words = {"classnames.txt": classnames, "zeroshot_classification_templates.txt": templates}
-    same_words = all(
-        read_lines(str(folder / file), "lines") == [line.strip() for line in lines] for file, lines in words.items()
+    texts = {"classnames.txt": classnames, "zeroshot_classification_templates.txt": templates}
+    has_same_texts = all(
+        read_lines(str(folder / file), "lines") == [line.strip() for line in lines] for file, lines in texts.items()
     )
-    if manifest.get("file_lists") != lists or not same_words:
-        raise InputError(f"{folder}: found a task of other files, classes or templates, expected a new folder")
+    if manifest.get("file_lists") != hashes or not has_same_texts:
+        raise InputError(
+            f"{folder}: found a task of other files, classes or templates, expected a new folder",
+            code=ErrorCode.MISMATCH,
+        )
 
 
 def read_images(task: str, files: Sequence[SourceFile], on_image: Callable[[], None]) -> Iterator[LabelledImage]:
-    """Read a task's images one after another; `done` is called behind each.
+    """Read a task's images one after another.
+
+    Args:
+        task: The task's name, for messages.
+        files: The image files.
+        on_image: Callback, called after each image.
+
+    Yields:
+        The encoded images.
 
     Raises:
-        InputError: a file cannot be read.
+        InputError: A file cannot be read.
     """
     for file in files:
         with convert_errors(f"{task}: cannot read {file.name}"):
@@ -142,13 +198,25 @@ def read_images(task: str, files: Sequence[SourceFile], on_image: Callable[[], N
 
 
 @contextmanager
-def convert_errors(what: str) -> Iterator[None]:
-    """Turn whatever is raised within into an `InputError` that begins with `what`."""
-    # torchvision's classes parse what they find: whatever that raises says that the copy is not what it should be.
+def convert_errors(message: str) -> Iterator[None]:
+    """Convert every exception of the block to an `InputError`.
+
+    Torchvision's dataset classes parse files without checks. Any exception they raise means that the copy is damaged.
+
+    Args:
+        message: The beginning of the error message.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        InputError: The block raised an exception.
+    """
     try:
         yield
     except InputError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{what} ({reason}), expected a whole copy of the dataset") from error
+        raise InputError(
+            f"{message} ({one_line(error)}), expected a whole copy of the dataset", code=ErrorCode.UNREADABLE
+        ) from error

@@ -1,4 +1,4 @@
-"""Task folders and shards, written: the same samples give the same bytes."""
+"""Writer of task folders: class names, templates, tar shards and manifest; the same samples give the same bytes."""
 
 import hashlib
 import json
@@ -6,26 +6,33 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from schemas.errors import InputError
+from schemas.errors import ErrorCode, InputError
 from zscl.data.tar import IMAGE_SUFFIXES, write_shards
 from zscl.data.task import MANIFEST
 from zscl.runtime.atomic_io import atomic_folder, write_text
 
-FILE_NAMES = "files.txt"  # of a split: what each sample was called at its source
+FILE_NAMES = "files.txt"  # in a split's folder: the source's file name of each sample
 
 
 class LabelledImage(NamedTuple):
-    """An encoded image of a task to write."""
+    """An encoded image to write to a task.
+
+    Attributes:
+        image: The encoded image.
+        label: The label.
+        name: The file name at the source. Its suffix is written, and the hash of the split covers it.
+    """
 
     image: bytes
     label: int
-    name: str  # of its file at the source: the suffix is kept, and the split's hash is over these names
+    name: str
 
 
 class FileList:
-    """SHA-256 over a split's file names and labels, in order: who has the same hash has the same split.
+    """SHA-256 over the file names and labels of a split, in order: equal hashes mean equal splits.
 
-    names: those of files at the source; the line number, from 0, is the sample's key.
+    Attributes:
+        names: File names at the source. The line number in `files.txt`, from 0, is the sample's key.
     """
 
     def __init__(self) -> None:
@@ -33,12 +40,12 @@ class FileList:
         self.names: list[str] = []
 
     def add(self, name: str, label: int) -> None:
-        """Append a file."""
+        """Add a file to the hash."""
         self._hash.update(f"{name}\t{label}\n".encode())
 
     @property
     def sha256(self) -> str:
-        """The hash of the files so far, in hexadecimal digits."""
+        """The hash of all files added so far, in hexadecimal digits."""
         return self._hash.hexdigest()
 
 
@@ -53,51 +60,57 @@ def write_task(
     split_family: str = "own",
     shard_images: int = 1_000,
 ) -> None:
-    """Write a task folder, whole or not at all.
+    """Write a task folder atomically.
 
     Args:
-        folder: where the task will be.
-        classnames: label order.
-        templates: with `{c}`; the first one trains.
-        splits: for `train` and `test`, encoded images and labels, with their file names where they have any.
-        source: where the images come from, for the manifest.
-        suffix: the file suffix of images without a name, without the dot.
-        split_family: how the images were split, for the manifest: rows are comparable only within a family.
-        shard_images: images a shard.
+        folder: Path of the task folder.
+        classnames: Class names in label order.
+        templates: Prompt templates with `{c}`; the first one is used for training.
+        splits: For `train` and `test`, the encoded images with labels, and with file names if there are any.
+        source: Origin of the images, for the manifest.
+        suffix: File suffix of images without a name, without the dot.
+        split_family: Name of the split, for the manifest. Results are comparable only within a family.
+        shard_images: Images per shard.
 
     Raises:
-        InputError: a split has no image, an image's file is none that a shard may hold, or a class name or template
-            does not fit on a line.
+        InputError: A split has no image, a shard cannot hold an image's file format, or a class name or template is
+            not a single line.
     """
-    _refuse_several_lines(folder, "class name", classnames)
-    _refuse_several_lines(folder, "template", templates)
+    _check_single_lines(folder, "class name", classnames)
+    _check_single_lines(folder, "template", templates)
     with atomic_folder(folder) as temporary:
         write_text(temporary / "classnames.txt", "\n".join(classnames) + "\n")
         write_text(temporary / "zeroshot_classification_templates.txt", "\n".join(templates) + "\n")
         shards, file_lists = {}, {}
         for split, samples in splits.items():
             files = FileList()
-            shards[split] = write_shards(temporary / split, _labelled(samples, suffix, files), shard_images)
+            shards[split] = write_shards(temporary / split, _shard_samples(samples, suffix, files), shard_images)
             if not shards[split]:
-                raise InputError(f"{folder}: found no image for its {split} split in {source}, expected at least one")
+                raise InputError(
+                    f"{folder}: found no image for its {split} split in {source}, expected at least one",
+                    code=ErrorCode.EMPTY,
+                )
             write_text(temporary / split / "nshards.txt", f"{len(shards[split])}\n")
             file_lists[split] = files.sha256
             if files.names:
-                # A name may hold line separators; the number of a line is a sample's key.
+                # The line number is the sample's key, so line separators within a name are escaped.
                 lines = (name if name.splitlines() == [name] else ascii(name) for name in files.names)
                 write_text(temporary / split / FILE_NAMES, "\n".join(lines) + "\n")
         manifest = {"source": source, "split_family": split_family, "file_lists": file_lists, "splits": shards}
         write_text(temporary / MANIFEST, json.dumps(manifest, indent=1) + "\n")
 
 
-def _refuse_several_lines(folder: Path, what: str, lines: Sequence[str]) -> None:
-    """A class name's line number is its label, so that a name is one line, and not an empty one."""
-    for number, line in enumerate(lines):
-        if line.splitlines() != [line] or not line.strip() or "\0" in line:
-            raise InputError(f"{folder}: found {line!r} as {what} {number}, expected text on a single line")
+def _check_single_lines(folder: Path, kind: str, texts: Sequence[str]) -> None:
+    """Refuse a text that is empty or has several lines: the line number of a class name is its label."""
+    for number, text in enumerate(texts):
+        if text.splitlines() != [text] or not text.strip() or "\0" in text:
+            raise InputError(
+                f"{folder}: found {text!r} as {kind} {number}, expected text on a single line",
+                code=ErrorCode.INVALID_VALUE,
+            )
 
 
-def _labelled(
+def _shard_samples(
     samples: Iterable[LabelledImage | tuple[bytes, int]], suffix: str, files: FileList
 ) -> Iterator[Mapping[str, bytes]]:
     for number, sample in enumerate(samples):
@@ -110,12 +123,21 @@ def _labelled(
 
 
 def image_suffix(name: str) -> str:
-    """Suffix of an image file, lower case and without the dot.
+    """Return the suffix of an image file.
+
+    Args:
+        name: The file name.
+
+    Returns:
+        The suffix in lower case, without the dot.
 
     Raises:
-        InputError: shards may not hold such files; nothing is encoded anew behind the user's back.
+        InputError: Shards cannot hold this file format. Images are never re-encoded.
     """
     suffix = Path(name).suffix.lower().removeprefix(".")
     if suffix not in IMAGE_SUFFIXES:
-        raise InputError(f"{name}: found no image file that shards hold, expected one of {', '.join(IMAGE_SUFFIXES)}")
+        raise InputError(
+            f"{name}: found no image file that shards hold, expected one of {', '.join(IMAGE_SUFFIXES)}",
+            code=ErrorCode.UNSUPPORTED,
+        )
     return suffix

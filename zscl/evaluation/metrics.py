@@ -1,6 +1,7 @@
-"""Accuracy matrix → figures. A[j][i]: accuracy on task i after stage j, as a fraction.
+"""Metrics of continual learning from an accuracy matrix: Transfer, Avg, Last, forgetting, BWT and FWT.
 
-A sequence under way has fewer rows than tasks; its figures are those of the rows there are.
+A[j][i] is the accuracy on task i after stage j, as a fraction. The matrix of an unfinished sequence has fewer rows than
+tasks; its metrics are computed from the existing rows.
 """
 
 import math
@@ -13,78 +14,114 @@ Matrix = Sequence[Sequence[float]]
 
 
 def transfer(matrix: Matrix) -> float | None:
-    """Mean over tasks i ≥ 2 of the mean accuracy on i before it is trained; `None` for a single task."""
+    """Return the mean over tasks i ≥ 2 of mean_{j < i} A[j][i] (Transfer); `None` for a single task."""
     before = [[row[task] for row in matrix[:task]] for task in range(1, len(matrix[0]))]
     return fmean(map(fmean, before)) if before else None
 
 
 def average(matrix: Matrix) -> float:
-    """Mean of the whole matrix (Avg)."""
+    """Return the mean of the whole matrix (Avg)."""
     return fmean(map(fmean, matrix))
 
 
 def last(matrix: Matrix) -> float:
-    """Mean of the last row."""
+    """Return the mean of the last row (Last)."""
     return fmean(matrix[-1])
 
 
 def forgetting(matrix: Matrix) -> float | None:
-    """Mean over all tasks trained but the last of best minus final accuracy; `None` before there are two."""
-    lost = [max(row[task] for row in matrix) - matrix[-1][task] for task in range(len(matrix) - 1)]
-    return fmean(lost) if lost else None
+    """Return the mean over trained tasks i except the last of max_j A[j][i] − A[last][i].
+
+    Args:
+        matrix: The accuracy matrix.
+
+    Returns:
+        The forgetting; `None` before the second stage.
+    """
+    losses = [max(row[task] for row in matrix) - matrix[-1][task] for task in range(len(matrix) - 1)]
+    return fmean(losses) if losses else None
 
 
 def backward_transfer(matrix: Matrix) -> float | None:
-    """Mean over all tasks trained but the last of final accuracy minus that right after training the task.
+    """Return the mean over trained tasks i except the last of A[last][i] − A[i][i] (BWT).
 
-    Lopez-Paz & Ranzato, Gradient Episodic Memory, NeurIPS 2017; `None` before there are two.
+    Lopez-Paz & Ranzato, Gradient Episodic Memory for Continual Learning, NeurIPS 2017.
+
+    Args:
+        matrix: The accuracy matrix.
+
+    Returns:
+        The backward transfer; `None` before the second stage.
     """
-    gained = [matrix[-1][task] - matrix[task][task] for task in range(len(matrix) - 1)]
-    return fmean(gained) if gained else None
+    gains = [matrix[-1][task] - matrix[task][task] for task in range(len(matrix) - 1)]
+    return fmean(gains) if gains else None
 
 
 def forward_transfer(matrix: Matrix, zero_shot: Sequence[float]) -> float | None:
-    """Mean over all tasks but the first of accuracy right before training the task minus the initial model's.
+    """Return the mean over tasks i ≥ 2 of A[i − 1][i] − zero_shot[i] (FWT).
 
-    As above, with the zero-shot row for the paper's random initialisation.
+    Lopez-Paz & Ranzato, NeurIPS 2017, with the zero-shot accuracy in place of a random initialisation.
+
+    Args:
+        matrix: The accuracy matrix.
+        zero_shot: The initial model's accuracy on every task.
+
+    Returns:
+        The forward transfer; `None` for a single task.
     """
     tasks = range(1, min(len(matrix) + 1, len(zero_shot)))
-    gained = [matrix[task - 1][task] - zero_shot[task] for task in tasks]
-    return fmean(gained) if gained else None
+    gains = [matrix[task - 1][task] - zero_shot[task] for task in tasks]
+    return fmean(gains) if gains else None
 
 
 def is_at_chance(accuracy: float, classes: int, images: int) -> bool:
-    """Whether an accuracy is what guessing gives: at most two standard deviations above one in so many classes."""
-    guessed = 1 / classes
-    return classes > 1 and accuracy <= guessed + 2 * math.sqrt(guessed * (1 - guessed) / images)
-
-
-def seen(matrix: Matrix, images: Sequence[int]) -> list[float]:
-    """After each stage, the accuracy over all test images of the tasks so far.
+    """Return whether an accuracy is at most two standard deviations above that of guessing.
 
     Args:
-        matrix: of a single head.
-        images: test images of each task.
+        accuracy: The accuracy as a fraction.
+        classes: The number of classes.
+        images: The number of test images.
+
+    Returns:
+        Whether guessing among the classes may explain the accuracy; `False` for a single class.
+    """
+    chance = 1 / classes
+    return classes > 1 and accuracy <= chance + 2 * math.sqrt(chance * (1 - chance) / images)
+
+
+def seen_class_accuracies(matrix: Matrix, image_counts: Sequence[int]) -> list[float]:
+    """Compute the accuracy over all classes seen so far, for class-incremental learning.
+
+    Args:
+        matrix: The accuracy matrix of a single head over all seen classes.
+        image_counts: The number of test images of each task.
+
+    Returns:
+        After each stage, the accuracy on all test images of the tasks up to this stage.
     """
     return [
-        sum(row[task] * images[task] for task in range(stage)) / sum(images[:stage])
+        sum(row[task] * image_counts[task] for task in range(stage)) / sum(image_counts[:stage])
         for stage, row in enumerate(matrix, start=1)
     ]
 
 
-def metrics(matrix: Matrix, zero_shot: Sequence[float], images: Sequence[int] | None = None) -> Metrics:
-    """All figures of a matrix, square or with as many rows as stages are done.
+def compute_metrics(matrix: Matrix, zero_shot: Sequence[float], image_counts: Sequence[int] | None = None) -> Metrics:
+    """Compute all metrics of an accuracy matrix.
 
     Args:
-        matrix: accuracies.
-        zero_shot: the initial model's row.
-        images: test images of each task, where one head tells all classes seen apart (class-incremental learning).
+        matrix: The accuracy matrix, with a row for each finished stage.
+        zero_shot: The initial model's accuracy on every task.
+        image_counts: The number of test images of each task, for class-incremental learning; `None` otherwise. With
+            it, Avg and Last are the mean and the last value of the accuracy over all seen classes.
+
+    Returns:
+        The metrics.
     """
-    over_seen = seen(matrix, images) if images else None
+    seen_accuracies = seen_class_accuracies(matrix, image_counts) if image_counts else None
     return Metrics(
         transfer=transfer(matrix),
-        avg=fmean(over_seen) if over_seen else average(matrix),
-        last=over_seen[-1] if over_seen else last(matrix),
+        avg=fmean(seen_accuracies) if seen_accuracies else average(matrix),
+        last=seen_accuracies[-1] if seen_accuracies else last(matrix),
         forgetting=forgetting(matrix),
         backward_transfer=backward_transfer(matrix),
         forward_transfer=forward_transfer(matrix, zero_shot),

@@ -1,8 +1,11 @@
-"""One model, many tasks, several protocols: each test image is encoded once and judged under every one of them.
+"""Evaluation of one model on many tasks under the task-aware and the task-agnostic protocol.
 
-Task-aware (MTIL), an image is told apart among its own task's classes. Task-agnostic (X-TAIL: Xu et al., *Advancing
-Cross-domain Discriminability in Continual Learning of Vision-Language Models*, NeurIPS 2024), among the classes of all
-tasks at once; a class that two tasks name alike is one class there, with a prompt of each.
+Each test image is encoded once and classified under every protocol:
+
+- task-aware (MTIL): among the classes of its own task;
+- task-agnostic (X-TAIL: Xu et al., Advancing Cross-domain Discriminability in Continual Learning of Vision-Language
+  Models, NeurIPS 2024): among the classes of all tasks. A class name that several tasks have is one class with a prompt
+  of each task.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -10,123 +13,150 @@ from dataclasses import dataclass
 
 import torch
 
-from schemas.errors import InputError, command
-from schemas.evaluation import Bin, ConfusionCount, Protocol, TaskEvaluation
+from schemas.evaluation import ConfidenceBin, ConfusionCount, Protocol, TaskEvaluation
 from zscl.data.decode import Decoder
 from zscl.data.loader import EvaluationImages, Loader
 from zscl.data.task import TaskFolder
-from zscl.evaluation.zero_shot import embed_classes
+from zscl.evaluation.zero_shot import check_has_images, embed_classes
 from zscl.models.clip import Clip, at_least_float32, precision_context
 from zscl.models.load_checks import check_finite
 
-BINS = 15  # of confidence; Guo et al., On Calibration of Modern Neural Networks, ICML 2017
+CALIBRATION_BINS = 15  # of the confidence; Guo et al., On Calibration of Modern Neural Networks, ICML 2017
 
 
 @dataclass(frozen=True)
 class LabelSpace:
-    """Classes that are told apart.
+    """The C classes among which an image is classified.
 
-    embeddings: [R, D], normalised, one or more rows a class; owner: [R], each row's class; names: of the C classes.
+    Attributes:
+        embeddings: L2-normalised class embeddings, [R, D], with one or more rows for each class.
+        class_of_row: The class of each row, [R].
+        names: The names of the C classes.
     """
 
     embeddings: torch.Tensor
-    owner: torch.Tensor
+    class_of_row: torch.Tensor
     names: tuple[str, ...]
 
     def similarities(self, features: torch.Tensor) -> torch.Tensor:
-        """Each image's cosine to the nearest row of each class. [b, D] → [b, C]"""
+        """Compute the cosine similarity of images to the nearest row of each class.
+
+        Args:
+            features: L2-normalised image features, [b, D].
+
+        Returns:
+            Similarities, [b, C].
+        """
         rows = features @ self.embeddings.T
-        if len(self.names) == len(self.owner):
+        if len(self.names) == len(self.class_of_row):
             return rows
         nearest = rows.new_full((len(rows), len(self.names)), -torch.inf)
-        return nearest.scatter_reduce(1, self.owner.expand(len(rows), -1), rows, "amax")
+        return nearest.scatter_reduce(1, self.class_of_row.expand(len(rows), -1), rows, "amax")
 
 
-def shared_space(
+def build_shared_space(
     tasks: Sequence[TaskFolder], embedded: Sequence[torch.Tensor]
 ) -> tuple[LabelSpace, list[torch.Tensor]]:
-    """One space for all tasks, and for each task its labels' classes in it, [C of the task].
+    """Build the label space of all tasks. Names that differ in case only are the same class.
 
     Args:
-        tasks: whose classes.
-        embedded: their class embeddings, [C of the task, D] each.
+        tasks: The tasks.
+        embedded: The class embeddings of each task, [C of the task, D].
+
+    Returns:
+        The label space, and for each task the class in it of each label, [C of the task].
     """
-    numbers: dict[tuple[str, int], int] = {}
+    class_of_key: dict[tuple[str, int], int] = {}
     names: list[str] = []
-    places = []
+    classes_of_tasks = []
     for task in tasks:
-        own: list[int] = []
+        classes: list[int] = []
         for label, name in enumerate(task.classnames):
-            # Two classes of one task stay two, whatever they are called.
-            key = name.casefold(), sum(name.casefold() == other.casefold() for other in task.classnames[:label])
-            if key not in numbers:
-                numbers[key] = len(names)
+            # Two classes of one task are different classes even if they have the same name.
+            repetition = sum(name.casefold() == earlier.casefold() for earlier in task.classnames[:label])
+            key = name.casefold(), repetition
+            if key not in class_of_key:
+                class_of_key[key] = len(names)
                 names.append(name)
-            own.append(numbers[key])
-        places.append(torch.tensor(own, device=embedded[0].device))
-    return LabelSpace(torch.cat(list(embedded)), torch.cat(places), tuple(names)), places
+            classes.append(class_of_key[key])
+        classes_of_tasks.append(torch.tensor(classes, device=embedded[0].device))
+    return LabelSpace(torch.cat(list(embedded)), torch.cat(classes_of_tasks), tuple(names)), classes_of_tasks
 
 
-class TaskTally:
-    """What is counted of a task's images in a space.
+class EvaluationAccumulator:
+    """Accumulates predictions on a task's images and computes the metrics of the task.
 
-    Args:
-        space: classes told apart.
-        scale: by which similarities are multiplied before the softmax.
+    Attributes:
+        space: The label space with C classes.
+        scale: exp(logit_scale), by which similarities are multiplied before the softmax.
+        confusion: The number of images for each true class (row) and predicted class (column), [C, C].
+        top5_correct: The number of images whose class is among the five most similar ones; counted if C > 5.
+        bins: For each interval of confidence, the number of images, the sum of their confidences, and the number of
+            correct predictions, [3, CALIBRATION_BINS].
     """
 
     def __init__(self, space: LabelSpace, scale: torch.Tensor) -> None:
         self.space, self.scale = space, scale
-        device, classes = space.embeddings.device, len(space.names)
-        self.confusion = torch.zeros(classes, classes, dtype=torch.long, device=device)  # true, predicted
-        self.in_top5 = 0
-        self.bins = torch.zeros(3, BINS, dtype=torch.float64, device=device)  # images, sum of confidence, right ones
+        device, class_count = space.embeddings.device, len(space.names)
+        self.confusion = torch.zeros(class_count, class_count, dtype=torch.long, device=device)
+        self.top5_correct = 0
+        self.bins = torch.zeros(3, CALIBRATION_BINS, dtype=torch.float64, device=device)
 
-    def add(self, features: torch.Tensor, classes: torch.Tensor) -> None:
-        """Count images: normalised features [b, D] and their classes in the space, [b]."""
+    def update(self, features: torch.Tensor, classes: torch.Tensor) -> None:
+        """Add a batch of images.
+
+        Args:
+            features: L2-normalised image features, [b, D].
+            classes: The images' classes in the label space, [b].
+        """
         similarities = self.space.similarities(features)
-        count = len(self.space.names)
+        class_count = len(self.space.names)
         predicted = similarities.argmax(dim=1)
-        pairs = (classes * count + predicted).bincount(minlength=count * count)
-        self.confusion += pairs.view(count, count)
-        if count > 5:
-            self.in_top5 += int((similarities.topk(5).indices == classes[:, None]).any(dim=1).sum())
+        pairs = (classes * class_count + predicted).bincount(minlength=class_count * class_count)
+        self.confusion += pairs.view(class_count, class_count)
+        if class_count > 5:
+            self.top5_correct += int((similarities.topk(5).indices == classes[:, None]).any(dim=1).sum())
         confidence = (self.scale * similarities).softmax(dim=1).amax(dim=1).double()
-        bins = (confidence * BINS).long().clamp(max=BINS - 1)
-        for row, each in zip(self.bins, (torch.ones_like(confidence), confidence, predicted == classes), strict=True):
-            row.index_add_(0, bins, each.double())
+        bins = (confidence * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
+        for row, values in zip(self.bins, (torch.ones_like(confidence), confidence, predicted == classes), strict=True):
+            row.index_add_(0, bins, values.double())
 
-    def judged(self, task: TaskFolder, protocol: Protocol) -> TaskEvaluation:
-        """The figures.
+    def compute(self, task: TaskFolder, protocol: Protocol) -> TaskEvaluation:
+        """Compute the metrics of the accumulated predictions.
+
+        Args:
+            task: The task whose images were added.
+            protocol: The protocol of the label space.
+
+        Returns:
+            The metrics.
 
         Raises:
-            InputError: there was no image.
+            InputError: No image was added.
         """
         confusion = self.confusion.cpu()
-        of_class, right = confusion.sum(dim=1), confusion.diagonal()
-        images, count = int(of_class.sum()), len(self.space.names)
-        if images == 0:
-            raise InputError(
-                f"{task.path}: found no image that can be used, expected some to judge '{task.name}' by; "
-                f"{command('zscl', 'data', 'check', task.path)} lists what is wrong"
-            )
-        found = of_class.nonzero().flatten().tolist()
-        names = _told_apart(self.space.names)
-        in_bin, confidence, accurate = self.bins.cpu()
-        filled = in_bin.clamp(min=1)
+        per_class_images, per_class_correct = confusion.sum(dim=1), confusion.diagonal()
+        images, class_count = int(per_class_images.sum()), len(self.space.names)
+        check_has_images(task, images)
+        present = per_class_images.nonzero().flatten().tolist()
+        names = _unique_names(self.space.names)
+        bin_images, bin_confidence, bin_correct = self.bins.cpu()
+        divisor = bin_images.clamp(min=1)
         return TaskEvaluation(
             task=task.name,
             protocol=protocol,
             images=images,
-            classes=count,
-            top1=int(right.sum()) / images,
-            top5=self.in_top5 / images if count > 5 else None,
-            mean_per_class=float((right[found] / of_class[found]).double().mean()),
-            calibration_error=float((confidence - accurate).abs().sum() / images),
-            per_class={names[each]: int(right[each]) / int(of_class[each]) for each in found},
+            classes=class_count,
+            top1=int(per_class_correct.sum()) / images,
+            top5=self.top5_correct / images if class_count > 5 else None,
+            mean_per_class=float((per_class_correct[present] / per_class_images[present]).double().mean()),
+            calibration_error=float((bin_confidence - bin_correct).abs().sum() / images),
+            per_class={names[label]: int(per_class_correct[label]) / int(per_class_images[label]) for label in present},
             bins=tuple(
-                Bin(images=int(count), confidence=float(sure), accuracy=float(right))
-                for count, sure, right in zip(in_bin, confidence / filled, accurate / filled, strict=True)
+                ConfidenceBin(images=int(count), confidence=float(confidence), accuracy=float(accuracy))
+                for count, confidence, accuracy in zip(
+                    bin_images, bin_confidence / divisor, bin_correct / divisor, strict=True
+                )
             ),
             confused=tuple(
                 ConfusionCount(true=names[true], predicted=names[predicted], images=int(confusion[true, predicted]))
@@ -135,8 +165,8 @@ class TaskTally:
         )
 
 
-def _told_apart(names: Sequence[str]) -> list[str]:
-    """Class names of which no two are alike: CLIP calls two of ImageNet's classes `crane`."""
+def _unique_names(names: Sequence[str]) -> list[str]:
+    """Append the label to class names that occur twice: CLIP's names of ImageNet have two classes `crane`."""
     return [name if names.count(name) == 1 else f"{name} [{label}]" for label, name in enumerate(names)]
 
 
@@ -152,41 +182,45 @@ def evaluate_tasks(
     batch_size: int = 256,
     on_images: Callable[[int], None] = lambda images: None,
 ) -> Iterator[TaskEvaluation]:
-    """Judge `clip.model` on every task, and on suites whose classes join no other's.
+    """Evaluate `clip.model` on tasks under several protocols, and on suites under the task-aware protocol.
 
     Args:
-        clip: model, tokenizer and evaluation transform.
-        tasks: whose classes share the label space of the task-agnostic protocol.
-        suites: further ones, judged task-aware alone: what is watched for drift.
-        protocols: of the tasks.
-        loader: how to read, and the model's device.
-        templates: `all` or `first`; a class embedding is the normalised mean of its template embeddings.
+        clip: The model, its tokenizer and its evaluation transform.
+        tasks: The tasks, whose classes form the label space of the task-agnostic protocol.
+        suites: Further tasks, on which a drift of the model is monitored. Their classes are in no shared label space.
+        protocols: The protocols for the tasks.
+        loader: The data loader, with the model's device.
+        templates: `all` or `first` (see `embed_classes`).
         precision: `fp32` or `bf16`.
-        batch_size: images encoded at once.
-        on_images: told how many images were judged since.
+        batch_size: How many images are encoded at once.
+        on_images: Called after each batch with its number of images.
+
+    Yields:
+        The metrics of each task under each protocol, then those of each suite.
 
     Raises:
-        InputError: a task has no usable image.
+        InputError: A task has no usable image, or features are not finite.
     """
     embedded = embed_classes(clip, [*tasks, *suites], templates, precision, loader.device)
-    shared, places = shared_space(tasks, embedded[: len(tasks)]) if tasks else (None, [])
+    shared, classes_of_tasks = build_shared_space(tasks, embedded[: len(tasks)]) if tasks else (None, [])
     scale = clip.model.logit_scale.detach().exp()  # type: ignore[operator]
     clip.model.eval()
-    for number, (task, embeddings) in enumerate(zip([*tasks, *suites], embedded, strict=True)):
-        own = torch.arange(len(task.classnames), device=loader.device)
-        tallies: dict[Protocol, tuple[TaskTally, torch.Tensor]] = {}
-        if "task-aware" in protocols or number >= len(tasks):
-            tallies["task-aware"] = TaskTally(LabelSpace(embeddings, own, task.classnames), scale), own
-        if "task-agnostic" in protocols and number < len(tasks) and shared is not None:
-            tallies["task-agnostic"] = TaskTally(shared, scale), places[number]
-        images = EvaluationImages(task.test, Decoder(clip.evaluation_transform, task.label_of), worker=0, workers=1)
+    for index, (task, embeddings) in enumerate(zip([*tasks, *suites], embedded, strict=True)):
+        labels_as_classes = torch.arange(len(task.classnames), device=loader.device)
+        accumulators: dict[Protocol, tuple[EvaluationAccumulator, torch.Tensor]] = {}
+        if "task-aware" in protocols or index >= len(tasks):
+            space = LabelSpace(embeddings, labels_as_classes, task.classnames)
+            accumulators["task-aware"] = EvaluationAccumulator(space, scale), labels_as_classes
+        if "task-agnostic" in protocols and index < len(tasks) and shared is not None:
+            accumulators["task-agnostic"] = EvaluationAccumulator(shared, scale), classes_of_tasks[index]
+        images = EvaluationImages(task.test, Decoder(clip.evaluation_transform, task.get_label), rank=0, world_size=1)
         with torch.inference_mode():
-            for batch, labels in images.batches(batch_size, loader):
+            for batch, labels in images.iter_batches(batch_size, loader):
                 with precision_context(precision, loader.device):
                     features = at_least_float32(clip.model.encode_image(batch, normalize=True))  # type: ignore[operator]
-                check_finite(features, f"{task.path}/test: the model gives its images")
-                for tally, classes in tallies.values():
-                    tally.add(features, classes[labels])
+                check_finite(features, f"{task.path}/test: the model's features of its images")
+                for accumulator, classes in accumulators.values():
+                    accumulator.update(features, classes[labels])
                 on_images(len(labels))
-        loader.check_over_workers()
-        yield from (tally.judged(task, protocol) for protocol, (tally, _) in tallies.items())
+        loader.check_broken_across_ranks()
+        yield from (accumulator.compute(task, protocol) for protocol, (accumulator, _) in accumulators.items())

@@ -1,22 +1,22 @@
-"""One model, many tasks → one row of the accuracy matrix."""
+"""Zero-shot classification: class embeddings from prompts, and top-1 accuracy, distributed over all ranks."""
 
 from collections.abc import Sequence
 
 import torch
 from open_clip import build_zero_shot_classifier
 
-from schemas.errors import InputError, command
+from schemas.errors import ErrorCode, InputError, shell_command
 from zscl.data.decode import Decoder
 from zscl.data.loader import EvaluationImages, Loader
 from zscl.data.task import TaskFolder
 from zscl.models.clip import Clip, at_least_float32, precision_context
 from zscl.models.load_checks import check_finite
-from zscl.runtime.distributed import all_reduce_ints, gather, rank, rank_slice, world_size
+from zscl.runtime.distributed import all_reduce_sum, gather, rank, rank_slice, world_size
 
-CLASSES_AT_ONCE = 32  # classes (times templates) in one pass of the text tower
+CLASS_BATCH_SIZE = 32  # classes, each with all its templates, in one pass of the text tower
 
 
-def accuracies(
+def compute_accuracies(
     clip: Clip,
     task: TaskFolder,
     heads: Sequence[torch.Tensor],
@@ -25,87 +25,148 @@ def accuracies(
     precision: str = "fp32",
     batch_size: int = 256,
 ) -> tuple[list[float], int]:
-    """Top-1 accuracy of `clip.model` on a task's test images under each of some heads, and how many images there are.
+    """Compute the top-1 accuracy of `clip.model` on a task's test images with one or more heads. Collective.
+
+    Each image is encoded once. The predicted class is the row of a head with the highest cosine similarity.
 
     Args:
-        clip: model and evaluation transform.
-        task: what to judge it on.
-        heads: class embeddings [C or more, D], the task's own classes first (see `class_embeddings`).
-        loader: how to read, and the model's device.
+        clip: The model and its evaluation transform.
+        task: The task.
+        heads: Matrices of class embeddings, [C or more, D], whose first C rows are the task's own classes.
+        loader: The data loader, with the model's device.
         precision: `fp32` or `bf16`.
-        batch_size: images a worker encodes at once.
+        batch_size: How many images a rank encodes at once.
+
+    Returns:
+        The accuracy with each head, as a fraction, and the number of test images.
 
     Raises:
-        InputError: there is no usable image.
+        InputError: There is no usable image, or features are not finite.
     """
     was_training = clip.model.training
     clip.model.eval()
     with torch.inference_mode():
         correct, images = count_correct(clip, task, heads, loader, precision, batch_size)
     clip.model.train(was_training)
+    check_has_images(task, images)
+    return [count / images for count in correct], images
+
+
+def check_has_images(task: TaskFolder, images: int) -> None:
+    """Check that a task has usable test images.
+
+    Args:
+        task: The task.
+        images: The number of usable test images.
+
+    Raises:
+        InputError: There are none.
+    """
     if images == 0:
         raise InputError(
-            f"{task.path}/test: found no image that can be used, expected some to judge '{task.name}' by; "
-            f"{command('zscl', 'data', 'check', task.path)} lists what is wrong"
+            f"{task.path}/test: found no usable image, expected images to evaluate '{task.name}' on; "
+            f"{shell_command('zscl', 'data', 'check', task.path)} lists what is wrong",
+            code=ErrorCode.EMPTY,
         )
-    return [each / images for each in correct], images
 
 
 def embed_classes(
     clip: Clip, tasks: Sequence[TaskFolder], templates: str, precision: str, device: torch.device
 ) -> list[torch.Tensor]:
-    """Each task's class embeddings [C, D].
+    """Compute the class embeddings of tasks in evaluation mode. Collective.
 
     Args:
-        clip: model and tokenizer.
-        tasks: whose classes.
-        templates: `all` or `first`; a class embedding is the normalised mean of its template embeddings.
+        clip: The model and its tokenizer.
+        tasks: The tasks.
+        templates: `all` or `first`. A class embedding is the normalised mean of the class's normalised prompt
+            features, one prompt for each template.
         precision: `fp32` or `bf16`.
-        device: the model's.
+        device: The model's device.
+
+    Returns:
+        A matrix [C, D] for each task.
     """
     was_training = clip.model.training
     clip.model.eval()
     with torch.inference_mode(), precision_context(precision, device):
-        embedded = [class_embeddings(clip, task, templates, device) for task in tasks]
+        embedded = [embed_task_classes(clip, task, templates, device) for task in tasks]
     clip.model.train(was_training)
     return embedded
 
 
 def slice_head(embedded: Sequence[torch.Tensor], task: int, last: int) -> torch.Tensor:
-    """What tells the classes of the tasks up to `last` apart, those of `task`, one of them, first. [C or more, D]"""
+    """Build the head over the classes of all tasks up to `last`, with those of `task` first.
+
+    Args:
+        embedded: The class embeddings of every task, [C of the task, D].
+        task: The index of the task that is evaluated, at most `last`.
+        last: The index of the last task whose classes are in the head.
+
+    Returns:
+        Class embeddings, [C or more, D].
+    """
     return torch.cat([embedded[task], *embedded[:task], *embedded[task + 1 : last + 1]])
 
 
-def class_embeddings(clip: Clip, task: TaskFolder, templates: str, device: torch.device) -> torch.Tensor:
-    """Embed every class; the workers share the classes. Returns [C, D], normalised."""
+def embed_task_classes(clip: Clip, task: TaskFolder, templates: str, device: torch.device) -> torch.Tensor:
+    """Compute the class embeddings of one task; all ranks share the classes. Collective.
+
+    Args:
+        clip: The model, in evaluation mode, and its tokenizer.
+        task: The task.
+        templates: `all` or `first` (see `embed_classes`).
+        device: The model's device.
+
+    Returns:
+        L2-normalised class embeddings, [C, D], the same on all ranks.
+    """
     used = task.templates if templates == "all" else task.templates[:1]
     formats = [lambda name, template=template: template.replace("{c}", name) for template in used]
-    own = rank_slice(len(task.classnames))
-    # With more workers than classes, some have none to embed: they embed one, for its shape, and give no row.
-    names = [task.classnames[index] for index in own] or [task.classnames[0]]
+    rank_indices = rank_slice(len(task.classnames))
+    # A rank may have no class: it embeds one for the width of its empty tensor.
+    names = [task.classnames[index] for index in rank_indices] or [task.classnames[0]]
     embedded = build_zero_shot_classifier(
-        clip.model, clip.tokenizer, names, formats, num_classes_per_batch=CLASSES_AT_ONCE, device=device
-    ).T[: len(own)]
+        clip.model, clip.tokenizer, names, formats, num_classes_per_batch=CLASS_BATCH_SIZE, device=device
+    ).T[: len(rank_indices)]
     gathered = gather(at_least_float32(embedded).contiguous(), len(task.classnames))
-    check_finite(gathered, f"task '{task.name}': the model gives its class prompts")
+    check_finite(gathered, f"task '{task.name}': the model's features of its class prompts")
     return gathered
 
 
 def count_correct(
     clip: Clip, task: TaskFolder, heads: Sequence[torch.Tensor], loader: Loader, precision: str, batch_size: int
 ) -> tuple[list[int], int]:
-    """Classify every test image once over all workers. Returns (correct under each head, images)."""
-    images = EvaluationImages(task.test, Decoder(clip.evaluation_transform, task.label_of), rank(), world_size())
-    correct, seen, finite = [0] * len(heads), 0, True
-    for batch, labels in images.batches(batch_size, loader):
+    """Classify every test image once, the ranks sharing the images. Collective.
+
+    Args:
+        clip: The model, in evaluation mode, and its evaluation transform.
+        task: The task.
+        heads: Matrices of class embeddings (see `compute_accuracies`).
+        loader: The data loader, with the model's device.
+        precision: `fp32` or `bf16`.
+        batch_size: How many images a rank encodes at once.
+
+    Returns:
+        The number of correct predictions with each head, and the number of images, over all ranks.
+
+    Raises:
+        InputError: Features are not finite; raised on all ranks.
+    """
+    images = EvaluationImages(task.test, Decoder(clip.evaluation_transform, task.get_label), rank(), world_size())
+    correct, count, is_finite = [0] * len(heads), 0, True
+    for batch, labels in images.iter_batches(batch_size, loader):
         with precision_context(precision, loader.device):
             features = at_least_float32(clip.model.encode_image(batch, normalize=True))  # type: ignore[operator]
-        finite &= bool(features.isfinite().all())
-        for number, head in enumerate(heads):
-            correct[number] += int((features @ head.T).argmax(dim=1).eq(labels).sum())
-        seen += len(labels)
-    loader.check_over_workers()
-    *correct_everywhere, seen_everywhere, finite_everywhere = map(int, all_reduce_ints(*correct, seen, finite))
-    if finite_everywhere < world_size():  # all workers raise
-        raise InputError(f"{task.path}/test: the model gives its images features that are NaN or Inf, expected numbers")
-    return correct_everywhere, seen_everywhere
+        is_finite &= bool(features.isfinite().all())
+        for index, head in enumerate(heads):
+            correct[index] += int((features @ head.T).argmax(dim=1).eq(labels).sum())
+        count += len(labels)
+    loader.check_broken_across_ranks()
+    *total_correct, total_count, finite_ranks = map(int, all_reduce_sum(*correct, count, is_finite))
+    if finite_ranks < world_size():
+        raise InputError(
+            f"{task.path}/test: the model's features of its images are NaN or Inf, expected finite numbers",
+            code=ErrorCode.NOT_FINITE,
+            field="model",
+        )
+    return total_correct, total_count

@@ -1,4 +1,4 @@
-"""Terms of the loss that are not ours: found by their dotted names, bound to a stage like our own parts."""
+"""Custom losses: loss terms from code outside this package, imported by the dotted name in the recipe and checked."""
 
 import inspect
 import pkgutil
@@ -8,127 +8,181 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
-from schemas.errors import InputError
+from schemas.errors import ErrorCode, InputError
 from schemas.method import CustomLoss
+from zscl.methods.interfaces import Batch, Features, LossTerm, StageContext
 from zscl.runtime.distributed import world_size
 from zscl.runtime.hashing import sha256_of
 
-if TYPE_CHECKING:
-    from zscl.methods.interfaces import Batch, Features, LossTerm, StageContext
+FIELD = "method.further_losses"
+# Names that MLflow accepts for metrics.
+LOSS_NAME = re.compile(r"[A-Za-z0-9_:-][A-Za-z0-9_.: -]*(/[A-Za-z0-9_:-][A-Za-z0-9_.: -]*)*")
+RESERVED_NAMES = ("step", "learning_rate", "gradient_norm")  # the other columns of losses.csv
 
-NAME = re.compile(r"[A-Za-z0-9_:-][A-Za-z0-9_.: -]*(/[A-Za-z0-9_:-][A-Za-z0-9_.: -]*)*")  # of an MLflow metric
-COLUMNS = ("step", "learning_rate", "gradient_norm")  # of losses.csv, beside the losses
 
+def import_custom_loss(loss: CustomLoss) -> Callable[..., LossTerm]:
+    """Import the class or function that a recipe names.
 
-def import_custom_loss(loss: CustomLoss) -> Callable[..., "LossTerm"]:
-    """Import what a recipe names.
+    Args:
+        loss: The recipe's entry.
+
+    Returns:
+        The class or function. Called with a `StageContext` and the settings, it returns a loss term.
 
     Raises:
-        InputError: there is no such module or name, or it cannot be called.
+        InputError: The module or name does not exist, or is not callable.
     """
-    shown = f"method.further_losses: '{loss.path}'"
     try:
-        found = pkgutil.resolve_name(loss.path)
+        factory = pkgutil.resolve_name(loss.path)
     except (ImportError, AttributeError, ValueError) as error:
         raise InputError(
-            f"{shown} cannot be found ({error}), expected MODULE.NAME of code that is installed, or in a folder of "
-            "PYTHONPATH, wherever workers run"
+            f"{FIELD}: '{loss.path}' cannot be found ({error}), expected MODULE.NAME of code that is installed, or in "
+            "a folder of PYTHONPATH, on every machine with workers",
+            code=ErrorCode.UNKNOWN_NAME,
+            field=FIELD,
         ) from error
-    if not callable(found):
-        raise InputError(f"{shown} is {type(found).__name__}, expected a class or a function")
-    return found  # type: ignore[no-any-return]
+    if not callable(factory):
+        raise InputError(
+            f"{FIELD}: '{loss.path}' is {type(factory).__name__}, expected a class or a function",
+            code=ErrorCode.CUSTOM_CODE,
+            field=FIELD,
+        )
+    return factory  # type: ignore[no-any-return]
 
 
 def code_digest(loss: CustomLoss) -> str:
-    """Identity of the code that a recipe names: the source of its module. Its settings are looked at, too.
+    """Hash the source code of a custom loss, and check that it accepts its settings.
+
+    Args:
+        loss: The recipe's entry.
+
+    Returns:
+        The hash of the source of its module, which is part of the run's fingerprint; the hash of the dotted name if
+        there is no source.
 
     Raises:
-        InputError: there is no such code, or it does not take the settings.
+        InputError: The code does not exist, or does not accept the settings.
     """
-    found = import_custom_loss(loss)
+    factory = import_custom_loss(loss)
     try:
-        inspect.signature(found).bind("a stage", **loss.settings)
+        inspect.signature(factory).bind("a stage", **loss.settings)
     except (TypeError, ValueError) as error:
         raise InputError(
-            f"method.further_losses: '{loss.path}' does not take these settings ({error}), expected a stage and "
-            "what its signature says"
+            f"{FIELD}: '{loss.path}' does not accept these settings ({error}), expected the arguments of its "
+            "signature after the stage",
+            field=FIELD,
         ) from error
-    module = inspect.getmodule(found)
+    module = inspect.getmodule(factory)
     try:
         return sha256_of(inspect.getsource(module) if module else loss.path)
-    except (OSError, TypeError):  # compiled, or made in an interpreter
+    except (OSError, TypeError):  # compiled code, or a definition of an interactive session
         return sha256_of(loss.path)
 
 
-def build_custom_term(loss: CustomLoss, context: "StageContext") -> "LossTerm":
-    """Bind a loss to a stage.
+def build_custom_term(loss: CustomLoss, context: StageContext) -> LossTerm:
+    """Build the loss term of a custom loss for one stage.
+
+    Args:
+        loss: The recipe's entry.
+        context: The stage.
+
+    Returns:
+        The term, whose results are checked at every call.
 
     Raises:
-        InputError: it fails, or what it gives is no part.
+        InputError: The code raises an error, or does not return a callable.
     """
-    with _failure_told(loss):
-        part = import_custom_loss(loss)(context, **loss.settings)
-    if not callable(part):
+    with _errors_located(loss):
+        term = import_custom_loss(loss)(context, **loss.settings)
+    if not callable(term):
         raise InputError(
-            f"method.further_losses: '{loss.path}' gives {type(part).__name__}, expected a part: something that is "
-            "called with features and batch, and gives losses by name"
+            f"{FIELD}: '{loss.path}' returns {type(term).__name__}, expected a loss term: a callable that takes "
+            "features and batch, and returns losses by name",
+            code=ErrorCode.CUSTOM_CODE,
+            field=FIELD,
         )
-    return CheckedTerm(loss, part)
+    return CheckedTerm(loss, term)
 
 
 @dataclass(frozen=True)
 class CheckedTerm:
-    """Another's part, whose mistakes are said in a sentence: starting again would not mend them."""
+    """A custom loss term whose errors and results become one sentence for the user.
+
+    They are user errors (`InputError`), which are not retried.
+
+    Attributes:
+        loss: The recipe's entry.
+        term: The term.
+    """
 
     loss: CustomLoss
-    part: "LossTerm"
+    term: LossTerm
 
-    def __call__(self, features: "Features", batch: "Batch") -> dict[str, torch.Tensor]:
-        """Return the part's losses by name.
+    def __call__(self, features: Features, batch: Batch) -> dict[str, torch.Tensor]:
+        """Compute the term and check its result.
+
+        Args:
+            features: The student's features of the global batch.
+            batch: This rank's slice of the batch.
+
+        Returns:
+            The term's losses by name.
 
         Raises:
-            InputError: it fails, or gives something else than scalars by name.
+            InputError: The term raises an error, or returns something else than scalars by name.
         """
-        with _failure_told(self.loss):
-            found = self.part(features, batch)
-        if not isinstance(found, dict):
-            raise InputError(self._expected(f"gives {type(found).__name__}"))
-        for name, value in found.items():
-            if not isinstance(name, str) or not NAME.fullmatch(name) or name in COLUMNS:
-                raise InputError(
-                    f"method.further_losses: '{self.loss.path}' gives a loss called {name!r}, expected a name of "
-                    f"letters, digits and any of _.:-/ that is none of {', '.join(COLUMNS)}"
-                )
-            if not isinstance(value, torch.Tensor):
-                raise InputError(self._expected(f"gives {type(value).__name__} as '{name}'"))
-            if value.ndim:
-                raise InputError(self._expected(f"gives a tensor of shape {list(value.shape)} as '{name}'"))
-            if not value.is_floating_point() or value.device != features.images.device:
-                raise InputError(self._expected(f"gives {value.dtype} on {value.device} as '{name}'"))
-        return found
+        with _errors_located(self.loss):
+            losses = self.term(features, batch)
+        _check_losses(self.loss, losses, features.images.device)
+        return losses
 
-    def _expected(self, gives: str) -> str:
-        return (
-            f"method.further_losses: '{self.loss.path}' {gives}, expected a dict of losses by name, each a tensor of "
-            "shape [], of floating-point numbers on the model's device"
-        )
+
+def _check_losses(loss: CustomLoss, losses: object, device: torch.device) -> None:
+    """Check that a term returned floating-point scalars by name."""
+    if not isinstance(losses, dict):
+        raise _wrong_result(loss, type(losses).__name__)
+    for name, value in losses.items():
+        if not isinstance(name, str) or not LOSS_NAME.fullmatch(name) or name in RESERVED_NAMES:
+            raise InputError(
+                f"{FIELD}: '{loss.path}' returns a loss named {name!r}, expected a name of letters, digits and any of "
+                f"_.:-/ that is none of {', '.join(RESERVED_NAMES)}",
+                code=ErrorCode.CUSTOM_CODE,
+                field=FIELD,
+            )
+        if not isinstance(value, torch.Tensor):
+            raise _wrong_result(loss, f"{type(value).__name__} as '{name}'")
+        if value.ndim:
+            raise _wrong_result(loss, f"a tensor of shape {list(value.shape)} as '{name}'")
+        if not value.is_floating_point() or value.device != device:
+            raise _wrong_result(loss, f"{value.dtype} on {value.device} as '{name}'")
+
+
+def _wrong_result(loss: CustomLoss, result: str) -> InputError:
+    return InputError(
+        f"{FIELD}: '{loss.path}' returns {result}, expected a dict of losses by name, each a floating-point tensor of "
+        "shape [] on the model's device",
+        code=ErrorCode.CUSTOM_CODE,
+        field=FIELD,
+    )
 
 
 @contextmanager
-def _failure_told(loss: CustomLoss) -> Iterator[None]:
+def _errors_located(loss: CustomLoss) -> Iterator[None]:
+    """Turn any error of custom code into an `InputError` with the file and line that raised it."""
     try:
         yield
     except (InputError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         if isinstance(error, RuntimeError) and world_size() > 1:
-            raise  # a worker that died makes the others' collectives fail, and the group starts again
-        place = traceback.extract_tb(error.__traceback__)[-1]
+            raise  # it may come from a collective because another worker died: then the worker group restarts
+        frame = traceback.extract_tb(error.__traceback__)[-1]
         raise InputError(
-            f"method.further_losses: '{loss.path}' fails in {Path(place.filename).name}, line {place.lineno} "
-            f"({type(error).__name__}: {' '.join(str(error).split())}), expected a part of the loss"
+            f"{FIELD}: '{loss.path}' fails in {Path(frame.filename).name}, line {frame.lineno} "
+            f"({type(error).__name__}: {' '.join(str(error).split())}), expected a loss term",
+            code=ErrorCode.CUSTOM_CODE,
+            field=FIELD,
         ) from error

@@ -1,4 +1,4 @@
-"""What is distilled on: the texts, and the teacher's embeddings of them, computed once and stored by content."""
+"""The texts that a stage distils on, and the teacher's features of them, computed once and cached on disk."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -10,20 +10,20 @@ import torch
 from torch import nn
 
 from schemas.algorithm import FEATURES_VERSION
-from schemas.errors import InputError
+from schemas.errors import ErrorCode, InputError
 from schemas.method import Distill
 from zscl.data.reference_set import ReferenceSet
 from zscl.data.task import TaskFolder
 from zscl.models.clip import Clip, at_least_float32
 from zscl.models.load_checks import check_finite
 from zscl.runtime.atomic_io import atomic_file
-from zscl.runtime.distributed import all_reduce_ints, broadcast_tensor, gather, rank, rank_slice
+from zscl.runtime.distributed import all_reduce_sum, broadcast_tensor, gather, rank, rank_slice
 from zscl.runtime.hashing import sha256_of
 from zscl.runtime.retry import retry_io
 from zscl.runtime.seeding import derive_seed
 
-TEXTS_AT_ONCE = 512
-READ_SECONDS = 20.0  # to wait for a file that storage does not give: a run goes on without it
+TEXT_BATCH_SIZE = 512
+READ_TIMEOUT_SECONDS = 20.0  # of retries for a cache file; a run continues without it
 
 
 def distillation_tokens(
@@ -34,48 +34,70 @@ def distillation_tokens(
     reference: ReferenceSet | None,
     seed: int,
 ) -> torch.Tensor:
-    """Token ids of the texts that a stage distils on. [N, L]
+    """Tokenize the texts that a stage distils on.
 
     Args:
-        distill: which texts.
-        clip: the tokenizer.
-        task: of the stage.
-        tasks: all tasks of the sequence.
-        reference: for its texts.
-        seed: of random sentences.
+        distill: The recipe's `method.distill`, which selects the texts.
+        clip: The model, for its tokenizer.
+        task: The stage's task.
+        tasks: All tasks of the sequence.
+        reference: The reference set; required for the texts `reference`.
+        seed: The experiment's seed, for random sentences.
+
+    Returns:
+        Token ids, [N, L].
 
     Raises:
-        InputError: random sentences do not fit the model's text tower or tokenizer.
+        InputError: Random sentences do not fit the model's text tower or tokenizer.
     """
     match distill.texts:
         case "reference":
             assert reference is not None
             return clip.tokenizer(reference.texts)
         case "class_prompts":
-            wanted = {"current": [task], "others": [each for each in tasks if each != task], "all": tasks}
-            prompts = [each.prompts(each.templates[0]) for each in wanted[distill.prompts_of]]
+            selected = {"current": [task], "others": [other for other in tasks if other != task], "all": tasks}
+            prompts = [
+                selected_task.prompts(selected_task.templates[0]) for selected_task in selected[distill.prompts_of]
+            ]
             return clip.tokenizer(list(itertools.chain.from_iterable(prompts)))
         case "random_tokens":
-            return random_sentences(clip.tokenizer, distill.random_texts, distill.random_length, seed)
+            return draw_random_sentences(clip.tokenizer, distill.random_texts, distill.random_length, seed)
 
 
-def random_sentences(tokenizer: Any, count: int, length: int, seed: int) -> torch.Tensor:
-    """Uniform token ids between a start and an end token (LwF-VR). [count, L], drawn from the seed alone."""
+def draw_random_sentences(tokenizer: Any, count: int, length: int, seed: int) -> torch.Tensor:
+    """Draw sentences of uniform token ids between a start and an end token (LwF-VR).
+
+    Args:
+        tokenizer: CLIP's own tokenizer.
+        count: N, the number of sentences.
+        length: The number of random tokens in a sentence.
+        seed: The experiment's seed, which alone determines the sentences.
+
+    Returns:
+        Token ids, [N, L].
+
+    Raises:
+        InputError: It is another tokenizer, or the sentences are too long for the model.
+    """
     try:
         start, end, context = tokenizer.sot_token_id, tokenizer.eot_token_id, tokenizer.context_length
     except AttributeError as error:
         raise InputError(
-            f"method.distill.texts: random_tokens needs CLIP's own tokenizer, found {type(tokenizer).__name__}"
+            f"method.distill.texts: random_tokens needs CLIP's own tokenizer, found {type(tokenizer).__name__}",
+            code=ErrorCode.UNSUPPORTED,
+            field="method.distill.texts",
         ) from error
     if length + 2 > context:
         raise InputError(
             f"method.distill.random_length: found {length}, expected at most {context - 2}: the model reads {context} "
-            "tokens with start and end"
+            "tokens with start and end",
+            code=ErrorCode.INVALID_VALUE,
+            field="method.distill.random_length",
         )
     generator = torch.Generator().manual_seed(derive_seed(seed, "random texts"))
     sentences = torch.zeros(count, context, dtype=torch.long)
     sentences[:, 0], sentences[:, length + 1] = start, end
-    # CLIP's special tokens are the vocabulary's last: every id below the start token is a plain one.
+    # CLIP's special tokens are the last of the vocabulary: every id below the start token is a word piece.
     sentences[:, 1 : length + 1] = torch.randint(start, (count, length), generator=generator)
     return sentences
 
@@ -83,72 +105,74 @@ def random_sentences(tokenizer: Any, count: int, length: int, seed: int) -> torc
 def embed_texts(
     tokens: torch.Tensor,
     teacher: Callable[[], nn.Module],
-    store: Path,
-    weights: str | None,
+    folder: Path,
+    weights_digest: str | None,
     device: torch.device,
-    note: Callable[[str], None],
+    on_note: Callable[[str], None],
 ) -> torch.Tensor:
-    """Read the teacher's text embeddings from the store; compute and store them when they are not there.
+    """Read the teacher's text features from the cache, or compute and cache them. Collective.
 
-    The file's name is a hash of the teacher's weights and of the very tokens, so neither another teacher nor
-    another tokenizer nor changed texts can meet a stale file. The workers share the computing; only the main
-    worker reads and writes, so the store need not be visible to the others.
+    The name of the cache file is a hash of the teacher's weights and of the token ids, so another teacher, another
+    tokenizer or other texts use another file. All ranks share the computation. Only rank 0 reads and writes, so the
+    other ranks need no access to the folder.
 
     Args:
-        tokens: [N, L].
-        teacher: gives the frozen model, when it is needed.
-        store: folder of the store.
-        weights: digest of the teacher's weights; `None` for a teacher of one stage, whose embeddings are not stored.
-        device: where the teacher lies.
-        note: told when they are computed.
+        tokens: Token ids, [N, L].
+        teacher: Returns the frozen model; called only if features are computed.
+        folder: The folder of the cache.
+        weights_digest: The digest of the teacher's weights; `None` for a teacher that only one stage uses, whose
+            features are not cached.
+        device: The teacher's device.
+        on_note: Called with messages for the user.
 
-    Returns [N, D], normalised, float32 (float64 for a float64 teacher).
+    Returns:
+        L2-normalised features, [N, D], in float32 (float64 for a float64 teacher).
     """
-    if weights is None:
-        return _embedded(teacher(), tokens, device)
-    file = store / f"texts-{sha256_of(str(FEATURES_VERSION), weights, tokens.numpy().tobytes())[:24]}.npy"
-    stored = _stored(file, len(tokens), note) if rank() == 0 else None
-    [found] = all_reduce_ints(stored is not None)  # the main worker's answer, for all
-    if found:
-        return broadcast_tensor(stored.to(device) if stored is not None else None, like=torch.empty(0, device=device))
-    note(f"Teacher embeds {len(tokens)} reference texts, once")
-    embedded = _embedded(teacher(), tokens, device)
+    if weights_digest is None:
+        return _embed_and_gather(teacher(), tokens, device)
+    file = folder / f"texts-{sha256_of(str(FEATURES_VERSION), weights_digest, tokens.numpy().tobytes())[:24]}.npy"
+    cached = _read_cached(file, len(tokens), on_note) if rank() == 0 else None
+    [is_cached] = all_reduce_sum(cached is not None)  # rank 0's answer, for all ranks
+    if is_cached:
+        return broadcast_tensor(cached.to(device) if cached is not None else None, like=torch.empty(0, device=device))
+    on_note(f"Teacher embeds {len(tokens)} reference texts, once")
+    embedded = _embed_and_gather(teacher(), tokens, device)
     if rank() == 0:
         try:
             with atomic_file(file) as temporary, temporary.open("wb") as stream:
                 np.save(stream, embedded.cpu().numpy())
-        except OSError as error:  # a store saves work; a run goes on without it
-            note(f"{store}: teacher embeddings of texts are not stored ({error})")
+        except OSError as error:  # the cache only saves work: the run continues without it
+            on_note(f"{folder}: teacher embeddings of texts are not stored ({error})")
     return embedded
 
 
-def _stored(file: Path, count: int, note: Callable[[str], None]) -> torch.Tensor | None:
-    """What a file of the store holds; `None` where it is none, or is damaged."""
+def _read_cached(file: Path, count: int, on_note: Callable[[str], None]) -> torch.Tensor | None:
+    """Read a cache file; `None` if it does not exist, cannot be read or is damaged."""
     if not file.is_file():
         return None
     try:
-        array = retry_io(lambda: np.load(file, allow_pickle=False), READ_SECONDS, what=file)
+        array = retry_io(lambda: np.load(file, allow_pickle=False), READ_TIMEOUT_SECONDS, description=file)
         if not isinstance(array, np.ndarray) or array.dtype.kind != "f" or array.ndim != 2 or len(array) != count:
             raise ValueError("other numbers than embeddings")
         return torch.from_numpy(array)
     except OSError as error:
-        note(f"{file}: cannot be read ({error}); the embeddings are computed again")
+        on_note(f"{file}: cannot be read ({error}); the embeddings are computed again")
         return None
-    except Exception as error:  # what numpy raises on foreign bytes is no closed list
-        note(f"{file}: found no embeddings of {count} texts ({error}); they are computed again")
+    except Exception as error:  # numpy raises exceptions of many kinds for damaged files
+        on_note(f"{file}: found no embeddings of {count} texts ({error}); they are computed again")
         return None
 
 
-def _embedded(teacher: nn.Module, tokens: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The embeddings of all workers' tokens. [N, D]"""
-    embedded = gather(_encode(teacher, tokens, device), len(tokens))
-    check_finite(embedded, "the teacher gives reference texts")
+def _embed_and_gather(teacher: nn.Module, tokens: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Encode all texts, each rank its slice, and return the features [N, D] of all."""
+    embedded = gather(_encode_rank_texts(teacher, tokens, device), len(tokens))
+    check_finite(embedded, "the teacher's features of reference texts")
     return embedded
 
 
-@torch.no_grad()  # not inference_mode: the losses save these embeddings for their backward pass
-def _encode(teacher: nn.Module, tokens: torch.Tensor, device: torch.device) -> torch.Tensor:
-    own = rank_slice(len(tokens))
-    chunks = tokens[own.start : own.stop].split(TEXTS_AT_ONCE)
+@torch.no_grad()  # not inference_mode: the losses save these features for their backward pass
+def _encode_rank_texts(teacher: nn.Module, tokens: torch.Tensor, device: torch.device) -> torch.Tensor:
+    rank_indices = rank_slice(len(tokens))
+    chunks = tokens[rank_indices.start : rank_indices.stop].split(TEXT_BATCH_SIZE)
     encoded = [teacher.encode_text(chunk.to(device), normalize=True) for chunk in chunks]  # type: ignore[operator]
     return at_least_float32(torch.cat(encoded))

@@ -1,19 +1,20 @@
-"""Exemplars of earlier tasks (iCaRL): herded on image features, kept as the encoded images they were.
+"""Exemplars of earlier tasks (iCaRL): chosen by herding on image features, stored as encoded images.
 
-A stage leaves its exemplars beside its model, best first, as many as it may ever need; how many of them count is
-decided by who reads them. So the memory shrinks without being rewritten, and is whatever the run's folder holds.
+After each stage, its exemplars are written to the run's folder, the best ones first, as many as any later stage may
+read. The reader decides how many of them it uses (`load_exemplars`), so the memory of a task shrinks without being
+rewritten.
 """
 
 import io
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-from schemas.errors import InputError
-from zscl.data.decode import FORMATS, Decoder
+from schemas.errors import ErrorCode, InputError
+from zscl.data.decode import IMAGE_FORMATS, Decoder
 from zscl.data.indexed import IndexedSamples
 from zscl.data.loader import EvaluationImages, Loader
 from zscl.data.sample import Samples
@@ -23,49 +24,65 @@ from zscl.data.task import TaskFolder
 from zscl.models.clip import Clip, at_least_float32, image_size, precision_context
 from zscl.runtime.distributed import gather_ragged, rank, world_size
 
-SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
-SHARD_IMAGES = 1_000
+FILE_SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+IMAGES_PER_SHARD = 1_000
 
 
-def exemplars_per_class(budget: int, tasks: int, classes: int) -> int:
-    """Exemplars of each class of a task when so many tasks share the budget."""
-    return budget // tasks // classes
+def exemplars_per_class(budget: int, task_count: int, class_count: int) -> int:
+    """Return how many exemplars each class of a task gets.
+
+    Args:
+        budget: The number of images in the memory (`method.memory.budget`).
+        task_count: The number of tasks that share the budget evenly.
+        class_count: The number of classes of the task, which share its part evenly.
+
+    Returns:
+        The number of images for each class, rounded down.
+    """
+    return budget // task_count // class_count
 
 
 def check_budget(budget: int, tasks: Sequence[TaskFolder]) -> None:
-    """Refuse a budget that leaves a class without exemplars before the last stage.
+    """Check that every class of every task but the last keeps an exemplar until the last stage.
+
+    Args:
+        budget: The number of images in the memory.
+        tasks: All tasks of the sequence in order.
 
     Raises:
-        InputError: naming the task with the most classes.
+        InputError: The budget is too small for a task. The message names the task and the smallest budget for it.
     """
     remembered = tasks[:-1]
     for task in remembered:
         if exemplars_per_class(budget, len(remembered), len(task.classnames)) == 0:
             raise InputError(
                 f"method.memory.budget: found {budget}, expected at least {len(remembered) * len(task.classnames)}: "
-                f"{len(remembered)} tasks share it and {task.name} has {len(task.classnames)} classes"
+                f"{len(remembered)} tasks share it and {task.name} has {len(task.classnames)} classes",
+                code=ErrorCode.INVALID_VALUE,
+                field="method.memory.budget",
             )
 
 
 def herd(features: torch.Tensor, count: int) -> list[int]:
-    """Choose rows one after another so that the mean of those chosen stays nearest to the mean of all.
+    """Choose rows one by one so that the mean of the chosen rows stays closest to the mean of all rows.
 
-    Rebuffi et al., iCaRL, CVPR 2017, algorithm 4; the first ones are the best.
+    Algorithm 4 of Rebuffi et al., iCaRL: Incremental Classifier and Representation Learning, CVPR 2017.
 
     Args:
-        features: [n, D], normalised, of one class.
-        count: how many to choose; all if there are fewer.
+        features: L2-normalised features of one class, [n, D].
+        count: How many rows to choose; all if there are fewer.
 
-    Returns indices in order of choice.
+    Returns:
+        Row indices in the order of choice. Any prefix of them is the choice for a smaller `count`.
     """
     target = features.mean(dim=0)
-    free = torch.ones(len(features), dtype=torch.bool, device=features.device)
+    is_free = torch.ones(len(features), dtype=torch.bool, device=features.device)
     total, chosen = torch.zeros_like(target), []
     for size in range(1, min(count, len(features)) + 1):
         distance = ((total + features) / size - target).square().sum(dim=1)
-        best = int(distance.where(free, torch.inf).argmin())
+        best = int(distance.where(is_free, torch.inf).argmin())
         chosen.append(best)
-        free[best] = False
+        is_free[best] = False
         total += features[best]
     return chosen
 
@@ -74,74 +91,104 @@ def herd(features: torch.Tensor, count: int) -> list[int]:
 def encode_training_images(
     clip: Clip, task: TaskFolder, loader: Loader, precision: str, batch_size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Encode a task's training images as in evaluation; what cannot be used is left out.
+    """Encode a task's training images with the evaluation transform. Collective.
 
-    Returns features [n, D], labels [n] and places in the set [n], in the set's order.
+    Unusable images are skipped.
+
+    Args:
+        clip: The model and its transform.
+        task: The task.
+        loader: The data loader, with the model's device.
+        precision: `fp32` or `bf16`.
+        batch_size: How many images a rank encodes at once.
+
+    Returns:
+        L2-normalised features [n, D], labels [n] and indices in the data set [n] of the n usable images, sorted by
+        index; the same on all ranks.
     """
     was_training = clip.model.training
     clip.model.eval()
-    decode = Decoder(clip.evaluation_transform, task.label_and_index_of)
-    # A worker may have no image at all: it encodes one, for its shape, and gives no row.
+    decode = Decoder(clip.evaluation_transform, task.get_label_and_index)
+    images = EvaluationImages(task.train, decode, rank(), world_size())
+    # A rank may have no image. The features of one blank image give its empty tensor the right width.
     blank = torch.zeros(1, 3, *image_size(clip.model), device=loader.device)
     features = [at_least_float32(clip.model.encode_image(blank, normalize=True))[:0]]  # type: ignore[operator]
-    found = [torch.empty(0, 2, dtype=torch.long, device=loader.device)]
-    for batch, label_and_place in EvaluationImages(task.train, decode, rank(), world_size()).batches(
-        batch_size, loader
-    ):
+    labels_and_indices = [torch.empty(0, 2, dtype=torch.long, device=loader.device)]
+    for batch, batch_labels_and_indices in images.iter_batches(batch_size, loader):
         with precision_context(precision, loader.device):
             features.append(at_least_float32(clip.model.encode_image(batch, normalize=True)))  # type: ignore[operator]
-        found.append(label_and_place)
-    loader.check_over_workers()
+        labels_and_indices.append(batch_labels_and_indices)
+    loader.check_broken_across_ranks()
     clip.model.train(was_training)
-    everyones, labels_and_places = gather_ragged(torch.cat(features)), gather_ragged(torch.cat(found))
-    labels, places = labels_and_places.unbind(dim=1)
-    order = places.argsort()
-    return everyones[order], labels[order], places[order]
+    all_features = gather_ragged(torch.cat(features))
+    labels, indices = gather_ragged(torch.cat(labels_and_indices)).unbind(dim=1)
+    order = indices.argsort()
+    return all_features[order], labels[order], indices[order]
 
 
 def choose_exemplars(
-    features: torch.Tensor, labels: torch.Tensor, places: torch.Tensor, count: int
+    features: torch.Tensor, labels: torch.Tensor, indices: torch.Tensor, count: int
 ) -> list[tuple[int, int]]:
-    """Herd every class. Returns (place, label) of the chosen, the best of each class first."""
+    """Choose exemplars of every class by herding.
+
+    Args:
+        features: L2-normalised features of a task's training images, [n, D].
+        labels: Their labels, [n].
+        indices: Their indices in the data set, [n].
+        count: How many images of each class to choose.
+
+    Returns:
+        (index, label) of each chosen image: first the best image of every class, then the second best, and so on.
+    """
     ranked = []
     for label in labels.unique().tolist():
-        own = places[labels == label].tolist()
-        for order, index in enumerate(herd(features[labels == label], count)):
-            ranked.append((order, label, own[index]))
-    return [(place, label) for _, label, place in sorted(ranked)]
+        class_indices = indices[labels == label].tolist()
+        for order, row in enumerate(herd(features[labels == label], count)):
+            ranked.append((order, label, class_indices[row]))
+    return [(index, label) for _, label, index in sorted(ranked)]
 
 
 def write_exemplars(folder: Path, samples: Samples, chosen: Sequence[tuple[int, int]]) -> None:
-    """Write the chosen (place, label) as shards, in their order, with the encoded images as they were."""
-    wanted = {place for place, _ in chosen}
-    images = {sample.index: sample.image for sample in samples.iter_shard(0, 1) if sample.index in wanted}
-    kept = ({_suffix(images[place]): images[place], "cls": str(label).encode()} for place, label in chosen)
-    write_shards(folder, kept, SHARD_IMAGES)
+    """Write exemplars as WebDataset shards.
+
+    Args:
+        folder: The folder of the shards.
+        samples: The data set that they were chosen from.
+        chosen: (index, label) of each exemplar, in the order in which they are written. The encoded images are copied
+            unchanged.
+    """
+    chosen_indices = {index for index, _ in chosen}
+    images = {sample.index: sample.image for sample in samples.iter_shard(0, 1) if sample.index in chosen_indices}
+    exemplars = ({_file_suffix(images[index]): images[index], "cls": str(label).encode()} for index, label in chosen)
+    write_shards(folder, exemplars, IMAGES_PER_SHARD)
 
 
-def _suffix(encoded: bytes) -> str:
-    with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
-        return SUFFIXES.get(image.format or "", "png")
+def _file_suffix(encoded: bytes) -> str:
+    with Image.open(io.BytesIO(encoded), formats=IMAGE_FORMATS) as image:
+        return FILE_SUFFIXES.get(image.format or "", "png")
 
 
 def load_exemplars(folders: Sequence[Path], budget: int) -> IndexedSamples | None:
-    """The exemplars of the earlier stages that the budget allows; `None` before there are any.
+    """Load the exemplars of earlier stages within the budget.
 
     Args:
-        folders: each earlier stage's exemplars, as `write` left them.
-        budget: images in all.
+        folders: The exemplars of each earlier stage, as written by `write_exemplars`.
+        budget: The number of images in the memory. The stages share it evenly, and so do the classes of each stage.
+
+    Returns:
+        The exemplars; `None` if there is no earlier stage.
     """
     if not folders:
         return None
     samples = open_samples([str(folder) for folder in folders])
     assert isinstance(samples, IndexedSamples)
     by_class: dict[tuple[str, bytes | None], list[int]] = defaultdict(list)
-    for place, sample in enumerate(samples.labels()):
-        by_class[str(Path(sample.shard).parent), sample.label].append(place)
-    classes = {folder: len({label for found, label in by_class if found == folder}) for folder, _ in by_class}
+    for index, sample in enumerate(samples.iter_labels()):
+        by_class[str(Path(sample.shard).parent), sample.label].append(index)
+    class_counts = Counter(folder for folder, _ in by_class)
     allowed = [
-        place
-        for (folder, _), places in by_class.items()
-        for place in places[: exemplars_per_class(budget, len(folders), classes[folder])]
+        index
+        for (folder, _), indices in by_class.items()
+        for index in indices[: exemplars_per_class(budget, len(folders), class_counts[folder])]
     ]
     return samples.subset(sorted(allowed))

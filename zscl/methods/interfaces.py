@@ -1,4 +1,40 @@
-"""What a training step and the terms of a loss exchange."""
+"""Interfaces of loss terms: `Batch`, `Features`, `Teacher`, `StageContext` and the `LossTerm` protocol.
+
+A loss term is built once per stage from a `StageContext` and called at every training step with the `Features` of the
+global batch and this rank's `Batch`. The training step adds the returned losses and knows nothing of the method.
+
+Symbols in tensor shapes:
+
+- B, B': task images and reference images in a global batch, summed over all ranks;
+- b, b': this rank's slice of them. A rank holds a contiguous slice (`zscl.runtime.distributed.rank_slice`), and the
+  slices of all ranks in order are the global batch;
+- C: class prompts; N: texts that are distilled on; D: width of the embedding.
+
+A custom loss (recipe field `method.further_losses`) imports these names from `zscl.extend`. Minimal example, with the
+settings `{weight: 0.5}` in the recipe:
+
+    from dataclasses import dataclass
+
+    from zscl.extend import Batch, Features, StageContext, gather
+
+    @dataclass(frozen=True)
+    class FeatureDistance:
+        context: StageContext
+        weight: float = 1.0
+
+        def __call__(self, features: Features, batch: Batch) -> dict[str, torch.Tensor]:
+            teacher = self.context.teacher
+            if teacher is None:  # this stage has nothing to distil on
+                return {}
+            rank_features = teacher.image_features(batch.references, batch.identities)  # [b', D]
+            target = gather(rank_features, self.context.reference_batch_size)  # [B', D]
+            return {"feature_distance_l2": self.weight * (features.references - target).square().mean()}
+
+Every rank must return the same value, computed from the global batch, so that results do not depend on the number of
+ranks. Tensors of a `Batch` or of the teacher hold this rank's slice only and need `gather`, which is collective: all
+ranks must call it at the same steps. Gradients reach the student through `Features` and `StageContext.trained`; a term
+must not run the student itself.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,10 +47,19 @@ from zscl.data.sample import Samples
 
 @dataclass(frozen=True)
 class Batch:
-    """This worker's share of a global batch.
+    """This rank's slice of a global batch.
 
-    images [b, 3, H, W], labels [b]; references [b', 3, H, W] and, on the CPU, who they are (see
-    `samples.Sample.identity`) [b', 2], or `None`.
+    Images are transformed and on the model's device. Task images use the training transform, reference images the
+    evaluation transform.
+
+    Attributes:
+        images: Task images, [b, 3, H, W].
+        labels: Class indices of the task images, int64, [b]. They index the first rows of `Features.prompts`.
+        references: Reference images (the images that are distilled on), [b', 3, H, W]; `None` if the stage has no
+            teacher.
+        identities: Index in the data set and content hash of each reference image, int64, [b', 2], on the CPU (see
+            `zscl.data.sample.Sample.identity`). They are the keys of cached teacher features. `None` if the stage has
+            no teacher.
     """
 
     images: torch.Tensor
@@ -25,9 +70,18 @@ class Batch:
 
 @dataclass(frozen=True)
 class Features:
-    """The student's normalised features of the global batch.
+    """The student's features of the global batch: all ranks hold the same values.
 
-    images [B, D], prompts [C, D], references [B', D] or `None`; scale = exp(logit_scale).
+    All features are L2-normalised and at least float32, also with bf16 autocast. Rows have the order of the global
+    batch. The gradient of a loss with respect to them is propagated to the student.
+
+    Attributes:
+        images: Features of the task images, [B, D].
+        prompts: Features of the class prompts, [C, D]: one row for each class of the current task in the order of its
+            labels, in its first template. If the recipe adds classes of earlier tasks or negative texts to the
+            softmax, their rows follow.
+        references: Features of the reference images, [B', D]; `None` if the stage has no teacher.
+        scale: s = exp(logit_scale), a scalar, which is not trained.
     """
 
     images: torch.Tensor
@@ -37,18 +91,32 @@ class Features:
 
 
 class LossTerm(Protocol):
-    """One term, or a few, of a method's loss."""
+    """A term of the training objective. Any callable with this signature is one."""
 
     def __call__(self, features: Features, batch: Batch) -> dict[str, torch.Tensor]:
-        """Return the part's losses by name, each a weighted scalar."""
+        """Compute the term for one training step.
+
+        Args:
+            features: The student's features of the global batch.
+            batch: This rank's slice of the batch.
+
+        Returns:
+            Weighted losses by name, each a floating-point scalar on the model's device. The step minimises their sum
+            with the other terms, and each one is logged under its name. Names must be unique within the method. An
+            empty dict means that the term does not apply at this step.
+        """
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """What a stage distils from: the teacher, seen through its embeddings.
+    """The frozen model that a stage distils from, through its features.
 
-    images: the images distilled on; texts [N, D]: the teacher's embeddings of all texts distilled on, normalised;
-    image_features: from images [b', 3, H, W] and their identities [b', 2] to the teacher's features [b', D].
+    Attributes:
+        images: The data set of reference images. The training loop draws `Batch.references` from it.
+        texts: The teacher's L2-normalised features of all texts that are distilled on, [N, D], on the model's device.
+            Computed once; equal on all ranks.
+        image_features: Returns the teacher's L2-normalised features, [b', D], of `Batch.references` [b', 3, H, W] and
+            `Batch.identities` [b', 2]. It runs without gradients. Features are read from a cache where possible.
     """
 
     images: Samples
@@ -58,10 +126,19 @@ class Teacher:
 
 @dataclass(frozen=True)
 class StageContext:
-    """What a part may want to know of the stage that it is bound to.
+    """What a loss term may use of the stage that it is built for. All values are constant for the stage.
 
-    batch_size, reference_batch_size: B and B', over all workers; trained: the student's trained parameters; start: what
-    they are at the stage's start, for a method that looks back at it; teacher: for a stage that distils.
+    Attributes:
+        batch_size: B, the number of task images in a global batch: the second argument of `gather` for tensors with a
+            row for each of `Batch.images`.
+        reference_batch_size: B', the number of reference images in a global batch: the second argument of `gather`
+            for tensors with a row for each of `Batch.references`.
+        trained: The student's trained parameters θ. They change in place at every step. If only used token embeddings
+            are trained, the token embedding has a row for each used token.
+        start: Copies of the same tensors at the start of the stage, θ₀, in the order of `trained`. Empty if no part
+            of the method reads them; available to custom losses.
+        teacher: The teacher; `None` if the method does not distil, or if the stage has no images to distil on (for
+            example exemplars in the first stage).
     """
 
     batch_size: int

@@ -1,4 +1,8 @@
-"""The losses of the method: pure functions of the global batch's features, all L2-normalised."""
+"""The losses of the method as pure functions of the global batch's L2-normalised features.
+
+Equation numbers are those of Zheng et al., Preventing Zero-Shot Transfer Degradation in Continual Learning of
+Vision-Language Models, ICCV 2023.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,27 +18,34 @@ def classification(
     scale: torch.Tensor,
     label_smoothing: float,
 ) -> torch.Tensor:
-    """Cross-entropy over the current task's class prompts.
+    """Compute the cross-entropy of s · images · promptsᵀ against the labels.
 
     Args:
-        images: [B, D].
-        prompts: [C, D], one a class.
-        labels: [B], in 0 … C − 1.
-        scale: exp(logit_scale), a scalar.
-        label_smoothing: share of the target spread over all classes.
+        images: Features of task images, [B, D].
+        prompts: Features of class prompts, [C, D], one row for each class.
+        labels: Class indices in 0 … C − 1, [B].
+        scale: s = exp(logit_scale), a scalar.
+        label_smoothing: The share of the target probability that is spread over all classes.
+
+    Returns:
+        The mean over the images, a scalar.
     """
     return F.cross_entropy(scale * images @ prompts.T, labels, label_smoothing=label_smoothing)
 
 
 def distillation(student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Cross-entropy of the student's soft prediction against the teacher's, times T² (paper, eq. 3).
+    """Compute T² · CE(softmax(teacher / T), softmax(student / T)) (eq. 3).
 
-    A cross-entropy and not a KL divergence: the teacher's entropy stays in as a constant.
+    This is a cross-entropy and not a KL divergence: it includes the teacher's entropy, which is a constant. Image
+    distillation passes logits [B', N] of images against texts, text distillation their transpose [N, B'].
 
     Args:
-        student_logits: [rows, choices]; the softmax runs over the choices, the mean over the rows.
+        student_logits: [rows, choices]. The softmax runs over the choices.
         teacher_logits: [rows, choices].
         temperature: T.
+
+    Returns:
+        The mean over the rows, a scalar.
     """
     target = (teacher_logits / temperature).softmax(dim=1)
     return F.cross_entropy(student_logits / temperature, target) * temperature**2
@@ -43,31 +54,41 @@ def distillation(student_logits: torch.Tensor, teacher_logits: torch.Tensor, tem
 def similarity_distillation(
     student: torch.Tensor, teacher: torch.Tensor, scale: torch.Tensor, temperature: float
 ) -> torch.Tensor:
-    """`distillation` of the images' similarities to each other, instead of those to texts; not of those to themselves.
+    """Compute `distillation` of each image's similarities to all other images.
+
+    The logits are s · features · featuresᵀ without the diagonal.
 
     Args:
-        student: [B', D], normalised, B' at least 2.
-        teacher: [B', D], normalised.
-        scale: exp(logit_scale).
+        student: The student's image features, [B', D], with B' ≥ 2.
+        teacher: The teacher's image features, [B', D].
+        scale: s = exp(logit_scale), a scalar.
         temperature: T.
+
+    Returns:
+        The mean over the images, a scalar.
     """
-    ours, theirs = (scale * _without_diagonal(features @ features.T) for features in (student, teacher))
-    return distillation(ours, theirs, temperature)
+    student_logits, teacher_logits = (
+        scale * _without_diagonal(features @ features.T) for features in (student, teacher)
+    )
+    return distillation(student_logits, teacher_logits, temperature)
 
 
 def _without_diagonal(square: torch.Tensor) -> torch.Tensor:
-    """[n, n] → [n, n − 1]"""
+    """Remove the diagonal: [n, n] → [n, n − 1]."""
     size = len(square)
     return square.flatten()[:-1].view(size - 1, size + 1)[:, 1:].reshape(size, size - 1)
 
 
 def feature_distance(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Mean squared error over all entries of the normalised features, both [B', D]."""
+    """Return the mean squared error over all entries of two feature matrices [B', D]."""
     return F.mse_loss(student, teacher)
 
 
 class _SquaredDistance(torch.autograd.Function):
-    """Σ ‖θ − θ₀‖² and its gradient 2(θ − θ₀), all tensors at once; the differences are not kept in between."""
+    """Σ‖θ − θ₀‖² and its gradient 2(θ − θ₀) with multi-tensor operations.
+
+    The backward pass recomputes the differences, so that they take no memory in between.
+    """
 
     @staticmethod
     def forward(context: Any, anchors: Sequence[torch.Tensor], *parameters: torch.Tensor) -> torch.Tensor:
@@ -85,14 +106,17 @@ class _SquaredDistance(torch.autograd.Function):
 def squared_distance(
     parameters: Sequence[torch.Tensor], anchors: Sequence[torch.Tensor], multi_tensor: bool = True
 ) -> torch.Tensor:
-    """Σ ‖θ − θ₀‖² over all parameters, without ½ (paper, eq. 6).
+    """Compute Σ‖θ − θ₀‖² over all parameters, without the factor ½ (eq. 6).
 
     Args:
         parameters: θ.
-        anchors: θ₀, of the same shapes.
-        multi_tensor: all parameters at once, or one after another.
+        anchors: θ₀, tensors of the same shapes.
+        multi_tensor: Process all tensors with multi-tensor operations instead of one after another.
+
+    Returns:
+        The sum, a scalar.
     """
     if multi_tensor:
         return _SquaredDistance.apply(anchors, *parameters)  # type: ignore[no-any-return]
-    distances = [(own - anchor).square().sum() for own, anchor in zip(parameters, anchors, strict=True)]
+    distances = [(parameter - anchor).square().sum() for parameter, anchor in zip(parameters, anchors, strict=True)]
     return torch.stack(distances).sum()

@@ -1,13 +1,14 @@
-"""The teacher's features of images, stored by content: computed once, shared by stages, runs and workers.
+"""On-disk cache of the teacher's image features, shared by stages, runs and ranks.
 
-A store is a folder of two memory-mapped files, filled as images are met or ahead of training:
+A cache is a folder with two memory-mapped files, filled during training or before it:
 
-    features.npy  [N, D]  a row an image, in the order of the set
-    checks.npy    [N, 2]  of each row: a hash of the encoded image it belongs to (0: none yet), and a checksum
+    features.npy  [N, D]  the features of each image, in the order of the data set
+    checks.npy    [N, 2]  for each row: the content hash of its image (0 if the row is empty), and a checksum
 
-A row counts only if both agree with what is asked for and what is read, so neither a changed image nor a row that was
-being written when a machine died is ever used. The folder's name is a hash of the version of the computation (see
-`schemas.algorithm`), of the teacher's weights and transform, of the precision, and of the set's layout.
+A row is used only if both numbers match the requested image and the features that were read. A changed image or a row
+that was only half written when a machine failed is therefore never used. The folder's name is a hash of everything
+else that the features depend on: the version of the computation (`schemas.algorithm`), the teacher's weights and
+transform, the precision, and the layout of the data set.
 """
 
 import errno
@@ -38,20 +39,28 @@ from zscl.data.sample import Sample
 from zscl.models.clip import Clip, at_least_float32, precision_context
 from zscl.models.load_checks import check_finite
 from zscl.runtime.atomic_io import quarantine
-from zscl.runtime.distributed import all_reduce_ints, barrier, rank, rank_slice, world_size
+from zscl.runtime.distributed import all_reduce_sum, barrier, rank, rank_slice, world_size
 from zscl.runtime.hashing import sha256_of
 from zscl.runtime.retry import retry_io
 
 FEATURES, CHECKS = "features.npy", "checks.npy"
-OPEN_SECONDS = 20.0  # to wait for a store that storage does not give: a run goes on without it
-NEARLY_ALL = 0.9  # of a set: a run that meets so much of it may as well compute all of it ahead
-Encode = Callable[[torch.Tensor], torch.Tensor]
+OPEN_TIMEOUT_SECONDS = 20.0  # of retries for opening a cache; a run continues without it
+PRECOMPUTE_COVERAGE = 0.9  # a run that reads at least this share of a data set computes all features before training
+EncodeImages = Callable[[torch.Tensor], torch.Tensor]
 
 
-def build_encoder(teacher: Callable[[], nn.Module], precision: str) -> Encode:
-    """Encode images with a teacher that is loaded when it is first needed. [b, 3, H, W] → [b, D], normalised
+def build_encoder(teacher: Callable[[], nn.Module], precision: str) -> EncodeImages:
+    """Build a function that encodes images with a teacher.
 
-    Nothing here waits for the device. Whether features are finite is checked before they are stored, or by the loss.
+    The function does not synchronise with the device. Features are checked for NaN and Inf before they are cached, or
+    through the loss.
+
+    Args:
+        teacher: Returns the frozen model; called with the first images, so that the model may be loaded lazily.
+        precision: `fp32` or `bf16`.
+
+    Returns:
+        A function from images [b, 3, H, W] to L2-normalised features [b, D].
     """
 
     @torch.no_grad()
@@ -62,62 +71,81 @@ def build_encoder(teacher: Callable[[], nn.Module], precision: str) -> Encode:
     return encode
 
 
-class FeatureStore:
-    """Features of N images by their places in the set."""
+class FeatureCache:
+    """The features of N images by their indices in the data set.
+
+    Attributes:
+        folder: The folder of the cache.
+    """
 
     def __init__(self, folder: Path, count: int, width: int, dtype: torch.dtype) -> None:
-        """Open a store, or make an empty one (sparse: it takes up what is filled).
+        """Open a cache. If there is none, create an empty one, whose files are sparse.
 
         Args:
-            folder: of the store.
+            folder: The folder of the cache.
             count: N.
             width: D.
-            dtype: of the features.
+            dtype: The type of the features.
+
+        Raises:
+            ValueError: The files have other shapes.
         """
         self.folder = folder
         if not folder.is_dir():
-            _make(folder, count, width, np.dtype(str(dtype).removeprefix("torch.")))
+            _create(folder, count, width, np.dtype(str(dtype).removeprefix("torch.")))
         self._features, self._checks = (open_memmap(folder / name, mode="r") for name in (FEATURES, CHECKS))
         if self._features.shape != (count, width) or self._checks.shape != (count, 2):
             raise ValueError(f"found features of shape {self._features.shape}, expected {(count, width)}")
 
     def read(self, identities: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Look images up by their places and hashes. [b, 2] → features [b, D], and which of them are known [b]."""
-        places, hashes = identities.numpy().T
-        features, checks = self._features[places], self._checks[places]
+        """Read the features of images.
+
+        Args:
+            identities: Index and content hash of each image, [b, 2].
+
+        Returns:
+            Features [b, D], and whether each row is valid [b]. Invalid rows have arbitrary content.
+        """
+        indices, hashes = identities.numpy().T
+        features, checks = self._features[indices], self._checks[indices]
         sums = np.array([_checksum(row, image) for row, image in zip(features, hashes, strict=True)], dtype=np.uint64)
-        known = (checks[:, 0] == hashes.astype(np.uint64)) & (checks[:, 1] == sums)
-        return torch.from_numpy(features), torch.from_numpy(known)
+        is_valid = (checks[:, 0] == hashes.astype(np.uint64)) & (checks[:, 1] == sums)
+        return torch.from_numpy(features), torch.from_numpy(is_valid)
 
     def write(self, identities: torch.Tensor, features: torch.Tensor) -> None:
-        """Store images' features.
+        """Write the features of images.
+
+        Args:
+            identities: Index and content hash of each image, [b, 2].
+            features: [b, D].
 
         Raises:
-            OSError: the disk is full or gone. (A write through the memory map would end the process instead.)
+            OSError: The disk is full or not available. (A write through the memory map would end the process.)
         """
         for name, array, rows in (
             (FEATURES, self._features, features.numpy()),
-            (CHECKS, self._checks, _checks(identities.numpy(), features.numpy())),
+            (CHECKS, self._checks, _compute_checks(identities.numpy(), features.numpy())),
         ):
             descriptor = os.open(self.folder / name, os.O_WRONLY)
             try:
-                for place, row in zip(identities[:, 0].tolist(), rows, strict=True):
-                    os.pwrite(descriptor, row.tobytes(), array.offset + place * array.strides[0])
+                for index, row in zip(identities[:, 0].tolist(), rows, strict=True):
+                    os.pwrite(descriptor, row.tobytes(), array.offset + index * array.strides[0])
             finally:
                 os.close(descriptor)
 
-    def missing(self) -> list[int]:
-        """Which places have no features yet."""
-        found: list[int] = np.flatnonzero(self._checks[:, 0] == 0).tolist()
-        return found
+    def missing_indices(self) -> list[int]:
+        """Return the indices of the images without features."""
+        indices: list[int] = np.flatnonzero(self._checks[:, 0] == 0).tolist()
+        return indices
 
     @property
     def megabytes(self) -> float:
-        """What the store takes up on disk."""
+        """The disk space that the cache uses."""
         return sum(file.stat().st_blocks * 512 for file in self.folder.iterdir()) / 1e6
 
 
-def _make(folder: Path, count: int, width: int, dtype: np.dtype[np.generic]) -> None:
+def _create(folder: Path, count: int, width: int, dtype: np.dtype[np.generic]) -> None:
+    """Create an empty cache atomically."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
     try:
@@ -125,14 +153,14 @@ def _make(folder: Path, count: int, width: int, dtype: np.dtype[np.generic]) -> 
         open_memmap(temporary / FEATURES, mode="w+", dtype=dtype, shape=(count, width)).flush()
         open_memmap(temporary / CHECKS, mode="w+", dtype=np.uint64, shape=(count, 2)).flush()
         temporary.rename(folder)
-    except OSError:  # another run was quicker: its store is as good
+    except OSError:  # if another run created the folder in the meantime, its cache is used
         if not folder.is_dir():
             raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _checks(identities: np.ndarray, features: np.ndarray) -> np.ndarray:
+def _compute_checks(identities: np.ndarray, features: np.ndarray) -> np.ndarray:
     sums = [_checksum(row, image) for row, image in zip(features, identities[:, 1], strict=True)]
     return np.stack([identities[:, 1].astype(np.uint64), np.array(sums, dtype=np.uint64)], axis=1)
 
@@ -141,71 +169,74 @@ def _checksum(row: np.ndarray, image: np.integer) -> int:
     return zlib.crc32(row.tobytes(), int(image) & 0xFFFFFFFF)
 
 
-def open_feature_store(
-    root: Path,
+def open_feature_cache(
+    parent: Path,
     clip: Clip,
-    weights: str,
+    weights_digest: str,
     precision: str,
     images: IndexedSamples,
     width: int,
-    note: Callable[[str], None],
-) -> FeatureStore | None:
-    """Open the store of a teacher's features of a set, or make it where there is none.
+    on_note: Callable[[str], None],
+) -> FeatureCache | None:
+    """Open or create the cache of a teacher's features of a data set. Collective.
 
-    Where nodes share no folder, each has a store, of what its own workers meet.
+    Ranks on nodes without a shared folder have a cache on each node.
 
     Args:
-        root: where stores lie, visible to all workers of a node.
-        clip: the teacher's transform, and the dtype of its weights.
-        weights: digest of the teacher's weights.
-        precision: that the teacher runs in.
-        images: the set.
+        parent: The folder that contains the caches, shared by all ranks of a node.
+        clip: The teacher's transform, and the type of its weights.
+        weights_digest: The digest of the teacher's weights.
+        precision: The teacher's precision, `fp32` or `bf16`.
+        images: The data set.
         width: D.
-        note: told why there is no store, where it can neither be opened nor made.
+        on_note: Called with the reason if the cache can neither be opened nor created.
 
-    Returns `None` on every worker in that case: a store saves work, and a run goes on without it.
+    Returns:
+        The cache; `None` on every rank if a rank has none. The cache only saves work: the run continues without it.
     """
-    transform = re.sub(r" at 0x[0-9a-f]+", "", str(clip.evaluation_transform))  # a function shows its address
+    transform = re.sub(r" at 0x[0-9a-f]+", "", str(clip.evaluation_transform))  # remove the addresses of functions
     dtype = torch.promote_types(next(clip.model.parameters()).dtype, torch.float32)
-    made_by = str(FEATURES_VERSION), weights, transform, precision, str(dtype), images.digest
-    folder = root / f"images-{sha256_of(*made_by)[:24]}"
-    opened = _open_or_replace(folder, len(images), width, dtype, note) if rank() == 0 else None
-    barrier()  # who shares the main worker's folder finds its store there
-    opened = opened or _open_or_replace(folder, len(images), width, dtype, note)
-    [usable] = all_reduce_ints(opened is not None)
-    return opened if usable == world_size() else None
+    key = str(FEATURES_VERSION), weights_digest, transform, precision, str(dtype), images.digest
+    folder = parent / f"images-{sha256_of(*key)[:24]}"
+    cache = _open_or_replace(folder, len(images), width, dtype, on_note) if rank() == 0 else None
+    barrier()  # ranks that share rank 0's folder open its cache
+    cache = cache or _open_or_replace(folder, len(images), width, dtype, on_note)
+    [usable_count] = all_reduce_sum(cache is not None)
+    return cache if usable_count == world_size() else None
 
 
 def _open_or_replace(
-    folder: Path, count: int, width: int, dtype: torch.dtype, note: Callable[[str], None]
-) -> FeatureStore | None:
-    """Open a store. One that is damaged is set aside, and an empty one takes its place; nothing is ever removed.
-
-    Only the content of its files, or that one of them is missing, tells that a store is damaged. Where storage does
-    not give them, the store stays as it is and is not used.
-    """
-    opening = partial(FeatureStore, folder, count, width, dtype)
+    folder: Path, count: int, width: int, dtype: torch.dtype, on_note: Callable[[str], None]
+) -> FeatureCache | None:
+    """Open a cache. A damaged one is renamed and replaced by an empty one; nothing is deleted."""
+    # A cache is damaged only if its files were read and have the wrong content, or if one of them is missing. If the
+    # storage fails, the cache stays as it is and is not used.
+    opening = partial(FeatureCache, folder, count, width, dtype)
     try:
         with suppress(_DamagedError):
-            return retry_io(partial(_opened, opening, folder), OPEN_SECONDS, what=folder)
-        with FileLock(folder.with_name(f".{folder.name}.lock")):  # another worker may be replacing it
+            return retry_io(partial(_open, opening, folder), OPEN_TIMEOUT_SECONDS, description=folder)
+        with FileLock(folder.with_name(f".{folder.name}.lock")):  # another rank may be replacing it
             try:
-                return retry_io(partial(_opened, opening, folder), OPEN_SECONDS, what=folder)
+                return retry_io(partial(_open, opening, folder), OPEN_TIMEOUT_SECONDS, description=folder)
             except _DamagedError as error:
-                aside = quarantine(folder)
-                if aside is not None:
-                    note(f"{folder}: found no readable features ({error}); it lies at {aside.name}, and is made again")
+                moved = quarantine(folder)
+                if moved is not None:
+                    on_note(
+                        f"{folder}: found no readable features ({error}); the folder is renamed to {moved.name}, and "
+                        "a new one is created"
+                    )
             return opening()
     except OSError as error:
-        note(f"{folder}: teacher features are not stored ({error})")
+        on_note(f"{folder}: teacher features are not stored ({error})")
         return None
 
 
 class _DamagedError(Exception):
-    """The files of a store were read, and are no store."""
+    """The files of a cache were read and have the wrong content, or one of them is missing."""
 
 
-def _opened(opening: Callable[[], FeatureStore], folder: Path) -> FeatureStore:
+def _open(opening: Callable[[], FeatureCache], folder: Path) -> FeatureCache:
+    """Open a cache; a `_DamagedError` distinguishes damaged files from failing storage."""
     try:
         return opening()
     except OSError as error:
@@ -213,29 +244,43 @@ def _opened(opening: Callable[[], FeatureStore], folder: Path) -> FeatureStore:
         if error.errno == errno.ENOENT and folder.is_dir() and missing:
             raise _DamagedError(f"{missing[0]} is missing") from error
         raise
-    except (ValueError, EOFError, UnpicklingError) as error:  # what numpy makes of a file that is no array
+    except (ValueError, EOFError, UnpicklingError) as error:  # numpy's errors for a file that is not an array
         raise _DamagedError(" ".join(str(error).split())) from error
 
 
 @dataclass
-class StoredFeatures:
-    """Features from a store; what it does not know is computed and stored."""
+class CachedFeatures:
+    """Reads features from a cache; missing ones are computed and written to it.
 
-    store: FeatureStore
-    encode: Encode
-    note: Callable[[str], None]
-    _full: bool = field(default=False, init=False)
+    Attributes:
+        cache: The cache.
+        encode: The function that computes features (see `build_encoder`).
+        on_note: Called with the reason when the cache can no longer be written.
+    """
+
+    cache: FeatureCache
+    encode: EncodeImages
+    on_note: Callable[[str], None]
+    _is_read_only: bool = field(default=False, init=False)
 
     def __call__(self, images: torch.Tensor, identities: torch.Tensor) -> torch.Tensor:
-        """Features of images [b, 3, H, W] with identities [b, 2] on the CPU. Returns [b, D] on the images' device."""
-        features, known = self.store.read(identities)
+        """Return the features of images.
+
+        Args:
+            images: [b, 3, H, W].
+            identities: Index and content hash of each image, [b, 2], on the CPU.
+
+        Returns:
+            L2-normalised features, [b, D], on the images' device.
+        """
+        features, is_valid = self.cache.read(identities)
         if images.device.type == "cuda":
             features = features.pin_memory().to(images.device, non_blocking=True)
-        if not bool(known.all()):
-            unknown = ~known
-            computed = self.encode(images[unknown.to(images.device)])
-            features[unknown.to(images.device)] = computed
-            self._keep(identities[unknown], computed)
+        if not bool(is_valid.all()):
+            is_missing = ~is_valid
+            computed = self.encode(images[is_missing.to(images.device)])
+            features[is_missing.to(images.device)] = computed
+            self._write(identities[is_missing], computed)
         return features
 
     def fill(
@@ -244,52 +289,57 @@ class StoredFeatures:
         clip: Clip,
         loader: Loader,
         batch_size: int,
-        progress: Callable[[int, int], None],
+        on_progress: Callable[[int, int], None],
     ) -> int:
-        """Compute what the store lacks; each worker takes a contiguous part of it, and so of the shards.
+        """Compute and cache all missing features. Each rank takes a contiguous part of the data set. Collective.
 
         Args:
-            images: the set.
-            clip: its transform.
-            loader: how to read.
-            batch_size: images encoded at once.
-            progress: told the images done, by all workers if they are as fast as this one, and how many there are.
+            images: The data set.
+            clip: The model, for its transform.
+            loader: The data loader.
+            batch_size: How many images are encoded at once.
+            on_progress: Called with the number of images done on all ranks, extrapolated from this rank, and their
+                total.
 
-        Returns how many images were missing.
+        Returns:
+            The number of images whose features were missing.
         """
-        lacking = self.store.missing()
-        barrier()  # all have looked before any writes
-        own, done = [lacking[index] for index in rank_slice(len(lacking))], 0
+        missing = self.cache.missing_indices()
+        barrier()  # all ranks read the missing indices before any rank writes
+        rank_indices, done = [missing[position] for position in rank_slice(len(missing))], 0
         decode = Decoder(clip.evaluation_transform, Sample.identity)
-        for batch, identities in EvaluationImages(images.subset(own), decode, 0, 1, total=len(images)).batches(
-            batch_size, loader
-        ):
+        rank_images = EvaluationImages(images.subset(rank_indices), decode, 0, 1, total=len(images))
+        for batch, identities in rank_images.iter_batches(batch_size, loader):
             self(batch, identities)
             done += len(batch)
-            progress(round(done * len(lacking) / len(own)), len(lacking))
-            if self._full:
+            on_progress(round(done * len(missing) / len(rank_indices)), len(missing))
+            if self._is_read_only:
                 break
         barrier()
-        loader.check_over_workers()
-        return len(lacking)
+        loader.check_broken_across_ranks()
+        return len(missing)
 
-    def _keep(self, identities: torch.Tensor, features: torch.Tensor) -> None:
-        if self._full:
+    def _write(self, identities: torch.Tensor, features: torch.Tensor) -> None:
+        if self._is_read_only:
             return
         features = features.cpu()
-        check_finite(features, "the teacher gives reference images")
+        check_finite(features, "the teacher's features of reference images")
         try:
-            self.store.write(identities, features)
-        except OSError as error:  # a store saves work; training goes on without it
-            self._full = True
-            self.note(f"{self.store.folder}: teacher features are no longer stored ({error})")
+            self.cache.write(identities, features)
+        except OSError as error:  # the cache only saves work: training continues without writing to it
+            self._is_read_only = True
+            self.on_note(f"{self.cache.folder}: teacher features are no longer stored ({error})")
 
 
-def share_drawn(count: int, draws: Sequence[int]) -> float:
-    """Share of a set that is met at least once.
+def expected_coverage(count: int, draws: Sequence[int]) -> float:
+    """Return the expected share of a data set that is drawn at least once.
 
     Args:
-        count: images in the set.
-        draws: images drawn by each stage, in a shuffled order of its own, without replacement until all are met.
+        count: The number of images in the data set.
+        draws: How many images each stage draws, in its own random order. A stage draws an image again only after it
+            has drawn all of them.
+
+    Returns:
+        1 − Π max(0, 1 − draws / count) over the stages.
     """
     return 1.0 - prod(max(0.0, 1.0 - drawn / count) for drawn in draws)

@@ -1,14 +1,16 @@
-"""A method's parts, bound to one stage: an object that returns named losses for a batch.
+"""The loss terms of a method and their sum, the objective: task loss, distillation and weight consolidation.
 
-The training step adds the losses up and knows nothing of the method.
+`build_objective` builds the terms of an experiment once per stage. Terms whose weight is 0 are not built. Each term
+returns named, weighted losses; the training step adds them and knows nothing of the method.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
-from schemas.errors import InputError
+from schemas.errors import ErrorCode, InputError
 from schemas.experiment import Experiment
 from schemas.method import Distill
 from zscl.methods import losses
@@ -19,59 +21,141 @@ from zscl.runtime.distributed import gather
 
 @dataclass(frozen=True)
 class Classification:
-    """The task loss, over the current task's class prompts."""
+    """The task loss: cross-entropy over the class prompts of the current task.
+
+    Attributes:
+        batch_size: B, the number of task images in a global batch.
+        label_smoothing: The share of the target probability that is spread over all classes.
+    """
 
     batch_size: int
     label_smoothing: float
 
     def __call__(self, features: Features, batch: Batch) -> dict[str, torch.Tensor]:
-        """See `losses.classification`."""
+        """Return `classification` (see `losses.classification`)."""
         labels = gather(batch.labels, self.batch_size)
         loss = losses.classification(features.images, features.prompts, labels, features.scale, self.label_smoothing)
         return {"classification": loss}
 
 
-@dataclass(frozen=True)
-class Distillation:
-    """Feature-space distillation: the student's reference images against the teacher's texts, both ways.
+class DistillationLoss(Protocol):
+    """A loss between the student's and the teacher's features of the same reference images."""
 
-    Both directions run over the global reference batch. The text tower gets no gradient from it: the texts are the
-    teacher's (the authors confirm that this is by design).
+    def __call__(self, student: torch.Tensor, teacher: torch.Tensor, scale: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return weighted losses by name for features [B', D] and the scalar `scale`."""
+
+
+@dataclass(frozen=True)
+class ContrastiveDistillation:
+    """Image and text distillation (eq. 3): the similarities of images to texts, in both directions.
+
+    Student and teacher logits are both s · features · textsᵀ, [B', N], with the teacher's texts. Image distillation
+    takes the softmax over the N texts and the mean over the images, text distillation the softmax over the B' images
+    and the mean over the texts. The text tower gets no gradient from either; the authors confirm that this is
+    intended. Both directions are one class because they share the logits.
+
+    Attributes:
+        texts: The teacher's text features, [N, D].
+        temperature: T.
+        image_weight: Weight of image distillation.
+        text_weight: Weight of text distillation.
     """
 
-    teacher: Teacher
-    batch_size: int
-    settings: Distill
+    texts: torch.Tensor
+    temperature: float
+    image_weight: float
+    text_weight: float
+
+    def __call__(self, student: torch.Tensor, teacher: torch.Tensor, scale: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return `image_distillation` and `text_distillation`, each if its weight is not 0."""
+        student_logits, teacher_logits = scale * student @ self.texts.T, scale * teacher @ self.texts.T
+        named = {}
+        if self.image_weight:
+            loss = losses.distillation(student_logits, teacher_logits, self.temperature)
+            named["image_distillation"] = self.image_weight * loss
+        if self.text_weight:
+            loss = losses.distillation(student_logits.T, teacher_logits.T, self.temperature)
+            named["text_distillation"] = self.text_weight * loss
+        return named
+
+
+@dataclass(frozen=True)
+class SimilarityDistillation:
+    """Distillation of the similarities of the reference images to each other.
+
+    Attributes:
+        temperature: T.
+        weight: Weight of the loss.
+    """
+
+    temperature: float
+    weight: float
+
+    def __call__(self, student: torch.Tensor, teacher: torch.Tensor, scale: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return `similarity_distillation` (see `losses.similarity_distillation`)."""
+        loss = losses.similarity_distillation(student, teacher, scale, self.temperature)
+        return {"similarity_distillation": self.weight * loss}
+
+
+@dataclass(frozen=True)
+class FeatureDistance:
+    """Mean squared error between the student's and the teacher's image features.
+
+    Attributes:
+        weight: Weight of the loss.
+    """
+
+    weight: float
+
+    def __call__(self, student: torch.Tensor, teacher: torch.Tensor, scale: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return `feature_distance` (see `losses.feature_distance`)."""
+        return {"feature_distance": self.weight * losses.feature_distance(student, teacher)}
+
+
+class Distillation:
+    """Feature-space distillation on the global batch of reference images.
+
+    The teacher's features are computed once per step, gathered over all ranks and passed to every distillation loss.
+
+    Attributes:
+        teacher: The stage's teacher.
+        batch_size: B', the number of reference images in a global batch.
+        losses: The distillation losses whose weight is not 0.
+    """
+
+    def __init__(self, teacher: Teacher, batch_size: int, settings: Distill) -> None:
+        self.teacher, self.batch_size = teacher, batch_size
+        self.losses: list[DistillationLoss] = []
+        temperature, image_weight, text_weight = settings.temperature, settings.image_weight, settings.text_weight
+        if image_weight or text_weight:
+            self.losses.append(ContrastiveDistillation(teacher.texts, temperature, image_weight, text_weight))
+        if settings.similarity_weight:
+            self.losses.append(SimilarityDistillation(temperature, settings.similarity_weight))
+        if settings.feature_weight:
+            self.losses.append(FeatureDistance(settings.feature_weight))
 
     def __call__(self, features: Features, batch: Batch) -> dict[str, torch.Tensor]:
-        """Image distillation: softmax over the N texts. Text distillation: softmax over the B' images.
-
-        Two more compare the images with each other, or their features; all are named for their weights.
-        """
+        """Return the losses of all distillation losses by name."""
         assert features.references is not None
         assert batch.references is not None
         assert batch.identities is not None
-        own = self.teacher.image_features(batch.references, batch.identities)
-        settings, scale, temperature = self.settings, features.scale, self.settings.temperature
-        student, teacher = features.references, gather(own, self.batch_size)
-        named = {}
-        if settings.image_weight or settings.text_weight:
-            ours, theirs = scale * student @ self.teacher.texts.T, scale * teacher @ self.teacher.texts.T
-            if settings.image_weight:
-                named["image_distillation"] = settings.image_weight * losses.distillation(ours, theirs, temperature)
-            if settings.text_weight:
-                named["text_distillation"] = settings.text_weight * losses.distillation(ours.T, theirs.T, temperature)
-        if settings.similarity_weight:
-            distilled = losses.similarity_distillation(student, teacher, scale, temperature)
-            named["similarity_distillation"] = settings.similarity_weight * distilled
-        if settings.feature_weight:
-            named["feature_distance"] = settings.feature_weight * losses.feature_distance(student, teacher)
+        teacher_features = gather(self.teacher.image_features(batch.references, batch.identities), self.batch_size)
+        named: dict[str, torch.Tensor] = {}
+        for loss in self.losses:
+            named |= loss(features.references, teacher_features, features.scale)
         return named
 
 
 @dataclass(frozen=True)
 class Consolidation:
-    """Weight consolidation: the squared distance to the weights at the stage's start."""
+    """Weight consolidation (eq. 6): the squared distance of the weights to those at the start of the stage.
+
+    Attributes:
+        parameters: The trained parameters θ.
+        anchors: The weights at the start of the stage θ₀, tensors of the same shapes.
+        weight: Weight of the loss.
+        multi_tensor: Process all tensors with multi-tensor operations instead of one after another.
+    """
 
     parameters: Sequence[torch.Tensor]
     anchors: Sequence[torch.Tensor]
@@ -79,40 +163,65 @@ class Consolidation:
     multi_tensor: bool = True
 
     def __call__(self, features: Features, batch: Batch) -> dict[str, torch.Tensor]:
-        """See `losses.squared_distance`."""
+        """Return `consolidation` (see `losses.squared_distance`)."""
         distance = losses.squared_distance(self.parameters, self.anchors, self.multi_tensor)
         return {"consolidation": self.weight * distance}
 
 
 @dataclass(frozen=True)
 class Objective:
-    """All parts of a method, for one stage."""
+    """All loss terms of a method for one stage.
+
+    Attributes:
+        terms: The terms in the order of the method's parts; custom losses come last.
+    """
 
     terms: Sequence[LossTerm]
 
     def __call__(self, features: Features, batch: Batch) -> dict[str, torch.Tensor]:
-        """Return every part's losses by name."""
+        """Compute all terms.
+
+        Args:
+            features: The student's features of the global batch.
+            batch: This rank's slice of the batch.
+
+        Returns:
+            The weighted losses of all terms by name.
+
+        Raises:
+            InputError: Two terms return a loss of the same name.
+        """
         named: dict[str, torch.Tensor] = {}
-        for part in self.terms:
-            found = part(features, batch)
-            if twice := named.keys() & found.keys():
+        for term in self.terms:
+            term_losses = term(features, batch)
+            if duplicates := named.keys() & term_losses.keys():
                 raise InputError(
-                    f"method.further_losses: found a loss named '{min(twice)}' once more, expected a name of its own"
+                    f"method.further_losses: found a second loss named '{min(duplicates)}', expected unique names",
+                    code=ErrorCode.DUPLICATE,
+                    field="method.further_losses",
                 )
-            named |= found
+            named |= term_losses
         return named
 
 
-def build_objective(experiment: Experiment, stage: StageContext) -> Objective:
-    """Bind the experiment's method to one stage."""
+def build_objective(experiment: Experiment, context: StageContext) -> Objective:
+    """Build the loss terms of an experiment's method for one stage.
+
+    Args:
+        experiment: The experiment.
+        context: The stage that the terms are built for.
+
+    Returns:
+        The objective. It has no distillation term if the stage has no teacher.
+    """
     method = experiment.method
-    parts: list[LossTerm] = []
+    terms: list[LossTerm] = []
     if method.task_loss:
-        parts.append(Classification(stage.batch_size, method.task_loss.label_smoothing))
-    if method.distill and stage.teacher is not None:  # without a teacher: nothing to distil on yet
-        parts.append(Distillation(stage.teacher, stage.reference_batch_size, method.distill))
+        terms.append(Classification(context.batch_size, method.task_loss.label_smoothing))
+    if method.distill and context.teacher is not None:
+        terms.append(Distillation(context.teacher, context.reference_batch_size, method.distill))
     if method.consolidate:
         multi_tensor = experiment.compute.savings.multi_tensor
-        parts.append(Consolidation(stage.trained, stage.start, method.consolidate.weight, multi_tensor))
-    parts += [build_custom_term(loss, stage) for loss in method.further_losses]
-    return Objective(parts)
+        terms.append(Consolidation(context.trained, context.start, method.consolidate.weight, multi_tensor))
+    terms += [build_custom_term(loss, context) for loss in method.further_losses]
+    return Objective(terms)

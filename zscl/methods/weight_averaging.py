@@ -1,6 +1,6 @@
-"""What a stage hands on: the last weights, or an average of the weights along the way, merged with an anchor or not.
+"""Weight averaging within a stage: last iterate, running mean (SWA, weight ensemble) or exponential moving average.
 
-Both kinds of averaging are told after which update they stand and answer with a model.
+The averager's model is the result of the stage: it is saved, evaluated, and is the start of the next stage.
 """
 
 from collections.abc import Sequence
@@ -20,28 +20,33 @@ from schemas.method import Average
 
 
 class WeightAverager(Protocol):
-    """Follows the student through a stage and gives the model that the stage hands on."""
+    """Follows the student through a stage and provides the stage's resulting model."""
 
     @property
     def merges(self) -> int:
-        """Models averaged so far."""
+        """The number of models that were averaged so far."""
 
     def after_step(self, step: int) -> None:
-        """Look at the student after `step`, counted from 0."""
+        """Update the average after training step `step`, counted from 0."""
 
     @property
     def model(self) -> nn.Module:
         """The model to save, evaluate and start the next stage from."""
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint holds of it, beside the student."""
+        """Return the state that a checkpoint holds in addition to the student."""
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Go on from a checkpoint."""
+        """Restore the state of a checkpoint."""
 
 
 class LastIterate:
-    """No average: the student as it is."""
+    """No averaging: the result of the stage is the student itself.
+
+    Attributes:
+        model: The student.
+        merges: Always 0.
+    """
 
     merges = 0
 
@@ -49,34 +54,42 @@ class LastIterate:
         self.model = student
 
     def after_step(self, step: int) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Nothing but the student."""
+        """Return an empty state: the student is in the checkpoint already."""
         return {}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
 
 class RunningAverage:
-    """Running average of the stage's start and the weights after steps 0, I, 2I, …, T (paper, eq. 7).
+    """An average of the stage's start and the weights after steps 0, I, 2I, …, T (eq. 7).
 
-    A plain mean, or an exponential average: mean ← decay · mean + (1 − decay) · θ; after each merge, a share of the
-    stage's start may be blended in again. Parameters only: buffers are the student's. The authors' loop takes T + 1
-    steps of which the last has learning rate 0, so the weights after step T are those after step T − 1, merged once
-    more.
+    The mean of kind `mean` is plain: mean ← mean + (θ − mean) / (n + 1). The mean of kind `exponential` is
+    mean ← decay · mean + (1 − decay) · θ. After each merge, a share of the stage's start may be blended in. Only
+    parameters are averaged; buffers are the student's.
+
+    The authors' loop takes T + 1 steps, and the learning rate of the last one is 0. The weights after step T are
+    therefore those after step T − 1, merged once more if I divides T.
+
+    Attributes:
+        student: The model in training.
+        settings: The recipe's `method.average`.
+        start: The trained parameters at the start of the stage.
+        average: The averaged model with its counter.
     """
 
     def __init__(
         self, student: nn.Module, settings: Average, start: Sequence[torch.Tensor], multi_tensor: bool = True
     ) -> None:
         self.student, self.settings, self.start = student, settings, start
-        self.average = _averaged(student, settings, multi_tensor)
+        self.average = _build_averaged_model(student, settings, multi_tensor)
         self.average.update_parameters(student)
 
     def after_step(self, step: int) -> None:
-        """Take the student in when the step is a multiple of the interval."""
+        """Merge the student if `step` is a multiple of the interval."""
         if step % self.settings.every == 0:
             self.average.update_parameters(self.student)
             if self.settings.start_share:
@@ -84,53 +97,56 @@ class RunningAverage:
 
     @property
     def merges(self) -> int:
-        """Models in the average so far, the stage's start included."""
+        """The number of models in the average, including the stage's start."""
         return int(self.average.n_averaged)
 
     @property
     def model(self) -> nn.Module:
-        """The average."""
+        """The averaged model."""
         module: nn.Module = self.average.module
         return module
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The average and how many models are in it."""
+        """Return the averaged weights and the number of models in them."""
         return dict(self.average.state_dict())
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Go on from a checkpoint."""
+        """Restore the state of a checkpoint."""
         self.average.load_state_dict(state)
 
 
-def _averaged(student: nn.Module, settings: Average, multi_tensor: bool) -> AveragedModel:
-    """A copy of the student that takes models in: all tensors at once, or one after another."""
-    exponential = settings.kind == "exponential"
+def _build_averaged_model(student: nn.Module, settings: Average, multi_tensor: bool) -> AveragedModel:
+    """Build a copy of the student that averages models, with multi-tensor operations or tensor by tensor."""
+    is_exponential = settings.kind == "exponential"
     if multi_tensor:
-        merge = get_ema_multi_avg_fn(settings.decay) if exponential else get_swa_multi_avg_fn()
+        merge = get_ema_multi_avg_fn(settings.decay) if is_exponential else get_swa_multi_avg_fn()
         return AveragedModel(student, multi_avg_fn=merge)
-    return AveragedModel(student, avg_fn=get_ema_avg_fn(settings.decay) if exponential else get_swa_avg_fn())
+    return AveragedModel(student, avg_fn=get_ema_avg_fn(settings.decay) if is_exponential else get_swa_avg_fn())
 
 
 def build_averager(
     average: Average | None, student: nn.Module, start: Sequence[torch.Tensor] = (), multi_tensor: bool = True
 ) -> WeightAverager:
-    """Build what follows the student, from the method's averaging part.
+    """Build the weight averager of a stage.
 
     Args:
-        average: the part, if the method has it.
-        student: the model in training.
-        start: the trained parameters at the stage's start, for a part that blends them in.
-        multi_tensor: merge all tensors at once, or one after another.
+        average: The recipe's `method.average`; `None` for no averaging.
+        student: The model in training.
+        start: The trained parameters at the start of the stage; read if `average.start_share` is not 0.
+        multi_tensor: Merge all tensors with multi-tensor operations instead of one after another.
+
+    Returns:
+        The averager.
     """
     return LastIterate(student) if average is None else RunningAverage(student, average, start, multi_tensor)
 
 
 def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that an optimizer changes, in the model's order."""
+    """Return the parameters that require gradients, in the model's order."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 @torch.no_grad()
 def interpolate(weights: Sequence[torch.Tensor], anchor: Sequence[torch.Tensor], share: float) -> None:
-    """θ ← (1 − share) · θ + share · anchor, in place."""
+    """Interpolate in place: θ ← (1 − share) · θ + share · anchor."""
     torch._foreach_lerp_(list(weights), list(anchor), share)

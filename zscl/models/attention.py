@@ -1,4 +1,4 @@
-"""open_clip's own transformer blocks in parts, so that rows whose outputs nobody reads can be left out."""
+"""Parts of open_clip's transformer blocks (projections, attention, MLP), so that unused rows can be left out."""
 
 from collections.abc import Callable, Sequence
 
@@ -10,25 +10,25 @@ from torch.utils.checkpoint import checkpoint
 
 
 class NotApplicableError(Exception):
-    """A tower is built differently from what a saving needs; says how."""
+    """The structure of a tower does not allow a saving; the message says why."""
 
 
 def check_attributes(tower: object, *names: str) -> None:
-    """See that a tower has the attributes that are used of it: another version of open_clip may have others.
+    """Check that a tower has the attributes that are read from it. Other versions of open_clip may lack some.
 
     Args:
         tower: open_clip's module.
-        names: of the attributes.
+        *names: The names of the attributes.
 
     Raises:
-        NotApplicableError: it lacks one of them.
+        NotApplicableError: An attribute is missing.
     """
     if missing := [name for name in names if not hasattr(tower, name)]:
         raise NotApplicableError(f"this version of open_clip has no {', '.join(missing)} in its {type(tower).__name__}")
 
 
-# What a plain block consists of. A part that is not listed (a norm of queries, a scale of heads, a norm of what is
-# attended to) would be left out by the functions below.
+# The parts of a plain block. The functions below would ignore any other part (a norm of the queries, a scale of the
+# heads, a norm of the context).
 BLOCK_PARTS = {"ln_1", "attn", "ls_1", "ln_2", "mlp", "ls_2"}
 ATTENTION_PARAMETERS = {"in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias"}
 
@@ -36,9 +36,9 @@ ATTENTION_PARAMETERS = {"in_proj_weight", "in_proj_bias", "out_proj.weight", "ou
 def extract_blocks(transformer: object) -> Sequence[ResidualAttentionBlock]:
     """Return a transformer's residual attention blocks after checking their structure.
 
-    The check looks at the blocks and not at attributes of the transformer around them, which change between versions
-    of open_clip: version 3 has `nn.MultiheadAttention` and says `batch_first` of it, version 4 has an attention of its
-    own that knows no other layout. Both keep the same parameters.
+    The check reads the blocks and not the transformer's attributes, because those change between versions of
+    open_clip: version 3 uses `nn.MultiheadAttention`, which has `batch_first`; version 4 has its own attention class,
+    which is always batch-first. The parameters have the same names in both.
 
     Args:
         transformer: open_clip's module with `resblocks`.
@@ -47,7 +47,7 @@ def extract_blocks(transformer: object) -> Sequence[ResidualAttentionBlock]:
         The blocks in order.
 
     Raises:
-        NotApplicableError: there are none, or one of them has other parts than those that are computed here.
+        NotApplicableError: There are no blocks, or one of them has parts that this module does not compute.
     """
     blocks = list(getattr(transformer, "resblocks", []))
     if not blocks:
@@ -55,57 +55,84 @@ def extract_blocks(transformer: object) -> Sequence[ResidualAttentionBlock]:
     for block in blocks:
         if type(block) is not ResidualAttentionBlock:
             raise NotApplicableError(f"it has blocks of another kind ({type(block).__name__})")
-        if other := _differing_parts(block):
-            raise NotApplicableError(f"its blocks are built differently ({', '.join(sorted(other))})")
+        if differing := _differing_parts(block):
+            raise NotApplicableError(f"its blocks are built differently ({', '.join(sorted(differing))})")
     return blocks
 
 
 def _differing_parts(block: ResidualAttentionBlock) -> set[str]:
-    """Name the parts that a block has beside, or lacks of, those of a plain block."""
-    other = BLOCK_PARTS ^ {name for name, _ in block.named_children()}
-    if "attn" in other:
-        return other
+    """Return the names of the parts that a block has in addition to, or lacks of, those of a plain block."""
+    differing = BLOCK_PARTS ^ {name for name, _ in block.named_children()}
+    if "attn" in differing:
+        return differing
     attention = block.attn
-    other |= {f"attn.{name}" for name in ATTENTION_PARAMETERS ^ {name for name, _ in attention.named_parameters()}}
-    if not getattr(attention, "batch_first", True):  # an attention without the choice has the batch first
-        other.add("attn.batch_first")
+    differing |= {f"attn.{name}" for name in ATTENTION_PARAMETERS ^ {name for name, _ in attention.named_parameters()}}
+    if not getattr(attention, "batch_first", True):  # open_clip 4 has no such attribute and is batch-first
+        differing.add("attn.batch_first")
     dropouts = [module.p for module in attention.modules() if isinstance(module, nn.Dropout)]
     if any([getattr(attention, "dropout", 0.0), *dropouts]):
-        other.add("attn.dropout")
+        differing.add("attn.dropout")
     if getattr(attention, "add_zero_attn", False):
-        other.add("attn.add_zero_attn")
-    return other
+        differing.add("attn.add_zero_attn")
+    return differing
 
 
 def project_qkv(attention: nn.MultiheadAttention, rows: torch.Tensor, parts: slice) -> list[torch.Tensor]:
-    """Queries, keys, values (parts 0, 1, 2) of the rows, each [..., heads, width of a head].
+    """Project rows to queries, keys and values.
 
-    Keys get no bias: it would move all scores of a query alike, which a softmax does not see. So its gradient is 0,
-    as it is in exact arithmetic, and not round-off that Adam makes whole steps of.
+    The keys get no bias: it would shift all scores of a query equally, which the softmax ignores. Its gradient is
+    then exactly 0, as in exact arithmetic, and not a rounding error that Adam would scale up to full steps.
+
+    Args:
+        attention: The block's attention module.
+        rows: Normalised hidden states, [..., W].
+        parts: Which projections to compute, out of queries (0), keys (1) and values (2).
+
+    Returns:
+        One tensor [..., heads, W / heads] for each part.
     """
     width = rows.shape[-1]
-    within = slice(parts.start * width, parts.stop * width)
+    selected = slice(parts.start * width, parts.stop * width)
     bias = attention.in_proj_bias
-    seen = torch.cat([bias[:width], bias.new_zeros(width), bias[2 * width :]])
-    projected = F.linear(rows, attention.in_proj_weight[within], seen[within])
+    bias_without_keys = torch.cat([bias[:width], bias.new_zeros(width), bias[2 * width :]])
+    projected = F.linear(rows, attention.in_proj_weight[selected], bias_without_keys[selected])
     return [part.unflatten(-1, (attention.num_heads, -1)) for part in projected.split(width, dim=-1)]
 
 
 def attend(
     queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Attention over [n, rows, heads, width]; rows come back with their heads joined."""
+    """Compute multi-head scaled dot-product attention.
+
+    Args:
+        queries: [n, q, heads, W / heads].
+        keys: [n, k, heads, W / heads].
+        values: [n, k, heads, W / heads].
+        mask: `True` where a query may attend to a key, broadcastable to [n, heads, q, k].
+
+    Returns:
+        The attended values with their heads concatenated, [n, q, W].
+    """
     q, k, v = (part.transpose(1, 2) for part in (queries, keys, values))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
-def finish_block(block: ResidualAttentionBlock, rows: torch.Tensor, looked: torch.Tensor) -> torch.Tensor:
-    """The rest of a block: what `look` gave for these rows, projected and added, and the MLP. [..., W] → the same"""
-    between = rows + block.ls_1(block.attn.out_proj(looked))
-    behind: torch.Tensor = between + block.ls_2(block.mlp(block.ln_2(between)))
-    return behind
+def finish_block(block: ResidualAttentionBlock, rows: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+    """Apply the part of a block that follows attention: output projection, residual sums and MLP.
+
+    Args:
+        block: The block.
+        rows: The block's input, [..., W].
+        attended: The output of `attend` for the same rows, [..., W].
+
+    Returns:
+        The block's output, [..., W].
+    """
+    hidden = rows + block.ls_1(block.attn.out_proj(attended))
+    output: torch.Tensor = hidden + block.ls_2(block.mlp(block.ln_2(hidden)))
+    return output
 
 
 def run_block(checkpointed: bool, function: Callable[..., torch.Tensor], *arguments: object) -> torch.Tensor:
-    """Call a function, and forget its activations until the backward pass where asked."""
+    """Call a function, with gradient checkpointing if `checkpointed`."""
     return checkpoint(function, *arguments, use_reentrant=False) if checkpointed else function(*arguments)

@@ -1,4 +1,7 @@
-"""open_clip in and out: a stage's result is a folder that open_clip's `local-dir:` loads."""
+"""Loading and saving of open_clip models, and their precision and determinism.
+
+A saved model is a folder that open_clip loads with the name `local-dir:FOLDER`.
+"""
 
 import json
 import os
@@ -16,21 +19,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from schemas.errors import InputError
+from schemas.errors import ErrorCode, InputError
 from schemas.experiment import LOCAL_MODEL, Model
 from zscl.models.load_checks import (
     HUB_MODEL,
     check_features,
+    check_name,
+    check_packages,
+    check_weights_reachable,
     describe_differences,
     describe_mismatch,
-    check_packages,
-    check_name,
-    check_weights_reachable,
 )
 from zscl.runtime.atomic_io import atomic_folder
 from zscl.runtime.hashing import sha256_of, sha256_of_file
 from zscl.runtime.paths import did_you_mean_path
-from zscl.runtime.retry import os_error_of, retry_io
+from zscl.runtime.retry import retry_io, to_os_error
 
 EMBEDDED_MODEL = Path(__file__).parent / "embedded_model"
 WEIGHTS = "open_clip_model.safetensors"
@@ -40,7 +43,15 @@ WEIGHTS_ONLY, NOT_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_N
 
 @dataclass(frozen=True)
 class Clip:
-    """A model with everything it needs to read images and texts."""
+    """A CLIP model with its tokenizer and its image transforms.
+
+    Attributes:
+        model: open_clip's model.
+        tokenizer: Returns token ids, [n, L], of n texts.
+        train_transform: Returns a tensor, [3, H, W], of an image, with random augmentation.
+        evaluation_transform: Returns a tensor, [3, H, W], of an image; deterministic.
+        config: open_clip's model configuration.
+    """
 
     model: nn.Module
     tokenizer: Callable[[list[str]], torch.Tensor]
@@ -49,121 +60,172 @@ class Clip:
     config: dict[str, Any]
 
     def save(self, model: nn.Module, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-        """Write `model`, of this architecture, as an open_clip folder, whole or not at all."""
+        """Write a model of this architecture as an open_clip folder. The write is atomic.
+
+        Args:
+            model: The model whose weights are written.
+            folder: The folder to create.
+            dtype: The type of the written weights.
+
+        Raises:
+            OSError: The folder cannot be written, for example because the disk is full.
+        """
         with atomic_folder(folder) as temporary:
             weights = {name: value.detach().to("cpu", dtype).contiguous() for name, value in model.state_dict().items()}
             try:
                 save_file(weights, temporary / WEIGHTS)
-            except SafetensorError as error:  # of a full disk, too
-                raise os_error_of(error) from error
-            (temporary / WEIGHTS).chmod(0o644)  # safetensors writes for its owner alone; a run's folder is shared
+            except SafetensorError as error:  # also raised for a full disk
+                os_error = to_os_error(error)
+                raise os_error from error
+            (temporary / WEIGHTS).chmod(0o644)  # safetensors writes files that only their owner can read
             save_config_for_hf(self.model, temporary / CONFIG, model_config=self.config)
             if hasattr(self.tokenizer, "save_pretrained"):
                 self.tokenizer.save_pretrained(temporary)
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
-    """Read an open_clip folder's weights into a model of its architecture.
+    """Load an open_clip folder's weights into a model of the same architecture.
+
+    Args:
+        model: The model, changed in place.
+        folder: The open_clip folder.
 
     Raises:
-        InputError: they are damaged, or another architecture's.
+        InputError: The weights are damaged, or belong to another architecture.
     """
     file = folder / WEIGHTS
     try:
-        weights = retry_io(lambda: load_file(file), must_exist=folder.parent, what=file)
-    except Exception as error:  # safetensors raises what it meets
+        weights = retry_io(lambda: load_file(file), must_exist=folder.parent, description=file)
+    except Exception as error:  # safetensors raises exceptions of many kinds
         reason = " ".join(str(error).split())
-        raise InputError(f"{file}: found no readable weights, expected a model's ({reason})") from error
+        raise InputError(
+            f"{file}: found no readable weights, expected a model's ({reason})", code=ErrorCode.UNREADABLE
+        ) from error
     if wrong := describe_differences(model, weights):
-        raise InputError(f"{file}: found weights of another architecture, expected the model's own ({wrong})")
+        raise InputError(
+            f"{file}: found weights of another architecture, expected the model's own ({wrong})",
+            code=ErrorCode.MISMATCH,
+        )
     model.load_state_dict(weights)
 
 
 def open_clip_name(model: Model) -> str:
-    """The name open_clip knows the model by."""
+    """Return the name under which open_clip loads a recipe's model."""
     if model.name == "embedded":
         return f"{LOCAL_MODEL}{EMBEDDED_MODEL}"
     return model.name if model.name.startswith((LOCAL_MODEL, HUB_MODEL)) else model.name.replace("/", "-")
 
 
 def load_clip(model: Model, device: torch.device | str = "cpu") -> Clip:
-    """Load a model, its tokenizer and its two image transforms, with float32 weights; nothing in its files is run.
+    """Load a model with float32 weights, its tokenizer and its image transforms. No code of the model's files is run.
 
-    Two images and two texts are encoded, so that a model whose features are unusable is refused.
+    Two images and two texts are encoded as a check of the features. Loading onto a GPU disables TF32 for convolutions
+    in the whole process.
 
-    On a GPU, the process computes float32 convolutions in float32 from then on, not in TF32 as torch does by default.
+    Args:
+        model: The recipe's model.
+        device: Where the model is put.
+
+    Returns:
+        The model, in training mode.
 
     Raises:
-        InputError: open_clip knows no such model, its weights cannot be had, read or fitted, or its features are not
-            finite and of shape [n, D].
+        InputError: open_clip does not know the model, its weights are missing, unreadable or of another architecture,
+            or its features are not finite and of shape [n, D].
+        OutOfMemoryError: The device has too little memory for the model.
     """
     if torch.device(device).type == "cuda":
         torch.backends.cudnn.allow_tf32 = False
     name = open_clip_name(model)
-    shown = f"model: '{model.name}'" + (f" with pretrained '{model.pretrained}'" if model.pretrained else "")
+    description = f"model: '{model.name}'" + (f" with pretrained '{model.pretrained}'" if model.pretrained else "")
     if name.startswith(LOCAL_MODEL) and not (Path(name.removeprefix(LOCAL_MODEL)) / WEIGHTS).is_file():
-        _refuse_without_safetensors(Path(name.removeprefix(LOCAL_MODEL)), shown)
-    check_name(model, shown)
+        _check_safetensors(Path(name.removeprefix(LOCAL_MODEL)), description)
+    check_name(model, description)
     try:
-        check_weights_reachable(model, shown)
-        check_packages(open_clip.get_model_config(name), name, shown)
-        with warnings.catch_warnings(), _weights_alone():
+        check_weights_reachable(model, description)
+        check_packages(open_clip.get_model_config(name), name, description)
+        with warnings.catch_warnings(), _weights_only_loading():
             warnings.filterwarnings("error", message="QuickGELU mismatch")
-            network, train_transform, evaluation_transform = _created(name, model, device, shown)
+            network, train_transform, evaluation_transform = _create_model(name, model, device, description)
         config = open_clip.get_model_config(name)
-        _refuse_code(config)
+        _check_no_remote_code(config)
         tokenizer = open_clip.get_tokenizer(name)
     except (InputError, torch.OutOfMemoryError):
         raise
     except UserWarning as error:
-        raise InputError(f"{shown} has the wrong activation, expected '{model.name}-quickgelu' ({error})") from error
-    except Exception as error:  # open_clip raises what its sources raise: any of them means an unreadable model
+        raise InputError(
+            f"{description} has the wrong activation, expected '{model.name}-quickgelu' ({error})",
+            code=ErrorCode.MISMATCH,
+            field="model.name",
+        ) from error
+    except Exception as error:  # open_clip passes on the exceptions of its sources: any means an unreadable model
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{shown} cannot be loaded, expected an open_clip model ({reason})") from error
+        raise InputError(
+            f"{description} cannot be loaded, expected an open_clip model ({reason})",
+            code=ErrorCode.UNREADABLE,
+            field="model",
+        ) from error
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
         raise InputError(
-            f"{shown} normalises over the batch (BatchNorm), expected a model whose features do not depend on "
-            "which images share a batch or a worker (any ViT)"
+            f"{description} normalises over the batch (BatchNorm), expected a model whose features do not depend on "
+            "which images share a batch or a worker (any ViT)",
+            code=ErrorCode.UNSUPPORTED,
+            field="model",
         )
-    check_features(network, tokenizer, evaluation_transform, shown, device)
+    check_features(network, tokenizer, evaluation_transform, description, device)
     return Clip(network, tokenizer, train_transform, evaluation_transform, config)
 
 
-def _created(name: str, model: Model, device: torch.device | str, shown: str) -> tuple[nn.Module, Any, Any]:
-    """The model with its weights, and its two transforms."""
-    if name.startswith(HUB_MODEL):  # create_model does not say why it has no weights
+def _create_model(name: str, model: Model, device: torch.device | str, description: str) -> tuple[nn.Module, Any, Any]:
+    """Create a model with its weights, and its transforms for training and evaluation."""
+    if name.startswith(HUB_MODEL):  # unlike create_model, this reports why there are no weights
         open_clip.pretrained.download_pretrained_from_hf(name.removeprefix(HUB_MODEL))
     try:
         network, train_transform, evaluation_transform = open_clip.create_model_and_transforms(
             name, pretrained=model.pretrained, device=device, output_dict=True, require_pretrained=True
         )
-    except (RuntimeError, AssertionError, KeyError, AttributeError) as error:  # of weights that do not fit, too
+    except (RuntimeError, AssertionError, KeyError, AttributeError) as error:  # includes weights that do not fit
         folder = Path(name.removeprefix(LOCAL_MODEL))
         file = folder / WEIGHTS if name.startswith(LOCAL_MODEL) else Path(model.pretrained or "")
         if not file.is_file() or not (wrong := describe_mismatch(name, file)):
             raise
         raise InputError(
-            f"{shown}: found weights of another architecture in {file}, expected those of "
-            f"{folder / CONFIG if name.startswith(LOCAL_MODEL) else name} ({wrong})"
+            f"{description}: found weights of another architecture in {file}, expected those of "
+            f"{folder / CONFIG if name.startswith(LOCAL_MODEL) else name} ({wrong})",
+            code=ErrorCode.MISMATCH,
+            field="model",
         ) from error
     return network, train_transform, evaluation_transform
 
 
-def _refuse_without_safetensors(folder: Path, shown: str) -> None:
+def _check_safetensors(folder: Path, description: str) -> None:
+    """Refuse a folder whose weights are not safetensors."""
     if not folder.is_dir():
-        raise InputError(f"{shown}: found no such folder, expected an open_clip folder{did_you_mean_path(folder)}")
+        raise InputError(
+            f"{description}: found no such folder, expected an open_clip folder{did_you_mean_path(folder)}",
+            code=ErrorCode.NOT_FOUND,
+            field="model",
+        )
     if not any(folder.glob("*.safetensors")):
-        raise InputError(f"{shown}: found no .safetensors in the folder, expected {CONFIG} and {WEIGHTS}")
+        raise InputError(
+            f"{description}: found no .safetensors in the folder, expected {CONFIG} and {WEIGHTS}",
+            code=ErrorCode.NOT_FOUND,
+            field="model",
+        )
     pickled = sorted(file.name for pattern in ("*.bin", "*.pth") for file in folder.glob(pattern))
-    if pickled and not (folder / WEIGHTS).is_file():  # open_clip may choose them instead
-        raise InputError(f"{shown}: found {pickled[0]} beside weights of another name, expected them as {WEIGHTS}")
+    if pickled and not (folder / WEIGHTS).is_file():  # open_clip might load the pickle
+        raise InputError(
+            f"{description}: found {pickled[0]} and weights of another name, expected them as {WEIGHTS}",
+            code=ErrorCode.UNSUPPORTED,
+            field="model",
+        )
 
 
 @contextmanager
-def _weights_alone() -> Iterator[None]:
-    """Let torch.load read nothing but tensors meanwhile, whoever calls it how, and whatever the user's variables say.
+def _weights_only_loading() -> Iterator[None]:
+    """Make every torch.load of the process read tensors only, whatever its arguments and the user's environment are.
 
-    open_clip asks for that itself, but asks again without it where its first call fails in one way.
+    open_clip passes `weights_only=True`, but repeats one kind of failed call without it.
     """
     before = {name: os.environ.pop(name, None) for name in (WEIGHTS_ONLY, NOT_WEIGHTS_ONLY)}
     os.environ[WEIGHTS_ONLY] = "1"
@@ -174,18 +236,33 @@ def _weights_alone() -> Iterator[None]:
         os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
-def _refuse_code(config: Any) -> None:
-    """Refuse a model whose tokenizer would be run from the model's own files."""
+def _check_no_remote_code(config: Any) -> None:
+    """Refuse a model whose tokenizer would run code of the model's files."""
     if "trust_remote_code" in config.get("text_cfg", {}).get("tokenizer_kwargs", {}):
         raise ValueError("its configuration asks to run code that comes with it: trust_remote_code")
 
 
 def weights_digest(model: Model) -> str:
-    """Identity of a model's content: the weights' hash where they are files here, else the name."""
+    """Return the identity of a model's content.
+
+    Args:
+        model: The recipe's model.
+
+    Returns:
+        A hash of weights and configuration of a local folder; open_clip's name with a hash of a local weights file or
+        with the tag of pretrained weights otherwise.
+
+    Raises:
+        InputError: The model's files are missing or cannot be read.
+    """
     try:
         return _content_digest(model)
-    except OSError as error:  # a name that no file can have, no permission
-        raise InputError(f"model: '{model.name}' cannot be loaded, expected readable files ({error})") from error
+    except OSError as error:  # a name that no file can have, or missing permissions
+        raise InputError(
+            f"model: '{model.name}' cannot be loaded, expected readable files ({error})",
+            code=ErrorCode.UNREADABLE,
+            field="model",
+        ) from error
 
 
 def _content_digest(model: Model) -> str:
@@ -194,42 +271,50 @@ def _content_digest(model: Model) -> str:
         weights = Path(model.pretrained or "")
         return f"{name} {sha256_of_file(weights) if weights.is_file() else model.pretrained}"
     folder = Path(name.removeprefix(LOCAL_MODEL))
-    _refuse_without_safetensors(folder, f"model: '{model.name}'")
+    _check_safetensors(folder, f"model: '{model.name}'")
     if not (folder / CONFIG).is_file():
-        raise InputError(f"model: '{model.name}': found no {CONFIG} in the folder, expected an open_clip folder")
+        raise InputError(
+            f"model: '{model.name}': found no {CONFIG} in the folder, expected an open_clip folder",
+            code=ErrorCode.NOT_FOUND,
+            field="model",
+        )
     try:
         config = json.dumps(json.loads((folder / CONFIG).read_text()), sort_keys=True)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"model: '{model.name}' cannot be loaded, expected JSON in {CONFIG} ({error})") from error
+        raise InputError(
+            f"model: '{model.name}' cannot be loaded, expected JSON in {CONFIG} ({error})",
+            code=ErrorCode.UNREADABLE,
+            field="model",
+        ) from error
     return sha256_of(config, *(sha256_of_file(file) for file in sorted(folder.glob("*.safetensors"))))
 
 
 def image_size(model: nn.Module) -> tuple[int, int]:
-    """Height and width in pixels of what the image tower takes."""
+    """Return height and width, in pixels, of the images that the image tower takes."""
     visual: Any = model.visual
     height, width = open_clip.utils.to_2tuple(visual.image_size)
     return height, width
 
 
 def freeze(model: nn.Module) -> nn.Module:
-    """Make a teacher: evaluation mode, no gradients."""
+    """Put a model into evaluation mode and disable its gradients, in place."""
     return model.eval().requires_grad_(False)
 
 
 def at_least_float32(features: torch.Tensor) -> torch.Tensor:
-    """Bring what a tower gave under autocast to float32; leave float64 alone."""
+    """Convert features of lower precision, as of a tower under autocast, to float32. float64 stays float64."""
     return features.to(torch.promote_types(features.dtype, torch.float32))
 
 
 def use_deterministic_kernels(device: torch.device, enabled: bool = True) -> None:
-    """Make training on a GPU give the same bits in every run.
+    """Make training on a GPU bit-reproducible. Changes settings of the whole process.
 
-    By default, the backward passes of attention and of indexing add up in an order that changes between runs. The
-    switches are those of the process. A CPU needs none of them.
+    By default, the backward passes of attention and of indexing add numbers in an order that differs between runs.
+    Training on a CPU is reproducible without these settings.
 
     Args:
-        device: where the process trains.
-        wanted: as the recipe says (`compute.deterministic`).
+        device: Where the process trains.
+        enabled: The recipe's `compute.deterministic`.
     """
     if device.type == "cuda" and enabled:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the process first uses cuBLAS
@@ -238,10 +323,10 @@ def use_deterministic_kernels(device: torch.device, enabled: bool = True) -> Non
 
 
 def has_no_deterministic_kernel(error: RuntimeError) -> bool:
-    """Whether torch raised `error` for an operation that has no deterministic implementation on the device."""
+    """Return whether torch raised `error` for an operation without a deterministic implementation on the device."""
     return "does not have a deterministic implementation" in str(error)
 
 
 def precision_context(precision: str, device: torch.device) -> AbstractContextManager[object]:
-    """Autocast of the towers for bf16; nothing for fp32."""
+    """Return an autocast context for `bf16`, and a context without effect for `fp32`."""
     return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()

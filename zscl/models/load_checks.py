@@ -1,4 +1,4 @@
-"""Checks of a model when it is loaded: its name, its packages, its weights, and one forward pass of both towers."""
+"""Checks of a CLIP model at loading: name, required packages, weights, and one forward pass of both towers."""
 
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,73 +14,96 @@ from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
 from PIL import Image
 from torch import nn
 
-from schemas.errors import InputError, did_you_mean
+from schemas.errors import ErrorCode, InputError, did_you_mean
 from schemas.experiment import LOCAL_MODEL, Model
 
 HUB_MODEL = "hf-hub:"
 HUB_TIMEOUT_SECONDS = 10.0
-NAMED = 5  # weights in a sentence
-SAME = 1e-6  # between features, each number: no difference
-TEXTS = ["a photo of a cat.", "two red circles on a blue wall"]
+MAX_LISTED = 5  # names of weights in a message
+EQUAL_TOLERANCE = 1e-6  # features whose entries differ by less are equal
+EXAMPLE_TEXTS = ["a photo of a cat.", "two red circles on a blue wall"]
 
 
 # --------------------------------------------------------------------------------------------- before loading
 
 
-def check_name(model: Model, shown: str) -> None:
-    """Refuse a name that open_clip does not know, with the nearest one, or weights that it does not have.
+def check_name(model: Model, description: str) -> None:
+    """Check that open_clip has a model of this name and the pretrained weights.
+
+    Args:
+        model: The recipe's model.
+        description: The beginning of the error message, which names the model.
 
     Raises:
-        InputError: there is no such model, or no such weights of it.
+        InputError: There is no such model, or it has no such weights. The message proposes the nearest name.
     """
-    known, name = open_clip.list_models(), model.name.replace("/", "-")
+    names, name = open_clip.list_models(), model.name.replace("/", "-")
     if model.name == "embedded" or model.name.startswith((LOCAL_MODEL, HUB_MODEL)):
         return
-    if name not in known:
+    if name not in names:
         raise InputError(
-            f"{shown}: found no model of that name, expected one of open_clip.list_models(), '{LOCAL_MODEL}FOLDER', "
-            f"'{HUB_MODEL}OWNER/NAME' or 'embedded'{did_you_mean(_spelt(name, known), known)}"
+            f"{description}: found no model of that name, expected one of open_clip.list_models(), "
+            f"'{LOCAL_MODEL}FOLDER', '{HUB_MODEL}OWNER/NAME' or 'embedded'"
+            f"{did_you_mean(_ignore_case(name, names), names)}",
+            code=ErrorCode.UNKNOWN_NAME,
+            field="model.name",
         )
     tags = open_clip.list_pretrained_tags_by_model(name)
     if not open_clip.get_pretrained_cfg(name, model.pretrained or "") and not Path(model.pretrained or "").is_file():
         raise InputError(
-            f"{shown}: found neither a file nor a tag of that name, expected {', '.join([*tags, 'a file'])}"
-            f"{did_you_mean(model.pretrained or '', tags)}"
+            f"{description}: found neither a file nor a tag of that name, expected {', '.join([*tags, 'a file'])}"
+            f"{did_you_mean(model.pretrained or '', tags)}",
+            code=ErrorCode.UNKNOWN_NAME,
+            field="model.pretrained",
         )
 
 
-def _spelt(name: str, known: Sequence[str]) -> str:
-    """The name as a known one is spelt, where they differ in capitals alone."""
-    return next((each for each in known if each.lower() == name.lower()), name)
+def _ignore_case(name: str, names: Sequence[str]) -> str:
+    """Return the one of `names` that equals `name` apart from upper and lower case; `name` if there is none."""
+    return next((candidate for candidate in names if candidate.lower() == name.lower()), name)
 
 
-def check_packages(config: Mapping[str, Any] | None, name: str, shown: str) -> None:
-    """Refuse a model whose tokenizer or text tower needs the package transformers, where that is not installed.
+def check_packages(config: Mapping[str, Any] | None, name: str, description: str) -> None:
+    """Check that the package transformers is installed if the model's tokenizer or text tower needs it.
+
+    Args:
+        config: open_clip's configuration of the model, if it has one.
+        name: open_clip's name of the model.
+        description: The beginning of the error message, which names the model.
 
     Raises:
-        InputError: saying what to install.
+        InputError: The package is missing. The message says how to install it.
     """
     text = (config or {}).get("text_cfg") or {}
-    by_name = "siglip" in name.lower() and not name.startswith((LOCAL_MODEL, HUB_MODEL))  # as open_clip has it
-    needs = text.get("hf_model_name") or text.get("hf_tokenizer_name") or by_name
-    if needs and importlib.util.find_spec("transformers") is None:
+    # open_clip itself decides by the name here
+    is_siglip = "siglip" in name.lower() and not name.startswith((LOCAL_MODEL, HUB_MODEL))
+    needs_transformers = text.get("hf_model_name") or text.get("hf_tokenizer_name") or is_siglip
+    if needs_transformers and importlib.util.find_spec("transformers") is None:
         raise InputError(
-            f"{shown}: its {'text tower' if text.get('hf_model_name') else 'tokenizer'} needs the package "
-            "transformers, which is not installed; expected it: pip install 'zscl[hf]'"
+            f"{description}: its {'text tower' if text.get('hf_model_name') else 'tokenizer'} needs the package "
+            "transformers, which is not installed; expected it: pip install 'zscl[hf]'",
+            code=ErrorCode.MISSING_PACKAGE,
+            field="model",
         )
 
 
-def check_weights_reachable(model: Model, shown: str) -> None:
-    """Refuse weights that are not in the cache if the hub cannot be reached: huggingface_hub retries for a minute.
+def check_weights_reachable(model: Model, description: str) -> None:
+    """Check that the weights are in the local cache or that the Hugging Face hub can be reached.
+
+    Without this check, huggingface_hub retries for a minute.
+
+    Args:
+        model: The recipe's model.
+        description: The beginning of the error message, which names the model.
 
     Raises:
-        InputError: saying how to get the weights onto a machine without a network.
+        InputError: Neither is the case. The message says how to copy the weights to a machine without a network.
     """
     if model.name.startswith(HUB_MODEL):
         repository, files = model.name.removeprefix(HUB_MODEL).partition("@")[0], ["open_clip_config.json"]
     else:
-        place = open_clip.get_pretrained_cfg(model.name.replace("/", "-"), model.pretrained or "").get("hf_hub", "")
-        repository, _, file = place.rpartition("/")
+        hub_path = open_clip.get_pretrained_cfg(model.name.replace("/", "-"), model.pretrained or "").get("hf_hub", "")
+        repository, _, file = hub_path.rpartition("/")
         files = [file or HF_WEIGHTS_NAME, HF_SAFE_WEIGHTS_NAME, f"{file.rpartition('.')[0]}.safetensors"]
     if not repository or any(
         isinstance(huggingface_hub.try_to_load_from_cache(repository, name), str) for name in files
@@ -91,14 +114,16 @@ def check_weights_reachable(model: Model, shown: str) -> None:
             huggingface_hub.hf_hub_url(repository, files[0]), timeout=HUB_TIMEOUT_SECONDS
         )
     except HfHubHTTPError:
-        return  # it answers: open_clip says what is wrong, or tries another file
-    except Exception as error:  # of the HTTP library, which huggingface_hub has changed before
+        return  # the hub answers: open_clip reports what is wrong, or tries another file
+    except Exception as error:  # the exceptions of the HTTP library, which huggingface_hub has changed before
         arguments = f"'{model.name}'" + (f", pretrained='{model.pretrained}'" if model.pretrained else "")
         raise InputError(
-            f"{shown}: its weights are not on this machine, and the hub cannot be reached; expected a network, or the "
-            f'weights in the cache: on a machine with a network, run python -c "import open_clip; '
+            f"{description}: its weights are not on this machine, and the hub cannot be reached; expected a network, "
+            f'or the weights in the cache: on a machine with a network, run python -c "import open_clip; '
             f'open_clip.create_model({arguments})" and copy its folder {huggingface_hub.constants.HF_HUB_CACHE} here '
-            f"({type(error).__name__}: {' '.join(str(error).split())})"
+            f"({type(error).__name__}: {' '.join(str(error).split())})",
+            code=ErrorCode.UNREACHABLE,
+            field="model",
         ) from error
 
 
@@ -106,36 +131,42 @@ def check_weights_reachable(model: Model, shown: str) -> None:
 
 
 def describe_differences(network: nn.Module, weights: Mapping[str, Any]) -> str:
-    """How weights differ from what a network expects, by name; empty where they fit.
+    """Describe how weights differ in names and shapes from those that a network expects.
 
     Args:
-        network: whose parameters they should be.
-        weights: by name, as read from a file.
+        network: The network.
+        weights: Weights by name, as read from a file.
+
+    Returns:
+        The missing, unexpected and differently shaped weights by name; empty if the weights fit.
     """
     expected = {name: list(value.shape) for name, value in network.state_dict().items()}
-    found = {name: list(getattr(value, "shape", [])) for name, value in weights.items()}
-    kinds = {
-        "missing": [name for name in expected if name not in found],
-        "unexpected": [name for name in found if name not in expected],
+    actual = {name: list(getattr(value, "shape", [])) for name, value in weights.items()}
+    differences = {
+        "missing": [name for name in expected if name not in actual],
+        "unexpected": [name for name in actual if name not in expected],
         "of another shape": [
-            f"{name} {found[name]} instead of {shape}"
+            f"{name} {actual[name]} instead of {shape}"
             for name, shape in expected.items()
-            if name in found and found[name] != shape
+            if name in actual and actual[name] != shape
         ],
     }
     return "; ".join(
-        f"{len(names)} {kind}: {', '.join(names[:NAMED])}{', …' if len(names) > NAMED else ''}"
-        for kind, names in kinds.items()
+        f"{len(names)} {kind}: {', '.join(names[:MAX_LISTED])}{', …' if len(names) > MAX_LISTED else ''}"
+        for kind, names in differences.items()
         if names
     )
 
 
 def describe_mismatch(name: str, file: Path) -> str:
-    """How the weights in a file differ from those of an architecture; empty where that cannot be told.
+    """Describe how the weights in a file differ from those of an architecture.
 
     Args:
         name: open_clip's name of the architecture.
-        file: of weights.
+        file: The file of weights.
+
+    Returns:
+        The differences; empty if there are none or if they cannot be determined.
     """
     try:
         network = open_clip.create_model(name, load_weights=False, pretrained_text=False)
@@ -143,13 +174,16 @@ def describe_mismatch(name: str, file: Path) -> str:
         weights = open_clip.convert.convert_state_dict(network, weights)
         if "positional_embedding" in weights and not hasattr(network, "positional_embedding"):
             weights = open_clip.model.convert_to_custom_text_state_dict(weights)
-        for each, own in network.state_dict().items():  # what open_clip makes fit is no difference
-            held = weights.get(each)
-            resized = each.endswith("positional_embedding") and held is not None and held.shape[-1] == own.shape[-1]
-            if resized or each == "logit_bias" or (each == "logit_scale" and held is not None and held.numel() == 1):
-                weights[each] = own
+        for key, expected in network.state_dict().items():  # ignore the differences that open_clip resolves itself
+            weight = weights.get(key)
+            is_resized = (
+                key.endswith("positional_embedding") and weight is not None and weight.shape[-1] == expected.shape[-1]
+            )
+            is_scale = key == "logit_scale" and weight is not None and weight.numel() == 1
+            if is_resized or is_scale or key == "logit_bias":
+                weights[key] = expected
         return describe_differences(network, weights)
-    except Exception:  # whatever is wrong beside, open_clip's own error says it
+    except Exception:  # open_clip's own error describes what is wrong
         return ""
 
 
@@ -164,101 +198,120 @@ def check_features(
     description: str,
     device: torch.device | str,
 ) -> None:
-    """Encode two images and two texts, and refuse features that nothing can be computed with.
+    """Check the weights of a model and its features of two images and two texts.
 
     Args:
-        model: a CLIP of open_clip.
-        tokenizer: the model's.
-        image_transform: the model's transform for evaluation.
-        shown: what the model is called in a sentence.
-        device: where the model is.
+        model: open_clip's model.
+        tokenizer: The model's tokenizer.
+        image_transform: The model's transform for evaluation.
+        description: The beginning of the error message, which names the model.
+        device: The model's device.
 
     Raises:
-        InputError: weights or features are not finite, features are not of shape [n, D] with one D for both towers, or
-            a tower fails.
+        InputError: Weights or features are not finite, features are not of shape [n, D] with one D for both towers, or
+            a tower raises an error.
     """
-    wrong = [
+    not_finite = [
         name
         for name, weight in model.named_parameters()
-        # CoCa's decoder takes no part in features, and open_clip leaves some of its weights uninitialised.
+        # CoCa's decoder does not compute features, and open_clip leaves some of its weights uninitialised.
         if not name.startswith("text_decoder.") and not bool(weight.isfinite().all())
     ]
-    if wrong:
-        more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
-        raise InputError(f"{description}: found NaN or Inf in its weights {', '.join(wrong[:NAMED])}{more}, expected numbers")
+    if not_finite:
+        more = f" and {len(not_finite) - MAX_LISTED} more" if len(not_finite) > MAX_LISTED else ""
+        raise InputError(
+            f"{description}: found NaN or Inf in its weights {', '.join(not_finite[:MAX_LISTED])}{more}, "
+            "expected numbers",
+            code=ErrorCode.NOT_FINITE,
+            field="model",
+        )
     was_training = model.training
     model.eval()
     try:
-        with _failure_named(f"{description}: its image transform fails on an image"):
+        with _errors_as_input_errors(f"{description}: its image transform fails on an image"):
             pictures = [Image.linear_gradient("L").convert("RGB"), Image.radial_gradient("L").convert("RGB")]
             images = torch.stack([image_transform(picture) for picture in pictures]).to(device)
-        with _failure_named(f"{description}: its tokenizer fails on a text"):
-            tokens = tokenizer(TEXTS)
-        _refuse_unknown_tokens(model, tokens, description)
+        with _errors_as_input_errors(f"{description}: its tokenizer fails on a text"):
+            tokens = tokenizer(EXAMPLE_TEXTS)
+        _check_token_ids(model, tokens, description)
         image_features = _encode(model, "encode_image", images, f"{description}: its image tower")
         text_features = _encode(model, "encode_text", tokens.to(device), f"{description}: its text tower")
-        with _failure_named(f"{description}: its logit scale cannot be read"):
+        with _errors_as_input_errors(f"{description}: its logit scale cannot be read"):
             scale = model.logit_scale.exp()
     finally:
         model.train(was_training)
     if image_features.shape != text_features.shape:
         raise InputError(
-            f"{description}: found features of {image_features.shape[1]} numbers an image and {text_features.shape[1]} a "
-            "text, expected as many from both towers"
+            f"{description}: found features of {image_features.shape[1]} numbers an image and "
+            f"{text_features.shape[1]} a text, expected as many from both towers",
+            code=ErrorCode.MISMATCH,
+            field="model",
         )
     if scale.numel() != 1 or not bool(scale.isfinite().all()):
         raise InputError(
-            f"{description}: found the logit scale {scale.flatten().tolist()[:NAMED]}, expected one finite number"
+            f"{description}: found the logit scale {scale.flatten().tolist()[:MAX_LISTED]}, expected one finite number",
+            code=ErrorCode.NOT_FINITE,
+            field="model",
         )
 
 
 def _encode(model: Any, encode: str, inputs: torch.Tensor, tower: str) -> torch.Tensor:
-    """Call a tower, and check what it returns. Returns features [n, D]."""
+    """Call a tower's method `encode`, check its features, [n, D], and return them."""
     expected = f"expected features of shape [{len(inputs)}, D]"
-    with _failure_named(f"{tower} fails on inputs of shape {list(inputs.shape)}, {expected}"):
+    with _errors_as_input_errors(f"{tower} fails on inputs of shape {list(inputs.shape)}, {expected}"):
         features = getattr(model, encode)(inputs, normalize=True)
     if not isinstance(features, torch.Tensor):
-        raise InputError(f"{tower} returns {type(features).__name__}, {expected}")
+        problem = f"{tower} returns {type(features).__name__}, {expected}"
+        raise InputError(problem, code=ErrorCode.UNSUPPORTED, field="model")
     if features.ndim != 2 or len(features) != len(inputs) or not features.is_floating_point():
-        raise InputError(f"{tower} returns {features.dtype} of shape {list(features.shape)}, {expected}")
-    check_finite(features, f"{tower} returns")
+        problem = f"{tower} returns {features.dtype} of shape {list(features.shape)}, {expected}"
+        raise InputError(problem, code=ErrorCode.UNSUPPORTED, field="model")
+    check_finite(features, f"{tower} returns features that")
     if not bool((features.norm(dim=1) > 0).all()):
-        raise InputError(f"{tower} returns features that are all zero, {expected} and of length 1")
-    if bool((features[0] - features[1]).abs().max() < SAME):
-        raise InputError(f"{tower} returns the same features for unlike inputs, {expected} that tell them apart")
+        problem = f"{tower} returns features that are all zero, {expected} and of length 1"
+        raise InputError(problem, code=ErrorCode.UNSUPPORTED, field="model")
+    if bool((features[0] - features[1]).abs().max() < EQUAL_TOLERANCE):
+        problem = f"{tower} returns the same features for different inputs, {expected} that differ"
+        raise InputError(problem, code=ErrorCode.UNSUPPORTED, field="model")
     return features
 
 
-def _refuse_unknown_tokens(model: Any, tokens: torch.Tensor, shown: str) -> None:
-    """Refuse tokens that have no embedding: on a GPU, looking one up ends the process."""
+def _check_token_ids(model: Any, tokens: torch.Tensor, description: str) -> None:
+    """Refuse token ids without an embedding: on a GPU, reading one ends the process."""
     embedding = getattr(getattr(model, "text", model), "token_embedding", None)
     if isinstance(embedding, nn.Embedding) and int(tokens.max()) >= embedding.num_embeddings:
         raise InputError(
-            f"{shown}: found the token {int(tokens.max())} from its tokenizer and {embedding.num_embeddings} token "
-            "embeddings, expected the tokenizer that the model was trained with"
+            f"{description}: found the token {int(tokens.max())} from its tokenizer and {embedding.num_embeddings} "
+            "token embeddings, expected the tokenizer that the model was trained with",
+            code=ErrorCode.MISMATCH,
+            field="model",
         )
 
 
 @contextmanager
-def _failure_named(what: str) -> Iterator[None]:
-    """Turn what a model's code raises into a sentence that begins with `what`."""
+def _errors_as_input_errors(problem: str) -> Iterator[None]:
+    """Turn any error of a model's code into an `InputError` whose message begins with `problem`."""
     try:
         yield
     except (InputError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # a model's code raises what it meets
-        raise InputError(f"{what} ({type(error).__name__}: {' '.join(str(error).split())})") from error
+    except Exception as error:  # a model's code may raise any exception
+        raise InputError(
+            f"{problem} ({type(error).__name__}: {' '.join(str(error).split())})",
+            code=ErrorCode.UNSUPPORTED,
+            field="model",
+        ) from error
 
 
 def check_finite(features: torch.Tensor, subject: str) -> None:
-    """Refuse features that are NaN or Inf.
+    """Check that features have no NaN and no Inf.
 
     Args:
-        features: of any shape.
-        what: begins the sentence: whose they are.
+        features: A tensor of any shape.
+        subject: The subject of the error message, such as "the teacher's features of reference texts".
 
     Raises:
-        InputError: they are.
+        InputError: A feature is not finite.
     """
     if not bool(features.isfinite().all()):
-        raise InputError(f"{subject} features that are NaN or Inf, expected finite numbers")
+        raise InputError(f"{subject} are NaN or Inf, expected finite numbers", code=ErrorCode.NOT_FINITE, field="model")

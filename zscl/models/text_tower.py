@@ -1,4 +1,4 @@
-"""The text tower over packed prompts: their common beginning once, nothing behind an end, only embeddings in use."""
+"""The text transformer of CLIP over packed prompts: the common prefix once, no padding, only embeddings in use."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,21 +13,28 @@ from torch import nn
 from zscl.models.attention import (
     NotApplicableError,
     attend,
-    finish_block,
-    extract_blocks,
-    project_qkv,
     check_attributes,
+    extract_blocks,
+    finish_block,
+    project_qkv,
     run_block,
 )
 
 
 @dataclass(frozen=True)
 class PackedPrompts:
-    """Token ids of C prompts as R rows: first those that all prompts share, then what follows in each of them.
+    """Token ids of C prompts in R rows: first the prefix that all prompts share, then each prompt's own suffix.
 
-    ids and positions [R]; padded [C, S]: the row in each place of a prompt's own part, where places behind its end
-    repeat its last row; places [R − shared]: the same map backwards, into C · S; ends [C]: each prompt's end token
-    within its own part.
+    Rows have no padding. Attention needs a rectangle: suffixes are padded to S slots a prompt with `row_of_slot`, and
+    the result is brought back to rows with `slot_of_row`.
+
+    Attributes:
+        ids: Token ids, [R].
+        positions: The position of each row in its prompt, [R].
+        prefix_length: P, the number of rows of the common prefix; 0 if nothing is shared.
+        row_of_slot: The row in each slot of a suffix, [C, S]. Slots after a suffix's end repeat its last row.
+        slot_of_row: The inverse map: the slot of each suffix row as an index into C · S, [R − P].
+        end_slots: The slot of each prompt's end token, [C].
     """
 
     ids: torch.Tensor
@@ -39,52 +46,69 @@ class PackedPrompts:
 
     @property
     def end_rows(self) -> torch.Tensor:
-        """The end tokens' rows. [C]"""
+        """The row of each prompt's end token, [C]."""
         return self.row_of_slot.gather(1, self.end_slots[:, None]).flatten()
 
     def causal_mask(self) -> torch.Tensor:
-        """What each place of a prompt's own part may look at. [S, shared + S]"""
-        size = self.row_of_slot.shape[1]
-        return torch.ones(size, self.prefix_length + size, dtype=torch.bool, device=self.ids.device).tril(self.prefix_length)
+        """Return which keys the slots of a suffix may attend to, [S, P + S]."""
+        slots, prefix = self.row_of_slot.shape[1], self.prefix_length
+        return torch.ones(slots, prefix + slots, dtype=torch.bool, device=self.ids.device).tril(prefix)
 
     def end_mask(self) -> torch.Tensor:
-        """What each prompt's end token may look at. [C, 1, 1, shared + S]"""
-        looked_at = torch.arange(self.prefix_length + self.row_of_slot.shape[1], device=self.ids.device)
-        return (looked_at <= self.prefix_length + self.end_slots[:, None])[:, None, None]
+        """Return which keys each prompt's end token may attend to, [C, 1, 1, P + S]."""
+        keys = torch.arange(self.prefix_length + self.row_of_slot.shape[1], device=self.ids.device)
+        return (keys <= self.prefix_length + self.end_slots[:, None])[:, None, None]
 
 
 def pack_prompts(tokens: torch.Tensor, end_positions: torch.Tensor, *, cut: bool, pack: bool) -> PackedPrompts:
-    """Lay prompts out for a causal tower.
+    """Pack prompts for a causal text tower that pools at the end token.
 
     Args:
-        tokens: [C, L].
-        ends: [C], where each prompt's end token is.
-        cut: leave out what lies behind the longest prompt's end.
-        pack: share the common beginning, and leave out what lies behind each prompt's own end.
+        tokens: Token ids, [C, L].
+        end_positions: The position of each prompt's end token, [C].
+        cut: Drop the positions after the longest prompt's end.
+        pack: Share the common prefix, and drop the positions after each prompt's own end.
+
+    Returns:
+        The packed prompts.
     """
-    lengths = end_positions + 1 if pack else torch.full_like(end_positions, int(end_positions.max()) + 1 if cut else tokens.shape[1])
-    shared = 0
+    longest = int(end_positions.max()) + 1 if cut else tokens.shape[1]
+    lengths = end_positions + 1 if pack else torch.full_like(end_positions, longest)
+    prefix_length = 0
     if pack:
         common = (tokens == tokens[0]).all(dim=0).int().cumprod(dim=0).sum()
-        shared = min(int(common), int(end_positions.min()))  # every prompt keeps a row of its own
-    place = torch.arange(int(lengths.max()) - shared, device=tokens.device)
-    own = lengths[:, None] - shared
-    kept = place < own  # [C, S]
-    first = shared + torch.cat([own.new_zeros(1, 1), own.cumsum(dim=0)[:-1]])
-    positions = (shared + place).expand_as(kept)[kept]
+        prefix_length = min(int(common), int(end_positions.min()))  # every suffix has at least one row
+    slots = torch.arange(int(lengths.max()) - prefix_length, device=tokens.device)
+    suffix_lengths = lengths[:, None] - prefix_length
+    is_used = slots < suffix_lengths  # [C, S]
+    first_rows = prefix_length + torch.cat([suffix_lengths.new_zeros(1, 1), suffix_lengths.cumsum(dim=0)[:-1]])
+    suffix_positions = (prefix_length + slots).expand_as(is_used)[is_used]
+    suffix_ids = tokens[:, prefix_length : prefix_length + len(slots)][is_used]
     return PackedPrompts(
-        ids=torch.cat([tokens[0, :shared], tokens[:, shared : shared + len(place)][kept]]),
-        positions=torch.cat([torch.arange(shared, device=tokens.device), positions]),
-        prefix_length=shared,
-        row_of_slot=first + torch.minimum(place, own - 1),
-        slot_of_row=kept.flatten().nonzero().flatten(),
-        end_slots=end_positions - shared,
+        ids=torch.cat([tokens[0, :prefix_length], suffix_ids]),
+        positions=torch.cat([torch.arange(prefix_length, device=tokens.device), suffix_positions]),
+        prefix_length=prefix_length,
+        row_of_slot=first_rows + torch.minimum(slots, suffix_lengths - 1),
+        slot_of_row=is_used.flatten().nonzero().flatten(),
+        end_slots=end_positions - prefix_length,
     )
 
 
 @dataclass(frozen=True)
 class TextTower:
-    """An open_clip text transformer, causal, that pools at the end token."""
+    """A forward pass of a causal open_clip text transformer that pools at the end token.
+
+    The modules and parameters are those of the model, not copies.
+
+    Attributes:
+        token_embedding: The table of token embeddings.
+        positional_embedding: [L, W].
+        blocks: The residual attention blocks.
+        ln_final: The norm after the last block.
+        projection: From width W to D; a module, a matrix [W, D] or `None`.
+        end_token: The id of the end token; `None` for CLIP's own, which is the largest id of a prompt.
+        checkpointed: Whether the blocks use gradient checkpointing.
+    """
 
     token_embedding: nn.Embedding
     positional_embedding: torch.Tensor
@@ -96,13 +120,20 @@ class TextTower:
 
     @classmethod
     def from_clip(cls, clip: nn.Module, checkpointed: bool = False) -> "TextTower":
-        """Take the model's text tower apart.
+        """Build the forward pass from a model's text tower.
+
+        Args:
+            clip: open_clip's model.
+            checkpointed: Whether the blocks use gradient checkpointing.
+
+        Returns:
+            The tower, which shares the model's parameters.
 
         Raises:
-            NotApplicableError: what lies behind a prompt's end matters to it, or it is built differently.
+            NotApplicableError: Features depend on tokens after the end token, or the tower has another structure.
         """
-        whole: Any = clip
-        text: Any = getattr(clip, "text", whole)  # open_clip's CLIP has the tower's modules as its own
+        model: Any = clip
+        text: Any = getattr(clip, "text", model)  # open_clip's `CLIP` holds the modules of the text tower itself
         if not isinstance(text, CLIP | TextTransformer):
             raise NotApplicableError(f"it is a {type(text).__name__}")
         check_attributes(
@@ -110,8 +141,8 @@ class TextTower:
         )
         pooling = getattr(text, "pool_type", None) or getattr(text, "text_pool_type", None)
         mask = text.attn_mask
-        causal = mask is not None and torch.equal(mask, torch.full_like(mask, -torch.inf).triu(1))
-        if not causal or getattr(text, "use_pad_mask", False):
+        is_causal = mask is not None and torch.equal(mask, torch.full_like(mask, -torch.inf).triu(1))
+        if not is_causal or getattr(text, "use_pad_mask", False):
             raise NotApplicableError("its attention is not causal")
         if pooling not in ("argmax", "eos") or getattr(text, "cls_emb", None) is not None:
             raise NotApplicableError(f"it does not pool at the end token (pooling: {pooling})")
@@ -126,11 +157,19 @@ class TextTower:
         )
 
     def end_positions(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Where the tower pools: CLIP's end token is the largest id. [C, L] → [C]"""
+        """Return the position at which the tower pools, [C], for token ids [C, L]."""
         return (tokens if self.end_token is None else (tokens == self.end_token).int()).argmax(dim=1)
 
     def __call__(self, prompts: PackedPrompts, pooled_row: bool = True) -> torch.Tensor:
-        """Encode prompts. Returns [C, D], normalised."""
+        """Encode prompts.
+
+        Args:
+            prompts: C packed prompts.
+            pooled_row: Compute the last block for the end tokens only. The features are the same.
+
+        Returns:
+            L2-normalised features, [C, D].
+        """
         rows = self.token_embedding(prompts.ids) + self.positional_embedding[prompts.positions]
         for block in self.blocks[:-1]:
             rows = run_block(self.checkpointed, apply_prompt_block, block, rows, prompts)
@@ -146,54 +185,77 @@ class TextTower:
 def apply_prompt_block(
     block: ResidualAttentionBlock, rows: torch.Tensor, prompts: PackedPrompts, pooled_row: bool = False
 ) -> torch.Tensor:
-    """A block over packed prompts. [R, W] → the same, or [C, W] for the end tokens alone."""
-    attention, normalised, shared = block.attn, block.ln_1(rows), prompts.prefix_length
+    """Apply a block to packed prompts.
+
+    Args:
+        block: The block.
+        rows: Hidden states, [R, W].
+        prompts: The layout of the rows.
+        pooled_row: Compute the output of the end tokens only.
+
+    Returns:
+        The block's output, [R, W], or [C, W] with `pooled_row`.
+    """
+    attention, normalised, prefix = block.attn, block.ln_1(rows), prompts.prefix_length
     keys, values = (
-        torch.cat([part[:shared].expand(len(prompts.row_of_slot), *part[:shared].shape), _padded(part, prompts)], dim=1)
+        torch.cat([part[:prefix].expand(len(prompts.row_of_slot), *part[:prefix].shape), _pad(part, prompts)], dim=1)
         for part in project_qkv(attention, normalised, slice(1, 3))
     )
     if pooled_row:
-        ends = prompts.end_rows
-        [query] = project_qkv(attention, normalised.index_select(0, ends), slice(0, 1))
-        looked = attend(query[:, None], keys, values, prompts.end_mask())
-        return finish_block(block, rows.index_select(0, ends), looked[:, 0])
+        end_rows = prompts.end_rows
+        [query] = project_qkv(attention, normalised.index_select(0, end_rows), slice(0, 1))
+        attended = attend(query[:, None], keys, values, prompts.end_mask())
+        return finish_block(block, rows.index_select(0, end_rows), attended[:, 0])
     [query] = project_qkv(attention, normalised, slice(0, 1))
-    looked = attend(_padded(query, prompts), keys, values, prompts.causal_mask())
-    looked = looked.flatten(0, 1).index_select(0, prompts.slot_of_row)
-    if shared:
-        causal = torch.ones(shared, shared, dtype=torch.bool, device=rows.device).tril()
-        beginning = attend(query[None, :shared], keys[:1, :shared], values[:1, :shared], causal)
-        looked = torch.cat([beginning[0], looked])
-    return finish_block(block, rows, looked)
+    attended = attend(_pad(query, prompts), keys, values, prompts.causal_mask())
+    attended = attended.flatten(0, 1).index_select(0, prompts.slot_of_row)
+    if prefix:
+        causal = torch.ones(prefix, prefix, dtype=torch.bool, device=rows.device).tril()
+        attended_prefix = attend(query[None, :prefix], keys[:1, :prefix], values[:1, :prefix], causal)
+        attended = torch.cat([attended_prefix[0], attended])
+    return finish_block(block, rows, attended)
 
 
-def _padded(rows: torch.Tensor, prompts: PackedPrompts) -> torch.Tensor:
-    """Rows in each prompt's places. [R, ...] → [C, S, ...]"""
+def _pad(rows: torch.Tensor, prompts: PackedPrompts) -> torch.Tensor:
+    """Arrange the suffixes' rows [R, ...] in padded slots [C, S, ...]."""
     padded: torch.Tensor = rows.index_select(0, prompts.row_of_slot.flatten()).unflatten(0, prompts.row_of_slot.shape)
     return padded
 
 
 class UsedEmbeddings:
-    """Trains only the rows of a token embedding that the given tokens use; `restore` puts the whole table back."""
+    """Replaces a model's token embedding by a small table of the rows that some prompts use.
+
+    The unused rows have no gradient. Leaving them out saves the memory and time of their optimizer states.
+
+    Attributes:
+        full_weight: The original table, [vocabulary, W].
+        token_ids: The ids of the rows in the small table, [U], sorted.
+    """
 
     def __init__(self, clip: nn.Module, tokens: torch.Tensor) -> None:
+        """Replace the token embedding in place.
+
+        Args:
+            clip: open_clip's model.
+            tokens: The token ids of all prompts, [C, L].
+        """
         embedding = TextTower.from_clip(clip).token_embedding
         self.full_weight, self.token_ids = embedding.weight, tokens.unique()
         embedding.weight = nn.Parameter(self.full_weight.detach()[self.token_ids])
 
     def remap(self, prompts: PackedPrompts) -> PackedPrompts:
-        """The prompts with their ids counted in the small table."""
+        """Return the prompts with ids that index the small table."""
         return replace(prompts, ids=torch.searchsorted(self.token_ids, prompts.ids))
 
     @torch.no_grad()
     def restore(self, clip: nn.Module) -> None:
-        """Put the whole table, with the trained rows in it, into this model or a copy of it."""
+        """Put the full table, updated with the trained rows, into `clip`: the model or a copy of it."""
         embedding = TextTower.from_clip(clip).token_embedding
         embedding.weight = nn.Parameter(self.full_table(embedding.weight))
 
     @torch.no_grad()
     def full_table(self, rows: torch.Tensor) -> torch.Tensor:
-        """The whole table, with the trained rows in it."""
-        whole = self.full_weight.detach().clone()
-        whole[self.token_ids] = rows
-        return whole
+        """Return a copy of the full table, [vocabulary, W], with `rows` [U, W] in place of the used ones."""
+        table = self.full_weight.detach().clone()
+        table[self.token_ids] = rows
+        return table

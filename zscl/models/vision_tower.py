@@ -1,4 +1,4 @@
-"""The image tower with its last block for the pooled row alone."""
+"""The vision transformer of CLIP, with its last block computed for the class token only."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,16 +11,25 @@ from torch import nn
 from zscl.models.attention import (
     NotApplicableError,
     attend,
-    finish_block,
-    extract_blocks,
-    project_qkv,
     check_attributes,
+    extract_blocks,
+    finish_block,
+    project_qkv,
     run_block,
 )
 
 
 def apply_image_block(block: ResidualAttentionBlock, rows: torch.Tensor, pooled_row: bool = False) -> torch.Tensor:
-    """A block over an image's tokens. [n, tokens, W] → the same, or [n, 1, W] for the first token alone."""
+    """Apply a block to the tokens of images.
+
+    Args:
+        block: The block.
+        rows: Hidden states, [b, tokens, W].
+        pooled_row: Compute the output of the first token (the class token) only.
+
+    Returns:
+        The block's output, [b, tokens, W], or [b, 1, W] with `pooled_row`.
+    """
     normalised = block.ln_1(rows)
     if not pooled_row:
         return finish_block(block, rows, attend(*project_qkv(block.attn, normalised, slice(0, 3))))
@@ -30,7 +39,13 @@ def apply_image_block(block: ResidualAttentionBlock, rows: torch.Tensor, pooled_
 
 @dataclass(frozen=True)
 class ImageTower:
-    """An open_clip vision transformer that pools the class token."""
+    """A forward pass of an open_clip vision transformer that pools the class token.
+
+    Attributes:
+        visual: open_clip's module; its parameters are used, not copied.
+        blocks: Its residual attention blocks.
+        checkpointed: Whether the blocks use gradient checkpointing.
+    """
 
     visual: VisionTransformer
     blocks: Sequence[ResidualAttentionBlock]
@@ -38,21 +53,37 @@ class ImageTower:
 
     @classmethod
     def from_clip(cls, clip: nn.Module, checkpointed: bool = False) -> "ImageTower":
-        """Take the model's image tower apart.
+        """Build the forward pass from a model's image tower.
+
+        Args:
+            clip: open_clip's model.
+            checkpointed: Whether the blocks use gradient checkpointing.
+
+        Returns:
+            The tower, which shares the model's parameters.
 
         Raises:
-            NotApplicableError: the last block's other tokens are read, too, or the tower is built differently.
+            NotApplicableError: The tower reads other tokens of the last block, too, or has another structure.
         """
         visual = clip.visual
         if not isinstance(visual, VisionTransformer):
             raise NotApplicableError(f"it is a {type(visual).__name__}")
-        check_attributes(visual, "attn_pool", "output_tokens", "pool_type", "transformer", "_embeds", "ln_post", "proj", "conv1")
+        check_attributes(
+            visual, "attn_pool", "output_tokens", "pool_type", "transformer", "_embeds", "ln_post", "proj", "conv1"
+        )
         if visual.attn_pool is not None or visual.output_tokens or visual.pool_type != "tok":
             raise NotApplicableError(f"it does not pool the class token (pooling: {visual.pool_type})")
         return cls(visual, extract_blocks(visual.transformer), checkpointed)
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Encode images, with the last block for the class token alone. [b, 3, H, W] → [b, D], normalised"""
+        """Encode images.
+
+        Args:
+            images: [b, 3, H, W].
+
+        Returns:
+            L2-normalised features, [b, D].
+        """
         rows = self.visual._embeds(images)
         for block in self.blocks[:-1]:
             rows = run_block(self.checkpointed, apply_image_block, block, rows)

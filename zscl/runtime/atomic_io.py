@@ -1,4 +1,4 @@
-"""Writes that are whole or not there, names that are nearly right, and digests."""
+"""Atomic writes of files and folders, links to folders, and quarantine of damaged files."""
 
 import os
 import secrets
@@ -7,58 +7,74 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-LONGEST_BESIDE = 200  # bytes of a name that are part of a temporary one's
-ASIDE = "damaged-"  # begins the names of what is set aside
+MAX_TEMPORARY_NAME_BYTES = 200  # of the target's name: a file system allows 255, including prefix and suffix
+QUARANTINE_PREFIX = "damaged-"
 
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Give a temporary folder that takes `folder`'s place when the block ends, and vanishes when it fails.
+    """Write a folder atomically: other processes see the old folder, or the complete new one.
 
-    What was at `folder` before is moved aside, and removed only when the new folder is in its place.
+    The old folder is renamed first, and deleted only after the new one has replaced it.
+
+    Args:
+        folder: The folder to create or to replace.
+
+    Yields:
+        A temporary folder, which replaces `folder` at the end of the block, and is deleted if the block fails.
+
+    Raises:
+        OSError: The temporary folder cannot be renamed to `folder`; the old folder is restored.
     """
-    temporary, before = _beside(folder), _beside(folder)
+    temporary, backup = _temporary_path(folder), _temporary_path(folder)
     temporary.mkdir(parents=True)
     try:
         yield temporary
         for file in temporary.rglob("*"):
-            _flush(file)
+            _fsync(file)
         if folder.is_dir() and not folder.is_symlink():
-            folder.rename(before)
+            folder.rename(backup)
         try:
             temporary.rename(folder)
         except OSError:
             with suppress(OSError):
-                before.rename(folder)
+                backup.rename(folder)
             raise
-        _flush(folder.parent)
+        _fsync(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    shutil.rmtree(before, ignore_errors=True)
+    shutil.rmtree(backup, ignore_errors=True)
 
 
 @contextmanager
 def atomic_file(file: Path) -> Iterator[Path]:
-    """Give a temporary file that takes `file`'s place when the block ends, and vanishes when it fails."""
+    """Write a file atomically: other processes see the old file, or the complete new one.
+
+    Args:
+        file: The file to create or to replace. Missing parent folders are created.
+
+    Yields:
+        The path of a temporary file, which replaces `file` at the end of the block, and is deleted if the block fails.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _beside(file)
+    temporary = _temporary_path(file)
     try:
         yield temporary
-        _flush(temporary)
+        _fsync(temporary)
         temporary.replace(file)
-        _flush(file.parent)
+        _fsync(file.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _beside(path: Path) -> Path:
-    """A name that no other process takes, on whatever machine."""
-    name = os.fsdecode(os.fsencode(path.name)[:LONGEST_BESIDE])  # a file system takes 255 bytes
+def _temporary_path(path: Path) -> Path:
+    """Return a random name in the same folder, which no other process on any machine uses."""
+    name = os.fsdecode(os.fsencode(path.name)[:MAX_TEMPORARY_NAME_BYTES])
     return path.with_name(f".{name}.{secrets.token_hex(4)}.partial")
 
 
-def _flush(path: Path) -> None:
-    """Have a file's content, or a folder's names, on the disk: a machine may lose its power, too."""
+def _fsync(path: Path) -> None:
+    """Flush a file's content or a folder's entries to the disk, so that they survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -67,54 +83,54 @@ def _flush(path: Path) -> None:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a text file as a whole."""
+    """Write a text file atomically, in UTF-8."""
     with atomic_file(file) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def remove_quietly(file: Path) -> None:
-    """Remove a file, if it is there and storage lets us: what is left behind does no harm."""
+def remove_if_possible(file: Path) -> None:
+    """Remove a file that does no harm if it remains: a missing file and errors of the file system are ignored."""
     with suppress(OSError):
         file.unlink(missing_ok=True)
 
 
 def quarantine(path: Path) -> Path | None:
-    """Rename a damaged file or folder, so that another can be made and nothing is lost.
+    """Rename a damaged file or folder, so that it can be replaced without loss of its content.
 
     Args:
-        path: what is damaged.
+        path: The damaged file or folder.
 
     Returns:
-        Where it lies now; nothing where it is gone.
+        The new path; `None` if the file or folder no longer exists.
     """
-    aside = path.with_name(f"{ASIDE}{secrets.token_hex(4)}-{path.name}")
+    target = path.with_name(f"{QUARANTINE_PREFIX}{secrets.token_hex(4)}-{path.name}")
     try:
-        path.rename(aside)
+        path.rename(target)
     except FileNotFoundError:
         return None
-    return aside
+    return target
 
 
 def link_folder(
-    source: Path, target: Path, changed: Mapping[str, str] | None = None, without: Sequence[str] = ()
+    source: Path, target: Path, replacements: Mapping[str, str] | None = None, exclude: Sequence[str] = ()
 ) -> None:
-    """Let a folder's files be found elsewhere, too, as a whole: linked, or copied where the file system cannot.
+    """Create a folder of hard links to another folder's files, atomically; files are copied if links are unsupported.
 
     Args:
-        source: the folder.
-        target: where else.
-        changed: content of files that are others there.
-        without: names, or patterns of names, that are left out.
+        source: The existing folder.
+        target: The folder to create.
+        replacements: The content of files that differ in the target, by name.
+        exclude: Names or patterns of files that are not linked.
     """
     with atomic_folder(target) as temporary:
-        left_out = shutil.ignore_patterns(*without)
-        shutil.copytree(source, temporary, copy_function=_link_or_copy, dirs_exist_ok=True, ignore=left_out)
-        for name, content in (changed or {}).items():
+        ignore = shutil.ignore_patterns(*exclude)
+        shutil.copytree(source, temporary, copy_function=_link_or_copy, dirs_exist_ok=True, ignore=ignore)
+        for name, content in (replacements or {}).items():
             write_text(temporary / name, content)
 
 
 def _link_or_copy(source: str, target: str) -> None:
     try:
         os.link(source, target)
-    except OSError:  # another disk, or one without links
+    except OSError:  # another file system, or one without hard links
         shutil.copy2(source, target)

@@ -1,7 +1,8 @@
-"""The few collectives the method needs; with one process, all of them do nothing.
+"""Collective operations of torch.distributed; without a process group, they act as for a single worker.
 
-Every worker computes the same loss on the global batch from gathered features, so that any number of workers
-gives the same numbers.
+All workers compute the same loss on the global batch from gathered features, so the results do not depend on the number
+of workers. Every rank must call a collective operation. The operations need a process group only if there are
+several workers.
 """
 
 from collections.abc import Iterable
@@ -12,32 +13,68 @@ import torch.distributed as dist
 
 
 def world_size() -> int:
-    """Number of workers."""
+    """Return the number of workers."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """This worker's number, from 0."""
+    """Return this worker's rank, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def barrier() -> None:
-    """Wait for every worker."""
+    """Wait until all workers have called this function."""
     if dist.is_initialized():
         dist.barrier()
 
 
 def rank_slice(total: int, of_rank: int | None = None) -> range:
-    """A worker's part of `total` things, this one's by default: contiguous, as even as can be."""
+    """Divide items among the workers: contiguous slices, whose sizes differ by at most 1.
+
+    Args:
+        total: The number of items.
+        of_rank: The worker's rank; default: this worker's.
+
+    Returns:
+        The indices of the worker's items.
+    """
     worker = rank() if of_rank is None else of_rank
     return range(worker * total // world_size(), (worker + 1) * total // world_size())
 
 
 def gather(rows: torch.Tensor, total: int) -> torch.Tensor:
-    """Concatenate the workers' shares of `total` rows. [b, …] → [total, …]"""
+    """Concatenate the workers' rows on all workers, without gradient.
+
+    Args:
+        rows: The rows of this worker's `rank_slice(total)` [b, …].
+        total: The number of rows of all workers.
+
+    Returns:
+        All rows, in the order of the ranks [total, …].
+    """
     if world_size() == 1:
         return rows
-    counts = [len(rank_slice(total, worker)) for worker in range(world_size())]
+    return _gather_padded(rows, [len(rank_slice(total, worker)) for worker in range(world_size())])
+
+
+def gather_ragged(rows: torch.Tensor) -> torch.Tensor:
+    """Concatenate the workers' rows on all workers, for any number of rows per worker.
+
+    Args:
+        rows: This worker's rows [b, …].
+
+    Returns:
+        All rows, in the order of the ranks [sum of all b, …].
+    """
+    if world_size() == 1:
+        return rows
+    counts = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(world_size())]
+    dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
+    return _gather_padded(rows, [int(count) for count in counts])
+
+
+def _gather_padded(rows: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    """Gather rows, of which each rank has its count, padded to the largest count as all_gather requires."""
     padded = rows.new_zeros(max(counts), *rows.shape[1:])
     padded[: len(rows)] = rows
     gathered = [torch.empty_like(padded) for _ in counts]
@@ -45,73 +82,77 @@ def gather(rows: torch.Tensor, total: int) -> torch.Tensor:
     return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
 
 
-def gather_ragged(rows: torch.Tensor) -> torch.Tensor:
-    """Concatenate the workers' rows, as many as each has. [b, …] → [sum of all b, …]"""
-    if world_size() == 1:
-        return rows
-    counts = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(world_size())]
-    dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
-    padded = rows.new_zeros(max(map(int, counts)), *rows.shape[1:])
-    padded[: len(rows)] = rows
-    gathered = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(gathered, padded)
-    return torch.cat([part[: int(count)] for part, count in zip(gathered, counts, strict=True)])
+def all_gather_unique(messages: Iterable[str]) -> list[str]:
+    """Collect the messages of all workers on all workers.
 
+    Args:
+        messages: This worker's messages.
 
-def all_gather_unique(sentences: Iterable[str]) -> list[str]:
-    """What any worker has to say, each sentence once, sorted: the same for any number of workers."""
+    Returns:
+        Every message once, sorted, so that the result does not depend on the number of workers.
+    """
     if world_size() == 1:
-        return sorted(set(sentences))
+        return sorted(set(messages))
     gathered: list[list[str]] = [[] for _ in range(world_size())]
-    dist.all_gather_object(gathered, list(sentences))
-    return sorted({sentence for own in gathered for sentence in own})
+    dist.all_gather_object(gathered, list(messages))
+    return sorted({message for of_rank in gathered for message in of_rank})
 
 
 def broadcast_ints(*numbers: int) -> list[int]:
-    """The main worker's whole numbers, for all."""
+    """Return rank 0's integers on all workers."""
     if world_size() == 1:
         return list(numbers)
-    agreed = torch.tensor(numbers, device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.broadcast(agreed, src=0)
-    return [int(number) for number in agreed]
+    broadcast = torch.tensor(numbers, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.broadcast(broadcast, src=0)
+    return [int(number) for number in broadcast]
 
 
 def broadcast_text(text: str) -> str:
-    """The main worker's text, for all."""
+    """Return rank 0's text on all workers."""
     if world_size() == 1:
         return text
-    told = [text]
-    dist.broadcast_object_list(told, src=0)
-    return told[0]
+    broadcast = [text]
+    dist.broadcast_object_list(broadcast, src=0)
+    return broadcast[0]
 
 
 class _GatherWithGradient(torch.autograd.Function):
-    """`gather`, with the gradient that averaging over the workers makes whole.
+    """All-gather whose backward returns the local slice times the world size.
 
-    Every worker differentiates the same global loss, so the gradient of its own rows is complete on arrival: no
-    communication. The averaging of parameter gradients then divides by the number of workers; hence the factor.
+    All workers differentiate the same global loss, so the gradient of a worker's rows is complete without
+    communication. The factor cancels the division by the world size when DDP averages the parameters' gradients.
     """
 
     @staticmethod
     def forward(context: Any, rows: torch.Tensor, total: int) -> torch.Tensor:
-        context.share = rank_slice(total)
+        context.slice = rank_slice(total)
         return gather(rows, total)
 
     @staticmethod
     def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        own = gradients[0][context.share.start : context.share.stop]
-        return own * world_size(), None
+        local = gradients[0][context.slice.start : context.slice.stop]
+        return local * world_size(), None
 
 
 def gather_with_gradient(rows: torch.Tensor, total: int) -> torch.Tensor:
-    """`gather`, through which a loss reaches this worker's rows. [b, …] → [total, …]"""
+    """Concatenate the workers' rows on all workers, with a gradient for this worker's rows.
+
+    The gradient assumes that all workers compute the same loss from the gathered rows.
+
+    Args:
+        rows: The rows of this worker's `rank_slice(total)` [b, …].
+        total: The number of rows of all workers.
+
+    Returns:
+        All rows, in the order of the ranks [total, …].
+    """
     if world_size() == 1:
         return rows
     return _GatherWithGradient.apply(rows, total)  # type: ignore[no-any-return]
 
 
-def all_reduce_ints(*numbers: float) -> list[float]:
-    """Sum each number over the workers."""
+def all_reduce_sum(*numbers: float) -> list[float]:
+    """Sum each number over the workers, in float64."""
     if world_size() == 1:
         return list(numbers)
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
@@ -121,7 +162,15 @@ def all_reduce_ints(*numbers: float) -> list[float]:
 
 
 def broadcast_tensor(rows: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
-    """Give every worker the main worker's rows, a matrix of `like`'s dtype and device."""
+    """Return rank 0's matrix on all workers.
+
+    Args:
+        rows: The matrix [n, d]; used only on rank 0, may be `None` elsewhere.
+        like: A tensor with the matrix's dtype and device.
+
+    Returns:
+        Rank 0's matrix [n, d].
+    """
     if world_size() == 1:
         assert rows is not None
         return rows

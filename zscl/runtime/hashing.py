@@ -1,11 +1,19 @@
-"""SHA-256 digests."""
+"""SHA-256 digests of texts, bytes and files."""
 
 import hashlib
 from pathlib import Path
 
 
 def sha256_of(*contents: bytes | str) -> str:
-    """SHA-256 over the contents and their borders, in hexadecimal digits."""
+    """Hash several contents.
+
+    Args:
+        *contents: Bytes, or texts, which are encoded in UTF-8. The length of each is hashed too, so that the digest
+            depends on the boundaries between them.
+
+    Returns:
+        The SHA-256 digest in hexadecimal digits.
+    """
     total = hashlib.sha256()
     for content in contents:
         content = content.encode() if isinstance(content, str) else content
@@ -15,6 +23,6 @@ def sha256_of(*contents: bytes | str) -> str:
 
 
 def sha256_of_file(file: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal digits."""
+    """Return the SHA-256 digest of a file's content, in hexadecimal digits."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""Names and listings of files."""
+"""Recursive listing of files, detection of hidden files, and suggestions for misspelt paths."""
 
 from collections.abc import Iterator
 from contextlib import suppress
@@ -6,43 +6,56 @@ from pathlib import Path
 
 from schemas.errors import did_you_mean
 
-SYSTEM_FILES = frozenset({"thumbs.db", "desktop.ini"})  # of Windows; those of macOS begin with a dot
+SYSTEM_FILES = frozenset({"thumbs.db", "desktop.ini"})  # Windows; the system files of macOS begin with a dot
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file is hidden or the operating system's own: `.DS_Store`, `._*`, `__MACOSX/`, `Thumbs.db`, ….
+    """Return whether a file is hidden or created by the operating system: `.DS_Store`, `._*`, `Thumbs.db`, ….
 
     Args:
-        name: with the folders that it is in, as a tar has it.
+        name: The file's name, or its path in a folder or tar file. Files in hidden folders are hidden.
+
+    Returns:
+        Whether the file should be ignored.
     """
     parts = [part for part in name.split("/") if part not in ("", ".", "..")]
     return not parts or parts[-1].lower() in SYSTEM_FILES or any(part[0] == "." or part == "__MACOSX" for part in parts)
 
 
-def files_within(folder: Path) -> list[Path]:
-    """The files of a folder at any depth, in the order of their paths; links are followed, hidden files are left out.
+def list_files(folder: Path) -> list[Path]:
+    """List the files of a folder recursively, without hidden files. Symbolic links are followed.
 
-    Raises:
-        OSError: a folder cannot be read.
+    Args:
+        folder: The folder to list.
+
+    Returns:
+        The files, sorted by path.
     """
-    return sorted(_files_within(folder, ()))
+    return sorted(_iter_files(folder, ()))
 
 
-def _files_within(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
+def _iter_files(folder: Path, parents: tuple[Path, ...]) -> Iterator[Path]:
     real = folder.resolve()
-    if real in above:  # a link leads back to where it is
+    if real in parents:  # a cycle of symbolic links
         return
     for path in folder.iterdir():
         if is_hidden(path.name):
             continue
         if path.is_dir():
-            yield from _files_within(path, (*above, real))
+            yield from _iter_files(path, (*parents, real))
         else:
             yield path
 
 
 def did_you_mean_path(path: Path) -> str:
-    """The end of a sentence about a path that is not there: what is called nearly so, if anything."""
+    """Format a suggestion for a path that does not exist: an entry of its folder with a similar name.
+
+    Args:
+        path: The path that does not exist.
+
+    Returns:
+        The end of a message, see `did_you_mean`; empty if there is no similar name.
+    """
     with suppress(OSError):
-        return did_you_mean(path.name, [each.name for each in path.parent.iterdir()])
+        return did_you_mean(path.name, [sibling.name for sibling in path.parent.iterdir()])
     return ""

@@ -1,4 +1,4 @@
-"""Retries of storage access that fails with a transient error."""
+"""Retries of file system and storage operations that fail with transient errors."""
 
 import errno
 import logging
@@ -15,14 +15,11 @@ from schemas.redaction import mask
 
 log = logging.getLogger(__name__)
 
-
-PATIENCE_SECONDS = 300.0  # with storage that fails: a server that restarts is back by then
-
+RETRY_SECONDS = 300.0  # default timeout: long enough for the restart of a storage server
 
 T = TypeVar("T")
 
-
-# Errors that another attempt may not meet: of a device, a network file system, a connection, or a resource in use.
+# Errors of a device, a network file system, a connection, or a resource in use, after which a retry may succeed.
 TRANSIENT_ERRNOS = frozenset(
     {
         errno.EIO, errno.EREMOTEIO, errno.ESTALE, errno.EAGAIN, errno.EINTR, errno.EBUSY, errno.ENOLCK, errno.ENFILE,
@@ -32,9 +29,8 @@ TRANSIENT_ERRNOS = frozenset(
     }
 )  # fmt: skip
 
-
-# Connection errors of the clients below fsspec (botocore, aiohttp, requests, urllib3, Google's, Azure's), which are
-# optional, so that their classes cannot be imported here.
+# Names of the connection errors of fsspec's clients (botocore, aiohttp, requests, urllib3, Google's, Azure's). The
+# clients are optional dependencies, so the classes cannot be imported.
 TRANSIENT_CLASSES = frozenset(
     {
         "ConnectionError", "TimeoutError", "Timeout", "HTTPClientError", "ClientConnectionError", "ClientPayloadError",
@@ -43,28 +39,26 @@ TRANSIENT_CLASSES = frozenset(
     }
 )  # fmt: skip
 
+TRANSIENT_STATUSES = frozenset({408, 425, 429})  # HTTP statuses, in addition to those from 500 to 599
 
-TRANSIENT_STATUSES = frozenset({408, 425, 429})  # of HTTP, beside those from 500 on
-
-
-MISSING = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EEXIST})  # what a folder that is away shows itself by
+MISSING_FOLDER_ERRNOS = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EEXIST})  # of files on a volume that is unmounted
 
 
 def is_transient(error: BaseException) -> bool:
-    """Tell whether another attempt may succeed without anything being changed by the user.
+    """Return whether a retry may succeed without any change by the user.
 
-    A full disk and a used-up quota (ENOSPC, EDQUOT) are not transient: nobody makes room within minutes, and the run
-    goes on from its last checkpoint once somebody has.
+    A full disk (ENOSPC) and an exceeded quota (EDQUOT) are not transient: somebody has to free space, which rarely
+    happens within minutes. The run can be resumed from its last checkpoint afterwards.
 
     Args:
-        error: what an access to storage failed with.
+        error: The error of a storage operation.
 
     Returns:
-        `True` for errors of a connection, of a server, or of a device that may come back.
+        `True` for errors of a connection, of a server, or of a device that may recover.
     """
     if isinstance(error, OSError) and error.errno is not None and error.errno > 0:
         return error.errno in TRANSIENT_ERRNOS
-    if TRANSIENT_CLASSES & {each.__name__ for each in type(error).__mro__}:
+    if TRANSIENT_CLASSES & {base.__name__ for base in type(error).__mro__}:
         return True
     response = getattr(error, "response", None)
     metadata = response.get("ResponseMetadata", {}) if isinstance(response, Mapping) else {}
@@ -73,59 +67,67 @@ def is_transient(error: BaseException) -> bool:
 
 
 def retry_io(
-    access: Callable[[], T], seconds: float = PATIENCE_SECONDS, must_exist: Path | None = None, what: object = ""
+    operation: Callable[[], T],
+    timeout: float = RETRY_SECONDS,
+    must_exist: Path | None = None,
+    description: object = "",
 ) -> T:
-    """Access storage, and try again while it fails with a transient error. Each retry is logged.
+    """Call an operation, and retry with exponential backoff while it fails with a transient error.
+
+    Each retry is logged. The pauses double from 0.1 s to at most 5 s.
 
     Args:
-        access: what is tried; it may be called several times.
-        seconds: how long.
-        within: a folder that was there before. While it is not, the storage that it lies on is away, which shows as a
-            missing file.
-        what: names the file in the log, where the error does not.
+        operation: The function to call, possibly several times.
+        timeout: The time until the last retry [s].
+        must_exist: A folder that existed before. If it is missing, its storage is considered to be temporarily
+            unavailable, so that errors about missing files are transient.
+        description: The name of the file or URL in the log, if the error does not contain it.
 
     Returns:
-        What `access` returned.
+        The result of the operation.
 
     Raises:
-        OSError: it failed with an error that is not transient, or still fails after so many seconds.
+        Exception: The operation's error, if it is not transient, or if the timeout has elapsed.
     """
-    started, pause = time.monotonic(), 0.1
+    start, pause = time.monotonic(), 0.1
     while True:
         try:
-            return access()
+            return operation()
         except Exception as error:
-            away = (
+            is_unavailable = (
                 must_exist is not None
                 and isinstance(error, OSError)
-                and error.errno in MISSING
-                and not _is_there(must_exist)
+                and error.errno in MISSING_FOLDER_ERRNOS
+                and not _is_folder(must_exist)
             )
-            left = seconds - (time.monotonic() - started)
-            if not (away or is_transient(error)) or pause > left:
+            remaining = timeout - (time.monotonic() - start)
+            if not (is_unavailable or is_transient(error)) or pause > remaining:
                 raise
-            reason = f"{must_exist} is away" if away else mask(" ".join(str(error).split()) or type(error).__name__)
-            named = f"{what}: " if str(what) and str(what) not in reason else ""
-            log.warning("%s%s; trying again in %.1f s, for %.0f s more", named, reason, pause, left)
+            if is_unavailable:
+                reason = f"{must_exist} is not available"
+            else:
+                reason = mask(" ".join(str(error).split()) or type(error).__name__)
+            prefix = f"{description}: " if str(description) and str(description) not in reason else ""
+            log.warning("%s%s; retrying in %.1f s, for %.0f s more", prefix, reason, pause, remaining)
         time.sleep(pause)
         pause = min(2 * pause, 5.0)
 
 
-def _is_there(folder: Path) -> bool:
+def _is_folder(path: Path) -> bool:
     try:
-        return folder.is_dir()
+        return path.is_dir()
     except OSError:
         return False
 
 
-def os_error_of(error: Exception) -> OSError:
-    """Turn what safetensors and torch make of an operating system's error back into that, with its number.
+def to_os_error(error: Exception) -> OSError:
+    """Recover the operating system's error from an error that safetensors or PyTorch raised because of it.
 
     Args:
-        error: whose message ends in "(os error 28)", say, or which was raised from an `OSError`.
+        error: An error whose message contains, for example, "(os error 28)", or whose cause is an `OSError`.
 
     Returns:
-        An `OSError` with that number, or without one.
+        The `OSError`, without an `errno` if the error does not contain one.
     """
     cause = error.__cause__ or error.__context__
     if isinstance(cause, OSError):
@@ -134,27 +136,32 @@ def os_error_of(error: Exception) -> OSError:
     return OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error))
 
 
-def read_text_if_exists(file: Path, run: Path) -> str:
-    """Read a text file; nothing where there is no such file. While the folder around it is away, wait.
+def read_text_if_exists(file: Path, folder: Path) -> str:
+    """Read a text file that may not exist, and retry while its folder is unavailable.
 
-    A file without content gives a line break, so that it is not taken for none.
+    Args:
+        file: The file, in UTF-8.
+        folder: The folder around the file, which must exist.
+
+    Returns:
+        The content; a line break for an empty file; an empty text if the file does not exist.
     """
 
     def read() -> str:
         try:
             return file.read_text(encoding="utf-8", errors="replace") or "\n"
         except FileNotFoundError:
-            if not run.is_dir():
+            if not folder.is_dir():
                 raise
             return ""
 
-    return retry_io(read, must_exist=run)
+    return retry_io(read, must_exist=folder)
 
 
-def try_acquire(lock: FileLock, seconds: float) -> bool:
-    """Take a lock, if that is possible within so many seconds."""
+def try_acquire(lock: FileLock, timeout: float) -> bool:
+    """Try to acquire a lock within `timeout` seconds, and return whether that succeeded."""
     try:
-        lock.acquire(timeout=seconds)
+        lock.acquire(timeout=timeout)
     except Timeout:
         return False
     return True

@@ -1,4 +1,4 @@
-"""Seconds by part of the work, and memory."""
+"""Wall time by part of a stage, and memory usage of the process."""
 
 import resource
 import time
@@ -11,15 +11,16 @@ from typing import ParamSpec, TypeVar
 import torch
 
 T = TypeVar("T")
-
-
 P = ParamSpec("P")
 
 
 class Clock:
-    """Adds up the seconds that the parts of a stage take in this process.
+    """Accumulates the wall time that each part of a stage takes in this process.
 
-    On a GPU, a part's kernels may run in the time of the next one that waits for them.
+    GPU kernels run asynchronously: their time may be counted for a later part, which waits for them.
+
+    Attributes:
+        seconds: The accumulated time by part [s].
     """
 
     def __init__(self) -> None:
@@ -27,15 +28,23 @@ class Clock:
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
-        """Count a block's time as a part's."""
-        started = time.perf_counter()
+        """Add the time of a block to a part."""
+        start = time.perf_counter()
         try:
             yield
         finally:
-            self.seconds[part] += time.perf_counter() - started
+            self.seconds[part] += time.perf_counter() - start
 
-    def over(self, part: str, items: Iterator[T]) -> Iterator[T]:
-        """Count the time that it takes to get each item."""
+    def time_iterator(self, part: str, items: Iterator[T]) -> Iterator[T]:
+        """Wrap an iterator so that the time to fetch each item is added to a part.
+
+        Args:
+            part: The part.
+            items: The iterator.
+
+        Yields:
+            The items of the iterator.
+        """
         while True:
             with self(part):
                 try:
@@ -44,18 +53,26 @@ class Clock:
                     return
             yield item
 
-    def around(self, part: str, function: Callable[P, T]) -> Callable[P, T]:
-        """Count the time of each call."""
+    def time_calls(self, part: str, function: Callable[P, T]) -> Callable[P, T]:
+        """Wrap a function so that the time of each call is added to a part.
 
-        def counted(*arguments: P.args, **named: P.kwargs) -> T:
+        Args:
+            part: The part.
+            function: The function.
+
+        Returns:
+            The wrapped function.
+        """
+
+        def timed(*args: P.args, **kwargs: P.kwargs) -> T:
             with self(part):
-                return function(*arguments, **named)
+                return function(*args, **kwargs)
 
-        return counted
+        return timed
 
 
 def resident_megabytes() -> float:
-    """Memory that this process holds now; at most so far, where the system does not tell."""
+    """Return the resident memory of this process [MB]; its peak if the system has no /proc."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except OSError:
@@ -64,7 +81,7 @@ def resident_megabytes() -> float:
 
 
 def peak_memory_megabytes(device: torch.device) -> float:
-    """Megabytes that this process has taken up at most, so far: on its GPU, or in all."""
+    """Return the peak memory of this process [MB]: allocated on a GPU, or resident in main memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3  # Linux counts in kilobytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3  # in kilobytes on Linux

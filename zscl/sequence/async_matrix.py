@@ -1,4 +1,4 @@
-"""The accuracy matrix, measured in other processes while training continues."""
+"""The accuracy matrix, evaluated in other processes while training continues."""
 
 import time
 from collections.abc import Callable
@@ -11,20 +11,18 @@ from zscl.sequence.matrix import MatrixEvaluator
 from zscl.sequence.result import AccuracyRow
 from zscl.training.checkpoint import StoppedError
 
-MOST_BEHIND = 2  # rows that training may be ahead of
-
-
-LOOK_EVERY_SECONDS = 0.5
+MAX_PENDING_ROWS = 2  # training waits if more rows are not evaluated yet
+POLL_SECONDS = 0.5
 
 
 class Handle(Protocol):
-    """Something that goes on elsewhere: a `concurrent.futures.Future`, say."""
+    """A task in another process, such as a `concurrent.futures.Future`."""
 
     def done(self) -> bool:
-        """Whether it has ended."""
+        """Return whether the task has ended."""
 
     def result(self) -> object:
-        """Wait for its end, and raise what it failed with."""
+        """Wait for the end of the task, and raise its exception if it failed."""
 
 
 SubmitEvaluation = Callable[[int], Handle]
@@ -32,54 +30,61 @@ SubmitEvaluation = Callable[[int], Handle]
 
 @dataclass
 class AsyncMatrixEvaluator(MatrixEvaluator):
-    """Rows that are measured elsewhere while training goes on; it is never more than a few of them ahead.
+    """Evaluates rows in other processes. Training is at most `MAX_PENDING_ROWS` rows ahead.
 
-    elsewhere: begins to measure a stage's row, which will lie in the run's folder; called on the main worker.
+    Attributes:
+        submit: Starts the evaluation of a stage's row, which writes the row's file; called on rank 0.
     """
 
     submit: SubmitEvaluation | None = None
-    _under_way: dict[int, Handle | None] = field(default_factory=dict)
+    _pending: dict[int, Handle | None] = field(default_factory=dict)
 
     def measure(self, stage: int, clip: Clip) -> None:
-        """Have the row measured, unless it is there; take those that have come in meanwhile."""
-        row = self.read(self.file(stage))
+        """Submit the evaluation of a row unless its file exists, and accept the rows that are complete. Collective."""
+        row = self.read_row(self.row_file(stage))
         if row is not None:
             self.accept(stage, row)
             return
         assert self.submit is not None
-        self._under_way[stage] = self.submit(stage) if rank() == 0 else None
-        self._collect(most=MOST_BEHIND)
+        self._pending[stage] = self.submit(stage) if rank() == 0 else None
+        self._collect(max_pending=MAX_PENDING_ROWS)
 
     def rows(self) -> list[AccuracyRow]:
-        """Wait for the rows; in the order of their stages."""
-        self._collect(most=0)
+        """Wait for all rows and return them in the order of their stages. Collective."""
+        self._collect(max_pending=0)
         return super().rows()
 
-    def _collect(self, most: int) -> None:
-        """Take what has come in, in order, and wait until at most so many rows are missing."""
-        for stage in list(self._under_way):
-            while not self._there(stage):
-                if len(self._under_way) <= most:
+    def _collect(self, max_pending: int) -> None:
+        """Accept complete rows in order, and wait until at most `max_pending` rows are pending."""
+        for stage in list(self._pending):
+            while not self._is_complete(stage):
+                if len(self._pending) <= max_pending:
                     return
-                time.sleep(LOOK_EVERY_SECONDS)
-            row = self.read(self.file(stage))
+                time.sleep(POLL_SECONDS)
+            file = self.row_file(stage)
+            row = self.read_row(file)
             if row is None:
-                raise OSError(f"{self.file(stage)}: found no such file, expected the row that was measured elsewhere")
-            del self._under_way[stage]
+                raise OSError(f"{file}: found no such file, expected the row that another process has evaluated")
+            del self._pending[stage]
             self.accept(stage, row)
 
-    def _there(self, stage: int) -> bool:
-        """Whether a row has come in, as all workers agree.
+    def _is_complete(self, stage: int) -> bool:
+        """Return whether the evaluation of a row has ended; equal on all ranks.
+
+        Args:
+            stage: The row's stage.
+
+        Returns:
+            Whether it has ended.
 
         Raises:
-            StoppedError: the run was asked to stop.
-            Exception: what the measuring failed with.
+            StoppedError: A stop was requested.
         """
-        handle = self._under_way[stage]  # the main worker's
-        there = handle is not None and handle.done()
-        if handle is not None and there:
-            handle.result()
-        there, stop = map(bool, broadcast_ints(there, not there and rank() == 0 and self.stop_requested()))
+        handle = self._pending[stage]  # `None` on all ranks but 0
+        is_done = handle is not None and handle.done()
+        if handle is not None and is_done:
+            handle.result()  # raises if the evaluation failed
+        is_done, stop = map(bool, broadcast_ints(is_done, not is_done and rank() == 0 and self.stop_requested()))
         if stop:
             raise StoppedError(f"stopped while the row of stage {stage} is measured")
-        return there
+        return is_done

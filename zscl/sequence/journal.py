@@ -1,7 +1,7 @@
-"""What happens in a run, a line each, in the run's folder.
+"""The journal of a run: its events, one JSON object per line, in the run's folder.
 
-The main worker writes it, so that nothing is lost with the process that watches or the server that records. After an
-interruption it says some things again; reading leaves out what was said before.
+Rank 0 writes the journal, so that events survive the process that displays the run and the tracking server. A resumed
+run reports some events again; `JournalReader` skips these repetitions.
 """
 
 import os
@@ -22,138 +22,155 @@ from schemas.events import (
     TaskEvaluated,
 )
 from zscl.runtime.retry import retry_io
-
-JOURNAL = "journal.jsonl"
+from zscl.sequence.layout import JOURNAL
 
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """What tells a run from all others, wherever its folder lies.
+    """Identifies a run, independent of the location of its folder.
 
     Attributes:
-        fingerprint: of the experiment.
-        begun: time of the journal's first entry, in milliseconds.
+        fingerprint: The experiment's fingerprint.
+        start_time: Unix time of the journal's first entry, in milliseconds.
     """
 
     fingerprint: str
-    begun: int
+    start_time: int
 
 
-def identity_of(run: Path) -> RunIdentity | None:
-    """Read whose journal a folder holds; `None` where there is none that tells of a run."""
-    begun, fingerprint = None, None
+def read_run_identity(run: Path) -> RunIdentity | None:
+    """Read the identity of the run in a folder.
+
+    Args:
+        run: The run's folder.
+
+    Returns:
+        The identity; `None` if the folder has no journal of a run.
+    """
+    start_time, fingerprint = None, None
     try:
         lines = (run / JOURNAL).read_bytes().splitlines()
     except OSError:
         return None
     for line in lines:
-        if begun is not None and b'"run_started"' not in line:
+        if start_time is not None and b'"run_started"' not in line:
             continue
         try:
             entry = JournalEntry.model_validate_json(line)
-        except ValidationError:  # what a killed process left of a line
+        except ValidationError:  # an incomplete line of a killed process
             continue
-        begun = entry.time if begun is None else begun
-        if isinstance(entry.progress, RunStarted):  # the last one counts: a folder in which nothing came about is taken
+        start_time = entry.time if start_time is None else start_time
+        if isinstance(entry.progress, RunStarted):  # the last one: another run may reuse a folder without results
             fingerprint = entry.progress.fingerprint
-    return None if begun is None or fingerprint is None else RunIdentity(fingerprint, begun)
+    return None if start_time is None or fingerprint is None else RunIdentity(fingerprint, start_time)
 
 
-def begun_in(run: Path) -> int | None:
-    """Return when the run in a folder began, in milliseconds, if there is one."""
-    found = identity_of(run)
-    return found.begun if found else None
+def read_start_time(run: Path) -> int | None:
+    """Return the Unix time in milliseconds at which the run in a folder started; `None` if there is no run."""
+    identity = read_run_identity(run)
+    return identity.start_time if identity else None
 
 
 class Journal:
-    """Writes lines at a file's end; what storage does not take now is written with the next line.
+    """Appends events to the journal. Lines that cannot be written are written with the next event.
 
-    What is only of the moment (a cell, before its row) is left out.
+    Events of temporary interest (a task's accuracy, which is part of a row) are not written.
+
+    Attributes:
+        file: The journal's path.
     """
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        # What a killed process left of a line ends here, and is no line.
-        self._waiting = "\n" if file.is_file() and file.stat().st_size else ""
+        # Ends an incomplete last line of a killed process.
+        self._buffer = "\n" if file.is_file() and file.stat().st_size else ""
 
-    def __call__(self, progress: BaseModel) -> None:
-        """Write down what happened."""
-        if isinstance(progress, TaskEvaluated | ImagesEmbedded):
+    def __call__(self, event: BaseModel) -> None:
+        """Append an event."""
+        if isinstance(event, TaskEvaluated | ImagesEmbedded):
             return
-        entry = JournalEntry.model_validate({"time": time.time_ns() // 1_000_000, "progress": progress})
-        self._waiting += entry.model_dump_json() + "\n"
+        entry = JournalEntry.model_validate({"time": time.time_ns() // 1_000_000, "progress": event})
+        self._buffer += entry.model_dump_json() + "\n"
         try:
             self._write()
         except OSError:
-            self._waiting = "\n" + self._waiting.lstrip("\n")  # some of it may be there
+            self._buffer = "\n" + self._buffer.lstrip("\n")  # a part of it may be written
 
     def flush(self) -> None:
-        """Have what is waiting, and all before it, on the disk.
+        """Write the buffered lines and flush the file to the disk.
 
         Raises:
-            OSError: storage does not take it.
+            OSError: Storage fails permanently, or for minutes.
         """
-        retry_io(lambda: self._write(flush=True), must_exist=self.file.parent, what=self.file)
+        retry_io(lambda: self._write(flush=True), must_exist=self.file.parent, description=self.file)
 
     def _write(self, flush: bool = False) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with self.file.open("a", encoding="utf-8") as stream:
-            stream.write(self._waiting)
+            stream.write(self._buffer)
             if flush:
                 stream.flush()
                 os.fsync(stream.fileno())
-        self._waiting = ""
+        self._buffer = ""
 
 
 class JournalReader:
-    """Reads a journal that may still grow, everything once and in order."""
+    """Reads a journal that may still grow: every event once and in order.
+
+    Attributes:
+        file: The journal's path.
+    """
 
     def __init__(self, file: Path) -> None:
         self.file = file
         self._offset = 0
-        self._said: set[tuple[str, int]] = set()
-        self._steps: dict[int, int] = {}
+        self._seen: set[tuple[str, int]] = set()
+        self._next_step: dict[int, int] = {}
 
-    def new(self) -> list[JournalEntry]:
-        """What was written since the last call; nothing where there is no journal yet.
+    def read_new(self) -> list[JournalEntry]:
+        """Read the entries that were written since the last call.
+
+        Returns:
+            The new entries; none if there is no journal yet.
 
         Raises:
-            OSError: storage fails.
+            OSError: Storage fails.
         """
         if not self.file.is_file():
             return []
         with self.file.open("rb") as stream:
             stream.seek(self._offset)
             content = stream.read()
-        whole = content[: content.rfind(b"\n") + 1]
-        self._offset += len(whole)
+        complete_lines = content[: content.rfind(b"\n") + 1]
+        self._offset += len(complete_lines)
         entries = []
-        for line in whole.splitlines():
+        for line in complete_lines.splitlines():
             try:
-                entry = self._unsaid(JournalEntry.model_validate_json(line))
-            except ValidationError:  # what a killed process left of a line
+                entry = self._remove_repetition(JournalEntry.model_validate_json(line))
+            except ValidationError:  # an incomplete line of a killed process
                 continue
             if entry is not None:
                 entries.append(entry)
         return entries
 
-    def _unsaid(self, entry: JournalEntry) -> JournalEntry | None:
-        progress: BaseModel = entry.progress
-        match progress:
+    def _remove_repetition(self, entry: JournalEntry) -> JournalEntry | None:
+        """Return an entry without the steps that were read before; `None` if nothing is new."""
+        event: BaseModel = entry.progress
+        match event:
             case StepsTaken():
-                known = self._steps.get(progress.stage, 0)
-                steps = tuple(step for step in progress.steps if step.step >= known)
+                next_step = self._next_step.get(event.stage, 0)
+                steps = tuple(step for step in event.steps if step.step >= next_step)
                 if not steps:
                     return None
-                self._steps[progress.stage] = steps[-1].step + 1
-                return entry.model_copy(update={"progress": progress.model_copy(update={"steps": steps})})
+                self._next_step[event.stage] = steps[-1].step + 1
+                return entry.model_copy(update={"progress": event.model_copy(update={"steps": steps})})
             case StageStarted() | RowMeasured():
-                said: tuple[str, int] = (progress.event, progress.stage)
+                key: tuple[str, int] = (event.event, event.stage)
             case StageTrained():
-                said = (progress.event, progress.result.stage)
+                key = (event.event, event.result.stage)
             case _:
                 return entry
-        if said in self._said:
+        if key in self._seen:
             return None
-        self._said.add(said)
+        self._seen.add(key)
         return entry

@@ -1,7 +1,8 @@
-"""A run's folder in object storage, where nodes share no file system.
+"""Synchronisation of a run's folder with object storage, for clusters whose nodes share no file system.
 
-Every node works in a folder of its own. What one worker leaves there is pushed, what others need is pulled: files that
-have changed, each whole, and those last whose presence says that others are there (see `zscl.sequence.run`).
+Every node works in a local folder. Files that a rank writes are pushed, files that other ranks need are pulled. Every
+file is transferred as a whole. Files whose existence means that others are complete (see `zscl.sequence.layout`) are
+transferred last.
 """
 
 import json
@@ -20,263 +21,298 @@ import fsspec
 from filelock import FileLock
 from fsspec.implementations.local import LocalFileSystem
 
-from schemas.errors import InputError, one_line
+from schemas.errors import ErrorCode, InputError, one_line
 from schemas.redaction import mask
-from zscl.runtime.atomic_io import ASIDE, atomic_file, remove_quietly, write_text
+from zscl.runtime.atomic_io import QUARANTINE_PREFIX, atomic_file, remove_if_possible, write_text
 from zscl.runtime.hashing import sha256_of
 from zscl.runtime.retry import retry_io
+from zscl.sequence.layout import ACCURACY, RAY_FOLDER, RESULT, SYNC_LOCK, SYNC_MANIFEST, TRAINING, ZERO_SHOT
 
-KNOWN = ".mirror.json"
-EVERY_SECONDS = 10.0
+SYNC_SECONDS = 10.0
 T = TypeVar("T")
-# Names that say "what lies beside me is whole", in the order in which they may be believed.
-LAST = ("training.json", "zero_shot.json", "accuracy.json", "result.json")
-VERSIONS = ("ETag", "etag", "md5Hash", "content_md5", "mtime", "LastModified", "last_modified", "created", "updated")
+# Files that mark other files as complete, in the order of their transfer.
+PUSHED_LAST = (TRAINING, ZERO_SHOT, ACCURACY, RESULT)
+# The keys under which fsspec's file systems report the version of a file.
+VERSION_KEYS = (
+    "ETag", "etag", "md5Hash", "content_md5", "mtime", "LastModified", "last_modified", "created", "updated"
+)  # fmt: skip
 
 
 def storage_url(storage: str, folder: Path) -> str:
-    """Where a run's folder lies in storage: under its own name."""
+    """Return the URL of a run's folder in object storage; the folder keeps its name."""
     return f"{storage.rstrip('/')}/{folder.name}"
 
 
-def node_local_folder(url: str) -> "RemoteSync":
-    """A worker's mirror, in a temporary folder that the workers of a machine share."""
+def node_local_sync(url: str) -> "RemoteSync":
+    """Build the synchronisation of a temporary folder that all ranks on this machine share.
+
+    Args:
+        url: The URL of the run's folder in object storage.
+
+    Returns:
+        The synchronisation.
+    """
     return RemoteSync(url, Path(tempfile.gettempdir()) / f"zscl-{os.getuid()}" / sha256_of(url)[:16] / "run")
 
 
 class RemoteSync:
-    """A folder here and the same in storage.
+    """Synchronises a local folder with a folder in object storage.
 
-    Both sides are compared with what they were when they last agreed, which a hidden file in the folder remembers; a
-    process that is killed leaves it as it is.
+    A hidden manifest in the local folder holds the local and the remote version of each file at the last transfer.
+    Comparison with it shows which side has changed. The manifest survives a killed process.
+
+    Attributes:
+        url: The URL of the folder in object storage.
+        folder: The local folder.
     """
 
     def __init__(self, url: str, folder: Path) -> None:
-        """Open a store.
+        """Open the storage.
 
         Args:
-            url: of the folder in storage, as fsspec takes it.
-            folder: here; it need not exist.
+            url: The URL of the folder in object storage, as fsspec reads it.
+            folder: The local folder; it need not exist.
 
         Raises:
-            InputError: there is no such kind of storage, or its client is not installed.
+            InputError: fsspec does not know the protocol, or its client is not installed.
         """
         self.url, self.folder = url, folder
         try:
             self._storage, self._root = fsspec.core.url_to_fs(url, use_listings_cache=False)
         except (ImportError, ValueError) as error:
-            raise InputError(f"compute.storage: found {mask(url)}, which cannot be opened ({error})") from error
+            code = ErrorCode.MISSING_PACKAGE if isinstance(error, ImportError) else ErrorCode.INVALID_VALUE
+            raise InputError(
+                f"compute.storage: found {mask(url)}, which cannot be opened ({error})",
+                code=code,
+                field="compute.storage",
+            ) from error
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mirror")
-        self._pushing: Future[None] | None = None
-        self._pushed = time.monotonic()
+        self._pending_push: Future[None] | None = None
+        self._last_push = time.monotonic()
 
     def check(self) -> None:
-        """See that storage can be written and read.
+        """Write, read and delete a file in object storage.
 
         Raises:
-            InputError: it cannot.
+            InputError: One of these operations fails.
         """
-        place = f"{self._root}/.writable"
+        path = f"{self._root}/.writable"
         try:
-            self._make_folder(place)
-            self._storage.pipe_file(place, b"written")
-            found = self._storage.cat_file(place)
-            self._storage.rm_file(place)
-        except Exception as error:  # fsspec raises what its stores raise: no credentials, no such bucket, ...
+            self._make_parent(path)
+            self._storage.pipe_file(path, b"written")
+            content = self._storage.cat_file(path)
+            self._storage.rm_file(path)
+        except Exception as error:  # the clients raise exceptions of many classes: no credentials, no such bucket, …
             reason = mask(one_line(error))
             raise InputError(
                 f"compute.storage: {mask(self.url)} cannot be written ({type(error).__name__}: {reason}), expected "
-                "storage and credentials that can"
+                "storage and credentials that can",
+                code=ErrorCode.NOT_WRITABLE,
+                field="compute.storage",
             ) from error
-        if found != b"written":
-            raise InputError(f"compute.storage: {mask(self.url)} does not give back what was written to it")
+        if content != b"written":
+            raise InputError(
+                f"compute.storage: {mask(self.url)} does not give back what was written to it",
+                code=ErrorCode.MISMATCH,
+                field="compute.storage",
+            )
 
-    def versions(self) -> dict[str, str]:
-        """List what is in storage: each file's version by its path in the folder; nothing where there is no folder.
+    def list_remote(self) -> dict[str, str]:
+        """List the files in object storage.
 
-        Hidden folders and that of Ray are not listed.
+        Hidden files and folders, and Ray's folder, are not listed. fsspec's own `exists`, `find` and `walk` return an
+        empty folder if listing fails at any depth, which would delete local files; this method raises instead.
 
-        Raises:
-            Exception: what the client of the storage raises. fsspec's own `exists`, `find` and `walk` take a folder
-                that they cannot list, at whatever depth, for an empty one, and what is not listed would be removed
-                here.
+        Returns:
+            The version of each file by its path in the folder; empty if there is no such folder.
         """
-        found: dict[str, str] = {}
+        versions: dict[str, str] = {}
         folders = [self._root]
         while folders:
             folder = folders.pop()
             try:
-                listed = self._storage.ls(folder, detail=True)
-            except FileNotFoundError:  # there is none, or it was removed meanwhile
+                entries = self._storage.ls(folder, detail=True)
+            except FileNotFoundError:  # it does not exist, or was removed in the meantime
                 continue
-            for info in listed:
-                path = info["name"].rstrip("/")
+            for entry in entries:
+                path = entry["name"].rstrip("/")
                 name = path.removeprefix(self._root).lstrip("/")
-                if path == folder or _hidden(f"{name}/"):  # some clients list a folder within itself
+                if path == folder or _is_excluded(f"{name}/"):  # some clients list a folder within itself
                     continue
-                if info["type"] == "directory":
+                if entry["type"] == "directory":
                     folders.append(path)
                 else:
-                    found[name] = _version(info)
-        return found
+                    versions[name] = _remote_version(entry)
+        return versions
 
-    def pull(self, exactly: bool = False, without: Iterable[str] = ()) -> None:
-        """Fetch what has changed in storage, and forget what is no longer there.
+    def pull(self, exact: bool = False, exclude: Iterable[str] = ()) -> None:
+        """Download files that have changed in object storage, and delete files that were removed there.
 
         Args:
-            exactly: nothing else remains here, be it newer; else what was changed here stays.
-            without: names of files that are not fetched.
+            exact: Overwrite or delete local files that differ, even if they changed here. Otherwise local changes
+                stay.
+            exclude: Names of files that are not downloaded.
 
         Raises:
-            OSError: storage has failed for minutes.
+            OSError: Storage has failed for minutes.
         """
-        with self._alone():
-            known, there = self._manifest(), self._patiently(self.versions)
-            skipped, here = frozenset(without), dict(self._local())
-            for name in sorted(there, key=_order):
-                if Path(name).name in skipped or _hidden(name):
+        with self._lock():
+            manifest, remote = self._manifest(), self._retry(self.list_remote)
+            excluded, local = frozenset(exclude), dict(self._local())
+            for name in sorted(remote, key=_transfer_order):
+                if Path(name).name in excluded or _is_excluded(name):
                     continue
-                agreed = known.get(name, {})
-                ours = here.get(name)
-                changed_here = ours is not None and ours != agreed.get("here")
-                if there[name] == agreed.get("there") and ours is not None and not (exactly and changed_here):
+                known = manifest.get(name, {})
+                local_version = local.get(name)
+                is_changed_here = local_version is not None and local_version != known.get("here")
+                is_unchanged_there = remote[name] == known.get("there") and local_version is not None
+                if is_unchanged_there and not (exact and is_changed_here):
                     continue
-                if changed_here and not exactly:
+                if is_changed_here and not exact:
                     continue
                 file = self.folder / name
-                if self._patiently(partial(self._fetch, name, file)):
-                    known[name] = {"here": _stamp(file), "there": there[name]}
-            for name in [name for name in here if name not in there and (exactly or name in known)]:
-                if exactly or here[name] == known[name]["here"]:
-                    remove_quietly(self.folder / name)
-                    known.pop(name, None)
-            self._remember(known)
+                if self._retry(partial(self._download, name, file)):
+                    manifest[name] = {"here": _local_version(file), "there": remote[name]}
+            for name in [name for name in local if name not in remote and (exact or name in manifest)]:
+                if exact or local[name] == manifest[name]["here"]:
+                    remove_if_possible(self.folder / name)
+                    manifest.pop(name, None)
+            self._write_manifest(manifest)
 
     def push(self) -> None:
-        """Have in storage what has changed here, behind what is being pushed.
+        """Upload the files that have changed here, after the pending push, and wait.
 
         Raises:
-            OSError: storage has failed for minutes.
+            OSError: Storage has failed for minutes.
         """
         self._thread.submit(self._push).result()
 
-    def push_async(self, soon: bool = False) -> None:
-        """Push now and then, or soon, beside what goes on; what fails is tried again, or fails in the next `push`."""
-        idle = self._pushing is None or self._pushing.done()
-        if idle and (soon or time.monotonic() - self._pushed > EVERY_SECONDS):
-            self._pushed = time.monotonic()
-            self._pushing = self._thread.submit(self._push)
+    def push_async(self, immediately: bool = False) -> None:
+        """Start a push in the background if the last one is `SYNC_SECONDS` old. Errors are ignored until `push`.
+
+        Args:
+            immediately: Start it whatever the age of the last one.
+        """
+        is_idle = self._pending_push is None or self._pending_push.done()
+        if is_idle and (immediately or time.monotonic() - self._last_push > SYNC_SECONDS):
+            self._last_push = time.monotonic()
+            self._pending_push = self._thread.submit(self._push)
 
     def _push(self) -> None:
-        with self._alone():
-            known, here = self._manifest(), dict(self._local())
-            for name in sorted(here, key=_order):
-                if here[name] == known.get(name, {}).get("here"):
+        with self._lock():
+            manifest, local = self._manifest(), dict(self._local())
+            for name in sorted(local, key=_transfer_order):
+                if local[name] == manifest.get(name, {}).get("here"):
                     continue
-                there = self._patiently(partial(self._send, name))
-                if there is not None:
-                    known[name] = {"here": here[name], "there": there}
-                    self._remember(known)  # it may take minutes until the next
-            for name in [name for name in known if name not in here]:
-                self._patiently(partial(self._remove, name))
-                del known[name]
-            self._remember(known)
+                version = self._retry(partial(self._upload, name))
+                if version is not None:
+                    manifest[name] = {"here": local[name], "there": version}
+                    self._write_manifest(manifest)  # the next file may take minutes
+            for name in [name for name in manifest if name not in local]:
+                self._retry(partial(self._delete_remote, name))
+                del manifest[name]
+            self._write_manifest(manifest)
 
-    def _send(self, name: str) -> str | None:
-        """Send a file. Returns its version in storage; nothing where it has gone meanwhile."""
-        place = f"{self._root}/{name}"
+    def _upload(self, name: str) -> str | None:
+        """Upload a file and return its version in storage; `None` if the local file was removed in the meantime."""
+        path = f"{self._root}/{name}"
         try:
-            self._make_folder(place)
-            self._storage.put_file(str(self.folder / name), place)
+            self._make_parent(path)
+            self._storage.put_file(str(self.folder / name), path)
         except FileNotFoundError:
             if (self.folder / name).exists():
                 raise
             return None
-        return _version(self._storage.info(place))
+        return _remote_version(self._storage.info(path))
 
-    def _make_folder(self, place: str) -> None:
-        """Only where storage has folders: elsewhere a name that is mistaken would become a bucket."""
+    def _make_parent(self, path: str) -> None:
+        """Create the parent folder of a local path. In a bucket, a wrong name would create a bucket."""
         if isinstance(self._storage, LocalFileSystem):
-            self._storage.makedirs(self._storage._parent(place), exist_ok=True)
+            self._storage.makedirs(self._storage._parent(path), exist_ok=True)
 
-    def _remove(self, name: str) -> None:
+    def _delete_remote(self, name: str) -> None:
         with suppress(FileNotFoundError):
             self._storage.rm_file(f"{self._root}/{name}")
 
-    def _fetch(self, name: str, file: Path) -> bool:
-        """Fetch a file. Returns whether it was there: others may have removed it meanwhile."""
-        place = f"{self._root}/{name}"
+    def _download(self, name: str, file: Path) -> bool:
+        """Download a file; return whether it exists, because another process may have removed it."""
+        path = f"{self._root}/{name}"
         try:
             with atomic_file(file) as temporary:
-                self._storage.get_file(place, str(temporary))
+                self._storage.get_file(path, str(temporary))
         except FileNotFoundError:
-            if self._storage.exists(place):
+            if self._storage.exists(path):
                 raise
             return False
         return True
 
-    def _patiently(self, access: Callable[[], T]) -> T:
-        """Access storage, again while it fails with a transient error.
-
-        Raises:
-            OSError: it still fails; of whatever the client of the storage has raised.
-        """
+    def _retry(self, operation: Callable[[], T]) -> T:
+        """Access storage with retries. Errors of any client's classes are raised as `OSError`."""
         try:
-            return retry_io(access, what=mask(self.url))
+            return retry_io(operation, description=mask(self.url))
         except OSError:
             raise
         except Exception as error:
             reason = mask(" ".join(str(error).split()))
             raise OSError(f"{mask(self.url)}: {type(error).__name__}: {reason}") from error
 
-    def _alone(self) -> FileLock:
-        """Workers of one node share its folder."""
+    def _lock(self) -> FileLock:
+        """Return the lock of the local folder, which all ranks of a node share."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        return FileLock(self.folder / ".mirror.lock")
+        return FileLock(self.folder / SYNC_LOCK)
 
     def _local(self) -> Iterable[tuple[str, str]]:
+        """Yield the path and the version of each local file."""
         for file in self.folder.rglob("*"):
             name = file.relative_to(self.folder).as_posix()
-            if not _hidden(name) and file.is_file():
-                yield name, _stamp(file)
+            if not _is_excluded(name) and file.is_file():
+                yield name, _local_version(file)
 
     def _manifest(self) -> dict[str, dict[str, str]]:
+        """Read both versions of each file at its last transfer; empty if there is no manifest."""
         try:
-            known: dict[str, dict[str, str]] = json.loads((self.folder / KNOWN).read_text(encoding="utf-8"))
+            manifest: dict[str, dict[str, str]] = json.loads((self.folder / SYNC_MANIFEST).read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
             return {}
-        return known
+        return manifest
 
-    def _remember(self, known: Mapping[str, Any]) -> None:
-        write_text(self.folder / KNOWN, json.dumps(known))
-
-
-def _hidden(name: str) -> bool:
-    """Half-written files, locks and names of owners; and what is damaged or Ray keeps, which nobody reads."""
-    return any(fnmatch(f"/{name}", pattern) for pattern in ("*/.*", f"*/{ASIDE}*", "/ray/*"))
+    def _write_manifest(self, manifest: Mapping[str, Any]) -> None:
+        write_text(self.folder / SYNC_MANIFEST, json.dumps(manifest))
 
 
-def _order(name: str) -> tuple[int, str]:
-    last = Path(name).name
-    return (1 + LAST.index(last) if last in LAST else 0), name
+def _is_excluded(name: str) -> bool:
+    """Return whether a file is never transferred: temporary, hidden and quarantined files, locks, Ray's folder."""
+    patterns = ("*/.*", f"*/{QUARANTINE_PREFIX}*", f"/{RAY_FOLDER}/*")
+    return any(fnmatch(f"/{name}", pattern) for pattern in patterns)
 
 
-def _stamp(file: Path) -> str:
+def _transfer_order(name: str) -> tuple[int, str]:
+    file_name = Path(name).name
+    return (1 + PUSHED_LAST.index(file_name) if file_name in PUSHED_LAST else 0), name
+
+
+def _local_version(file: Path) -> str:
     try:
-        found = file.stat()
+        status = file.stat()
     except FileNotFoundError:
         return "gone"
-    return f"{found.st_size} {found.st_mtime_ns}"
+    return f"{status.st_size} {status.st_mtime_ns}"
 
 
-def _version(info: Mapping[str, Any]) -> str:
-    return " ".join(str(info[key]) for key in ("size", *VERSIONS) if info.get(key) is not None)
+def _remote_version(entry: Mapping[str, Any]) -> str:
+    return " ".join(str(entry[key]) for key in ("size", *VERSION_KEYS) if entry.get(key) is not None)
 
 
-def pull_periodically(mirror: RemoteSync, without: Iterable[str], until: Callable[[float], bool]) -> None:
-    """Pull again and again, while storage lets us, until `until(seconds)` says so."""
-    while not until(EVERY_SECONDS):
+def pull_periodically(sync: RemoteSync, exclude: Iterable[str], wait_for_stop: Callable[[float], bool]) -> None:
+    """Pull every `SYNC_SECONDS` until a stop is requested. Errors of storage are ignored.
+
+    Args:
+        sync: The synchronisation.
+        exclude: Names of files that are not downloaded.
+        wait_for_stop: Waits for so many seconds, and returns whether to stop (`threading.Event.wait`).
+    """
+    while not wait_for_stop(SYNC_SECONDS):
         try:
-            mirror.pull(without=without)
-        except OSError:  # it is only to be watched: the end pulls again
+            sync.pull(exclude=exclude)
+        except OSError:  # this copy only serves to display progress; the caller pulls again at the end
             continue

@@ -1,4 +1,4 @@
-"""An experiment whose data is found and whose identity is known."""
+"""Resolves an experiment: opens its data, expands class-incremental stages and computes the fingerprint."""
 
 import itertools
 import math
@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 
 from pydantic import ValidationError
 
-from schemas.base import explain
+from schemas.base import input_error
 from schemas.data import ClassIncremental, Task
-from schemas.errors import InputError, did_you_mean
+from schemas.errors import ErrorCode, InputError, did_you_mean
 from schemas.experiment import Experiment
 from zscl.data.indexed import IndexedSamples
 from zscl.data.reference_set import ReferenceSet
@@ -23,64 +23,84 @@ from zscl.runtime.seeding import derive_seed
 
 @dataclass(frozen=True)
 class ResolvedExperiment:
-    """An experiment whose data is found and whose identity is known; its stages are spelt out.
+    """An experiment with opened data and a fingerprint. All its stages are explicit.
 
-    weights: digest of the initial model's; contents: digest of what lies at each location (see `Experiment.identity`).
+    Attributes:
+        experiment: The experiment, with class-incremental stages expanded to tasks.
+        tasks: The tasks in order.
+        reference: The reference set; `None` if the method needs none.
+        model_digest: Digest of the initial model's weights.
+        content_digests: Digest of the content at each path, URL or model name (see `Experiment.identity`).
+        fingerprint: Identifies the experiment and all its inputs.
     """
 
     experiment: Experiment
     tasks: tuple[TaskFolder, ...]
     reference: ReferenceSet | None
-    weights: str
-    contents: Mapping[str, str]
+    model_digest: str
+    content_digests: Mapping[str, str]
     fingerprint: str
 
     @property
     def custom_loss_digests(self) -> dict[str, str]:
-        """The beginning of the digest of each further loss's code, by the name under which results record it."""
+        """The first digits of the digest of each custom loss's code, by the name under which results record it."""
         losses = self.experiment.method.further_losses
-        return {f"code of {loss.path}": self.contents[loss.path][:8] for loss in losses}
+        return {f"code of {loss.path}": self.content_digests[loss.path][:8] for loss in losses}
 
 
 def resolve(experiment: Experiment) -> ResolvedExperiment:
-    """Find all that the experiment names, and cut the stages of class-incremental learning.
+    """Open all inputs of an experiment, expand class-incremental stages and compute the fingerprint.
+
+    Args:
+        experiment: The experiment.
+
+    Returns:
+        The resolved experiment.
 
     Raises:
-        InputError: a task, shard, template, caption, model or further loss is missing or broken.
+        InputError: A task, shard, template, caption, model or custom loss is missing or broken.
     """
     cache = experiment.compute.shard_cache
     experiment, tasks, folders = resolve_tasks(experiment)
-    used = experiment.reference if experiment.method.needs_reference else None
-    opened = ReferenceSet(used, cache) if used else None
+    settings = experiment.reference if experiment.method.needs_reference else None
+    reference = ReferenceSet(settings, cache) if settings else None
     if experiment.method.memory:
         check_budget(experiment.method.memory.budget, tasks)
-        for remembered in tasks[:-1]:
-            if not isinstance(remembered.train, IndexedSamples):
+        for task in tasks[:-1]:
+            if not isinstance(task.train, IndexedSamples):
                 raise InputError(
-                    f"{remembered.path}: found remote shards, expected local ones to keep exemplars of "
-                    "(method.memory); compute.shard_cache makes them local"
+                    f"{task.path}: found remote shards, expected local ones to keep exemplars of (method.memory); "
+                    "compute.shard_cache makes them local",
+                    code=ErrorCode.UNSUPPORTED,
+                    field="method.memory",
                 )
-    weights = weights_digest(experiment.model)
-    contents = {path: folder.digest for path, folder in folders.items()} | {experiment.model.name: weights}
-    contents |= {loss.path: custom_losses.code_digest(loss) for loss in experiment.method.further_losses}
-    if opened:
-        contents["reference"] = opened.digest
-    return ResolvedExperiment(experiment, tasks, opened, weights, contents, experiment.fingerprint(contents))
+    model_digest = weights_digest(experiment.model)
+    digests = {path: folder.digest for path, folder in folders.items()} | {experiment.model.name: model_digest}
+    digests |= {loss.path: custom_losses.code_digest(loss) for loss in experiment.method.further_losses}
+    if reference:
+        digests["reference"] = reference.digest
+    return ResolvedExperiment(experiment, tasks, reference, model_digest, digests, experiment.fingerprint(digests))
 
 
 def resolve_tasks(experiment: Experiment) -> tuple[Experiment, tuple[TaskFolder, ...], dict[str, TaskFolder]]:
-    """Find an experiment's tasks. Returns it with its stages spelt out, its tasks, and the folder at each path.
+    """Open an experiment's tasks.
+
+    Args:
+        experiment: The experiment.
+
+    Returns:
+        The experiment with class-incremental stages expanded, its tasks in order, and the task folder of each path.
 
     Raises:
-        InputError: a task, class name or template is missing or broken.
+        InputError: A task, class name or template is missing or broken.
     """
     cache, scenario = experiment.compute.shard_cache, experiment.class_incremental
     held_out = experiment.evaluation.held_out
     folders: dict[str, TaskFolder] = {}
     if scenario is not None:
-        whole = TaskFolder.open(Task(path=scenario.path, name="classes"), cache, held_out)
-        template = scenario.template or whole.templates[0]
-        folders[scenario.path] = replace(whole, templates=(template,))
+        dataset = TaskFolder.open(Task(path=scenario.path, name="classes"), cache, held_out)
+        template = scenario.template or dataset.templates[0]
+        folders[scenario.path] = replace(dataset, templates=(template,))
         experiment = expand_class_incremental(experiment, scenario, folders[scenario.path])
     for task in experiment.tasks:
         if task.path not in folders:
@@ -92,63 +112,94 @@ def resolve_tasks(experiment: Experiment) -> tuple[Experiment, tuple[TaskFolder,
     return experiment, tasks, folders
 
 
-def expand_class_incremental(experiment: Experiment, scenario: ClassIncremental, whole: TaskFolder) -> Experiment:
-    """Cut the dataset into the stages that a class-incremental experiment means.
+def expand_class_incremental(experiment: Experiment, scenario: ClassIncremental, dataset: TaskFolder) -> Experiment:
+    """Split the dataset of a class-incremental experiment into one task per stage.
+
+    Args:
+        experiment: The experiment.
+        scenario: The recipe's `class_incremental`.
+        dataset: The dataset with all classes.
+
+    Returns:
+        The experiment with explicit tasks.
 
     Raises:
-        InputError: the dataset has fewer classes than the first stage, the class order does not fit it, or other
-            stages are given.
+        InputError: The dataset has fewer classes than the first stage, the class order does not match it, or the
+            experiment has other tasks.
     """
-    order = class_order(scenario, whole)
+    order = class_order(scenario, dataset)
     if scenario.first > len(order):
-        raise InputError(f"class_incremental.first: found {scenario.first}, expected at most {len(order)} classes")
-    borders = [0, *range(scenario.first, len(order), scenario.increment), len(order)]
-    stages = []
-    for start, stop in itertools.pairwise(borders):
+        raise InputError(
+            f"class_incremental.first: found {scenario.first}, expected at most {len(order)} classes",
+            code=ErrorCode.INVALID_VALUE,
+            field="class_incremental.first",
+        )
+    boundaries = [0, *range(scenario.first, len(order), scenario.increment), len(order)]
+    tasks = []
+    for start, stop in itertools.pairwise(boundaries):
         name, classes = f"classes-{start + 1}-{stop}", tuple(order[start:stop])
-        images = whole.subset(classes, name).train
+        images = dataset.subset(classes, name).train
         assert isinstance(images, IndexedSamples)
         steps = math.ceil(scenario.epochs * len(images) / experiment.optimisation.batch_size)
-        stages.append({"path": scenario.path, "name": name, "classes": classes, "steps": steps})
+        tasks.append({"path": scenario.path, "name": name, "classes": classes, "steps": steps})
     try:
-        spelt_out = Experiment.model_validate({**experiment.model_dump(), "tasks": stages})
+        expanded = Experiment.model_validate({**experiment.model_dump(), "tasks": tasks})
     except ValidationError as error:
-        raise InputError(explain(error)) from error
-    if experiment.tasks not in ((), spelt_out.tasks):  # spelt out before, as the workers get it
+        refusal = input_error(error)
+        raise refusal from error
+    if experiment.tasks not in ((), expanded.tasks):  # workers get the expanded experiment
         raise InputError(
-            "tasks: found other stages than class_incremental cuts from its dataset, expected none: leave them out"
+            "tasks: found other stages than class_incremental cuts from its dataset, expected none: leave them out",
+            code=ErrorCode.CONFLICT,
+            field="tasks",
         )
-    return spelt_out
+    return expanded
 
 
-def class_order(scenario: ClassIncremental, whole: TaskFolder) -> Sequence[int]:
-    """The order in which classes are learnt: drawn from a seed, or read from a file of class names, or of labels.
+def class_order(scenario: ClassIncremental, dataset: TaskFolder) -> Sequence[int]:
+    """Return the order in which classes are learnt: from a seed, or from a file of class names or labels.
 
-    Class names may be numbers. They are labels only if the file has nothing but numbers, of which some are no names.
+    Class names may be numbers. Lines are read as labels only if all of them are numbers and some are not class names.
+
+    Args:
+        scenario: The recipe's `class_incremental`.
+        dataset: The dataset with all classes.
+
+    Returns:
+        The labels in order.
 
     Raises:
-        InputError: the file does not name every class once.
+        InputError: The file does not name every class exactly once.
     """
-    count = len(whole.classnames)
+    count = len(dataset.classnames)
     if isinstance(scenario.order, int):
         return random.Random(derive_seed(scenario.order, "class order")).sample(range(count), count)
+    field = "class_incremental.order"
     lines = read_lines(scenario.order, "class names or labels")
-    names = {name: label for label, name in enumerate(whole.classnames)}
+    names = {name: label for label, name in enumerate(dataset.classnames)}
     labels = {str(label): label for label in range(count)}
-    only_labels = all(map(str.isdecimal, lines)) and not names.keys() >= set(lines)
-    labels = labels if only_labels else labels | names
+    has_only_labels = all(map(str.isdecimal, lines)) and not names.keys() >= set(lines)
+    labels = labels if has_only_labels else labels | names
     for number, line in enumerate(lines, start=1):
-        if not only_labels and whole.classnames.count(line) > 1:
+        if not has_only_labels and dataset.classnames.count(line) > 1:
             raise InputError(
-                f"{scenario.order}: found {line!r} on line {number}, the name of several classes of {whole.path}, "
-                "expected their labels"
+                f"{scenario.order}: found {line!r} on line {number}, the name of several classes of {dataset.path}, "
+                "expected their labels",
+                code=ErrorCode.DUPLICATE,
+                field=field,
             )
         if line not in labels:
             raise InputError(
-                f"{scenario.order}: found {line!r} on line {number}, expected the class names of {whole.path}, or "
-                f"labels from 0 to {count - 1}, one a line{did_you_mean(line, whole.classnames)}"
+                f"{scenario.order}: found {line!r} on line {number}, expected the class names of {dataset.path}, or "
+                f"labels from 0 to {count - 1}, one a line{did_you_mean(line, dataset.classnames)}",
+                code=ErrorCode.UNKNOWN_NAME,
+                field=field,
             )
-    found = [labels[line] for line in lines]
-    if sorted(found) != list(range(count)):
-        raise InputError(f"{scenario.order}: found {len(set(found))} classes, expected each of the {count} once")
-    return found
+    order = [labels[line] for line in lines]
+    if sorted(order) != list(range(count)):
+        raise InputError(
+            f"{scenario.order}: found {len(set(order))} classes, expected each of the {count} once",
+            code=ErrorCode.MISMATCH,
+            field=field,
+        )
+    return order

@@ -1,32 +1,48 @@
-"""The small files of a run's folder: rows of the matrix and outcomes of stages, read, checked and written."""
+"""The JSON files of a run's folder: accuracy rows and stage results, with checks that they belong to the run."""
 
 from pathlib import Path
 
 from pydantic import BaseModel, Field
 
-from schemas.algorithm import algorithm
+from schemas.algorithm import algorithm_version
 from schemas.base import StrictModel, parse_json
-from schemas.errors import InputError
+from schemas.errors import ErrorCode, InputError
 from schemas.results import StageResult
 from zscl.models.clip import WEIGHTS
 from zscl.runtime.atomic_io import write_text
 from zscl.runtime.retry import read_text_if_exists, retry_io
-from zscl.sequence.layout import ACCURACY, TRAINING, ZERO_SHOT, partial_row_file, stage_folder_of
+from zscl.sequence.layout import (
+    CHECKPOINT,
+    MODEL_FOLDER,
+    RESULT,
+    TRAINING,
+    ZERO_SHOT,
+    glob_stages,
+    partial_row_file,
+    row_file,
+)
 from zscl.sequence.resolve import ResolvedExperiment
 from zscl.sequence.stage_cache import stage_identity
-from zscl.training.checkpoint import CHECKPOINT
 
 ROW_ADVICE = "remove the file, to have the row measured again"
-
-
-STAGE_ADVICE = "remove the stage's folder and those of the stages behind it, to have them trained again"
+STAGE_ADVICE = "remove the stage's folder and those of the stages after it, to have them trained again"
 
 
 class AccuracyRow(StrictModel):
-    """`zero_shot.json`, `accuracy.json`: a row of the matrix and what it cost."""
+    """A row of the accuracy matrix (`zero_shot.json`, `accuracy.json`).
+
+    Attributes:
+        fingerprint: The run's fingerprint.
+        algorithm: Version of the algorithm; empty in runs that are older than versions.
+        accuracy: Accuracy in [0, 1] by task.
+        images: Number of test images by task.
+        under_later_heads: The initial model's accuracies with the heads of later stages, by task (class-incremental).
+        broken: Messages about skipped test images, by task.
+        seconds: The time that the evaluation took.
+    """
 
     fingerprint: str
-    algorithm: str = ""  # before there were versions
+    algorithm: str = ""
     accuracy: dict[str, float]
     images: dict[str, int]
     under_later_heads: dict[str, list[float]] = Field(default_factory=dict)
@@ -38,130 +54,164 @@ class OtherAlgorithmError(InputError):
     """A folder holds results of another version of the algorithm (see `schemas.algorithm`)."""
 
 
-def describe_version(version: str) -> str:
-    """Return a version of the algorithm as messages name it; empty stands for runs older than the versions."""
+def describe_algorithm(version: str) -> str:
+    """Return the name of a version of the algorithm for messages; an empty version means a run without versions."""
     return f"algorithm version {version}" if version else "an algorithm older than version 1.1"
 
 
 def check_same_run(folder: Path, fingerprint: str) -> None:
-    """Refuse to mix two experiments in one folder; one that has come to nothing yet may be taken.
+    """Check that a folder holds no other run. A run without any result may be replaced.
+
+    Args:
+        folder: The run's folder.
+        fingerprint: The run's fingerprint.
 
     Raises:
-        OtherAlgorithmError: the folder holds a run that another version of the algorithm computed.
-        InputError: the folder holds a run of another experiment.
+        OtherAlgorithmError: The folder holds a run of another version of the algorithm.
+        InputError: The folder holds a run of another experiment.
     """
     row = _first_row(folder)
     if row is None or row.fingerprint == fingerprint:
         return
-    kept = (folder / ZERO_SHOT, folder / CHECKPOINT, *folder.glob(f"stages/*/{TRAINING}"))
-    if row.accuracy or any(file.is_file() for file in kept):
-        if row.algorithm != algorithm():
+    results = (folder / ZERO_SHOT, folder / CHECKPOINT, *glob_stages(folder, TRAINING))
+    if row.accuracy or any(file.is_file() for file in results):
+        if row.algorithm != algorithm_version():
             raise OtherAlgorithmError(
-                f"{folder}: found a run that was computed by {describe_version(row.algorithm)}, expected {describe_version(algorithm())}, "
-                "which is what this version of zscl computes: the two may give different numbers. Choose another "
-                "folder; the results there stay as they are, for `zscl compare` for example"
+                f"{folder}: found a run that was computed by {describe_algorithm(row.algorithm)}, expected "
+                f"{describe_algorithm(algorithm_version())}, which is what this version of zscl computes: the two may "
+                "give different numbers. Choose another folder; the results there stay as they are, for `zscl "
+                "compare` for example",
+                code=ErrorCode.OTHER_ALGORITHM,
             )
         raise InputError(
             f"{folder}: found a run of another experiment (fingerprint {row.fingerprint}), expected {fingerprint} or "
-            "an empty folder; choose another folder"
+            "an empty folder; choose another folder",
+            code=ErrorCode.OTHER_RUN,
         )
 
 
 def write_run_marker(folder: Path, fingerprint: str) -> None:
-    """Say whose run a folder holds before anything else lies in it: a row may be measured long after training began."""
+    """Write the run's fingerprint into an empty folder, as a zero-shot row without cells."""
     row = _first_row(folder)
     if row is None or row.fingerprint != fingerprint:
         write_json(
             partial_row_file(folder / ZERO_SHOT),
-            AccuracyRow(fingerprint=fingerprint, algorithm=algorithm(), accuracy={}, images={}, seconds=0.0),
+            AccuracyRow(fingerprint=fingerprint, algorithm=algorithm_version(), accuracy={}, images={}, seconds=0.0),
         )
 
 
 def _first_row(folder: Path) -> AccuracyRow | None:
-    """The zero-shot row, or as much of it as is measured."""
+    """Read the zero-shot row, complete or partial."""
     files = [file for file in (folder / ZERO_SHOT, partial_row_file(folder / ZERO_SHOT)) if file.is_file()]
     return parse_json(AccuracyRow, read_text_if_exists(files[0], folder), files[0], ROW_ADVICE) if files else None
 
 
-def parse_row(opened: ResolvedExperiment, text: str, file: Path, whole: bool = True) -> AccuracyRow:
-    """Read a row of this run.
+def parse_row(resolved: ResolvedExperiment, text: str, file: Path, complete: bool = True) -> AccuracyRow:
+    """Parse and check a row of a run.
 
     Args:
-        opened: the run's experiment.
-        text: the file's content.
-        file: for the sentence.
-        whole: expect every task in it.
+        resolved: The run's experiment.
+        text: The file's content.
+        file: The file, for messages.
+        complete: Whether the row must have all tasks.
+
+    Returns:
+        The row.
 
     Raises:
-        InputError: it is damaged, or of another run.
+        InputError: The content is damaged, or another run's.
     """
     row = parse_json(AccuracyRow, text, file, ROW_ADVICE)
-    if row.fingerprint != opened.fingerprint:
+    if row.fingerprint != resolved.fingerprint:
         raise InputError(
-            f"{file}: found the row of another run (fingerprint {row.fingerprint}), expected {opened.fingerprint}; "
-            f"where the whole folder was copied from there, remove it, to have the stage done again; else {ROW_ADVICE}"
+            f"{file}: found the row of another run (fingerprint {row.fingerprint}), expected {resolved.fingerprint}; "
+            f"if the whole folder was copied from there, remove it, to have the stage done again; else {ROW_ADVICE}",
+            code=ErrorCode.OTHER_RUN,
         )
-    names = {task.name for task in opened.tasks}
+    names = {task.name for task in resolved.tasks}
     measured = row.accuracy.keys() & row.images.keys()
     if unknown := (row.accuracy.keys() | row.images.keys()) - names:
-        raise InputError(f"{file}: found the task {min(unknown)!r}, which the run does not have; {ROW_ADVICE}")
-    if whole and (missing := names - measured):
-        raise InputError(f"{file}: found no accuracy on the task {min(missing)!r}, expected one on each; {ROW_ADVICE}")
+        raise InputError(
+            f"{file}: found the task {min(unknown)!r}, which the run does not have; {ROW_ADVICE}",
+            code=ErrorCode.UNKNOWN_NAME,
+        )
+    if complete and (missing := names - measured):
+        raise InputError(
+            f"{file}: found no accuracy on the task {min(missing)!r}, expected one on each; {ROW_ADVICE}",
+            code=ErrorCode.MISSING_VALUE,
+        )
     return row
 
 
-def parse_stage_result(opened: ResolvedExperiment, stage: int, text: str, file: Path) -> StageResult:
-    """Read the outcome of a stage of this run.
+def parse_stage_result(resolved: ResolvedExperiment, stage: int, text: str, file: Path) -> StageResult:
+    """Parse and check the result of a stage of a run.
 
     Args:
-        opened: the run's experiment.
-        stage: which stage, from 1.
-        text: the file's content.
-        file: for the sentence.
+        resolved: The run's experiment.
+        stage: The stage's number, from 1.
+        text: The file's content.
+        file: The file, for messages.
+
+    Returns:
+        The stage's result.
 
     Raises:
-        InputError: it is damaged, or of another run's stage.
+        InputError: The content is damaged, or of another run's stage.
     """
     result = parse_json(StageResult, text, file, STAGE_ADVICE)
-    task = opened.experiment.tasks[stage - 1]
-    expected: dict[str, tuple[object, object]] = {
+    task = resolved.experiment.tasks[stage - 1]
+    pairs: dict[str, tuple[object, object]] = {
         "stage": (result.stage, stage),
         "task": (result.task, task.name),
-        "steps": (result.steps, opened.experiment.stage_steps(task)),
+        "steps": (result.steps, resolved.experiment.stage_steps(task)),
     }
-    if result.identity:  # older runs left none
-        expected["identity"] = (result.identity, stage_identity(opened, stage))
-    for name, (found, wanted) in expected.items():
-        if found != wanted:
+    if result.identity:  # older runs have none
+        pairs["identity"] = (result.identity, stage_identity(resolved, stage))
+    for name, (actual, expected) in pairs.items():
+        if actual != expected:
             raise InputError(
-                f"{file}: found {name} {found}, expected {wanted}: the stage was trained by another run; {STAGE_ADVICE}"
+                f"{file}: found {name} {actual}, expected {expected}: the stage was trained by another run; "
+                f"{STAGE_ADVICE}",
+                code=ErrorCode.OTHER_RUN,
             )
     return result
 
 
-def check_run_folder(opened: ResolvedExperiment, folder: Path) -> None:
-    """Read every small file that a run leaves, as far as it is there, before anything goes on from it.
+def check_run_folder(resolved: ResolvedExperiment, folder: Path) -> None:
+    """Parse and check all rows and stage results in a run's folder before the run resumes.
+
+    Args:
+        resolved: The run's experiment.
+        folder: The run's folder; it need not exist.
 
     Raises:
-        InputError: naming the first file that is damaged, missing beside others, or of another run.
+        InputError: A file is damaged or another run's, or the weights of a trained stage are missing.
     """
-    finished = (folder / "result.json").is_file()  # its models may have been removed
-    rows = [
-        folder / ZERO_SHOT,
-        *(stage_folder_of(opened, folder, k) / ACCURACY for k in range(1, len(opened.tasks) + 1)),
-    ]
-    for stage, row in enumerate(rows):
-        for file, whole in ((row, True), (partial_row_file(row), False)):
-            if text := read_text_if_exists(file, folder) if folder.is_dir() else "":
-                parse_row(opened, text, file, whole)
+    if not folder.is_dir():
+        return
+    is_finished = (folder / RESULT).is_file()  # the models of a finished run may have been removed
+    for stage in range(len(resolved.tasks) + 1):
+        row = row_file(folder, stage, resolved.tasks[stage - 1].name)
+        for file, complete in ((row, True), (partial_row_file(row), False)):
+            if text := read_text_if_exists(file, folder):
+                parse_row(resolved, text, file, complete)
         training = row.with_name(TRAINING)
-        if stage and (text := read_text_if_exists(training, folder) if folder.is_dir() else ""):
-            parse_stage_result(opened, stage, text, training)
-            weights = row.parent / "model" / WEIGHTS
-            if not finished and not weights.is_file():
-                raise InputError(f"{weights}: found no such file, expected stage {stage}'s weights; {STAGE_ADVICE}")
+        if stage and (text := read_text_if_exists(training, folder)):
+            parse_stage_result(resolved, stage, text, training)
+            weights = row.parent / MODEL_FOLDER / WEIGHTS
+            if not is_finished and not weights.is_file():
+                raise InputError(
+                    f"{weights}: found no such file, expected stage {stage}'s weights; {STAGE_ADVICE}",
+                    code=ErrorCode.NOT_FOUND,
+                )
 
 
 def write_json(file: Path, content: BaseModel, within: Path | None = None) -> None:
-    """Write JSON as a whole, when storage takes it; `within` is a folder that was there before."""
-    retry_io(lambda: write_text(file, content.model_dump_json(indent=1) + "\n"), must_exist=within, what=file)
+    """Write a model as JSON, atomically and with retries.
+
+    Args:
+        file: The file to write.
+        content: The model.
+        within: A folder that exists. While it does not, its storage is considered unavailable.
+    """
+    retry_io(lambda: write_text(file, content.model_dump_json(indent=1) + "\n"), must_exist=within, description=file)

@@ -1,10 +1,10 @@
-"""Trained stages and measured rows by content: what runs beside each other have in common is done once.
+"""Cache of trained stages and accuracy rows by content, so that concurrent runs compute what they share only once.
 
-    <key>/            a stage's folder (see `zscl.sequence.run`), as the run that trained it left it
-    <key>.row.json    the row of the model that it hands on
-    .<key>.lock       held by the run that is at it; others wait, and take what it leaves
+    <key>/            a stage's folder (see `zscl.sequence.layout`), as the run that trained it has written it
+    <key>.row.json    the accuracy row of a model
+    .<key>.lock       held by the run that computes the entry; other runs wait for it
 
-Files are linked where the file system can, so that a stage takes up its room once.
+Files are hard-linked into the runs' folders if the file system supports it, so that a stage uses its space only once.
 """
 
 import json
@@ -19,7 +19,7 @@ from typing import Any
 from filelock import FileLock
 from pydantic import ValidationError
 
-from schemas.algorithm import algorithm
+from schemas.algorithm import algorithm_version
 from schemas.method import Average
 from schemas.results import StageResult
 from zscl.runtime.atomic_io import link_folder, quarantine, write_text
@@ -32,170 +32,210 @@ from zscl.training.checkpoint import StoppedError
 
 log = logging.getLogger(__name__)
 
-LOOK_EVERY_SECONDS = 1.0
+POLL_SECONDS = 1.0
 Averages = tuple[Average | None, ...]
 
 
 @dataclass(frozen=True)
 class SharedWork:
-    """What a run shares with those beside it.
+    """Caches that a run shares with other runs.
 
-    teacher: folder of the teacher's embeddings; stages: folder of trained stages, `None`: every run trains its own;
-    averages: those of the other runs. No average has a part in the steps of a stage, so that the first stage is trained
-    once for all that differ in it alone.
+    Attributes:
+        teacher_cache: The folder of the teacher's cached features.
+        stage_cache: The folder of trained stages; `None` if the run shares none.
+        averages: Averaging settings of the other runs. An average does not influence the steps of its own stage, so
+            runs that differ only in it share the training of the first stage.
     """
 
-    teacher: Path
-    stages: Path | None = None
+    teacher_cache: Path
+    stage_cache: Path | None = None
     averages: Averages = ()
 
 
 class StageCache:
-    """Stages and rows that an experiment has in common with others."""
+    """Trained stages and accuracy rows that an experiment shares with other experiments.
 
-    def __init__(self, opened: ResolvedExperiment, folder: Path, averages: Averages) -> None:
-        """Look at a store.
+    Attributes:
+        resolved: The experiment.
+        folder: The cache's folder.
+    """
+
+    def __init__(self, resolved: ResolvedExperiment, folder: Path, averages: Averages) -> None:
+        """Open the cache.
 
         Args:
-            opened: the experiment.
-            folder: of the store, visible to all workers; it need not exist.
-            averages: of the experiments beside it.
+            resolved: The experiment.
+            folder: The cache's folder, visible to all ranks; it need not exist.
+            averages: Averaging settings of the other experiments.
         """
-        self.opened, self.folder = opened, folder
-        method = opened.experiment.method
+        self.resolved, self.folder = resolved, folder
+        method = resolved.experiment.method
         different = [average for average in averages if average != method.average]
-        self._others = tuple(dict.fromkeys(different)) if method.memory is None else ()
+        self._extra_averages = tuple(dict.fromkeys(different)) if method.memory is None else ()
 
-    def other_averages(self, stage: int) -> Averages:
-        """Averages that the stage's training serves beside the method's own; later stages start from an average."""
-        return self._others if stage == 1 else ()
+    def extra_averages(self, stage: int) -> Averages:
+        """Return the averages that a stage's training also computes; later stages start from a single average."""
+        return self._extra_averages if stage == 1 else ()
 
     @contextmanager
-    def lock(self, key: str, asked_to_stop: Callable[[], bool], note: Callable[[str], None]) -> Iterator[None]:
-        """Wait until no other run is at what has this key, and keep others from it. All workers enter together.
+    def lock(self, key: str, stop_requested: Callable[[], bool], on_note: Callable[[str], None]) -> Iterator[None]:
+        """Hold an inter-process lock on a key. Collective: every rank must call it.
+
+        Args:
+            key: The key of a stage or row.
+            stop_requested: Returns whether the run should stop; called on rank 0.
+            on_note: Callback for messages.
+
+        Yields:
+            Nothing.
 
         Raises:
-            StoppedError: the run was asked to stop while it waited.
+            StoppedError: A stop was requested while waiting.
         """
         if rank() == 0:
             retry_io(lambda: self.folder.mkdir(parents=True, exist_ok=True))
-        lock, waits = FileLock(self.folder / f".{key}.lock"), False
+        lock, is_waiting = FileLock(self.folder / f".{key}.lock"), False
         while True:
-            got = rank() == 0 and try_acquire(lock, LOOK_EVERY_SECONDS)
-            ours, stop = broadcast_ints(got, rank() == 0 and not got and asked_to_stop())
-            if ours:
+            acquired = rank() == 0 and try_acquire(lock, POLL_SECONDS)
+            is_locked, stop = broadcast_ints(acquired, rank() == 0 and not acquired and stop_requested())
+            if is_locked:
                 break
             if stop:
-                raise StoppedError("stopped while another run is at work for both")
-            if not waits:
-                note("waiting for a run beside this one, which is at work for both")
-                waits = True
+                raise StoppedError("stopped while another run computes what both need")
+            if not is_waiting:
+                on_note("waiting for another run, which computes what both need")
+                is_waiting = True
         try:
             yield
         finally:
             if rank() == 0:
                 lock.release()
 
-    def get(self, stage: int, place: Path) -> bool:
-        """Leave a stage's folder at `place` as another run trained it, if one has. All workers ask together."""
-        trained = self.folder / self.model_key(stage)
-        result = self._trained(trained) if rank() == 0 else None
-        there = result is not None
-        if result is not None:
-            shared = result.model_copy(update={"shared": True})
-            content = shared.model_dump_json(indent=1) + "\n"
-            retry_io(lambda: link_folder(trained, place, {TRAINING: content}), must_exist=self.folder)
-        [taken] = broadcast_ints(there)
-        barrier()
-        return bool(taken)
+    def get(self, stage: int, folder: Path) -> bool:
+        """Link a cached stage to a run's folder. Collective.
 
-    def _trained(self, folder: Path) -> StageResult | None:
-        """Read what a stage's folder in the store says; one that is damaged is set aside."""
+        Args:
+            stage: The stage's number, from 1.
+            folder: The stage's folder in the run.
+
+        Returns:
+            Whether the stage was in the cache.
+        """
+        cached = self.folder / self.model_key(stage)
+        result = self._read_result(cached) if rank() == 0 else None
+        if result is not None:
+            content = result.model_copy(update={"shared": True}).model_dump_json(indent=1) + "\n"
+            retry_io(lambda: link_folder(cached, folder, {TRAINING: content}), must_exist=self.folder)
+        [is_cached] = broadcast_ints(result is not None)
+        barrier()
+        return bool(is_cached)
+
+    def _read_result(self, folder: Path) -> StageResult | None:
+        """Read the result of a cached stage; a damaged entry is renamed."""
         text = read_text_if_exists(folder / TRAINING, self.folder)
         if not text:
             return None
         try:
             return StageResult.model_validate_json(text)
         except ValidationError:
-            aside = quarantine(folder)
-            log.warning("%s: found a damaged %s; the stage is trained again, this lies at %s", folder, TRAINING, aside)
+            renamed = quarantine(folder)
+            log.warning(
+                "%s: found a damaged %s; renamed the folder to %s, and the stage is trained again",
+                folder,
+                TRAINING,
+                renamed,
+            )
             return None
 
-    def put(self, stage: int, place: Path) -> None:
-        """Let other runs take a stage; on the main worker."""
-        kept = self.folder / self.model_key(stage)
-        if not kept.is_dir():
-            retry_io(lambda: link_folder(place, kept), must_exist=self.folder)
+    def put(self, stage: int, folder: Path) -> None:
+        """Add a run's stage to the cache; call it on rank 0."""
+        cached = self.folder / self.model_key(stage)
+        if not cached.is_dir():
+            retry_io(lambda: link_folder(folder, cached), must_exist=self.folder)
 
     def folder_for_average(self, stage: int, average: Average | None) -> Path:
-        """Where the folder of a stage with another average belongs."""
+        """Return the cache's folder for a stage with another average."""
         return self.folder / self.model_key(stage, average)
 
     def get_row(self, key: str) -> str:
-        """A row as another run measured it; nothing where none has."""
-        return broadcast_text(read_text_if_exists(self.folder / f"{key}.row.json", self.folder) if rank() == 0 else "")
+        """Return a cached row as JSON, empty if there is none. Collective."""
+        return broadcast_text(read_text_if_exists(self._row_file(key), self.folder) if rank() == 0 else "")
 
     def put_row(self, key: str, row: str) -> None:
-        """Let other runs read a row; on the main worker."""
-        retry_io(lambda: write_text(self.folder / f"{key}.row.json", row), must_exist=self.folder)
+        """Add a row to the cache; call it on rank 0."""
+        retry_io(lambda: write_text(self._row_file(key), row), must_exist=self.folder)
+
+    def _row_file(self, key: str) -> Path:
+        return self.folder / f"{key}.row.json"
 
     def training_key(self, stage: int) -> str:
-        """Identity of all steps of a stage; the average has no part in those of the first."""
+        """Return the content hash of the steps of a stage, which do not depend on the average in the first stage."""
         if stage > 1:
             return self.model_key(stage)
-        return _key("course", {**self._identity, "method": self._method, "tasks": self._tasks(stage)})
+        return _content_key("course", {**self._identity, "method": self._method, "tasks": self._tasks(stage)})
 
     def model_key(self, stage: int, *average: Average | None) -> str:
-        """Identity of what a stage hands on, with the method's own average or another; stage 0: the initial model."""
+        """Return the content hash of a stage's resulting model.
+
+        Args:
+            stage: The stage's number; 0 is the initial model.
+            average: Averaging settings instead of the method's own.
+
+        Returns:
+            The key.
+        """
         if stage == 0:
-            return _key("initial", {"model": self.opened.weights})
-        chosen = average[0] if average else self.opened.experiment.method.average
-        method = {**self._method, "average": None if chosen is None else chosen.model_dump(mode="json")}
-        return _key("stage", {**self._identity, "method": method, "tasks": self._tasks(stage)})
+            return _content_key("initial", {"model": self.resolved.model_digest})
+        settings = average[0] if average else self.resolved.experiment.method.average
+        method = {**self._method, "average": None if settings is None else settings.model_dump(mode="json")}
+        return _content_key("stage", {**self._identity, "method": method, "tasks": self._tasks(stage)})
 
     def row_key(self, stage: int) -> str:
-        """Identity of the row that is measured after a stage."""
-        experiment = self.opened.experiment
-        judged = {
+        """Return the content hash of the accuracy row after a stage."""
+        experiment = self.resolved.experiment
+        inputs = {
             "model": self.model_key(stage),
-            "tasks": [task.digest for task in self.opened.tasks],
+            "tasks": [task.digest for task in self.resolved.tasks],
             "one_head": experiment.class_incremental is not None,
             "stage": stage,
             "evaluation": experiment.evaluation.model_dump(mode="json"),
             "precision": experiment.optimisation.precision,
         }
-        return _key("row", judged)
+        return _content_key("row", inputs)
 
     @cached_property
     def _identity(self) -> dict[str, Any]:
-        """What every stage's training reads beside method and tasks: not by what it is judged."""
-        identity = self.opened.experiment.identity(self.opened.contents)
+        """The inputs of every stage's training, without those that only evaluation reads."""
+        identity = self.resolved.experiment.identity(self.resolved.content_digests)
         held_out = identity.pop("evaluation").get("held_out")
-        kept = None if held_out is None else {name: held_out[name] for name in ("share", "seed")}
-        return {**identity, "held_out": kept}
+        split = None if held_out is None else {name: held_out[name] for name in ("share", "seed")}
+        return {**identity, "held_out": split}
 
     @property
     def _method(self) -> dict[str, Any]:
-        """The parts that have to do with a stage's steps."""
+        """The parts of the method that influence the steps of a stage."""
         return {name: part for name, part in self._identity["method"].items() if name != "average"}
 
     def _tasks(self, stage: int) -> Any:
-        """The tasks up to a stage; all of them where prompts of the others are distilled on."""
-        distill, tasks = self.opened.experiment.method.distill, self._identity["tasks"]
+        """The tasks up to a stage, or all tasks if the prompts of later ones are distilled on."""
+        distill, tasks = self.resolved.experiment.method.distill, self._identity["tasks"]
         reads_all = distill is not None and distill.prompts_of != "current"
         return {"stage": stage, "tasks": tasks if reads_all else tasks[:stage]}
 
 
-def stage_identity(opened: ResolvedExperiment, stage: int, *average: Average | None) -> str:
-    """Return the content hash of all that the training of a stage reads: the stages before it included.
+def stage_identity(resolved: ResolvedExperiment, stage: int, *average: Average | None) -> str:
+    """Return the content hash of all inputs of a stage's training, including the stages before it.
 
     Args:
-        opened: the experiment.
-        stage: counted from 1.
-        average: another one than the method's own.
+        resolved: The experiment.
+        stage: The stage's number, from 1.
+        average: Averaging settings instead of the method's own.
+
+    Returns:
+        The hash.
     """
-    return StageCache(opened, Path(), ()).model_key(stage, *average)
+    return StageCache(resolved, Path(), ()).model_key(stage, *average)
 
 
-def _key(kind: str, content: Mapping[str, Any]) -> str:
-    return f"{kind}-{sha256_of(algorithm(), json.dumps(content, sort_keys=True))[:24]}"
+def _content_key(kind: str, content: Mapping[str, Any]) -> str:
+    return f"{kind}-{sha256_of(algorithm_version(), json.dumps(content, sort_keys=True))[:24]}"

@@ -1,4 +1,4 @@
-"""What a stage distils from: which teacher, which images and texts, and what of its embeddings is stored."""
+"""Builds the teacher of each stage: its model, the images and texts to distil on, and its cached features."""
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
@@ -10,10 +10,10 @@ import torch
 from pydantic import BaseModel
 from torch import nn
 
-from schemas.errors import InputError
+from schemas.errors import ErrorCode, InputError
 from schemas.events import ImagesEmbedded, Note
 from schemas.experiment import Experiment, Model
-from schemas.results import Embedded
+from schemas.results import EmbeddingReport
 from zscl.data.indexed import IndexedSamples
 from zscl.data.loader import build_loader
 from zscl.data.sample import NoiseSamples, Samples
@@ -25,102 +25,107 @@ from zscl.methods.interfaces import Teacher
 from zscl.methods.weight_averaging import interpolate
 from zscl.models.clip import Clip, freeze, image_size, load_clip
 from zscl.runtime.distributed import rank
+from zscl.sequence.layout import teacher_cache_folder
 from zscl.sequence.resolve import ResolvedExperiment, resolve
 
 Report = Callable[[BaseModel], None]
 
 
-def teacher_cache_folder(run: Path) -> Path:
-    """Where the teacher's embeddings lie: beside a run's folder, so that runs share them."""
-    return run.parent / "teacher"
-
-
 class LazyModel:
-    """A frozen model that is loaded when it is first needed, and can be forgotten."""
+    """A frozen model that is loaded at the first call and can be unloaded."""
 
     def __init__(self, load: Callable[[], nn.Module]) -> None:
         self._load = load
         self._model: nn.Module | None = None
 
     def __call__(self) -> nn.Module:
-        """The model."""
+        """Return the model."""
         self._model = self._model or self._load()
         return self._model
 
     def unload(self) -> None:
-        """Give its memory back; asked again, it is loaded again."""
+        """Free the model's memory; the next call loads it again."""
         self._model = None
 
 
 def load_frozen(model: Model, device: torch.device) -> nn.Module:
-    """Load a model to look back at."""
+    """Load a model without gradients, as a teacher or an anchor."""
     return freeze(load_clip(model, device).model)
 
 
 @dataclass
 class TeacherBuilder:
-    """Makes each stage's teacher.
+    """Builds the teacher of each stage of a run.
 
-    opened: the experiment; store: where embeddings are kept; exemplars: the earlier stages' folders of them.
+    Attributes:
+        resolved: The run's experiment.
+        cache_folder: The folder of cached features, which runs share.
+        device: The device of the teacher's model.
+        report: Callback for events.
     """
 
-    opened: ResolvedExperiment
-    store: Path
+    resolved: ResolvedExperiment
+    cache_folder: Path
     device: torch.device
     report: Report
     _initial: LazyModel = field(init=False)
 
     def __post_init__(self) -> None:
-        self._initial = LazyModel(lambda: load_frozen(self.opened.experiment.model, self.device))
+        self._initial = LazyModel(lambda: load_frozen(self.resolved.experiment.model, self.device))
 
     def build(self, stage: int, clip: Clip, exemplars: Sequence[Path]) -> Teacher | None:
-        """What a stage distils from; `None` where the method does not, or has nothing to distil on yet.
+        """Build the teacher of a stage. Collective.
 
         Args:
-            stage: counted from 1.
-            clip: the stage's start.
-            exemplars: what earlier stages left in memory.
+            stage: The stage's number, from 1.
+            clip: The stage's start.
+            exemplars: The folders of exemplars of the earlier stages.
+
+        Returns:
+            The teacher; `None` if the method does not distil, or if there are no images to distil on yet.
         """
-        experiment, task = self.opened.experiment, self.opened.tasks[stage - 1]
+        experiment, task = self.resolved.experiment, self.resolved.tasks[stage - 1]
         distill = experiment.method.distill
-        images = self._images(task, clip, exemplars)
+        images = self._select_images(task, clip, exemplars)
         if distill is None or images is None:
             return None
-        model, weights = self._model(clip)
+        model, model_digest = self._select_model(clip)
         texts = embed_texts(
-            distillation_tokens(distill, clip, task, self.opened.tasks, self.opened.reference, experiment.seed),
+            distillation_tokens(distill, clip, task, self.resolved.tasks, self.resolved.reference, experiment.seed),
             model,
-            store=self.store,
-            weights=weights,
+            folder=self.cache_folder,
+            weights_digest=model_digest,
             device=self.device,
-            note=self._note,
+            on_note=self._note,
         )
-        encode = teacher_cache.build_encoder(model, experiment.optimisation.precision)
-        way = feature_policy(experiment, stage, images)
-        if way == "never":
-            return Teacher(images, texts, lambda shown, identities: encode(shown))
-        assert isinstance(images, IndexedSamples)
-        assert weights is not None
         precision = experiment.optimisation.precision
-        store = teacher_cache.open_feature_store(
-            self.store, clip, weights, precision, images, texts.shape[1], self._note
+        encode = teacher_cache.build_encoder(model, precision)
+        uncached = Teacher(images, texts, lambda batch, identities: encode(batch))
+        policy = feature_policy(experiment, stage, images)
+        if policy == "never":
+            return uncached
+        assert isinstance(images, IndexedSamples)
+        assert model_digest is not None
+        cache = teacher_cache.open_feature_cache(
+            self.cache_folder, clip, model_digest, precision, images, texts.shape[1], self._note
         )
-        if store is None:
-            return Teacher(images, texts, lambda shown, identities: encode(shown))
-        stored = teacher_cache.StoredFeatures(store, encode, self._note)
-        if way == "ahead":
-            self._embed_ahead(stored, images, clip)
+        if cache is None:
+            return uncached
+        features = teacher_cache.CachedFeatures(cache, encode, self._note)
+        if policy == "ahead":
+            self._fill(features, images, clip)
             model.unload()
-        return Teacher(images, texts, stored)
+        return Teacher(images, texts, features)
 
-    def _images(self, task: TaskFolder, clip: Clip, exemplars: Sequence[Path]) -> Samples | None:
-        method = self.opened.experiment.method
+    def _select_images(self, task: TaskFolder, clip: Clip, exemplars: Sequence[Path]) -> Samples | None:
+        """Return the images to distil on."""
+        method = self.resolved.experiment.method
         if method.distill is None:
             return None
         match method.distill.images:
             case "reference":
-                assert self.opened.reference is not None
-                return self.opened.reference.images
+                assert self.resolved.reference is not None
+                return self.resolved.reference.images
             case "task":
                 return task.train
             case "exemplars":
@@ -129,101 +134,130 @@ class TeacherBuilder:
             case "noise":
                 return NoiseSamples(image_size(clip.model))
 
-    def _model(self, clip: Clip) -> tuple[LazyModel, str | None]:
-        """The teacher, and the digest of its weights where others can meet it again."""
-        distill = self.opened.experiment.method.distill
+    def _select_model(self, clip: Clip) -> tuple[LazyModel, str | None]:
+        """Return the teacher's model, and its digest if other stages or runs use the same model."""
+        distill = self.resolved.experiment.method.distill
         assert distill is not None
         if distill.teacher == "initial":
-            return self._initial, self.opened.weights
+            return self._initial, self.resolved.model_digest
         model = freeze(deepcopy(clip.model))
         if distill.teacher == "blended":
-            initial = load_frozen(self.opened.experiment.model, self.device)
+            initial = load_frozen(self.resolved.experiment.model, self.device)
             interpolate(list(model.parameters()), list(initial.parameters()), 1 - distill.blend)
         return LazyModel(lambda: model), None
 
-    def _embed_ahead(self, stored: teacher_cache.StoredFeatures, images: IndexedSamples, clip: Clip) -> None:
-        compute = self.opened.experiment.compute
-        computed = stored.fill(
+    def _fill(self, features: teacher_cache.CachedFeatures, images: IndexedSamples, clip: Clip) -> None:
+        """Compute the missing features of all images before training."""
+        compute = self.resolved.experiment.compute
+        computed = features.fill(
             images,
             clip,
-            replace(build_loader(compute, self.device, self.report), labels_stay=True),
+            replace(build_loader(compute, self.device, self.report), labels_on_cpu=True),
             compute.evaluation_batch_size,
-            progress=lambda done, total: self.report(ImagesEmbedded(done=done, total=total)),
+            on_progress=lambda done, total: self.report(ImagesEmbedded(done=done, total=total)),
         )
         if computed:
-            store = stored.store
-            self._note(f"Teacher embedded {computed} images, once: {store.megabytes:.1f} MB in {store.folder}")
+            cache = features.cache
+            self._note(f"Teacher embedded {computed} images, once: {cache.megabytes:.1f} MB in {cache.folder}")
 
     def _note(self, text: str) -> None:
         self.report(Note(text=text))
 
 
-def feature_policy(experiment: Experiment, stage: int, images: Samples) -> Literal["ahead", "as_met", "never"]:
-    """When the teacher's features of the images that a stage distils on are computed for the store, if ever.
+def feature_policy(experiment: Experiment, stage: int, samples: Samples) -> Literal["ahead", "as_met", "never"]:
+    """Decide whether and when the teacher's features of the reference images are cached.
 
-    Never where no other stage or run could meet them: for a teacher of this stage alone, exemplars, noise, and remote
-    images, which have no place.
+    Features are not cached if they cannot be reused: if the teacher belongs to one stage, for exemplars and noise, and
+    for remote images, which have no index.
+
+    Args:
+        experiment: The experiment.
+        stage: The stage's number, from 1.
+        samples: The reference images.
+
+    Returns:
+        `ahead` computes all features before training, `as_met` computes features during training and caches them,
+        `never` does not cache.
     """
-    distill, wanted = experiment.method.distill, experiment.compute.teacher_features
+    distill, policy = experiment.method.distill, experiment.compute.teacher_features
     assert distill is not None
-    met_again = distill.teacher == "initial" and distill.images in ("reference", "task")
-    if wanted == "never" or not met_again or not isinstance(images, IndexedSamples):
+    is_reusable = distill.teacher == "initial" and distill.images in ("reference", "task")
+    if policy == "never" or not is_reusable or not isinstance(samples, IndexedSamples):
         return "never"
-    if wanted != "auto":
-        return wanted
-    drawing = experiment.tasks if distill.images == "reference" else experiment.tasks[stage - 1 : stage]
-    draws = [experiment.stage_steps(task) * experiment.optimisation.reference_batch_size for task in drawing]
-    return "ahead" if teacher_cache.share_drawn(len(images), draws) >= teacher_cache.NEARLY_ALL else "as_met"
+    if policy != "auto":
+        return policy
+    tasks = experiment.tasks if distill.images == "reference" else experiment.tasks[stage - 1 : stage]
+    draws = [experiment.stage_steps(task) * experiment.optimisation.reference_batch_size for task in tasks]
+    coverage = teacher_cache.expected_coverage(len(samples), draws)
+    return "ahead" if coverage >= teacher_cache.PRECOMPUTE_COVERAGE else "as_met"
 
 
-def check_embeddable(opened: ResolvedExperiment) -> IndexedSamples:
-    """See that there is something to embed ahead. Returns the reference images.
+def check_embeddable(resolved: ResolvedExperiment) -> IndexedSamples:
+    """Check that the teacher's features can be computed before training.
+
+    Args:
+        resolved: The experiment.
+
+    Returns:
+        The reference images.
 
     Raises:
-        InputError: the method distils on nothing that could be, or the images are remote.
+        InputError: The method does not distil from the initial model on a reference set, or the images are remote.
     """
-    method, used = opened.experiment.method, opened.reference
+    method, reference = resolved.experiment.method, resolved.reference
     if method.distill is None or method.distill.teacher != "initial" or method.distill.images != "reference":
         raise InputError(
             f"method: '{method.name}' does not distil from the initial model on a reference set, expected a method "
-            "that does (zscl, zscl*): nothing else can be embedded ahead"
+            "that does (zscl, zscl*): nothing else can be embedded ahead",
+            code=ErrorCode.UNSUPPORTED,
+            field="method",
         )
-    assert used is not None
-    if not isinstance(used.images, IndexedSamples):
+    assert reference is not None
+    if not isinstance(reference.images, IndexedSamples):
         raise InputError(
-            f"reference.images: found remote shards ({used.images.urls[0]}), expected local ones: the teacher embeds "
-            "remote images as they are met"
+            f"reference.images: found remote shards ({reference.images.urls[0]}), expected local ones: the teacher "
+            "embeds remote images as they are met",
+            code=ErrorCode.UNSUPPORTED,
+            field="reference.images",
         )
-    return used.images
+    return reference.images
 
 
 def embed_reference(
     experiment: Experiment,
     run: Path,
-    report: Report = lambda progress: None,
+    report: Report = lambda event: None,
     device: torch.device | None = None,
-    asked_to_stop: Callable[[], bool] = lambda: False,
-) -> Embedded:
-    """Fill the teacher's stores that a run in this folder will read, and train nothing.
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> EmbeddingReport:
+    """Compute and cache the teacher's features that a run will read, without training. Collective.
 
-    Every worker of a `torch.distributed` group calls this alike, as `run_sequence`. Killed, it has stored what it
-    computed; so it does not ask whether to stop.
+    Args:
+        experiment: The experiment.
+        run: The folder of the run that will read the features.
+        report: Callback for events, on rank 0.
+        device: The device; default: CUDA if available.
+        stop_requested: Not called: a killed process has cached what it has computed.
+
+    Returns:
+        What is cached.
 
     Raises:
-        InputError: the method distils on nothing that could be embedded ahead, or something is missing or broken.
+        InputError: The features cannot be computed before training, or an input is missing or broken.
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     compute = experiment.compute.model_copy(update={"teacher_features": "ahead"})
-    opened = resolve(experiment.model_copy(update={"compute": compute}))
-    images = check_embeddable(opened)
-    teaching = TeacherBuilder(
-        opened, teacher_cache_folder(run), device, report if rank() == 0 else lambda progress: None
-    )
-    teacher = teaching.build(1, load_clip(experiment.model, device), exemplars=())
+    resolved = resolve(experiment.model_copy(update={"compute": compute}))
+    images = check_embeddable(resolved)
+    folder = teacher_cache_folder(run)
+    builder = TeacherBuilder(resolved, folder, device, report if rank() == 0 else lambda event: None)
+    teacher = builder.build(1, load_clip(experiment.model, device), exemplars=())
     assert teacher is not None
-    if not isinstance(teacher.image_features, teacher_cache.StoredFeatures):
+    if not isinstance(teacher.image_features, teacher_cache.CachedFeatures):
         raise InputError(
-            f"{teacher_cache_folder(run)}: cannot be written, expected a folder with room for the features"
+            f"{folder}: cannot be written, expected a folder with room for the features", code=ErrorCode.NOT_WRITABLE
         )
-    store = teacher.image_features.store
-    return Embedded(folder=str(store.folder), images=len(images), texts=len(teacher.texts), megabytes=store.megabytes)
+    cache = teacher.image_features.cache
+    return EmbeddingReport(
+        folder=str(cache.folder), images=len(images), texts=len(teacher.texts), megabytes=cache.megabytes
+    )

@@ -1,4 +1,4 @@
-"""The batches of a stage: task images, and images to distil on."""
+"""Training batches of a stage: augmented task images, and reference images for distillation."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,36 +17,54 @@ from zscl.runtime.seeding import derive_seed
 def training_batches(
     experiment: Experiment,
     stage: int,
-    folder: TaskFolder,
+    task: TaskFolder,
     clip: Clip,
-    distilled: Samples | None,
+    distillation_samples: Samples | None,
     loader: Loader,
     first_step: int = 0,
 ) -> Iterator[Batch]:
-    """This worker's endless batches of a stage: task images augmented, distilled ones as in evaluation."""
+    """Build the endless iterator over this rank's slices of a stage's global batches.
+
+    Task images use the training transform, reference images the evaluation transform. Both streams share the memory
+    for decoded images (`compute.decoded_megabytes`) equally.
+
+    Args:
+        experiment: The experiment.
+        stage: The stage's number, from 1.
+        task: The stage's task.
+        clip: The model's image transforms.
+        distillation_samples: The reference images; `None` if the stage does not distil.
+        loader: Reads and decodes the images.
+        first_step: Steps that are already taken.
+
+    Returns:
+        The batches from step `first_step` on.
+    """
     optimisation = experiment.optimisation
-    keep_in = experiment.compute.decoded_megabytes * 1_000_000
-    keep_bytes = keep_in // (1 if distilled is None else 2)
+    total_cache_bytes = experiment.compute.decoded_megabytes * 1_000_000
+    cache_bytes = total_cache_bytes // (1 if distillation_samples is None else 2)
     images = TrainingImages(
-        samples=folder.train,
-        decode=Decoder(clip.train_transform, folder.label_of),
+        samples=task.train,
+        decoder=Decoder(clip.train_transform, task.get_label),
         seed=derive_seed(experiment.seed, stage, "task"),
         batch_size=optimisation.batch_size,
-        own=rank_slice(optimisation.batch_size),
+        rank_indices=rank_slice(optimisation.batch_size),
         first_step=first_step,
-        keep_bytes=keep_bytes,
-        keep_in=keep_in,
-    ).batches(loader)
-    if distilled is None:
+        cache_bytes=cache_bytes,
+        total_cache_bytes=total_cache_bytes,
+    ).iter_batches(loader)
+    if distillation_samples is None:
         return (Batch(batch, labels) for batch, labels in images)
     references = TrainingImages(
-        samples=distilled,
-        decode=Decoder(clip.evaluation_transform, Sample.identity),
+        samples=distillation_samples,
+        decoder=Decoder(clip.evaluation_transform, Sample.identity),
         seed=derive_seed(experiment.seed, stage, "reference"),
         batch_size=optimisation.reference_batch_size,
-        own=rank_slice(optimisation.reference_batch_size),
+        rank_indices=rank_slice(optimisation.reference_batch_size),
         first_step=first_step,
-        keep_bytes=keep_bytes,
-        keep_in=keep_in,
-    ).batches(replace(loader, labels_stay=True))
-    return (Batch(*ours, *theirs) for ours, theirs in zip(images, references, strict=True))
+        cache_bytes=cache_bytes,
+        total_cache_bytes=total_cache_bytes,
+    ).iter_batches(replace(loader, labels_on_cpu=True))
+    return (
+        Batch(*task_batch, *reference_batch) for task_batch, reference_batch in zip(images, references, strict=True)
+    )

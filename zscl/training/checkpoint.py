@@ -1,11 +1,12 @@
-"""A stage under way on disk: enough to go on behind any step as if nothing had happened.
+"""Checkpoints of the stage in training: reading, asynchronous writing, and stopping on request.
 
-One file holds weights, optimizer, schedule, average and the losses so far. What a step draws (images, augmentation,
-dropout) is a function of seed, stage and step, and what a stage looks back at (its start, the teacher, exemplars) lies
-in the run's folder, so the number of steps stands for all of it.
+A checkpoint holds the weights, the optimizer, the schedule, the averages and the losses so far. Random numbers of a
+step (choice of images, augmentation, dropout) are a function of seed, stage and step. The stage's start, the teacher
+and the exemplars are in the run's folder. Therefore the number of steps is the only other state, and a resumed stage
+gives the same numbers as an uninterrupted one.
 
-The file is written beside the training, from a copy in memory, and takes the last one's place only when it is whole.
-It is read by torch's weights-only unpickler, which makes tensors and plain containers and runs nothing.
+A background thread writes the file atomically from a copy in memory. `torch.load(weights_only=True)` reads it, which
+creates only tensors and plain containers and runs no code.
 """
 
 import pickle
@@ -23,57 +24,58 @@ from schemas.compute import Checkpoint
 from schemas.events import CheckpointWritten, Note
 from zscl.runtime.atomic_io import atomic_file, quarantine
 from zscl.runtime.distributed import barrier, broadcast_ints, rank
-from zscl.runtime.retry import os_error_of, retry_io
+from zscl.runtime.retry import retry_io, to_os_error
 
-CHECKPOINT = "checkpoint.pt"
-LOOK_EVERY_SECONDS = 1.0
-RETRY_SECONDS = 30.0  # after a checkpoint that storage did not take
+POLL_SECONDS = 1.0
+RETRY_SECONDS = 30.0  # until the next attempt after a checkpoint that could not be written
 State = dict[str, Any]
 
 
 class StoppedError(Exception):
-    """The run was asked to stop; what it takes to go on is on disk."""
+    """The run stopped on request. Its folder holds what a resume needs."""
 
 
-def read_checkpoint(file: Path | None, stage: int, note: Callable[[str], None]) -> State | None:
-    """Read where a stage got to; `None` where it begins anew. The workers agree.
+def read_checkpoint(file: Path | None, stage: int, notify: Callable[[str], None]) -> State | None:
+    """Read the checkpoint of a stage. Collective.
 
-    A file with a damaged content is named and set aside: the stage comes to the same numbers from its start. One that
-    storage does not give stays, and is asked for again.
+    A file with damaged content is renamed, and the stage starts again with the same results. A file that storage
+    cannot deliver stays, and reading it is retried.
+
+    Args:
+        file: The checkpoint; `None` if the run has none.
+        stage: The stage's number; a checkpoint of another stage is ignored.
+        notify: Callback for messages.
+
+    Returns:
+        The state, or `None` if the stage starts at step 0.
 
     Raises:
-        OSError: storage does not give the file, or shows the workers different ones.
+        OSError: Storage cannot deliver the file, or the ranks read different checkpoints.
     """
     state: State | None = None
     if file is not None and file.is_file():
         try:
-            state = retry_io(partial(_read, file), must_exist=file.parent, what=file)
+            state = retry_io(partial(_read, file), must_exist=file.parent, description=file)
         except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
             reason = str(error).strip().partition("\n")[0]
-            aside = quarantine(file) if rank() == 0 else None
-            kept = f", and lies at {aside.name}" if aside else ""
-            note(f"{file}: found no readable checkpoint ({reason}){kept}; the stage begins again")
-    if state is not None and state.get("stage") != stage:  # left behind by a stage that is finished
+            renamed = quarantine(file) if rank() == 0 else None
+            suffix = f", and renamed it to {renamed.name}" if renamed else ""
+            notify(f"{file}: found no readable checkpoint ({reason}){suffix}; the stage starts again")
+    if state is not None and state.get("stage") != stage:  # of a stage that is finished
         state = None
-    found = state["step"] if state else 0
-    [step] = broadcast_ints(found)
-    if step and found != step:
-        raise OSError(f"{file}: found the checkpoint of step {found}, the main worker finds that of step {step}")
+    own_step = state["step"] if state else 0
+    [step] = broadcast_ints(own_step)
+    if step and own_step != step:
+        raise OSError(f"{file}: found the checkpoint of step {own_step}, the main worker finds that of step {step}")
     return state if step else None
 
 
 def _read(file: Path) -> State:
-    """Read a checkpoint.
-
-    Raises:
-        OSError: storage does not give it.
-        MemoryError: it does not fit.
-        Exception: its content is no checkpoint; torch raises several kinds.
-    """
+    """Read a checkpoint; torch raises exceptions of several classes if the content is not one."""
     try:
         state: State = torch.load(file, map_location="cpu", weights_only=True)
     except RuntimeError as error:
-        cause = os_error_of(error)
+        cause = to_os_error(error)
         if cause.errno is not None:
             raise cause from error
         if "memory" in str(error):
@@ -85,15 +87,22 @@ def _read(file: Path) -> State:
 
 
 def is_compatible(state: State, model: nn.Module) -> bool:
-    """Whether a checkpoint's weights have the model's shapes; exact savings change the shape of a token embedding."""
+    """Return whether a checkpoint's weights have the model's shapes (`compute.savings` changes some)."""
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     return shapes == {name: tensor.shape for name, tensor in state["model"].items()}
 
 
 class CheckpointWriter:
-    """Now and then in a stage: flush the curves, keep a checkpoint when it is time, stop where that was asked for.
+    """Writes checkpoints in the background and stops the stage on request.
 
-    The main worker decides and all look at the same steps, so that all stop behind the same one.
+    Rank 0 decides. All ranks poll at the same steps, so that all of them stop after the same step.
+
+    Attributes:
+        file: The checkpoint's path; `None` writes none.
+        settings: The recipe's `compute.checkpoint`.
+        report: Callback for events.
+        stop_requested: Returns whether the run should stop; called on rank 0.
+        next_poll_step: The number of steps after which `maybe_save` is to be called next.
     """
 
     def __init__(
@@ -104,103 +113,105 @@ class CheckpointWriter:
         stop_requested: Callable[[], bool],
         first_step: int = 0,
     ) -> None:
-        """Begin to count.
+        """Start the interval to the first checkpoint.
 
         Args:
-            file: the checkpoint, if one is to be kept.
-            settings: how often.
-            report: told what was written, or why not.
-            asked_to_stop: asked on the main worker.
-            first_step: steps taken already.
+            file: The checkpoint's path; `None` writes none.
+            settings: The recipe's `compute.checkpoint`.
+            report: Callback for events: a checkpoint was written, or could not be.
+            stop_requested: Returns whether the run should stop; called on rank 0.
+            first_step: Steps that are already taken.
         """
-        self.file, self.settings, self.report, self.asked_to_stop = file, settings, report, stop_requested
+        self.file, self.settings, self.report, self.stop_requested = file, settings, report, stop_requested
         self.next_poll_step = first_step + 1
-        self._looked = (first_step, time.monotonic())
-        self._due = time.monotonic() + 60 * settings.every_minutes
-        self._overdue = False
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._writing: Future[CheckpointWritten | Note] | None = None
+        self._last_poll = (first_step, time.monotonic())
+        self._due_time = time.monotonic() + 60 * settings.every_minutes
+        self._is_due = False
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[CheckpointWritten | Note] | None = None
 
-    def maybe_save(self, done: int, state: Callable[[], State]) -> None:
-        """Do what is due behind `done` steps.
+    def maybe_save(self, step: int, state: Callable[[], State]) -> None:
+        """Start writing a checkpoint if one is due, and stop if that was requested. Collective.
 
         Args:
-            done: steps of the stage.
-            state: what to keep, as it is now; called on every worker.
+            step: Steps of the stage that are taken.
+            state: Returns the state to save; called on every rank.
 
         Raises:
-            StoppedError: the run was asked to stop.
+            StoppedError: A stop was requested. The checkpoint is written.
         """
-        self._collect()
-        stop, keep, self.next_poll_step = broadcast_ints(*(self._decide(done) if rank() == 0 else (0, 0, 0)))
-        if not (stop or keep):
+        self._report_outcome()
+        stop, save, self.next_poll_step = broadcast_ints(*(self._decide(step) if rank() == 0 else (0, 0, 0)))
+        if not (stop or save):
             return
-        now = state()
+        current = state()
         if stop:
             self.wait()
         if rank() == 0 and self.file is not None:
-            self._writing = self._writer.submit(self._write, _copied(now))
+            self._pending = self._executor.submit(self._write, _copy_to_cpu(current))
         if stop:
             outcome = self.wait()
-            barrier()  # nobody ends the run while the main worker writes
-            where = f"stage {now['stage']} is stopped behind step {done}"
-            raise StoppedError(f"{where}, but {outcome.text}" if isinstance(outcome, Note) else where)
+            barrier()  # no rank may end the run while rank 0 writes
+            message = f"stage {current['stage']} is stopped after step {step}"
+            raise StoppedError(f"{message}, but {outcome.text}" if isinstance(outcome, Note) else message)
 
     def wait(self) -> CheckpointWritten | Note | None:
-        """Wait for what is being written, and tell what became of it."""
-        if self._writing is None:
+        """Wait for the checkpoint that is being written, if any, and report and return its outcome."""
+        if self._pending is None:
             return None
-        outcome = self._writing.result()
-        self._collect()
+        outcome = self._pending.result()
+        self._report_outcome()
         return outcome
 
-    def _decide(self, done: int) -> tuple[bool, bool, int]:
-        """Whether to stop, whether to keep a checkpoint, and behind how many steps to look again."""
-        every, (steps, then), now = self.settings.every_steps, self._looked, time.monotonic()
-        seconds_a_step = max(now - then, 1e-6) / max(done - steps, 1)
-        self._looked = (done, now)
-        self._overdue |= now >= self._due or (every is not None and done % every == 0)
-        keep = self._overdue and self._writing is None and self.file is not None  # storage is never waited for
-        if keep:
-            self._overdue, self._due = False, now + 60 * self.settings.every_minutes
-        # No further ahead than twice the last time: a step may take longer from now on.
-        look = done + max(1, min(int(LOOK_EVERY_SECONDS / seconds_a_step), 2 * (done - steps)))
-        return self.asked_to_stop(), keep, look if every is None else min(look, every * (done // every + 1))
+    def _decide(self, step: int) -> tuple[bool, bool, int]:
+        """Return whether to stop, whether to save, and the next step to poll at."""
+        every, (last_step, last_time), now = self.settings.every_steps, self._last_poll, time.monotonic()
+        seconds_per_step = max(now - last_time, 1e-6) / max(step - last_step, 1)
+        self._last_poll = (step, now)
+        self._is_due |= now >= self._due_time or (every is not None and step % every == 0)
+        save = self._is_due and self._pending is None and self.file is not None  # training never waits for storage
+        if save:
+            self._is_due, self._due_time = False, now + 60 * self.settings.every_minutes
+        # At most twice the last interval: steps may become slower.
+        next_poll = step + max(1, min(int(POLL_SECONDS / seconds_per_step), 2 * (step - last_step)))
+        if every is not None:
+            next_poll = min(next_poll, every * (step // every + 1))
+        return self.stop_requested(), save, next_poll
 
-    def _collect(self) -> None:
-        """Report what became of the last checkpoint, once it is known."""
-        if self._writing is None or not self._writing.done():
+    def _report_outcome(self) -> None:
+        """Report the outcome of the last checkpoint if it is complete."""
+        if self._pending is None or not self._pending.done():
             return
-        outcome, self._writing = self._writing.result(), None
+        outcome, self._pending = self._pending.result(), None
         if isinstance(outcome, Note):
-            self._due = min(self._due, time.monotonic() + RETRY_SECONDS)
+            self._due_time = min(self._due_time, time.monotonic() + RETRY_SECONDS)
         self.report(outcome)
 
     def _write(self, state: State) -> CheckpointWritten | Note:
         assert self.file is not None
-        where = f"the checkpoint of stage {state['stage']} behind step {state['step']}"
-        if not all(bool(tensor.isfinite().all()) for tensor in _numbers(state["model"])):
-            return Note(text=f"{where} is not kept: found a weight that is no number")
+        subject = f"the checkpoint of stage {state['stage']} after step {state['step']}"
+        if not all(bool(tensor.isfinite().all()) for tensor in _floating_tensors(state["model"])):
+            return Note(text=f"{subject} is not written: found NaN or Inf in the weights")
         try:
             with atomic_file(self.file) as temporary, temporary.open("wb") as stream:
                 torch.save(state, stream)
-        except (OSError, RuntimeError) as error:  # torch's writer makes the latter of the former
-            first: BaseException = error
-            while first.__context__ is not None:
-                first = first.__context__
-            reason = str(first).strip().partition("\n")[0]
-            return Note(text=f"{where} could not be written ({reason}); the last one stays, training goes on")
+        except (OSError, RuntimeError) as error:  # torch's writer raises a RuntimeError during an OSError
+            cause: BaseException = error
+            while cause.__context__ is not None:
+                cause = cause.__context__
+            reason = str(cause).strip().partition("\n")[0]
+            return Note(text=f"{subject} could not be written ({reason}); the last one stays, training continues")
         return CheckpointWritten(stage=state["stage"], steps=state["step"])
 
 
-def _copied(tree: Any) -> Any:
-    """A copy on the CPU, so that training may go on."""
+def _copy_to_cpu(tree: Any) -> Any:
+    """Return a copy on the CPU, which training does not change."""
     if isinstance(tree, torch.Tensor):
         return tree.detach().to("cpu", copy=True)
     if isinstance(tree, Mapping):
-        return {name: _copied(value) for name, value in tree.items()}
-    return [_copied(value) for value in tree] if isinstance(tree, list | tuple) else tree
+        return {name: _copy_to_cpu(value) for name, value in tree.items()}
+    return [_copy_to_cpu(value) for value in tree] if isinstance(tree, list | tuple) else tree
 
 
-def _numbers(tree: Mapping[str, torch.Tensor]) -> Iterator[torch.Tensor]:
+def _floating_tensors(tree: Mapping[str, torch.Tensor]) -> Iterator[torch.Tensor]:
     return (tensor for tensor in tree.values() if tensor.is_floating_point())

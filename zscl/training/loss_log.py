@@ -1,4 +1,4 @@
-"""What every step of a stage comes to, and what in it is poison."""
+"""Log of per-step losses and gradient norms: raises on NaN or Inf and warns of gradient spikes."""
 
 import math
 import time
@@ -8,23 +8,33 @@ from statistics import median
 import torch
 from torch import nn
 
-from schemas.errors import InputError
+from schemas.errors import ErrorCode, InputError
 from schemas.events import Note, StepsTaken
 from schemas.results import StepLosses
 
-EXPLODED, TYPICAL_STEPS = 100, 20  # gradients so many times the median of so many steps before
-EXPLOSIONS_NAMED = 5  # of a stage
+# A spike is a gradient norm above SPIKE_FACTOR times the median of the last SPIKE_WINDOW steps.
+SPIKE_FACTOR, SPIKE_WINDOW = 100, 20
+MAX_SPIKE_WARNINGS = 5  # per stage
 Report = Callable[[StepsTaken | Note], None]
 
 
 class NotFiniteError(InputError):
-    """A loss or the gradients are no numbers any more: the stage is lost, those before it are not."""
+    """A loss, the gradients or the weights are NaN or Inf. The stage is lost; earlier stages are not."""
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(sentence, code=ErrorCode.NOT_FINITE)
 
 
 class LossLog:
-    """Every step's losses, reported now and then: reading a loss waits for the device.
+    """Buffers the losses of every step. `flush` reads them from the device, which waits for it, and reports them.
 
-    explosions: a sentence for each step whose gradients exploded, the first few.
+    Attributes:
+        stage: The stage's number, from 1.
+        task: The task's name.
+        images_per_step: Images of all ranks in a step.
+        report: Callback for events.
+        steps: The losses of all flushed steps.
+        spike_warnings: Messages about gradient spikes, at most `MAX_SPIKE_WARNINGS`.
     """
 
     def __init__(self, stage: int, task: str, images_per_step: int, report: Report) -> None:
@@ -36,69 +46,90 @@ class LossLog:
 
     @property
     def seconds(self) -> float:
-        """Time that the stage's steps took, those before an interruption included."""
+        """Seconds of training in this stage, including those before an interruption."""
         return time.perf_counter() - self._started
 
-    def note(self, text: str) -> None:
-        """Report something worth a line."""
+    def notify(self, text: str) -> None:
+        """Report a message."""
         self.report(Note(text=text))
 
     def restore(self, steps: list[StepLosses], seconds: float) -> None:
-        """Go on behind steps that took so many seconds; who listens may have missed them."""
-        self._started, self._reported = time.perf_counter() - seconds, time.perf_counter()
-        self._take(steps, speed=len(steps) * self.images_per_step / max(seconds, 1e-9))
+        """Restore the steps of a checkpoint and report them again, because the last process may not have done so.
 
-    def add(self, step: int, learning_rate: float, named: dict[str, torch.Tensor], norm: torch.Tensor) -> None:
-        """Keep a step."""
-        self._pending.append((step, learning_rate, named, norm))
+        Args:
+            steps: The losses of the steps that are already taken.
+            seconds: The time that these steps took.
+        """
+        self._started, self._reported = time.perf_counter() - seconds, time.perf_counter()
+        self._append(steps, images_per_second=len(steps) * self.images_per_step / max(seconds, 1e-9))
+
+    def add(
+        self, step: int, learning_rate: float, losses: dict[str, torch.Tensor], gradient_norm: torch.Tensor
+    ) -> None:
+        """Buffer a step without reading it from the device.
+
+        Args:
+            step: The step, from 0.
+            learning_rate: The step's learning rate.
+            losses: The losses by name, scalars.
+            gradient_norm: The norm of the gradients, a scalar.
+        """
+        self._pending.append((step, learning_rate, losses, gradient_norm))
 
     def flush(self) -> None:
-        """Report the steps kept.
+        """Report the buffered steps.
 
         Raises:
-            NotFiniteError: one of them has a loss or gradients that are no numbers.
+            NotFiniteError: A loss or the gradient norm of a step is NaN or Inf.
         """
         if not self._pending:
             return
-        # Steps may have losses of different names; the device is read once.
-        scalars = [scalar for *_, named, norm in self._pending for scalar in (*named.values(), norm)]
+        # One read of the device for all steps, whose losses may have different names.
+        scalars = [scalar for *_, losses, norm in self._pending for scalar in (*losses.values(), norm)]
         values = iter(torch.stack(scalars).tolist())
-        taken = [
+        steps = [
             StepLosses(
                 step=step,
                 learning_rate=rate,
-                losses={name: next(values) for name in named},
+                losses={name: next(values) for name in losses},
                 gradient_norm=next(values),
             )
-            for step, rate, named, _ in self._pending
+            for step, rate, losses, _ in self._pending
         ]
-        for step in taken:
-            self._refuse_what_is_no_number(step)
+        for step in steps:
+            self._check_finite(step)
         now = time.perf_counter()
-        speed = len(taken) * self.images_per_step / max(now - self._reported, 1e-9)
+        images_per_second = len(steps) * self.images_per_step / max(now - self._reported, 1e-9)
         self._pending, self._reported = [], now
-        self._take(taken, speed)
+        self._append(steps, images_per_second)
 
     def check_weights_finite(self, model: nn.Module) -> None:
-        """See that what the stage hands on is made of numbers.
+        """Check the resulting weights of the stage.
+
+        Args:
+            model: The model to check.
 
         Raises:
-            NotFiniteError: it is not.
+            NotFiniteError: A weight is NaN or Inf.
         """
         if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
             raise NotFiniteError(
-                f"stage {self.stage} {self.task}: found weights that are no numbers behind its last step, expected "
-                "finite ones"
+                f"stage {self.stage} {self.task}: found NaN or Inf in the weights after its last step, expected finite "
+                "weights"
             )
 
-    def _take(self, taken: list[StepLosses], speed: float) -> None:
-        for step in taken:
-            if is_gradient_spike(step.gradient_norm, [each.gradient_norm for each in self.steps[-TYPICAL_STEPS:]]):
-                self._explosion(step)
+    def _append(self, steps: list[StepLosses], images_per_second: float) -> None:
+        """Append and report steps; warn of spikes."""
+        for step in steps:
+            previous = [earlier.gradient_norm for earlier in self.steps[-SPIKE_WINDOW:]]
+            if is_gradient_spike(step.gradient_norm, previous):
+                self._warn_of_spike(step)
             self.steps.append(step)
-        self.report(StepsTaken(stage=self.stage, task=self.task, steps=tuple(taken), images_per_second=speed))
+        self.report(
+            StepsTaken(stage=self.stage, task=self.task, steps=tuple(steps), images_per_second=images_per_second)
+        )
 
-    def _refuse_what_is_no_number(self, step: StepLosses) -> None:
+    def _check_finite(self, step: StepLosses) -> None:
         losses = {f"the loss {name}": value for name, value in step.losses.items()}
         for name, value in (losses | {"the gradients' norm": step.gradient_norm}).items():
             if not math.isfinite(value):
@@ -106,16 +137,16 @@ class LossLog:
                     f"stage {self.stage} {self.task}: found {name} {value} at step {step.step}, expected a finite one"
                 )
 
-    def _explosion(self, step: StepLosses) -> None:
-        if len(self.spike_warnings) < EXPLOSIONS_NAMED:
+    def _warn_of_spike(self, step: StepLosses) -> None:
+        if len(self.spike_warnings) < MAX_SPIKE_WARNINGS:
             self.spike_warnings.append(
                 f"stage {self.stage} {self.task}: the gradients exploded at step {step.step} (norm "
-                f"{step.gradient_norm:.3g}, over {EXPLODED} times the steps before it); "
+                f"{step.gradient_norm:.3g}, over {SPIKE_FACTOR} times the steps before it); "
                 "optimisation.max_gradient_norm would clip them"
             )
-            self.note(f"warning: {self.spike_warnings[-1]}")
+            self.notify(f"warning: {self.spike_warnings[-1]}")
 
 
-def is_gradient_spike(norm: float, before: Sequence[float]) -> bool:
-    """Whether a gradient's norm is far above those of the steps before it."""
-    return len(before) == TYPICAL_STEPS and norm > EXPLODED * median(before) > 0
+def is_gradient_spike(norm: float, previous: Sequence[float]) -> bool:
+    """Return whether a gradient norm is far above those of the last `SPIKE_WINDOW` steps."""
+    return len(previous) == SPIKE_WINDOW and norm > SPIKE_FACTOR * median(previous) > 0

@@ -1,4 +1,4 @@
-"""The optimizer, its schedule and the parameters that it trains."""
+"""The optimizer (AdamW), the learning-rate schedule, and the selection of trained parameters."""
 
 import math
 
@@ -9,16 +9,25 @@ from schemas.experiment import Experiment
 
 
 def learning_rate_factor(step: int, warmup_steps: int, steps: int) -> float:
-    """Linear warm-up, then half a cosine; `step` counts from 0."""
+    """Compute the factor of the learning rate: linear warm-up, then a half cosine to 0.
+
+    Args:
+        step: The step, from 0.
+        warmup_steps: Steps of the warm-up.
+        steps: Steps of the stage.
+
+    Returns:
+        The factor in [0, 1].
+    """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
-    if step >= steps:  # asked for once behind the last step, and 0 / 0 where all of them warm up
+    if step >= steps:  # LambdaLR also computes it after the last step: 0 / 0 if all steps are warm-up
         return 0.0
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / (steps - warmup_steps)))
 
 
 def build_optimizer(parameters: list[nn.Parameter], learning_rate: float, experiment: Experiment) -> AdamW:
-    """The optimizer of a stage."""
+    """Build the optimizer of a stage from the recipe's `optimisation` and `compute.savings`."""
     optimisation, savings = experiment.optimisation, experiment.compute.savings
     return AdamW(
         parameters,
@@ -31,7 +40,12 @@ def build_optimizer(parameters: list[nn.Parameter], learning_rate: float, experi
 
 
 def select_trained_parameters(model: nn.Module, train: str) -> None:
-    """Train the model, its `image_tower` or its `text_tower`; never the logit scale (and a sigmoid model's bias)."""
+    """Set `requires_grad` of all parameters; the logit scale and a sigmoid model's bias are never trained.
+
+    Args:
+        model: The open_clip model, changed in place.
+        train: The recipe's `method.train`: `model`, `image_tower` or `text_tower`.
+    """
     for name, parameter in model.named_parameters():
         tower = "image_tower" if name.startswith("visual.") else "text_tower"
         parameter.requires_grad_(train in ("model", tower) and name not in ("logit_scale", "logit_bias"))

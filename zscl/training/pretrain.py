@@ -1,4 +1,4 @@
-"""Contrastive pre-training of a small CLIP, in one process: how the embedded model was made."""
+"""Contrastive pre-training of a small CLIP model in one process, with which the embedded model was made."""
 
 import json
 import logging
@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchvision.transforms import Compose, RandomCrop
 
 from schemas.data import Task
-from schemas.errors import InputError
+from schemas.errors import ErrorCode, InputError
 from schemas.pretraining import Pretraining
 from zscl.data.decode import Decoder
 from zscl.data.indexed import IndexedSamples
@@ -25,17 +25,24 @@ from zscl.data.loader import Loader, TrainingImages
 from zscl.data.sample import decode_text
 from zscl.data.shard_urls import open_samples
 from zscl.data.task import TaskFolder
-from zscl.evaluation.zero_shot import accuracies, embed_classes
+from zscl.evaluation.zero_shot import compute_accuracies, embed_classes
 from zscl.models.clip import CONFIG, Clip
 from zscl.runtime.seeding import derive_seed
 from zscl.training.optim import learning_rate_factor
 
-LARGEST_SCALE = 100.0  # CLIP's bound on exp(logit_scale)
+MAX_LOGIT_SCALE = 100.0  # CLIP's bound on exp(logit_scale)
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """What pre-training made and how good it is."""
+    """The pre-trained model and its quality.
+
+    Attributes:
+        folder: The model's open_clip folder.
+        steps: Steps that were taken.
+        loss: The loss of the last step.
+        zero_shot: Zero-shot accuracy in [0, 1] by task.
+    """
 
     folder: Path
     steps: int
@@ -44,7 +51,14 @@ class Pretrained:
 
 
 def build_untrained(recipe: Pretraining, device: torch.device) -> Clip:
-    """Make a randomly initialised model from the recipe.
+    """Build a randomly initialised model from the recipe.
+
+    Args:
+        recipe: The recipe of the pre-training.
+        device: The model's device.
+
+    Returns:
+        The model with its tokenizer and transforms.
 
     Raises:
         InputError: open_clip cannot build the architecture.
@@ -55,12 +69,16 @@ def build_untrained(recipe: Pretraining, device: torch.device) -> Clip:
         (Path(folder) / CONFIG).write_text(json.dumps(config))
         name = f"local-dir:{folder}"
         try:
-            logging.disable(logging.WARNING)  # that there are no weights yet is meant
+            logging.disable(logging.WARNING)  # open_clip warns that there are no weights
             model, train_transform, evaluation_transform = open_clip.create_model_and_transforms(
                 name, device=device, output_dict=True
             )
         except (TypeError, KeyError, ValueError) as error:
-            raise InputError(f"architecture: open_clip cannot build it ({error}), expected a model_cfg") from error
+            raise InputError(
+                f"architecture: open_clip cannot build it ({error}), expected a model_cfg",
+                code=ErrorCode.INVALID_VALUE,
+                field="architecture",
+            ) from error
         finally:
             logging.disable(logging.NOTSET)
         return Clip(model, open_clip.get_tokenizer(name), train_transform, evaluation_transform, recipe.architecture)
@@ -69,13 +87,16 @@ def build_untrained(recipe: Pretraining, device: torch.device) -> Clip:
 def contrastive_loss(
     images: torch.Tensor, texts: torch.Tensor, captions: torch.Tensor, scale: torch.Tensor
 ) -> torch.Tensor:
-    """CLIP's loss where equal captions are positives of each other.
+    """Compute CLIP's symmetric contrastive loss; images and texts with equal captions are positives of each other.
 
     Args:
-        images: [B, D], normalised.
-        texts: [B, D], normalised.
-        captions: [B], equal numbers for equal captions.
-        scale: exp(logit_scale).
+        images: L2-normalised image features, [B, D].
+        texts: L2-normalised text features, [B, D].
+        captions: Caption indices, [B]; equal captions have equal indices.
+        scale: exp(logit_scale), a scalar.
+
+    Returns:
+        The loss, a scalar.
     """
     logits = scale * images @ texts.T
     positives = (captions[:, None] == captions[None, :]).float()
@@ -83,35 +104,38 @@ def contrastive_loss(
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-def pretrain(
+def pretrain_clip(
     recipe: Pretraining,
     folder: Path,
     report: Callable[[int, int, float], None],
     device: torch.device,
 ) -> Pretrained:
-    """Train, write an open_clip folder in float16, and measure what was written.
+    """Train a model, write it as an open_clip folder in float16, and evaluate the written weights.
 
     Args:
-        recipe: what to train.
-        folder: where the model will be.
-        report: told (steps done, steps in all, loss) after every step.
-        device: where to train.
+        recipe: The recipe of the pre-training.
+        folder: The open_clip folder to write.
+        report: Callback after every step: steps taken, total steps, loss.
+        device: The device to train on.
+
+    Returns:
+        The model's folder and its zero-shot accuracies.
 
     Raises:
-        InputError: the corpus has no captions, or something else in the recipe is wrong.
+        InputError: The corpus has no captions, or another value of the recipe is wrong.
     """
     tasks = [TaskFolder.open(Task.model_validate(path)) for path in recipe.judge]
-    corpus, numbers = _open_corpus(recipe)
+    corpus, caption_indices = _open_corpus(recipe)
     clip = build_untrained(recipe, device)
-    tokens = clip.tokenizer(list(numbers)).to(device)
+    tokens = clip.tokenizer(list(caption_indices)).to(device)
     steps = recipe.epochs * len(corpus) // recipe.batch_size
     batches = TrainingImages(
         samples=corpus,
-        decode=Decoder(_shifting(recipe, clip), lambda sample: numbers[decode_text(sample.text)]),
+        decoder=Decoder(_build_transform(recipe, clip), lambda sample: caption_indices[decode_text(sample.text)]),
         seed=derive_seed(recipe.seed, "corpus"),
         batch_size=recipe.batch_size,
-        own=range(recipe.batch_size),
-    ).batches(Loader(device))
+        rank_indices=range(recipe.batch_size),
+    ).iter_batches(Loader(device))
 
     model = clip.model.train()
     optimizer = AdamW(
@@ -129,32 +153,39 @@ def pretrain(
         optimizer.step()
         schedule.step()
         with torch.no_grad():
-            model.logit_scale.clamp_(max=torch.tensor(LARGEST_SCALE).log())  # type: ignore[operator]
+            model.logit_scale.clamp_(max=torch.tensor(MAX_LOGIT_SCALE).log())  # type: ignore[operator]
         report(step + 1, steps, float(loss.detach()))
 
     clip.save(model, folder, dtype=torch.float16)
-    model.half().float()  # measure the weights as they were written
+    model.half().float()  # evaluate the weights as they are written
     zero_shot = {
-        task.name: accuracies(clip, task, [own], Loader(device))[0][0]
-        for task, own in zip(tasks, embed_classes(clip, tasks, "all", "fp32", device), strict=True)
+        task.name: compute_accuracies(clip, task, [head], Loader(device))[0][0]
+        for task, head in zip(tasks, embed_classes(clip, tasks, "all", "fp32", device), strict=True)
     }
     return Pretrained(folder, steps, float(loss.detach()), zero_shot)
 
 
 def _open_corpus(recipe: Pretraining) -> tuple[IndexedSamples, dict[str, int]]:
-    """The corpus, and a number for each of its captions; equal ones have the same."""
+    """Return the corpus and the index of each distinct caption."""
     corpus = open_samples(recipe.corpus)
     if not isinstance(corpus, IndexedSamples):
-        raise InputError(f"corpus: found remote shards ({recipe.corpus[0]}), expected local ones")
-    numbers = {caption: number for number, caption in enumerate(dict.fromkeys(corpus.texts()))}
-    if not numbers:
         raise InputError(
-            f"corpus: found no .txt captions in {', '.join(recipe.corpus)}, expected one beside each image"
+            f"corpus: found remote shards ({recipe.corpus[0]}), expected local ones",
+            code=ErrorCode.UNSUPPORTED,
+            field="corpus",
         )
-    return corpus, numbers
+    caption_indices = {caption: index for index, caption in enumerate(dict.fromkeys(corpus.iter_texts()))}
+    if not caption_indices:
+        raise InputError(
+            f"corpus: found no .txt captions in {', '.join(recipe.corpus)}, expected one with each image",
+            code=ErrorCode.EMPTY,
+            field="corpus",
+        )
+    return corpus, caption_indices
 
 
-def _shifting(recipe: Pretraining, clip: Clip) -> Callable[[Any], torch.Tensor]:
+def _build_transform(recipe: Pretraining, clip: Clip) -> Callable[[Any], torch.Tensor]:
+    """Build the training transform: a random shift of a few pixels, and the evaluation transform."""
     if recipe.shift_pixels == 0:
         return clip.evaluation_transform
     size = recipe.architecture["vision_cfg"]["image_size"]
@@ -164,10 +195,10 @@ def _shifting(recipe: Pretraining, clip: Clip) -> Callable[[Any], torch.Tensor]:
 
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Decay matrices; leave biases, norms, embeddings and the logit scale alone."""
+    """Return the optimizer's parameter groups: weight decay for matrices, none for biases, norms and embeddings."""
     decayed: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
+    not_decayed: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        matrix = parameter.ndim >= 2 and "embedding" not in name
-        (decayed if matrix else others).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+        is_decayed = parameter.ndim >= 2 and "embedding" not in name
+        (decayed if is_decayed else not_decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": not_decayed, "weight_decay": 0.0}]

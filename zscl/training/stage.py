@@ -1,7 +1,7 @@
-"""One stage: the step, and the loop that reads straight down."""
+"""Training of one stage: builds the model's forward pass, objective, optimizer and data, and runs the training loop."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,15 +11,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from schemas.errors import InputError
+from schemas.errors import ErrorCode, InputError
 from schemas.events import CheckpointWritten, Note, StepsTaken, WorkersUsed
 from schemas.experiment import Experiment
 from schemas.method import Average
 from schemas.results import StageResult, StepLosses
 from zscl.data.loader import Loader, build_loader
 from zscl.data.task import TaskFolder
-from zscl.methods.interfaces import StageContext, Teacher
-from zscl.methods.terms import build_objective
+from zscl.methods.interfaces import Batch, StageContext, Teacher
+from zscl.methods.terms import Objective, build_objective
 from zscl.methods.weight_averaging import WeightAverager, build_averager, trained_parameters
 from zscl.models.clip import Clip, image_size
 from zscl.models.pruned_forward import PrunedForward
@@ -30,8 +30,8 @@ from zscl.training.batches import training_batches
 from zscl.training.checkpoint import CheckpointWriter, State, is_compatible, read_checkpoint
 from zscl.training.loss_log import LossLog
 from zscl.training.optim import build_optimizer, learning_rate_factor, select_trained_parameters
-from zscl.training.snapshots import SnapshotWriter, place_of
-from zscl.training.step import GlobalBatchForward, shares_prompts, train_step
+from zscl.training.snapshots import SnapshotWriter
+from zscl.training.step import GlobalBatchForward, has_sharded_prompts, train_step
 from zscl.training.throughput import ThroughputMonitor
 
 Report = Callable[[StepsTaken | CheckpointWritten | WorkersUsed | Note], None]
@@ -40,152 +40,144 @@ Report = Callable[[StepsTaken | CheckpointWritten | WorkersUsed | Note], None]
 def train_stage(
     experiment: Experiment,
     stage: int,
-    folder: TaskFolder,
+    task: TaskFolder,
     clip: Clip,
     teacher: Teacher | None,
     extra_texts: Sequence[str],
     device: torch.device,
     report: Report,
     checkpoint: Path | None = None,
+    snapshots: Path | None = None,
     stop_requested: Callable[[], bool] = lambda: False,
     extra_averages: Sequence[Average | None] = (),
     identity: str = "",
 ) -> tuple[list[tuple[nn.Module, StageResult]], list[StepLosses]]:
-    """Train `clip.model` on one task, from the stage's start or from behind the step of its checkpoint.
+    """Train `clip.model` on one task, from the stage's start or from its checkpoint. Collective.
 
     Args:
-        experiment: method, optimisation and seed.
-        stage: counted from 1.
-        folder: the task's data.
-        clip: the stage's start; its model is trained in place.
-        teacher: for a stage that distils.
-        further_texts: that join the softmax of the task loss beside the class prompts.
-        device: where the model lies.
-        report: told about steps, every second or so.
-        checkpoint: file of the stage under way, written now and then (`compute.checkpoint`); without one, none is.
-        asked_to_stop: asked on the main worker, every second or so.
-        further_averages: that follow the same steps beside the method's own, for other runs.
-        identity: of all that the stage's training reads; a checkpoint of another one is refused.
+        experiment: The experiment: method, optimisation, compute and seed.
+        stage: The stage's number, from 1.
+        task: The stage's task.
+        clip: The stage's start; its model is trained in place.
+        teacher: The teacher; `None` if the stage does not distil.
+        extra_texts: Texts that join the softmax of the task loss in addition to the class prompts.
+        device: The model's device.
+        report: Callback for events, called about once a second.
+        checkpoint: The checkpoint's path (see `compute.checkpoint`); `None` writes none.
+        snapshots: The folder for snapshots (see `compute.snapshots_every`); `None` writes none.
+        stop_requested: Returns whether the run should stop; called on rank 0 about once a second.
+        extra_averages: Averaging settings of other runs, evaluated on the same trajectory.
+        identity: Content hash of all inputs of the stage's training. A checkpoint with another one is refused.
 
-    Returns the model handed on and the stage's result, those of the further averages behind it, and every step's
-    losses.
+    Returns:
+        The resulting model and the stage's result for the method's own average and for each of the extra averages, in
+        this order; and the losses of all steps.
 
     Raises:
-        InputError: the checkpoint is another run's.
-        NotFiniteError: a loss or the gradients are no numbers any more.
-        StoppedError: the stage was asked to stop; its checkpoint holds what it takes to go on.
+        InputError: The checkpoint is another run's.
+        NotFiniteError: A loss, the gradients or the weights are NaN or Inf.
+        StoppedError: A stop was requested. The checkpoint is written.
     """
-    optimisation, model, task = experiment.optimisation, clip.model, experiment.tasks[stage - 1]
-    steps = experiment.stage_steps(task)
+    optimisation, model, settings = experiment.optimisation, clip.model, experiment.tasks[stage - 1]
+    steps = experiment.stage_steps(settings)
 
-    # Everything is decided here; the loop below only trains.
+    # Parameters: which are trained, and the forward pass through both towers.
     model.train()
     select_trained_parameters(model, experiment.method.train)
-    tokens = clip.tokenizer([*folder.prompts(folder.templates[0]), *extra_texts]).to(device)
-    pruned = PrunedForward(
-        model,
-        tokens,
-        rank_prompts=rank_slice(len(tokens)) if shares_prompts(len(tokens)) else range(len(tokens)),
-        compute=experiment.compute,
-        unused_embeddings_constant=optimisation.weight_decay == 0,
-    )
+    tokens = clip.tokenizer([*task.prompts(task.templates[0]), *extra_texts]).to(device)
+    pruned = _build_towers(experiment, model, tokens)
     for note in pruned.notes:
         report(Note(text=note))
     trained = trained_parameters(model)
     averages = [experiment.method.average, *extra_averages]
-    blended = any(average and average.start_share for average in averages)
-    looks_back = experiment.method.consolidate is not None or bool(experiment.method.further_losses) or blended
-    start = [parameter.detach().clone() for parameter in trained] if looks_back else []
+    start = [parameter.detach().clone() for parameter in trained] if _reads_start(experiment, averages) else []
+
+    # Objective: the loss terms of the method.
     clock = Clock()
     if teacher is not None:
-        teacher = replace(teacher, image_features=clock.around("teacher", teacher.image_features))
-    context = StageContext(optimisation.batch_size, optimisation.reference_batch_size, trained, start, teacher)
+        teacher = replace(teacher, image_features=clock.time_calls("teacher", teacher.image_features))
+    global_sizes = optimisation.batch_size, optimisation.reference_batch_size
+    context = StageContext(*global_sizes, trained, start, teacher)
     objective = build_objective(experiment, context)
+
+    # Forward: features of the global batch.
     batch_sizes = [optimisation.batch_size, *([optimisation.reference_batch_size] if teacher else [])]
-    forward = GlobalBatchForward(
-        towers=distribute(pruned, image_size(model), *batch_sizes),
-        prompts=len(tokens),
-        scale=model.logit_scale.detach().exp(),  # type: ignore[operator]
-        batch_size=optimisation.batch_size,
-        reference_batch_size=optimisation.reference_batch_size,
-        precision=optimisation.precision,
-    )
-    optimizer = build_optimizer(trained, task.learning_rate or optimisation.learning_rate, experiment)
-    warmup = experiment.stage_warmup(task)
+    towers = wrap_distributed(pruned, image_size(model), *batch_sizes)
+    scale = model.logit_scale.detach().exp()  # type: ignore[operator]
+    forward = GlobalBatchForward(towers, len(tokens), scale, *global_sizes, optimisation.precision)
+
+    # Optimizer and learning-rate schedule.
+    optimizer = build_optimizer(trained, settings.learning_rate or optimisation.learning_rate, experiment)
+    warmup = experiment.stage_warmup(settings)
     schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(step, warmup, steps))
-    averagers = [build_averager(average, model, start, experiment.compute.savings.multi_tensor) for average in averages]
-    step_hooks: list[WeightAverager | SnapshotWriter] = [
-        *averagers,
-        *snapshot_writers(experiment, stage, checkpoint, pruned),
-    ]
-    log = LossLog(stage, task.name, sum(batch_sizes), report)
+
+    # Averaging, and snapshots of the weights.
+    multi_tensor, every = experiment.compute.savings.multi_tensor, experiment.compute.snapshots_every
+    averagers = [build_averager(average, model, start, multi_tensor) for average in averages]
+    step_hooks: list[WeightAverager | SnapshotWriter] = [*averagers]
+    if every is not None and snapshots is not None:
+        step_hooks.append(SnapshotWriter(snapshots, every, steps, pruned.named_trained_parameters))
+
+    # Resume from the checkpoint, if there is one.
+    log = LossLog(stage, settings.name, sum(batch_sizes), report)
     loader = build_loader(experiment.compute, device, report)
     state = StageState(experiment.seed, stage, model, optimizer, schedule, averagers, log, loader, clock, identity)
     first_step = state.restore(checkpoint)
-    batches = training_batches(experiment, stage, folder, clip, teacher.images if teacher else None, loader, first_step)
-    batches = clock.over("data", batches)
-    throughput = ThroughputMonitor(
-        stage, sum(map(len, map(rank_slice, batch_sizes))), clock, device, report, first_step
-    )
+
+    # Data, from the first step that is not taken yet.
+    batches = training_batches(experiment, stage, task, clip, teacher.images if teacher else None, loader, first_step)
+    batches = clock.time_iterator("data", batches)
+
+    # Monitoring and checkpoints.
+    rank_images = sum(map(len, map(rank_slice, batch_sizes)))
+    throughput = ThroughputMonitor(stage, rank_images, clock, device, report, first_step)
     checkpoints = CheckpointWriter(checkpoint, experiment.compute.checkpoint, report, stop_requested, first_step)
 
-    for step in range(first_step, steps):
-        state.seed_step(step)
-        learning_rate = float(schedule.get_last_lr()[0])
-        named, norm = train_step(forward, objective, optimizer, schedule, next(batches), optimisation.max_gradient_norm)
-        with clock("averaging"):
-            for follower in step_hooks:
-                follower.after_step(step)
-        log.add(step, learning_rate, named, norm)
-        if step + 1 == checkpoints.next_poll_step < steps:
-            log.flush()
-            loader.check_over_workers()
-            with clock("checkpoint"):
-                checkpoints.maybe_save(step + 1, state.state)
-            throughput.poll(step + 1)
-    for follower in step_hooks:
-        follower.after_step(steps)
-
-    log.flush()
-    loader.check_over_workers()
-    for each in averagers:
-        log.check_weights_finite(each.model)
-    checkpoints.wait()
-    optimizer.zero_grad()  # gradients would stay in memory, and in every copy of the model
-    for module in {model, *(each.model for each in averagers)}:
-        pruned.restore_embeddings(module)
-    result = StageResult(
-        stage=stage,
-        task=task.name,
-        steps=steps,
-        images_seen=steps * sum(batch_sizes),
-        train_seconds=log.seconds,
-        images_per_second=steps * sum(batch_sizes) / log.seconds,
-        peak_memory_megabytes=peak_memory_megabytes(device),
-        seconds_by_part=clock.seconds | {"student": log.seconds - sum(clock.seconds.values())},
-        merges=averagers[0].merges,
-        losses=log.steps[-1].losses,
-        warnings=tuple(log.spike_warnings),
-        broken=tuple(all_gather_unique(loader.broken)),
+    trainer = StageTrainer(
+        state, forward, objective, step_hooks, batches, throughput, checkpoints, optimisation.max_gradient_norm
     )
-    results = [result.model_copy(update={"merges": each.merges}) for each in averagers]
-    return [(each.model, result) for each, result in zip(averagers, results, strict=True)], log.steps
+
+    trainer.fit(first_step, steps)
+    optimizer.zero_grad()  # gradients would stay in memory and in every copy of the model
+    for module in {model, *(averager.model for averager in averagers)}:
+        pruned.restore_embeddings(module)
+    return state.results(steps, device), log.steps
 
 
-def snapshot_writers(
-    experiment: Experiment, stage: int, checkpoint: Path | None, towers: PrunedForward
-) -> list[SnapshotWriter]:
-    """What keeps a stage's weights along the way, beside its checkpoint, where the recipe asks for it."""
-    every, task = experiment.compute.snapshots_every, experiment.tasks[stage - 1]
-    if every is None or checkpoint is None:
-        return []
-    place = place_of(checkpoint.parent, stage, task.name)
-    return [SnapshotWriter(place, every, experiment.stage_steps(task), towers.named_trained_parameters)]
+def _build_towers(experiment: Experiment, model: nn.Module, tokens: torch.Tensor) -> PrunedForward:
+    """Build the forward pass through both towers for this rank's prompts."""
+    return PrunedForward(
+        model,
+        tokens,
+        rank_prompts=rank_slice(len(tokens)) if has_sharded_prompts(len(tokens)) else range(len(tokens)),
+        compute=experiment.compute,
+        unused_embeddings_constant=experiment.optimisation.weight_decay == 0,
+    )
+
+
+def _reads_start(experiment: Experiment, averages: Sequence[Average | None]) -> bool:
+    """Return whether a part of the method needs a copy of the weights at the start of the stage."""
+    method = experiment.method
+    blends_start = any(average and average.start_share for average in averages)
+    return method.consolidate is not None or bool(method.further_losses) or blends_start
 
 
 @dataclass(frozen=True)
 class StageState:
-    """A stage's state between two steps: what a checkpoint holds."""
+    """The state of a stage between two steps, which a checkpoint holds.
+
+    Attributes:
+        seed: The experiment's seed.
+        stage: The stage's number, from 1.
+        model: The student.
+        optimizer: Its optimizer.
+        schedule: The learning-rate schedule.
+        averagers: The averager of the method, followed by those of the extra averages.
+        log: The losses of all steps.
+        loader: Counts the samples that cannot be used.
+        clock: Counts the seconds of each part of a step.
+        identity: Content hash of all inputs of the stage's training.
+    """
 
     seed: int
     stage: int
@@ -199,11 +191,11 @@ class StageState:
     identity: str = ""
 
     def seed_step(self, step: int) -> None:
-        """Make what is random in the model (dropout) a function of the step, so that no generator need be kept."""
+        """Seed torch as a function of the step, so that a checkpoint needs no state of a random generator (dropout)."""
         torch.manual_seed(derive_seed(self.seed, self.stage, "step", step, rank()))
 
-    def state(self) -> State:
-        """What it takes to go on from here; all workers ask for it together."""
+    def state_dict(self) -> State:
+        """Return the content of a checkpoint. Collective."""
         return {
             "stage": self.stage,
             "identity": self.identity,
@@ -211,63 +203,167 @@ class StageState:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
-            "handed_on": [each.state_dict() for each in self.averagers],
+            "handed_on": [averager.state_dict() for averager in self.averagers],
             "curves": [step.model_dump() for step in self.log.steps],
             "seconds": self.log.seconds,
             "seconds_by_part": dict(self.clock.seconds),
-            "broken": all_gather_unique(self.loader.broken),
-            "broken_of_sets": [all_gather_unique(read.broken) for read in self.loader.sets],
+            "broken": all_gather_unique(self.loader.broken_samples),
+            "broken_of_sets": [all_gather_unique(progress.broken_samples) for progress in self.loader.progress],
         }
 
     def restore(self, checkpoint: Path | None) -> int:
-        """Take up what the checkpoint holds, if there is one for this stage. Returns the steps taken already."""
-        note = self.log.note
-        state = read_checkpoint(checkpoint, self.stage, note)
+        """Restore the state from a checkpoint, if there is one for this stage. Collective.
+
+        Args:
+            checkpoint: The checkpoint's path; `None` if the run has none.
+
+        Returns:
+            The number of steps that are already taken.
+
+        Raises:
+            InputError: The checkpoint is another run's.
+        """
+        notify = self.log.notify
+        state = read_checkpoint(checkpoint, self.stage, notify)
         if state is None:
             return 0
         if state.get("identity", self.identity) != self.identity:
             raise InputError(
                 f"{checkpoint}: found the checkpoint of another run's stage (identity {state['identity']}), expected "
-                f"{self.identity}; remove the file, to begin the stage again"
+                f"{self.identity}; remove the file to start the stage again",
+                code=ErrorCode.OTHER_RUN,
             )
         if not is_compatible(state, self.model):
-            note(
-                f"{checkpoint}: found weights of other shapes, made with other compute.savings; the stage begins again"
+            notify(
+                f"{checkpoint}: found weights of other shapes, from a run with other compute.savings; the stage starts "
+                "again"
             )
             return 0
         if len(state["handed_on"]) != len(self.averagers):
-            note(f"{checkpoint}: found averages for other runs beside this one; the stage begins again")
+            notify(f"{checkpoint}: found another number of averages than expected; the stage starts again")
             return 0
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
-        for each, kept in zip(self.averagers, state["handed_on"], strict=True):
-            each.load_state_dict(kept)
+        for averager, averager_state in zip(self.averagers, state["handed_on"], strict=True):
+            averager.load_state_dict(averager_state)
         self.log.restore([StepLosses.model_validate(step) for step in state["curves"]], state["seconds"])
         self.clock.seconds.update(state.get("seconds_by_part", {}))
-        self.loader.broken.update(dict.fromkeys(state["broken"]))
-        self.loader.resumed.extend(state.get("broken_of_sets", []))
-        note(f"stage {self.stage} goes on behind step {state['step']}")
+        self.loader.broken_samples.update(dict.fromkeys(state["broken"]))
+        self.loader.restored_broken_samples.extend(state.get("broken_of_sets", []))
+        notify(f"stage {self.stage} resumes after step {state['step']}")
         return int(state["step"])
 
+    def results(self, steps: int, device: torch.device) -> list[tuple[nn.Module, StageResult]]:
+        """Return the resulting model and the stage's result for every averager. Collective.
 
-def distribute(towers: nn.Module, image_size: tuple[int, int], *batch_sizes: int) -> nn.Module:
-    """Average gradients over the workers, where there are several.
+        Args:
+            steps: Steps of the stage.
+            device: The model's device.
 
-    DistributedDataParallel lays gradients out anew behind its first backward passes, and what three workers' numbers
-    add up to depends, in the last bit, on their layout. Two passes over blank images, for nothing else, give every step
-    the final layout: the first one behind an interruption, too.
+        Returns:
+            The models and results in the order of the averagers. The results differ only in the number of merges.
+        """
+        log, clock = self.log, self.clock
+        result = StageResult(
+            stage=self.stage,
+            task=log.task,
+            steps=steps,
+            images_seen=steps * log.images_per_step,
+            train_seconds=log.seconds,
+            images_per_second=steps * log.images_per_step / log.seconds,
+            peak_memory_megabytes=peak_memory_megabytes(device),
+            seconds_by_part=clock.seconds | {"student": log.seconds - sum(clock.seconds.values())},
+            merges=0,
+            losses=log.steps[-1].losses,
+            warnings=tuple(log.spike_warnings),
+            broken=tuple(all_gather_unique(self.loader.broken_samples)),
+        )
+        return [(averager.model, result.model_copy(update={"merges": averager.merges})) for averager in self.averagers]
+
+
+@dataclass(frozen=True)
+class StageTrainer:
+    """A stage that is ready to train.
+
+    Attributes:
+        state: The stage's state.
+        forward: The student's forward pass.
+        objective: The sum of the method's loss terms.
+        step_hooks: Called after every step: averagers and the writer of snapshots.
+        batches: This rank's batches from the first step on.
+        throughput: Reports the use of resources.
+        checkpoints: Writes checkpoints and stops on request.
+        max_gradient_norm: The L2 norm to which gradients are clipped; `None`: no clipping.
+    """
+
+    state: StageState
+    forward: GlobalBatchForward
+    objective: Objective
+    step_hooks: Sequence[WeightAverager | SnapshotWriter]
+    batches: Iterator[Batch]
+    throughput: ThroughputMonitor
+    checkpoints: CheckpointWriter
+    max_gradient_norm: float | None
+
+    def fit(self, first_step: int, steps: int) -> None:
+        """Train from `first_step` to the end of the stage. Collective.
+
+        Args:
+            first_step: Steps that are already taken.
+            steps: Steps of the stage.
+
+        Raises:
+            NotFiniteError: A loss, the gradients or the weights are NaN or Inf.
+            StoppedError: A stop was requested. The checkpoint is written.
+        """
+        state, log, clock, schedule = self.state, self.state.log, self.state.clock, self.state.schedule
+        for step in range(first_step, steps):
+            state.seed_step(step)
+            learning_rate = float(schedule.get_last_lr()[0])
+            losses, gradient_norm = train_step(
+                self.forward, self.objective, state.optimizer, schedule, next(self.batches), self.max_gradient_norm
+            )
+            with clock("averaging"):
+                for hook in self.step_hooks:
+                    hook.after_step(step)
+            log.add(step, learning_rate, losses, gradient_norm)
+            if step + 1 == self.checkpoints.next_poll_step < steps:
+                log.flush()
+                state.loader.check_broken_across_ranks()
+                with clock("checkpoint"):
+                    self.checkpoints.maybe_save(step + 1, state.state_dict)
+                self.throughput.poll(step + 1)
+        for hook in self.step_hooks:
+            hook.after_step(steps)
+
+        log.flush()
+        state.loader.check_broken_across_ranks()
+        for averager in state.averagers:
+            log.check_weights_finite(averager.model)
+        self.checkpoints.wait()
+
+
+def wrap_distributed(towers: nn.Module, image_size: tuple[int, int], *batch_sizes: int) -> nn.Module:
+    """Wrap the student in DistributedDataParallel if there are several ranks.
+
+    DistributedDataParallel changes the layout of its gradient buckets after the first backward passes, and the last
+    bit of a sum over three ranks depends on the layout. Two passes over blank images, whose gradients are discarded,
+    give every step the final layout, including the first step after a resume.
 
     Args:
-        towers: the student.
-        image_size: that they take, in pixels.
-        batch_sizes: task images in a global batch, and distilled ones if there are any.
+        towers: The student's towers.
+        image_size: Height and width of its input, in pixels.
+        batch_sizes: The global batch size of the task images, and that of the reference images if there are any.
+
+    Returns:
+        The wrapped module; `towers` itself for a single rank.
     """
     if world_size() == 1:
         return towers
     weight = next(towers.parameters())
     devices = [weight.device] if weight.device.type == "cuda" else None
-    with warnings.catch_warnings():  # of a name that newer versions of torch have another for
+    with warnings.catch_warnings():  # newer versions of torch have another name for this argument
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
         parallel = DistributedDataParallel(towers, device_ids=devices, broadcast_buffers=False, static_graph=True)
     images, references = (

@@ -1,4 +1,4 @@
-"""The training step."""
+"""The training step: the forward pass of the global batch, the losses, and the optimizer's update."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,16 @@ from zscl.runtime.distributed import gather_with_gradient, world_size
 
 @dataclass(frozen=True)
 class GlobalBatchForward:
-    """The model in training, seen from the step: batch in, global features out."""
+    """The student's forward pass: takes this rank's slice of a batch, returns the features of the global batch.
+
+    Attributes:
+        towers: The student's towers: (images, reference images) → (image, reference and prompt features).
+        prompts: C, the number of class prompts.
+        scale: exp(logit_scale), a scalar.
+        batch_size: B, the number of task images in a global batch.
+        reference_batch_size: B', the number of reference images in a global batch.
+        precision: The recipe's `optimisation.precision`.
+    """
 
     towers: nn.Module
     prompts: int
@@ -26,12 +35,12 @@ class GlobalBatchForward:
     precision: str
 
     def __call__(self, batch: Batch) -> Features:
-        """Encode this worker's images and class prompts; gather over the workers."""
+        """Encode this rank's images and class prompts, and gather the features of all ranks with gradients."""
         with precision_context(self.precision, batch.images.device):
             images, references, prompts = self.towers(batch.images, batch.references)
         return Features(
             images=gather_with_gradient(images, self.batch_size),
-            prompts=gather_with_gradient(prompts, self.prompts) if shares_prompts(self.prompts) else prompts,
+            prompts=gather_with_gradient(prompts, self.prompts) if has_sharded_prompts(self.prompts) else prompts,
             references=None if references is None else gather_with_gradient(references, self.reference_batch_size),
             scale=self.scale,
         )
@@ -45,19 +54,31 @@ def train_step(
     batch: Batch,
     max_gradient_norm: float | None = None,
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Update the student once. Returns each named loss, detached, and the norm of the gradients before any clipping."""
-    named = objective(forward(batch), batch)
+    """Update the student once.
+
+    Args:
+        forward: The student.
+        objective: The sum of the method's loss terms.
+        optimizer: Updates the trained parameters.
+        schedule: The learning-rate schedule.
+        batch: This rank's slice of the global batch.
+        max_gradient_norm: The L2 norm to which gradients are clipped; `None`: no clipping.
+
+    Returns:
+        The detached losses by name, and the L2 norm of the gradients before clipping.
+    """
+    losses = objective(forward(batch), batch)
     optimizer.zero_grad()
-    torch.stack(list(named.values())).sum().backward()
+    torch.stack(list(losses.values())).sum().backward()
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     gradient_norm = get_total_norm([parameter.grad for parameter in trained if parameter.grad is not None])
     if max_gradient_norm is not None:
         clip_grads_with_norm_(trained, max_gradient_norm, gradient_norm)
     optimizer.step()
     schedule.step()
-    return {name: loss.detach() for name, loss in named.items()}, gradient_norm
+    return {name: loss.detach() for name, loss in losses.items()}, gradient_norm
 
 
-def shares_prompts(prompts: int) -> bool:
-    """Whether the workers share the class prompts, or every one encodes all of them: too few to go round."""
+def has_sharded_prompts(prompts: int) -> bool:
+    """Return whether the ranks split the class prompts; with fewer prompts than ranks, every rank encodes all."""
     return prompts >= world_size()

@@ -1,4 +1,4 @@
-"""What the workers do with their time and their memory, told now and then while a stage trains."""
+"""Throughput monitor: images per second, waiting for data, CPU and memory of every rank, reported every 10 seconds."""
 
 import time
 from collections.abc import Callable
@@ -9,39 +9,44 @@ from schemas.events import WorkersUsed, WorkerUse
 from zscl.runtime.distributed import broadcast_ints, gather_ragged, rank
 from zscl.runtime.timing import Clock, resident_megabytes
 
-EVERY_SECONDS = 10.0
+REPORT_SECONDS = 10.0
 
 
 class ThroughputMonitor:
-    """Reports what every worker has used since the last time, every few seconds; the main worker says when."""
+    """Reports what every rank has used since the last report; rank 0 decides when."""
 
     def __init__(
         self,
         stage: int,
-        own_images: int,
+        images_per_step: int,
         clock: Clock,
         device: torch.device,
         report: Callable[[WorkersUsed], None],
         first_step: int = 0,
     ) -> None:
-        """Begin to count.
+        """Start the first interval.
 
         Args:
-            stage: whose steps are taken.
-            own_images: this worker's images a step.
-            clock: where the time spent on `data` is counted.
-            device: of the worker.
-            report: told on every worker; the main one's counts.
-            first_step: steps taken already.
+            stage: The stage's number, from 1.
+            images_per_step: Images of this rank in a step.
+            clock: Counts the time that is spent on `data`.
+            device: This rank's device.
+            report: Callback for the event; it is called on every rank.
+            first_step: Steps that are already taken.
         """
-        self.stage, self.own_images, self.clock, self.device, self.report = stage, own_images, clock, device, report
-        self._begin(first_step)
+        self.stage, self.images_per_step, self.clock, self.device = stage, images_per_step, clock, device
+        self.report = report
+        self._start_interval(first_step)
 
-    def poll(self, done: int) -> None:
-        """Report, where it is time, behind `done` steps; all workers look together."""
-        [due] = broadcast_ints(int(time.monotonic() - self._at[0] >= EVERY_SECONDS) if rank() == 0 else 0)
+    def poll(self, step: int) -> None:
+        """Report if the interval has passed. Collective.
+
+        Args:
+            step: Steps of the stage that are taken.
+        """
+        [due] = broadcast_ints(int(time.monotonic() - self._start_time >= REPORT_SECONDS) if rank() == 0 else 0)
         if due:
-            everyones = gather_ragged(torch.tensor([self._used(done)], device=self.device)).tolist()
+            measured = gather_ragged(torch.tensor([self._measure(step)], device=self.device)).tolist()
             uses = [
                 WorkerUse(
                     images_per_second=images,
@@ -50,21 +55,22 @@ class ThroughputMonitor:
                     memory_megabytes=memory,
                     gpu_memory_megabytes=gpu if self.device.type == "cuda" else None,
                 )
-                for images, waited, cores, memory, gpu in everyones
+                for images, waited, cores, memory, gpu in measured
             ]
-            self.report(WorkersUsed(stage=self.stage, step=done - 1, workers=tuple(uses)))
-            self._begin(done)
+            self.report(WorkersUsed(stage=self.stage, step=step - 1, workers=tuple(uses)))
+            self._start_interval(step)
 
-    def _begin(self, done: int) -> None:
-        self._done, self._waited = done, self.clock.seconds["data"]
-        self._at = time.monotonic(), time.process_time()
+    def _start_interval(self, step: int) -> None:
+        self._start_step, self._start_wait = step, self.clock.seconds["data"]
+        self._start_time, self._start_cpu_time = time.monotonic(), time.process_time()
 
-    def _used(self, done: int) -> list[float]:
-        seconds = max(time.monotonic() - self._at[0], 1e-9)
+    def _measure(self, step: int) -> list[float]:
+        """Measure this rank: images/s, share of time waiting for data, CPU cores, memory and GPU memory in MB."""
+        seconds = max(time.monotonic() - self._start_time, 1e-9)
         return [
-            (done - self._done) * self.own_images / seconds,
-            (self.clock.seconds["data"] - self._waited) / seconds,
-            (time.process_time() - self._at[1]) / seconds,
+            (step - self._start_step) * self.images_per_step / seconds,
+            (self.clock.seconds["data"] - self._start_wait) / seconds,
+            (time.process_time() - self._start_cpu_time) / seconds,
             resident_megabytes(),
             torch.cuda.memory_reserved(self.device) / 1e6 if self.device.type == "cuda" else 0.0,
         ]

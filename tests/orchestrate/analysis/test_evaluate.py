@@ -11,12 +11,12 @@ import pytest
 import torch
 from mlflow.tracking import MlflowClient
 from support.command import Command
-from support.data import coloured, make_task
+from support.data import coloured_images, make_task
 
 from orchestrate.analysis import evaluate
 from orchestrate.recipes import recipe as recipes
 from orchestrate.tracking.uploader import sync_run
-from schemas.evaluation import Evaluation
+from schemas.evaluation import EvaluationReport
 from schemas.experiment import Experiment
 from zscl.checks.prompts import prompt_warnings
 from zscl.data.task import TaskFolder
@@ -35,8 +35,8 @@ def run(experiment: Callable[..., Experiment], tmp_path: Path, tasks: list[str])
     return tmp_path / "run"
 
 
-def evaluation(folder: Path) -> Evaluation:
-    return Evaluation.model_validate_json((folder / "evaluation.json").read_text())
+def evaluation(folder: Path) -> EvaluationReport:
+    return EvaluationReport.model_validate_json((folder / "evaluation.json").read_text())
 
 
 def test_all_stages_of_a_run(
@@ -151,7 +151,7 @@ def test_a_task_folder_that_names_no_task_is_refused(zscl: Zscl, tmp_path: Path,
 
 
 def test_classes_and_prompts_that_the_model_does_not_tell_apart(zscl: Zscl, tiny_model: str, tmp_path: Path) -> None:
-    splits = {split: list(coloured(8, 0)) for split in ("train", "test")}
+    splits = {split: list(coloured_images(8, 0)) for split in ("train", "test")}
     templates = ["a {c}", "a picture of a very small and nearly square patch of {c}"]
     write_task(tmp_path / "letters", ["A", "b", "a", r"$\no{$ $x$"], templates, splits, suffix="png", source="")
     model = tiny_model.removeprefix("local-dir:")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from support.command import Command
-from support.data import COLOURS, coloured, opened
+from support.data import COLOURS, coloured_images, open_task
 from support.dataset_trees import TREES
 
 Zscl = Callable[..., Command]
@@ -62,7 +62,7 @@ def test_a_broken_copy_leaves_the_others_made(jobs: int, place: Path, zscl: Zscl
 
 
 def test_a_folder_of_images(place: Path, zscl: Zscl) -> None:
-    for number, (image, label) in enumerate(coloured(12, seed=0)):
+    for number, (image, label) in enumerate(coloured_images(12, seed=0)):
         (place / "photos" / f"class_{label}").mkdir(parents=True, exist_ok=True)
         (place / "photos" / f"class_{label}" / f"{number}.png").write_bytes(image)
     arguments = ["photos", "--out", "tasks/mine", "--template", "a {c}", "--template", "the {c}", "--seed", 3]
@@ -94,7 +94,7 @@ def test_fetch_says_how_a_copy_differs(place: Path, zscl: Zscl, monkeypatch: pyt
 
     def snapshot_download(repository: str, *, local_dir: str, **_: object) -> None:  # the network, made up
         assert repository == "clip-benchmark/wds_vtab-pets"
-        splits = {split: list(coloured(4, 0)) for split in ("train", "test")}
+        splits = {split: list(coloured_images(4, 0)) for split in ("train", "test")}
         write_task(
             Path(local_dir), ["Abyssinian", "Beagle", "Pug", "Samoyed"], ["{c}"], splits, suffix="png", source=""
         )
@@ -134,7 +134,7 @@ def test_refuses_in_one_sentence(arguments: list[str], sentence: str, place: Pat
 @pytest.mark.parametrize("name", ["two words", "[a]{b,c}*?%20'", "\u00fcbung", "n" * 200])
 def test_what_is_prepared_can_be_checked_and_opened(place: Path, zscl: Zscl, name: str) -> None:
     for split in ("train", "test"):
-        for number, (image, label) in enumerate(coloured(8, seed=len(split))):
+        for number, (image, label) in enumerate(coloured_images(8, seed=len(split))):
             folder = place / "photos" / split / f"{list(COLOURS)[label]} [{label}]{{x}} %"
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f"{number}.png").write_bytes(image)
@@ -143,11 +143,11 @@ def test_what_is_prepared_can_be_checked_and_opened(place: Path, zscl: Zscl, nam
     assert made.code == 0, made.error
     said = zscl("data", "check", place / name)
     assert said.code == 0, said.out
-    assert opened(place / name).train.iter_shard(0, 1)
+    assert open_task(place / name).train.iter_shard(0, 1)
 
 
 def test_a_path_that_is_no_text_is_refused(place: Path, zscl: Zscl) -> None:
     (place / "photos").mkdir()
     for arguments in (("prepare", "folder", place / "photos", "--out", place / "\udcff"), ("check", place / "\udcff")):
         said = zscl("data", *arguments)
-        assert (said.code, "no UTF-8" in said.error) == (2, True), said.error
+        assert (said.code, "not UTF-8" in said.error) == (2, True), said.error

@@ -10,7 +10,7 @@ import torch
 from support.command import Command
 
 from orchestrate.recipes import recipe as recipes
-from schemas.evaluation import TriedAverages
+from schemas.evaluation import ReplayedAverages
 from schemas.experiment import Experiment
 from schemas.results import Result
 from zscl.sequence.run import run_sequence
@@ -32,7 +32,7 @@ def test_averages_of_a_stage_are_judged(run: Path, zscl: Zscl) -> None:
     said = zscl("average", run, "--stage", 2, *choices, "--json")
     assert said.code == 0, said.error
     place = run / "averages/2-second"
-    found = TriedAverages.model_validate_json((place / "averages.json").read_text())
+    found = ReplayedAverages.model_validate_json((place / "averages.json").read_text())
     assert json.loads(said.out)["averages"] == found.model_dump(mode="json")
     assert len(found.tried) == (2 * 2 + 1) * 3
 

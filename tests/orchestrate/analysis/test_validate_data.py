@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 from rich.console import Console
 from support.command import Command
-from support.data import COLOURS, coloured, make_task
+from support.data import COLOURS, coloured_images, make_task
 
 from orchestrate.analysis.validate_data import BAR_DELAY_SECONDS, delayed_progress_bars
-from schemas.dataset_report import Inspection
+from schemas.dataset_report import DatasetReport
 from zscl.datasets.task_writer import write_task
 
 Zscl = Callable[..., Command]
@@ -50,8 +50,8 @@ def test_what_is_wrong_is_told_and_exit_code_1(task: Path, zscl: Zscl) -> None:
 
 
 def test_warnings_alone_are_exit_code_0(tmp_path: Path, zscl: Zscl) -> None:
-    train = list(coloured(8, 0))
-    splits = {"train": [*train, train[5]], "test": list(coloured(4, 1))}
+    train = list(coloured_images(8, 0))
+    splits = {"train": [*train, train[5]], "test": list(coloured_images(4, 1))}
     write_task(tmp_path / "task", list(COLOURS), ["{c}"], splits, suffix="png", source="made by a test")
     found = zscl("data", "check", tmp_path / "task")
     assert found.code == 0
@@ -63,7 +63,7 @@ def test_json_is_the_whole_finding(task: Path, zscl: Zscl) -> None:
     (task / "train/2.tar").unlink()
     found = zscl("data", "check", task, "--json")
     assert found.code == 1
-    finding = Inspection.model_validate_json(found.out)
+    finding = DatasetReport.model_validate_json(found.out)
     assert finding.problems == ("train/2.tar: found no such file, expected a shard as nshards.txt promises",)
     assert json.loads(found.out)["splits"][0]["per_class"] == [5, 5, 4, 4]
 
@@ -75,7 +75,7 @@ def test_no_task_at_all_is_exit_code_2(tmp_path: Path, zscl: Zscl) -> None:
 
 
 def test_many_classes_are_not_all_listed_or_drawn(tmp_path: Path, zscl: Zscl) -> None:
-    images = [(image, number % 60) for number, (image, _) in enumerate(coloured(240, 0))]
+    images = [(image, number % 60) for number, (image, _) in enumerate(coloured_images(240, 0))]
     splits = {"train": images[:120], "test": images[120:]}
     names = [f"number {number}" for number in range(60)]
     write_task(tmp_path / "task", names, ["a photo of ${c}$"], splits, suffix="png", source="made by a test")

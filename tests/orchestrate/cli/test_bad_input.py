@@ -12,7 +12,7 @@ from ruamel.yaml import YAML
 from support.command import Command
 from support.data import make_task
 
-from schemas.algorithm import algorithm
+from schemas.algorithm import algorithm_version
 
 Zscl = Callable[..., Command]
 
@@ -59,7 +59,7 @@ def test_a_wrong_type(refused: Callable[..., str]) -> None:
         ("method", "zcsl", "did you mean 'zscl'?"),
         ("model", "embeded", "did you mean 'embedded'?"),
         ("model", {"name": "ViT-B-16", "pretrained": "opnai"}, "a file; did you mean 'openai'?"),
-        ("model", "ViT-B16", "found no pretrained beside 'ViT-B16', expected the weights that open_clip has for it"),
+        ("model", "ViT-B16", "found no pretrained for 'ViT-B16', expected the weights that open_clip has for it"),
         ("model", None, "model: found nothing, expected fields, each with its value"),
         ("name", "a b", "name: found 'a b', expected nothing but letters, digits and any of _.-"),
         ("tasks", [], "tasks: found none, expected at least one"),
@@ -131,8 +131,8 @@ def test_a_path_that_is_there_beside_the_recipe(
         found = zscl(verb, f"recipes/{verb}.yaml", "--dry-run", "--offline")
         assert found.code == 2
         assert (
-            f"; '{shown}' is beside the recipe, but a recipe's paths count from the current folder: start the command "
-            f"in {beside}, or give the whole path\n"
+            f"; '{shown}' exists in the recipe's folder, but a recipe's paths are relative to the current folder: start the command "
+            f"in {beside}, or give the absolute path\n"
         ) in found.error
 
 
@@ -247,7 +247,7 @@ def test_a_broken_image_met_on_the_way(
 
 
 def test_another_experiments_folder(refused: Callable[..., str], place: Path) -> None:
-    row = {"fingerprint": "0" * 16, "algorithm": algorithm(), "accuracy": {}, "images": {}, "seconds": 0.0}
+    row = {"fingerprint": "0" * 16, "algorithm": algorithm_version(), "accuracy": {}, "images": {}, "seconds": 0.0}
     (place / "runs").mkdir()
     (place / "other").mkdir()
     (place / "other/zero_shot.json").write_text(json.dumps(row))

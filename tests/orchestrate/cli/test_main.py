@@ -32,15 +32,15 @@ def test_the_versions_that_a_report_of_a_bug_needs(zscl: Zscl, monkeypatch: pyte
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: f"GPU {number}")
     monkeypatch.setattr(versions, "LIBRARIES", ("torch", "no-such-library"))
-    found = versions.versions()
+    found = versions.collect_versions()
     assert (found["CUDA"], found["no-such-library"]) == ("12.8, GPU 0, GPU 1", "not installed")
     monkeypatch.setitem(sys.modules, "torch", None)
-    assert versions.versions()["CUDA"].startswith("torch cannot be imported")
+    assert versions.collect_versions()["CUDA"].startswith("torch cannot be imported")
 
 
 def test_versions_are_looked_up_and_torch_alone_is_imported() -> None:
     code = (
-        "from orchestrate.runs.versions import versions; versions(); import sys; print(*{name.partition('.')[0] for "
+        "from orchestrate.runs.versions import collect_versions; collect_versions(); import sys; print(*{name.partition('.')[0] for "
         "name in sys.modules} & {'torch', 'open_clip', 'ray', 'mlflow', 'webdataset', 'pydantic'})"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)

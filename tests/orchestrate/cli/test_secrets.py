@@ -11,7 +11,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 from ruamel.yaml import YAML
 from support.command import Command
-from support.data import coloured, make_task
+from support.data import coloured_images, make_task
 
 from zscl.data.tar import write_shards
 
@@ -36,7 +36,7 @@ def served(tmp_path: Path) -> Iterator[str]:
     make_task(tmp_path / "served/task", seed=0, train=8, test=4, shard_images=4)
     shard = tmp_path / "served/task/test/0.tar"
     shard.write_bytes(shard.read_bytes().replace(b"\x89PNG", b"\x00PNG", 1))
-    images = [image for image, _ in coloured(6, 9)]
+    images = [image for image, _ in coloured_images(6, 9)]
     write_shards(tmp_path / "served", ({"png": image, "txt": b"a thing"} for image in [*images, b"no image"]), 10)
     handler = partial(Quiet, directory=str(tmp_path / "served"))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
@@ -136,7 +136,7 @@ def test_no_secret_is_in_the_traceback_of_a_fault_of_ours(
     def fail(*given: object) -> None:
         raise KeyError(f"http://me:{secrets['password']}@host {secrets['token']}")
 
-    monkeypatch.setattr("orchestrate.recipes.recipe.load_variants", fail)
+    monkeypatch.setattr("orchestrate.runs.run.load_variants", fail)
     found = zscl("run", "recipe.yaml")
     assert found.code == 1
     assert "Traceback (most recent call last)" in found.error

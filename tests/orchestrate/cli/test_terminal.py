@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from rich.table import Table
 from support.command import Command
-from support.data import coloured
+from support.data import coloured_images
 
 from orchestrate.cli import terminal
 from orchestrate.runs.progress import ProgressBar
@@ -23,7 +23,7 @@ NAMES = ["[red]", "[/]", ":cat: grün", "日本 → x"]
 @pytest.fixture
 def task(tmp_path: Path) -> Path:
     """A task whose class names look like markup, or are no ASCII."""
-    splits = {"train": coloured(8, 0), "test": coloured(8, 1)}
+    splits = {"train": coloured_images(8, 0), "test": coloured_images(8, 1)}
     write_task(tmp_path / "task", NAMES, ["a {c}"], splits, suffix="png", source="")
     return tmp_path / "task"
 
@@ -71,7 +71,7 @@ def test_a_name_that_is_no_utf_8_is_refused_by_its_bytes(
     for arguments in (("data", "check", odd), ("run", "recipe.yaml", "--out", odd)):
         found = zscl(*arguments)
         assert found.code == 2
-        assert "caf\\xe9, a name with bytes that are no UTF-8, expected UTF-8; rename it (mv)" in found.error
+        assert "caf\\xe9, a name with bytes that are not UTF-8, expected UTF-8; rename it (mv)" in found.error
     monkeypatch.chdir(odd)
     assert zscl("run", "recipe.yaml").error.startswith("error: the current folder: found ")
     assert zscl("--help").code == 0
@@ -99,8 +99,8 @@ def test_progress_shows_names_as_they_are(
     console = terminal.stderr_console()
     with ProgressBar(console, total=5) as bar:
         bar.update(f"stage 1/1 {name}", 1)
-        bar.aside(f"aside {name}", 1, 2)
-        bar.say(f"said {name}")
+        bar.update_secondary(f"aside {name}", 1, 2)
+        bar.print(f"said {name}")
     console.rule(name)
     shown = capsys.readouterr().err
     assert f"stage 1/1 {name}" in shown

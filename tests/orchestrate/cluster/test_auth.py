@@ -92,13 +92,13 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_token_is_made_for_its_owner_alone_and_once(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    access.use_token(starts_here=True)
+    access.enable_token_auth(starts_cluster=True)
     token = (home / ".ray/auth_token").read_text()
     assert len(token) == 64
     assert (home / ".ray/auth_token").stat().st_mode & 0o777 == 0o600
     assert os.environ["RAY_AUTH_MODE"] == "token"
     (home / ".ray/auth_token").chmod(0o644)  # as Ray itself leaves it
-    access.use_token(starts_here=False)
+    access.enable_token_auth(starts_cluster=False)
     assert (home / ".ray/auth_token").stat().st_mode & 0o777 == 0o600
     assert (home / ".ray/auth_token").read_text() == token
 
@@ -111,24 +111,24 @@ def test_a_home_that_takes_no_file_leaves_the_token_in_the_environment(
     if not where:  # a user without an entry in the system's list, as in a container
         monkeypatch.delenv("HOME")
         monkeypatch.setattr("pwd.getpwuid", dict[int, object]().__getitem__)
-    access.use_token(starts_here=True)
+    access.enable_token_auth(starts_cluster=True)
     assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
     assert os.environ["RAY_AUTH_MODE"] == "token"
     assert access.has_token()
 
 
 def test_a_cluster_to_join_gets_a_token_only_where_there_is_one(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    access.use_token(starts_here=False)
+    access.enable_token_auth(starts_cluster=False)
     assert "RAY_AUTH_MODE" not in os.environ
     assert not (home / ".ray").exists()
     monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
-    access.use_token(starts_here=False)
+    access.enable_token_auth(starts_cluster=False)
     assert os.environ["RAY_AUTH_MODE"] == "token"
 
 
 def test_who_switches_authentication_off_is_obeyed(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    access.use_token(starts_here=True)
+    access.enable_token_auth(starts_cluster=True)
     assert os.environ["RAY_AUTH_MODE"] == "disabled"
     assert not (home / ".ray").exists()
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from orchestrate.cluster.address import check_gcs, named_address
-from orchestrate.cluster.channel import open_channel, running_searches
-from orchestrate.cluster.connect import LONGEST_TEMPORARY, local_folder
+from orchestrate.cluster.address import check_gcs, cluster_address
+from orchestrate.cluster.channel import create_channel, list_running_searches
+from orchestrate.cluster.connect import MAX_TEMP_BYTES, ray_temp_folder
 from orchestrate.lifecycle import network
 from schemas.compute import Compute
 from schemas.errors import InputError
@@ -63,7 +63,7 @@ def test_which_cluster_is_named(
 ) -> None:
     if variable is not None:
         monkeypatch.setenv("RAY_ADDRESS", variable)
-    assert named_address(Compute(address=address)) == named
+    assert cluster_address(Compute(address=address)) == named
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_an_address_without_a_cluster_is_refused_at_once(address: str, reason: s
 
 @pytest.mark.parametrize("serve", [web_server, silent_server])
 def test_another_server_is_no_cluster(monkeypatch: pytest.MonkeyPatch, serve: Callable[[], Iterator[str]]) -> None:
-    monkeypatch.setattr("orchestrate.cluster.address.ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr("orchestrate.cluster.address.RPC_TIMEOUT_SECONDS", 0.5)
     refusal = "something answers there, but not as a Ray GCS does"
     with serve() as address, pytest.raises(InputError, match=refusal):  # type: ignore[attr-defined]
         check_gcs(address)
@@ -121,10 +121,10 @@ def test_a_cluster_that_is_there(ray_cluster: None, monkeypatch: pytest.MonkeyPa
 def test_a_search_learns_of_another_one_on_the_cluster(ray_cluster: None) -> None:
     import ray
 
-    assert running_searches() == []
-    line = open_channel(search="/runs/one")
+    assert list_running_searches() == []
+    line = create_channel(search="/runs/one")
     assert ray.get(line.refused.remote()) == ""  # it is up
-    [name] = running_searches()
+    [name] = list_running_searches()
     assert name.startswith("/runs/one (")
     ray.kill(line)
 
@@ -146,18 +146,18 @@ def test_a_host_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize(
     ("name", "length", "folder"),
-    [("TMPDIR", LONGEST_TEMPORARY, None), ("TMPDIR", LONGEST_TEMPORARY + 1, "/tmp/ray"), ("RAY_TMPDIR", 30, None)],
+    [("TMPDIR", MAX_TEMP_BYTES, None), ("TMPDIR", MAX_TEMP_BYTES + 1, "/tmp/ray"), ("RAY_TMPDIR", 30, None)],
 )
 def test_sockets_of_a_local_ray_have_short_paths(
     monkeypatch: pytest.MonkeyPatch, name: str, length: int, folder: str | None
 ) -> None:
     for other in ("TMPDIR", "RAY_TMPDIR"):
         monkeypatch.delenv(other, raising=False)
-    assert local_folder() == "/tmp/ray"
+    assert ray_temp_folder() == "/tmp/ray"
     monkeypatch.setenv(name, given := f"/tmp/{'x' * (length - 5)}")
     monkeypatch.setattr(os, "access", lambda path, mode: path in (given, "/tmp"))
-    assert local_folder() == (folder or f"{given}/ray")
-    longest = f"{local_folder()}/session_2026-01-31_23-59-59_123456_4194304/sockets/plasma_store"
+    assert ray_temp_folder() == (folder or f"{given}/ray")
+    longest = f"{ray_temp_folder()}/session_2026-01-31_23-59-59_123456_4194304/sockets/plasma_store"
     assert len(longest) <= 107
 
 
@@ -166,20 +166,20 @@ def test_the_length_of_a_session_counts_this_process(monkeypatch: pytest.MonkeyP
     session = f"/ray/session_2026-01-31_23-59-59_123456_{os.getpid()}/sockets/plasma_store"
     most = (107 if sys.platform == "linux" else 103) - len(session)
     monkeypatch.setenv("RAY_TMPDIR", given := "/" + "x" * (most - 1))
-    assert local_folder() == f"{given}/ray"
+    assert ray_temp_folder() == f"{given}/ray"
     monkeypatch.setenv("RAY_TMPDIR", f"{given}x")
     with pytest.raises(InputError, match=f"RAY_TMPDIR: found {given}x, {most + 1} bytes long, expected at most {most}"):
-        local_folder()
+        ray_temp_folder()
     monkeypatch.chdir("/tmp")
     monkeypatch.setenv("RAY_TMPDIR", "x" * 60)
     with pytest.raises(InputError, match="65 bytes long"):
-        local_folder()
+        ray_temp_folder()
 
 
 def test_a_temporary_folder_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
     monkeypatch.setenv("TMPDIR", "/proc/nowhere")
-    assert local_folder() == "/tmp/ray"
+    assert ray_temp_folder() == "/tmp/ray"
     monkeypatch.setenv("RAY_TMPDIR", "/tmp/" + "x" * 60)
     with pytest.raises(InputError, match=r"RAY_TMPDIR: found /tmp/x*, 65 bytes long, expected at most"):
-        local_folder()
+        ray_temp_folder()

@@ -18,7 +18,7 @@ from ruamel.yaml import YAML
 from support.command import Command
 
 from orchestrate.cluster import jobs as submitting
-from orchestrate.cluster.jobs import connect, entrypoint, megabytes_uploaded, submit
+from orchestrate.cluster.jobs import connect_job_client, build_entrypoint, measure_upload_megabytes, submit_job
 from schemas.errors import InputError, InterruptedRunError
 
 ANSWERS = {
@@ -61,7 +61,7 @@ def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*submitting.VARIABLES, submitting.HEADERS, "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+    for name in (*submitting.ADDRESS_VARIABLES, submitting.HEADERS_VARIABLE, "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -78,28 +78,28 @@ def test_a_variable_of_rays_names_the_cluster_and_takes_the_place_of_an_address(
 ) -> None:
     said: list[str] = []
     monkeypatch.setenv(variable, f"http://{dashboard}")
-    assert connect(None, said.append).get_address() == f"http://{dashboard}"
+    assert connect_job_client(None, said.append).get_address() == f"http://{dashboard}"
     assert said == []
-    assert connect("http://127.0.0.1:9", said.append).get_address() == f"http://{dashboard}"
+    assert connect_job_client("http://127.0.0.1:9", said.append).get_address() == f"http://{dashboard}"
     assert said == [f"{variable} is set to http://{dashboard}: Ray's job client takes that, not --address "
                     "http://127.0.0.1:9"]  # fmt: skip
 
 
 def test_a_dashboard_behind_a_proxy_gets_what_it_asks_for(dashboard: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    connect(f"http://user:word@{dashboard}/", print)
+    connect_job_client(f"http://user:word@{dashboard}/", print)
     assert Dashboard.asked[-1][1]["Authorization"] == f"Basic {base64.b64encode(b'user:word').decode()}"
     monkeypatch.setenv("RAY_JOB_HEADERS", '{"X-Team": "ours"}')
-    connect(f"http://{dashboard}/", print)
+    connect_job_client(f"http://{dashboard}/", print)
     assert Dashboard.asked[-1][0] == "/api/version"
     assert Dashboard.asked[-1][1]["X-Team"] == "ours"
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/no/such/file")
-    connect(f"http://{dashboard}", print)  # has no certificate
+    connect_job_client(f"http://{dashboard}", print)  # has no certificate
     with pytest.raises(InputError, match="/no/such/file"):
-        connect(f"https://{dashboard}", print)
+        connect_job_client(f"https://{dashboard}", print)
     for headers in ("team", '["X-Team"]', '{"X-Team": 1}'):
         monkeypatch.setenv("RAY_JOB_HEADERS", headers)
         with pytest.raises(InputError, match="RAY_JOB_HEADERS: found no JSON object of texts"):
-            connect(f"http://{dashboard}", print)
+            connect_job_client(f"http://{dashboard}", print)
 
 
 @pytest.mark.parametrize("address", [None, "auto"])
@@ -114,7 +114,7 @@ def test_a_cluster_is_found_by_its_gcs(
     _internal_kv_put(DASHBOARD_ADDRESS, dashboard, namespace=KV_NAMESPACE_DASHBOARD)
     monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
     try:
-        assert connect(address, print).get_address() == f"http://{dashboard}"
+        assert connect_job_client(address, print).get_address() == f"http://{dashboard}"
     finally:
         _internal_kv_del(DASHBOARD_ADDRESS, namespace=KV_NAMESPACE_DASHBOARD)
 
@@ -132,7 +132,7 @@ def test_a_cluster_is_found_by_its_gcs(
 )
 def test_an_address_without_a_cluster_is_refused_with_rays_reason(address: str, reason: str) -> None:
     with pytest.raises(InputError) as refused:
-        connect(address, print)
+        connect_job_client(address, print)
     assert str(refused.value).startswith(f"--address {address}: found no Ray cluster that takes the job")
     assert reason in str(refused.value)
     assert "expected the address of its dashboard, http://127.0.0.1:8265 by default" in str(refused.value)
@@ -140,13 +140,13 @@ def test_an_address_without_a_cluster_is_refused_with_rays_reason(address: str, 
 
 def test_another_web_server_and_a_silent_one_are_no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(BaseHTTPRequestHandler) as address, pytest.raises(InputError, match="501 Server Error"):
-        connect(f"http://{address}", print)
-    monkeypatch.setattr(submitting, "ANSWER_SECONDS", 0.2)
+        connect_job_client(f"http://{address}", print)
+    monkeypatch.setattr(submitting, "CONNECT_TIMEOUT_SECONDS", 0.2)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         with pytest.raises(InputError, match=r"no answer within 0\.2 s"):
-            connect(f"http://127.0.0.1:{silent.getsockname()[1]}", print)
+            connect_job_client(f"http://127.0.0.1:{silent.getsockname()[1]}", print)
 
 
 def test_the_command_shown_for_a_job_that_is_left_can_be_pasted_and_has_no_password(
@@ -159,7 +159,7 @@ def test_the_command_shown_for_a_job_that_is_left_can_be_pasted_and_has_no_passw
         raise InterruptedRunError("", 130)
         yield ""
 
-    job, follow = submit("true", tmp_path, f"http://user:word@{dashboard}/a;b", 1.0, print)
+    job, follow = submit_job("true", tmp_path, f"http://user:word@{dashboard}/a;b", 1.0, print)
     assert job.id == "raysubmit_1"
     monkeypatch.setattr(JobSubmissionClient, "tail_job_logs", interrupted)
     with pytest.raises(InterruptedRunError) as left:
@@ -175,7 +175,7 @@ def file(tmp_path: Path, recipe: Callable[..., dict[str, Any]]) -> Path:
 
 
 def test_the_command_is_the_users_own(file: Path, tmp_path: Path) -> None:
-    made = entrypoint(file, ["seed=1", "method={preset: zscl, average: null}"], "/shared/runs/mine", tmp_path)
+    made = build_entrypoint(file, ["seed=1", "method={preset: zscl, average: null}"], "/shared/runs/mine", tmp_path)
     assert made == (
         "zscl run 'experiments/my own.yaml' --out /shared/runs/mine --set seed=1 "
         "--set 'method={preset: zscl, average: null}'"
@@ -184,9 +184,9 @@ def test_the_command_is_the_users_own(file: Path, tmp_path: Path) -> None:
 
 def test_what_the_cluster_would_refuse_is_refused_here(file: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="did you mean 'seed'"):
-        entrypoint(file, ["sed=1"], None, tmp_path)
+        build_entrypoint(file, ["sed=1"], None, tmp_path)
     with pytest.raises(InputError, match=r"my own\.yaml: found it outside of .*/else, expected it in the working"):
-        entrypoint(file, [], None, tmp_path / "else")
+        build_entrypoint(file, [], None, tmp_path / "else")
 
 
 def test_no_cluster_answers(file: Path, tmp_path: Path, zscl: Callable[..., Command]) -> None:
@@ -200,6 +200,6 @@ def test_no_cluster_answers(file: Path, tmp_path: Path, zscl: Callable[..., Comm
 def test_what_is_uploaded_is_known_beforehand(file: Path, tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs/large").write_bytes(os.urandom(2_000_000))
-    assert megabytes_uploaded(tmp_path) > 2
+    assert measure_upload_megabytes(tmp_path) > 2
     (tmp_path / ".rayignore").write_text("/runs/\n")
-    assert megabytes_uploaded(tmp_path) < 0.01
+    assert measure_upload_megabytes(tmp_path) < 0.01

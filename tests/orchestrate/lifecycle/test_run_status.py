@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrate.lifecycle.run_status import HASTE_SECONDS, read_state, record_outcome, write_state
+from orchestrate.lifecycle.run_status import SIGNAL_FLUSH_SECONDS, read_state, record_outcome, write_state
 from schemas.errors import InputError, InterruptedRunError
 
 
@@ -34,8 +34,8 @@ def test_what_ends_well_is_finished(tmp_path: Path) -> None:
         (InputError("found this, expected that"), "FAILED", "found this, expected that", None),
         (RuntimeError("what\n  a library said"), "FAILED", "RuntimeError: what a library said", None),
         (OSError("s3://key:password@bucket"), "FAILED", "OSError: s3://key:***@bucket", None),
-        (InterruptedRunError("it goes on", exit_code=143), "KILLED", "it goes on", HASTE_SECONDS),
-        (KeyboardInterrupt(), "KILLED", "KeyboardInterrupt:", HASTE_SECONDS),
+        (InterruptedRunError("it goes on", exit_code=143), "KILLED", "it goes on", SIGNAL_FLUSH_SECONDS),
+        (KeyboardInterrupt(), "KILLED", "KeyboardInterrupt:", SIGNAL_FLUSH_SECONDS),
     ],
 )
 def test_what_ends_otherwise_says_why(

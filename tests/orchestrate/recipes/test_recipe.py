@@ -1,7 +1,6 @@
 """Recipes: YAML, overrides, and the sentence for what is wrong."""
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,14 @@ import jsonschema
 import pytest
 from ruamel.yaml import YAML
 from support.command import Command
+from support.errors import refused
 
 from orchestrate.recipes import recipe as recipes
+from orchestrate.recipes.variants import ALL_VARIANTS, load_variants
+from orchestrate.recipes.yaml_loader import dump_yaml
 from orchestrate.runs import preflight
-from schemas.algorithm import algorithm
-from schemas.errors import InputError
+from schemas.algorithm import algorithm_version
+from schemas.errors import ErrorCode, InputError
 from schemas.experiment import Experiment
 from schemas.pretraining import Pretraining
 
@@ -38,10 +40,10 @@ def test_every_shipped_recipe_is_accepted_and_headed_by_its_command(shipped: Pat
     elif "search" in content:
         search, base = recipes.load_search(shipped)
         for path, domain in search.domains.items():
-            for end in domain.ends:
-                assert recipes.with_values(search, base, {path: end}, shipped)
+            for end in domain.values_to_check:
+                assert recipes.build_trial_experiment(search, base, {path: end}, shipped)
     else:
-        assert recipes.load_variants(shipped, variant=recipes.ALL if "variants" in content else None)
+        assert load_variants(shipped, variant=ALL_VARIANTS if "variants" in content else None)
     head = shipped.read_text().partition("\n\n")[0]
     assert head.startswith("# ")
     assert f"experiments/{shipped.name}" in head
@@ -84,36 +86,37 @@ def test_overrides_apply_in_order(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "sentence"),
+    ("content", "code", "message"),
     [
-        ("model: a\nmodel: b\n", 'found duplicate key "model"'),
-        ("model: [", "found no readable YAML"),
-        ("- a\n", "found a list, expected fields such as"),
-        ("model: !!python/object/apply:os.system [true]\n", "found no readable YAML"),
+        ("model: a\nmodel: b\n", ErrorCode.UNREADABLE, 'found duplicate key "model"'),
+        ("model: [", ErrorCode.UNREADABLE, "found no readable YAML"),
+        ("- a\n", ErrorCode.INVALID_VALUE, "found a list, expected fields such as"),
+        ("model: !!python/object/apply:os.system [true]\n", ErrorCode.UNREADABLE, "found no readable YAML"),
     ],
 )
-def test_names_what_is_no_recipe(tmp_path: Path, content: str, sentence: str) -> None:
+def test_names_what_is_no_recipe(tmp_path: Path, content: str, code: ErrorCode, message: str) -> None:
     (tmp_path / "bad.yaml").write_text(content)
-    with pytest.raises(InputError, match=r"bad\.yaml") as error:
+    with refused(code) as error:
         recipes.load_experiment(tmp_path / "bad.yaml")
-    assert sentence in str(error.value)
+    assert "bad.yaml" in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("override", "sentence"),
+    ("override", "code", "field", "message"),
     [
-        ("steps", "expected a.b.c=value"),
-        ("tasks.9.steps=1", "found position '9', expected 0 to 2"),
-        ("seed=[", "found no readable value"),
-        ("optimisation.step=1", "unknown field 'step'; did you mean 'steps'?"),
-        ("seed.deep=1", "--set seed: found the value 0, expected a section"),
+        ("steps", ErrorCode.INVALID_VALUE, "--set", "expected a.b.c=value"),
+        ("tasks.9.steps=1", ErrorCode.UNKNOWN_NAME, "tasks.9", "found position '9', expected 0 to 2"),
+        ("seed=[", ErrorCode.UNREADABLE, "seed", "found no readable value"),
+        ("optimisation.step=1", ErrorCode.UNKNOWN_NAME, "optimisation.step", "did you mean 'steps'?"),
+        ("seed.deep=1", ErrorCode.INVALID_VALUE, "seed", "--set seed: found the value 0, expected a section"),
     ],
 )
-def test_names_a_wrong_override(file: Path, override: str, sentence: str) -> None:
-    with pytest.raises(InputError) as error:
+def test_names_a_wrong_override(file: Path, override: str, code: ErrorCode, field: str, message: str) -> None:
+    with refused(code, field) as error:
         recipes.load_experiment(file, [override])
-    assert sentence in str(error.value)
+    assert message in str(error.value)
 
 
 def test_dry_run_starts_nothing_and_says_what_it_would_do(
@@ -139,7 +142,7 @@ def test_dry_run_warns_of_an_average_that_never_averages(file: Path, zscl: Calla
 
 
 def test_dry_run_refuses_the_folder_of_another_run(file: Path, tmp_path: Path, zscl: Callable[..., Command]) -> None:
-    row = {"fingerprint": "0" * 16, "algorithm": algorithm(), "accuracy": {}, "images": {}, "seconds": 0.0}
+    row = {"fingerprint": "0" * 16, "algorithm": algorithm_version(), "accuracy": {}, "images": {}, "seconds": 0.0}
     (tmp_path / "other").mkdir()
     (tmp_path / "other/zero_shot.json").write_text(json.dumps(row))
     found = zscl("run", file, "--dry-run", "--out", tmp_path / "other")
@@ -153,7 +156,7 @@ def test_dry_run_refuses_the_folder_of_another_run(file: Path, tmp_path: Path, z
     alike = ["name=another", "compute.workers=1"]
     recipes.write_experiment(recipes.load_experiment(file, alike), tmp_path / "other/experiment.yaml")
     found = zscl("run", file, "--dry-run", "--out", tmp_path / "other")
-    assert "(the recipe is alike: the data, the model or a further loss's code is another)" in found.error
+    assert "(the recipes are equal: the data, the model or a custom loss's code differs)" in found.error
 
 
 @pytest.mark.parametrize("shipped", SHIPPED, ids=lambda file: file.stem)
@@ -182,7 +185,7 @@ def table(tmp_path: Path, file: Path) -> Path:
 
 
 def test_a_table_varies_its_base_row_by_row(table: Path, file: Path) -> None:
-    found = recipes.load_variants(table, ["optimisation.steps=4"], recipes.ALL)
+    found = load_variants(table, ["optimisation.steps=4"], ALL_VARIANTS)
     assert list(found) == ["plain", "short", "as-it-is"]
     assert [made.name for made in found.values()] == ["table-plain", "table-short", "table-as-it-is"]
     assert found["plain"].method.name == "finetune"
@@ -191,40 +194,54 @@ def test_a_table_varies_its_base_row_by_row(table: Path, file: Path) -> None:
     assert found["as-it-is"].model_copy(update={"name": "mine"}) == recipes.load_experiment(
         file, ["optimisation.steps=4"]
     )
-    assert recipes.load_variants(table, variant="short").keys() == {"short"}
+    assert load_variants(table, variant="short").keys() == {"short"}
+
+
+@pytest.mark.parametrize(("variant", "code"), [(None, ErrorCode.MISSING_VALUE), ("lnog", ErrorCode.UNKNOWN_NAME)])
+def test_a_table_is_asked_for_by_row(table: Path, variant: str | None, code: ErrorCode) -> None:
+    with refused(code, "--variant") as error:
+        load_variants(table, variant=variant)
+    assert "expected --variant plain, short, as-it-is or all" in str(error.value)
+
+
+def test_a_table_is_not_a_single_experiment(table: Path) -> None:
+    with refused(ErrorCode.UNSUPPORTED, "variants"):
+        recipes.load_experiment(table)
 
 
 @pytest.mark.parametrize(
-    ("variant", "sentence"),
+    ("content", "code", "field", "message"),
     [
-        (None, "found a table of variants, expected --variant plain, short, as-it-is or all"),
-        ("lnog", "--variant lnog, expected --variant plain, short, as-it-is or all"),
+        (
+            {"base": "mine.yaml", "variants": {"a": {"tasks.9.steps": 3}}},
+            ErrorCode.UNKNOWN_NAME,
+            "tasks.9",
+            "variants.a: tasks.9: found position '9'",
+        ),
+        ({"base": "mine.yaml", "variants": {"a": "finetune"}}, ErrorCode.INVALID_VALUE, "variants.a", "'finetune'"),
+        (
+            {"base": "mine.yaml", "variants": {"a": {"metod": "we"}}},
+            ErrorCode.UNKNOWN_NAME,
+            "metod",
+            "unknown field 'metod'; did you mean 'method'?",
+        ),
+        ({"base": "nowhere.yaml", "variants": {"a": {}}}, ErrorCode.NOT_FOUND, "base", "nowhere.yaml"),
+        ({"variants": {"a": {}}}, ErrorCode.INVALID_VALUE, "variants", "found the fields variants"),
+        ({"base": "mine.yaml", "variants": {}}, ErrorCode.EMPTY, "variants", "found none"),
     ],
 )
-def test_a_table_is_asked_for_by_row(table: Path, variant: str | None, sentence: str) -> None:
-    with pytest.raises(InputError, match=re.escape(sentence)):
-        recipes.load_variants(table, variant=variant)
-
-
-@pytest.mark.parametrize(
-    ("content", "sentence"),
-    [
-        ({"base": "mine.yaml", "variants": {"a": {"tasks.9.steps": 3}}}, "variants.a: tasks.9: found position '9'"),
-        ({"base": "mine.yaml", "variants": {"a": "finetune"}}, "variants.a: found 'finetune', expected fields"),
-        ({"base": "mine.yaml", "variants": {"a": {"metod": "we"}}}, "unknown field 'metod'; did you mean 'method'?"),
-        ({"base": "nowhere.yaml", "variants": {"a": {}}}, "nowhere.yaml: found no such file"),
-        ({"variants": {"a": {}}}, "found the fields variants, expected base and variants"),
-    ],
-)
-def test_a_wrong_table_is_refused(table: Path, content: dict[str, Any], sentence: str) -> None:
+def test_a_wrong_table_is_refused(
+    table: Path, content: dict[str, Any], code: ErrorCode, field: str, message: str
+) -> None:
     YAML(typ="safe").dump(content, table)
-    with pytest.raises(InputError, match=re.escape(sentence)):
-        recipes.load_variants(table, variant="a")
+    with refused(code, field) as error:
+        load_variants(table, variant="a")
+    assert message in str(error.value)
 
 
 def test_a_recipe_without_rows_has_no_variants(file: Path) -> None:
-    with pytest.raises(InputError, match="--variant a: found no variants"):
-        recipes.load_experiment(file, variant="a")
+    with refused(ErrorCode.UNSUPPORTED, "--variant"):
+        load_variants(file, variant="a")
 
 
 def test_a_dry_run_refuses_a_saving_that_the_model_does_not_allow(file: Path, zscl: Callable[..., Command]) -> None:
@@ -260,12 +277,11 @@ def test_a_recipe_makes_no_python_object(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "recipe.yaml"
-    text = recipes.dump_yaml(recipe())
+    text = dump_yaml(recipe())
     file.write_text(text if by_option else f"{text}seed: {tag}\n")
-    with pytest.raises(
-        InputError, match=r"line \d+, column \d+: could not determine a constructor for the tag 'tag:yaml.org,2002:py"
-    ):
+    with refused(ErrorCode.UNREADABLE, "seed" if by_option else None) as error:
         recipes.load_experiment(file, [f"seed={tag}"] if by_option else [])
+    assert "could not determine a constructor for the tag 'tag:yaml.org,2002:py" in str(error.value)
     assert not (tmp_path / "was-run").exists()
 
 
@@ -280,7 +296,7 @@ def bomb(begin: str, line: str) -> str:
     [
         (bomb("a0: &a0 [x, x, x]", "a{of}: &a{of} [{ten}]"), "means more than 100000 values"),
         (bomb("a0: &a0 {{x: 1}}", "a{of}: &a{of} {{<<: [{ten}]}}"), "means more than 100000 values"),
-        ("a: &a [*a]", r"line 1\) is part of itself|what is at line 1 is part of itself"),
+        ("a: &a [*a]", "what is at line 1 is part of itself"),
         ("[" * 500_000, "nested too deep"),
         ("- " * 100_000, "nested too deep"),
         ("{a: " * 10_000, "nested too deep"),
@@ -291,9 +307,10 @@ def bomb(begin: str, line: str) -> str:
 @pytest.mark.timeout(300)
 def test_a_bomb_is_refused_at_once(tmp_path: Path, text: str, sentence: str) -> None:
     (tmp_path / "recipe.yaml").write_text(text)
-    with pytest.raises(InputError, match=sentence) as refused:
+    with refused(ErrorCode.UNREADABLE) as error:
         recipes.load_experiment(tmp_path / "recipe.yaml")
-    assert len(str(refused.value)) < 1_000
+    assert sentence in str(error.value)
+    assert len(str(error.value)) < 1_000
 
 
 @pytest.mark.parametrize(
@@ -314,15 +331,23 @@ def test_a_bomb_is_refused_at_once(tmp_path: Path, text: str, sentence: str) -> 
         (b"seed: 0\nmodel: \x07\n", "line 2 has a character that YAML does not allow"),
         (b'seed: 0\nmodel: "\\ud800"\n', "line 2 has half a character"),
         (b"", "found nothing, expected fields such as"),
-        (b"base: nowhere.yaml\nvariants: {a: {seed: 1}}\n", r"recipe\.yaml: base: .*nowhere\.yaml: found no such file"),
     ],
 )
 def test_says_where_a_recipe_is_wrong(tmp_path: Path, text: bytes, sentence: str) -> None:
     (tmp_path / "recipe.yaml").write_bytes(text)
-    with pytest.raises(InputError, match=rf"recipe\.yaml: .*{sentence}|{sentence}") as refused:
-        recipes.load_variants(tmp_path / "recipe.yaml", (), "all" if b"variants" in text else None)
-    assert "\n" not in str(refused.value)
-    assert "To suppress" not in str(refused.value)
+    with refused(ErrorCode.UNREADABLE if text else ErrorCode.EMPTY) as error:
+        load_variants(tmp_path / "recipe.yaml")
+    assert "recipe.yaml: " in str(error.value)
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
+    assert "To suppress" not in str(error.value)
+
+
+def test_says_that_a_base_does_not_exist(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("base: nowhere.yaml\nvariants: {a: {seed: 1}}\n")
+    with refused(ErrorCode.NOT_FOUND, "base") as error:
+        load_variants(tmp_path / "recipe.yaml", variant="all")
+    assert str(error.value).startswith(f"{tmp_path}/recipe.yaml: base: {tmp_path}/nowhere.yaml: ")
 
 
 @pytest.mark.parametrize(
@@ -385,10 +410,10 @@ def test_says_where_a_recipe_is_wrong(tmp_path: Path, text: bytes, sentence: str
 )
 def test_a_slip_in_yaml_is_told_with_its_place_and_what_to_do(tmp_path: Path, text: str, sentence: str) -> None:
     (tmp_path / "recipe.yaml").write_text(f"model: embedded\ntasks: [a]\nmethod: finetune\n{text}\n")
-    with pytest.raises(InputError) as refused:
+    with pytest.raises(InputError) as error:  # the code differs from case to case
         recipes.load_experiment(tmp_path / "recipe.yaml")
-    assert sentence in str(refused.value)
-    assert "\n" not in str(refused.value)
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -405,47 +430,43 @@ def test_any_recipes_file_name_makes_a_name(tmp_path: Path, file: str, name: str
 
 @pytest.mark.parametrize("name", ["a/b", "a b", "..", "[x]", "ü"])
 def test_a_variants_name_must_do_for_a_folder(table: Path, name: str) -> None:
-    table.write_text(recipes.dump_yaml({"base": "tiny.yaml", "variants": {name: {"seed": 1}}}))
-    with pytest.raises(InputError, match="variants: found the name") as refused:
-        recipes.load_variants(table, (), "all")
-    assert "expected nothing but letters, digits and any of _.-: folders are named after it" in str(refused.value)
+    table.write_text(dump_yaml({"base": "tiny.yaml", "variants": {name: {"seed": 1}}}))
+    with refused(ErrorCode.INVALID_VALUE, "variants") as error:
+        load_variants(table, (), "all")
+    assert repr(name) in str(error.value)
 
 
 def test_a_name_made_of_a_long_file_name_is_shortened_before_its_ending(table: Path) -> None:
     long = table.rename(table.with_name(f"{'x' * 120}.yaml"))
-    names = [made.name for made in recipes.load_variants(long, variant=recipes.ALL).values()]
+    names = [made.name for made in load_variants(long, variant=ALL_VARIANTS).values()]
     assert names == [f"{'x' * 94}-plain", f"{'x' * 94}-short", f"{'x' * 91}-as-it-is"]
 
 
 def test_names_that_are_too_long_are_refused_by_their_field(file: Path) -> None:
     for field in ("name", "method.name"):
-        with pytest.raises(InputError, match=rf": {field}: .*expected .*at most"):
+        with refused(ErrorCode.INVALID_VALUE, field):
             recipes.load_experiment(file, [f"{field}={'n' * 101}"])
 
 
 def test_how_long_values_differ_is_shown_where_they_differ() -> None:
     long = [f"/data/a long name of a folder/task-{number}" for number in range(5)]
-    found = preflight._differences(
+    found = preflight.diff_recipes(
         {"tasks": long, "a": {"b": "x" * 200 + "y"}}, {"tasks": [*long[:4], "/z"], "a": {"b": "x" * 201}}
     )
     assert found["tasks.4"] == ('"/data/a long name of a folder/task-4"', '"/z"')
     was, now = found["a.b"]
     assert (was, now) == (f'…{"x" * 20}y"', f'…{"x" * 21}"')
-    assert preflight._differences({"tasks": ["a"]}, {"tasks": ["a", "b"]}) == {"tasks.1": ("nothing", '"b"')}
+    assert preflight.diff_recipes({"tasks": ["a"]}, {"tasks": ["a", "b"]}) == {"tasks.1": ("nothing", '"b"')}
 
 
 def test_quotes_around_a_number_are_said_to_be_the_matter(
     recipe: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
-    (tmp_path / "recipe.yaml").write_text(
-        recipes.dump_yaml(recipe(optimisation={"batch_size": "16", "learning_rate": "1e-5"}))
-    )
-    with pytest.raises(InputError) as refused:
+    (tmp_path / "recipe.yaml").write_text(dump_yaml(recipe(optimisation={"batch_size": "16", "learning_rate": "1e-5"})))
+    with refused(ErrorCode.INVALID_VALUE) as error:
         recipes.load_experiment(tmp_path / "recipe.yaml")
-    assert "optimisation.batch_size: found '16' in quotes, which make it a text, expected a number" in str(
-        refused.value
-    )
-    assert "optimisation.learning_rate: found '1e-5' in quotes" in str(refused.value)
+    assert "optimisation.batch_size: found '16' in quotes, which make it a text, expected a number" in str(error.value)
+    assert "optimisation.learning_rate: found '1e-5' in quotes" in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -471,5 +492,6 @@ def test_odd_spaces_in_texts_and_comments_are_left_alone(tmp_path: Path, text: s
 def test_an_odd_space_in_a_comment_does_not_hide_what_is_wrong(tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text("# a:\u00a0b\nname: 'x:\u00a0y'\ntasks: [a\n", encoding="utf-8")
-    with pytest.raises(InputError, match=r"line 3, column 8: expected ',' or '\]'"):
+    with refused(ErrorCode.UNREADABLE) as error:
         recipes.read_recipe(file)
+    assert "line 3, column 8: expected ',' or ']'" in str(error.value)

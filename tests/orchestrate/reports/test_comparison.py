@@ -22,11 +22,11 @@ from support.command import Command
 
 from orchestrate.cli.run import summarize_run
 from orchestrate.recipes import recipe as recipes
-from orchestrate.reports.charts import colours
+from orchestrate.reports.charts import distinct_colours
 from orchestrate.reports.comparison import Comparison, Difference, group_runs, paired_interval
 from orchestrate.reports.results import run_label
-from orchestrate.reports.tables import escaped, run_rows, terminal_tables
-from orchestrate.tracking.lookup import place_of
+from orchestrate.reports.tables import escape_latex, run_rows, terminal_tables
+from orchestrate.tracking.lookup import comparison_folder
 from orchestrate.tracking.mlflow_client import PARENT
 from orchestrate.tracking.uploader import JournalUploader
 from schemas.experiment import Experiment
@@ -107,7 +107,7 @@ def test_the_table_for_a_paper(runs: dict[str, Path], zscl: Zscl, tmp_path: Path
     table = (tmp_path / "comparison.tex").read_text()
     for command in ("\\toprule", "\\midrule", "\\bottomrule", "\\textbf{"):
         assert command in table
-    assert escaped(r'a_b=["{x}\y"] 5 % ~^') == (
+    assert escape_latex(r'a_b=["{x}\y"] 5 % ~^') == (
         r'a\_b=["\{x\}\textbackslash{}y"] 5 \% \textasciitilde{}\textasciicircum{}'
     )
     rows = [line for line in table.splitlines() if line.endswith("\\\\")]
@@ -153,7 +153,7 @@ def test_a_mistyped_run_is_refused_with_a_guess(runs: dict[str, Path], zscl: Zsc
 
 def test_each_choice_of_runs_has_a_folder_of_its_own(tmp_path: Path) -> None:
     a, b, c = (tmp_path / name for name in "abc")
-    chosen = [place_of({str(run): run for run in runs}) for runs in ((a, b), (a, c), (a, b), (b, a), (a,))]
+    chosen = [comparison_folder({str(run): run for run in runs}) for runs in ((a, b), (a, c), (a, b), (b, a), (a,))]
     assert chosen[0] == chosen[2]
     assert len(set(chosen)) == 4
     assert {place.parent for place in chosen} == {tmp_path / "comparison"}
@@ -260,7 +260,7 @@ def test_runs_are_found_in_mlflow(
         for run in client.search_runs([client.get_run(ids[0]).info.experiment_id], f"tags.`{PARENT}` = '{ids[0]}'")
     )
     refused = zscl("compare", stage, *store)
-    assert (refused.code, f"found a single stage, expected the id of a run over all its stages (that of its whole run "
+    assert (refused.code, f"found a single stage, expected the id of a run over all its stages (that of its complete run "
             f"is {ids[0]})" in refused.error) == (2, True)  # fmt: skip
     for where, sentence in (("tags.x = 'y'", "found no run in"), ("what?", "found no expression that MLflow takes")):
         refused = zscl("compare", "--where", where, *store)
@@ -419,7 +419,7 @@ def test_tables_of_many_runs_show_every_number(runs: dict[str, Path], tmp_path: 
     last = f"{100 * result.accuracy_matrix[-1][0]:.1f} "
     assert sum(line.count(last) for line in shown.splitlines() if "│ first" in line) >= count
     assert all(f" r{seed:02} " in shown for seed in range(count))
-    assert len(set(colours(count))) == count
+    assert len(set(distinct_colours(count))) == count
 
 
 def test_runs_whose_folders_have_one_name_are_told_apart(runs: dict[str, Path], tmp_path: Path) -> None:
@@ -433,7 +433,7 @@ def test_runs_whose_folders_have_one_name_are_told_apart(runs: dict[str, Path], 
     assert [row["worker_hours"] for row in run_rows(found) if row["run"]] == sorted(
         row["worker_hours"] or 0 for row in run_rows(found) if row["run"]
     )
-    [again] = found.left_out.values()
+    [again] = found.excluded.values()
     assert "it counts once" in again
 
 

@@ -75,7 +75,7 @@ def test_a_shard_that_is_not_as_its_manifest_says(
     line = checked(tasks=[str(task)])["shards against their manifest"]
     assert line.startswith(f"failed: {shard}: found the SHA-256 ")
     assert f"{task}/zscl.json says; copy the shard again, or delete the manifest" in line
-    monkeypatch.setattr(dry_run, "DIGEST_SECONDS", 0.0)
+    monkeypatch.setattr(dry_run, "HASH_SECONDS", 0.0)
     line = checked(tasks=[str(task)])["shards against their manifest"]
     assert line == "ok: the sizes of 5 shards, the SHA-256 of 0, in 0 s; `zscl data check` reads them all"
     shard.write_bytes(content)
@@ -125,7 +125,7 @@ def test_a_machine_that_is_too_small(checked: Callable[..., dict[str, str]], mon
     from orchestrate.cluster import connect as cluster
 
     here = {"CPU": 2.0, "GPU": 0.0}
-    monkeypatch.setattr(cluster, "resources_here", lambda: here)
+    monkeypatch.setattr(cluster, "local_resources", lambda: here)
     assert checked(offline=True)["cluster"] == "ok: this machine: 2 CPUs, 0 GPUs"
     for compute, sentence in (
         ({"device": "gpu"}, "compute.workers: 1 worker would need 1 GPU, found 0"),
@@ -153,9 +153,9 @@ def test_a_store_that_cannot_record_the_run(
     assert checked(tracking={"uri": uri})["tracking"] == f"ok: {uri}: experiment 'zscl' will be made"
     client = MlflowClient(uri)
     client.delete_experiment(client.create_experiment("gone"))
-    monkeypatch.setattr(dry_run, "ANSWER_SECONDS", 2.0)
+    monkeypatch.setattr(dry_run, "TIMEOUT_SECONDS", 2.0)
     for tracking, sentence in (
-        ({"uri": f"sqlite:///{tmp_path}/folder.db"}, "folder.db to be no file that can be written"),
+        ({"uri": f"sqlite:///{tmp_path}/folder.db"}, "folder.db, which is not a writable file"),
         ({"uri": f"sqlite:///{tmp_path}/words.db"}, "tracking.uri: "),
         ({"uri": f"sqlite:///{tmp_path}/taken/mlflow.db"}, "taken/mlflow-artifacts: cannot be written (is no folder)"),
         ({"uri": uri, "experiment": "gone"}, "tracking.experiment: found 'gone' deleted"),
@@ -176,7 +176,7 @@ def test_storage_that_cannot_be_written(
         "compute.storage: found gs://bucket/runs/mine, which cannot be opened"
         in checked(offline=True, compute=compute)["storage"]
     )
-    monkeypatch.setattr(dry_run, "ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr(dry_run, "TIMEOUT_SECONDS", 0.5)
     compute["storage"] = f"http://127.0.0.1:{listening}/runs"
     assert checked(offline=True, compute=compute)["storage"].startswith("failed: compute.storage: ")
 
@@ -198,7 +198,7 @@ def test_all_failures_are_told_with_the_list_and_exit_code_2(
             "ok", "ok", "failed", "skipped", "ok", "failed", "ok",
         ]  # fmt: skip
         assert first.startswith(f"error: {tmp_path}/file: cannot be written (is no folder)")
-        assert second.startswith(f"tracking.uri: found {tmp_path} to be no file")
+        assert second.startswith(f"tracking.uri: found {tmp_path}, which is not a writable file")
         fine = zscl(*command, "--dry-run", "--out", "runs/mine", "--offline", "--set", "compute.shard_cache=null")
         assert (fine.code, fine.error) == (0, "")
         assert "  - 'tracking: skipped (--offline)'\n" in fine.out
@@ -211,10 +211,10 @@ def test_a_check_that_fails_keeps_the_others() -> None:
     def fail() -> str:
         raise InputError("found this, expected that")
 
-    checklist.check("one", fail)
-    checklist.check("two", lambda: "")
+    checklist.add("one", fail)
+    checklist.add("two", lambda: "")
     assert checklist.lines == ["one: failed (found this, expected that)", "two: ok"]
     noted: list[str] = []
     with pytest.raises(InputError, match=r"^found this, expected that$"):
-        checklist.refuse_failures(noted.append)
+        checklist.raise_on_failure(noted.append)
     assert noted == ["one: failed", "two: ok"]

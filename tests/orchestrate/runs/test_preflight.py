@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from support.data import coloured, make_task, write_tar
+from support.data import coloured_images, make_task, write_tar
 
 from orchestrate.cluster import connect as cluster
-from orchestrate.lifecycle.signals import WARNINGS
+from orchestrate.lifecycle.signals import WARNING_SIGNALS
 from orchestrate.runs import preflight
 from orchestrate.runs import run as running
 from orchestrate.runs.estimate import estimate_run
 from schemas.errors import InputError, InterruptedRunError
 from schemas.experiment import Experiment
-from zscl.data.tar import Member, tar_members
+from zscl.data.tar import Member, list_members
 from zscl.datasets.task_writer import write_task
 from zscl.sequence.resolve import resolve
 from zscl.sequence.run import run_sequence
@@ -53,20 +53,20 @@ def test_a_disk_without_room(experiment: Make, tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_prompt_that_is_cut_is_named(experiment: Make, tmp_path: Path) -> None:
-    assert preflight.warnings(resolve(experiment())) == []
+    assert preflight.collect_warnings(resolve(experiment())) == []
     long = "a picture of a very small and nearly square patch of {c}"  # the model reads twelve tokens
-    splits = {split: list(coloured(8, 0)) for split in ("train", "test")}
+    splits = {split: list(coloured_images(8, 0)) for split in ("train", "test")}
     write_task(tmp_path / "long", ["red", "green", "blue", "yellow"], [long, "{c}"], splits, suffix="png", source="")
-    [sentence, equal] = preflight.warnings(resolve(experiment(tasks=[str(tmp_path / "long")])))
+    [sentence, equal] = preflight.collect_warnings(resolve(experiment(tasks=[str(tmp_path / "long")])))
     assert "task 'long': found the prompt 'a picture of a very small" in sentence
     assert "to have more than the 12 tokens that the model reads" in sentence
     assert "found the classes 'red' (0), 'green' (1), 'blue' (2), 'yellow' (3) to have the same tokens" in equal
 
 
 def test_classes_of_one_name_are_named(experiment: Make, tmp_path: Path) -> None:
-    splits = {split: list(coloured(8, 0)) for split in ("train", "test")}
+    splits = {split: list(coloured_images(8, 0)) for split in ("train", "test")}
     write_task(tmp_path / "birds", ["crane", "heron", "crane", "owl"], ["a {c}"], splits, suffix="png", source="")
-    [sentence] = preflight.warnings(resolve(experiment(tasks=[str(tmp_path / "birds")])))
+    [sentence] = preflight.collect_warnings(resolve(experiment(tasks=[str(tmp_path / "birds")])))
     assert sentence == ("task 'birds': found 'crane' to be the name of the classes 0, 2; no prompt tells them apart")
 
 
@@ -74,13 +74,13 @@ def test_classes_of_one_name_are_named(experiment: Make, tmp_path: Path) -> None
 def test_classes_that_the_tokenizer_makes_equal_are_named(
     experiment: Make, tmp_path: Path, class_incremental: bool
 ) -> None:
-    splits = {split: list(coloured(8, 0)) for split in ("train", "test")}
+    splits = {split: list(coloured_images(8, 0)) for split in ("train", "test")}
     write_task(tmp_path / "letters", ["A", "b", "a", " \u00a0B "], ["a {c}"], splits, suffix="png", source="")
     place = str(tmp_path / "letters")
     scenario = {"path": place, "first": 2, "increment": 2, "order": 0}
     own = {"class_incremental": scenario, "tasks": []} if class_incremental else {"tasks": [place]}
     own["optimisation"] = {"steps": 1, "warmup_steps": 1, "batch_size": 4, "reference_batch_size": 4}
-    sentences = preflight.warnings(resolve(experiment(method="finetune", **own)))
+    sentences = preflight.collect_warnings(resolve(experiment(method="finetune", **own)))
     found = [sentence for sentence in sentences if "the same tokens" in sentence]
     assert [sentence.partition("found the ")[2] for sentence in found] == [
         f"classes {classes} to have the same tokens in the prompt 'a {{c}}'; the model cannot tell them apart"
@@ -92,26 +92,26 @@ def test_remote_shards_for_several_readers(experiment: Make, bucket: Any, tasks:
     bucket.put(f"{tasks[0]}/", "bucket/task/", recursive=True)
     compute = {"device": "cpu", "workers": 2, "loader_processes": 3}
     remote = experiment(tasks=["s3://bucket/task"], compute=compute)
-    [sentence] = preflight.warnings(resolve(remote))
+    [sentence] = preflight.collect_warnings(resolve(remote))
     assert sentence.startswith("task 'task': found remote shards and 6 readers")
-    assert preflight.warnings(resolve(experiment(tasks=["s3://bucket/task"]))) == []
+    assert preflight.collect_warnings(resolve(experiment(tasks=["s3://bucket/task"]))) == []
 
 
 def test_a_folder_that_a_node_cannot_write(ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 
-    cluster.check_folder(tmp_path / "one node alone")
+    cluster.check_shared_folder(tmp_path / "one node alone")
     assert not (tmp_path / "one node alone").exists()  # nothing is asked of it
     [node] = ray.nodes()
-    monkeypatch.setattr(cluster, "own_node", lambda: "another node than the one that is asked")
-    cluster.check_folder(tmp_path / "runs")
+    monkeypatch.setattr(cluster, "current_node_id", lambda: "another node than the one that is asked")
+    cluster.check_shared_folder(tmp_path / "runs")
     assert list((tmp_path / "runs").iterdir()) == []
     monkeypatch.setattr(Path, "mkdir", lambda *_, **__: None)
     address = node["NodeManagerAddress"]
     with pytest.raises(
         InputError, match=rf"there: found node {address} of the Ray cluster to share no such folder \(.*No"
     ):
-        cluster.check_folder(tmp_path / "not/there")
+        cluster.check_shared_folder(tmp_path / "not/there")
 
 
 def test_a_dry_run_looks_at_a_cluster_that_is_named(
@@ -161,7 +161,7 @@ def test_what_would_be_skipped_is_said_before_anything_starts(experiment: Make, 
     changes: dict[str, Any] = {"tasks": [str(odd_task)], "reference": {"images": [images], "texts": texts}}
     borne = experiment(**changes, compute={"device": "cpu", "max_broken_share": 0.1})
     opened = preflight.prepare(borne)
-    skipped, dotted, uncounted, references, _ = preflight.warnings(opened)
+    skipped, dotted, uncounted, references, _ = preflight.collect_warnings(opened)
     assert "train: found 1 sample whose key has a dot (v1.0): they are read here up to the last dot" in dotted
     assert "train: found 1 shard (1.tar) that nshards.txt does not count: never read" in uncounted
     assert "found 2 samples to be skipped: " in skipped
@@ -178,7 +178,7 @@ def test_a_few_of_each_class_do_not_hide_what_cannot_be_used(experiment: Make, o
 
 
 def test_a_broken_reference_counts_before_anything_starts(experiment: Make, tmp_path: Path) -> None:
-    for number, (image, _) in enumerate(coloured(10, 0)):
+    for number, (image, _) in enumerate(coloured_images(10, 0)):
         (tmp_path / f"{number}.{'tif' if number == 3 else 'png'}").write_bytes(image)
     (tmp_path / "captions.txt").write_text("red\ngreen\n")
     with pytest.raises(InputError, match=r"sample '3' cannot be used \(unsupported.* found 1 such samples of 10"):
@@ -186,15 +186,15 @@ def test_a_broken_reference_counts_before_anything_starts(experiment: Make, tmp_
 
 
 def test_masks_among_reference_images_are_named(experiment: Make, tmp_path: Path) -> None:
-    image = next(coloured(1, 0))[0]
+    image = next(coloured_images(1, 0))[0]
     members = [(f"{key}.{suffix}", image) for key in ("x", "y") for suffix in ("jpg", "seg.png")]
     write_tar(tmp_path / "0.tar", members)
     (tmp_path / "captions.txt").write_text("red\ngreen\n")
-    [dotted] = preflight.warnings(preflight.prepare(experiment(reference=str(tmp_path))))
+    [dotted] = preflight.collect_warnings(preflight.prepare(experiment(reference=str(tmp_path))))
     assert dotted.startswith("reference.images: found 2 samples whose keys have dots (x.seg, y.seg): ")
     (tmp_path / "0.tar").unlink()
     (tmp_path / "a.loose.png").write_bytes(image)  # a dot cuts no name of a file
-    assert preflight.warnings(preflight.prepare(experiment(reference=str(tmp_path)))) == []
+    assert preflight.collect_warnings(preflight.prepare(experiment(reference=str(tmp_path)))) == []
 
 
 def test_shots_do_not_index_a_shard_again(experiment: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,13 +203,13 @@ def test_shots_do_not_index_a_shard_again(experiment: Make, tmp_path: Path, monk
 
     def noting(file: Path) -> list[Member]:
         read.append(file)
-        return tar_members(file)
+        return list_members(file)
 
-    monkeypatch.setattr("zscl.data.indexed.tar_members", noting)
+    monkeypatch.setattr("zscl.data.indexed.list_members", noting)
     counts = []
     for shots in (None, 2):
         read.clear()
-        preflight.warnings(preflight.prepare(experiment(tasks=[{"path": str(folder), "shots": shots}])))
+        preflight.collect_warnings(preflight.prepare(experiment(tasks=[{"path": str(folder), "shots": shots}])))
         counts.append(len(read))
     assert counts[0] == counts[1] > 0
 
@@ -232,9 +232,9 @@ def test_a_probe_that_is_interrupted_gives_no_estimate(
 ) -> None:
     without_ray()
     monkeypatch.setattr(
-        "orchestrate.runs.progress.Bar.update", lambda *_: os.kill(os.getpid(), number)
+        "orchestrate.runs.progress.ProgressBar.update", lambda *_: os.kill(os.getpid(), number)
     )  # at the first step
-    handlers = {each: signal.getsignal(each) for each in WARNINGS}
+    handlers = {each: signal.getsignal(each) for each in WARNING_SIGNALS}
     few = experiment(optimisation={"steps": 1, "warmup_steps": 0, "batch_size": 6, "reference_batch_size": 5})
     try:
         with pytest.raises(InterruptedRunError, match="the probe was stopped, and gives no estimate") as found:

@@ -250,7 +250,7 @@ def test_the_teacher_embeds_ahead_on_two_workers_for_the_run_to_come(
 @pytest.mark.parametrize(
     ("number", "file", "sentence"),
     [
-        (errno.ENOSPC, None, "runs/own: No space left on device; make room on its disk, and the same command goes on"),
+        (errno.ENOSPC, None, "runs/own: No space left on device; make room on its disk, and the same command resumes"),
         (errno.EACCES, "runs/own/stages", "runs/own/stages: Permission denied; have the folder writable"),
         (errno.EROFS, "runs/own/stages", "runs/own/stages: Read-only file system; have its disk writable"),
         (errno.EIO, "runs/own/stages", ""),
@@ -265,23 +265,23 @@ def test_the_teacher_embeds_ahead_on_two_workers_for_the_run_to_come(
 def test_an_error_of_storage_that_lasts_comes_with_what_to_do(
     number: int, file: str | bytes | None, sentence: str
 ) -> None:
-    from orchestrate.cluster.train_workers import what_to_do
+    from orchestrate.cluster.train_workers import storage_error_advice
 
-    found = what_to_do(OSError(number, os.strerror(number), file), Path("runs/own"))
+    found = storage_error_advice(OSError(number, os.strerror(number), file), Path("runs/own"))
     assert found.startswith(sentence)
     assert bool(found) == bool(sentence)
 
 
 def test_a_file_of_the_run_folder_is_known_by_its_absolute_path_and_as_the_target_of_a_renaming() -> None:
-    from orchestrate.cluster.train_workers import what_to_do
+    from orchestrate.cluster.train_workers import storage_error_advice
 
     for names in ((str(Path("runs/own/stages").absolute()), None, None), ("/cache/0.tar", None, "runs/own/stages")):
-        assert what_to_do(OSError(errno.EACCES, "Permission denied", *names), Path("runs/own"))
+        assert storage_error_advice(OSError(errno.EACCES, "Permission denied", *names), Path("runs/own"))
 
 
 def test_what_a_forked_loader_process_logs_goes_to_its_standard_error(capfd: pytest.CaptureFixture[str]) -> None:
     """Ray's client never returns there."""
-    from orchestrate.cluster.train_workers import _Noted
+    from orchestrate.cluster.train_workers import EventLogHandler
 
     own, said = os.getpid(), list[str]()
 
@@ -300,7 +300,7 @@ def test_what_a_forked_loader_process_logs_goes_to_its_standard_error(capfd: pyt
 
         return retry_io(access)
 
-    logger, handler = logging.getLogger("zscl"), _Noted(report)
+    logger, handler = logging.getLogger("zscl"), EventLogHandler(report)
     logger.addHandler(handler)
     try:
         loader = torch.utils.data.DataLoader(

@@ -14,7 +14,7 @@ from orchestrate.lifecycle import paths as places
 from orchestrate.recipes import recipe as recipes
 from orchestrate.search import preflight as search_preflight
 from orchestrate.search.run import run_search
-from schemas.algorithm import algorithm
+from schemas.algorithm import algorithm_version
 from schemas.errors import InputError
 from schemas.search import Search, SearchResult, Trial
 
@@ -228,9 +228,9 @@ def test_a_search_is_found_again_by_when_it_began_and_not_by_its_path(tmp_path: 
     def recorded(name: str, begun: int) -> str:
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
-        identity = places.SearchIdentity("abc", algorithm(), begun)
+        identity = places.SearchIdentity("abc", algorithm_version(), begun)
         (folder / places.FINGERPRINT).write_text(f"{identity}\n")
-        assert places.search_identity(folder) == identity
+        assert places.read_search_identity(folder) == identity
         return SearchRecorder(searched, "zscl", identity, folder, uri).run_id
 
     first = recorded("search", 1)

@@ -62,7 +62,7 @@ def test_it_answers_as_the_run_does(
     found = model.predict(pd.DataFrame({"image": [sample.image for sample in samples]}))
     assert list(found.columns) == list(task.classnames)
     assert found.sum(axis=1).tolist() == pytest.approx([1.0] * len(samples))
-    right = [task.classnames[task.label_of(sample)] for sample in samples] == found.idxmax(axis=1)
+    right = [task.classnames[task.get_label(sample)] for sample in samples] == found.idxmax(axis=1)
     assert right.mean() == pytest.approx(result.accuracy_matrix[1][1])
 
     Image.open(io.BytesIO(samples[0].image)).save(tmp_path / "one.png")

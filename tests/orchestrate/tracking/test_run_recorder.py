@@ -23,11 +23,11 @@ from orchestrate.tracking import uploader as shipping
 from orchestrate.tracking.attachments import attach_files
 from orchestrate.tracking.lookup import find_runs
 from orchestrate.tracking.mlflow_client import (
-    ARTIFACTS,
+    ARTIFACTS_MISSING,
+    JOURNAL_POSITION,
     LEVEL,
     PARENT,
     REASON,
-    TAKEN,
     check_store,
     valid_name,
 )
@@ -44,8 +44,9 @@ from schemas.events import (
 )
 from schemas.experiment import Experiment
 from schemas.redaction import mask
-from schemas.results import Metrics, Result, StageResult, StepLosses, TaskName
-from zscl.sequence.journal import JOURNAL, Journal
+from schemas.results import Metrics, Result, StageResult, StepLosses, TaskSummary
+from zscl.sequence.journal import Journal
+from zscl.sequence.layout import JOURNAL
 
 Make = Callable[..., Experiment]
 STAGES = ("first", "second")
@@ -54,8 +55,8 @@ BEGINNING = (RunStarted(fingerprint="abc"), RowMeasured(stage=0, accuracy={"firs
 
 @pytest.fixture(autouse=True)
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shipping, "EVERY_SECONDS", 0.05)
-    monkeypatch.setattr(shipping, "PAUSES", (0.05, 0.2))
+    monkeypatch.setattr(shipping, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(shipping, "RETRY_DELAYS", (0.05, 0.2))
 
 
 @pytest.fixture
@@ -86,7 +87,7 @@ class Run:
         figures = Metrics(transfer=0.5, avg=0.6, last=0.7, forgetting=0.1)
         result = Result(
             name="tiny", method="zscl", method_changes={}, seed=0, fingerprint="abc",
-            tasks=tuple(TaskName(name=name, path=name, digest=name, test_images=4) for name in STAGES),
+            tasks=tuple(TaskSummary(name=name, path=name, digest=name, test_images=4) for name in STAGES),
             zero_shot=(0.5, 0.25), accuracy_matrix=((0.6, 0.3), (0.7, 0.35)), metrics=figures,
             zero_shot_metrics=figures, stages=stages, reference_texts=14, workers=1, device="cpu",
             warnings=("stage 1 looks bad",), train_seconds=2.0, evaluation_seconds=1.0, versions={},
@@ -221,7 +222,7 @@ def test_what_is_sent_again_is_there_once(online: Run, folder: Path, zscl: Calla
     before, client = recorded(uri), MlflowClient(uri)
     [parent] = client.search_runs([client.get_experiment_by_name("zscl").experiment_id], f"tags.`{LEVEL}` = 'sequence'")
     # A process killed between sending and noting the position: here, all the way.
-    client.delete_tag(parent.info.run_id, TAKEN)
+    client.delete_tag(parent.info.run_id, JOURNAL_POSITION)
     made = zscl("sync", folder)
     assert made.code == 0, made.error
     assert " 0 entries" not in made.out
@@ -300,7 +301,7 @@ def test_a_store_that_is_gone_for_good_holds_nobody_up(
     broken()
     run.happens(*BEGINNING, *stage_of(1), *stage_of(2))
     run.finished()
-    assert not shipper.end(patience=0.5)
+    assert not shipper.end(timeout=0.5)
     assert run.said[-1].endswith(f"zscl sync {folder}")
     refused = zscl("sync", folder)
     assert refused.code == 2
@@ -343,7 +344,7 @@ def test_an_artefact_store_that_takes_nothing_leaves_no_run_under_way(
     artifacts.parent.unlink()
     ending.join()
     assert run.said[1:] == ["MLflow takes records again; nothing is lost"]
-    assert ARTIFACTS not in sequence(uri).data.tags
+    assert ARTIFACTS_MISSING not in sequence(uri).data.tags
     assert (Path(sequence(uri).info.artifact_uri) / "result.json").is_file()
 
 
@@ -359,10 +360,10 @@ def test_files_that_an_artefact_store_did_not_take_are_synced_later(
         assert f"its artefact store at {artifacts}" in refused.error
         assert refused.error.rstrip().endswith(f"then repeat: zscl sync {folder}")
         assert sequence(uri).info.status == "FINISHED"
-        assert "its artefact store at" in sequence(uri).data.tags[ARTIFACTS]
+        assert "its artefact store at" in sequence(uri).data.tags[ARTIFACTS_MISSING]
     artifacts.parent.unlink()
     assert zscl("sync", folder).code == 0
-    assert ARTIFACTS not in sequence(uri).data.tags
+    assert ARTIFACTS_MISSING not in sequence(uri).data.tags
     assert (Path(sequence(uri).info.artifact_uri) / "result.json").is_file()
     assert f"{folder}: 0 entries sent to {uri}, FINISHED" in zscl("sync", folder).out
 
@@ -378,7 +379,7 @@ def test_a_deleted_experiment_is_told_and_what_belongs_there_is_kept(
     run.happens(*BEGINNING, *stage_of(1))
     until(lambda: bool(run.said), seconds=100.0)
     write_state(folder, "KILLED", "enough")
-    assert not shipper.end(patience=0.1)
+    assert not shipper.end(timeout=0.1)
     assert "tracking.experiment: found 'zscl' deleted" in run.said[0]
     with pytest.raises(InputError, match=r"restore --experiment-id 1\), or set tracking.experiment .* --offline"):
         JournalUploader(experiment(), "abc", folder, print)

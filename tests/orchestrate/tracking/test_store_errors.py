@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from orchestrate.tracking.mlflow_client import open_store
-from orchestrate.tracking.store_errors import FAILURES, LONGEST_REASON, artifact_error, store_error
+from orchestrate.tracking.store_errors import FAILURES, MAX_REASON_LENGTH, artifact_error, store_error
 from schemas.errors import InputError
 
 
@@ -69,7 +69,7 @@ REBINDING = "Invalid Host header - possible DNS rebinding attack detected"
         (404, "<html>nothing here</html>", "found no MLflow server at"),
         (200, "<html>hello</html>", "found no MLflow server at"),
         (302, "", "found no MLflow server at"),
-        (407, "", "NO_PROXY=127.0.0.1 to go around it"),
+        (407, "", "NO_PROXY=127.0.0.1 to bypass it"),
         (500, "", "that fails (500 Internal Server Error)"),
         (502, "", "that fails (502 Bad Gateway)"),
         (503, "", "that fails (503 Service Unavailable)"),
@@ -99,10 +99,10 @@ def test_a_way_that_ends_before_the_server(answers: Callable[[int, str], str], m
 @pytest.mark.parametrize(
     ("uri", "expected"),
     [
-        ("nonsense://x", "which names no MLflow store, expected http://HOST:PORT, sqlite:///FILE"),
-        ("s3://bucket/x", "which names no MLflow store"),
+        ("nonsense://x", "which is not the URI of an MLflow store, expected http://HOST:PORT, sqlite:///FILE"),
+        ("s3://bucket/x", "which is not the URI of an MLflow store"),
         ("localhost:5000", "expected http://localhost:5000"),
-        ("sqlite://x.db", "which names no MLflow store"),
+        ("sqlite://x.db", "which is not the URI of an MLflow store"),
         ("http://host:port", "expected http://HOST:PORT"),
         ("http://", "expected http://HOST:PORT"),
         ("./mlruns", "mlflow migrate-filestore converts a folder"),
@@ -152,6 +152,6 @@ def test_an_artefact_store_is_told_from_the_tracking_store(
 
 
 def test_a_long_reason_cuts_off_no_advice() -> None:
-    sentence = str(artifact_error("http://host", "s3://bucket/x", RuntimeError("x" * 10 * LONGEST_REASON)))
+    sentence = str(artifact_error("http://host", "s3://bucket/x", RuntimeError("x" * 10 * MAX_REASON_LENGTH)))
     assert sentence.endswith("in the environment of this process")
-    assert len(sentence) < 2 * LONGEST_REASON
+    assert len(sentence) < 2 * MAX_REASON_LENGTH

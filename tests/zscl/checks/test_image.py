@@ -1,4 +1,4 @@
-"""One image: whole, or cut."""
+"""Inspection of complete and truncated images."""
 
 import io
 
@@ -6,14 +6,15 @@ import pytest
 from PIL import Image
 from support.data import jpeg
 
-from zscl.checks.image import DecodeError, ImageFacts, inspect_image
+from zscl.checks.image import ImageFacts, inspect_image
+from zscl.data.sample import Fault
 
 
 @pytest.mark.parametrize("cut", [0.3, 0.6, 0.9, 0.99])
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_a_cut_image_is_never_taken_for_a_whole_one(kind: str, cut: float) -> None:
+def test_a_truncated_image_is_not_accepted(kind: str, cut: float) -> None:
     stream = io.BytesIO()
     Image.open(io.BytesIO(jpeg())).save(stream, kind)
     whole = stream.getvalue()
     assert isinstance(inspect_image(whole), ImageFacts)
-    assert isinstance(inspect_image(whole[: int(len(whole) * cut)]), DecodeError)
+    assert isinstance(inspect_image(whole[: int(len(whole) * cut)]), Fault)

@@ -1,4 +1,4 @@
-"""Prompts as tokenizers read them: what is cut, and what is equal."""
+"""Warnings about truncated prompts and classes with equal tokens."""
 
 import open_clip
 import torch
@@ -8,7 +8,7 @@ from zscl.data.task import TaskFolder
 
 
 class PaddedWithOnes:
-    """A tokenizer as of SigLIP: no start token, the end token pads, capitals and punctuation do not count."""
+    """A tokenizer like SigLIP's: no start token, padding with the end token, no case and no punctuation."""
 
     def __call__(self, texts: list[str], context_length: int = 6) -> torch.Tensor:
         rows = torch.ones(len(texts), context_length, dtype=torch.long)
@@ -32,7 +32,7 @@ def test_a_prompt_is_cut_where_it_has_more_tokens_than_the_context() -> None:
     [sentence, _] = prompt_warnings(task("cat", "dog", templates=(cut,)), clip)
     assert sentence == (
         f"task 'mine': found the prompt {cut.replace('{c}', 'dog')!r} and 1 more to have more than the 12 tokens that "
-        "the model reads; what lies behind them is cut off"
+        "the model reads; the rest is cut off"
     )
     [sentence] = prompt_warnings(task("\N{PILE OF POO}" * 12, "dog", templates=("{c}",)), clip)  # few characters
     assert "more than the 12 tokens" in sentence

@@ -1,4 +1,4 @@
-"""Every kind of damage made for real, and found where it is."""
+"""Inspection of damaged task folders: every kind of damage is reported with its location."""
 
 import io
 import json
@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from support.data import COLOURS, coloured, jpeg, make_task, opened, png, write_tar
+from support.data import COLOURS, coloured_images, jpeg, make_task, open_task, png, write_tar
 
-from schemas.dataset_report import Inspection
+from schemas.dataset_report import DatasetReport
 from zscl.checks.contact_sheet import contact_rows
 from zscl.checks.scan import MAX_LISTED, inspect_task
 from zscl.checks.task_scan import scan_task
@@ -24,16 +24,16 @@ from zscl.data.tar import write_shards
 Members = dict[str, bytes]
 
 
-def checked(folder: Path) -> Inspection:
+def inspect(folder: Path) -> DatasetReport:
     return inspect_task(scan_task(str(folder)))
 
 
 def samples(count: int, seed: int) -> list[Members]:
-    return [{"png": image, "cls": str(label).encode()} for image, label in coloured(count, seed)]
+    return [{"png": image, "cls": str(label).encode()} for image, label in coloured_images(count, seed)]
 
 
 def rewrite(folder: Path, split: str, content: Sequence[Mapping[str, bytes]], shard_images: int = 9) -> None:
-    """Put other samples into a split, and say nothing of it in a manifest."""
+    """Replace the samples of a split, and delete the manifest."""
     (folder / "zscl.json").unlink(missing_ok=True)
     shutil.rmtree(folder / split)
     shards = write_shards(folder / split, content, shard_images)
@@ -53,18 +53,18 @@ def task(tmp_path: Path) -> Path:
 
 
 def test_a_clean_task(task: Path) -> None:
-    found = checked(task)
-    assert (found.problems, found.warnings, found.manifest) == ((), (), True)
-    train, test = found.splits
+    report = inspect(task)
+    assert (report.problems, report.warnings, report.manifest) == ((), (), True)
+    train, test = report.splits
     assert (train.split, train.shards, train.samples, train.images, train.per_class) == ("train", 3, 24, 24, (6,) * 4)
     assert (test.split, test.shards, test.images, test.per_class) == ("test", 2, 10, (3, 3, 2, 2))
     assert (train.formats, train.modes) == ({"PNG": 24}, {"RGB": 24})
     assert train.width is not None
     assert train.width.model_dump() == {"min": 16, "median": 16, "max": 16}
-    assert [shard.shard for shard in found.shards] == [
+    assert [shard.shard for shard in report.shards] == [
         "train/0.tar", "train/1.tar", "train/2.tar", "test/0.tar", "test/1.tar",
     ]  # fmt: skip
-    assert Inspection.model_validate_json(found.model_dump_json()) == found
+    assert DatasetReport.model_validate_json(report.model_dump_json()) == report
 
 
 def test_every_sample_that_cannot_be_used_is_named(task: Path) -> None:
@@ -77,8 +77,8 @@ def test_every_sample_that_cannot_be_used_is_named(task: Path) -> None:
     content[20] = {"txt": b"no picture", "cls": b"1"}
     content[21] = {"png": b"", "cls": b"green"}
     rewrite(task, "train", content)
-    found = checked(task)
-    assert [(sample.shard, sample.key, sample.reason) for sample in found.unreadable.first] == [
+    report = inspect(task)
+    assert [(sample.shard, sample.key, sample.reason) for sample in report.unreadable.first] == [
         ("train/0.tar", "0000002", "truncated image"),
         ("train/0.tar", "0000005", "not an image"),
         ("train/1.tar", "0000010", "decompression bomb"),
@@ -88,21 +88,21 @@ def test_every_sample_that_cannot_be_used_is_named(task: Path) -> None:
         ("train/2.tar", "0000021", "not an image"),
         ("train/2.tar", "0000021", "label outside the class list"),
     ]
-    assert found.unreadable.samples == 7
-    assert found.unreadable.reasons["not an image"] == 2
-    assert found.unreadable.first[4].detail == "found '4', expected 0 to 3"
-    assert "0x" not in found.unreadable.first[1].detail  # an address in memory tells nobody anything
-    assert (found.splits[0].samples, found.splits[0].images) == (24, 17)
-    [problem] = found.problems
+    assert report.unreadable.samples == 7
+    assert report.unreadable.reasons["not an image"] == 2
+    assert report.unreadable.first[4].detail == "found '4', expected 0 to 3"
+    assert "0x" not in report.unreadable.first[1].detail  # no memory address
+    assert (report.splits[0].samples, report.splits[0].images) == (24, 17)
+    [problem] = report.problems
     assert problem.startswith("found 7 samples that cannot be used (")
 
 
 def test_all_are_counted_and_the_first_are_listed(task: Path) -> None:
     rewrite(task, "test", [{"png": b"nothing", "cls": b"0"} for _ in range(MAX_LISTED + 5)])
-    found = checked(task)
-    assert (found.unreadable.samples, len(found.unreadable.first)) == (MAX_LISTED + 5, MAX_LISTED)
-    assert found.within_splits.pairs == 0  # what is no image is no image twice
-    assert "test: found no sample that can be used, expected some" in found.problems
+    report = inspect(task)
+    assert (report.unreadable.samples, len(report.unreadable.first)) == (MAX_LISTED + 5, MAX_LISTED)
+    assert report.within_splits.pairs == 0  # unreadable images are not duplicates
+    assert "test: found no sample that can be used, expected some" in report.problems
 
 
 def test_duplicates_between_and_within_splits(task: Path) -> None:
@@ -111,22 +111,22 @@ def test_duplicates_between_and_within_splits(task: Path) -> None:
     test[4] = train[12]
     rewrite(task, "train", train)
     rewrite(task, "test", test)
-    found = checked(task)
-    [pair] = found.between_splits.first
+    report = inspect(task)
+    [pair] = report.between_splits.first
     assert (pair.first.shard, pair.first.key) == ("train/1.tar", "0000012")
     assert (pair.again.shard, pair.again.key) == ("test/0.tar", "0000004")
-    [pair] = found.within_splits.first
+    [pair] = report.within_splits.first
     assert (pair.first.shard, pair.first.key, pair.first.label) == ("train/0.tar", "0000003", 3)
     assert (pair.again.shard, pair.again.key, pair.again.label) == ("train/2.tar", "0000020", 0)
-    assert (found.between_splits.of_other_label, found.within_splits.of_other_label) == (0, 1)
-    assert found.problems == ("found 1 test image among the training images too, expected none",)
-    assert found.warnings == ("found 1 image a second time within a split (1 under another label)",)
+    assert (report.between_splits.of_other_label, report.within_splits.of_other_label) == (0, 1)
+    assert report.problems == ("found 1 test image among the training images too, expected none",)
+    assert report.warnings == ("found 1 image a second time within a split (1 under another label)",)
 
 
 def change_a_byte(file: Path) -> None:
     """Same size, same members, another byte in the padding of the first header."""
     content = bytearray(file.read_bytes())
-    content[511] ^= 1  # behind the fields of a header, which its checksum covers
+    content[511] ^= 1  # the padding after the header's fields, which the checksum covers
     total = int(content[148:154], 8) + 1
     content[148:154] = f"{total:06o}".encode()
     file.write_bytes(content)
@@ -155,83 +155,83 @@ def cut_in_half(file: Path) -> None:
 )
 def test_a_changed_shard(task: Path, change: Callable[[Path], None], problems: list[str]) -> None:
     change(task / "train/1.tar")
-    found = checked(task)
-    [wrong] = [shard for shard in found.shards if shard.problems]
+    report = inspect(task)
+    [wrong] = [shard for shard in report.shards if shard.problems]
     assert wrong.shard == "train/1.tar"
     assert len(wrong.problems) >= len(problems)
     for expected, problem in zip(problems, wrong.problems, strict=False):
         assert re.match(f"train/1\\.tar: {expected}", problem)
-    assert set(wrong.problems) <= set(found.problems)
+    assert set(wrong.problems) <= set(report.problems)
 
 
-def test_shards_and_manifest_that_do_not_know_each_other(task: Path) -> None:
+def test_shards_that_differ_from_the_manifest(task: Path) -> None:
     (task / "train/nshards.txt").write_text("2\n")
-    found = checked(task)
-    assert found.problems == ("zscl.json: found train/2.tar in it, expected only shards that nshards.txt promises",)
-    assert found.warnings == ("train: found 1 shard (2.tar) that nshards.txt does not count: never read",)
+    report = inspect(task)
+    assert report.problems == ("zscl.json: found train/2.tar in it, expected only shards that nshards.txt promises",)
+    assert report.warnings == ("train: found 1 shard (2.tar) that nshards.txt does not count: never read",)
     manifest = json.loads((task / "zscl.json").read_text())
     del manifest["splits"]["train"][1:]
     (task / "zscl.json").write_text(json.dumps(manifest))
-    [problem] = checked(task).problems
+    [problem] = inspect(task).problems
     assert problem == "train/1.tar: found a shard that zscl.json does not know, expected it there"
     (task / "zscl.json").write_text("[]")
-    [problem] = checked(task).problems
+    [problem] = inspect(task).problems
     assert problem.startswith("zscl.json: found no manifest (")
 
 
 def test_classes_without_images(task: Path) -> None:
     rewrite(task, "test", [sample for sample in samples(10, 1) if sample["cls"] != b"2"])
-    found = checked(task)
-    assert found.splits[1].empty_classes == (2,)
-    assert found.problems == ("test: found no image of 1 class (blue), expected at least one of each",)
+    report = inspect(task)
+    assert report.splits[1].empty_classes == (2,)
+    assert report.problems == ("test: found no image of 1 class (blue), expected at least one of each",)
     rewrite(task, "train", [sample for sample in samples(24, 0) if sample["cls"] != b"2"])
-    found = checked(task)
-    assert found.classnames.unused == (2,)
-    assert found.problems == ()
-    assert found.warnings == ("classnames.txt: found 1 class (blue) of which neither split has an image",)
+    report = inspect(task)
+    assert report.classnames.unused == (2,)
+    assert report.problems == ()
+    assert report.warnings == ("classnames.txt: found 1 class (blue) of which neither split has an image",)
 
 
 def test_class_names_and_templates(task: Path) -> None:
     (task / "classnames.txt").write_text("red\n\nred\nyellow\n")
     (task / "zeroshot_classification_templates.txt").write_text("a {c}\na photo\na {c}\n")
-    found = checked(task)
-    assert [repeated.model_dump() for repeated in found.classnames.repeated] == [{"name": "red", "labels": (0, 2)}]
-    assert (found.classnames.empty, found.templates.without_place) == ((1,), ("a photo",))
-    assert found.problems == (
+    report = inspect(task)
+    assert [repeated.model_dump() for repeated in report.classnames.repeated] == [{"name": "red", "labels": (0, 2)}]
+    assert (report.classnames.empty, report.templates.without_place) == ((1,), ("a photo",))
+    assert report.problems == (
         "classnames.txt: found line 2 empty, expected a class name: the line number is the label",
         "templates: found 'a photo', expected a {c} for the class name in it",
     )
-    assert found.warnings == (
+    assert report.warnings == (
         "classnames.txt: found 'red' for the labels 0 and 2: no prompt tells them apart",
         "templates: found 'a {c}' more than once",
     )
 
 
-def test_a_task_that_lacks_files_is_looked_at_nevertheless(task: Path) -> None:
+def test_a_task_without_some_files_is_inspected(task: Path) -> None:
     (task / "zeroshot_classification_templates.txt").unlink()
     (task / "test/nshards.txt").write_text("two\n")
     (task / "zscl.json").unlink()
-    found = checked(task)
-    assert [problem.partition(": ")[2].partition(",")[0] for problem in found.problems] == [
+    report = inspect(task)
+    assert [problem.partition(": ")[2].partition(",")[0] for problem in report.problems] == [
         "found no such file", "found 'two'",
     ]  # fmt: skip
-    assert found.splits[0].images == 24
+    assert report.splits[0].images == 24
 
 
 def test_images_of_several_sizes(task: Path) -> None:
     rng = np.random.default_rng(3)
     sizes = [16, 20, 20, 48]
     rewrite(task, "test", [{"png": png((9, 9, 9), rng, size), "cls": str(n).encode()} for n, size in enumerate(sizes)])
-    found = checked(task)
-    assert found.splits[1].width is not None
-    assert found.splits[1].width.model_dump() == {"min": 16, "median": 20, "max": 48}
-    assert found.problems == ()
-    assert "several sizes, edges from 16 to 48 pixels" in found.warnings[0]
+    report = inspect(task)
+    assert report.splits[1].width is not None
+    assert report.splits[1].width.model_dump() == {"min": 16, "median": 20, "max": 48}
+    assert report.problems == ()
+    assert "several sizes, edges from 16 to 48 pixels" in report.warnings[0]
 
 
-def test_a_few_images_of_each_class_to_look_at(task: Path) -> None:
+def test_contact_rows_have_images_of_each_class(task: Path) -> None:
     content = samples(24, 0)
-    content[0]["png"] = b"broken"  # the first red one: another stands in for it
+    content[0]["png"] = b"broken"  # the first red image; another one is chosen
     rewrite(task, "train", content)
     opened = scan_task(str(task))
     rows = contact_rows(opened, per_class=3, classes=24, max_edge=8)
@@ -244,7 +244,7 @@ def test_a_few_images_of_each_class_to_look_at(task: Path) -> None:
     ]  # fmt: skip
 
 
-def test_what_file_names_tell_is_found_as_training_finds_it(task: Path) -> None:
+def test_unusable_file_names_are_reported_as_in_training(task: Path) -> None:
     content = samples(24, 0)
     rewrite(task, "train", content, shard_images=50)
     image = content[0]["png"]
@@ -252,17 +252,17 @@ def test_what_file_names_tell_is_found_as_training_finds_it(task: Path) -> None:
         whole = [(info.name, tar.extractfile(info).read()) for info in tar]  # type: ignore[union-attr]
     odd = [("a.bmp", image), ("a.cls", b"0"), ("b.png", image), ("b.jpg", image), ("c.npy", b"x"), ("v1.d.cls", b"0")]
     write_tar(task / "train/0.tar", [*whole, *odd])
-    found = checked(task)
-    assert [(each.key, each.reason) for each in found.unreadable.first] == [
+    report = inspect(task)
+    assert [(sample.key, sample.reason) for sample in report.unreadable.first] == [
         ("a", "unsupported image format"), ("b", "several members of a kind"), ("c", "no image member"),
         ("v1.d", "no image member"),
     ]  # fmt: skip
-    assert (found.splits[0].samples, found.splits[0].images) == (28, 24)
-    assert len(opened(task).broken["train"]) == found.unreadable.samples == 4
-    assert any("1 sample whose key has a dot (v1.d)" in warning for warning in found.warnings)
+    assert (report.splits[0].samples, report.splits[0].images) == (28, 24)
+    assert len(open_task(task).broken_samples["train"]) == report.unreadable.samples == 4
+    assert any("1 sample whose key has a dot (v1.d)" in warning for warning in report.warnings)
 
 
-def test_what_of_an_image_training_does_not_see_is_told(task: Path) -> None:
+def test_image_properties_that_training_ignores_are_warnings(task: Path) -> None:
     content = samples(24, 0)
     pixels = np.random.default_rng(0).integers(0, 255, (16, 16, 4), dtype=np.uint8)
     turned = Image.Exif()
@@ -280,9 +280,9 @@ def test_what_of_an_image_training_does_not_see_is_told(task: Path) -> None:
         image.save(stream, "PNG", **options)
         content[number]["png"] = stream.getvalue()
     rewrite(task, "train", content)
-    found = checked(task)
-    assert found.problems == ()
-    assert sorted(found.warnings) == [
+    report = inspect(task)
+    assert report.problems == ()
+    assert sorted(report.warnings) == [
         "found 1 image with 16 bits a channel, of which the upper 8 are read",
         "found 1 image with an EXIF orientation, which is not applied",
         "found 1 image with several frames, of which the first is read",

@@ -1,24 +1,27 @@
-"""What is opened to be looked at, and what is no task."""
+"""Folders that are not tasks are refused."""
 
 from pathlib import Path
 
 import pytest
+from support.errors import refused
 
-from schemas.errors import InputError
+from schemas.errors import ErrorCode
 from zscl.checks.task_scan import scan_task
 
 
 @pytest.mark.parametrize(
-    ("folder", "sentence"),
+    ("folder", "code", "path"),
     [
-        ("nowhere", "nowhere: found no such folder, expected a task"),
-        (".", r"classnames\.txt: found no such file"),
-        ("s3://bucket/task", "found a remote folder, expected a local one"),
+        ("nowhere", ErrorCode.NOT_FOUND, "nowhere"),
+        (".", ErrorCode.NOT_FOUND, "classnames.txt"),
+        ("s3://bucket/task", ErrorCode.UNSUPPORTED, "s3://bucket/task"),
+        ("new\nline", ErrorCode.INVALID_VALUE, "new\\nline"),
     ],
 )
-def test_what_is_no_task_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, sentence: str
+def test_a_folder_that_is_not_a_task_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, code: ErrorCode, path: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=sentence):
+    with refused(code) as error:
         scan_task(folder)
+    assert path in str(error.value)

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from support.data import coloured, make_task
+from support.data import coloured_images, make_task
 
 from schemas.errors import InputError
 from zscl.data.indexed import IndexedSamples
@@ -15,7 +15,7 @@ from zscl.runtime.retry import retry_io
 
 
 def test_loose_images_are_samples_too(tmp_path: Path) -> None:
-    for index, (image, _) in enumerate(coloured(3, 0)):
+    for index, (image, _) in enumerate(coloured_images(3, 0)):
         (tmp_path / f"{index}.png").write_bytes(image)
     (tmp_path / "1.txt").write_text("a caption\n")
     (tmp_path / ".DS_Store").write_bytes(b"x")
@@ -25,7 +25,7 @@ def test_loose_images_are_samples_too(tmp_path: Path) -> None:
         ("0.v2", None), ("1", b"a caption\n"), ("2", None),
     ]  # fmt: skip
     assert isinstance(samples, IndexedSamples)
-    assert list(samples.texts()) == ["a caption"]
+    assert list(samples.iter_texts()) == ["a caption"]
 
 
 def test_shards_that_are_away_for_a_moment_are_waited_for(tmp_path: Path) -> None:
@@ -40,6 +40,6 @@ def test_shards_that_are_away_for_a_moment_are_waited_for(tmp_path: Path) -> Non
 def test_shards_that_are_gone_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     samples = open_samples([str(make_task(tmp_path / "task", seed=0) / "train")])
     shutil.rmtree(tmp_path / "task")
-    monkeypatch.setattr("zscl.data.indexed.patiently", partial(retry_io, seconds=0.2))
+    monkeypatch.setattr("zscl.data.indexed.retry_io", partial(retry_io, timeout=0.2))
     with pytest.raises(InputError, match=r"train/0\.tar: cannot be read any more \(No such file"):
         list(samples.iter_shard(0, 1))

@@ -1,7 +1,8 @@
-"""Streams: the same global batch however many share it, and whatever breaks is named."""
+"""Data loading: global batches do not depend on workers and processes; unusable samples are skipped and reported."""
 
 import io
 import pickle
+import re
 import socket
 from collections.abc import Iterator
 from itertools import islice
@@ -13,15 +14,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from PIL import Image, UnidentifiedImageError
-from support.data import coloured, opened
+from support.data import coloured_images, open_task
+from support.errors import refused
 from torchvision.transforms import Compose, RandomResizedCrop, ToTensor
 
-from schemas.errors import InputError
+from schemas.errors import ErrorCode, InputError
 from schemas.experiment import Model
 from zscl.checks.image import ImageFacts, inspect_image
-from zscl.data.decode import FORMATS, LONGEST_SIDES, Decoder, Label, decode_image
+from zscl.data.decode import IMAGE_FORMATS, MAX_ASPECT_RATIO, Decoder, decode_image
 from zscl.data.indexed import IndexedSamples
-from zscl.data.loader import BatchedDataset, DecodedImages, EvaluationImages, Loader, TrainingImages
+from zscl.data.loader import BatchedDataset, DecodedImageCache, EvaluationImages, Loader, TrainingImages
 from zscl.data.sample import NoiseSamples, Sample
 from zscl.data.shard_urls import open_samples
 from zscl.data.tar import write_shards
@@ -37,10 +39,12 @@ def label_of(sample: Sample) -> int:
 
 @pytest.fixture
 def samples(tmp_path: Path) -> IndexedSamples:
-    write_shards(tmp_path, ({"png": image, "cls": str(n).encode()} for n, (image, _) in enumerate(coloured(10, 0))), 4)
-    found = open_samples([str(tmp_path)])
-    assert isinstance(found, IndexedSamples)
-    return found
+    write_shards(
+        tmp_path, ({"png": image, "cls": str(n).encode()} for n, (image, _) in enumerate(coloured_images(10, 0))), 4
+    )
+    samples = open_samples([str(tmp_path)])
+    assert isinstance(samples, IndexedSamples)
+    return samples
 
 
 @pytest.fixture
@@ -49,10 +53,10 @@ def clip(tiny_model: str) -> Clip:
 
 
 def batches(
-    samples: IndexedSamples, own: range, processes: int = 0, first_step: int = 0, count: int = 5, seed: int = 3
+    samples: IndexedSamples, rank_indices: range, processes: int = 0, first_step: int = 0, count: int = 5, seed: int = 3
 ) -> Batches:
-    images = TrainingImages(samples, Decoder(AUGMENT, label_of), seed, 6, own, first_step)
-    stream: Iterator[tuple[torch.Tensor, torch.Tensor]] = images.batches(Loader(torch.device("cpu"), processes))
+    images = TrainingImages(samples, Decoder(AUGMENT, label_of), seed, 6, rank_indices, first_step)
+    stream: Iterator[tuple[torch.Tensor, torch.Tensor]] = images.iter_batches(Loader(torch.device("cpu"), processes))
     return list(islice(stream, count))
 
 
@@ -80,12 +84,12 @@ def test_loader_processes_send_batches_whatever_the_temporary_folder_is_called(
     long.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(long))
     images = EvaluationImages(samples, Decoder(ToTensor(), label_of), 0, 1)
-    assert sum(len(found) for _, found in images.batches(4, Loader(torch.device("cpu"), 1))) == 10
+    assert sum(len(labels) for _, labels in images.iter_batches(4, Loader(torch.device("cpu"), 1))) == 10
 
 
 @pytest.mark.parametrize("processes", [0, 1, 4])
 @pytest.mark.parametrize("first_step", [1, 2, 5])
-def test_goes_on_from_any_step(samples: IndexedSamples, processes: int, first_step: int) -> None:
+def test_resumes_from_any_step(samples: IndexedSamples, processes: int, first_step: int) -> None:
     whole = batches(samples, range(6), count=6)
     assert same(batches(samples, range(6), processes, first_step, count=6 - first_step), whole[first_step:])
 
@@ -99,30 +103,30 @@ def test_seed_and_position_draw_order_and_augmentation(samples: IndexedSamples, 
     assert len(torch.cat([first, other]).unique(dim=0)) > 1.6 * len(first)
 
 
-def test_decoded_images_give_way_to_those_that_are_read(samples: IndexedSamples) -> None:
-    kept, decode = DecodedImages(), Decoder(AUGMENT, label_of)
+def test_idle_datasets_are_evicted_from_the_cache(samples: IndexedSamples) -> None:
+    cache, decoder = DecodedImageCache(), Decoder(AUGMENT, label_of)
     shown = list(samples.iter_shard(0, 1))
     size = 4 * 16 * 16  # bytes of an image: Pillow takes four for a pixel
 
     def again(name: str, number: int, budget: int, total: int) -> bool:
         """Whether an image of a set is the very one that was decoded before."""
-        first, second = (kept.read(name, shown[number], decode, budget, total) for _ in range(2))
+        first, second = (cache.get_or_decode(name, shown[number], decoder, budget, total) for _ in range(2))
         return first is second
 
     assert not again("none", 0, 0, 10 * size)
-    with kept.opened("first"):
+    with cache.open_reader("first"):
         assert [again("first", number, 2 * size, 10 * size) for number in range(3)] == [
             True,
             True,
             False,
         ]  # its own budget
-        with kept.opened("second"):  # all sets' budget; the first is being read, so it stays
+        with cache.open_reader("second"):  # all sets' budget; the first is being read, so it stays
             assert [again("second", number, 9 * size, 3 * size) for number in range(2)] == [True, False]
-    with kept.opened("third"):  # nobody reads the others any more
+    with cache.open_reader("third"):  # nobody reads the others any more
         assert [again("third", number, 9 * size, 3 * size) for number in range(4)] == [True, True, True, False]
 
 
-def test_the_callers_random_state_is_left_alone(samples: IndexedSamples) -> None:
+def test_the_global_random_state_does_not_change(samples: IndexedSamples) -> None:
     torch.manual_seed(1)
     expected = torch.rand(1)
     torch.manual_seed(1)
@@ -135,130 +139,134 @@ def test_evaluation_sees_every_image_once(samples: IndexedSamples, workers: int,
     seen: list[int] = []
     for worker in range(workers):
         images = EvaluationImages(samples, Decoder(ToTensor(), label_of), worker, workers)
-        seen += [int(n) for _, found in images.batches(4, Loader(torch.device("cpu"), processes)) for n in found]
+        seen += [int(n) for _, labels in images.iter_batches(4, Loader(torch.device("cpu"), processes)) for n in labels]
     assert sorted(seen) == list(range(10))
 
 
-def with_broken(folder: Path, broken: dict[int, bytes], count: int = 40) -> IndexedSamples:
-    """Samples of which some are not what they should be; label: their number."""
-    images = enumerate(image for image, _ in coloured(count, 0))
+def write_samples(folder: Path, broken: dict[int, bytes], count: int = 40) -> IndexedSamples:
+    """Write samples, some with broken images. The label is the sample's number."""
+    images = enumerate(image for image, _ in coloured_images(count, 0))
     write_shards(folder, ({"png": broken.get(n, image), "cls": str(n).encode()} for n, image in images), 16)
-    found = open_samples([str(folder)])
-    assert isinstance(found, IndexedSamples)
-    return found
+    samples = open_samples([str(folder)])
+    assert isinstance(samples, IndexedSamples)
+    return samples
 
 
 def bomb() -> bytes:
-    """A small file that says it unfolds to 225 million pixels."""
+    """A small file that claims 225 million pixels."""
     stream = io.BytesIO()
     Image.new("1", (15_000, 15_000)).save(stream, "PNG")
     return stream.getvalue()
 
 
-def bearing(share: float, processes: int = 0) -> tuple[Loader, list[str]]:
-    said: list[str] = []
-    return Loader(torch.device("cpu"), processes, max_broken_share=share, on_skip=said.append), said
+def tolerant_loader(share: float, processes: int = 0) -> tuple[Loader, list[str]]:
+    messages: list[str] = []
+    return Loader(torch.device("cpu"), processes, max_broken_share=share, on_skip=messages.append), messages
 
 
 @pytest.mark.parametrize("processes", [0, 2])
 def test_evaluation_skips_and_names_what_is_broken(tmp_path: Path, processes: int) -> None:
-    truncated = next(coloured(1, 5))[0][:60]
-    samples = with_broken(tmp_path, {3: b"no image", 17: truncated, 39: b""})
-    loader, said = bearing(0.1, processes)
+    truncated = next(coloured_images(1, 5))[0][:60]
+    samples = write_samples(tmp_path, {3: b"no image", 17: truncated, 39: b""})
+    loader, messages = tolerant_loader(0.1, processes)
     images = EvaluationImages(samples, Decoder(ToTensor(), label_of), 0, 1)
-    seen = [int(n) for _, found in images.batches(4, loader) for n in found]
+    seen = [int(n) for _, labels in images.iter_batches(4, loader) for n in labels]
     assert sorted(seen) == [n for n in range(40) if n not in (3, 17, 39)]
-    assert len(said) == len(loader.broken) == 3
-    assert any(f"{tmp_path}/0.tar: sample '0000003' is no readable image" in sentence for sentence in said)
-    assert any(f"{tmp_path}/1.tar: sample '0000017' is no readable image" in sentence for sentence in said)
+    assert len(messages) == len(loader.broken_samples) == 3
+    assert any(f"{tmp_path}/0.tar: sample '0000003' is no readable image" in sentence for sentence in messages)
+    assert any(f"{tmp_path}/1.tar: sample '0000017' is no readable image" in sentence for sentence in messages)
 
 
 @pytest.mark.parametrize("processes", [0, 2])
 def test_too_many_broken_samples_end_the_stream_by_name(tmp_path: Path, processes: int) -> None:
-    samples = with_broken(tmp_path, {3: b"no image", 17: b"nor this"})
+    samples = write_samples(tmp_path, {3: b"no image", 17: b"nor this"})
     images = EvaluationImages(samples, Decoder(ToTensor(), label_of), 0, 1)
-    with pytest.raises(
-        InputError, match=r"^.*\.tar: sample '00000\d\d' is no readable image .* found 2 such samples of 40"
-    ):
-        list(images.batches(4, bearing(0.04, processes)[0]))
-    assert len([n for _, found in images.batches(4, bearing(0.05, processes)[0]) for n in found]) == 38
+    with refused(ErrorCode.BROKEN_SAMPLES, "compute.max_broken_share") as error:
+        list(images.iter_batches(4, tolerant_loader(0.04, processes)[0]))
+    assert re.match(r".*\.tar: sample '00000\d\d' is no readable image .* found 2 such samples of 40", str(error.value))
+    assert len([n for _, labels in images.iter_batches(4, tolerant_loader(0.05, processes)[0]) for n in labels]) == 38
 
 
 def test_a_decompression_bomb_is_a_broken_sample(tmp_path: Path) -> None:
-    images = EvaluationImages(with_broken(tmp_path, {0: bomb()}), Decoder(ToTensor(), label_of), 0, 1)
-    loader, said = bearing(0.1)
-    assert len([n for _, found in images.batches(4, loader) for n in found]) == 39
-    assert "decompression bomb" in said[0]
+    images = EvaluationImages(write_samples(tmp_path, {0: bomb()}), Decoder(ToTensor(), label_of), 0, 1)
+    loader, messages = tolerant_loader(0.1)
+    assert len([n for _, labels in images.iter_batches(4, loader) for n in labels]) == 39
+    assert "decompression bomb" in messages[0]
 
 
 @pytest.mark.parametrize("remote", [False, True])
-def test_while_training_another_sample_stands_in_whoever_reads(tmp_path: Path, remote: bool) -> None:
-    whole = open_samples([str(with_broken(tmp_path / "whole", {}).files[0].parent)])
-    place = tmp_path / "part"
-    with_broken(place, {3: b"no image", 17: b"nor this"})
-    samples = open_samples([f"file://{place}/{{0..2}}.tar" if remote else str(place)])
+def test_the_substitute_of_a_broken_sample_does_not_depend_on_workers(
+    tmp_path: Path, remote: bool
+) -> None:
+    whole = open_samples([str(write_samples(tmp_path / "whole", {}).files[0].parent)])
+    folder = tmp_path / "part"
+    write_samples(folder, {3: b"no image", 17: b"nor this"})
+    samples = open_samples([f"file://{folder}/{{0..2}}.tar" if remote else str(folder)])
 
-    def read(own: range, processes: int = 0, first_step: int = 0, count: int = 10) -> Batches:
-        images = TrainingImages(samples, Decoder(AUGMENT, label_of), 3, 6, own, first_step)
-        return list(islice(images.batches(bearing(0.9, processes)[0]), count))
+    def read(rank_indices: range, processes: int = 0, first_step: int = 0, count: int = 10) -> Batches:
+        images = TrainingImages(samples, Decoder(AUGMENT, label_of), 3, 6, rank_indices, first_step)
+        return list(islice(images.iter_batches(tolerant_loader(0.9, processes)[0]), count))
 
-    alone = read(range(6))
-    assert all(images.shape == (6, 3, 8, 8) for images, _ in alone)
-    labels = {int(n) for _, found in alone for n in found}
+    single = read(range(6))
+    assert all(images.shape == (6, 3, 8, 8) for images, _ in single)
+    labels = {int(n) for _, labels in single for n in found}
     assert labels.isdisjoint({3, 17})
-    assert same(read(range(6), processes=2), alone)
-    assert same(read(range(6), first_step=4, count=6), alone[4:])
+    assert same(read(range(6), processes=2), single)
+    assert same(read(range(6), first_step=4, count=6), single[4:])
     first, second = read(range(0, 2)), read(range(2, 6))
-    assert same([(torch.cat([a, c]), torch.cat([b, d])) for (a, b), (c, d) in zip(first, second, strict=True)], alone)
+    assert same([(torch.cat([a, c]), torch.cat([b, d])) for (a, b), (c, d) in zip(first, second, strict=True)], single)
     if not remote:  # the others are where they would be if nothing were broken
-        intact = TrainingImages(whole, Decoder(AUGMENT, label_of), 3, 6, range(6)).batches(bearing(0.0)[0])
-        for (_, found), (_, expected) in zip(alone, intact, strict=False):
+        intact = TrainingImages(whole, Decoder(AUGMENT, label_of), 3, 6, range(6)).iter_batches(tolerant_loader(0.0)[0])
+        for (_, found), (_, expected) in zip(single, intact, strict=False):
             assert all(a == b or b in (3, 17) for a, b in zip(found.tolist(), expected.tolist(), strict=True))
 
 
-def test_a_stream_whose_first_sample_is_broken_has_stand_ins(tmp_path: Path) -> None:
-    with_broken(tmp_path, {})
+def test_a_stream_whose_first_sample_is_broken_has_substitutes(tmp_path: Path) -> None:
+    write_samples(tmp_path, {})
     urls = [f"file://{tmp_path}/{{0..2}}.tar"]
     first = next(open_samples(urls).iter_positions([0], 3))(0)
-    with_broken(tmp_path, {int(first.label or b""): b"no image"})
+    write_samples(tmp_path, {int(first.label or b""): b"no image"})
     images = TrainingImages(open_samples(urls), Decoder(AUGMENT, label_of), 3, 6, range(6))
-    loader, said = bearing(0.05)
-    found = list(islice(images.batches(loader), 20))
-    assert len(said) == 1
+    loader, messages = tolerant_loader(0.05)
+    found = list(islice(images.iter_batches(loader), 20))
+    assert len(messages) == 1
     assert all(len(labels) == 6 for _, labels in found)
 
 
-def test_a_broken_training_sample_is_said_once(tmp_path: Path) -> None:
-    loader, said = bearing(0.1)
-    images = TrainingImages(with_broken(tmp_path, {3: b"no image"}), Decoder(AUGMENT, label_of), 3, 6, range(6))
-    list(islice(images.batches(loader), 40))  # six epochs
-    assert said == [f"skipped {sentence}" for sentence in loader.broken]
-    assert [sentence.partition(": ")[2] for sentence in loader.broken] == [
+def test_a_broken_training_sample_is_reported_once(tmp_path: Path) -> None:
+    loader, messages = tolerant_loader(0.1)
+    images = TrainingImages(write_samples(tmp_path, {3: b"no image"}), Decoder(AUGMENT, label_of), 3, 6, range(6))
+    list(islice(images.iter_batches(loader), 40))  # six epochs
+    assert messages == [f"skipped {sentence}" for sentence in loader.broken_samples]
+    assert [sentence.partition(": ")[2] for sentence in loader.broken_samples] == [
         "sample '0000003' is no readable image (found 8 bytes of no known format)"
     ]
 
 
-def test_training_bears_a_share_of_the_set(tmp_path: Path) -> None:
-    samples = with_broken(tmp_path, dict.fromkeys(range(3), b"no image"), count=20)
-    for share, refused in ((0.15, False), (0.14, True)):
-        read = TrainingImages(samples, Decoder(AUGMENT, label_of), 3, 6, range(6)).batches(bearing(share)[0])
-        if refused:
-            with pytest.raises(InputError, match=r"found 3 such samples of 20, expected at most a share of 0\.14"):
+def test_training_accepts_a_share_of_broken_samples(tmp_path: Path) -> None:
+    samples = write_samples(tmp_path, dict.fromkeys(range(3), b"no image"), count=20)
+    for share, is_refused in ((0.15, False), (0.14, True)):
+        read = TrainingImages(samples, Decoder(AUGMENT, label_of), 3, 6, range(6)).iter_batches(
+            tolerant_loader(share)[0]
+        )
+        if is_refused:
+            with refused(ErrorCode.BROKEN_SAMPLES, "compute.max_broken_share") as error:
                 list(islice(read, 8))
+            assert "found 3 such samples of 20, expected at most a share of 0.14" in str(error.value)
         else:
             assert len(list(islice(read, 8))) == 8
 
 
 def test_a_set_with_nothing_usable_ends(tmp_path: Path) -> None:
-    samples = with_broken(tmp_path, dict.fromkeys(range(3), b"no image"), count=3)
+    samples = write_samples(tmp_path, dict.fromkeys(range(3), b"no image"), count=3)
     images = TrainingImages(samples, Decoder(AUGMENT, label_of), 3, 2, range(2))
-    with pytest.raises(InputError, match="found no usable sample in 8 attempts"):
-        next(images.batches(bearing(0.99)[0]))
+    with refused(ErrorCode.BROKEN_SAMPLES):
+        next(images.iter_batches(tolerant_loader(0.99)[0]))
 
 
 def test_a_single_sample_is_an_endless_stream(tmp_path: Path) -> None:
-    images = TrainingImages(with_broken(tmp_path, {}, count=1), Decoder(AUGMENT, label_of), 3, 4, range(4))
-    found = list(islice(images.batches(Loader(torch.device("cpu"))), 3))
+    images = TrainingImages(write_samples(tmp_path, {}, count=1), Decoder(AUGMENT, label_of), 3, 4, range(4))
+    found = list(islice(images.iter_batches(Loader(torch.device("cpu"))), 3))
     assert [labels.tolist() for _, labels in found] == [[0] * 4] * 3
 
 
@@ -267,56 +275,57 @@ class CountingDecode(Decoder):
 
     decoded: ClassVar[list[str]] = []
 
-    def read(self, sample: Sample) -> tuple[Image.Image, Label]:
+    def load_image(self, sample: Sample) -> Image.Image:
         self.decoded.append(sample.key)
-        return super().read(sample)
+        return super().load_image(sample)
 
 
-@pytest.mark.parametrize(("keep_bytes", "decoded"), [(10**6, 10), (5 * 4 * 16 * 16, 5 + 5 * 6), (0, 60)])
+@pytest.mark.parametrize(("cache_bytes", "decoded"), [(10**6, 10), (5 * 4 * 16 * 16, 5 + 5 * 6), (0, 60)])
 def test_images_are_decoded_once_within_the_budget(
-    samples: IndexedSamples, keep_bytes: int, decoded: int, monkeypatch: pytest.MonkeyPatch
+    samples: IndexedSamples, cache_bytes: int, decoded: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("zscl.data.loader._decoded", DecodedImages())  # nothing that other tests still read
+    monkeypatch.setattr("zscl.data.loader._image_cache", DecodedImageCache())  # nothing that other tests still read
     CountingDecode.decoded.clear()
-    kept = TrainingImages(samples, CountingDecode(AUGMENT, label_of), 3, 6, range(6), keep_bytes=keep_bytes)
-    found = list(islice(kept.batches(Loader(torch.device("cpu"))), 10))  # six epochs of ten images
+    images = TrainingImages(samples, CountingDecode(AUGMENT, label_of), 3, 6, range(6), cache_bytes=cache_bytes)
+    found = list(islice(images.iter_batches(Loader(torch.device("cpu"))), 10))  # six epochs of ten images
     assert len(CountingDecode.decoded) == decoded
     assert same(found, batches(samples, range(6), count=10))
 
 
-@pytest.mark.parametrize(("share", "refused"), [(0.15, False), (0.13, True)])
+@pytest.mark.parametrize(("share", "is_refused"), [(0.15, False), (0.13, True)])
 def test_a_set_of_unknown_size_is_judged_by_what_was_drawn_so_far(
-    share: float, refused: bool, monkeypatch: pytest.MonkeyPatch
+    share: float, is_refused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One of seven: 0.14 of them."""
-    monkeypatch.setattr("zscl.data.loader.FEW", 0)
+    monkeypatch.setattr("zscl.data.loader.MIN_SAMPLES_FOR_SHARE", 0)
     image = (torch.zeros(3, 8, 8), 0)
     loader = Loader(torch.device("cpu"), max_broken_share=share)
     read = loader(
         BatchedDataset(lambda: iter([image, image, image, image, "one is broken", image, image]), 3), total=None
     )
     next(read)
-    if refused:
-        with pytest.raises(InputError, match="one is broken; found 1 such samples of 7, expected at most a share"):
+    if is_refused:
+        with refused(ErrorCode.BROKEN_SAMPLES, "compute.max_broken_share") as error:
             next(read)
+        assert "one is broken; found 1 such samples of 7" in str(error.value)
     else:
         assert len(next(read)[0]) == 3
 
 
-@pytest.mark.parametrize("labels_stay", [False, True])
-def test_batches_go_where_they_are_wanted(samples: IndexedSamples, labels_stay: bool) -> None:
-    loader = Loader(torch.device("meta"), labels_stay=labels_stay)
-    images, labels = next(EvaluationImages(samples, Decoder(AUGMENT, label_of), 0, 1).batches(4, loader))
+@pytest.mark.parametrize("labels_on_cpu", [False, True])
+def test_batches_are_on_the_device_and_labels_where_requested(samples: IndexedSamples, labels_on_cpu: bool) -> None:
+    loader = Loader(torch.device("meta"), labels_on_cpu=labels_on_cpu)
+    images, labels = next(EvaluationImages(samples, Decoder(AUGMENT, label_of), 0, 1).iter_batches(4, loader))
     assert images.is_meta
-    assert labels.is_meta != labels_stay
+    assert labels.is_meta != labels_on_cpu
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF"])
 @pytest.mark.parametrize("mode", ["L", "P", "RGB"])
-def test_what_shards_hold_is_decoded_as_rgb_and_nothing_else_is(form: str, mode: str) -> None:
+def test_only_known_formats_are_decoded_and_as_rgb(form: str, mode: str) -> None:
     encoded = io.BytesIO()
     Image.new(mode if form != "JPEG" or mode != "P" else "L", (4, 4), 7).save(encoded, form)
-    if form in FORMATS:
+    if form in IMAGE_FORMATS:
         assert decode_image(encoded.getvalue()).mode == "RGB"
     else:
         with pytest.raises(UnidentifiedImageError):
@@ -324,13 +333,15 @@ def test_what_shards_hold_is_decoded_as_rgb_and_nothing_else_is(form: str, mode:
 
 
 def test_an_image_may_be_long_to_a_limit() -> None:
-    for length, fits in ((LONGEST_SIDES, True), (LONGEST_SIDES + 1, False)):
+    for length, fits in ((MAX_ASPECT_RATIO, True), (MAX_ASPECT_RATIO + 1, False)):
         encoded = io.BytesIO()
         Image.new("L", (length, 1)).save(encoded, "PNG")
         if fits:
             assert decode_image(encoded.getvalue()).size == (length, 1)
         else:
-            with pytest.raises(ValueError, match=rf"found {length} x 1 pixels, expected no side over {LONGEST_SIDES}"):
+            with pytest.raises(
+                ValueError, match=rf"found {length} x 1 pixels, expected no side over {MAX_ASPECT_RATIO}"
+            ):
                 decode_image(encoded.getvalue())
 
 
@@ -341,7 +352,7 @@ def test_a_batch_that_only_skips_has_no_image() -> None:
 
 def test_evaluation_comes_in_batches(samples: IndexedSamples) -> None:
     images = EvaluationImages(samples, Decoder(ToTensor(), label_of), 0, 1)
-    assert [len(labels) for _, labels in images.batches(4, Loader(torch.device("cpu")))] == [4, 4, 2]
+    assert [len(labels) for _, labels in images.iter_batches(4, Loader(torch.device("cpu")))] == [4, 4, 2]
 
 
 @pytest.mark.parametrize("form", ["PNG", "PPM"])
@@ -362,60 +373,62 @@ def test_pixels_of_floating_point_are_refused() -> None:
 
 def test_loader_processes_may_be_started_in_any_way(tasks: list[str], clip: Clip) -> None:
     """Spawned and served ones get what they read as a pickle."""
-    task = opened(tasks[0])
-    decode = Decoder(clip.train_transform, task.label_of)
+    task = open_task(tasks[0])
+    decode = Decoder(clip.train_transform, task.get_label)
     for items in (
         TrainingImages(task.train, decode, 3, 6, range(6)),
         TrainingImages(NoiseSamples((8, 8)), Decoder(clip.evaluation_transform, Sample.identity), 3, 6, range(6)),
-        EvaluationImages(task.test, Decoder(clip.evaluation_transform, task.label_and_index_of), 0, 1),
+        EvaluationImages(task.test, Decoder(clip.evaluation_transform, task.get_label_and_index), 0, 1),
     ):
         images, *_ = next(pickle.loads(pickle.dumps(BatchedDataset(items, 6, items.count)))())
         assert len(images) == 6
 
 
 def test_a_part_of_a_set_is_judged_by_its_own_size(tmp_path: Path) -> None:
-    part = with_broken(tmp_path, {3: b"no image"}).subset(range(10)).reindexed()
+    part = write_samples(tmp_path, {3: b"no image"}).subset(range(10)).reindexed()
     for images in (
-        EvaluationImages(part, Decoder(ToTensor(), label_of), 0, 1).batches(4, bearing(0.05)[0]),
-        TrainingImages(part, Decoder(AUGMENT, label_of), 3, 6, range(6)).batches(bearing(0.05)[0]),
+        EvaluationImages(part, Decoder(ToTensor(), label_of), 0, 1).iter_batches(4, tolerant_loader(0.05)[0]),
+        TrainingImages(part, Decoder(AUGMENT, label_of), 3, 6, range(6)).iter_batches(tolerant_loader(0.05)[0]),
     ):
-        with pytest.raises(InputError, match=r"found 1 such samples of 10, expected at most a share of 0\.05"):
+        with refused(ErrorCode.BROKEN_SAMPLES, "compute.max_broken_share") as error:
             list(islice(images, 8))
+        assert "found 1 such samples of 10," in str(error.value)
 
 
 @pytest.mark.parametrize("training", [False, True])
 def test_a_small_stream_is_judged_by_its_own_size(training: bool, tmp_path: Path) -> None:
-    with_broken(tmp_path, {3: b"no image", 20: b"nor this"})
+    write_samples(tmp_path, {3: b"no image", 20: b"nor this"})
     samples = open_samples([f"file://{tmp_path}/{{0..2}}.tar"])
-    loader, _ = bearing(0.04)
+    loader, _ = tolerant_loader(0.04)
     if training:
-        batches = islice(TrainingImages(samples, Decoder(AUGMENT, label_of), 3, 6, range(6)).batches(loader), 14)
+        batches = islice(TrainingImages(samples, Decoder(AUGMENT, label_of), 3, 6, range(6)).iter_batches(loader), 14)
     else:
-        batches = EvaluationImages(samples, Decoder(ToTensor(), label_of), 0, 1).batches(4, loader)
-    with pytest.raises(InputError, match=r"found 2 such samples of 40, expected at most a share of 0\.04"):
+        batches = EvaluationImages(samples, Decoder(ToTensor(), label_of), 0, 1).iter_batches(4, loader)
+    with refused(ErrorCode.BROKEN_SAMPLES, "compute.max_broken_share") as error:
         read_all(batches, loader)
+    assert "found 2 such samples of 40," in str(error.value)
 
 
 def read_all(batches: Iterator[tuple[torch.Tensor, torch.Tensor]], loader: Loader) -> None:
     list(batches)
-    loader.check_over_workers()
+    loader.check_broken_across_ranks()
 
 
 def read_a_part(rank: int, port: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    loader = bearing(0.04)[0]
+    loader = tolerant_loader(0.04)[0]
     images = EvaluationImages(open_samples([str(folder)]), Decoder(ToTensor(), label_of), rank, 2)
-    said = f"{len([n for _, labels in images.batches(4, loader) for n in labels])} images"
+    result = f"{len([n for _, labels in images.iter_batches(4, loader) for n in labels])} images"
     try:
-        loader.check_over_workers()
+        loader.check_broken_across_ranks()
     except InputError as error:
-        said += f"; {error}"
-    (folder / f"{rank}.txt").write_text(said)
+        result += f"; {error}"
+    (folder / f"{rank}.txt").write_text(result)
     dist.destroy_process_group()
 
 
 def test_two_workers_refuse_what_one_refuses(tmp_path: Path) -> None:
-    with_broken(tmp_path, {2: b"no image", 3: b"nor this"})
+    write_samples(tmp_path, {2: b"no image", 3: b"nor this"})
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -427,8 +440,9 @@ def test_two_workers_refuse_what_one_refuses(tmp_path: Path) -> None:
 
 
 def test_what_was_broken_before_an_interruption_counts(tmp_path: Path) -> None:
-    samples = with_broken(tmp_path, {3: b"no image"})
-    loader, _ = bearing(0.03)
-    loader.resumed.append(["another sample"])
-    with pytest.raises(InputError, match="found 2 such samples of 40"):
-        list(EvaluationImages(samples, Decoder(ToTensor(), label_of), 0, 1).batches(4, loader))
+    samples = write_samples(tmp_path, {3: b"no image"})
+    loader, _ = tolerant_loader(0.03)
+    loader.restored_broken_samples.append(["another sample"])
+    with refused(ErrorCode.BROKEN_SAMPLES, "compute.max_broken_share") as error:
+        list(EvaluationImages(samples, Decoder(ToTensor(), label_of), 0, 1).iter_batches(4, loader))
+    assert "found 2 such samples of 40" in str(error.value)

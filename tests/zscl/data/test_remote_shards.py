@@ -23,7 +23,7 @@ def test_shards_on_s3_are_what_they_are_here(bucket: Any, tasks: list[str], tmp_
         streamed = open_samples([location])
         assert isinstance(streamed, StreamedSamples)
         assert [sample.image for sample in streamed.iter_shard(0, 1)] == local
-        copied = open_samples([location], cache=str(tmp_path))
+        copied = open_samples([location], shard_cache=str(tmp_path))
         assert isinstance(copied, IndexedSamples)
         assert [sample.image for sample in copied.iter_shard(0, 1)] == local
 

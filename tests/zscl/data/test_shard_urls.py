@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support.data import coloured, first, labels
+from support.data import coloured_images, fetch_first, sample_labels
 
 from schemas.errors import InputError
 from zscl.data.indexed import IndexedSamples
@@ -39,21 +39,21 @@ def test_a_cache_makes_remote_shards_local_ones_once(shards: list[str], tmp_path
     cached = open_samples(urls, str(cache))
     assert isinstance(cached, IndexedSamples)
     local = open_samples(shards)
-    assert labels(first(cached.iter_positions(range(25), seed=3))) == labels(
-        first(local.iter_positions(range(25), seed=3))
+    assert sample_labels(fetch_first(cached.iter_positions(range(25), seed=3))) == sample_labels(
+        fetch_first(local.iter_positions(range(25), seed=3))
     )
     times = [file.stat().st_mtime_ns for file in sorted(cache.rglob("*.tar"))]
     open_samples(urls, str(cache))
     assert [file.stat().st_mtime_ns for file in sorted(cache.rglob("*.tar"))] == times
     shutil.copy(shards[2], shards[0])  # another size
-    assert labels(open_samples(urls, str(cache)).iter_shard()) == [8, 9, 4, 5, 6, 7, 8, 9]
+    assert sample_labels(open_samples(urls, str(cache)).iter_shard()) == [8, 9, 4, 5, 6, 7, 8, 9]
     with pytest.raises(InputError, match=r"nowhere\.tar: found no readable shard"):
         open_samples([f"file://{tmp_path}/nowhere.tar"], str(cache))
 
 
 def test_remote_globs_are_listed(shards: list[str]) -> None:
     folder = Path(shards[0]).parent
-    assert labels(open_samples([f"file://{folder}/*.tar"]).iter_shard()) == list(range(10))
+    assert sample_labels(open_samples([f"file://{folder}/*.tar"]).iter_shard()) == list(range(10))
     with pytest.raises(InputError, match="found no file of that pattern"):
         open_samples([f"file://{folder}/*.nothing"])
 
@@ -82,14 +82,14 @@ def test_a_name_is_no_pattern_where_a_file_has_it(shards: list[str], tmp_path: P
         folder.mkdir()
         for shard in shards:
             shutil.copy(shard, folder)
-        assert labels(open_samples([str(folder)]).iter_shard(0, 1)) == list(range(10))
-        assert labels(open_samples([f"{folder}/0.tar"]).iter_shard(0, 1)) == [0, 1, 2, 3]
+        assert sample_labels(open_samples([str(folder)]).iter_shard(0, 1)) == list(range(10))
+        assert sample_labels(open_samples([f"{folder}/0.tar"]).iter_shard(0, 1)) == [0, 1, 2, 3]
     shutil.copy(shards[0], tmp_path / "[1]{2}.TAR")
-    assert labels(open_samples([f"{tmp_path}/[1]{{2}}.TAR"]).iter_shard(0, 1)) == [0, 1, 2, 3]
+    assert sample_labels(open_samples([f"{tmp_path}/[1]{{2}}.TAR"]).iter_shard(0, 1)) == [0, 1, 2, 3]
 
 
 def test_linked_folders_are_followed_and_do_not_go_round(tmp_path: Path) -> None:
-    images = [image for image, _ in coloured(2, 0)]
+    images = [image for image, _ in coloured_images(2, 0)]
     (tmp_path / "far/away").mkdir(parents=True)
     (tmp_path / "far/away/1.png").write_bytes(images[1])
     (tmp_path / "here").mkdir()
@@ -104,11 +104,11 @@ def test_a_pattern_may_mean_folders_too(shards: list[str], tmp_path: Path) -> No
         (tmp_path / "sets" / name).mkdir(parents=True)
         shutil.copy(shard, tmp_path / "sets" / name)
     (tmp_path / "sets/.DS_Store").write_bytes(b"x")
-    assert labels(open_samples([f"{tmp_path}/sets/*"]).iter_shard(0, 1)) == list(range(8))
+    assert sample_labels(open_samples([f"{tmp_path}/sets/*"]).iter_shard(0, 1)) == list(range(8))
 
 
 def test_loose_files_that_look_like_images_are_named(tmp_path: Path) -> None:
-    image = next(coloured(1, 0))[0]
+    image = next(coloured_images(1, 0))[0]
     for name in ("0.png", "1.tif", "2.BMP", "3.heic", "plain", "4.JPG", "notes.md", "LICENSE", "x.json"):
         (tmp_path / name).write_bytes(b"words" if name in ("LICENSE", "notes.md") else image)
     for name in ("Thumbs.db", "desktop.ini", "._0.png", ".DS_Store"):
@@ -117,7 +117,7 @@ def test_loose_files_that_look_like_images_are_named(tmp_path: Path) -> None:
     samples = open_samples([str(tmp_path)])
     assert isinstance(samples, IndexedSamples)
     assert [sample.key for sample in samples.iter_shard()] == ["0", "1", "2", "3", "4", "gone", "plain"]
-    assert [(sample.key, sample.fault.reason) for sample in samples.faulty() if sample.fault] == [
+    assert [(sample.key, sample.fault.reason) for sample in samples.faulty_samples() if sample.fault] == [
         ("1", "unsupported image format"), ("2", "unsupported image format"), ("3", "unsupported image format"),
         ("gone", "link"), ("plain", "unsupported image format"),
     ]  # fmt: skip

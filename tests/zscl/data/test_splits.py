@@ -126,7 +126,7 @@ def test_a_few_of_some_classes_and_of_those_not_held_out(experiment: Make, tasks
     drawn = samples(opened.train)
     assert Counter(sample.label for sample in drawn) == {b"1": 3, b"3": 3}
     assert {sample.key for sample in drawn} <= {sample.key for sample in samples(kept.train)}
-    assert [opened.label_of(sample) for sample in drawn if sample.label == b"3"] == [0, 0, 0]
+    assert [opened.get_label(sample) for sample in drawn if sample.label == b"3"] == [0, 0, 0]
 
 
 def odd_task(folder: Path) -> Path:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import webdataset
-from support.data import coloured, write_tar
+from support.data import coloured_images, write_tar
 
 from schemas.errors import InputError
 from zscl.data.indexed import IndexedSamples
@@ -21,7 +21,7 @@ from zscl.data.tar import write_shards
 
 
 def test_only_images_labels_and_texts_are_read(tmp_path: Path) -> None:
-    image = next(coloured(1, 0))[0]
+    image = next(coloured_images(1, 0))[0]
     write_shards(
         tmp_path, [{"pkl": b"cos\nsystem\n(S'touch stolen'\ntR."}, {"png": image, "pth": b"x", "cls": b"0"}], 9
     )
@@ -31,7 +31,7 @@ def test_only_images_labels_and_texts_are_read(tmp_path: Path) -> None:
     assert foreign.fault is not None  # it is counted, and not read
 
 
-IMAGE = next(coloured(1, 0))[0]
+IMAGE = next(coloured_images(1, 0))[0]
 WHOLE = [("w.png", IMAGE), ("w.cls", b"0")]
 
 
@@ -272,7 +272,7 @@ def test_members_under_a_longer_name_are_side_data_of_their_sample(
         f"{folder}x": (IMAGE, b"0", b"a dog", None),
         "z": (IMAGE, None, None, None),
     }
-    assert list(samples.texts()) == ["a dog"]
+    assert list(samples.iter_texts()) == ["a dog"]
 
 
 @pytest.mark.parametrize("remote", [False, True])
@@ -301,5 +301,5 @@ def test_what_belongs_to_no_image_is_counted_and_gives_no_text(tmp_path: Path, n
     samples = open_samples([f"file://{tmp_path}/0.tar" if remote else f"{tmp_path}/0.tar"])
     [lone] = [sample for sample in samples.iter_shard(0, 1) if sample.fault]
     assert lone.key == name.rpartition(".")[0]
-    assert "no image member" in str(lone.error())
-    assert list(samples.texts()) == ["a dog"]
+    assert "no image member" in str(lone.as_error())
+    assert list(samples.iter_texts()) == ["a dog"]

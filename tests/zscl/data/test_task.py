@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support.data import coloured, make_task, opened
+from support.data import coloured_images, make_task, open_task
 
 from schemas.data import Reference, Task
 from schemas.errors import InputError
@@ -16,19 +16,19 @@ from zscl.datasets.task_writer import write_task
 
 def test_names_a_sample_without_a_label(tmp_path: Path) -> None:
     folder = make_task(tmp_path / "task", seed=0)
-    write_shards(folder / "test", ({"png": image} for image, _ in coloured(3, 0)), 9)
+    write_shards(folder / "test", ({"png": image} for image, _ in coloured_images(3, 0)), 9)
     (folder / "test/nshards.txt").write_text("1\n")
     with pytest.raises(InputError, match=r"test/0\.tar: sample '0000000' has no \.cls member, expected its label"):
-        opened(folder).check()
+        open_task(folder).check()
 
 
 def test_the_digest_follows_the_prompts_and_the_shards(tmp_path: Path) -> None:
     folder = make_task(tmp_path / "task", seed=0)
-    before = opened(folder).digest
+    before = open_task(folder).digest
     (folder / "classnames.txt").write_text("red\ngreen\nblue\namber\n")
-    renamed = opened(folder).digest
+    renamed = open_task(folder).digest
     (folder / "zscl.json").unlink()
-    by_size = opened(folder).digest
+    by_size = open_task(folder).digest
     assert len({before, renamed, by_size}) == 3
 
 
@@ -64,7 +64,7 @@ def break_(folder: Path, how: str) -> None:
 
 
 def look_at(folder: Path) -> str:
-    task = opened(folder)
+    task = open_task(folder)
     task.check()
     return task.digest
 
@@ -96,7 +96,7 @@ def test_names_what_is_wrong(tmp_path: Path, how: str, sentence: str) -> None:
 
 def captioned(folder: Path, captions: bool) -> str:
     samples = [
-        {"png": image} | ({"txt": f"caption {label}".encode()} if captions else {}) for image, label in coloured(6, 0)
+        {"png": image} | ({"txt": f"caption {label}".encode()} if captions else {}) for image, label in coloured_images(6, 0)
     ]
     write_shards(folder, samples, 4)
     return str(folder)
@@ -115,15 +115,15 @@ def test_texts_come_from_members_a_file_or_captions_txt(tmp_path: Path) -> None:
 
 def test_without_a_manifest_the_labels_count(tmp_path: Path) -> None:
     folders = [make_task(tmp_path / place / "task", seed=0) for place in ("a", "b")]
-    image = list(coloured(24, 0))
+    image = list(coloured_images(24, 0))
     turned = [(png, (label + 1) % 4) for png, label in image]
     write_task(
         folders[1], ["red", "green", "blue", "yellow"], ["a task square of {c}", "some {c}"],
-        {"train": turned, "test": coloured(10, 1)}, suffix="png", source="made by a test", shard_images=9,
+        {"train": turned, "test": coloured_images(10, 1)}, suffix="png", source="made by a test", shard_images=9,
     )  # fmt: skip
     for folder in folders:
         (folder / "zscl.json").unlink()
-    assert opened(folders[0]).digest != opened(folders[1]).digest
+    assert open_task(folders[0]).digest != open_task(folders[1]).digest
 
 
 @pytest.mark.parametrize("path", ["nowhere://bucket/task", "s3://bucket/task"])
@@ -141,11 +141,11 @@ def test_only_a_newline_ends_a_class_name(tmp_path: Path) -> None:
     folder = make_task(tmp_path / "task", seed=0)
     names = ["r\u2028ed", "gr\x85een", "bl\x0bu\x0ce", "yel\x1clow"]
     (folder / "classnames.txt").write_bytes(("\ufeff" + "\r\n".join(names) + "\r\n\r\n").encode())
-    assert opened(folder).classnames == tuple(names)
+    assert open_task(folder).classnames == tuple(names)
     for content, found in (
         (b"red\0\ngreen\n", "a NUL byte on line 1"),
         (b"red\ngr\reen\n", "a carriage return .*line 2"),
     ):
         (folder / "classnames.txt").write_bytes(content)
         with pytest.raises(InputError, match=rf"classnames\.txt: found {found}"):
-            opened(folder)
+            open_task(folder)

@@ -16,7 +16,7 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
-from support.data import TINY_MODEL, coloured, make_task
+from support.data import TINY_MODEL, coloured_images, make_task
 
 from schemas.data import Task
 from schemas.errors import InputError
@@ -28,7 +28,7 @@ from zscl.data.shard_urls import open_samples
 from zscl.data.streaming import StreamedSamples
 from zscl.data.task import TaskFolder
 from zscl.methods.distillation_texts import embed_texts
-from zscl.methods.teacher_cache import FeatureStore, open_feature_store
+from zscl.methods.teacher_cache import FeatureCache, open_feature_cache
 from zscl.models.clip import load_clip, weights_digest
 from zscl.sequence.resolve import resolve
 from zscl.sequence.run import run_sequence
@@ -197,8 +197,8 @@ def test_a_pickle_in_the_store_of_image_features_is_made_again(
     clip, images = load_clip(Model(name=tiny_model)), open_samples([f"{tasks[0]}/train"])
     assert isinstance(images, IndexedSamples)
 
-    def store() -> FeatureStore | None:
-        return open_feature_store(tmp_path / "teacher", clip, "weights", "fp32", images, 16, lambda note: None)
+    def store() -> FeatureCache | None:
+        return open_feature_cache(tmp_path / "teacher", clip, "weights", "fp32", images, 16, lambda note: None)
 
     first = store()
     assert first is not None
@@ -206,7 +206,7 @@ def test_a_pickle_in_the_store_of_image_features_is_made_again(
     (first.folder / name).write_bytes(pickled(evil, way))
     again = store()
     assert again is not None
-    assert again.missing() == list(range(len(images)))
+    assert again.missing_indices() == list(range(len(images)))
 
 
 @pytest.fixture
@@ -214,7 +214,7 @@ def poisoned(evil: Evil, tmp_path: Path) -> Path:
     """A task of six samples in whose shards pickles lie: in the place of an image, a label, a text; and beside them."""
     folder = make_task(tmp_path / "task", seed=0, train=6, test=6, shard_images=6)
     (folder / "zscl.json").unlink()
-    images = [image for image, _ in coloured(6, 0)]
+    images = [image for image, _ in coloured_images(6, 0)]
     evils = [pickled(evil, way) for way in WAYS]
     samples: list[dict[str, bytes]] = [
         {"png": images[0], "cls": b"0", "txt": b"one"},
@@ -244,7 +244,7 @@ def test_pickles_in_shards_are_broken_samples_or_passed_over(poisoned: Path, tmp
     location = {"local": str(shard), "memory": "memory://poisoned/0.tar"}.get(where, f"file://{shard}")
     samples = open_samples([location], str(tmp_path / "cache") if where == "cached" else None)
     assert isinstance(samples, StreamedSamples if where in ("file", "memory") else IndexedSamples)
-    decode = Decoder(lambda image: torch.tensor(image.size), task.label_of)
+    decode = Decoder(lambda image: torch.tensor(image.size), task.get_label)
     found = list(EvaluationImages(samples, decode, 0, 1)())
     assert [item[1] for item in found if not isinstance(item, str)] == [0, 0, 1]
     sentences = [item for item in found if isinstance(item, str)]
@@ -253,7 +253,7 @@ def test_pickles_in_shards_are_broken_samples_or_passed_over(poisoned: Path, tmp
     assert "has the label" in sentences[2]
     assert all(len(sentence) < 500 and "0.tar: sample" in sentence for sentence in sentences)
     assert len(list(islice(TrainingImages(samples, decode, 0, 2, range(2))(), 30))) == 30
-    assert "one" in list(samples.texts())
+    assert "one" in list(samples.iter_texts())
 
 
 def test_a_run_on_poisoned_shards_ends_in_a_sentence_or_goes_on_without_them(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.data import coloured
+from support.data import coloured_images
 
 from schemas.data import Reference
 from schemas.errors import InputError
@@ -34,7 +34,7 @@ def test_captions_are_kept_as_they_are(tmp_path: Path) -> None:
     ("content", "sentence"),
     [(None, "found no such file"), (b"\n \n", "found no caption"), ("ü".encode("latin-1"), "found no UTF-8 text")],
 )
-def test_names_what_a_caption_file_lacks(content: bytes | None, sentence: str, tmp_path: Path) -> None:
+def test_an_unusable_caption_file_is_refused(content: bytes | None, sentence: str, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / "captions.tsv").write_bytes(content)
     with pytest.raises(InputError, match=rf"captions\.tsv: {sentence}"):
@@ -44,7 +44,7 @@ def test_names_what_a_caption_file_lacks(content: bytes | None, sentence: str, t
 
 def test_a_tree_of_imagenet_is_a_reference_set(tmp_path: Path) -> None:
     for seed, wnid in enumerate(("n01440764", "n01443537")):
-        for number, (image, _) in enumerate(coloured(3, seed)):
+        for number, (image, _) in enumerate(coloured_images(3, seed)):
             (tmp_path / "train" / wnid).mkdir(parents=True, exist_ok=True)
             (tmp_path / "train" / wnid / f"{wnid}_{number}.JPEG").write_bytes(image)
     (tmp_path / "captions.tsv").write_text("one\thttp://a\ntwo\thttp://b\n")
@@ -117,7 +117,7 @@ def test_the_caption_column_is_found_in_any_format(name: str, content: Any, colu
 def images(place: Path) -> str:
     """A folder with one image."""
     (place / "images").mkdir()
-    (place / "images/1.png").write_bytes(next(coloured(1, 0))[0])
+    (place / "images/1.png").write_bytes(next(coloured_images(1, 0))[0])
     return str(place / "images")
 
 
@@ -206,7 +206,7 @@ def test_a_column_that_is_named_must_be_there(tmp_path: Path) -> None:
         write_captions(tmp_path, tmp_path / "other")
 
 
-def test_captions_beside_images_have_their_column_found(tmp_path: Path) -> None:
+def test_the_column_of_captions_next_to_images_is_detected(tmp_path: Path) -> None:
     place = Path(images(tmp_path))
     (place / "captions.txt").write_text("image,caption\n1_ab.jpg,A child in a dress .\n")
     assert ReferenceSet(Reference.model_validate(str(place))).texts == ["A child in a dress ."]

@@ -1,4 +1,4 @@
-"""Each of the eleven, from a tiny tree in its own format, through the very torchvision class that reads it."""
+"""Each of the eleven tasks, from tiny files in its own format, read by its torchvision class."""
 
 import io
 import json
@@ -11,10 +11,11 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
-from support.data import coloured, opened
+from support.data import coloured_images, open_task
 from support.dataset_trees import TREES, Expected
+from support.errors import refused
 
-from schemas.errors import InputError
+from schemas.errors import ErrorCode
 from zscl.datasets.clip_benchmark import MTIL_COPIES
 from zscl.datasets.mtil import MTIL, classnames_of, prepare, templates_of
 from zscl.datasets.task_writer import LabelledImage, write_task
@@ -51,12 +52,12 @@ def splits_of(expected: Expected) -> Expected:
 def test_converts(task: str, tmp_path: Path, unchecked: None) -> None:
     expected = splits_of(TREES[task](tmp_path / "root"))
     prepared = prepare(task, tmp_path / "out", tmp_path / "root")
-    folder = opened(tmp_path / "out" / task)
+    folder = open_task(tmp_path / "out" / task)
     folder.check()
     count, first = TEMPLATES[task]
     assert (len(folder.templates), folder.templates[0]) == (count, first)
     for split, samples in (("train", folder.train), ("test", folder.test)):
-        found = [(folder.classnames[folder.label_of(sample)], sample.image) for sample in samples.iter_shard(0, 1)]
+        found = [(folder.classnames[folder.get_label(sample)], sample.image) for sample in samples.iter_shard(0, 1)]
         assert [name for name, _ in found] == [name for name, _ in expected[split]]
         if expected[split][0][1] is not None:
             assert found == expected[split]
@@ -85,7 +86,7 @@ def test_arrays_become_png_of_the_same_pixels(tmp_path: Path, unchecked: None) -
     for task, dataset in (("CIFAR100", torchvision.datasets.CIFAR100), ("MNIST", torchvision.datasets.MNIST)):
         TREES[task](tmp_path)
         prepare(task, tmp_path / "out", tmp_path)
-        samples = list(opened(tmp_path / "out" / task).test.iter_shard(0, 1))
+        samples = list(open_task(tmp_path / "out" / task).test.iter_shard(0, 1))
         for sample, (image, _) in zip(samples, dataset(tmp_path, train=False), strict=True):
             assert sample.image.startswith(b"\x89PNG")
             assert np.array_equal(np.array(Image.open(io.BytesIO(sample.image))), np.array(image))
@@ -106,7 +107,7 @@ def test_names_are_those_of_clip_benchmark(task: str, judge: str, tmp_path: Path
     theirs = json.loads((Path(package.__path__[0]) / "en_classnames.json").read_text())[judge]
     TREES[task](tmp_path)
     prepare(task, tmp_path / "out", tmp_path)
-    assert list(opened(tmp_path / "out" / task).classnames) == [name for name in theirs if name != "background"]
+    assert list(open_task(tmp_path / "out" / task).classnames) == [name for name in theirs if name != "background"]
 
 
 def test_templates_are_those_of_clip_benchmark() -> None:
@@ -140,41 +141,47 @@ def copy_without(task: str, root: Path, break_: Callable[[Path], object]) -> Pat
 
 
 @pytest.mark.parametrize(
-    ("task", "break_", "sentence"),
+    ("task", "break_", "code", "content"),
     [
-        ("DTD", lambda root: shutil.rmtree(root / "dtd"), r"--root .*found no folder dtd, expected .*\(DTD\)"),
-        ("DTD", lambda root: next(root.rglob("banded_0042.jpg")).unlink(), r"DTD: cannot read dtd/.*banded_0042\.jpg"),
-        ("DTD", lambda root: shutil.rmtree(root / "dtd/dtd"), r"DTD: torchvision's DTD cannot read .*not found"),
-        ("Food", lambda root: (root / "food-101/meta/test.json").write_text("{"), "Food: torchvision's Food101 cannot"),
-        ("Food", lambda root: (root / "food-101/meta/test.json").write_text('{"pie": []}'), "found other classes in"),
-        ("MNIST", lambda root: (root / "MNIST/raw/t10k-labels-idx1-ubyte").write_bytes(b"\0\0\x08"), "MNIST: torch"),
+        ("DTD", lambda root: shutil.rmtree(root / "dtd"), ErrorCode.NOT_FOUND, "(DTD)"),
+        ("DTD", lambda root: next(root.rglob("banded_0042.jpg")).unlink(), ErrorCode.UNREADABLE, "banded_0042.jpg"),
+        ("DTD", lambda root: shutil.rmtree(root / "dtd/dtd"), ErrorCode.UNREADABLE, "torchvision's DTD"),
+        ("Food", lambda root: (root / "food-101/meta/test.json").write_text("{"), ErrorCode.UNREADABLE, "Food101"),
+        ("Food", lambda root: (root / "food-101/meta/test.json").write_text('{"pie": []}'), ErrorCode.MISMATCH, "Food"),
+        ("MNIST", lambda root: (root / "MNIST/raw/t10k-labels-idx1-ubyte").write_bytes(b"\0\0\x08"),
+         ErrorCode.UNREADABLE, "torchvision's MNIST"),
     ],
 )  # fmt: skip
-def test_names_what_a_copy_lacks(task: str, break_: Callable[[Path], object], sentence: str, tmp_path: Path) -> None:
+def test_a_damaged_copy_is_refused(
+    task: str, break_: Callable[[Path], object], code: ErrorCode, content: str, tmp_path: Path
+) -> None:
     root = copy_without(task, tmp_path / "root", break_)
-    with pytest.raises(InputError, match=sentence) as refused:
+    with refused(code, "--root" if code == ErrorCode.NOT_FOUND else None) as error:
         prepare(task, tmp_path / "out", root)
-    assert "\n" not in str(refused.value)
+    assert content in str(error.value)
+    assert "\n" not in str(error.value)
     assert not list((tmp_path / "out").glob("*"))
 
 
-def test_what_lies_there_is_not_overwritten(tmp_path: Path) -> None:
+def test_existing_folders_are_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "out/DTD").mkdir(parents=True)
     (tmp_path / "out/DTD/mine.txt").write_text("mine")
     TREES["DTD"](tmp_path)
-    with pytest.raises(InputError, match="out/DTD: found something that is no task made by zscl data"):
+    with refused(ErrorCode.MISMATCH) as error:
         prepare("DTD", tmp_path / "out", tmp_path)
+    assert "out/DTD" in str(error.value)
     assert (tmp_path / "out/DTD/mine.txt").read_text() == "mine"
-    copied = [LabelledImage(image, label, f"{label}.png") for image, label in coloured(2, 0)]
+    copied = [LabelledImage(image, label, f"{label}.png") for image, label in coloured_images(2, 0)]
     write_task(
         tmp_path / "copies/DTD", ["a", "b"], ["{c}"], {"train": copied}, source="", split_family="clip-benchmark-wds"
     )
-    with pytest.raises(InputError, match="family 'clip-benchmark-wds', expected 'torchvision' or a new folder"):
+    with refused(ErrorCode.MISMATCH) as error:
         prepare("DTD", tmp_path / "copies", tmp_path)
+    assert "'clip-benchmark-wds', expected 'torchvision'" in str(error.value)
 
 
-def test_downloads_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def download(self: torchvision.datasets.DTD) -> None:  # the network is all that is made up
+def test_a_download_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(self: torchvision.datasets.DTD) -> None:  # only the network is simulated
         if not self._check_exists():
             TREES["DTD"](Path(self.root))
             if broken:
@@ -182,17 +189,19 @@ def test_downloads_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(torchvision.datasets.DTD, "_download", download)
     broken = True
-    with pytest.raises(InputError, match=r"DTD: torchvision's DTD cannot read .*\(connection lost\)"):
+    with refused(ErrorCode.UNREADABLE) as error:
         prepare("DTD", tmp_path / "out", None)
+    assert "(connection lost)" in str(error.value)
     assert not list((tmp_path / "out").rglob("*.jpg"))
     broken = False
     assert prepare("DTD", tmp_path / "out", None).images == {"train": 3, "test": 3}
     assert [place.name for place in (tmp_path / "out").iterdir()] == ["DTD"]
 
 
-def test_says_that_cars_cannot_be_downloaded(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"StanfordCars: torchvision can no longer download it, expected a local copy"):
+def test_cars_cannot_be_downloaded(tmp_path: Path) -> None:
+    with refused(ErrorCode.MISSING_VALUE, "--root") as error:
         prepare("StanfordCars", tmp_path, None)
+    assert "stanford_cars/" in str(error.value)
 
 
 def test_every_task_has_a_copy_and_names() -> None:

@@ -1,4 +1,4 @@
-"""Our evaluation against CLIP_benchmark's, on the same shards and the same stage folder."""
+"""Our evaluation against that of CLIP_benchmark, with the same shards and the same model."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +11,7 @@ from schemas.experiment import Experiment, Model
 from zscl.data.decode import Decoder
 from zscl.data.loader import EvaluationImages, Loader
 from zscl.data.task import TaskFolder
-from zscl.evaluation.zero_shot import class_embeddings
+from zscl.evaluation.zero_shot import embed_task_classes
 from zscl.models.clip import load_clip
 from zscl.sequence.run import run_sequence
 
@@ -26,28 +26,28 @@ CPU = torch.device("cpu")
 def test_clip_benchmark_predicts_the_same_to_the_last_sample(
     experiment: Callable[..., Experiment], tmp_path: Path
 ) -> None:
-    made = experiment()
-    result = run_sequence(made, tmp_path, device=CPU)
+    settings = experiment()
+    result = run_sequence(settings, tmp_path, device=CPU)
     name = f"local-dir:{tmp_path}/stages/2-second/model"
     model, _, transform = open_clip.create_model_and_transforms(name)
     model.eval()
     clip = load_clip(Model(name=name))
     clip.model.eval()
-    for column, task in enumerate(map(TaskFolder.open, made.tasks)):
+    for column, task in enumerate(map(TaskFolder.open, settings.tasks)):
         dataset = build_wds_dataset(task.name, transform, split="test", data_dir=task.path)
-        judged = zero_shot_classifier(
+        weights = zero_shot_classifier(
             model, open_clip.get_tokenizer(name), dataset.classes, dataset.templates, "cpu", amp=False
         )
         logits, labels = run_classification(
-            model, judged, torch.utils.data.DataLoader(dataset, batch_size=4), "cpu", amp=False
+            model, weights, torch.utils.data.DataLoader(dataset, batch_size=4), "cpu", amp=False
         )
         predicted, true = [], []
         with torch.inference_mode():
-            classifier = class_embeddings(clip, task, "all", CPU)
-            images = EvaluationImages(task.test, Decoder(clip.evaluation_transform, task.label_of), 0, 1)
-            for batch, found in images.batches(4, Loader(CPU)):
+            classifier = embed_task_classes(clip, task, "all", CPU)
+            images = EvaluationImages(task.test, Decoder(clip.evaluation_transform, task.get_label), 0, 1)
+            for batch, batch_labels in images.iter_batches(4, Loader(CPU)):
                 predicted.append((clip.model.encode_image(batch, normalize=True) @ classifier.T).argmax(dim=1))  # type: ignore[operator]
-                true.append(found)
+                true.append(batch_labels)
         assert torch.equal(torch.cat(true), labels)
         assert torch.equal(torch.cat(predicted), logits.argmax(dim=1))
         correct = int(logits.argmax(dim=1).eq(labels).sum())

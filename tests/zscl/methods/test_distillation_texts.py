@@ -1,4 +1,4 @@
-"""What is distilled on: texts of any kind, and images of noise."""
+"""Texts that a stage distils on, and noise images."""
 
 import io
 from collections.abc import Callable
@@ -20,19 +20,19 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(
-    ("whose", "names"),
+    ("prompts_of", "names"),
     [("current", ["second"]), ("others", ["first", "third"]), ("all", ["first", "second", "third"])],
 )
-def test_class_prompts_of_any_tasks(experiment: Callable[..., Experiment], whose: str, names: list[str]) -> None:
-    made = experiment()
-    opened, clip = resolve(made), load_clip(made.model)
-    distill = Distill.model_validate({"texts": "class_prompts", "prompts_of": whose})
-    found = distillation_tokens(distill, clip, opened.tasks[1], opened.tasks, None, seed=0)
+def test_class_prompts_of_any_tasks(experiment: Callable[..., Experiment], prompts_of: str, names: list[str]) -> None:
+    settings = experiment()
+    resolved, clip = resolve(settings), load_clip(settings.model)
+    distill = Distill.model_validate({"texts": "class_prompts", "prompts_of": prompts_of})
+    tokens = distillation_tokens(distill, clip, resolved.tasks[1], resolved.tasks, None, seed=0)
     prompts = [f"a {task} square of {name}" for task in names for name in ("red", "green", "blue", "yellow")]
-    assert torch.equal(found, clip.tokenizer(prompts))
+    assert torch.equal(tokens, clip.tokenizer(prompts))
 
 
-def test_noise_is_endless_uniform_and_drawn_from_seed_and_position() -> None:
+def test_noise_is_uniform_and_depends_on_seed_and_position() -> None:
     noise = NoiseSamples((16, 24))
     first, again, other = ([draw(0) for draw in noise.iter_positions([0, 1, 10**9], seed)] for seed in (0, 0, 1))
     assert [sample.image for sample in first] == [sample.image for sample in again]
@@ -45,10 +45,10 @@ def test_noise_is_endless_uniform_and_drawn_from_seed_and_position() -> None:
 
 
 def test_a_stage_distils_on_noise(experiment: Callable[..., Experiment]) -> None:
-    made = experiment(method={"preset": "zscl", "distill": {"images": "noise"}})
-    opened, clip = resolve(made), load_clip(made.model)
+    settings = experiment(method={"preset": "zscl", "distill": {"images": "noise"}})
+    resolved, clip = resolve(settings), load_clip(settings.model)
     noise = NoiseSamples(image_size(clip.model))
-    batches = training_batches(made, 1, opened.tasks[0], clip, noise, Loader(CPU))
+    batches = training_batches(settings, 1, resolved.tasks[0], clip, noise, Loader(CPU))
     one, two = next(batches), next(batches)
     assert one.references is not None
     assert one.references.shape == (5, 3, 16, 16)

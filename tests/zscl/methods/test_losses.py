@@ -1,4 +1,4 @@
-"""The losses against their formulas, written out."""
+"""The losses against their formulas in plain Python."""
 
 import math
 
@@ -31,8 +31,8 @@ def test_classification_smooths_over_all_classes() -> None:
         for choice, value in enumerate(log_softmax(logits)):
             target = smoothing / 5 + (1 - smoothing if choice == label else 0)
             expected -= target * value / 3
-    found = classification(IMAGES, TEXTS, torch.tensor(labels), torch.tensor(scale), smoothing)
-    assert float(found) == pytest.approx(expected, rel=1e-12)
+    loss = classification(IMAGES, TEXTS, torch.tensor(labels), torch.tensor(scale), smoothing)
+    assert float(loss) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -46,7 +46,7 @@ def test_distillation_is_a_cross_entropy_times_temperature_squared(temperature: 
     assert float(distillation(student, teacher, temperature)) == pytest.approx(expected, rel=1e-12)
 
 
-def test_distilling_oneself_leaves_the_entropy_and_no_gradient() -> None:
+def test_distilling_equal_logits_gives_the_entropy_and_no_gradient() -> None:
     logits = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
     loss = distillation(logits, logits.detach(), 2.0)
     loss.backward()
@@ -55,7 +55,7 @@ def test_distilling_oneself_leaves_the_entropy_and_no_gradient() -> None:
     assert float(logits.grad.abs().max()) < 1e-15
 
 
-def test_squared_distance_has_no_half_and_pulls_back() -> None:
+def test_squared_distance_has_no_factor_one_half() -> None:
     parameters = [torch.tensor([1.0, 2.0], requires_grad=True), torch.tensor([[3.0]], requires_grad=True)]
     anchors = [torch.tensor([0.0, 2.0]), torch.tensor([[1.0]])]
     distance = squared_distance(parameters, anchors)
@@ -66,15 +66,18 @@ def test_squared_distance_has_no_half_and_pulls_back() -> None:
 
 @pytest.mark.parametrize("multi_tensor", [True, False])
 def test_squared_distance_under_a_weight(multi_tensor: bool) -> None:
-    own = [torch.tensor([3.0, 1.0], requires_grad=True), torch.tensor([[2.0]], requires_grad=True)]
+    parameters = [torch.tensor([3.0, 1.0], requires_grad=True), torch.tensor([[2.0]], requires_grad=True)]
     anchors = [torch.tensor([1.0, 1.0]), torch.tensor([[5.0]])]
-    (3 * squared_distance(own, anchors, multi_tensor)).backward()
-    assert [each.grad.tolist() for each in own if each.grad is not None] == [[12.0, 0.0], [[-18.0]]]
+    (3 * squared_distance(parameters, anchors, multi_tensor)).backward()
+    assert [parameter.grad.tolist() for parameter in parameters if parameter.grad is not None] == [
+        [12.0, 0.0],
+        [[-18.0]],
+    ]
     with pytest.raises((ValueError, RuntimeError)):
-        squared_distance(own, anchors[:1], multi_tensor)
+        squared_distance(parameters, anchors[:1], multi_tensor)
 
 
-def test_similarities_are_distilled_without_those_to_oneself() -> None:
+def test_similarity_distillation_excludes_the_diagonal() -> None:
     student, teacher = (torch.nn.functional.normalize(torch.randn(3, 4), dim=1) for _ in range(2))
     scale, temperature, expected = torch.tensor(5.0), 2.0, 0.0
     for row in range(3):

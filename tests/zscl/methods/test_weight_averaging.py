@@ -1,4 +1,4 @@
-"""The weight ensemble, counted by hand."""
+"""Weight averaging against means calculated by hand."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from zscl.methods.weight_averaging import RunningAverage, build_averager
 
 
 def trajectory(steps: int, multi_tensor: bool = True, **settings: object) -> tuple[float, int]:
-    """A single weight that starts at 100 and stands at step + 1 after each step."""
+    """Average a single weight that starts at 100 and is step + 1 after each step; return the average and its merges."""
     student = nn.Linear(1, 1, bias=False)
     with torch.no_grad():
         student.weight.fill_(100.0)
@@ -23,12 +23,12 @@ def trajectory(steps: int, multi_tensor: bool = True, **settings: object) -> tup
     return float(ensemble.average.module.weight.detach()), ensemble.merges
 
 
-def test_takes_in_the_start_and_steps_zero_to_the_last() -> None:
+def test_the_mean_includes_the_start_and_the_last_step() -> None:
     # after steps 0, 2, 4 and, once more, the last weights at T = 6
     assert trajectory(every=2, steps=6) == (pytest.approx((100 + 1 + 3 + 5 + 6) / 5), 5)
 
 
-def test_no_merge_at_the_end_when_it_is_no_multiple() -> None:
+def test_no_final_merge_unless_the_interval_divides_the_steps() -> None:
     assert trajectory(every=2, steps=5) == (pytest.approx((100 + 1 + 3 + 5) / 4), 4)
 
 
@@ -36,15 +36,15 @@ def test_the_paper_averages_twelve_models() -> None:
     assert trajectory(every=100, steps=1000)[1] == 12
 
 
-def test_an_exponential_average_forgets_at_its_decay() -> None:
+def test_exponential_average() -> None:
     expected = 100.0
     for weight in (1, 3, 5, 6):
         expected = 0.75 * expected + 0.25 * weight
-    found = trajectory(every=2, steps=6, kind="exponential", decay=0.75)
-    assert found == (pytest.approx(expected, rel=1e-6), 5)
+    result = trajectory(every=2, steps=6, kind="exponential", decay=0.75)
+    assert result == (pytest.approx(expected, rel=1e-6), 5)
 
 
-def test_the_start_may_be_blended_in_at_every_merge() -> None:
+def test_the_start_is_blended_in_at_every_merge() -> None:
     expected, merged = 100.0, 1
     for weight in (1, 3, 5, 6):
         expected = (expected * merged + weight) / (merged + 1)
@@ -53,45 +53,45 @@ def test_the_start_may_be_blended_in_at_every_merge() -> None:
 
 
 @pytest.mark.parametrize("settings", [{}, {"kind": "exponential", "decay": 0.75}, {"start_share": 0.3}])
-def test_one_tensor_after_another_gives_the_same(settings: dict[str, object]) -> None:
-    together, alone = (trajectory(every=2, steps=6, multi_tensor=each, **settings) for each in (True, False))
-    assert alone == (pytest.approx(together[0], rel=1e-6), together[1])
+def test_multi_tensor_operations_give_the_same_average(settings: dict[str, object]) -> None:
+    multi, single = (trajectory(every=2, steps=6, multi_tensor=value, **settings) for value in (True, False))
+    assert single == (pytest.approx(multi[0], rel=1e-6), multi[1])
 
 
-def test_the_student_itself_is_not_touched() -> None:
+def test_averaging_does_not_change_the_student() -> None:
     student = nn.Linear(1, 1, bias=False)
     before = student.weight.clone()
     RunningAverage(student, Average(every=1), start=()).after_step(0)
     assert torch.equal(student.weight, before)
 
 
-def test_without_a_part_the_last_weights_are_handed_on() -> None:
+def test_without_averaging_the_result_is_the_student() -> None:
     student = nn.Linear(1, 1)
     assert build_averager(None, student).model is student
     assert build_averager(Average(every=1), student).model is not student
 
 
-def test_what_is_handed_on_knows_the_start() -> None:
+def test_build_averager_passes_the_start() -> None:
     student = nn.Linear(1, 1, bias=False)
     start = [parameter.detach().clone() for parameter in student.parameters()]
-    following = build_averager(Average(every=1, start_share=0.5), student, start)
+    averager = build_averager(Average(every=1, start_share=0.5), student, start)
     with torch.no_grad():
         student.weight += 2.0
-    following.after_step(0)
-    # The mean of start and start + 2 is start + 1, of which half is drawn back.
-    assert float(following.model.weight) == pytest.approx(float(start[0]) + 0.5)  # type: ignore[arg-type]
+    averager.after_step(0)
+    # The mean of start and start + 2 is start + 1, and half of the distance is drawn back.
+    assert float(averager.model.weight) == pytest.approx(float(start[0]) + 0.5)  # type: ignore[arg-type]
 
 
-def test_it_goes_on_from_its_state() -> None:
+def test_an_average_resumes_from_its_state() -> None:
     student = nn.Linear(1, 1, bias=False)
-    whole, other = (RunningAverage(student, Average(every=1), ()) for _ in range(2))
+    original, restored = (RunningAverage(student, Average(every=1), ()) for _ in range(2))
     with torch.no_grad():
         student.weight += 3.0
-    whole.after_step(0)
-    other.load_state_dict(whole.state_dict())
-    assert other.merges == whole.merges == 2
+    original.after_step(0)
+    restored.load_state_dict(original.state_dict())
+    assert restored.merges == original.merges == 2
     with torch.no_grad():
         student.weight += 3.0
-    for each in (whole, other):
-        each.after_step(1)
-    assert float(other.model.weight) == float(whole.model.weight)  # type: ignore[arg-type]
+    for average in (original, restored):
+        average.after_step(1)
+    assert float(restored.model.weight) == float(original.model.weight)  # type: ignore[arg-type]

@@ -18,7 +18,8 @@ from schemas.experiment import Experiment
 from schemas.method import PRESETS
 from schemas.results import Result
 from zscl.runtime.distributed import rank_slice
-from zscl.sequence.journal import JOURNAL, JournalReader
+from zscl.sequence.journal import JournalReader
+from zscl.sequence.layout import JOURNAL
 from zscl.sequence.run import run_sequence
 from zscl.training import throughput as usage
 from zscl.training.checkpoint import StoppedError
@@ -41,7 +42,7 @@ Jobs = list[tuple[str, Path]]
 
 def worker(rank: int, workers: int, port: int, jobs: Jobs) -> None:
     torch.set_num_threads(1)
-    usage.EVERY_SECONDS = 0.0  # as often as the workers look up
+    usage.REPORT_SECONDS = 0.0  # as often as the workers look up
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=workers)
     for experiment, folder in jobs:
         # Stopped inside the first stage, then inside the second one.
@@ -99,7 +100,7 @@ def test_world_size_changes_nothing_for_any_preset(
         run_with(workers, [(each.model_dump_json(), tmp_path / str(workers) / name) for name, each in made.items()])
         for name in made:
             compare(tmp_path / str(workers) / name, tmp_path / "1" / name, workers)
-        entries = [entry.progress for entry in JournalReader(tmp_path / str(workers) / STOPPED / JOURNAL).new()]
+        entries = [entry.progress for entry in JournalReader(tmp_path / str(workers) / STOPPED / JOURNAL).read_new()]
         used = [each for each in entries if isinstance(each, WorkersUsed)]
         assert used
         assert all(len(each.workers) == workers for each in used)

@@ -1,4 +1,4 @@
-"""Seeds by name."""
+"""Seeds that are derived from names."""
 
 from zscl.runtime.seeding import derive_seed
 

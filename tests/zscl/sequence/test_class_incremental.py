@@ -15,7 +15,7 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
-from support.data import coloured, opened
+from support.data import coloured_images, open_task
 
 from orchestrate.recipes import recipe as recipes
 from schemas.data import ClassIncremental
@@ -60,14 +60,14 @@ def test_stages_are_cut_from_the_dataset(incremental: Make) -> None:
         assert isinstance(task.train, IndexedSamples)
         assert len(task.train) == 6 * len(task.classes)
         for sample in task.train.iter_shard(0, 1):  # the shards are as they were; labels are counted anew
-            assert int(sample.label or b"") == task.classes[task.label_of(sample)]
+            assert int(sample.label or b"") == task.classes[task.get_label(sample)]
     assert opened.tasks[0].digest != opened.tasks[1].digest
     again = resolve(opened.experiment)  # as the workers do
     assert (again.experiment, again.fingerprint) == (opened.experiment, opened.fingerprint)
 
 
 def test_the_order_comes_from_a_seed_or_a_file(incremental: Make, tasks: list[str], tmp_path: Path) -> None:
-    whole = resolve(incremental()).tasks[0].whole
+    whole = resolve(incremental()).tasks[0].full_task
     assert whole is not None
 
     def order(given: int | str) -> list[int]:
@@ -102,7 +102,7 @@ def test_a_wrong_scenario_is_refused(incremental: Make, scenario: dict[str, Any]
 
 
 def test_tasks_and_scenario_do_not_go_together(experiment: Make, tasks: list[str]) -> None:
-    with pytest.raises(ValueError, match="found 'second' beside class_incremental, expected one or the other"):
+    with pytest.raises(ValueError, match="found 'second' with class_incremental, expected one or the other"):
         experiment(tasks=[tasks[1]], class_incremental=tasks[0])
     with pytest.raises(ValueError, match="tasks: found none, expected at least one"):
         experiment(tasks=[])
@@ -114,12 +114,12 @@ def predictions(run: Path, stage: int, opened: Any) -> tuple[list[int], list[int
     model, _, transform = open_clip.create_model_and_transforms(name)
     model.eval()
     seen = [label for task in opened.tasks[:stage] for label in task.classes]
-    names = [opened.tasks[0].whole.classnames[label] for label in seen]
+    names = [opened.tasks[0].full_task.classnames[label] for label in seen]
     found: tuple[list[int], list[int], list[int]] = ([], [], [])
     with torch.no_grad():
         prompts = open_clip.get_tokenizer(name)([f"a bad photo of {name}" for name in names])
         texts = model.encode_text(prompts, normalize=True)
-        for sample in opened.tasks[0].whole.test.once(0, 1):
+        for sample in opened.tasks[0].full_task.test.iter_shard(0, 1):
             label = int(sample.label)
             if label in seen:
                 image = transform(Image.open(io.BytesIO(sample.image)))[None]
@@ -183,7 +183,7 @@ def test_the_initial_model_is_judged_under_the_heads_of_each_stage(
     clip.model.eval()
     encode: Any = clip.model
     order = [label for task in opened.tasks for label in task.classes or ()]
-    whole = opened.tasks[0].whole
+    whole = opened.tasks[0].full_task
     assert whole is not None
     with torch.no_grad():
         texts = encode.encode_text(
@@ -234,7 +234,7 @@ def test_some_classes_of_a_folder_make_a_task_of_their_own(experiment: Make, tas
     made = experiment(tasks=[{"path": tasks[0], "classes": [3, 0], "name": "two"}, tasks[1]])
     two, other = resolve(made).tasks
     assert two.classnames == ("yellow", "red")
-    assert [two.label_of(sample) for sample in two.test.iter_shard(0, 1)] == [1, 0, 1, 0, 1]
+    assert [two.get_label(sample) for sample in two.test.iter_shard(0, 1)] == [1, 0, 1, 0, 1]
     assert len(other.classnames) == 4
     for classes, sentence in (
         ([4], "found the class 4"),
@@ -256,7 +256,7 @@ def test_a_group_of_classes_is_a_set_of_its_own(incremental: Make, tmp_path: Pat
     made = incremental(method=method)
     run_sequence(made, tmp_path / "run", device=CPU)
     opened = resolve(made)
-    whole = opened.tasks[0].whole
+    whole = opened.tasks[0].full_task
     assert whole is not None
     images = {sample.image: int(sample.label or b"") for sample in whole.train.iter_shard(0, 1)}
     kept = 0
@@ -289,10 +289,10 @@ def test_what_is_not_trained_has_no_steps_in_its_identity(incremental: Make) -> 
 
 def test_class_names_that_are_numbers_are_names_in_an_order(tmp_path: Path) -> None:
     names = sorted(map(str, range(12)))  # as of folders: 0, 1, 10, 11, 2, ...
-    images = [(image, number % 12) for number, (image, _) in enumerate(coloured(24, 0))]
+    images = [(image, number % 12) for number, (image, _) in enumerate(coloured_images(24, 0))]
     splits = dict.fromkeys(("train", "test"), images)
     write_task(tmp_path / "numbers", names, ["a {c}"], splits, suffix="png", source="")
-    whole, file = opened(tmp_path / "numbers"), tmp_path / "order.txt"
+    whole, file = open_task(tmp_path / "numbers"), tmp_path / "order.txt"
 
     def order(lines: list[str]) -> list[int]:
         file.write_text("\n".join(lines))

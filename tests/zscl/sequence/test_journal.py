@@ -34,7 +34,7 @@ def write(file: Path, *progress: BaseModel) -> None:
 
 
 def read(reader: JournalReader) -> list[BaseModel]:
-    return [entry.progress for entry in reader.new()]
+    return [entry.progress for entry in reader.read_new()]
 
 
 def test_what_is_written_is_read_once_while_it_grows(file: Path) -> None:
@@ -47,7 +47,7 @@ def test_what_is_written_is_read_once_while_it_grows(file: Path) -> None:
     assert read(reader) == []
     journal(steps(0, 1))
     assert read(reader) == [steps(0, 1)]
-    times = [entry.time for entry in JournalReader(file).new()]
+    times = [entry.time for entry in JournalReader(file).read_new()]
     assert times == sorted(times)
 
 
@@ -94,8 +94,8 @@ def test_two_readers_count_alike_wherever_they_began(file: Path) -> None:
     reader, together = JournalReader(file), []
     for number in range(4):
         write(file, RunStarted(fingerprint="abc"), steps(number, number + 1), *notes(str(number)))
-        together += reader.new()
-    assert together == JournalReader(file).new()
+        together += reader.read_new()
+    assert together == JournalReader(file).read_new()
 
 
 def test_numbers_that_are_none_survive(file: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from pydantic import BaseModel
 
 from orchestrate.runs.preflight import check_run_folder_is_same
-from schemas.algorithm import algorithm
+from schemas.algorithm import algorithm_version
 from schemas.errors import InputError
 from schemas.events import Note, RowMeasured, StageTrained, TaskEvaluated
 from schemas.experiment import Experiment
@@ -61,10 +61,10 @@ def test_rows_of_another_version_of_the_algorithm_are_refused(
     made = experiment(method="zero-shot", reference=None)
     run_sequence(made, tmp_path, device=CPU)
     row = json.loads((tmp_path / "zero_shot.json").read_text())
-    assert row.pop("algorithm") == algorithm()
+    assert row.pop("algorithm") == algorithm_version()
     (tmp_path / "zero_shot.json").write_text(json.dumps(row | recorded | {"fingerprint": "0123456789abcdef"}))
     found = "algorithm version 0.9" if recorded else "an algorithm older than version 1.1"
-    with pytest.raises(InputError, match=f"computed by {found}, expected algorithm version {algorithm()}.*another fol"):
+    with pytest.raises(InputError, match=f"computed by {found}, expected algorithm version {algorithm_version()}.*another fol"):
         run_sequence(made, tmp_path, device=CPU)
     with pytest.raises(InputError) as refused:  # the command line, too: not "the data is another"
         check_run_folder_is_same(resolve(made), tmp_path)

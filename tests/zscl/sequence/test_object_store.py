@@ -16,9 +16,9 @@ from schemas.errors import InputError
 from schemas.experiment import Experiment
 from zscl.runtime.atomic_io import quarantine
 from zscl.sequence import object_store as module
-from zscl.sequence.object_store import RemoteSync, node_local_folder, storage_url
+from zscl.sequence.layout import CHECKPOINT
+from zscl.sequence.object_store import RemoteSync, node_local_sync, storage_url
 from zscl.sequence.run import run_sequence
-from zscl.training.checkpoint import CHECKPOINT
 
 pytest_plugins = ["support.object_storage"]
 
@@ -58,7 +58,7 @@ def test_what_one_pushes_the_other_pulls(two: tuple[RemoteSync, RemoteSync]) -> 
     one.push()
     other.pull()
     assert not (other.folder / "checkpoint.pt").exists()
-    assert "checkpoint.pt" not in one.versions()
+    assert "checkpoint.pt" not in one.list_remote()
 
 
 def test_what_is_unchanged_stays_where_it_is(
@@ -73,7 +73,7 @@ def test_what_is_unchanged_stays_where_it_is(
     monkeypatch.setattr(RemoteSync, "_fetch", lambda self, name, file: bool(moved.append(name)))
     for mirror in (one, other, RemoteSync(one.url, one.folder)):  # the last: another process
         mirror.push()
-        mirror.pull(exactly=True)
+        mirror.pull(exact=True)
     assert moved == []
 
 
@@ -86,7 +86,7 @@ def test_what_is_changed_here_stays_unless_the_folder_is_to_be_exact(two: tuple[
     write(other.folder / "left.json", "of a worker that was given up")
     other.pull()
     assert content(other.folder) == {"state.json": b"killed", "left.json": b"of a worker that was given up"}
-    other.pull(exactly=True)
+    other.pull(exact=True)
     assert content(other.folder) == {"state.json": b"running"}
 
 
@@ -110,14 +110,14 @@ def test_it_is_pushed_beside_the_training(two: tuple[RemoteSync, RemoteSync], mo
     one, _ = two
     write(one.folder / "journal.jsonl", "a line\n")
     one.push_async()
-    assert one.versions() == {}  # too early
-    monkeypatch.setattr(module, "EVERY_SECONDS", 0.0)
+    assert one.list_remote() == {}  # too early
+    monkeypatch.setattr(module, "SYNC_SECONDS", 0.0)
     time.sleep(0.01)
     one.push_async()
     deadline = time.monotonic() + 300
-    while not one.versions() and time.monotonic() < deadline:
+    while not one.list_remote() and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert list(one.versions()) == ["journal.jsonl"]
+    assert list(one.list_remote()) == ["journal.jsonl"]
 
 
 def test_storage_that_cannot_be_written_is_refused(tmp_path: Path, bucket: Any) -> None:
@@ -134,10 +134,10 @@ def test_what_vanishes_while_it_is_fetched_is_left_out(
     one, other = two
     write(one.folder / "checkpoint.pt", "of a stage that ends")
     one.push()
-    there = one.versions()
+    there = one.list_remote()
     (one.folder / "checkpoint.pt").unlink()
     one.push()
-    monkeypatch.setattr(other, "versions", lambda: there)
+    monkeypatch.setattr(other, "list_remote", lambda: there)
     other.pull()
     assert content(other.folder) == {}
 
@@ -163,12 +163,12 @@ def test_a_listing_that_fails_removes_nothing(
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", failing)
-    mirror.pull(exactly=exactly)
+    mirror.pull(exact=exactly)
     assert next(failures, None) is None
     assert content(mirror.folder) == before
     monkeypatch.undo()
-    assert RemoteSync(mirror.url, tmp_path / "other/run").versions().keys() == before.keys()
-    assert RemoteSync(f"{mirror.url}-2", tmp_path / "third/run").versions() == {}
+    assert RemoteSync(mirror.url, tmp_path / "other/run").list_remote().keys() == before.keys()
+    assert RemoteSync(f"{mirror.url}-2", tmp_path / "third/run").list_remote() == {}
 
 
 def test_what_is_damaged_stays_on_its_node(two: tuple[RemoteSync, RemoteSync]) -> None:
@@ -180,8 +180,8 @@ def test_what_is_damaged_stays_on_its_node(two: tuple[RemoteSync, RemoteSync]) -
     aside = [quarantine(one.folder / name) for name in (CHECKPOINT, "stages/1-first")]
     one.push()
     other.pull()
-    assert list(content(other.folder)) == list(other.versions()) == ["journal.jsonl"]
-    one.pull(exactly=True)
+    assert list(content(other.folder)) == list(other.list_remote()) == ["journal.jsonl"]
+    one.pull(exact=True)
     assert all(each is not None and each.exists() for each in aside)
 
 
@@ -194,7 +194,7 @@ def test_folders_that_nobody_reads_are_not_listed(tmp_path: Path, monkeypatch: p
     listed: list[str] = []
     scandir = os.scandir
     monkeypatch.setattr(os, "scandir", lambda path: listed.append(str(path)) or scandir(path))
-    assert list(mirror.versions()) == ["stages/ray/training.json"]
+    assert list(mirror.list_remote()) == ["stages/ray/training.json"]
     root = tmp_path / "storage/run"
     assert [Path(path).relative_to(root).as_posix() for path in listed] == [".", "stages", "stages/ray"]
 
@@ -207,8 +207,8 @@ def test_a_user_without_a_name_has_a_folder_on_this_node(monkeypatch: pytest.Mon
         raise KeyError(user)
 
     monkeypatch.setattr(pwd, "getpwuid", unknown)
-    folder = node_local_folder("s3://bucket/runs/own").folder
-    assert folder == node_local_folder("s3://bucket/runs/own").folder
+    folder = node_local_sync("s3://bucket/runs/own").folder
+    assert folder == node_local_sync("s3://bucket/runs/own").folder
     assert f"zscl-{os.getuid()}" in folder.parts
 
 
@@ -246,12 +246,12 @@ def test_a_run_goes_on_from_another_node(
         run_sequence(made, one.folder, device=cpu, stop_requested=lambda: next(asked) > 8, sync=one)
     assert (one.folder / "stages").is_dir()
     one.push()
-    other.pull(exactly=True)
+    other.pull(exact=True)
     result = run_sequence(made, other.folder, device=cpu, sync=other)
     assert result.accuracy_matrix == whole.accuracy_matrix
     other.push()
-    assert {"result.json", "journal.jsonl", "zero_shot.json"} <= other.versions().keys()
-    assert "checkpoint.pt" not in other.versions()
+    assert {"result.json", "journal.jsonl", "zero_shot.json"} <= other.list_remote().keys()
+    assert "checkpoint.pt" not in other.list_remote()
 
 
 def test_a_folder_has_its_own_name_in_storage() -> None:

@@ -128,7 +128,7 @@ def test_the_teacher_embeds_the_reference_texts_once(
         embedded.append(len(tokens))
         return encode(teacher, tokens, device)
 
-    monkeypatch.setattr("zscl.methods.distillation_texts._encode", counted)
+    monkeypatch.setattr("zscl.methods.distillation_texts._encode_rank_texts", counted)
     for name, seed in (("one", 0), ("two", 1)):
         run_sequence(experiment(seed=seed), tmp_path / name, device=CPU)
     assert embedded == [14]

@@ -20,9 +20,10 @@ from support.faults import same
 from schemas.compute import Checkpoint
 from schemas.events import CheckpointWritten, Note, StepsTaken
 from schemas.experiment import Experiment
-from zscl.sequence.journal import JOURNAL, JournalReader
+from zscl.sequence.journal import JournalReader
+from zscl.sequence.layout import CHECKPOINT, JOURNAL
 from zscl.sequence.run import run_sequence
-from zscl.training.checkpoint import CHECKPOINT, CheckpointWriter, StoppedError, read_checkpoint
+from zscl.training.checkpoint import CheckpointWriter, StoppedError, read_checkpoint
 
 Make = Callable[..., Experiment]
 CPU = torch.device("cpu")
@@ -84,7 +85,7 @@ def test_what_is_random_in_the_model_is_a_function_of_the_step(experiment: Make,
 def test_the_journal_has_every_step_once(experiment: Make, tmp_path: Path) -> None:
     made = experiment(method="finetune", compute=EVERY_STEP)
     interrupted(made, tmp_path)
-    entries = [entry.progress for entry in JournalReader(tmp_path / JOURNAL).new()]
+    entries = [entry.progress for entry in JournalReader(tmp_path / JOURNAL).read_new()]
     steps = [(entry.stage, step.step) for entry in entries if isinstance(entry, StepsTaken) for step in entry.steps]
     assert steps == [(stage, step) for stage in (1, 2, 3) for step in range(5)]
 
@@ -204,7 +205,7 @@ class TestWriting:
         assert said[0] == CheckpointWritten(stage=1, steps=1)
         assert isinstance(said[1], Note)
         assert "checkpoint of stage 1 behind step 2 could not be written" in said[1].text
-        kept = read_checkpoint(file, 1, note=lambda text: None)
+        kept = read_checkpoint(file, 1, notify=lambda text: None)
         assert kept is not None
         assert kept["step"] == 1
 
@@ -214,7 +215,7 @@ class TestWriting:
         for step, weight in ((1, 1.0), (2, float("nan"))):
             checkpoints.maybe_save(step, lambda step=step, weight=weight: self.state(step, weight))  # type: ignore[misc]
             checkpoints.wait()
-        kept = read_checkpoint(tmp_path / CHECKPOINT, 1, note=lambda text: None)
+        kept = read_checkpoint(tmp_path / CHECKPOINT, 1, notify=lambda text: None)
         assert kept is not None
         assert kept["step"] == 1
         assert isinstance(said[1], Note)
@@ -237,7 +238,7 @@ class TestWriting:
         checkpoints.maybe_save(2, lambda: pytest.fail("a second one was begun"))
         may_end.set()
         checkpoints.wait()
-        kept = read_checkpoint(tmp_path / CHECKPOINT, 1, note=lambda text: None)
+        kept = read_checkpoint(tmp_path / CHECKPOINT, 1, notify=lambda text: None)
         assert kept is not None
         assert torch.equal(kept["model"]["weight"], torch.ones(3))
         checkpoints.maybe_save(3, lambda: self.state(3))  # overdue since step 2

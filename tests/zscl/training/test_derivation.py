@@ -24,7 +24,7 @@ from schemas.method import PRESETS
 from zscl.data.loader import Loader
 from zscl.data.sample import Samples
 from zscl.methods import exemplars as memory
-from zscl.methods.distillation_texts import distillation_tokens, random_sentences
+from zscl.methods.distillation_texts import distillation_tokens, draw_random_sentences
 from zscl.methods.interfaces import Batch
 from zscl.models.clip import load_clip
 from zscl.sequence.resolve import resolve
@@ -260,7 +260,7 @@ def test_lwf_distils_the_tasks_own_images_and_prompts(experiment: Callable[..., 
 
 def test_random_sentences_are_plain_tokens_between_start_and_end(experiment: Callable[..., Experiment]) -> None:
     tokenizer: Any = load_clip(experiment().model).tokenizer
-    first, again, other = (random_sentences(tokenizer, 50, 6, seed) for seed in (0, 0, 1))
+    first, again, other = (draw_random_sentences(tokenizer, 50, 6, seed) for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert first.shape == (50, 12)
@@ -269,7 +269,7 @@ def test_random_sentences_are_plain_tokens_between_start_and_end(experiment: Cal
     assert int(first[:, 1:7].max()) < tokenizer.sot_token_id
     assert int(first[:, 8:].abs().sum()) == 0
     with pytest.raises(InputError, match=r"random_length: found 11, expected at most 10"):
-        random_sentences(tokenizer, 50, 11, 0)
+        draw_random_sentences(tokenizer, 50, 11, 0)
 
 
 def test_stages_and_streams_have_orders_of_their_own(experiment: Callable[..., Experiment]) -> None:

@@ -13,9 +13,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from schemas.errors import InputError
 from schemas.events import Note, StepsTaken
 from schemas.experiment import Experiment
+from zscl.sequence.layout import CHECKPOINT
 from zscl.sequence.run import run_sequence
-from zscl.training.checkpoint import CHECKPOINT
-from zscl.training.loss_log import EXPLODED, EXPLOSIONS_NAMED, TYPICAL_STEPS, LossLog, NotFiniteError
+from zscl.training.loss_log import SPIKE_FACTOR, MAX_SPIKE_WARNINGS, SPIKE_WINDOW, LossLog, NotFiniteError
 
 Make = Callable[..., Experiment]
 CPU = torch.device("cpu")
@@ -90,26 +90,26 @@ def curves(*values: float) -> tuple[LossLog, list[BaseModel]]:
 
 @pytest.mark.fault("Gradients that explode", "A warning in the result; clipped where asked for")
 def test_an_explosion_is_named_once_it_stands_out() -> None:
-    usual = [1.0, 3.0] * (TYPICAL_STEPS // 2)
-    made, said = curves(*usual, 2.0 * EXPLODED, 3.1 * EXPLODED, *usual)
+    usual = [1.0, 3.0] * (SPIKE_WINDOW // 2)
+    made, said = curves(*usual, 2.0 * SPIKE_FACTOR, 3.1 * SPIKE_FACTOR, *usual)
     made.flush()
     [sentence] = made.spike_warnings
     assert sentence == (
-        f"stage 2 birds: the gradients exploded at step {TYPICAL_STEPS + 1} (norm 310, over 100 times the steps before "
+        f"stage 2 birds: the gradients exploded at step {SPIKE_WINDOW + 1} (norm 310, over 100 times the steps before "
         "it); optimisation.max_gradient_norm would clip them"
     )
     assert [each.text for each in said if isinstance(each, Note)] == [f"warning: {sentence}"]
     steps = [step for each in said if isinstance(each, StepsTaken) for step in each.steps]
-    assert len(steps) == 2 * TYPICAL_STEPS + 2
+    assert len(steps) == 2 * SPIKE_WINDOW + 2
 
 
 def test_the_first_steps_are_no_explosion_and_not_all_are_named() -> None:
     made, _ = curves(1000.0, 1.0, 1.0)
     made.flush()
     assert made.spike_warnings == []
-    made, _ = curves(*[1.0] * TYPICAL_STEPS, *[1e6] * (EXPLOSIONS_NAMED + 2))
+    made, _ = curves(*[1.0] * SPIKE_WINDOW, *[1e6] * (MAX_SPIKE_WARNINGS + 2))
     made.flush()
-    assert len(made.spike_warnings) == EXPLOSIONS_NAMED
+    assert len(made.spike_warnings) == MAX_SPIKE_WARNINGS
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

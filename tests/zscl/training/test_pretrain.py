@@ -9,7 +9,7 @@ from support.data import TINY_MODEL
 
 from schemas.errors import InputError
 from schemas.pretraining import Pretraining
-from zscl.training.pretrain import contrastive_loss, pretrain
+from zscl.training.pretrain import contrastive_loss, pretrain_clip
 
 PREPROCESS = {"mean": [0.5] * 3, "std": [0.25] * 3}
 
@@ -46,7 +46,7 @@ def test_equal_captions_are_positives_of_each_other() -> None:
 
 def test_learns_and_writes_what_open_clip_loads(reference: str, tasks: list[str], tmp_path: Path) -> None:
     seen: list[tuple[int, int, float]] = []
-    made = pretrain(
+    made = pretrain_clip(
         recipe(corpus=[reference], judge=tasks[:1]),
         tmp_path / "model",
         lambda step, steps, loss: seen.append((step, steps, loss)),
@@ -72,5 +72,5 @@ def test_names_what_is_wrong(
 ) -> None:
     corpus = [str(place).format(tasks=tasks[0], reference=reference) for place in changes["corpus"]]  # type: ignore[attr-defined]
     with pytest.raises(InputError, match=sentence):
-        pretrain(recipe(**changes | {"corpus": corpus}), tmp_path / "model", lambda *_: None, torch.device("cpu"))
+        pretrain_clip(recipe(**changes | {"corpus": corpus}), tmp_path / "model", lambda *_: None, torch.device("cpu"))
     assert not (tmp_path / "model").exists()

@@ -15,7 +15,7 @@ from zscl.models.clip import load_clip
 from zscl.sequence.run import run_sequence
 from zscl.training.checkpoint import StoppedError
 from zscl.training.optim import select_trained_parameters
-from zscl.training.snapshots import interval, replay
+from zscl.training.snapshots import snapshot_interval, replay_average
 
 Make = Callable[..., Experiment]
 CPU = torch.device("cpu")
@@ -32,7 +32,7 @@ def weights(run: Path, stage: str) -> dict[str, torch.Tensor]:
 def replayed(start: str, folder: Path, average: Average | None, train: str = "model") -> dict[str, torch.Tensor]:
     model = load_clip(Model(name=start)).model
     select_trained_parameters(model, train)
-    return dict(replay(model, average, folder, STEPS)[0].state_dict())
+    return dict(replay_average(model, average, folder, STEPS)[0].state_dict())
 
 
 def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
@@ -81,18 +81,18 @@ def test_what_is_not_whole(experiment: Make, tmp_path: Path, tiny_model: str) ->
     made = experiment(optimisation=OPTIMISATION, compute={"device": "cpu", "snapshots_every": 1})
     run_sequence(made.model_copy(update={"tasks": made.tasks[:1]}), tmp_path / "run", device=CPU)
     folder = tmp_path / "run/snapshots/1-first"
-    assert interval(folder) == 1
+    assert snapshot_interval(folder) == 1
     (folder / "4.safetensors").write_bytes(b"no weights")
     with pytest.raises(InputError, match=r"4\.safetensors: found no readable snapshot"):
         replayed(tiny_model, folder, Average(every=2))
     (folder / "3.safetensors").unlink()
     with pytest.raises(InputError, match=r"found no 3\.safetensors, expected one every 1 steps"):
-        interval(folder)
+        snapshot_interval(folder)
     for step in (1, 5):
         (folder / f"{step}.safetensors").unlink()
-    assert interval(folder) == 2  # what is left is whole for every other step
+    assert snapshot_interval(folder) == 2  # what is left is whole for every other step
     with pytest.raises(InputError, match="--every 3: found snapshots of every 2 steps in"):
         replayed(tiny_model, folder, Average(every=3))
     (folder / "last.safetensors").unlink()
     with pytest.raises(InputError, match="found no snapshots of a whole stage"):
-        interval(folder)
+        snapshot_interval(folder)

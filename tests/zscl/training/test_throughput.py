@@ -11,7 +11,8 @@ from schemas.events import WorkersUsed
 from schemas.experiment import Experiment
 from schemas.results import Result
 from zscl.runtime.timing import Clock
-from zscl.sequence.journal import JOURNAL, JournalReader
+from zscl.sequence.journal import JournalReader
+from zscl.sequence.layout import JOURNAL
 from zscl.sequence.run import run_sequence
 from zscl.training import throughput as usage
 from zscl.training.throughput import ThroughputMonitor
@@ -23,8 +24,8 @@ def test_a_clock_counts_blocks_items_and_calls() -> None:
         time.sleep(0.02)
     with pytest.raises(ValueError, match="inside"), clock("block"):
         raise ValueError("inside")
-    assert list(clock.over("items", iter("abc"))) == ["a", "b", "c"]
-    slow = clock.around("calls", lambda pause: time.sleep(pause) or "done")
+    assert list(clock.time_iterator("items", iter("abc"))) == ["a", "b", "c"]
+    slow = clock.time_calls("calls", lambda pause: time.sleep(pause) or "done")
     assert slow(0.03) == "done"
     assert clock.seconds["block"] >= 0.02
     assert clock.seconds["calls"] >= 0.03
@@ -32,7 +33,7 @@ def test_a_clock_counts_blocks_items_and_calls() -> None:
 
 
 def test_a_resumed_stage_counts_from_where_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(usage, "EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(usage, "REPORT_SECONDS", 0.0)
     seconds = iter([10.0, 12.0, 12.0, 12.0])
     monkeypatch.setattr(usage.time, "monotonic", lambda: next(seconds))
     told: list[WorkersUsed] = []
@@ -43,10 +44,10 @@ def test_a_resumed_stage_counts_from_where_it_goes_on(monkeypatch: pytest.Monkey
 def test_a_stage_tells_what_it_used(
     experiment: Callable[..., Experiment], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(usage, "EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(usage, "REPORT_SECONDS", 0.0)
     made = experiment(compute={"device": "cpu", "checkpoint": {"every_steps": 1}})
     run_sequence(made, tmp_path / "run", device=torch.device("cpu"))
-    entries = [entry.progress for entry in JournalReader(tmp_path / "run" / JOURNAL).new()]
+    entries = [entry.progress for entry in JournalReader(tmp_path / "run" / JOURNAL).read_new()]
     used = [each for each in entries if isinstance(each, WorkersUsed)]
     assert [(each.stage, each.step) for each in used][:4] == [(1, 0), (1, 1), (1, 2), (1, 3)]
     for each in used:

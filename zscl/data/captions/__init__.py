@@ -1,1 +1,1 @@
-"""Caption files of a reference set."""
+"""Caption files: detection of their format and reading of the captions."""

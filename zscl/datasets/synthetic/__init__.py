@@ -1,1 +1,1 @@
-"""The embedded benchmark: pictures rendered from seeds."""
+"""The embedded benchmark: pictures rendered from seeds, without any download."""

@@ -1,7 +1,7 @@
-"""The six domains of the embedded benchmark: their classes, what is said of them, and how they are painted.
+"""The six domains of the embedded benchmark: class names, prompt templates, captions and drawing functions.
 
-Two looks each. The *web* look has any colours, grounds and fonts; the *task* look is handwriting, pencil, faded
-cloth, false-colour haze, chalk, faint print.
+Every domain has two styles. The *web* style has any colours, backgrounds and fonts. The *task* style is handwriting,
+pencil, faded cloth, false-colour haze, chalk or faint print.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,31 +12,37 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from zscl.datasets.synthetic.drawing import (
-    COLOURS,
     CANVAS_SIDE,
+    COLOURS,
     IMAGE_SIDE,
     Array,
-    Mask,
     Canvas,
+    Mask,
     arc,
-    lit_background,
     blend,
-    smooth_noise,
-    pick_colour_pair,
     downsample_with_noise,
-    solid,
     grid,
-    join,
-    pick,
-    polygon,
     jitter_colour,
+    join,
+    lit_background,
+    pick,
+    pick_colour_pair,
+    polygon,
+    smooth_noise,
+    solid,
 )
 
 Style = Literal["web", "task"]
 
 
 class Picture(NamedTuple):
-    """A finished picture (SIDE, SIDE, 3), and the colours its caption may name."""
+    """A rendered picture.
+
+    Attributes:
+        pixels: Colours in 0..1 [IMAGE_SIDE, IMAGE_SIDE, 3].
+        colour: Colour of the figure, which a caption may name.
+        background: Colour of the background, which a caption may name.
+    """
 
     pixels: Array
     colour: str = ""
@@ -45,17 +51,26 @@ class Picture(NamedTuple):
 
 @dataclass(frozen=True)
 class Domain:
-    """One task family: its classes, how prompts and captions speak of them, and how they are painted."""
+    """One domain, which is also a task.
+
+    Attributes:
+        name: The task's name.
+        classnames: Class names in label order.
+        templates: Prompt templates with `{c}`; the first one is used for training, all for evaluation.
+        captions: Caption templates per style with `{c}` and optionally `{colour}` and `{background}`.
+        draw: Renders a picture of a label in a style.
+        corpus_weight: Relative share of the corpus. Fine strokes take longer to learn than colours.
+    """
 
     name: str
     classnames: tuple[str, ...]
-    templates: tuple[str, ...]  # `{c}` is the class name; the first trains, all evaluate
-    captions: Mapping[Style, tuple[str, ...]]  # may also use `{colour}` and `{ground}`
+    templates: tuple[str, ...]
+    captions: Mapping[Style, tuple[str, ...]]
     draw: Callable[[int, Style, np.random.Generator], Picture]
-    corpus_weight: int = 1  # its relative share of the corpus: fine strokes are learnt later than colours
+    corpus_weight: int = 1
 
 
-_DIGITS: Sequence[tuple[Array, ...]] = (  # a writer's strokes
+_DIGITS: Sequence[tuple[Array, ...]] = (  # the strokes of each digit
     (arc(0, 0, 0.55, 0.95, -90, 270),),
     (join((-0.35, -0.55), (0.05, -0.95), (0.05, 0.95)),),
     (join(arc(0, -0.45, 0.5, 0.5, 190, 390), (-0.55, 0.92), (0.6, 0.92)),),
@@ -69,35 +84,42 @@ _DIGITS: Sequence[tuple[Array, ...]] = (  # a writer's strokes
 )
 
 
-def _draw_digit(label: int, look: Style, rng: np.random.Generator) -> Picture:
+def _draw_digit(label: int, style: Style, rng: np.random.Generator) -> Picture:
     from matplotlib import get_data_path
 
-    if look == "task":  # a pen, seen by the 8 x 8 scanner that scikit-learn's digits went through
-        sheet = Canvas(solid(0.0), rng, max_rotation=10, size=(0.75, 0.95))
+    if style == "task":  # pen strokes, scanned at 8 x 8 as scikit-learn's digits are
+        canvas = Canvas(solid(0.0), rng, max_rotation=10, size=(0.75, 0.95))
         breadth, slant, width = rng.uniform(0.7, 1.1), rng.uniform(-0.25, 0.1), rng.uniform(4, 6.5)
-        sheet.transform = np.array([[breadth, 0], [slant, 1]]) @ sheet.transform
+        canvas.transform = np.array([[breadth, 0], [slant, 1]]) @ canvas.transform
         for stroke in _DIGITS[label]:
-            sheet.stroke(stroke, np.ones(3), width, jitter=0.05)
-        cells = np.asarray(sheet.image.convert("L").resize((8, 8), Image.Resampling.BOX))
+            canvas.stroke(stroke, np.ones(3), width, jitter=0.05)
+        cells = np.asarray(canvas.image.convert("L").resize((8, 8), Image.Resampling.BOX))
         return Picture(enlarge_digit((cells / 255 * rng.uniform(1.0, 1.4)).clip(0, 1)))
-    colour, ground = pick_colour_pair(rng)
+    colour, background = pick_colour_pair(rng)
     face = pick(rng, ("Sans", "Sans-Bold", "Sans-Oblique", "Serif", "Serif-Bold", "SansMono"))
     glyph = Image.new("L", (CANVAS_SIDE, CANVAS_SIDE))
     x, y = CANVAS_SIDE / 2 + rng.uniform(-6, 6, 2)
     font = ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVu{face}.ttf", int(rng.integers(75, 110)))
     ImageDraw.Draw(glyph).text((x, y), str(label), fill=255, font=font, anchor="mm")
     coverage = np.asarray(glyph.rotate(rng.uniform(-12, 12), Image.Resampling.BILINEAR)) / np.float64(255)
-    painted = blend(lit_background(ground, rng), jitter_colour(colour, rng), coverage)
-    return Picture(downsample_with_noise(painted, 0.06, rng), colour, ground)
+    painted = blend(lit_background(background, rng), jitter_colour(colour, rng), coverage)
+    return Picture(downsample_with_noise(painted, 0.06, rng), colour, background)
 
 
 def enlarge_digit(ink: Array) -> Array:
-    """White writing on black (SIDE, SIDE, 3) from the scanner's (8, 8) cells."""
+    """Enlarge a scanned digit.
+
+    Args:
+        ink: The amount of ink in 0..1 [8, 8].
+
+    Returns:
+        White writing on black [IMAGE_SIDE, IMAGE_SIDE, 3].
+    """
     enlarged = Image.fromarray(ink.astype(np.float32)).resize((IMAGE_SIDE, IMAGE_SIDE), Image.Resampling.BICUBIC)
     return np.repeat(np.asarray(enlarged, np.float64)[..., None], 3, 2)
 
 
-_EYES: Mapping[str, tuple[Array, ...]] = {  # around the left eye's centre; the right one is mirrored
+_EYES: Mapping[str, tuple[Array, ...]] = {  # relative to the left eye's centre; the right eye is mirrored
     "angry": (arc(0, 0.05, 0.06, 0.08), join((-0.28, -0.42), (0.28, -0.1))),
     "arched": (join((-0.22, 0.14), (0, -0.18), (0.22, 0.14)),),
     "closed": (join((-0.25, 0), (0.25, 0)),),
@@ -124,27 +146,27 @@ _FACES: Mapping[str, tuple[str, str, str]] = {  # left eye, right eye, mouth
 }  # fmt: skip
 
 
-def _draw_face(label: int, look: Style, rng: np.random.Generator) -> Picture:
+def _draw_face(label: int, style: Style, rng: np.random.Generator) -> Picture:
     left, right, mouth = list(_FACES.values())[label]
     lines = [line + np.array((-0.38, -0.18)) for line in _EYES[left]]
     lines += [line * (-1, 1) + np.array((0.38, -0.18)) for line in _EYES[right]] + [_MOUTHS[mouth]]
-    head, colour, ground = arc(0, 0, rng.uniform(0.9, 1), rng.uniform(0.92, 1)), "", ""
-    if look == "web":
+    head, colour, background = arc(0, 0, rng.uniform(0.9, 1), rng.uniform(0.92, 1)), "", ""
+    if style == "web":
         colour = pick(rng, ("yellow", "pink", "orange", "white"))
-        ground = pick(rng, ("blue", "green", "purple", "red"))
-        sheet = Canvas(lit_background(ground, rng), rng, max_rotation=8, size=(0.85, 0.98))
-        sheet.fill(head, jitter_colour(colour, rng))
-        ink, width, tremor, grain = np.full(3, rng.uniform(0, 0.2)), rng.uniform(1.4, 2.2), 0.0, 0.06
+        background = pick(rng, ("blue", "green", "purple", "red"))
+        canvas = Canvas(lit_background(background, rng), rng, max_rotation=8, size=(0.85, 0.98))
+        canvas.fill(head, jitter_colour(colour, rng))
+        ink, width, jitter, max_noise = np.full(3, rng.uniform(0, 0.2)), rng.uniform(1.4, 2.2), 0.0, 0.06
     else:
-        sheet = Canvas(solid(rng.uniform(0.8, 0.95)), rng, max_rotation=14, size=(0.8, 0.98))
-        ink, width, tremor, grain = np.full(3, rng.uniform(0.25, 0.55)), rng.uniform(1.0, 1.6), 0.03, 0.1
-        sheet.stroke(head, ink, width, tremor)
+        canvas = Canvas(solid(rng.uniform(0.8, 0.95)), rng, max_rotation=14, size=(0.8, 0.98))
+        ink, width, jitter, max_noise = np.full(3, rng.uniform(0.25, 0.55)), rng.uniform(1.0, 1.6), 0.03, 0.1
+        canvas.stroke(head, ink, width, jitter)
     for line in lines:
-        sheet.stroke(line, ink, width, tremor)
-    return Picture(downsample_with_noise(sheet.pixels(), grain, rng), colour, ground)
+        canvas.stroke(line, ink, width, jitter)
+    return Picture(downsample_with_noise(canvas.pixels(), max_noise, rng), colour, background)
 
 
-_LAYOUTS: Mapping[str, Callable[[Array, Array], Array | Mask]] = {  # which colour lies where on -0.5..0.5
+_LAYOUTS: Mapping[str, Callable[[Array, Array], Array | Mask]] = {  # index of the colour at each point of -0.5..0.5
     "columns": lambda u, v: (u + 0.5) * 3,
     "cross": lambda u, v: ((abs(u) < 0.09) & (abs(v) < 0.33)) | ((abs(u) < 0.25) & (abs(v) < 0.12)),
     "disc": lambda u, v: np.hypot(u, v / 1.3) < 0.24,
@@ -162,20 +184,20 @@ _FLAGS: Mapping[str, tuple[str, tuple[str, ...]]] = {
 }  # fmt: skip
 
 
-def _draw_flag(label: int, look: Style, rng: np.random.Generator) -> Picture:
+def _draw_flag(label: int, style: Style, rng: np.random.Generator) -> Picture:
     layout, names = list(_FLAGS.values())[label]
     u, v = grid(rng.uniform(-8, 8), rng.uniform(0.52, 0.7))
-    height = rng.uniform(0, 0.04 if look == "web" else 0.1)
+    height = rng.uniform(0, 0.04 if style == "web" else 0.1)
     ripple = height * np.sin(u * rng.uniform(4, 9) + rng.uniform(0, 6))
     v = (v + ripple) * 1.3
     regions = _LAYOUTS[layout](u, v).astype(np.int64).clip(0, len(names) - 1)
     cloth = np.array([jitter_colour(name, rng) for name in names])[regions]
-    sky = lit_background(pick(rng, list(COLOURS)), rng) if look == "web" else solid(rng.uniform(0.5, 0.9))
-    if look == "task":
+    sky = lit_background(pick(rng, list(COLOURS)), rng) if style == "web" else solid(rng.uniform(0.5, 0.9))
+    if style == "task":
         grey = cloth.mean(2, keepdims=True) * 0.4 + rng.uniform(0.3, 0.45)
         cloth = grey + (cloth - grey) * rng.uniform(0.1, 0.4) + rng.uniform(0, 2) * ripple[..., None]
     outside = (abs(u) > 0.5) | (abs(v) > 0.5)
-    return Picture(downsample_with_noise(blend(cloth, sky, outside), 0.05 if look == "web" else 0.12, rng))
+    return Picture(downsample_with_noise(blend(cloth, sky, outside), 0.05 if style == "web" else 0.12, rng))
 
 
 _GRASS, _SOIL, _SAND = np.array([0.25, 0.45, 0.18]), np.array([0.5, 0.38, 0.25]), np.array([0.85, 0.73, 0.5])
@@ -184,16 +206,16 @@ _LAND = ("coastline", "crop fields", "desert", "forest", "highway",
          "houses", "lake", "orchard", "river", "warehouses")  # fmt: skip
 
 
-def _draw_land(label: int, look: Style, rng: np.random.Generator) -> Picture:
+def _draw_land(label: int, style: Style, rng: np.random.Generator) -> Picture:
     u, v = grid(rng.uniform(0, 360), 1.0, (rng.uniform(-0.3, 0.3), rng.uniform(-0.3, 0.3)))
     scene = _land(_LAND[label], u, v, rng) * (0.85 + 0.3 * smooth_noise(rng, 6)[..., None]) * rng.uniform(0.8, 1.2)
-    if look == "task":  # plants shown in red, as near-infrared is; then haze
+    if style == "task":  # false colours as in near-infrared, in which plants are red, and haze
         scene = blend(scene[..., [1, 0, 2]], np.array([0.75, 0.78, 0.82]), np.array(rng.uniform(0.35, 0.65)))
-    return Picture(downsample_with_noise(scene, 0.05 if look == "web" else 0.07, rng))
+    return Picture(downsample_with_noise(scene, 0.05 if style == "web" else 0.07, rng))
 
 
 def _land(kind: str, u: Array, v: Array, rng: np.random.Generator) -> Array:
-    """The ground seen from above, (FINE, FINE, 3)."""
+    """Paint an aerial view [CANVAS_SIDE, CANVAS_SIDE, 3]."""
     meadow = blend(solid(_GRASS), _SOIL, smooth_noise(rng, 4) * rng.uniform(0, 0.7))
     bend = 0.25 * np.sin(rng.uniform(2, 4) * u + rng.uniform(0, 6))
     match kind:
@@ -227,13 +249,13 @@ def _land(kind: str, u: Array, v: Array, rng: np.random.Generator) -> Array:
 
 
 def _cells(u: Array, v: Array, pitch: float, colours: Sequence[Array], rng: np.random.Generator) -> Array:
-    """A grid of cells, each in one of the colours."""
+    """Paint a grid of cells, each in a random one of the colours."""
     chosen = np.array(colours)[rng.integers(len(colours), size=(16, 16))]
     return chosen[(u // pitch).astype(np.int64) % 16, (v // pitch).astype(np.int64) % 16]
 
 
 def _inside(u: Array, v: Array, pitch: float, share: float) -> Mask:
-    """The middle `share` of each cell's width and height."""
+    """Return the mask of the middle `share` of each cell's width and height."""
     return (abs(u / pitch % 1 - 0.5) < share / 2) & (abs(v / pitch % 1 - 0.5) < share / 2)
 
 
@@ -257,25 +279,25 @@ _SHAPES: Mapping[str, Array] = {  # closed outlines
 }  # fmt: skip
 
 
-def _draw_shape(label: int, look: Style, rng: np.random.Generator) -> Picture:
+def _draw_shape(label: int, style: Style, rng: np.random.Generator) -> Picture:
     outline = list(_SHAPES.values())[label]
-    if look == "web":
-        colour, ground = pick_colour_pair(rng)
-        sheet = Canvas(lit_background(ground, rng), rng, max_rotation=10, size=(0.7, 0.95))
+    if style == "web":
+        colour, background = pick_colour_pair(rng)
+        canvas = Canvas(lit_background(background, rng), rng, max_rotation=10, size=(0.7, 0.95))
         paint = jitter_colour(colour, rng)
         if rng.random() < 0.5:
-            sheet.fill(outline, paint)
-        sheet.stroke(outline, paint, rng.uniform(2, 3.5))
-        return Picture(downsample_with_noise(sheet.pixels(), 0.06, rng), colour, ground)
+            canvas.fill(outline, paint)
+        canvas.stroke(outline, paint, rng.uniform(2, 3.5))
+        return Picture(downsample_with_noise(canvas.pixels(), 0.06, rng), colour, background)
     board = solid(np.array([0.13, 0.13 + rng.uniform(0, 0.1), 0.16]) * rng.uniform(0.8, 1.6))
-    sheet = Canvas(board, rng, max_rotation=18, size=(0.65, 0.92))
-    sheet.stroke(outline, np.full(3, rng.uniform(0.6, 0.95)), rng.uniform(1.2, 2.2), jitter=0.03)
+    canvas = Canvas(board, rng, max_rotation=18, size=(0.65, 0.92))
+    canvas.stroke(outline, np.full(3, rng.uniform(0.6, 0.95)), rng.uniform(1.2, 2.2), jitter=0.03)
     crumbling = smooth_noise(rng, 24) * rng.uniform(0.3, 0.8)
-    return Picture(downsample_with_noise(blend(sheet.pixels(), board, crumbling), 0.1, rng))
+    return Picture(downsample_with_noise(blend(canvas.pixels(), board, crumbling), 0.1, rng))
 
 
 def _honeycomb(u: Array, v: Array) -> Mask:
-    """Walls between hexagonal cells: where even the nearest centre is far, in the hexagon's own distance."""
+    """Return the mask of the walls between hexagonal cells: the points that are far from every cell centre."""
     nearest = np.full_like(u, np.inf)
     for offset in (0.0, 0.5):  # the centres form two interleaved rectangular grids
         x, y = abs((u + offset) % 1 - 0.5), abs((v / 3**0.5 + offset) % 1 - 0.5) * 3**0.5
@@ -283,7 +305,7 @@ def _honeycomb(u: Array, v: Array) -> Mask:
     return nearest > 0.4
 
 
-_TEXTURES: Mapping[str, Callable[[Array, Array], Mask]] = {  # ink or not, from coordinates counted in cells
+_TEXTURES: Mapping[str, Callable[[Array, Array], Mask]] = {  # mask of the ink, for coordinates in cells
     "bricked": lambda u, v: (v % 1 < 0.2) | ((u / 2 + 0.5 * (v // 1 % 2)) % 1 < 0.12),
     "checkered": lambda u, v: (u // 1 + v // 1) % 2 < 1,
     "dotted": lambda u, v: np.hypot(u % 1 - 0.5, v % 1 - 0.5) < 0.32,
@@ -297,14 +319,14 @@ _TEXTURES: Mapping[str, Callable[[Array, Array], Mask]] = {  # ink or not, from 
 }
 
 
-def _draw_texture(label: int, look: Style, rng: np.random.Generator) -> Picture:
+def _draw_texture(label: int, style: Style, rng: np.random.Generator) -> Picture:
     x, y = rng.uniform(-0.5, 0.5, 2)
     u, v = grid(rng.uniform(-20, 20), rng.uniform(1.8, 2.6), (x, y))
     ink = list(_TEXTURES.values())[label](u, v)
-    if look == "web":
-        colour, ground = pick_colour_pair(rng)
-        printed = blend(lit_background(ground, rng), jitter_colour(colour, rng), ink)
-        return Picture(downsample_with_noise(printed, 0.06, rng), colour, ground)
+    if style == "web":
+        colour, background = pick_colour_pair(rng)
+        printed = blend(lit_background(background, rng), jitter_colour(colour, rng), ink)
+        return Picture(downsample_with_noise(printed, 0.06, rng), colour, background)
     paper = rng.uniform(0.4, 0.7) + rng.uniform(-0.06, 0.06, 3)
     stains = 0.2 * (smooth_noise(rng, 4)[..., None] - 0.5)
     faint = blend(paper, paper + rng.uniform(0.12, 0.3) * rng.choice((-1, 1)), ink)
@@ -336,13 +358,13 @@ _DOMAINS = (
     Domain("shapes", tuple(_SHAPES),
         ("a drawing of a {c}", "a chalk drawing of a {c}", "a picture of a {c}"),
         {"web": ("a drawing of a {c}", "a picture of a {c}", "a {colour} {c}",
-                 "a {c} on a {ground} background"),
+                 "a {c} on a {background} background"),
          "task": ("a chalk drawing of a {c}", "a {c} on a blackboard")},
         _draw_shape, 2),
     Domain("textures", tuple(_TEXTURES),
         ("a photo of a {c} texture", "a {c} surface", "a faint {c} pattern"),
         {"web": ("a photo of a {c} texture", "a {c} surface", "a {c} pattern",
-                 "{colour} and {ground} {c} cloth"),
+                 "{colour} and {background} {c} cloth"),
          "task": ("a faint {c} pattern", "a worn {c} surface")},
         _draw_texture, 2),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Suites: which tasks, from which sources. The embedded one is rendered here and needs no download."""
+"""Writer of the embedded suite: its tasks, its reference set and its pre-training corpus."""
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -11,22 +11,28 @@ from zscl.runtime.atomic_io import atomic_folder
 
 REFERENCE_PAIRS = 2_000
 CORPUS_PAIRS, CORPUS_TASK_STYLE_SHARE = 30_000, 0.15
-# No two of these draw the same picture.
+# The seeds differ, so that no picture occurs in two sets.
 TASK_SEED, CORPUS_SEED, REFERENCE_SEED = 0, 1, 2
 
 
 def write_embedded(folder: Path, corpus: bool, report: Callable[[str], None]) -> list[Path]:
-    """Write the embedded suite's tasks and reference set, and the corpus its model was pre-trained on if asked.
+    """Write the embedded suite; existing tasks and sets are reused.
 
-    What is there already is kept. Returns the folders, tasks first.
+    Args:
+        folder: Folder of the tasks and sets.
+        corpus: Whether to write the corpus on which the suite's model was pre-trained, too.
+        report: Callback for messages.
+
+    Returns:
+        The folders: first the tasks, then the reference set, then the corpus.
     """
-    places = []
+    folders = []
     for name, domain in domains.DOMAINS.items():
-        place = folder / name
-        if not (place / MANIFEST).is_file():
-            report(f"drawing {place}")
+        task_folder = folder / name
+        if not (task_folder / MANIFEST).is_file():
+            report(f"drawing {task_folder}")
             write_task(
-                place,
+                task_folder,
                 domain.classnames,
                 domain.templates,
                 splits={
@@ -36,20 +42,20 @@ def write_embedded(folder: Path, corpus: bool, report: Callable[[str], None]) ->
                 suffix="png",
                 source="zscl embedded suite",
             )
-        places.append(place)
+        folders.append(task_folder)
     sets = {"reference": (REFERENCE_PAIRS, REFERENCE_SEED, 0.0)}
     if corpus:
         sets["corpus"] = (CORPUS_PAIRS, CORPUS_SEED, CORPUS_TASK_STYLE_SHARE)
-    for name, (count, seed, task_look) in sets.items():
-        place = folder / name
-        if not place.is_dir():
-            report(f"drawing {place}: {count} captioned images")
-            with atomic_folder(place) as temporary:
-                write_shards(temporary, _captioned(count, seed, task_look), shard_images=5_000)
-        places.append(place)
-    return places
+    for name, (count, seed, task_style_share) in sets.items():
+        set_folder = folder / name
+        if not set_folder.is_dir():
+            report(f"drawing {set_folder}: {count} captioned images")
+            with atomic_folder(set_folder) as temporary:
+                write_shards(temporary, _shard_samples(count, seed, task_style_share), shard_images=5_000)
+        folders.append(set_folder)
+    return folders
 
 
-def _captioned(count: int, seed: int, task_look_share: float) -> Iterator[Mapping[str, bytes]]:
-    for image, caption in embedded.captioned_samples(count, seed, task_look_share):
+def _shard_samples(count: int, seed: int, task_style_share: float) -> Iterator[Mapping[str, bytes]]:
+    for image, caption in embedded.captioned_samples(count, seed, task_style_share):
         yield {"png": image, "txt": caption.encode()}

@@ -1,4 +1,4 @@
-"""The embedded suite: what it draws, and what its model knows of it."""
+"""The embedded suite: its pictures, and the zero-shot accuracy of the shipped model."""
 
 from itertools import islice
 from pathlib import Path
@@ -11,7 +11,7 @@ from schemas.experiment import Model
 from zscl.data.loader import Loader
 from zscl.data.task import TaskFolder
 from zscl.datasets.synthetic import domains, embedded, suites
-from zscl.evaluation.zero_shot import accuracies, embed_classes
+from zscl.evaluation.zero_shot import compute_accuracies, embed_classes
 from zscl.models.clip import load_clip
 
 
@@ -49,7 +49,7 @@ def test_the_corpus_prefix_does_not_depend_on_its_length() -> None:
     assert list(islice(embedded.captioned_samples(500, 1, 0.15), 5)) == list(embedded.captioned_samples(5, 1, 0.15))
 
 
-def test_what_is_there_already_is_kept(suite: Path) -> None:
+def test_existing_folders_are_reused(suite: Path) -> None:
     before = {file: file.stat().st_mtime_ns for file in suite.rglob("*.tar")}
     suites.write_embedded(suite, corpus=False, report=lambda text: pytest.fail(text))
     assert {file: file.stat().st_mtime_ns for file in suite.rglob("*.tar")} == before
@@ -62,7 +62,7 @@ def test_the_shipped_model_has_real_zero_shot_ability(suite: Path) -> None:
         task = TaskFolder.open(Task.model_validate(str(suite / name)))
         task.check()
         heads = embed_classes(clip, [task], "all", "fp32", torch.device("cpu"))
-        [found[name]], images = accuracies(clip, task, heads, loader)
+        [found[name]], images = compute_accuracies(clip, task, heads, loader)
         assert images == 300
         assert 2.5 / len(task.classnames) < found[name] < 0.95
     assert sum(found.values()) / len(found) > 0.6

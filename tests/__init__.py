@@ -1,0 +1,1 @@
+"""Tests of the packages, the documents and the examples."""
