@@ -1,1 +1,1 @@
-"""Commands on finished runs and on data: compare, evaluate, average, export."""
+"""Analysis of finished runs, and preparation of data: compare, evaluate, average, export, prepare, check."""

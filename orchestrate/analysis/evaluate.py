@@ -1,4 +1,4 @@
-"""`zscl evaluate`: any model, or the models of a run, on any tasks, under more protocols than the matrix has."""
+"""Evaluation of models (`zscl evaluate`): any model, or the stages of a run, on any tasks, task-aware and -agnostic."""
 
 import csv
 import io
@@ -21,7 +21,7 @@ from orchestrate.runs.progress import ProgressBar
 from orchestrate.tracking.attachments import attach_files
 from schemas.base import explain, input_error
 from schemas.data import Task
-from schemas.errors import InputError
+from schemas.errors import ErrorCode, InputError
 from schemas.evaluation import PROTOCOLS, EvaluationReport, ModelEvaluation, Protocol, TaskEvaluation
 from schemas.experiment import LOCAL_MODEL, Experiment, Model
 from schemas.results import Metrics
@@ -33,19 +33,27 @@ from zscl.evaluation.metrics import compute_metrics
 from zscl.evaluation.protocols import evaluate_tasks
 from zscl.models.clip import CONFIG, load_clip, weights_digest
 from zscl.runtime.atomic_io import atomic_file, write_text
-from zscl.sequence.layout import EXPERIMENT, TRAINING, stage_files
+from zscl.sequence.layout import EXPERIMENT, MODEL_FOLDER, TRAINING, stage_files
 from zscl.sequence.resolve import resolve_tasks
 from zscl.sequence.run import LIBRARIES
 
 EVALUATION = "evaluation.json"
-ALL = "all"
-MOST_BROKEN = 0.01  # share of a task's test images that may be unusable, where no run's recipe says otherwise
-LABELLED = 12  # classes whose names a confusion table's picture has room for
+ALL_STAGES = "all"
+MAX_BROKEN_SHARE = 0.01  # of a task's test images, if no run's recipe says otherwise
+MAX_LABELLED_CLASSES = 12  # the chart of a confusion table has room for so many class names
 
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """How to judge; `None` where a run's own recipe, or the default, decides."""
+    """How to evaluate.
+
+    Attributes:
+        protocols: Protocols to evaluate under.
+        templates: Prompt templates that are averaged, all or first; `None`: as the run, or all.
+        precision: fp32 or bf16; `None`: as the run, or fp32.
+        batch_size: Images per batch.
+        loader_processes: Processes that read and decode images; 0: the main process does it.
+    """
 
     protocols: tuple[Protocol, ...] = PROTOCOLS
     templates: str | None = None
@@ -57,29 +65,45 @@ class EvaluationOptions:
 def parse_options(
     protocols: str, templates: str | None, precision: str | None, batch_size: int, loader_processes: int
 ) -> EvaluationOptions:
-    """Check what the command line was given.
+    """Parse and check the options of the command line.
+
+    Args:
+        protocols: Names of protocols, by commas.
+        templates: all, first, or `None`.
+        precision: fp32, bf16, or `None`.
+        batch_size: Images per batch.
+        loader_processes: Processes that read and decode images.
+
+    Returns:
+        The options.
 
     Raises:
-        InputError: a protocol, or another choice, that there is not.
+        InputError: If a protocol or another choice does not exist.
     """
     chosen = tuple(protocol for protocol in PROTOCOLS if protocol in protocols.split(","))
     unknown = [name for name in protocols.split(",") if name not in PROTOCOLS]
-    for option, found, allowed in (
+    for option, value, allowed in (
         ("--protocol", unknown[0] if unknown else None, PROTOCOLS),
         ("--templates", templates, ("all", "first")),
         ("--precision", precision, ("fp32", "bf16")),
     ):
-        if found is not None and found not in allowed:
-            raise InputError(f"{option}: found '{found}', expected {' or '.join(allowed)}")
+        if value is not None and value not in allowed:
+            raise InputError(f"{option}: found '{value}', expected {' or '.join(allowed)}", field=option)
     return EvaluationOptions(chosen, templates, precision, batch_size, loader_processes)
 
 
 @dataclass(frozen=True)
 class EvaluationTarget:
-    """What is judged.
+    """The models and the tasks of an evaluation.
 
-    models: with their stage in a run, if they are of one; tasks, suites: on what; run: its folder; own: whether the
-    tasks are the run's; whole: whether these are also all its stages.
+    Attributes:
+        models: The models, each with its stage if it is a run's.
+        tasks: The tasks; their classes together are the task-agnostic label space.
+        suites: Additional tasks, each evaluated among its own classes.
+        run: The run's folder, if the models are a run's.
+        experiment: The run's experiment.
+        uses_run_tasks: Whether the tasks are the run's.
+        is_complete: Whether the models are all stages of the run, and the tasks are the run's.
     """
 
     models: tuple[tuple[int | None, Model], ...]
@@ -87,17 +111,17 @@ class EvaluationTarget:
     suites: tuple[TaskFolder, ...]
     run: Path | None = None
     experiment: Experiment | None = None
-    own: bool = False
-    whole: bool = False
+    uses_run_tasks: bool = False
+    is_complete: bool = False
 
     @property
     def held_out(self) -> bool:
-        """Whether a run's held-out training images are what it is judged on."""
-        held_out = self.experiment.evaluation.held_out if self.experiment and self.own else None
+        """Whether the tasks are evaluated on the run's held-out training images."""
+        held_out = self.experiment.evaluation.held_out if self.experiment and self.uses_run_tasks else None
         return held_out is not None and held_out.judged_on == "held_out"
 
-    def place(self, stage: int | None, model: Model) -> str:
-        """What a model is called."""
+    def label(self, stage: int | None, model: Model) -> str:
+        """Return a model's name in tables, such as `2-flowers` for a stage of a run."""
         if stage is None:
             return model.name if model.pretrained is None else f"{model.name}, {model.pretrained}"
         return f"{stage}-{Path(model.name).parent.name.partition('-')[2]}" if stage else ZERO_SHOT
@@ -106,61 +130,89 @@ class EvaluationTarget:
 def resolve_target(
     what: str, pretrained: str | None, stage: str | None, tasks: Sequence[str], suites: Sequence[str]
 ) -> EvaluationTarget:
-    """Find the models and the tasks.
+    """Find the models and the tasks of an evaluation.
 
     Args:
-        what: a run's folder, a model's folder, or a name that open_clip knows.
-        pretrained: open_clip tag or weights file, for such a name.
-        stage: of a run, from 0 (the initial model), or `all`; default: the last one that is trained.
-        tasks: folders; default: those of the run.
-        suites: folders of further tasks, whose classes join no others'.
+        what: A run's folder, a model's folder, or an open_clip model name.
+        pretrained: open_clip's tag of the weights, or a weights file, for an open_clip model name.
+        stage: Stage of a run, from 0 (the initial model), or `all`; default: the last trained stage.
+        tasks: Folders of tasks; default: those of the run.
+        suites: Folders of additional tasks.
+
+    Returns:
+        The models and the tasks.
 
     Raises:
-        InputError: there is no such run, stage, model or task.
+        InputError: If the run, the stage, the model or a task does not exist.
     """
     folder = Path(what).expanduser().absolute()
-    extra = tuple(_opened(suite) for suite in suites)
+    suite_folders = tuple(map(_open_task, suites))
     if (folder / SEARCH).is_file():
-        raise InputError(f"{what}: found a search, expected a run: one of {folder}/trials, say")
+        raise InputError(
+            f"{what}: found a search, expected a run, such as one of {folder}/trials", code=ErrorCode.OTHER_RUN
+        )
     if not (folder / EXPERIMENT).is_file():
-        if stage is not None:
-            raise InputError(f"--stage {stage}: found '{what}', which is no run's folder, expected one that has stages")
-        if not tasks and "/" in what and not folder.exists():
-            raise InputError(f"{what}: found no such folder, expected a run's, or --task for a model of that name")
-        if not tasks:
-            raise InputError(f"--task: found none for the model '{what}', expected tasks to judge it on")
-        name = f"{LOCAL_MODEL}{folder}" if (folder / CONFIG).is_file() else what
-        model = _model(name, pretrained)
-        return EvaluationTarget(((None, model),), tuple(map(_opened, tasks)), extra)
+        model = _resolve_model(what, folder, pretrained, stage, tasks)
+        return EvaluationTarget(((None, model),), tuple(map(_open_task, tasks)), suite_folders)
     if pretrained is not None:
-        raise InputError(f"--pretrained {pretrained}: found it with a run, whose models bring their weights")
+        raise InputError(
+            f"--pretrained {pretrained}: found it with a run, expected it only with the name of an open_clip model",
+            code=ErrorCode.CONFLICT,
+            field="--pretrained",
+        )
     experiment = load_experiment(folder / EXPERIMENT)
     trained = stage_files(folder, TRAINING)
     models = [(0, experiment.model)]
-    models += [(k, Model(name=f"{LOCAL_MODEL}{file.parent}/model")) for k, file in enumerate(trained, start=1)]
-    opened = tuple(map(_opened, tasks)) if tasks else resolve_tasks(experiment)[1]
-    whole = stage == ALL and not tasks and len(trained) == len(opened)
-    return EvaluationTarget(tuple(_chosen(models, stage, folder)), opened, extra, folder, experiment, not tasks, whole)
+    models += [(k, Model(name=f"{LOCAL_MODEL}{file.parent / MODEL_FOLDER}")) for k, file in enumerate(trained, start=1)]
+    task_folders = tuple(map(_open_task, tasks)) if tasks else resolve_tasks(experiment)[1]
+    is_complete = stage == ALL_STAGES and not tasks and len(trained) == len(task_folders)
+    selected = tuple(_select_stages(models, stage, folder))
+    return EvaluationTarget(selected, task_folders, suite_folders, folder, experiment, not tasks, is_complete)
 
 
-def _chosen(models: Sequence[tuple[int, Model]], stage: str | None, run: Path) -> list[tuple[int, Model]]:
-    if stage == ALL:
+def _select_stages(models: Sequence[tuple[int, Model]], stage: str | None, run: Path) -> list[tuple[int, Model]]:
+    if stage == ALL_STAGES:
         return list(models)
     if stage is not None and not (stage.isdecimal() and int(stage) < len(models)):
-        raise InputError(f"--stage {stage}: found {len(models) - 1} trained stages in {run}, expected 0 to that or all")
+        raise InputError(
+            f"--stage {stage}: found {len(models) - 1} trained stages in {run}, expected 0 to that or all",
+            code=ErrorCode.UNKNOWN_NAME,
+            field="--stage",
+        )
     return [models[-1 if stage is None else int(stage)]]
 
 
-def _model(name: str, pretrained: str | None) -> Model:
+def _resolve_model(what: str, folder: Path, pretrained: str | None, stage: str | None, tasks: Sequence[str]) -> Model:
+    """Resolve a model that is not a run's."""
+    if stage is not None:
+        raise InputError(
+            f"--stage {stage}: found '{what}', which is not a run's folder, expected one that has stages",
+            code=ErrorCode.CONFLICT,
+            field="--stage",
+        )
+    if not tasks and "/" in what and not folder.exists():
+        raise InputError(
+            f"{what}: found no such folder, expected a run's, or --task for a model of that name",
+            code=ErrorCode.NOT_FOUND,
+        )
+    if not tasks:
+        raise InputError(
+            f"--task: found none for the model '{what}', expected tasks to evaluate it on",
+            code=ErrorCode.MISSING_VALUE,
+            field="--task",
+        )
+    name = f"{LOCAL_MODEL}{folder}" if (folder / CONFIG).is_file() else what
     try:
         return Model(name=name, pretrained=pretrained)
     except ValueError as error:
         raise InputError(
-            f"{name}: found no run's folder, no open_clip folder and no name with --pretrained beside it, expected one"
+            f"{name}: found no run's folder, no open_clip folder and no model name with --pretrained, expected one of "
+            "them",
+            code=ErrorCode.NOT_FOUND,
         ) from error
 
 
-def _opened(path: str) -> TaskFolder:
+def _open_task(path: str) -> TaskFolder:
     location = path if "://" in path else str(Path(path).expanduser().absolute())
     try:
         return TaskFolder.open(Task.model_validate({"path": location}))
@@ -168,231 +220,265 @@ def _opened(path: str) -> TaskFolder:
         raise input_error(error, f"{path}: {explain(error)}") from error
 
 
-def evaluate_models(subject: EvaluationTarget, options: EvaluationOptions, console: Console) -> EvaluationReport:
-    """Judge every model of the subject on its tasks and suites.
+def evaluate_models(target: EvaluationTarget, options: EvaluationOptions, console: Console) -> EvaluationReport:
+    """Evaluate every model on all tasks and suites.
+
+    Args:
+        target: The models and the tasks.
+        options: How to evaluate.
+        console: For progress and warnings.
+
+    Returns:
+        The evaluation of each model, with metrics of the accuracy matrix if the target is complete.
 
     Raises:
-        InputError: a model or a shard cannot be read, or a task has no usable image.
+        InputError: If a model or a shard cannot be read, a task has no usable image, or two tasks have the same name.
     """
-    _refuse_same_names([*subject.tasks, *subject.suites])
-    experiment = subject.experiment
+    all_tasks = (*target.tasks, *target.suites)
+    _check_names_are_unique(all_tasks)
+    experiment = target.experiment
     templates = options.templates or (experiment.evaluation.templates if experiment else "all")
     precision = options.precision or (experiment.optimisation.precision if experiment else "fp32")
-    share = experiment.compute.max_broken_share if experiment else MOST_BROKEN
+    max_broken_share = experiment.compute.max_broken_share if experiment else MAX_BROKEN_SHARE
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    sets = [task.test for task in (*subject.tasks, *subject.suites)]
-    images = sum(len(each) for each in sets if isinstance(each, IndexedSamples)) * len(subject.models)
-    judged_models, warnings = list[ModelEvaluation](), list[str]()
-    with ProgressBar(console, total=images or None) as bar:
-        loader = Loader(device, options.loader_processes, max_broken_share=share, on_skip=bar.print)
-        for task in (*subject.tasks, *subject.suites):
-            for sentence in task.list_warnings("test"):
-                bar.print(f"warning: task '{task.name}', {sentence}")
-        for stage, model in subject.models:
-            name = subject.place(stage, model)
-            bar.update(f"judging {name}", bar.done)
+    sizes = [len(task.test) for task in all_tasks if isinstance(task.test, IndexedSamples)]
+    evaluations, warnings = list[ModelEvaluation](), list[str]()
+    with ProgressBar(console, total=sum(sizes) * len(target.models) or None) as bar:
+        loader = Loader(device, options.loader_processes, max_broken_share=max_broken_share, on_skip=bar.print)
+        for task in all_tasks:
+            for message in task.list_warnings("test"):
+                bar.print(f"warning: task '{task.name}', {message}")
+        for stage, model in target.models:
+            label = target.label(stage, model)
+            bar.update(f"evaluating {label}", bar.done)
             clip = load_clip(model, device)
-            if not judged_models:  # several models are the stages of one run, which have one tokenizer
-                prompted = (*subject.tasks, *subject.suites)
-                warnings += dict.fromkeys(each for task in prompted for each in prompt_warnings(task, clip.tokenizer))
-                for sentence in warnings:
-                    bar.print(f"warning: {sentence}")
-            judged = evaluate_tasks(
+            if not evaluations:  # several models are stages of one run and have the same tokenizer
+                messages = (message for task in all_tasks for message in prompt_warnings(task, clip.tokenizer))
+                warnings += dict.fromkeys(messages)
+                for message in warnings:
+                    bar.print(f"warning: {message}")
+            evaluated = evaluate_tasks(
                 clip,
-                subject.tasks,
-                subject.suites,
+                target.tasks,
+                target.suites,
                 options.protocols,
                 loader,
                 templates=templates,
                 precision=precision,
                 batch_size=options.batch_size,
-                on_images=_counter(bar, f"judging {name}"),
+                on_images=_image_counter(bar, f"evaluating {label}"),
             )
-            judged_models.append(
-                ModelEvaluation(model=name, stage=stage, digest=weights_digest(model), judged=tuple(judged))
+            evaluations.append(
+                ModelEvaluation(model=label, stage=stage, digest=weights_digest(model), judged=tuple(evaluated))
             )
+    figures: dict[Protocol, Metrics] = {}
+    if target.is_complete:
+        figures = {protocol: _metrics(evaluations, target, protocol) for protocol in options.protocols}
     return EvaluationReport(
-        tasks=tuple(task.name for task in subject.tasks),
-        suites=tuple(suite.name for suite in subject.suites),
+        tasks=tuple(task.name for task in target.tasks),
+        suites=tuple(suite.name for suite in target.suites),
         templates="first" if templates == "first" else "all",
-        held_out=subject.held_out,
-        models=tuple(judged_models),
-        figures={protocol: _figures(judged_models, subject, protocol) for protocol in options.protocols}
-        if subject.whole
-        else {},
+        held_out=target.held_out,
+        models=tuple(evaluations),
+        figures=figures,
         versions={library: version(library) for library in LIBRARIES},
         warnings=tuple(warnings),
     )
 
 
-def _counter(bar: ProgressBar, what: str) -> Callable[[int], None]:
-    return lambda images: bar.update(what, bar.done + images)
+def _image_counter(bar: ProgressBar, description: str) -> Callable[[int], None]:
+    return lambda images: bar.update(description, bar.done + images)
 
 
-def _refuse_same_names(tasks: Sequence[TaskFolder]) -> None:
+def _check_names_are_unique(tasks: Sequence[TaskFolder]) -> None:
     names = [task.name for task in tasks]
     for name in names:
         if names.count(name) > 1:
-            raise InputError(f"found two tasks or suites called '{name}', expected folders of different names")
+            raise InputError(
+                f"found two tasks or suites called '{name}', expected folders of different names",
+                code=ErrorCode.DUPLICATE,
+            )
 
 
-def _figures(models: Sequence[ModelEvaluation], subject: EvaluationTarget, protocol: Protocol) -> Metrics:
-    zero_shot, *matrix = [[each.top1 for each in _of(model, protocol, subject.tasks)] for model in models]
+def _metrics(models: Sequence[ModelEvaluation], target: EvaluationTarget, protocol: Protocol) -> Metrics:
+    names = [task.name for task in target.tasks]
+    zero_shot, *matrix = [
+        [task.top1 for task in model.judged if task.protocol == protocol and task.task in names] for model in models
+    ]
     return compute_metrics(matrix, zero_shot)
 
 
-def _of(model: ModelEvaluation, protocol: Protocol, tasks: Sequence[TaskFolder]) -> list[TaskEvaluation]:
-    names = [task.name for task in tasks]
-    return [each for each in model.judged if each.protocol == protocol and each.task in names]
+# --------------------------------------------------------------------------------------------- tables and charts
 
 
-# ------------------------------------------------------------------------------------------------- what is shown
+def evaluation_tables(report: EvaluationReport) -> Group:
+    """Format an evaluation, one table per protocol.
+
+    Args:
+        report: The evaluation.
+
+    Returns:
+        Tables with one row per task for a single model, and one row per model for several models.
+    """
+    protocols = list(dict.fromkeys(task.protocol for task in report.models[0].judged))
+    if len(report.models) == 1:
+        return Group(*(_task_table(report.models[0], protocol) for protocol in protocols))
+    return Group(*(_model_table(report, protocol) for protocol in protocols))
 
 
-def evaluation_tables(found: EvaluationReport) -> Group:
-    """One model in detail; several, a row each."""
-    protocols = list(dict.fromkeys(each.protocol for each in found.models[0].judged))
-    if len(found.models) == 1:
-        return Group(*(_detailed(found.models[0], protocol) for protocol in protocols))
-    return Group(*(_by_model(found, protocol) for protocol in protocols))
-
-
-def _detailed(model: ModelEvaluation, protocol: Protocol) -> Table:
+def _task_table(model: ModelEvaluation, protocol: Protocol) -> Table:
     table = Table(title=f"{model.model}, {protocol}, %", title_justify="left")
     table.add_column("task")
     for column in ("images", "classes", "top-1", "top-5", "mean per class", "calibration error", "most confused"):
         table.add_column(column, justify="left" if column == "most confused" else "right")
-    for each in model.judged:
-        if each.protocol == protocol:
-            shares = (each.top1, each.top5, each.mean_per_class, each.calibration_error)
-            table.add_row(
-                each.task, str(each.images), str(each.classes), *map(format_percent, shares), _most_confused(each)
-            )
+    for task in model.judged:
+        if task.protocol == protocol:
+            shares = (task.top1, task.top5, task.mean_per_class, task.calibration_error)
+            cells = (task.task, str(task.images), str(task.classes), *map(format_percent, shares))
+            table.add_row(*cells, _most_confused(task))
     return table
 
 
-def _most_confused(judged: TaskEvaluation) -> str:
-    wrong = [pair for pair in judged.confused if pair.true != pair.predicted]
-    worst = max(wrong, key=lambda pair: pair.images, default=None)
+def _most_confused(task: TaskEvaluation) -> str:
+    wrong = [count for count in task.confused if count.true != count.predicted]
+    worst = max(wrong, key=lambda count: count.images, default=None)
     return f"{worst.true} → {worst.predicted} ({worst.images})" if worst else "–"
 
 
-def _by_model(found: EvaluationReport, protocol: Protocol) -> Table:
-    figures = found.figures.get(protocol)
-    said = ""
-    if figures is not None:
-        said = f": Transfer {format_percent(figures.transfer)}, Avg {format_percent(figures.avg)}, Last {format_percent(figures.last)}"
-    table = Table(title=f"top-1, {protocol}, %{said}", title_justify="left")
+def _model_table(report: EvaluationReport, protocol: Protocol) -> Table:
+    metrics = report.figures.get(protocol)
+    summary = ""
+    if metrics is not None:
+        columns = {"Transfer": metrics.transfer, "Avg": metrics.avg, "Last": metrics.last}
+        summary = ": " + ", ".join(f"{name} {format_percent(value)}" for name, value in columns.items())
+    table = Table(title=f"top-1, {protocol}, %{summary}", title_justify="left")
     table.add_column("after")
-    names = [each.task for each in found.models[0].judged if each.protocol == protocol]
-    for name in names:
-        table.add_column(name, justify="right")
-    for model in found.models:
-        table.add_row(model.model, *(format_percent(each.top1) for each in model.judged if each.protocol == protocol))
+    for task in report.models[0].judged:
+        if task.protocol == protocol:
+            table.add_column(task.task, justify="right")
+    for model in report.models:
+        table.add_row(model.model, *(format_percent(task.top1) for task in model.judged if task.protocol == protocol))
     return table
 
 
-def write_evaluation(found: EvaluationReport, folder: Path) -> dict[str, str]:
-    """Write the figures as JSON and CSV (fractions), and the pictures. Returns each kind's file."""
+def write_evaluation(report: EvaluationReport, folder: Path) -> dict[str, str]:
+    """Write an evaluation as JSON and CSV (fractions), with charts of the last model.
+
+    Args:
+        report: The evaluation.
+        folder: Where to write.
+
+    Returns:
+        The written files by kind.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [(model.model, each) for model in found.models for each in model.judged]
+    rows = [(model.model, task) for model in report.models for task in model.judged]
     per_class = [
-        (model, each.protocol, each.task, name, share) for model, each in rows for name, share in each.per_class.items()
+        (model, task.protocol, task.task, name, share) for model, task in rows for name, share in task.per_class.items()
     ]
     confused = [
-        (model, each.protocol, each.task, pair.true, pair.predicted, pair.images)
-        for model, each in rows
-        for pair in each.confused
+        (model, task.protocol, task.task, count.true, count.predicted, count.images)
+        for model, task in rows
+        for count in task.confused
     ]
     head = ("model", "protocol", "task")
     contents = {
-        "json": (EVALUATION, found.model_dump_json(indent=1) + "\n"),
-        "classes": ("per_class.csv", _table([(*head, "class", "top1"), *per_class])),
-        "confusion": ("confusion.csv", _table([(*head, "true", "predicted", "images"), *confused])),
+        "json": (EVALUATION, report.model_dump_json(indent=1) + "\n"),
+        "classes": ("per_class.csv", _to_csv([(*head, "class", "top1"), *per_class])),
+        "confusion": ("confusion.csv", _to_csv([(*head, "true", "predicted", "images"), *confused])),
     }
-    written = {kind: folder / name for kind, (name, _) in contents.items()}
+    files = {kind: folder / name for kind, (name, _) in contents.items()}
     for kind, (_, text) in contents.items():
-        write_text(written[kind], text)
-    last = found.models[-1]
+        write_text(files[kind], text)
+    last = report.models[-1]
     for kind, figure in (("calibration", _draw_calibration(last)), ("confusions", _draw_confusions(last))):
-        written[kind] = folder / f"{kind}.png"
-        with atomic_file(written[kind]) as temporary:
+        files[kind] = folder / f"{kind}.png"
+        with atomic_file(files[kind]) as temporary:
             figure.savefig(temporary, format="png", dpi=120)
-    return {kind: str(file) for kind, file in written.items()}
+    return {kind: str(file) for kind, file in files.items()}
 
 
-def _table(rows: Sequence[Sequence[object]]) -> str:
+def _to_csv(rows: Sequence[Sequence[object]]) -> str:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue()
 
 
 def _draw_calibration(model: ModelEvaluation) -> Figure:
-    """Accuracy against confidence, a panel a task and a line a protocol: below the diagonal, too sure of itself."""
-    names = list(dict.fromkeys(each.task for each in model.judged))
-    figure, panels = _panels(names, f"{model.model}: accuracy against confidence")
-    for axes, name in zip(panels, names, strict=True):
+    """Draw accuracy against confidence, one chart per task; an overconfident model is below the diagonal."""
+    names = list(dict.fromkeys(task.task for task in model.judged))
+    figure, charts = _subplots(names, f"{model.model}: accuracy against confidence")
+    for axes, name in zip(charts, names, strict=True):
         axes.plot([0, 1], [0, 1], color="grey", linestyle=":", linewidth=1)
-        for each in model.judged:
-            if each.task == name:
-                filled = [one for one in each.bins if one.images]
-                sizes = [8 + 60 * one.images / each.images for one in filled]
-                label = f"{each.protocol}, error {format_percent(each.calibration_error)}"
-                [line] = axes.plot([one.confidence for one in filled], [one.accuracy for one in filled], label=label)
-                x, y = line.get_data()
-                axes.scatter(x, y, s=sizes, color=line.get_color())
+        for task in model.judged:
+            if task.task == name:
+                bins = [confidence_bin for confidence_bin in task.bins if confidence_bin.images]
+                x, y = [item.confidence for item in bins], [item.accuracy for item in bins]
+                [line] = axes.plot(x, y, label=f"{task.protocol}, error {format_percent(task.calibration_error)}")
+                axes.scatter(x, y, s=[8 + 60 * item.images / task.images for item in bins], color=line.get_color())
         axes.set(title=name, xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy")
         axes.legend(fontsize="x-small")
     return figure
 
 
 def _draw_confusions(model: ModelEvaluation) -> Figure:
-    """Each task's confusion table among its own classes, in shares of the true class."""
-    own = [each for each in model.judged if each.protocol == "task-aware"] or list(model.judged)
-    figure, panels = _panels([each.task for each in own], f"{model.model}: true class (row), predicted (column)")
-    for axes, each in zip(panels, own, strict=True):
-        rows = list(each.per_class)
-        columns = list(dict.fromkeys([*rows, *(pair.predicted for pair in each.confused)]))
+    """Draw each task's confusion matrix among its own classes, as shares of the true class."""
+    tasks = [task for task in model.judged if task.protocol == "task-aware"] or list(model.judged)
+    figure, charts = _subplots([task.task for task in tasks], f"{model.model}: true class (row), predicted (column)")
+    for axes, task in zip(charts, tasks, strict=True):
+        rows = list(task.per_class)
+        columns = list(dict.fromkeys([*rows, *(count.predicted for count in task.confused)]))
         shares = [[0.0] * len(columns) for _ in rows]
-        for pair in each.confused:
-            shares[rows.index(pair.true)][columns.index(pair.predicted)] = pair.images
+        for count in task.confused:
+            shares[rows.index(count.true)][columns.index(count.predicted)] = count.images
         shares = [[value / sum(row) for value in row] for row in shares]
         axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-        axes.set(title=each.task, xticks=[], yticks=[])
-        if len(columns) <= LABELLED:
+        axes.set(title=task.task, xticks=[], yticks=[])
+        if len(columns) <= MAX_LABELLED_CLASSES:
             axes.set_xticks(range(len(columns)), columns, rotation=90, fontsize="x-small")
             axes.set_yticks(range(len(rows)), rows, fontsize="x-small")
     return figure
 
 
-def _panels(names: Sequence[str], title: str) -> tuple[Figure, list[Axes]]:
-    """A small chart a name."""
+def _subplots(names: Sequence[str], title: str) -> tuple[Figure, list[Axes]]:
+    """Create a figure with one small chart for each name."""
     columns = min(3, len(names))
     lines = -(-len(names) // columns)
     figure = Figure(figsize=(3.8 * columns, 0.6 + 3.6 * lines), layout="constrained")
-    panels = list(figure.subplots(lines, columns, squeeze=False).flat)
-    for axes in panels[len(names) :]:
+    charts = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for axes in charts[len(names) :]:
         axes.set_visible(False)
     figure.suptitle(title, fontsize="medium")
-    return figure, panels[: len(names)]
+    return figure, charts[: len(names)]
 
 
 def record_evaluation(
-    found: EvaluationReport,
-    subject: EvaluationTarget,
+    report: EvaluationReport,
+    target: EvaluationTarget,
     options: EvaluationOptions,
     files: Sequence[str],
     note: Callable[[str], None],
 ) -> bool:
-    """Leave the evaluation in MLflow with its run: the files, and each protocol's accuracies by stage.
+    """Attach an evaluation to its run in MLflow: the files, and each protocol's accuracies by stage.
 
-    The latter where the run was judged on its own tasks and as its recipe says: under one name, one thing.
+    Accuracies are recorded only if the run was evaluated on its own tasks and with its own settings, so that a metric's
+    name has one meaning.
+
+    Args:
+        report: The evaluation.
+        target: The models and the tasks; the models are a run's.
+        options: How they were evaluated.
+        files: The files to attach.
+        note: Called with a message if the store does not accept them.
+
+    Returns:
+        Whether the store accepted everything.
     """
-    assert subject.run is not None
+    assert target.run is not None
     series: dict[str, dict[int, float]] = {}
-    if subject.own and options.templates is None and options.precision is None:
-        for model in found.models:
-            for each in model.judged:
-                if each.task in found.tasks:
-                    series.setdefault(f"{each.protocol}/{each.task}", {})[model.stage or 0] = each.top1
-    return attach_files(subject.run, list(map(Path, files)), "evaluation", note, series)
+    if target.uses_run_tasks and options.templates is None and options.precision is None:
+        for model in report.models:
+            for task in model.judged:
+                if task.task in report.tasks:
+                    series.setdefault(f"{task.protocol}/{task.task}", {})[model.stage or 0] = task.top1
+    return attach_files(target.run, list(map(Path, files)), "evaluation", note, series)

@@ -1,4 +1,4 @@
-"""A stage's model as a folder ready for the Hugging Face hub: open_clip's own layout, and a card made from the run."""
+"""Export of a stage's model for the Hugging Face hub (`zscl export`): an open_clip folder with a model card."""
 
 import shutil
 from pathlib import Path
@@ -11,11 +11,11 @@ from orchestrate.reports.results import (
     format_cell,
     format_percent,
     load_result,
-    markdown_table,
-    matrix_columns,
-    method_changes,
+    format_markdown_table,
+    build_matrix_columns,
+    format_method_changes,
 )
-from schemas.errors import InputError
+from schemas.errors import ErrorCode, InputError
 from schemas.experiment import Experiment
 from schemas.redaction import mask
 from schemas.results import Result
@@ -39,7 +39,7 @@ model, _, preprocess = open_clip.create_model_and_transforms("local-dir:FOLDER")
 tokenizer = open_clip.get_tokenizer("local-dir:FOLDER")
 ```
 
-## What it knows
+## Accuracy
 
 Top-1 accuracy on each task's {{ judged_on }} images among that task's classes, in per cent, after each stage.
 The row of this model is **{{ row }}**.
@@ -52,19 +52,19 @@ The row of this model is **{{ row }}**.
 
 {{ figures }}
 
-## How it was made
+## Training
 
 - Method: {{ method }}{% if changes %}, with {{ changes }}{% endif %}
 - Initial model: `{{ model }}`
 - Seed {{ seed }}; {{ steps }} steps a stage; images a step: {{ batch }}{% if reference %} + {{ reference }}{% endif %}
-- Identity of the experiment: `{{ fingerprint }}`
+- Fingerprint of the experiment: `{{ fingerprint }}`
 - Trained on {{ workers }} worker{{ '' if workers == 1 else 's' }} ({{ device }}) with {{ versions }}
 
 | task | content (SHA-256) | split family | test images |
 |---|---|---|---:|
 {{ data }}
 
-The recipe, with every default spelt out, is `experiment.yaml` in this folder.
+The full recipe, including all defaults, is `experiment.yaml` in this folder.
 {% if warnings %}
 ## Warnings
 
@@ -75,27 +75,40 @@ PAPER = "https://arxiv.org/abs/2303.06628"
 
 
 def export_model(run: Path, stage: int | None, out: Path) -> Path:
-    """Leave a stage's model at `out`, with its card.
+    """Write a stage's model, its recipe and its model card to a new folder.
 
     Args:
-        run: folder of a finished run.
-        stage: counted from 1; default: the last.
-        out: a folder that is not there yet.
+        run: Folder of a finished run.
+        stage: Stage, from 1; default: the last.
+        out: The new folder; it must not exist, or be empty.
+
+    Returns:
+        The new folder.
 
     Raises:
-        InputError: there is no such run or stage, its weights are gone, or `out` is there.
+        InputError: If the run or the stage does not exist, its weights were deleted, or `out` is not empty.
     """
     result = load_result(run)
     stages = len(result.stages)
     number = stages if stage is None else stage
     if not 1 <= number <= stages:
-        expected = f"1 to {stages}" if stages else "a run that trained something"
-        raise InputError(f"--stage {number}: found a run of {stages} stages in {run}, expected {expected}")
+        expected = f"1 to {stages}" if stages else "a run that trained a stage"
+        raise InputError(
+            f"--stage {number}: found a run of {stages} stages in {run}, expected {expected}",
+            code=ErrorCode.UNKNOWN_NAME,
+            field="--stage",
+        )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out}: found something there, expected a folder that is not there yet")
+        raise InputError(
+            f"{out}: found a file, or a folder that is not empty, expected a new or an empty folder",
+            code=ErrorCode.CONFLICT,
+            field="--out",
+        )
     model = model_folder(run, number, result.tasks[number - 1].name)
     if not (model / CONFIG).is_file():
-        raise InputError(f"{model}: found no model, expected the weights of stage {number} (keep_models)")
+        raise InputError(
+            f"{model}: found no model, expected the weights of stage {number} (keep_models)", code=ErrorCode.NOT_FOUND
+        )
     experiment = load_experiment(run / EXPERIMENT)
     with atomic_folder(out) as temporary:
         shutil.copytree(model, temporary, dirs_exist_ok=True)
@@ -107,7 +120,7 @@ def export_model(run: Path, stage: int | None, out: Path) -> Path:
 
 
 def _card(result: Result, experiment: Experiment, stage: int) -> ModelCard:
-    """What the hub shows of the model: data, method, matrix, figures."""
+    """Build the model card: method, accuracy matrix, metrics, data and warnings."""
     tasks = [task.name for task in result.tasks]
     figures = "  ".join(
         f"{name} {format_percent(value)}" for name, value in result.metrics.model_dump().items() if value is not None
@@ -125,9 +138,9 @@ def _card(result: Result, experiment: Experiment, stage: int) -> ModelCard:
         trained=tasks[:stage],
         row=f"{stage}-{tasks[stage - 1]}",
         method=result.method,
-        changes=method_changes(result),
+        changes=format_method_changes(result),
         paper=PAPER,
-        judged_on="held-out training" if _held_out(result) else "test",
+        judged_on="held-out training" if _uses_held_out(result) else "test",
         matrix=_matrix(result),
         figures=f"Over the whole sequence of {len(result.stages)} stages: {figures} (per cent).",
         model=mask(experiment.model.name),
@@ -148,12 +161,12 @@ def _card(result: Result, experiment: Experiment, stage: int) -> ModelCard:
     return card
 
 
-def _held_out(result: Result) -> bool:
+def _uses_held_out(result: Result) -> bool:
     return result.held_out is not None and result.held_out.judged_on == "held_out"
 
 
 def _matrix(result: Result) -> str:
-    """The accuracy matrix in Markdown."""
-    columns = matrix_columns(result)
-    rows = [[format_cell(each) for each in row] for row in zip(*columns.values(), strict=True)]
-    return markdown_table([list(columns), *rows], left=1)
+    """Format the accuracy matrix as Markdown."""
+    columns = build_matrix_columns(result)
+    rows = [[format_cell(cell) for cell in row] for row in zip(*columns.values(), strict=True)]
+    return format_markdown_table([list(columns), *rows], text_columns=1)

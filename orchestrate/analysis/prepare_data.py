@@ -1,4 +1,4 @@
-"""The verbs of `zscl data`: which names make what, several tasks at once, and what is said while it goes on."""
+"""Preparation of data (`zscl data prepare`, `zscl data fetch`): sources by name, tasks in parallel, progress bars."""
 
 import multiprocessing
 import os
@@ -16,133 +16,163 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from orchestrate.lifecycle.signals import TERMINATION_SIGNALS, WARNING_SIGNALS
-from schemas.errors import InputError, InterruptedRunError
+from schemas.errors import ErrorCode, InputError, InterruptedRunError
 from zscl.data.sample import printable_name
-from zscl.datasets import captions, mtil, sources
-from zscl.datasets import clip_benchmark as copies
+from zscl.datasets import clip_benchmark, mtil
+from zscl.datasets.captions import WrittenCaptions, write_captions
 from zscl.datasets.image_folder import DEFAULT_TEMPLATE, prepare_folder
 from zscl.datasets.imagenet import prepare_imagenet, prepare_tinyimagenet
 from zscl.datasets.mtil import MTIL
-from zscl.datasets.sources import PreparedTask, check_name
+from zscl.datasets.sources import SPLIT_SEED, PreparedTask, check_name
 from zscl.datasets.synthetic.suites import write_embedded
 
-ALL = "mtil"
-# What a name other than a task's is followed by, and the options that something reads there.
-OTHERS = {"embedded": "", "folder": "DIR", "tinyimagenet": "DIR", "imagenet": "DIR", "captions": "FILE"}
-OPTIONS: Mapping[str, set[str]] = {
+ALL_TASKS = "mtil"
+# Names other than those of MTIL's tasks, and the argument that follows them.
+SOURCES = {"embedded": "", "folder": "DIR", "tinyimagenet": "DIR", "imagenet": "DIR", "captions": "FILE"}
+OPTIONS: Mapping[str, set[str]] = {  # the options that each of them uses
     "embedded": {"corpus"},
     "folder": {"template", "seed"},
     "tinyimagenet": set(),
     "imagenet": {"classes"},
     "captions": {"column"},
-    ALL: {"root", "jobs"},
+    ALL_TASKS: {"root", "jobs"},
 }
+Outcome = PreparedTask | InputError
 
 
 def prepare_data(
     names: Sequence[str], out: Path, options: Mapping[str, Any], console: Console
 ) -> tuple[dict[str, Any], list[str]]:
-    """Make data, and say what lies where, for programs and for people.
+    """Prepare tasks or a reference set.
 
     Args:
-        names: tasks or `mtil`, or one of the others with what follows it.
-        out: where to.
-        options: those given, by name; what nothing would read is refused.
-        console: for progress.
+        names: Names of tasks, or `mtil`; or the name of another source and its argument.
+        out: Where to write.
+        options: The command's options by name, without those that were not set.
+        console: For progress.
+
+    Returns:
+        What was prepared, for programs, and lines for people.
 
     Raises:
-        InputError: an unknown name, an option that does not belong to it, or a source that is not what it should be.
-        InterruptedRunError: Ctrl-C.
+        InputError: If a name is unknown, an option does not belong to the source, or the source has another content.
+        InterruptedRunError: After Ctrl-C.
     """
     if not str(out).isprintable():
-        raise InputError(f"--out: found {printable_name(str(out))!r}, expected a path of printable characters")
-    what, *rest = [check_name("data prepare", names[0], [*MTIL, ALL, *OTHERS]), *names[1:]]
-    _check_options(what, OPTIONS[what if what in OTHERS else ALL], options)
-    if what in OTHERS and len(rest) != bool(OTHERS[what]):
-        form = f"zscl data prepare {what} {OTHERS[what]}".rstrip()
-        raise InputError(f"data prepare: found '{' '.join(names)}', expected '{form}'")
-    match what:
+        raise InputError(
+            f"--out: found {printable_name(str(out))!r}, expected a path of printable characters", field="--out"
+        )
+    source, *arguments = [check_name("data prepare", names[0], [*MTIL, ALL_TASKS, *SOURCES]), *names[1:]]
+    _check_options(source, OPTIONS[source if source in SOURCES else ALL_TASKS], options)
+    if source in SOURCES and len(arguments) != bool(SOURCES[source]):
+        usage = f"zscl data prepare {source} {SOURCES[source]}".rstrip()
+        raise InputError(f"data prepare: found '{' '.join(names)}', expected '{usage}'", code=ErrorCode.INVALID_VALUE)
+    path = Path(arguments[0]).expanduser() if arguments else Path()
+    match source:
         case "embedded":
-            places = write_embedded(out, bool(options.get("corpus")), lambda text: console.print(text, highlight=False))
-            return {"folders": [str(place) for place in places]}, [str(place) for place in places]
+            corpus = bool(options.get("corpus"))
+            folders = list(map(str, write_embedded(out, corpus, lambda text: console.print(text, highlight=False))))
+            return {"folders": folders}, folders
         case "captions":
-            return _captions(captions.write_captions(Path(rest[0]).expanduser(), out, options.get("column")), out)
+            return _describe_captions(write_captions(path, out, options.get("column")), out)
         case "folder":
-            images, templates = Path(rest[0]).expanduser(), options.get("template", [DEFAULT_TEMPLATE])
-            seed = options.get("seed", sources.SPLIT_SEED)
-            return _described([prepare_folder(images.absolute(), out, templates, seed)])
+            templates, seed = options.get("template", [DEFAULT_TEMPLATE]), options.get("seed", SPLIT_SEED)
+            return _describe_tasks([prepare_folder(path.absolute(), out, templates, seed)])
         case "tinyimagenet":
-            return _described([prepare_tinyimagenet(Path(rest[0]).expanduser(), out)])
+            return _describe_tasks([prepare_tinyimagenet(path, out)])
         case "imagenet":
-            return _described([prepare_imagenet(Path(rest[0]).expanduser(), out, options.get("classes"))])
+            return _describe_tasks([prepare_imagenet(path, out, options.get("classes"))])
         case _:
-            tasks, root = task_names("data prepare", names), options.get("root")
+            tasks, root = expand_task_names("data prepare", names), options.get("root")
             mtil.check_copies(tasks, out, root)
-            return _described(run_tasks(_prepare_one, tasks, (out, root), options.get("jobs"), console))
+            return _describe_tasks(run_tasks(_prepare_task, tasks, (out, root), options.get("jobs"), console))
 
 
-def fetch_tasks(names: Sequence[str], out: Path, jobs: int | None, console: Console) -> tuple[dict[str, Any], list[str]]:
-    """Download ready-made copies of tasks, and say what lies where and how it differs.
+def fetch_tasks(
+    names: Sequence[str], out: Path, jobs: int | None, console: Console
+) -> tuple[dict[str, Any], list[str]]:
+    """Download CLIP_benchmark's copies of tasks.
+
+    Args:
+        names: Names of tasks, or `mtil`.
+        out: Where to write.
+        jobs: Number of tasks in parallel; default: one per CPU core.
+        console: For progress.
+
+    Returns:
+        What was downloaded and how it differs from the published data, for programs, and lines for people.
 
     Raises:
-        InputError: an unknown name, or a copy that cannot be downloaded or is broken.
-        InterruptedRunError: Ctrl-C.
+        InputError: If a name is unknown, or a copy cannot be downloaded or is damaged.
+        InterruptedRunError: After Ctrl-C.
     """
-    tasks = task_names("data fetch", names, copies.DRIFT_COPIES)
-    return _described(run_tasks(_fetch_one, tasks, (out,), jobs, console))
+    tasks = expand_task_names("data fetch", names, clip_benchmark.DRIFT_COPIES)
+    return _describe_tasks(run_tasks(_fetch_task, tasks, (out,), jobs, console))
 
 
-def task_names(what: str, names: Sequence[str], others: Collection[str] = ()) -> list[str]:
-    """Tasks meant by names: `mtil` is all of MTIL, and each task comes once.
+def expand_task_names(command: str, names: Sequence[str], others: Collection[str] = ()) -> list[str]:
+    """Replace `mtil` by all tasks of MTIL, and drop repeated names.
+
+    Args:
+        command: The command, for the error message.
+        names: Names that the user gave.
+        others: Names that are allowed besides MTIL's.
+
+    Returns:
+        The names of the tasks.
 
     Raises:
-        InputError: an unknown name.
+        InputError: If a name is unknown.
     """
-    allowed = [*MTIL, ALL, *others]
-    tasks = [task for name in names for task in (MTIL if check_name(what, name, allowed) == ALL else [name])]
+    allowed = [*MTIL, ALL_TASKS, *others]
+    tasks = [task for name in names for task in (MTIL if check_name(command, name, allowed) == ALL_TASKS else [name])]
     return list(dict.fromkeys(tasks))
 
 
-def _captions(written: captions.WrittenCaptions, out: Path) -> tuple[dict[str, Any], list[str]]:
-    """What was taken for captions: a wrong column shows in the first ones."""
+def _describe_captions(written: WrittenCaptions, out: Path) -> tuple[dict[str, Any], list[str]]:
+    """Describe what was read as captions; the first ones show whether it was the right column."""
     empty = f", {written.empty} empty ones left out" if written.empty else ""
     lines = [f"{out}/captions.txt  {written.captions} captions: {written.origin}{empty}; the first:"]
     return {"file": f"{out}/captions.txt", **asdict(written)}, [*lines, *(f"  {text}" for text in written.first)]
 
 
-def _described(prepared: Sequence[PreparedTask]) -> tuple[dict[str, Any], list[str]]:
+def _describe_tasks(prepared: Sequence[PreparedTask]) -> tuple[dict[str, Any], list[str]]:
     lines = []
     for task in prepared:
         images = ", ".join(f"{count} {split}" for split, count in task.images.items())
-        kept = "  (was there)" if task.kept else ""
-        lines.append(f"{task.folder}  {images} images, split {task.split_family}{kept}")
+        existed = "  (existed before)" if task.kept else ""
+        lines.append(f"{task.folder}  {images} images, split {task.split_family}{existed}")
         lines += [f"  {task.name}: {note}" for note in task.notes]
     return {"tasks": [asdict(task) for task in prepared]}, lines
 
 
-def _check_options(what: str, read: set[str], options: Mapping[str, Any]) -> None:
+def _check_options(source: str, used: set[str], options: Mapping[str, Any]) -> None:
     for option in options:
-        if option not in read:
-            [reader] = [name for name, read in OPTIONS.items() if option in read]
-            shown = "tasks of MTIL" if reader == ALL else f"'{reader}'"
-            raise InputError(f"--{option}: found it with '{what}', expected it only with {shown}")
+        if option not in used:
+            [user] = [name for name, used in OPTIONS.items() if option in used]
+            expected = "tasks of MTIL" if user == ALL_TASKS else f"'{user}'"
+            raise InputError(
+                f"--{option}: found it with '{source}', expected it only with {expected}",
+                code=ErrorCode.UNUSED_SETTING,
+                field=f"--{option}",
+            )
 
 
-# ------------------------------------------------------------------------------------------ several tasks at once
+# -------------------------------------------------------------------------------------------- tasks in parallel
 
-_reports: Any = None  # what progress is put to: a queue in a worker process, the bars themselves in this one
+_reports: Any = None  # receives progress: a queue in a worker process, the progress bars in the main process
 
 
 def _report(task: str, done: int, total: int) -> None:
     _reports.put((task, done, total))
 
 
-def _prepare_one(task: str, out: Path, root: Path | None) -> PreparedTask:
+def _prepare_task(task: str, out: Path, root: Path | None) -> PreparedTask:
     return mtil.prepare(task, out, root, _report)
 
 
-def _fetch_one(task: str, out: Path) -> PreparedTask:
-    return copies.fetch(task, out)
+def _fetch_task(task: str, out: Path) -> PreparedTask:
+    return clip_benchmark.fetch(task, out)
 
 
 def _report_to(reports: Any) -> None:
@@ -151,42 +181,57 @@ def _report_to(reports: Any) -> None:
 
 
 def _start_worker(reports: Any) -> None:
-    for number in (*TERMINATION_SIGNALS, *WARNING_SIGNALS):  # they may go to all processes: one speaks of it
+    for number in (*TERMINATION_SIGNALS, *WARNING_SIGNALS):  # all processes may get them; only the main one reports it
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     _report_to(reports)
 
 
 def run_tasks(
-    work: Callable[..., PreparedTask], tasks: Sequence[str], arguments: tuple[Any, ...], jobs: int | None, console: Console
+    work: Callable[..., PreparedTask],
+    tasks: Sequence[str],
+    arguments: tuple[Any, ...],
+    jobs: int | None,
+    console: Console,
 ) -> list[PreparedTask]:
-    """Work on tasks, each as a whole, `jobs` of them at once in processes of their own.
+    """Call a function for each task, in up to `jobs` processes.
+
+    Args:
+        work: The function; its first argument is the task's name.
+        tasks: Names of the tasks.
+        arguments: Further arguments of the function.
+        jobs: Number of processes; default: one per CPU core.
+        console: For progress.
+
+    Returns:
+        The prepared tasks, in the order of `tasks`.
 
     Raises:
-        InputError: of the first task that has one; the others are finished first.
-        InterruptedRunError: Ctrl-C; tasks that are done stay.
+        InputError: If tasks failed, after all others are finished; its message is that of the first failed task.
+        InterruptedRunError: After Ctrl-C; finished tasks are kept.
     """
     jobs = min(jobs or os.cpu_count() or 1, len(tasks))
-    with _Bars(console) as bars:
+    with _TaskBars(console) as bars:
         try:
             if jobs == 1:
-                outcomes = _one_after_another(work, tasks, arguments, bars)
+                outcomes = _run_in_process(work, tasks, arguments, bars)
             else:
-                outcomes = _side_by_side(work, tasks, arguments, jobs, bars)
+                outcomes = _run_in_pool(work, tasks, arguments, jobs, bars)
         except (KeyboardInterrupt, InterruptedRunError) as error:
-            kept = "tasks that were finished are kept; the same command goes on"
+            message = "finished tasks are kept; the same command prepares the others"
             code = error.exit_code if isinstance(error, InterruptedRunError) else 128 + signal.SIGINT
-            raise InterruptedRunError(kept, exit_code=code) from None
-    failed = [task for task, outcome in outcomes.items() if isinstance(outcome, InputError)]
+            raise InterruptedRunError(message, exit_code=code) from None
+    failed = {task: outcome for task, outcome in outcomes.items() if isinstance(outcome, InputError)}
     if failed:
-        also = f" (nor was {', '.join(failed[1:])} made)" if failed[1:] else ""
-        raise InputError(f"{outcomes[failed[0]]}{also}")
+        first, *others = failed
+        also = f" (nor was {', '.join(others)} made)" if others else ""
+        raise InputError(f"{failed[first]}{also}", code=failed[first].code, field=failed[first].field)
     return [outcome for outcome in outcomes.values() if isinstance(outcome, PreparedTask)]
 
 
-def _one_after_another(
-    work: Callable[..., PreparedTask], tasks: Sequence[str], arguments: tuple[Any, ...], bars: "_Bars"
-) -> dict[str, PreparedTask | InputError]:
-    outcomes: dict[str, PreparedTask | InputError] = {}
+def _run_in_process(
+    work: Callable[..., PreparedTask], tasks: Sequence[str], arguments: tuple[Any, ...], bars: "_TaskBars"
+) -> dict[str, Outcome]:
+    outcomes: dict[str, Outcome] = {}
     _report_to(bars)
     for task in tasks:
         try:
@@ -197,22 +242,22 @@ def _one_after_another(
     return outcomes
 
 
-def _side_by_side(
-    work: Callable[..., PreparedTask], tasks: Sequence[str], arguments: tuple[Any, ...], jobs: int, bars: "_Bars"
-) -> dict[str, PreparedTask | InputError]:
-    # Forked off a process that has no threads (torch's do not survive a fork) and has imported what takes seconds.
+def _run_in_pool(
+    work: Callable[..., PreparedTask], tasks: Sequence[str], arguments: tuple[Any, ...], jobs: int, bars: "_TaskBars"
+) -> dict[str, Outcome]:
+    # The fork server has no threads (torch's do not survive a fork), and imports once what takes seconds to import.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, "torchvision"])
     reports = context.Queue()
-    outcomes: dict[str, PreparedTask | InputError] = {}
+    outcomes: dict[str, Outcome] = {}
     with ProcessPoolExecutor(jobs, context, initializer=_start_worker, initargs=(reports,)) as pool:
-        waiting = {pool.submit(work, task, *arguments): task for task in tasks}
+        running = {pool.submit(work, task, *arguments): task for task in tasks}
         try:
-            while waiting:
+            while running:
                 with suppress(queue.Empty):
                     bars.put(reports.get(timeout=0.2))
-                for future in [future for future in waiting if future.done()]:
-                    task = waiting.pop(future)
+                for future in [future for future in running if future.done()]:
+                    task = running.pop(future)
                     error = future.exception()
                     outcomes[task] = error if isinstance(error, InputError) else future.result()
                     bars.finish(task, outcomes[task])
@@ -222,8 +267,8 @@ def _side_by_side(
     return {task: outcomes[task] for task in tasks}
 
 
-class _Bars:
-    """A bar a task on a terminal, a line a task in a log."""
+class _TaskBars:
+    """Progress of tasks: one bar for each on a terminal, one line for each in a log."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -239,7 +284,7 @@ class _Bars:
         )
         self._bars: dict[str, TaskID] = {}
 
-    def __enter__(self) -> "_Bars":
+    def __enter__(self) -> "_TaskBars":
         self._progress.start()
         return self
 
@@ -247,16 +292,16 @@ class _Bars:
         self._progress.stop()
 
     def put(self, progress: tuple[str, int, int]) -> None:
-        """Show how many of a task's images are written."""
+        """Show a task's progress: its name, the number of written images, and the total."""
         task, done, total = progress
         if task not in self._bars:
             self._bars[task] = self._progress.add_task(task, total=total)
         self._progress.update(self._bars[task], completed=done)
 
-    def finish(self, task: str, outcome: PreparedTask | InputError) -> None:
-        """Say what became of a task."""
+    def finish(self, task: str, outcome: Outcome) -> None:
+        """Print a task's outcome."""
         if isinstance(outcome, InputError):
-            said = "not made"
+            message = "not made"
         else:
-            said = f"{sum(outcome.images.values())} images {'kept' if outcome.kept else 'written'}"
-        self.console.print(f"{task}: {said}", highlight=False)
+            message = f"{sum(outcome.images.values())} images {'kept' if outcome.kept else 'written'}"
+        self.console.print(f"{task}: {message}", highlight=False)

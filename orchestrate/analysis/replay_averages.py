@@ -1,4 +1,4 @@
-"""`zscl average`: other averages and interpolations of a stage's weights, judged without training."""
+"""Replay of weight averages (`zscl average`): evaluates other averages and interpolations of a stage's snapshots."""
 
 import csv
 import dataclasses
@@ -6,12 +6,12 @@ import io
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import get_args
+from typing import Any, TypeVar, get_args
 
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from rich.console import Console
 from rich.table import Table
 
@@ -19,7 +19,7 @@ from orchestrate.recipes.recipe import load_experiment
 from orchestrate.reports.results import format_percent
 from orchestrate.runs.progress import ProgressBar
 from schemas.base import explain, input_error
-from schemas.errors import InputError
+from schemas.errors import ErrorCode, InputError
 from schemas.evaluation import ReplayedAverage, ReplayedAverages
 from schemas.experiment import LOCAL_MODEL, Experiment, Model
 from schemas.method import Average, Merge
@@ -32,71 +32,98 @@ from zscl.runtime.atomic_io import atomic_file, write_text
 from zscl.sequence.layout import EXPERIMENT, model_folder, snapshots_folder
 from zscl.sequence.resolve import resolve_tasks
 from zscl.training.optim import select_trained_parameters
-from zscl.training.snapshots import snapshot_interval, replay_average
+from zscl.training.snapshots import replay_average, snapshot_interval
 
-Choice = Average | None
+Setting = TypeVar("Setting", bound=BaseModel)
+AVERAGE_KINDS: tuple[str, ...] = get_args(Average.model_fields["kind"].annotation)
 
 
 @dataclass(frozen=True)
 class AverageGrid:
-    """What is tried: each average, with each share of the anchor merged in behind it."""
+    """The combinations to evaluate: each average with each share of the anchor.
 
-    averages: tuple[Choice, ...]
+    Attributes:
+        averages: Settings of weight averages; `None` is the last weights.
+        shares: Shares of the anchor's weights that are merged into the average.
+        anchor: What is merged in, stage_start or initial.
+    """
+
+    averages: tuple[Average | None, ...]
     shares: tuple[float, ...]
     anchor: str
 
 
-KINDS: tuple[str, ...] = get_args(Average.model_fields["kind"].annotation)
-
-
 def parse_grid(every: str, kinds: str, decay: float, shares: str, anchor: str) -> AverageGrid:
-    """Read what the command line was given.
+    """Parse and check the options of the command line.
+
+    Args:
+        every: Averaging intervals in steps, by commas.
+        kinds: Kinds of averages, by commas.
+        decay: Decay of the exponential average.
+        shares: Shares of the anchor, by commas.
+        anchor: stage_start or initial.
+
+    Returns:
+        The grid, without repetitions.
 
     Raises:
-        InputError: something that no recipe could say either.
+        InputError: If a value is not allowed.
     """
-    averages: list[Choice] = []
+    averages: list[Average | None] = []
     for kind in kinds.split(","):
         if kind == "none":
             averages.append(None)
             continue
-        if kind not in KINDS:
-            raise InputError(f"--kind {kinds}: found '{kind}', expected none, {' or '.join(KINDS)}")
+        if kind not in AVERAGE_KINDS:
+            raise InputError(
+                f"--kind {kinds}: found '{kind}', expected none, {' or '.join(AVERAGE_KINDS)}", field="--kind"
+            )
         for steps in every.split(","):
-            given = {"every": _whole(steps), "kind": kind, **({"decay": decay} if kind == "exponential" else {})}
-            try:
-                averages.append(Average.model_validate(given))
-            except ValidationError as error:
-                raise input_error(error, f"--every {every} --kind {kinds}: {explain(error)}", field="--every") from error
-    found = tuple(_fraction(share) for share in shares.split(","))
+            settings: dict[str, Any] = {"every": _parse_steps(steps), "kind": kind}
+            if kind == "exponential":
+                settings["decay"] = decay
+            averages.append(_validate(Average, settings, f"--every {every} --kind {kinds}", "--every"))
+    parsed_shares = dict.fromkeys(_parse_share(share) for share in shares.split(","))
+    _validate(Merge, {"anchor": anchor}, "--anchor", "--anchor")
+    return AverageGrid(tuple(dict.fromkeys(averages)), tuple(parsed_shares), anchor)
+
+
+def _validate(schema: type[Setting], settings: dict[str, Any], source: str, option: str) -> Setting:
+    """Validate settings like those of a recipe; the error message names the options that they come from."""
     try:
-        Merge.model_validate({"anchor": anchor})
+        return schema.model_validate(settings)
     except ValidationError as error:
-        raise input_error(error, f"--anchor: {explain(error)}", field="--anchor") from error
-    return AverageGrid(tuple(dict.fromkeys(averages)), tuple(dict.fromkeys(found)), anchor)
+        raise input_error(error, f"{source}: {explain(error)}", field=option) from error
 
 
-def _whole(text: str) -> int:
+def _parse_steps(text: str) -> int:
     if not (text.isascii() and text.isdecimal()):
-        raise InputError(f"--every: found '{text}', expected whole numbers, by commas")
+        raise InputError(f"--every: found '{text}', expected whole numbers, by commas", field="--every")
     return int(text)
 
 
-def _fraction(text: str) -> float:
+def _parse_share(text: str) -> float:
     try:
-        found = float(text)
+        share = float(text)
     except ValueError:
-        found = -1.0
-    if not 0 <= found <= 1:
-        raise InputError(f"--share: found '{text}', expected numbers from 0 to 1, by commas")
-    return found
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise InputError(f"--share: found '{text}', expected numbers from 0 to 1, by commas", field="--share")
+    return share
 
 
 @dataclass(frozen=True)
 class ReplayedStage:
-    """A stage of a run whose weights were kept along the way.
+    """A stage of a run that wrote snapshots of its weights.
 
-    number: from 1; start: what it started from; every: steps from one snapshot to the next.
+    Attributes:
+        run: The run's folder.
+        experiment: The run's experiment.
+        tasks: The run's tasks.
+        number: The stage, from 1.
+        start: The model at the stage's start.
+        every: Steps between two snapshots.
+        device: Where to evaluate.
     """
 
     run: Path
@@ -109,194 +136,263 @@ class ReplayedStage:
 
     @classmethod
     def open(cls, run: Path, number: int | None) -> "ReplayedStage":
-        """Find a stage of a run; default: the last one that has snapshots.
+        """Open a stage of a run.
+
+        Args:
+            run: The run's folder.
+            number: The stage, from 1; default: the last one with snapshots.
+
+        Returns:
+            The stage.
 
         Raises:
-            InputError: there is no such run or stage, or it has no snapshots.
+            InputError: If the run or the stage does not exist, or the stage has no snapshots.
         """
         if not (run / EXPERIMENT).is_file():
-            raise InputError(f"{run}: found no {EXPERIMENT}, expected the folder of a run")
+            raise InputError(f"{run}: found no {EXPERIMENT}, expected the folder of a run", code=ErrorCode.NOT_FOUND)
         experiment, tasks, _ = resolve_tasks(load_experiment(run / EXPERIMENT))
-        kept = [k for k, task in enumerate(tasks, start=1) if snapshots_folder(run, k, task.name).is_dir()]
-        number = number if number is not None else max(kept, default=len(tasks))
+        with_snapshots = [k for k, task in enumerate(tasks, start=1) if snapshots_folder(run, k, task.name).is_dir()]
+        number = number if number is not None else max(with_snapshots, default=len(tasks))
         if not 1 <= number <= len(tasks):
-            raise InputError(f"--stage {number}: found a run of {len(tasks)} stages, expected 1 to {len(tasks)}")
+            raise InputError(
+                f"--stage {number}: found a run of {len(tasks)} stages, expected 1 to {len(tasks)}",
+                code=ErrorCode.UNKNOWN_NAME,
+                field="--stage",
+            )
         every = snapshot_interval(snapshots_folder(run, number, tasks[number - 1].name))
-        before = model_folder(run, number - 1, tasks[number - 2].name)
-        start = Model(name=f"{LOCAL_MODEL}{before}") if number > 1 else experiment.model
+        previous = model_folder(run, number - 1, tasks[number - 2].name)
+        start = Model(name=f"{LOCAL_MODEL}{previous}") if number > 1 else experiment.model
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return cls(run, experiment, tasks, number, start, every, device)
 
-    def check_intervals(self, wanted: AverageGrid) -> None:
-        """Refuse an average whose merges fall between two snapshots.
+    def check_intervals(self, grid: AverageGrid) -> None:
+        """Check that every averaging interval is a multiple of the snapshots' interval.
+
+        Args:
+            grid: The averages.
 
         Raises:
-            InputError: naming it.
+            InputError: If one is not.
         """
-        for average in wanted.averages:
+        for average in grid.averages:
             if average is not None and average.every % self.every:
                 raise InputError(
-                    f"--every {average.every}: found snapshots of every {self.every} steps, expected multiples of that"
+                    f"--every {average.every}: found snapshots of every {self.every} steps, expected multiples of that",
+                    code=ErrorCode.MISMATCH,
+                    field="--every",
                 )
 
-    def replay(self, average: Choice) -> tuple[Clip, int]:
-        """The stage's outcome with an average, and how many models are in it."""
+    def replay(self, average: Average | None) -> tuple[Clip, int]:
+        """Compute the stage's model with another average.
+
+        Args:
+            average: Setting of the average; `None` for the last weights.
+
+        Returns:
+            The model, and the number of models in the average.
+        """
         clip = load_clip(self.start, self.device)
         select_trained_parameters(clip.model, self.experiment.method.train)
-        name = self.tasks[self.number - 1].name
-        steps = self.experiment.stage_steps(self.experiment.tasks[self.number - 1])
         model, merges = replay_average(
             clip.model,
             average,
-            snapshots_folder(self.run, self.number, name),
-            steps,
+            snapshots_folder(self.run, self.number, self.tasks[self.number - 1].name),
+            self.experiment.stage_steps(self.experiment.tasks[self.number - 1]),
             self.experiment.compute.savings.multi_tensor,
         )
         return dataclasses.replace(clip, model=model), merges
 
-    def judge(self, clip: Clip) -> dict[str, float]:
-        """Accuracy on each of the run's tasks, as in its matrix."""
+    def evaluate(self, clip: Clip) -> dict[str, float]:
+        """Evaluate a model like the run's accuracy matrix.
+
+        Args:
+            clip: The model.
+
+        Returns:
+            Top-1 accuracy by task, as fractions.
+        """
         experiment, tasks = self.experiment, self.tasks
         loader = Loader(self.device, max_broken_share=experiment.compute.max_broken_share)
         precision = experiment.optimisation.precision
         embedded = embed_classes(clip, tasks, experiment.evaluation.templates, precision, self.device)
-        found = {}
+        accuracy = {}
         for index, task in enumerate(tasks):
             classes = embedded[index]
-            if experiment.class_incremental is not None:  # one head, of all classes seen by then
+            if experiment.class_incremental is not None:  # one head of all classes seen so far
                 classes = slice_head(embedded, index, max(self.number - 1, index))
-            [found[task.name]], _ = compute_accuracies(clip, task, [classes], loader, precision=precision)
-        return found
+            [accuracy[task.name]], _ = compute_accuracies(clip, task, [classes], loader, precision=precision)
+        return accuracy
 
-    def is_own(self, average: Choice, share: float, anchor: str) -> bool:
-        """Whether this is what the run's method has handed on."""
+    def is_run_setting(self, average: Average | None, share: float, anchor: str) -> bool:
+        """Whether the run's own method averages and merges like this."""
         method = self.experiment.method
-        merged = (method.merge.share, method.merge.anchor) if method.merge else (0.0, anchor)
-        return (average, share, anchor) == (method.average, *merged)
+        merge = (method.merge.share, method.merge.anchor) if method.merge else (0.0, anchor)
+        return (average, share, anchor) == (method.average, *merge)
 
-    def tried(self, average: Choice, share: float, anchor: str, merges: int, clip: Clip) -> ReplayedAverage:
-        """Judge one outcome."""
-        accuracy = self.judge(clip)
-        shares = list(accuracy.values())
-        earlier, later = shares[: self.number - 1], shares[self.number :]
+    def evaluate_average(
+        self, average: Average | None, share: float, anchor: str, merges: int, clip: Clip
+    ) -> ReplayedAverage:
+        """Evaluate the stage's model with one setting.
+
+        Args:
+            average: Setting of the average; `None` for the last weights.
+            share: Share of the anchor.
+            anchor: The anchor.
+            merges: Number of models in the average.
+            clip: The model.
+
+        Returns:
+            The setting and its accuracies.
+        """
+        accuracy = self.evaluate(clip)
+        values = list(accuracy.values())
+        earlier, later = values[: self.number - 1], values[self.number :]
         return ReplayedAverage(
             kind=average.kind if average else "none",
             every=average.every if average else None,
             decay=average.decay if average and average.kind == "exponential" else None,
             share=share,
             merges=merges,
-            own=self.is_own(average, share, anchor),
+            own=self.is_run_setting(average, share, anchor),
             accuracy=accuracy,
-            trained=shares[self.number - 1],
+            trained=values[self.number - 1],
             earlier=fmean(earlier) if earlier else None,
             later=fmean(later) if later else None,
         )
 
 
-def replay_grid(stage: ReplayedStage, wanted: AverageGrid, console: Console) -> ReplayedAverages:
-    """Judge what a stage would have handed on, on all tasks of the run, as the run's matrix is judged.
+def replay_grid(stage: ReplayedStage, grid: AverageGrid, console: Console) -> ReplayedAverages:
+    """Evaluate the stage's model with every setting of a grid, on all tasks of the run.
+
+    Args:
+        stage: The stage.
+        grid: The settings.
+        console: For progress.
+
+    Returns:
+        The accuracies with every setting, and those at the stage's start.
 
     Raises:
-        InputError: a snapshot or a model cannot be read.
+        InputError: If a snapshot or a model cannot be read.
     """
-    anchor = load_clip(stage.experiment.model if wanted.anchor == "initial" else stage.start, stage.device).model
-    tried: list[ReplayedAverage] = []
-    with ProgressBar(console, total=len(wanted.averages) * len(wanted.shares) + 1) as bar:
-        start = stage.judge(load_clip(stage.start, stage.device))
-        for average in wanted.averages:
+    anchor = load_clip(stage.experiment.model if grid.anchor == "initial" else stage.start, stage.device).model
+    replayed: list[ReplayedAverage] = []
+    with ProgressBar(console, total=len(grid.averages) * len(grid.shares) + 1) as bar:
+        start = stage.evaluate(load_clip(stage.start, stage.device))
+        for average in grid.averages:
             clip, merges = stage.replay(average)
-            whole = [parameter.detach().clone() for parameter in clip.model.parameters()]
-            for share in wanted.shares:
-                bar.update("judging averages", len(tried) + 1)
+            parameters: list[torch.Tensor] = list(clip.model.parameters())
+            averaged = [parameter.detach().clone() for parameter in parameters]
+            for share in grid.shares:
+                bar.update("evaluating averages", len(replayed) + 1)
                 with torch.no_grad():
-                    torch._foreach_copy_(list(clip.model.parameters()), whole)
-                interpolate(list(clip.model.parameters()), list(anchor.parameters()), share)
-                tried.append(stage.tried(average, share, wanted.anchor, merges, clip))
-        bar.update("judging averages", len(tried) + 1)
+                    torch._foreach_copy_(parameters, averaged)
+                interpolate(parameters, list(anchor.parameters()), share)
+                replayed.append(stage.evaluate_average(average, share, grid.anchor, merges, clip))
+        bar.update("evaluating averages", len(replayed) + 1)
     return ReplayedAverages(
         stage=stage.number,
         task=stage.tasks[stage.number - 1].name,
         snapshots_every=stage.every,
-        anchor="initial" if wanted.anchor == "initial" else "stage_start",
+        anchor="initial" if grid.anchor == "initial" else "stage_start",
         start=start,
-        tried=tuple(tried),
+        tried=tuple(replayed),
     )
 
 
-def name_of(tried: ReplayedAverage) -> str:
-    """An average in a few words."""
-    if tried.kind == "none":
+def describe_average(average: ReplayedAverage) -> str:
+    """Describe an average in a few words, such as `mean every 50`."""
+    if average.kind == "none":
         return "last weights"
-    decay = f", decay {tried.decay:g}" if tried.decay is not None else ""
-    return f"{tried.kind} every {tried.every}{decay}"
+    decay = f", decay {average.decay:g}" if average.decay is not None else ""
+    return f"{average.kind} every {average.every}{decay}"
 
 
-def averages_table(found: ReplayedAverages) -> Table:
-    """What was tried, a row each; the run's own is marked."""
-    table = Table(title=f"stage {found.stage}, {found.task}: accuracy, %", title_justify="left")
-    table.add_column("handed on")
-    for column in (f"share of the {found.anchor.replace('_', ' ')}", "models", "its task", "earlier", "later"):
+def averages_table(averages: ReplayedAverages) -> Table:
+    """Format the accuracies as a table with one row per setting. The run's own setting is marked.
+
+    Args:
+        averages: The accuracies.
+
+    Returns:
+        The table.
+    """
+    table = Table(title=f"stage {averages.stage}, {averages.task}: accuracy, %", title_justify="left")
+    table.add_column("average")
+    for column in (f"share of the {averages.anchor.replace('_', ' ')}", "models", "its task", "earlier", "later"):
         table.add_column(column, justify="right")
-    for each in found.tried:
-        figures = (each.trained, each.earlier, each.later)
-        name = f"{name_of(each)}{' (this run)' if each.own else ''}"
-        table.add_row(name, f"{each.share:g}", str(each.merges), *map(format_percent, figures))
+    for average in averages.tried:
+        figures = (average.trained, average.earlier, average.later)
+        name = f"{describe_average(average)}{' (this run)' if average.own else ''}"
+        table.add_row(name, f"{average.share:g}", str(average.merges), *map(format_percent, figures))
     return table
 
 
-def write_averages(found: ReplayedAverages, folder: Path) -> dict[str, str]:
-    """Write what was tried as JSON and CSV (fractions), and draw it. Returns each kind's file."""
-    rows = [each.model_dump(exclude={"accuracy"}) | each.accuracy for each in found.tried]
+def write_averages(averages: ReplayedAverages, folder: Path) -> dict[str, str]:
+    """Write the accuracies as JSON, CSV (fractions) and a chart.
+
+    Args:
+        averages: The accuracies.
+        folder: Where to write.
+
+    Returns:
+        The written files by kind.
+    """
+    rows = [average.model_dump(exclude={"accuracy"}) | average.accuracy for average in averages.tried]
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    written = {kind: folder / f"averages.{kind}" for kind in ("json", "csv", "png")}
-    write_text(written["json"], found.model_dump_json(indent=1) + "\n")
-    write_text(written["csv"], text.getvalue())
-    with atomic_file(written["png"]) as temporary:
-        _draw(found).savefig(temporary, format="png", dpi=120)
-    return {kind: str(file) for kind, file in written.items()}
+    files = {kind: folder / f"averages.{kind}" for kind in ("json", "csv", "png")}
+    write_text(files["json"], averages.model_dump_json(indent=1) + "\n")
+    write_text(files["csv"], text.getvalue())
+    with atomic_file(files["png"]) as temporary:
+        _draw(averages).savefig(temporary, format="png", dpi=120)
+    return {kind: str(file) for kind, file in files.items()}
 
 
-def _draw(found: ReplayedAverages) -> Figure:
-    """The interval's curve, and what the trained task gains against what the others lose."""
+def _draw(averages: ReplayedAverages) -> Figure:
+    """Draw accuracy against the interval, and accuracy on the trained task against accuracy on the others."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
-    by_interval, trade = figure.subplots(1, 2)
-    _draw_intervals(by_interval, found)
-    _draw_trade(trade, found)
-    figure.suptitle(f"stage {found.stage}, {found.task}", fontsize="medium")
+    by_interval, trade_off = figure.subplots(1, 2)
+    _draw_intervals(by_interval, averages)
+    _draw_trade_off(trade_off, averages)
+    figure.suptitle(f"stage {averages.stage}, {averages.task}", fontsize="medium")
     return figure
 
 
-def _draw_intervals(axes: Axes, found: ReplayedAverages) -> None:
+def _draw_intervals(axes: Axes, averages: ReplayedAverages) -> None:
     for kind in ("mean", "exponential"):
-        tried = [(each.every or 0, each) for each in found.tried if each.kind == kind and each.share == 0]
-        tried.sort(key=lambda pair: pair[0])
+        of_kind = [average for average in averages.tried if average.kind == kind and average.share == 0]
+        of_kind.sort(key=lambda average: average.every or 0)
         for name, style in (("trained", "-"), ("earlier", ":"), ("later", "--")):
-            points = [(every, 100 * value) for every, each in tried if (value := getattr(each, name)) is not None]
+            values = [(average.every or 0, getattr(average, name)) for average in of_kind]
+            points = [(every, 100 * value) for every, value in values if value is not None]
             if points:
                 colour = "C0" if kind == "mean" else "C1"
                 axes.plot(*zip(*points, strict=True), style, marker="o", color=colour, label=f"{kind}: {name} tasks")
-    axes.set(xscale="log", xlabel="steps from one merge to the next", ylabel="top-1 accuracy, %")
-    intervals = sorted({each.every for each in found.tried if each.every})
+    axes.set(xscale="log", xlabel="averaging interval, steps", ylabel="top-1 accuracy, %")
+    intervals = sorted({average.every for average in averages.tried if average.every})
     axes.set_xticks(intervals, map(str, intervals))
     axes.minorticks_off()
     axes.legend(fontsize="x-small")
 
 
-def _draw_trade(axes: Axes, found: ReplayedAverages) -> None:
-    others = [value for task, value in found.start.items() if task != found.task]
-    for name in dict.fromkeys(map(name_of, found.tried)):
-        tried = [each for each in found.tried if name_of(each) == name]
-        points = sorted((each.share, 100 * each.trained, 100 * _others(each, found.task)) for each in tried)
+def _draw_trade_off(axes: Axes, averages: ReplayedAverages) -> None:
+    for name in dict.fromkeys(map(describe_average, averages.tried)):
+        points = sorted(
+            (average.share, 100 * average.trained, 100 * _mean_over_others(average.accuracy, averages.task))
+            for average in averages.tried
+            if describe_average(average) == name
+        )
         axes.plot([x for _, x, _ in points], [y for _, _, y in points], marker="o", label=name)
-    if others:
-        axes.plot(100 * found.start[found.task], 100 * fmean(others), "k*", label="the stage's start")
+    if len(averages.start) > 1:
+        start = 100 * averages.start[averages.task], 100 * _mean_over_others(averages.start, averages.task)
+        axes.plot(*start, "k*", label="the stage's start")
     axes.set(xlabel="on its task, %", ylabel="mean over the other tasks, %")
     axes.legend(fontsize="x-small")
 
 
-def _others(tried: ReplayedAverage, task: str) -> float:
-    others = [value for name, value in tried.accuracy.items() if name != task]
+def _mean_over_others(accuracy: dict[str, float], task: str) -> float:
+    others = [value for name, value in accuracy.items() if name != task]
     return fmean(others) if others else 0.0

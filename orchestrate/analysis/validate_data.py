@@ -1,4 +1,4 @@
-"""`zscl data check`: what was found in a task folder, as tables, and a few of its images as a picture."""
+"""Check of a task's data (`zscl data check`): tables of samples, classes and problems, and a contact sheet."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrate.runs.progress import ProgressBar
-from schemas.dataset_report import Duplicates, PixelRange, DatasetReport, SplitFinding
+from schemas.dataset_report import DatasetReport, Duplicates, PixelRange, SplitFinding
 from schemas.errors import format_count
 from zscl.checks.contact_sheet import ContactRow, contact_rows
 from zscl.checks.scan import inspect_task
@@ -21,42 +21,58 @@ from zscl.checks.task_scan import ScannedTask, scan_task
 from zscl.runtime.atomic_io import atomic_file
 
 BAR_DELAY_SECONDS = 1.0
-CLASSES_IN_FULL = 40
-FEWEST_CLASSES = 20
+MAX_CLASSES_IN_TABLE = 40  # of a task with more classes, the table shows only the smallest ones
+SMALLEST_CLASSES = 20
 DOTS_PER_INCH = 120
 CELL_PIXELS = 112
-PICTURE_CLASSES = 24
+MAX_CLASSES_ON_SHEET = 24
 BACKGROUND = "#ececec"
 
 
 def check_task(folder: str, picture: Path | None, per_class: int, console: Console) -> DatasetReport:
-    """Look at a task folder, and draw a contact sheet of it where a file is given for one.
+    """Check every sample of a task, and draw a contact sheet.
+
+    Args:
+        folder: The task's folder or URL.
+        picture: PNG file for the contact sheet; `None` to draw none.
+        per_class: Images of each class on the contact sheet.
+        console: For progress.
+
+    Returns:
+        The report.
 
     Raises:
-        InputError: the folder is no task at all.
+        InputError: If the folder is not a task's.
     """
     with delayed_progress_bars(console) as progress:
-        opened = scan_task(folder, progress)
-        finding = inspect_task(opened, progress)
+        scanned = scan_task(folder, progress)
+        report = inspect_task(scanned, progress)
     if picture is not None:
-        write_picture(opened, finding, per_class, picture)
-    return finding
+        write_contact_sheet(scanned, report, per_class, picture)
+    return report
 
 
 @contextmanager
 def delayed_progress_bars(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """Give a way to report work done; a kind of work that takes longer than a second gets a bar."""
+    """Show a progress bar for each kind of work that takes longer than `BAR_DELAY_SECONDS`.
+
+    Args:
+        console: Where to show the bars.
+
+    Yields:
+        A callback for progress, with the kind of work, the number of items done and the total.
+    """
     started: dict[str, float] = {}
     bars: dict[str, ProgressBar] = {}
-    with ExitStack() as shown:
+    with ExitStack() as stack:
 
-        def report(what: str, done: int, total: int) -> None:
+        def report(work: str, done: int, total: int) -> None:
             now = time.monotonic()
-            if what not in bars and now - started.setdefault(what, now) >= BAR_DELAY_SECONDS:
-                shown.close()  # a terminal has room for one at a time
-                bars[what] = shown.enter_context(ProgressBar(console, total))
-            if what in bars:
-                bars[what].update(what, done, total)
+            if work not in bars and now - started.setdefault(work, now) >= BAR_DELAY_SECONDS:
+                stack.close()  # a terminal shows one bar at a time
+                bars[work] = stack.enter_context(ProgressBar(console, total))
+            if work in bars:
+                bars[work].update(work, done, total)
 
         yield report
 
@@ -64,30 +80,35 @@ def delayed_progress_bars(console: Console) -> Iterator[Callable[[str, int, int]
 # --------------------------------------------------------------------------------------------------- tables
 
 
-def print_inspection(finding: DatasetReport, console: Console) -> None:
-    """Print the finding: figures first, then what is wrong, and the verdict last."""
-    classes = format_count(len(finding.classnames.names), "class", "classes")
-    templates = format_count(len(finding.templates.templates), "template")
-    console.print(f"{finding.path}: {classes}, {templates}", style="bold", soft_wrap=True)
-    for table in _tables(finding):
+def print_report(report: DatasetReport, console: Console) -> None:
+    """Print a report: tables, then problems and warnings, then their number.
+
+    Args:
+        report: The report.
+        console: Where to print.
+    """
+    classes = format_count(len(report.classnames.names), "class", "classes")
+    templates = format_count(len(report.templates.templates), "template")
+    console.print(f"{report.path}: {classes}, {templates}", style="bold", soft_wrap=True)
+    for table in _tables(report):
         console.print(table)
-    for kind, style, sentences in (("problem", "red", finding.problems), ("warning", "yellow", finding.warnings)):
-        for sentence in sentences:  # each on a line of its own, for grep
-            console.print(Text.assemble((kind, style), f"  {sentence}"), soft_wrap=True)
-    problems, warnings = format_count(len(finding.problems), "problem"), format_count(len(finding.warnings), "warning")
-    console.print(f"{problems}, {warnings}", style="bold red" if finding.problems else "bold green")
+    for kind, style, messages in (("problem", "red", report.problems), ("warning", "yellow", report.warnings)):
+        for message in messages:  # one line for each, for grep
+            console.print(Text.assemble((kind, style), f"  {message}"), soft_wrap=True)
+    problems, warnings = format_count(len(report.problems), "problem"), format_count(len(report.warnings), "warning")
+    console.print(f"{problems}, {warnings}", style="bold red" if report.problems else "bold green")
 
 
-def _tables(finding: DatasetReport) -> Iterator[RenderableType]:
-    yield _splits(finding.splits)
-    yield _classes(finding)
-    if finding.unreadable.samples:
-        yield _unreadable(finding)
-    if finding.between_splits.pairs:
-        yield _duplicates("Test images that are training images too", finding.between_splits)
-    if finding.within_splits.pairs:
-        yield _duplicates("Images that are in a split twice", finding.within_splits)
-    yield _shards(finding)
+def _tables(report: DatasetReport) -> Iterator[RenderableType]:
+    yield _splits_table(report.splits)
+    yield _classes_table(report)
+    if report.unreadable.samples:
+        yield _unreadable_table(report)
+    if report.between_splits.pairs:
+        yield _duplicates_table("Test images that are also training images", report.between_splits)
+    if report.within_splits.pairs:
+        yield _duplicates_table("Images that occur twice in a split", report.within_splits)
+    yield _shards_line(report)
 
 
 def _table(title: str, left: Sequence[str], right: Sequence[str] = ()) -> Table:
@@ -99,109 +120,122 @@ def _table(title: str, left: Sequence[str], right: Sequence[str] = ()) -> Table:
     return table
 
 
-def _splits(splits: Sequence[SplitFinding]) -> Table:
-    table = _table("Splits (smallest–median–largest)", ["split"], ["shards", "images", "of a class", "width", "height"])
+def _splits_table(splits: Sequence[SplitFinding]) -> Table:
+    columns = ["shards", "images", "per class", "width", "height"]
+    table = _table("Splits (smallest–median–largest)", ["split"], columns)
     table.add_column("formats")
     for split in splits:
         counts = sorted(split.per_class)
-        a_class = f"{counts[0]}–{counts[(len(counts) - 1) // 2]}–{counts[-1]}"
+        per_class = f"{counts[0]}–{counts[(len(counts) - 1) // 2]}–{counts[-1]}"
         formats = f"{', '.join(split.formats)} ({', '.join(split.modes)})" if split.formats else "–"
-        table.add_row(
-            split.split,
-            str(split.shards),
-            str(split.images),
-            a_class,
-            _extent(split.width),
-            _extent(split.height),
-            formats,
-        )
+        sizes = (_format_range(split.width), _format_range(split.height))
+        table.add_row(split.split, str(split.shards), str(split.images), per_class, *sizes, formats)
     return table
 
 
-def _extent(extent: PixelRange | None) -> str:
-    if extent is None:
+def _format_range(pixels: PixelRange | None) -> str:
+    if pixels is None:
         return "–"
-    return str(extent.min) if extent.min == extent.max else f"{extent.min}–{extent.median}–{extent.max}"
+    return str(pixels.min) if pixels.min == pixels.max else f"{pixels.min}–{pixels.median}–{pixels.max}"
 
 
-def _classes(finding: DatasetReport) -> Table:
-    counts = list(zip(*(split.per_class for split in finding.splits), strict=True))
+def _classes_table(report: DatasetReport) -> Table:
+    counts = list(zip(*(split.per_class for split in report.splits), strict=True))
     labels = list(range(len(counts)))
     title = "Images of each class"
-    if len(labels) > CLASSES_IN_FULL:
-        labels = sorted(labels, key=lambda label: (min(counts[label]), label))[:FEWEST_CLASSES]
-        title = f"Images of the {FEWEST_CLASSES} classes that have fewest (--json: of all {len(counts)})"
+    if len(labels) > MAX_CLASSES_IN_TABLE:
+        labels = sorted(labels, key=lambda label: (min(counts[label]), label))[:SMALLEST_CLASSES]
+        title = f"Images of the {SMALLEST_CLASSES} smallest classes (--json: of all {len(counts)})"
     table = _table(title, [], ["label"])
     table.add_column("class", overflow="fold")
-    for split in finding.splits:
+    for split in report.splits:
         table.add_column(split.split, justify="right")
     for label in labels:
         cells = (Text(str(count), style="" if count else "bold red") for count in counts[label])
-        table.add_row(str(label), finding.classnames.names[label], *cells)
+        table.add_row(str(label), report.classnames.names[label], *cells)
     return table
 
 
-def _unreadable(finding: DatasetReport) -> Table:
-    found = finding.unreadable
-    table = _table(f"Samples that cannot be used{_first(found.samples, len(found.first))}", ["shard", "key", "reason"])
+def _unreadable_table(report: DatasetReport) -> Table:
+    unreadable = report.unreadable
+    title = f"Samples that cannot be used{_format_listed(unreadable.samples, len(unreadable.first))}"
+    table = _table(title, ["shard", "key", "reason"])
     table.add_column("detail", overflow="fold")
-    for sample in found.first:
+    for sample in unreadable.first:
         table.add_row(sample.shard, sample.key, sample.reason, sample.detail)
     return table
 
 
-def _duplicates(title: str, found: Duplicates) -> Table:
-    table = _table(f"{title}{_first(found.pairs, len(found.first))}", ["first", "key", "again", "key", "labels"])
-    for pair in found.first:
+def _duplicates_table(title: str, duplicates: Duplicates) -> Table:
+    columns = ["first", "key", "again", "key", "labels"]
+    table = _table(f"{title}{_format_listed(duplicates.pairs, len(duplicates.first))}", columns)
+    for pair in duplicates.first:
         first, again = pair.first, pair.again
-        labels = f"{_label(first.label)}, {_label(again.label)}" if first.label != again.label else _label(first.label)
-        table.add_row(first.shard, first.key, again.shard, again.key, labels)
+        labels = dict.fromkeys((_format_label(first.label), _format_label(again.label)))
+        table.add_row(first.shard, first.key, again.shard, again.key, ", ".join(labels))
     return table
 
 
-def _label(label: int | None) -> str:
+def _format_label(label: int | None) -> str:
     return "–" if label is None else str(label)
 
 
-def _first(count: int, listed: int) -> str:
+def _format_listed(count: int, listed: int) -> str:
     return f": the first {listed} of {count}" if listed < count else f": {count}"
 
 
-def _shards(finding: DatasetReport) -> Text:
-    wrong = [shard.shard for shard in finding.shards if shard.problems]
-    if wrong:
-        return Text(f"shards: {len(wrong)} of {len(finding.shards)} not as they should be: {', '.join(wrong)}")
-    against = "sizes and SHA-256 as zscl.json says" if finding.manifest else "no zscl.json to compare with"
-    return Text(f"shards: {len(finding.shards)} whole, {against}")
+def _shards_line(report: DatasetReport) -> Text:
+    bad = [shard.shard for shard in report.shards if shard.problems]
+    if bad:
+        return Text(f"shards: {len(bad)} of {len(report.shards)} with problems: {', '.join(bad)}")
+    compared = "sizes and SHA-256 match zscl.json" if report.manifest else "no zscl.json to compare with"
+    return Text(f"shards: {len(report.shards)} complete, {compared}")
 
 
-# ----------------------------------------------------------------------------------------------- the picture
+# --------------------------------------------------------------------------------------------- contact sheet
 
 
-def write_picture(opened: ScannedTask, finding: DatasetReport, per_class: int, file: Path) -> None:
-    """Write a contact sheet of a task as PNG."""
-    rows = contact_rows(opened, per_class, PICTURE_CLASSES, CELL_PIXELS)
-    train, test = (split.images for split in finding.splits)
-    classes = len(finding.classnames.names)
+def write_contact_sheet(scanned: ScannedTask, report: DatasetReport, per_class: int, file: Path) -> None:
+    """Write a contact sheet of a task as PNG.
+
+    Args:
+        scanned: The task.
+        report: The task's report.
+        per_class: Images of each class.
+        file: The PNG file.
+    """
+    rows = contact_rows(scanned, per_class, MAX_CLASSES_ON_SHEET, CELL_PIXELS)
+    train, test = (split.images for split in report.splits)
+    classes = len(report.classnames.names)
     shown = f"{len(rows)} of {classes} classes" if len(rows) < classes else f"{classes} classes"
-    title = f"{finding.task}: {shown}, {train} training and {test} test images"
+    title = f"{report.task}: {shown}, {train} training and {test} test images"
     with atomic_file(file) as temporary:
         draw_contact_sheet(title, rows, per_class).savefig(temporary, format="png", dpi=DOTS_PER_INCH)
 
 
 def draw_contact_sheet(title: str, rows: Sequence[ContactRow], per_class: int) -> Figure:
-    """A few images of each class under the prompt that names it, the classes in columns from top to bottom."""
+    """Draw a few images of each class under the class's prompt, the classes in columns from top to bottom.
+
+    Args:
+        title: The sheet's title.
+        rows: The classes, with their prompts and images.
+        per_class: Images of each class.
+
+    Returns:
+        The figure.
+    """
     columns = 1 if len(rows) <= 4 else 2 if len(rows) <= 12 else 3
     lines = -(-len(rows) // columns)
-    gap, prompt, margin, head = 4, 24, 14, 36
+    gap, prompt, margin, head = 4, 24, 14, 36  # pixels
     block_width, block_height = per_class * (CELL_PIXELS + gap) + 2 * margin, CELL_PIXELS + prompt + 10
     width, height = max(columns * block_width, 480), head + lines * block_height + margin
     figure = Figure(figsize=(width / DOTS_PER_INCH, height / DOTS_PER_INCH), facecolor="white")
-    _write(figure, margin / width, 1 - head / 2 / height, title, 9.5, "bold")
+    _draw_text(figure, margin / width, 1 - head / 2 / height, title, 9.5, "bold")
     for number, row in enumerate(rows):
         column, line = divmod(number, lines)
         left, top = column * block_width + margin, head + line * block_height
-        _write(figure, left / width, 1 - (top + prompt / 2) / height, _fitted(row.prompt, block_width), 7.5, "normal")
+        text = _truncate(row.prompt, block_width)
+        _draw_text(figure, left / width, 1 - (top + prompt / 2) / height, text, 7.5, "normal")
         for index in range(per_class if row.images else 1):
             corner = (left + index * (CELL_PIXELS + gap)) / width, 1 - (top + prompt + CELL_PIXELS) / height
             axes = figure.add_axes((*corner, CELL_PIXELS / width, CELL_PIXELS / height))
@@ -214,7 +248,7 @@ def draw_contact_sheet(title: str, rows: Sequence[ContactRow], per_class: int) -
 
 
 def _draw_image(axes: Axes, image: Image.Image) -> None:
-    """Draw an image in the middle of its cell, in its own proportions."""
+    """Draw an image in the middle of its cell, with its own aspect ratio."""
     axes.imshow(image, interpolation="nearest")
     edge = max(image.size)
     axes.set_xlim((image.width - edge) / 2 - 0.5, (image.width + edge) / 2 - 0.5)
@@ -223,11 +257,11 @@ def _draw_image(axes: Axes, image: Image.Image) -> None:
     axes.spines[:].set_visible(False)
 
 
-def _write(figure: Figure, x: float, y: float, text: str, size: float, weight: str) -> None:
-    # parse_math: a prompt with two dollar signs is no formula
+def _draw_text(figure: Figure, x: float, y: float, text: str, size: float, weight: str) -> None:
+    # parse_math: a prompt with two dollar signs is not a formula
     figure.text(x, y, text, fontsize=size, fontweight=weight, va="center", parse_math=False)
 
 
-def _fitted(prompt: str, pixels: int) -> str:
+def _truncate(prompt: str, pixels: int) -> str:
     characters = pixels // 7
     return prompt if len(prompt) <= characters else f"{prompt[: characters - 1]}…"

@@ -106,13 +106,13 @@ def check(
 
     Example: zscl data check runs/demo/data/digits --picture digits.png
     """
-    from orchestrate.analysis.validate_data import check_task, print_inspection
+    from orchestrate.analysis.validate_data import check_task, print_report
     from orchestrate.lifecycle.paths import check_writable
 
     if picture is not None:
         check_writable(picture.absolute().parent, "choose another file with --picture")
-    inspection = check_task(folder, picture, per_class, progress_console)
+    report = check_task(folder, picture, per_class, progress_console)
     if not as_json:
-        print_inspection(inspection, stdout_console())
-    print_result(inspection.model_dump(mode="json"), as_json, [f"picture {picture}"] if picture else [])
-    exit_with(1 if inspection.problems else 0)
+        print_report(report, stdout_console())
+    print_result(report.model_dump(mode="json"), as_json, [f"picture {picture}"] if picture else [])
+    exit_with(1 if report.problems else 0)

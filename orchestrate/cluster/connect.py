@@ -20,9 +20,9 @@ from schemas.compute import Compute
 from schemas.errors import ErrorCode, InputError, one_line
 from zscl.runtime.atomic_io import remove_if_possible
 
-# Settings of the C library's allocator. Workers train in a thread, and by default the allocator returns a thread's freed
-# memory to the system at once: on a CPU, a sixth of a step's time would be spent on allocating it again. Ray's processes
-# inherit these variables when Ray is started.
+# Settings of the C library's allocator. Workers train in a thread. By default, the allocator returns a thread's freed
+# memory to the system at once, and a step on a CPU would spend a sixth of its time on allocating it again. Ray's
+# processes inherit these variables when Ray is started.
 MALLOC_SETTINGS = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": str(2**33),
@@ -70,7 +70,7 @@ def _join(address: str, compute: Compute, note: Callable[[str], None]) -> None:
             ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
     except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
         raise InputError(
-            f"{field}: found no Ray cluster at {address} that takes this process ({' '.join(str(error).split())}), "
+            f"{field}: found no Ray cluster at {address} that takes this process ({one_line(error)}), "
             "expected HOST:PORT of a running one that this machine is a node of, or none to start one here",
             code=ErrorCode.REJECTED if isinstance(error, AuthenticationError) else ErrorCode.UNREACHABLE,
             field=field,

@@ -1,4 +1,4 @@
-"""Results as people look at them: read from a run's folder, and drawn."""
+"""Charts of results as matplotlib figures: the accuracy matrix, accuracy over the stages, and bars of several runs."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -12,22 +12,20 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from orchestrate.reports.results import ZERO_SHOT, format_percent, run_label
+from orchestrate.reports.results import ZERO_SHOT, format_method, format_percent
 from schemas.results import Result
 
-mpl.rcParams["text.parse_math"] = False  # a name with two dollar signs is no formula
-MAIN_METRICS = ("transfer", "avg", "last", "forgetting")  # of the figures: those that are always shown
-# Colours that can be told apart by whoever sees few of them (Okabe & Ito), on light and on dark.
+mpl.rcParams["text.parse_math"] = False  # names may contain dollar signs
+MAIN_METRICS = ("transfer", "avg", "last", "forgetting")  # the metrics in every table and chart
+# The Okabe-Ito colours and two more: distinguishable with colour blindness, on light and dark backgrounds.
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6BB1", "#7F7F7F"]
-SIGNS_OF_A_ROW, ROW_LINE_INCHES = 40, 0.17  # of the runs beside the bars of a comparison
-SIGNS_AN_INCH, SIGNS_OF_A_HANDLE, LEGEND_LINE_INCHES = 12, 8, 0.25  # of a legend, at matplotlib's font size
-
-
-# ------------------------------------------------------------------------------------------------- pictures
+ROW_LABEL_CHARACTERS, ROW_LINE_INCHES = 40, 0.17  # of the runs' labels in the bar chart
+# Of a legend, at matplotlib's font size.
+LEGEND_CHARACTERS_PER_INCH, LEGEND_HANDLE_CHARACTERS, LEGEND_LINE_INCHES = 12, 8, 0.25
 
 
 def draw_matrix(result: Result) -> Figure:
-    """Heat map of the accuracy matrix with the zero-shot row on top and the trained cells framed."""
+    """Draw a heat map of the accuracy matrix, with the zero-shot row on top and frames around the trained cells."""
     rows = [result.zero_shot, *result.accuracy_matrix]
     tasks = [task.name for task in result.tasks]
     figure = Figure(figsize=(max(6.0, 2.4 + 0.8 * len(tasks)), 1.8 + 0.5 * len(rows)), layout="constrained")
@@ -42,7 +40,7 @@ def draw_matrix(result: Result) -> Figure:
         axes.add_patch(_frame(stage - 1, stage))
     axes.set_xticks(range(len(tasks)), tasks, rotation=30, ha="right")
     axes.set_yticks(range(len(rows)), [ZERO_SHOT, *(f"after {task}" for task in tasks)])
-    axes.set_title(f"{run_label(result)}\naccuracy on each task, %", fontsize="medium")
+    axes.set_title(f"{format_method(result)}\naccuracy on each task, %", fontsize="medium")
     figure.colorbar(image, label="top-1 accuracy, %", shrink=0.8)
     return figure
 
@@ -52,40 +50,43 @@ def _frame(column: int, row: int) -> Patch:
 
 
 def draw_accuracies(*results: Result, labels: Sequence[str] = ()) -> Figure:
-    """Accuracy of each task against the stage, a line a run; the stage that trains the task is marked.
+    """Draw the accuracy on each task over the stages, with one line per run and a mark at the task's own stage.
 
     Args:
-        results: of runs.
-        labels: what they are called; default: method and seed.
+        results: The results of the runs.
+        labels: The labels of the runs; default: method and seed.
+
+    Returns:
+        The figure, with one panel per task.
     """
     tasks = [task.name for task in results[0].tasks]
     columns = min(3, len(tasks))
-    lines = -(-len(tasks) // columns)
-    figure = Figure(figsize=(3.6 * columns, 0.8 + 2.5 * lines), layout="constrained")
-    grid = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
+    rows = -(-len(tasks) // columns)
+    figure = Figure(figsize=(3.6 * columns, 0.8 + 2.5 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     for index, axes in enumerate(grid.flat):
         if index >= len(tasks):
             axes.set_visible(False)
             continue
-        _draw_task(axes, tasks[index], results, labels or [*map(_run_label, results)])
+        _draw_task(axes, tasks[index], results, labels or [*map(_format_method_and_seed, results)])
     figure.supxlabel("stages trained")
     figure.supylabel("top-1 accuracy, %")
-    handles, shown = grid.flat[0].get_legend_handles_labels()
-    _draw_legend(figure, handles, shown)
+    _draw_legend(figure, *grid.flat[0].get_legend_handles_labels())
     return figure
 
 
 def _draw_legend(figure: Figure, handles: Sequence[Artist], labels: Sequence[str]) -> None:
-    """A legend of as many columns as the figure's width has room for."""
-    room = int(SIGNS_AN_INCH * figure.get_figwidth() / (max(map(len, labels)) + SIGNS_OF_A_HANDLE))
-    columns = max(1, min(room, len(labels)))
+    """Draw a legend with as many columns as fit into the figure's width."""
+    column_characters = max(map(len, labels)) + LEGEND_HANDLE_CHARACTERS
+    fitting = int(LEGEND_CHARACTERS_PER_INCH * figure.get_figwidth() / column_characters)
+    columns = max(1, min(fitting, len(labels)))
     figure.set_figheight(figure.get_figheight() + LEGEND_LINE_INCHES * (-(-len(labels) // columns) - 1))
     figure.legend(handles, labels, loc="outside upper center", ncols=columns)
 
 
 def _draw_task(axes: Axes, task: str, results: Sequence[Result], labels: Sequence[str]) -> None:
     for result, label, colour in zip(results, labels, distinct_colours(len(results)), strict=True):
-        index = [each.name for each in result.tasks].index(task)
+        index = [task.name for task in result.tasks].index(task)
         axes.axvline(index + 1, color="grey", linestyle=":", linewidth=1)
         axes.axhline(100 * result.zero_shot[index], color="grey", linewidth=0.8)
         rows = [result.zero_shot, *result.accuracy_matrix]
@@ -96,31 +97,34 @@ def _draw_task(axes: Axes, task: str, results: Sequence[Result], labels: Sequenc
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _run_label(result: Result) -> str:
-    return f"{run_label(result)}, seed {result.seed}"
+def _format_method_and_seed(result: Result) -> str:
+    return f"{format_method(result)}, seed {result.seed}"
 
 
 def draw_comparison(results: Sequence[Result], labels: Sequence[str], zero_shot: Mapping[str, float | None]) -> Figure:
-    """Draw Transfer, Avg, Last and forgetting as bars, a row a run, and the zero-shot figures as dashed lines.
+    """Draw the main metrics as bars, with one row per run, and the zero-shot metrics as dashed lines.
 
     Args:
-        results: of the runs.
-        labels: what the runs are called.
-        zero_shot: the initial model's figures, by name.
+        results: The results of the runs.
+        labels: The labels of the runs.
+        zero_shot: The initial model's metrics by name, as fractions.
+
+    Returns:
+        The figure, with one panel per metric.
     """
-    rows = ["\n".join(textwrap.wrap(label, SIGNS_OF_A_ROW)) for label in labels]
+    rows = ["\n".join(textwrap.wrap(label, ROW_LABEL_CHARACTERS)) for label in labels]
     lines = sum(row.count("\n") + 2 for row in rows)
     figure = Figure(figsize=(12, 1.2 + ROW_LINE_INCHES * lines), layout="constrained")
     grid = figure.subplots(1, len(MAIN_METRICS), sharey=True)
     for axes, name in zip(grid, MAIN_METRICS, strict=True):
         values = [getattr(result.metrics, name) for result in results]
         bars = axes.barh(range(len(values)), [0 if value is None else 100 * value for value in values], height=0.7)
-        background = {"facecolor": "white", "linewidth": 0, "pad": 0.5}  # against the dashed line
+        background = {"facecolor": "white", "linewidth": 0, "pad": 0.5}  # covers the dashed line
         axes.bar_label(bars, [format_percent(value) for value in values], padding=3, bbox=background)
         axes.margins(x=0.3)
-        untrained = zero_shot[name]
-        if untrained is not None and name != "forgetting":
-            axes.axvline(100 * untrained, color="grey", linestyle="--", linewidth=1)
+        zero_shot_value = zero_shot[name]
+        if zero_shot_value is not None and name != "forgetting":
+            axes.axvline(100 * zero_shot_value, color="grey", linestyle="--", linewidth=1)
         axes.set_title(name.capitalize() if name != "avg" else "Avg")
         axes.set_yticks(range(len(values)), rows)
     grid[0].invert_yaxis()  # the first run on top
@@ -129,7 +133,7 @@ def draw_comparison(results: Sequence[Result], labels: Sequence[str], zero_shot:
 
 
 def distinct_colours(count: int) -> list[str]:
-    """Return so many colours, no two alike."""
+    """Return this many distinct colours as hexadecimal codes."""
     if count <= len(PALETTE):
         return PALETTE[:count]
     return [to_hex(colormaps["turbo"](0.05 + 0.9 * number / (count - 1))) for number in range(count)]

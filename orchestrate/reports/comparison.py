@@ -9,7 +9,7 @@ from statistics import fmean, stdev
 
 from scipy.stats import ttest_1samp
 
-from orchestrate.reports.results import CUSTOM_LOSS_PREFIX, format_change, load_partial_result, run_label
+from orchestrate.reports.results import CUSTOM_LOSS_PREFIX, format_change, load_partial_result, format_method
 from schemas.errors import InputError
 from schemas.results import Result
 from zscl.sequence.result import describe_algorithm
@@ -232,8 +232,8 @@ def _labels(results: Sequence[Result]) -> list[str]:
     """Label each run by its method; of methods of one name with other settings, add the settings that differ."""
     labels = []
     for result in results:
-        label = run_label(result)
-        alike = [other for other in results if run_label(other) == label]
+        label = format_method(result)
+        alike = [other for other in results if format_method(other) == label]
         recorded = all(other.method_settings for other in alike)  # not by older runs
         settings = [other.method_settings if recorded else other.method_changes for other in alike]
         own = result.method_settings if recorded else result.method_changes

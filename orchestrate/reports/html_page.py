@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 from orchestrate.reports.charts import MAIN_METRICS, distinct_colours
 from orchestrate.reports.comparison import Comparison
 from orchestrate.reports.results import ZERO_SHOT
-from orchestrate.reports.tables import DIFFERENCE_NOTE, Row, group_table
+from orchestrate.reports.tables import DIFFERENCE_NOTE, Row, build_group_table
 from zscl.sequence.layout import LOSSES, stage_folder
 
 MOST_POINTS = 60  # of a loss curve
@@ -51,7 +51,7 @@ def build_page(comparison: Comparison, rows: Sequence[Row], baseline: str | None
     if losses is not None:
         charts["losses"] = losses
     environment = Environment(loader=PackageLoader("orchestrate"), autoescape=select_autoescape(default=True))
-    head, *groups = group_table(comparison, baseline)
+    head, *groups = build_group_table(comparison, baseline)
     return environment.get_template("comparison.html").render(
         specs={name: _embeddable(chart) for name, chart in charts.items()},
         bundle=_bundle(),

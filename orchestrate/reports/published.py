@@ -1,4 +1,4 @@
-"""The figures that the paper (ICCV 2023) prints for MTIL: Transfer, Avg, Last, in per cent, by task order."""
+"""Published results of the paper (ICCV 2023) on MTIL, by task order and method: Transfer, Avg and Last in per cent."""
 
 from collections.abc import Mapping
 

@@ -1,69 +1,118 @@
-"""Results of runs, read from their folders and formatted."""
+"""Results of finished and of running runs, read from their folders, and formatted as text."""
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrate.recipes.recipe import load_experiment
 from schemas.base import parse_json
-from schemas.errors import InputError, shell_command
+from schemas.errors import ErrorCode, InputError, shell_command
+from schemas.experiment import Experiment
 from schemas.method import PRESETS
 from schemas.results import Result, StageResult, TaskSummary
 from zscl.data.task import TaskFolder
 from zscl.evaluation.metrics import compute_metrics
 from zscl.sequence.layout import ACCURACY, EXPERIMENT, RESULT, TRAINING, glob_stages, stage_files
-from zscl.sequence.layout import ZERO_SHOT as ROW_BEFORE
+from zscl.sequence.layout import ZERO_SHOT as ZERO_SHOT_FILE
 from zscl.sequence.result import ROW_ADVICE, STAGE_ADVICE, AccuracyRow
+
+ZERO_SHOT = "zero-shot"
+CUSTOM_LOSS_PREFIX = "further_losses."  # of a custom loss among a method's changes
 
 
 def load_result(run: Path) -> Result:
-    """Read a run folder's result.
+    """Read the result of a finished run.
+
+    Args:
+        run: The run's folder.
+
+    Returns:
+        The result.
 
     Raises:
-        InputError: the folder has no finished run.
+        InputError: The folder does not exist or has no finished run.
     """
     file = run / RESULT
     if not run.is_dir():
-        raise InputError(f"{run}: found no such folder, expected a run's folder")
+        raise InputError(f"{run}: found no such folder, expected a run's folder", code=ErrorCode.NOT_FOUND)
     if not file.is_file():
-        if within := sorted(file.parent for file in run.glob(f"*/{RESULT}")):
+        if runs := sorted(file.parent for file in run.glob(f"*/{RESULT}")):
             raise InputError(
-                f"{run}: found {len(within)} runs in it, expected one, {within[0]} say, or all: {shell_command(run)}/*"
+                f"{run}: found {len(runs)} runs in it, expected one, {runs[0]} say, or all: {shell_command(run)}/*",
+                code=ErrorCode.UNSUPPORTED,
             )
-        done = len(glob_stages(run, ACCURACY))
-        raise InputError(f"{run}: found no {RESULT} ({done} stages finished), expected a finished run")
+        finished = len(glob_stages(run, ACCURACY))
+        raise InputError(
+            f"{run}: found no {RESULT} ({finished} stages finished), expected a finished run",
+            code=ErrorCode.NOT_FOUND,
+        )
     return parse_json(Result, file.read_bytes(), file, "remove the file, and zscl resume writes it again")
 
 
 def load_partial_result(run: Path) -> Result:
-    """Read a run folder's result, or what a run under way would say if it ended with its last finished stage.
+    """Read the result of a run, or build that of an unfinished run from its finished stages.
+
+    Args:
+        run: The run's folder.
+
+    Returns:
+        The result; for an unfinished run, the matrix has a row for each finished stage.
 
     Raises:
-        InputError: the folder has no run that has finished a stage.
+        InputError: The folder has no run that has finished a stage.
     """
     if not run.is_dir() or (run / RESULT).is_file() or any(run.glob(f"*/{RESULT}")):
         return load_result(run)
-    rows = stage_files(run, ACCURACY)
-    if not rows:
-        raise InputError(f"{run}: found 0 finished stages and no {RESULT}, expected a run that finished a stage")
+    row_files = stage_files(run, ACCURACY)
+    if not row_files:
+        raise InputError(
+            f"{run}: found 0 finished stages and no {RESULT}, expected a run that finished a stage",
+            code=ErrorCode.NOT_FOUND,
+        )
     experiment = load_experiment(run / EXPERIMENT)
     if experiment.class_incremental is not None:
-        raise InputError(f"{run}: found no {RESULT} ({len(rows)} stages finished), expected a finished run")
-    try:
-        zero_shot, *measured = (
-            parse_json(AccuracyRow, file.read_bytes(), file, ROW_ADVICE) for file in (run / ROW_BEFORE, *rows)
+        raise InputError(
+            f"{run}: found no {RESULT} ({len(row_files)} stages finished), expected a finished run",
+            code=ErrorCode.UNSUPPORTED,
         )
-        trained = [file.with_name(TRAINING) for file in rows]
-        stages = [parse_json(StageResult, file.read_bytes(), file, STAGE_ADVICE) for file in trained]
+    return _build_partial_result(experiment, _read_finished_stages(run, row_files, experiment))
+
+
+@dataclass(frozen=True)
+class _FinishedStages:
+    """The files of an unfinished run: the row of the initial model, the other rows, and the stages' results."""
+
+    zero_shot: AccuracyRow
+    rows: Sequence[AccuracyRow]
+    results: Sequence[StageResult]
+
+
+def _read_finished_stages(run: Path, row_files: Sequence[Path], experiment: Experiment) -> _FinishedStages:
+    """Read the rows and the results of the finished stages; raise InputError if one is missing or incomplete."""
+    files = [run / ZERO_SHOT_FILE, *row_files]
+    try:
+        rows = [parse_json(AccuracyRow, file.read_bytes(), file, ROW_ADVICE) for file in files]
+        result_files = [file.with_name(TRAINING) for file in row_files]
+        results = [parse_json(StageResult, file.read_bytes(), file, STAGE_ADVICE) for file in result_files]
     except OSError as error:
-        raise InputError(f"{run}: found no readable rows ({error}), expected a run's folder") from error
+        raise InputError(
+            f"{run}: found no readable rows ({error}), expected a run's folder", code=ErrorCode.UNREADABLE
+        ) from error
+    for file, row in zip(files, rows, strict=True):
+        for task in experiment.tasks:
+            if task.name not in row.accuracy:
+                raise InputError(
+                    f"{file}: found no accuracy on the task {task.name!r}, expected one on each; {ROW_ADVICE}",
+                    code=ErrorCode.MISMATCH,
+                )
+    return _FinishedStages(rows[0], rows[1:], results)
+
+
+def _build_partial_result(experiment: Experiment, stages: _FinishedStages) -> Result:
     names = [task.name for task in experiment.tasks]
-    for file, row in zip((run / ROW_BEFORE, *rows), (zero_shot, *measured), strict=True):
-        for name in names:
-            if name not in row.accuracy:
-                raise InputError(f"{file}: found no accuracy on the task {name!r}, expected one on each; {ROW_ADVICE}")
-    matrix = tuple(tuple(row.accuracy[name] for name in names) for row in measured)
-    baseline = tuple(zero_shot.accuracy[name] for name in names)
+    matrix = tuple(tuple(row.accuracy[name] for name in names) for row in stages.rows)
+    zero_shot = tuple(stages.zero_shot.accuracy[name] for name in names)
     folders = {task.name: TaskFolder.open(task, held_out=experiment.evaluation.held_out) for task in experiment.tasks}
     return Result(
         name=experiment.name,
@@ -72,60 +121,63 @@ def load_partial_result(run: Path) -> Result:
         method_settings=experiment.method.settings,
         settings=experiment.settings,
         seed=experiment.seed,
-        fingerprint=zero_shot.fingerprint,
-        algorithm=zero_shot.algorithm,
+        fingerprint=stages.zero_shot.fingerprint,
+        algorithm=stages.zero_shot.algorithm,
         tasks=tuple(
             TaskSummary(
                 name=task.name,
                 path=task.path,
                 digest=folders[task.name].digest,
-                test_images=zero_shot.images[task.name],
+                test_images=stages.zero_shot.images[task.name],
                 split_family=folders[task.name].split_family,
             )
             for task in experiment.tasks
         ),
         held_out=experiment.evaluation.held_out,
-        zero_shot=baseline,
+        zero_shot=zero_shot,
         accuracy_matrix=matrix,
-        metrics=compute_metrics(matrix, baseline),
-        zero_shot_metrics=compute_metrics([baseline] * len(matrix), baseline),
-        stages=tuple(stages),
+        metrics=compute_metrics(matrix, zero_shot),
+        zero_shot_metrics=compute_metrics([zero_shot] * len(matrix), zero_shot),
+        stages=tuple(stages.results),
         reference_texts=0,
         templates=experiment.evaluation.templates,
         workers=experiment.compute.workers,
         device="",
-        train_seconds=sum(stage.train_seconds for stage in stages),
-        evaluation_seconds=sum(row.seconds for row in measured),
+        train_seconds=sum(stage.train_seconds for stage in stages.results),
+        evaluation_seconds=sum(row.seconds for row in stages.rows),
         versions={},
     )
 
 
-def run_label(result: Result) -> str:
-    """The method's name; where that is the name of a preset, with what was changed in it."""
-    changes = method_changes(result) if result.method in PRESETS else ""
+def format_method(result: Result) -> str:
+    """Return the method's name; if it is a preset's name, with the changes to the preset in brackets."""
+    changes = format_method_changes(result) if result.method in PRESETS else ""
     return f"{result.method} ({changes})" if changes else result.method
 
 
-def method_changes(result: Result) -> str:
-    """What was changed in its method's preset, if anything."""
+def format_method_changes(result: Result) -> str:
+    """Format the changes to the method's preset; an empty string if there are none."""
     return ", ".join(format_change(path, value) for path, value in result.method_changes.items())
 
 
 def format_change(path: str, value: object) -> str:
-    """A change as it is read: `distill.image_weight=2.0`, a further loss as its call, `spread.Spread(weight=0.5)`."""
+    """Format a change: `distill.image_weight=2.0`, or a custom loss as a call, `spread.Spread(weight=0.5)`."""
     if not path.startswith(CUSTOM_LOSS_PREFIX):
         return f"{path}={json.dumps(value)}"
     settings = json.loads(str(value))
-    given = ", ".join(f"{name}={json.dumps(setting)}" for name, setting in settings.items())
-    return f"{path.removeprefix(CUSTOM_LOSS_PREFIX)}({given})"
+    arguments = ", ".join(f"{name}={json.dumps(setting)}" for name, setting in settings.items())
+    return f"{path.removeprefix(CUSTOM_LOSS_PREFIX)}({arguments})"
 
 
 def format_time_breakdown(result: Result, overlapped: bool = False) -> str:
-    """In a line, what the main worker did with its time while it trained and evaluated.
+    """Format, on one line, how much of the main worker's time each part of training and evaluation took.
 
     Args:
-        result: of a run.
-        beside: its rows were measured beside the training, so that their time is not the main worker's.
+        result: The run's result.
+        overlapped: Whether the rows were evaluated by other processes, so that their time is not the main worker's.
+
+    Returns:
+        The total in minutes, and the parts in per cent, the largest first.
     """
     parts: dict[str, float] = {}
     for stage in result.stages:
@@ -133,14 +185,14 @@ def format_time_breakdown(result: Result, overlapped: bool = False) -> str:
             parts[part] = parts.get(part, 0.0) + seconds
     if not overlapped:
         parts["evaluation"] = result.evaluation_seconds
-    whole = sum(parts.values()) or 1e-9  # nothing was trained
+    total = sum(parts.values()) or 1e-9  # 0 if nothing was trained
     shares = sorted(parts.items(), key=lambda part: -part[1])
-    line = f"{whole / 60:.1f} min: " + ", ".join(f"{part} {100 * value / whole:.0f} %" for part, value in shares)
-    return f"{line}; evaluation, beside it: {result.evaluation_seconds / 60:.1f} min" if overlapped else line
+    text = f"{total / 60:.1f} min: " + ", ".join(f"{part} {100 * value / total:.0f} %" for part, value in shares)
+    return f"{text}; evaluation, beside it: {result.evaluation_seconds / 60:.1f} min" if overlapped else text
 
 
-def matrix_columns(result: Result) -> dict[str, list[object]]:
-    """The matrix as columns: the zero-shot row first, then a row a stage."""
+def build_matrix_columns(result: Result) -> dict[str, list[object]]:
+    """Return the accuracy matrix by columns: the stage's label, and each task; the first row is the zero-shot row."""
     stages = [ZERO_SHOT, *(f"{stage}-{task.name}" for stage, task in enumerate(result.tasks, start=1))]
     rows = [result.zero_shot, *result.accuracy_matrix]
     columns: dict[str, list[object]] = {"after": list(stages)}
@@ -150,23 +202,26 @@ def matrix_columns(result: Result) -> dict[str, list[object]]:
 
 
 def format_percent(value: float | None) -> str:
-    """A fraction in per cent, to one decimal."""
+    """Format a fraction in per cent with one decimal; a dash for `None`."""
     return "–" if value is None else f"{100 * value:.1f}"
 
 
 def format_cell(value: str | float | None) -> str:
-    """What stands in a table: a text as it is, a fraction in per cent."""
+    """Format a table's cell: a text as it is, a fraction in per cent."""
     return value if isinstance(value, str) else format_percent(value)
 
 
-def markdown_table(rows: Sequence[Sequence[str]], left: int) -> str:
-    """A Markdown table, heads first; the first `left` columns are words, the others numbers, flush right."""
-    head, *body = rows
-    rule = ["---"] * left + ["---:"] * (len(head) - left)
-    return "\n".join(f"| {' | '.join(row)} |" for row in [head, rule, *body])
+def format_markdown_table(rows: Sequence[Sequence[str]], text_columns: int) -> str:
+    """Format a Markdown table.
 
+    Args:
+        rows: The cells by row; the first row is the header.
+        text_columns: The number of columns on the left that contain texts. The others contain numbers, which are
+            aligned to the right.
 
-ZERO_SHOT = "zero-shot"
-
-
-CUSTOM_LOSS_PREFIX = "further_losses."
+    Returns:
+        The table.
+    """
+    header, *body = rows
+    rule = ["---"] * text_columns + ["---:"] * (len(header) - text_columns)
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, rule, *body])

@@ -11,7 +11,7 @@ from rich.text import Text
 from orchestrate.reports.charts import MAIN_METRICS
 from orchestrate.reports.comparison import Comparison, Difference, MeanOverRuns
 from orchestrate.reports.published import MTIL_PUBLISHED
-from orchestrate.reports.results import ZERO_SHOT, format_cell, format_percent, markdown_table
+from orchestrate.reports.results import ZERO_SHOT, format_cell, format_percent, format_markdown_table
 from schemas.errors import InputError
 from schemas.results import Result
 
@@ -25,7 +25,7 @@ NUMBER_WIDTH, LONGEST_HEADING = 5, 16  # columns of a terminal
 Row = dict[str, str | float | None]
 
 
-def run_rows(comparison: Comparison) -> list[Row]:
+def build_run_rows(comparison: Comparison) -> list[Row]:
     """One row for each zero-shot baseline and one a run: figures, then each task's final accuracy, as fractions."""
     rows: list[Row] = []
     names = comparison.tasks
@@ -76,7 +76,7 @@ def _costs(result: Result) -> dict[str, float]:
     }
 
 
-def published_rows(order: str, tasks: Sequence[str]) -> list[Row]:
+def build_published_rows(order: str, tasks: Sequence[str]) -> list[Row]:
     """The paper's figures for MTIL in a task order, as rows of a comparison; it prints none for single tasks.
 
     Raises:
@@ -91,7 +91,7 @@ def published_rows(order: str, tasks: Sequence[str]) -> list[Row]:
     return rows
 
 
-def group_table(comparison: Comparison, baseline: str | None = None) -> list[list[str]]:
+def build_group_table(comparison: Comparison, baseline: str | None = None) -> list[list[str]]:
     """The groups as text, heads first: mean ± standard deviation in per cent; differences from a baseline, if any."""
     head = ["method", "runs", *MAIN_METRICS]
     rows = [[ZERO_SHOT, "", *(format_percent(comparison.zero_shot(figure)) for figure in MAIN_METRICS)]]
@@ -123,7 +123,7 @@ def _change(difference: Difference | None) -> str:
     return f"({100 * difference.mean:+.1f}; {100 * low:+.1f} to {100 * high:+.1f}; {of})"
 
 
-def terminal_tables(comparison: Comparison, rows: Sequence[Row], baseline: str | None, width: int) -> Group:
+def build_terminal_tables(comparison: Comparison, rows: Sequence[Row], baseline: str | None, width: int) -> Group:
     """Show the comparison on a terminal: groups, runs, then each task's final accuracy with a column a run.
 
     Args:
@@ -133,7 +133,7 @@ def terminal_tables(comparison: Comparison, rows: Sequence[Row], baseline: str |
         width: of the terminal, in columns: runs that do not fit beside each other go into tables below each other.
     """
     tables: list[Any] = []
-    head, *body = group_table(comparison, baseline)
+    head, *body = build_group_table(comparison, baseline)
     title = "Figures of the accuracy matrix, %"
     if baseline is not None:
         title += f"; mean ± standard deviation; in brackets: {DIFFERENCE_NOTE.format(baseline=baseline)}"
@@ -197,9 +197,9 @@ def render_markdown(comparison: Comparison, rows: Sequence[Row], baseline: str |
         "In per cent, mean ± standard deviation over the runs."
         + (f" In brackets: {DIFFERENCE_NOTE.format(baseline=baseline)}." if baseline else "")
         + "\n",
-        markdown_table(group_table(comparison, baseline), left=1),
+        format_markdown_table(build_group_table(comparison, baseline), text_columns=1),
         "\n## Runs\n",
-        markdown_table(runs, left=3),
+        format_markdown_table(runs, text_columns=3),
     ]
     if comparison.excluded:
         parts += ["\n## Left out\n", *(f"- {reason}" for reason in comparison.excluded.values())]

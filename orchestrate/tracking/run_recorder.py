@@ -18,7 +18,7 @@ from pathlib import Path
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
 
 from orchestrate.reports.charts import draw_accuracies, draw_matrix
-from orchestrate.reports.results import matrix_columns
+from orchestrate.reports.results import build_matrix_columns
 from orchestrate.tracking.mlflow_client import (
     ARTIFACTS_MISSING,
     FINGERPRINT,
@@ -174,7 +174,7 @@ class RunRecorder:
         """Log recipe, result, accuracy matrix and charts, and the models that could not be logged during the run."""
         self.client.log_artifact(self.run_id, str(self.folder / EXPERIMENT))
         self.client.log_artifact(self.run_id, str(self.folder / RESULT))
-        log_table(self.client, self.run_id, matrix_columns(result), "accuracy_matrix.json")
+        log_table(self.client, self.run_id, build_matrix_columns(result), "accuracy_matrix.json")
         self.client.log_figure(self.run_id, draw_matrix(result), "figures/accuracy_matrix.png")
         self.client.log_figure(self.run_id, draw_accuracies(result), "figures/accuracy_by_stage.png")
         for trained in result.stages:

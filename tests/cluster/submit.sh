@@ -75,7 +75,7 @@ until_true "the run is marked" grep -q KILLED "$run/state.json"
 
 echo "== submitted again with zscl submit, to its end"
 zscl submit experiments/mine.yaml --out "$run" > "$place/second.log" 2>&1 || fail "the second job did not succeed"
-grep -q "goes on behind step" "$place/second.log" || fail "it did not go on"
+grep -q "resumes after step" "$place/second.log" || fail "it did not go on"
 grep -q FINISHED "$run/state.json" || fail "it is not finished"
 [ -f "$run/result.json" ] || fail "there is no result"
 ! grep -q $'\r' "$place/second.log" || fail "there are carriage returns in the output"

@@ -89,6 +89,6 @@ def test_a_job_is_stopped(ray: Ray, tmp_path: Path, tiny_model: str) -> None:
     ray(*submit[:2], "--submission-id=second", *submit[2:])
     until(lambda: "succeeded" in ray("job", "status", "second"), "it goes on to its end")
     assert RunState.model_validate_json((run / "state.json").read_text()).status == "FINISHED"
-    assert "stage 1 goes on behind step" in ray("job", "logs", "second")
+    assert "stage 1 resumes after step" in ray("job", "logs", "second")
     run_sequence(recipes.load_experiment(recipe), tmp_path / "whole", device=torch.device("cpu"))
     same(tmp_path / "whole", run)

@@ -84,11 +84,11 @@ def test_the_driver_is_killed_and_asked_to_end(launch: Launch, tmp_path: Path, w
             until(trained(run, steps), "it trains")
             process.send_signal(number)
             said = ended(process, code)
-        assert "is stopped behind step" in said
+        assert "is stopped after step" in said
         assert ("has ended without releasing the lock, taking over" in said) == (number == signal.SIGTERM)
         assert RunState.model_validate_json((run / "state.json").read_text()).status == "KILLED"
     with launch(verb=("resume",)) as process:
-        assert "stage 2 goes on behind step" in ended(process)
+        assert "stage 2 resumes after step" in ended(process)
     same(whole, run)
 
 

@@ -13,10 +13,10 @@ from typing import Any
 import psutil
 import pytest
 from ruamel.yaml import YAML
+from support.data import coloured_images, make_task
 
 from orchestrate.cluster.auth import bind_to_loopback
 from schemas.events import RunStarted, StepsTaken
-from support.data import coloured_images, make_task
 from zscl.data.tar import write_shards
 from zscl.sequence.journal import JournalReader
 from zscl.sequence.layout import JOURNAL

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 from ray.cluster_utils import Cluster
+from support.faults import add_node, recipe_for_faults, started
 
 from orchestrate.cluster.auth import bind_to_loopback
 from orchestrate.recipes import recipe as recipes
-from support.faults import add_node, recipe_for_faults, started
 from zscl.sequence.run import run_sequence
 
 Launch = Callable[..., Any]

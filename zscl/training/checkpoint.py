@@ -35,7 +35,7 @@ class StoppedError(Exception):
     """The run stopped on request. Its folder holds what a resume needs."""
 
 
-def read_checkpoint(file: Path | None, stage: int, notify: Callable[[str], None]) -> State | None:
+def read_checkpoint(file: Path | None, stage: int, on_note: Callable[[str], None]) -> State | None:
     """Read the checkpoint of a stage. Collective.
 
     A file with damaged content is renamed, and the stage starts again with the same results. A file that storage
@@ -60,7 +60,7 @@ def read_checkpoint(file: Path | None, stage: int, notify: Callable[[str], None]
             reason = str(error).strip().partition("\n")[0]
             renamed = quarantine(file) if rank() == 0 else None
             suffix = f", and renamed it to {renamed.name}" if renamed else ""
-            notify(f"{file}: found no readable checkpoint ({reason}){suffix}; the stage starts again")
+            on_note(f"{file}: found no readable checkpoint ({reason}){suffix}; the stage starts again")
     if state is not None and state.get("stage") != stage:  # of a stage that is finished
         state = None
     own_step = state["step"] if state else 0

@@ -64,7 +64,7 @@ def test_nothing_is_written_over(run: Path, zscl: Zscl, tmp_path: Path) -> None:
     (tmp_path / "model/mine").write_text("kept")
     found = zscl("export", run, "--out", tmp_path / "model")
     assert found.code == 2
-    assert "found something there, expected a folder that is not there yet" in found.error
+    assert "expected a new or an empty folder" in found.error
     assert [file.name for file in (tmp_path / "model").iterdir()] == ["mine"]
 
 

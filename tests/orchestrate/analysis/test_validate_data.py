@@ -27,7 +27,7 @@ def test_a_clean_task_and_its_picture(task: Path, zscl: Zscl, tmp_path: Path) ->
     found = zscl("data", "check", task, "--picture", tmp_path / "new/sheet.png")
     assert (found.code, found.error) == (0, "")
     assert found.out.startswith(f"{task}: 4 classes, 2 templates\n")
-    assert "shards: 5 whole, sizes and SHA-256 as zscl.json says" in found.out
+    assert "shards: 5 complete, sizes and SHA-256 match zscl.json" in found.out
     assert found.out.endswith(f"0 problems, 0 warnings\npicture {tmp_path}/new/sheet.png\n")
     with Image.open(tmp_path / "new/sheet.png") as sheet:
         sheet.load()
@@ -81,7 +81,7 @@ def test_many_classes_are_not_all_listed_or_drawn(tmp_path: Path, zscl: Zscl) ->
     write_task(tmp_path / "task", names, ["a photo of ${c}$"], splits, suffix="png", source="made by a test")
     found = zscl("data", "check", tmp_path / "task", "--picture", tmp_path / "sheet.png", "--per-class", 2)
     assert found.code == 0
-    assert "Images of the 20 classes that have fewest (--json: of all 60)" in found.out
+    assert "Images of the 20 smallest classes (--json: of all 60)" in found.out
     with Image.open(tmp_path / "sheet.png") as sheet:  # 24 classes in three columns of eight
         assert 700 <= sheet.width <= 900
         assert 1100 <= sheet.height <= 1300

@@ -10,13 +10,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from support.errors import refused
 
 from orchestrate.cluster.address import check_gcs, cluster_address
 from orchestrate.cluster.channel import create_channel, list_running_searches
 from orchestrate.cluster.connect import MAX_TEMP_BYTES, ray_temp_folder
 from orchestrate.lifecycle import network
 from schemas.compute import Compute
-from schemas.errors import InputError
+from schemas.errors import ErrorCode, InputError
 
 
 @contextmanager
@@ -74,6 +75,18 @@ def test_which_cluster_is_named(
         ("no-such-host.invalid:6379", "Name or service not known"),
         ("a..b:6379", "a..b"),
         ("[::1]:9", "found no Ray cluster at [::1]:9"),
+    ],
+)
+def test_an_address_without_a_cluster_is_refused_at_once(address: str, reason: str) -> None:
+    with refused(ErrorCode.UNREACHABLE, "RAY_ADDRESS") as error:
+        check_gcs(address, "RAY_ADDRESS")
+    assert str(error.value).startswith(f"RAY_ADDRESS: found no Ray cluster at {address}")
+    assert reason in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("address", "reason"),
+    [
         ("::1:6379", "[HOST]:PORT for IPv6"),
         ("127.0.0.1", "it is not HOST:PORT"),
         ("127.0.0.1:x", "it is not HOST:PORT"),
@@ -83,31 +96,31 @@ def test_which_cluster_is_named(
         ("redis://127.0.0.1:6379", "redis:// is no address of a GCS"),
     ],
 )
-def test_an_address_without_a_cluster_is_refused_at_once(address: str, reason: str) -> None:
-    with pytest.raises(InputError) as refused:
-        check_gcs(address, "RAY_ADDRESS")
-    assert str(refused.value).startswith(f"RAY_ADDRESS: found no Ray cluster at {address}")
-    assert reason in str(refused.value)
-    assert "expected HOST:PORT of a running cluster's GCS" in str(refused.value)
+def test_a_malformed_address_is_refused(address: str, reason: str) -> None:
+    with refused(ErrorCode.INVALID_VALUE, "compute.address") as error:
+        check_gcs(address)
+    assert str(error.value).startswith(f"compute.address: found no Ray cluster at {address}")
+    assert reason in str(error.value)
 
 
 @pytest.mark.parametrize("serve", [web_server, silent_server])
 def test_another_server_is_no_cluster(monkeypatch: pytest.MonkeyPatch, serve: Callable[[], Iterator[str]]) -> None:
     monkeypatch.setattr("orchestrate.cluster.address.RPC_TIMEOUT_SECONDS", 0.5)
-    refusal = "something answers there, but not as a Ray GCS does"
-    with serve() as address, pytest.raises(InputError, match=refusal):  # type: ignore[attr-defined]
+    with serve() as address, refused(ErrorCode.UNREACHABLE, "compute.address") as error:  # type: ignore[attr-defined]
         check_gcs(address)
+    assert "something answers there, but not as a Ray GCS does" in str(error.value)
 
 
 def test_auto_names_a_cluster_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray._private.services.find_gcs_addresses", frozenset)  # whatever else runs on this machine
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
-    with pytest.raises(InputError, match="at auto: none runs on this machine"):
+    with refused(ErrorCode.NOT_FOUND, "compute.address"):
         check_gcs("auto")
     (tmp_path / "ray").mkdir()
     (tmp_path / "ray/ray_current_cluster").write_text("127.0.0.1:9")
-    with pytest.raises(InputError, match=r"at auto, which is 127\.0\.0\.1:9 to Ray .*Connection refused"):
+    with refused(ErrorCode.UNREACHABLE, "compute.address") as error:
         check_gcs("auto")
+    assert "at auto, which is 127.0.0.1:9 to Ray " in str(error.value)
 
 
 def test_a_cluster_that_is_there(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,11 +135,14 @@ def test_a_search_learns_of_another_one_on_the_cluster(ray_cluster: None) -> Non
     import ray
 
     assert list_running_searches() == []
-    line = create_channel(search="/runs/one")
-    assert ray.get(line.refused.remote()) == ""  # it is up
+    channel = create_channel(search="/runs/one")
+    assert ray.get(channel.input_error.remote()) is None  # the actor has started
     [name] = list_running_searches()
     assert name.startswith("/runs/one (")
-    ray.kill(line)
+    ray.get(channel.report_input_error.remote(InputError("wrong", code=ErrorCode.NO_SPACE, field="seed")))
+    error = ray.get(channel.input_error.remote())
+    assert (str(error), error.code, error.field) == ("wrong", ErrorCode.NO_SPACE, "seed")
+    ray.kill(channel)
 
 
 def test_a_host_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,12 +184,14 @@ def test_the_length_of_a_session_counts_this_process(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("RAY_TMPDIR", given := "/" + "x" * (most - 1))
     assert ray_temp_folder() == f"{given}/ray"
     monkeypatch.setenv("RAY_TMPDIR", f"{given}x")
-    with pytest.raises(InputError, match=f"RAY_TMPDIR: found {given}x, {most + 1} bytes long, expected at most {most}"):
+    with refused(ErrorCode.INVALID_VALUE, "RAY_TMPDIR") as error:
         ray_temp_folder()
+    assert f"{most + 1} bytes long, expected at most {most}" in str(error.value)
     monkeypatch.chdir("/tmp")
     monkeypatch.setenv("RAY_TMPDIR", "x" * 60)
-    with pytest.raises(InputError, match="65 bytes long"):
+    with refused(ErrorCode.INVALID_VALUE, "RAY_TMPDIR") as error:
         ray_temp_folder()
+    assert "65 bytes long" in str(error.value)
 
 
 def test_a_temporary_folder_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,5 +199,6 @@ def test_a_temporary_folder_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("TMPDIR", "/proc/nowhere")
     assert ray_temp_folder() == "/tmp/ray"
     monkeypatch.setenv("RAY_TMPDIR", "/tmp/" + "x" * 60)
-    with pytest.raises(InputError, match=r"RAY_TMPDIR: found /tmp/x*, 65 bytes long, expected at most"):
+    with refused(ErrorCode.INVALID_VALUE, "RAY_TMPDIR") as error:
         ray_temp_folder()
+    assert "found /tmp/x" in str(error.value)

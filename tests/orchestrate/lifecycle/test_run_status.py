@@ -15,10 +15,10 @@ class Records:
         self.folder = folder
         self.ended: list[tuple[str, float | None]] = []
 
-    def end(self, patience: float | None = None) -> None:
+    def end(self, timeout: float | None = None) -> None:
         state = read_state(self.folder)
         assert state is not None
-        self.ended.append((state.status, patience))
+        self.ended.append((state.status, timeout))
 
 
 def test_what_ends_well_is_finished(tmp_path: Path) -> None:
@@ -29,7 +29,7 @@ def test_what_ends_well_is_finished(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "status", "reason", "patience"),
+    ("error", "status", "reason", "timeout"),
     [
         (InputError("found this, expected that"), "FAILED", "found this, expected that", None),
         (RuntimeError("what\n  a library said"), "FAILED", "RuntimeError: what a library said", None),
@@ -39,7 +39,7 @@ def test_what_ends_well_is_finished(tmp_path: Path) -> None:
     ],
 )
 def test_what_ends_otherwise_says_why(
-    tmp_path: Path, error: BaseException, status: str, reason: str, patience: float | None
+    tmp_path: Path, error: BaseException, status: str, reason: str, timeout: float | None
 ) -> None:
     records = Records(tmp_path)
     with pytest.raises(type(error)), record_outcome(tmp_path, records):
@@ -47,6 +47,6 @@ def test_what_ends_otherwise_says_why(
     state = read_state(tmp_path)
     assert state is not None
     assert (state.status, state.reason) == (status, reason)
-    assert records.ended == [(status, patience)]
+    assert records.ended == [(status, timeout)]
     with pytest.raises(type(error)), record_outcome(tmp_path, None):  # offline
         raise error

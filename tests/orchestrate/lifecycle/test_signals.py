@@ -12,7 +12,13 @@ import pytest
 from support.command import Command
 from support.data import coloured_images
 
-from orchestrate.lifecycle.signals import TERMINATION_SIGNALS, WARNING_SIGNALS, defer_warning_signals, exit_on_signals, handle_signals
+from orchestrate.lifecycle.signals import (
+    TERMINATION_SIGNALS,
+    WARNING_SIGNALS,
+    defer_warning_signals,
+    exit_on_signals,
+    handle_signals,
+)
 from schemas.errors import InterruptedRunError
 from zscl.checks.image import inspect_image
 

@@ -24,8 +24,8 @@ from orchestrate.cli.run import summarize_run
 from orchestrate.recipes import recipe as recipes
 from orchestrate.reports.charts import distinct_colours
 from orchestrate.reports.comparison import Comparison, Difference, group_runs, paired_interval
-from orchestrate.reports.results import run_label
-from orchestrate.reports.tables import escape_latex, run_rows, terminal_tables
+from orchestrate.reports.results import format_method
+from orchestrate.reports.tables import escape_latex, build_run_rows, build_terminal_tables
 from orchestrate.tracking.lookup import comparison_folder
 from orchestrate.tracking.mlflow_client import PARENT
 from orchestrate.tracking.uploader import JournalUploader
@@ -272,7 +272,7 @@ def test_a_method_is_called_by_what_was_changed_in_it(runs: dict[str, Path]) -> 
     settings = '{"weight": 0.5, "kind": "soft"}'
     changes = {"distill.text_weight": 0.0, "average": None, "further_losses.spread.Spread": settings}
     result = result_of(runs["zscl-0"]).model_copy(update={"method_changes": changes})
-    assert run_label(result) == ('zscl (distill.text_weight=0.0, average=null, spread.Spread(weight=0.5, kind="soft"))')
+    assert format_method(result) == ('zscl (distill.text_weight=0.0, average=null, spread.Spread(weight=0.5, kind="soft"))')
     named = Method.model_validate({"preset": "zscl", "name": "mine", "distill": {"text_weight": 0.0}})
     assert named.changes == {"distill.text_weight": 0.0}
 
@@ -413,7 +413,7 @@ def test_tables_of_many_runs_show_every_number(runs: dict[str, Path], tmp_path: 
     result = result_of(runs["zscl-0"])
     found = gathered(tmp_path, {f"r{seed:02}": result.model_copy(update={"seed": seed}) for seed in range(count)})
     out = io.StringIO()
-    Console(file=out, width=width).print(terminal_tables(found, run_rows(found), None, width))
+    Console(file=out, width=width).print(build_terminal_tables(found, build_run_rows(found), None, width))
     shown = out.getvalue().partition("Accuracy on each task")[2]
     assert "…" not in shown
     last = f"{100 * result.accuracy_matrix[-1][0]:.1f} "
@@ -430,8 +430,8 @@ def test_runs_whose_folders_have_one_name_are_told_apart(runs: dict[str, Path], 
         (place / "result.json").write_text(seeded.model_dump_json())
     found = group_runs({str(place): place for place in [*places, tmp_path / "a/../a/zscl"]})
     assert [run.name for run in found.runs] == ["a/zscl", "b/zscl", "other"]
-    assert [row["worker_hours"] for row in run_rows(found) if row["run"]] == sorted(
-        row["worker_hours"] or 0 for row in run_rows(found) if row["run"]
+    assert [row["worker_hours"] for row in build_run_rows(found) if row["run"]] == sorted(
+        row["worker_hours"] or 0 for row in build_run_rows(found) if row["run"]
     )
     [again] = found.excluded.values()
     assert "it counts once" in again

@@ -1,4 +1,4 @@
-"""Local samples: loose images, and shards that are away."""
+"""Indexed samples: loose images, and shards on storage that is temporarily unavailable."""
 
 import shutil
 import threading
@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 from support.data import coloured_images, make_task
+from support.errors import refused
 
-from schemas.errors import InputError
+from schemas.errors import ErrorCode
 from zscl.data.indexed import IndexedSamples
 from zscl.data.shard_urls import open_samples
 from zscl.runtime.retry import retry_io
@@ -28,7 +29,7 @@ def test_loose_images_are_samples_too(tmp_path: Path) -> None:
     assert list(samples.iter_texts()) == ["a caption"]
 
 
-def test_shards_that_are_away_for_a_moment_are_waited_for(tmp_path: Path) -> None:
+def test_reading_is_retried_while_shards_are_unavailable(tmp_path: Path) -> None:
     samples = open_samples([str(make_task(tmp_path / "task", seed=0) / "train")])
     (tmp_path / "task").rename(tmp_path / "away")
     back = threading.Timer(0.5, (tmp_path / "away").rename, [tmp_path / "task"])
@@ -37,9 +38,10 @@ def test_shards_that_are_away_for_a_moment_are_waited_for(tmp_path: Path) -> Non
     back.join()
 
 
-def test_shards_that_are_gone_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_shards_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     samples = open_samples([str(make_task(tmp_path / "task", seed=0) / "train")])
     shutil.rmtree(tmp_path / "task")
     monkeypatch.setattr("zscl.data.indexed.retry_io", partial(retry_io, timeout=0.2))
-    with pytest.raises(InputError, match=r"train/0\.tar: cannot be read any more \(No such file"):
+    with refused(ErrorCode.NOT_FOUND) as error:
         list(samples.iter_shard(0, 1))
+    assert "train/0.tar: cannot be read any more (No such file" in str(error.value)

@@ -195,9 +195,7 @@ def test_a_decompression_bomb_is_a_broken_sample(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("remote", [False, True])
-def test_the_substitute_of_a_broken_sample_does_not_depend_on_workers(
-    tmp_path: Path, remote: bool
-) -> None:
+def test_the_substitute_of_a_broken_sample_does_not_depend_on_workers(tmp_path: Path, remote: bool) -> None:
     whole = open_samples([str(write_samples(tmp_path / "whole", {}).files[0].parent)])
     folder = tmp_path / "part"
     write_samples(folder, {3: b"no image", 17: b"nor this"})
@@ -209,13 +207,13 @@ def test_the_substitute_of_a_broken_sample_does_not_depend_on_workers(
 
     single = read(range(6))
     assert all(images.shape == (6, 3, 8, 8) for images, _ in single)
-    labels = {int(n) for _, labels in single for n in found}
-    assert labels.isdisjoint({3, 17})
+    drawn = {int(n) for _, labels in single for n in labels}
+    assert drawn.isdisjoint({3, 17})
     assert same(read(range(6), processes=2), single)
     assert same(read(range(6), first_step=4, count=6), single[4:])
     first, second = read(range(0, 2)), read(range(2, 6))
     assert same([(torch.cat([a, c]), torch.cat([b, d])) for (a, b), (c, d) in zip(first, second, strict=True)], single)
-    if not remote:  # the others are where they would be if nothing were broken
+    if not remote:  # usable samples have the same positions as in an intact dataset
         intact = TrainingImages(whole, Decoder(AUGMENT, label_of), 3, 6, range(6)).iter_batches(tolerant_loader(0.0)[0])
         for (_, found), (_, expected) in zip(single, intact, strict=False):
             assert all(a == b or b in (3, 17) for a, b in zip(found.tolist(), expected.tolist(), strict=True))

@@ -1,4 +1,4 @@
-"""Sets of samples, local and streamed: once in their own order, and endlessly in a seed's."""
+"""Iteration over indexed and streamed samples: once in order, and endlessly in the order of a seed."""
 
 import pytest
 from support.data import fetch_first, sample_labels
@@ -8,12 +8,12 @@ from zscl.data.streaming import StreamedSamples
 
 
 @pytest.mark.parametrize("remote", [False, True])
-def test_once_gives_every_sample_to_exactly_one_part(shards: list[str], remote: bool) -> None:
+def test_every_sample_is_in_exactly_one_shard(shards: list[str], remote: bool) -> None:
     samples = StreamedSamples([f"file://{shard}" for shard in shards]) if remote else open_samples(shards)
     assert sample_labels(samples.iter_shard(0, 1)) == list(range(10))
-    for parts in (1, 2, 3, 11):
-        found = [label for part in range(parts) for label in sample_labels(samples.iter_shard(part, parts))]
-        assert sorted(found) == list(range(10))
+    for count in (1, 2, 3, 11):
+        drawn = [label for index in range(count) for label in sample_labels(samples.iter_shard(index, count))]
+        assert sorted(drawn) == list(range(10))
 
 
 @pytest.mark.parametrize("remote", [False, True])

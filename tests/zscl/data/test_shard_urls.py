@@ -1,12 +1,13 @@
-"""Where shards lie: locations of every kind, and the cache."""
+"""Locations of shards: globs, brace ranges, folders, URLs, and the shard cache."""
 
 import shutil
 from pathlib import Path
 
 import pytest
 from support.data import coloured_images, fetch_first, sample_labels
+from support.errors import refused
 
-from schemas.errors import InputError
+from schemas.errors import ErrorCode
 from zscl.data.indexed import IndexedSamples
 from zscl.data.shard_urls import open_samples
 from zscl.data.streaming import StreamedSamples
@@ -15,23 +16,20 @@ from zscl.data.streaming import StreamedSamples
 def test_locations_may_be_globs_braces_folders_and_urls(shards: list[str]) -> None:
     folder = Path(shards[0]).parent
     for locations in ([f"{folder}/*.tar"], [f"{folder}/{{0..2}}.tar"], [str(folder)]):
-        found = open_samples(locations)
-        assert isinstance(found, IndexedSamples)
-        assert len(found) == 10
+        samples = open_samples(locations)
+        assert isinstance(samples, IndexedSamples)
+        assert len(samples) == 10
     assert isinstance(open_samples([f"file://{folder}/{{0..2}}.tar"]), StreamedSamples)
 
 
 @pytest.mark.parametrize(
-    ("location", "sentence"),
-    [
-        ("missing.tar", "found no such file"),
-        ("*.nothing", "found no file of that pattern"),
-        (".", "no .tar shard and no image"),
-    ],
+    ("location", "code"),
+    [("missing.tar", ErrorCode.NOT_FOUND), ("*.nothing", ErrorCode.NOT_FOUND), (".", ErrorCode.EMPTY)],
 )
-def test_names_what_is_missing(tmp_path: Path, location: str, sentence: str) -> None:
-    with pytest.raises(InputError, match=sentence):
+def test_missing_shards_are_reported(tmp_path: Path, location: str, code: ErrorCode) -> None:
+    with refused(code) as error:
         open_samples([str(tmp_path / location)])
+    assert str(tmp_path / location) in str(error.value)
 
 
 def test_a_cache_makes_remote_shards_local_ones_once(shards: list[str], tmp_path: Path) -> None:
@@ -47,21 +45,22 @@ def test_a_cache_makes_remote_shards_local_ones_once(shards: list[str], tmp_path
     assert [file.stat().st_mtime_ns for file in sorted(cache.rglob("*.tar"))] == times
     shutil.copy(shards[2], shards[0])  # another size
     assert sample_labels(open_samples(urls, str(cache)).iter_shard()) == [8, 9, 4, 5, 6, 7, 8, 9]
-    with pytest.raises(InputError, match=r"nowhere\.tar: found no readable shard"):
+    with refused(ErrorCode.NOT_FOUND) as error:
         open_samples([f"file://{tmp_path}/nowhere.tar"], str(cache))
+    assert "nowhere.tar" in str(error.value)
 
 
 def test_remote_globs_are_listed(shards: list[str]) -> None:
     folder = Path(shards[0]).parent
     assert sample_labels(open_samples([f"file://{folder}/*.tar"]).iter_shard()) == list(range(10))
-    with pytest.raises(InputError, match="found no file of that pattern"):
+    with refused(ErrorCode.NOT_FOUND):
         open_samples([f"file://{folder}/*.nothing"])
 
 
 @pytest.mark.parametrize("location", ["{0..999999999999}.tar", "{{0..9999}{0..9999}x}.tar", "{a,b", "{" * 1_000])
 @pytest.mark.timeout(300)
-def test_a_range_that_is_none_or_too_long_is_refused_at_once(location: str) -> None:
-    with pytest.raises(InputError, match=r"found (no readable brace|a) range"):
+def test_an_invalid_or_too_long_range_is_refused_immediately(location: str) -> None:
+    with refused(ErrorCode.INVALID_VALUE):
         open_samples([location])
 
 
@@ -71,8 +70,9 @@ def test_a_presigned_url_is_no_pattern_and_names_no_file(tmp_path: Path) -> None
     assert isinstance(samples, StreamedSamples)
     assert samples.urls == [url]
     assert samples.digest == StreamedSamples([url.replace("5ignature", "another")]).digest
-    with pytest.raises(InputError, match=r"0\.tar\?X-Amz-Signature=\*\*\*: found no readable shard"):
+    with refused(ErrorCode.UNREACHABLE) as error:
         open_samples([url], str(tmp_path))
+    assert "0.tar?X-Amz-Signature=***" in str(error.value)
     assert not any("ignature" in str(path) for path in tmp_path.rglob("*"))
 
 
@@ -107,7 +107,7 @@ def test_a_pattern_may_mean_folders_too(shards: list[str], tmp_path: Path) -> No
     assert sample_labels(open_samples([f"{tmp_path}/sets/*"]).iter_shard(0, 1)) == list(range(8))
 
 
-def test_loose_files_that_look_like_images_are_named(tmp_path: Path) -> None:
+def test_loose_files_that_look_like_images_are_reported(tmp_path: Path) -> None:
     image = next(coloured_images(1, 0))[0]
     for name in ("0.png", "1.tif", "2.BMP", "3.heic", "plain", "4.JPG", "notes.md", "LICENSE", "x.json"):
         (tmp_path / name).write_bytes(b"words" if name in ("LICENSE", "notes.md") else image)
@@ -124,21 +124,22 @@ def test_loose_files_that_look_like_images_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("files", "sentence"),
+    ("files", "code", "names"),
     [
-        (["0.tar", "1.png"], r"found 0\.tar and 1\.png in it, expected shards in the folder itself alone"),
-        (["0.tar", "more/1.tar"], r"found 0\.tar and more/1\.tar in it"),
-        (["more/1.tar"], r"found more/1\.tar and more/1\.tar in it|expected shards in the folder itself"),
-        (["0.tar", "1.tar.gz"], r"1\.tar\.gz: found a compressed tar among the data"),
-        (["0.tif"], r"sample '0' cannot be used \(unsupported image format.*found no image that can be read"),
+        (["0.tar", "1.png"], ErrorCode.CONFLICT, "0.tar and 1.png"),
+        (["0.tar", "more/1.tar"], ErrorCode.CONFLICT, "0.tar and more/1.tar"),
+        (["more/1.tar"], ErrorCode.CONFLICT, "more/1.tar"),
+        (["0.tar", "1.tar.gz"], ErrorCode.UNSUPPORTED, "1.tar.gz"),
+        (["0.tif"], ErrorCode.EMPTY, "sample '0'"),
     ],
 )
-def test_what_a_folder_would_leave_out_is_refused(
-    shards: list[str], tmp_path: Path, files: list[str], sentence: str
+def test_a_folder_with_data_that_would_be_ignored_is_refused(
+    shards: list[str], tmp_path: Path, files: list[str], code: ErrorCode, names: str
 ) -> None:
     for name in files:
         file = tmp_path / "data" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(shards[0], file)
-    with pytest.raises(InputError, match=sentence):
+    with refused(code) as error:
         open_samples([f"{tmp_path}/data"])
+    assert names in str(error.value)

@@ -1,4 +1,4 @@
-"""What a tar shard holds: what is read of it, and what is refused."""
+"""Tar shards: which members are read, and what is refused."""
 
 import bz2
 import gzip
@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import webdataset
 from support.data import coloured_images, write_tar
+from support.errors import refused
 
-from schemas.errors import InputError
+from schemas.errors import ErrorCode
 from zscl.data.indexed import IndexedSamples
 from zscl.data.sample import BrokenSampleError, Sample
 from zscl.data.shard_urls import open_samples
@@ -98,15 +99,15 @@ def test_a_key_is_all_before_the_last_dot(
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("link", [tarfile.LNKTYPE, tarfile.SYMTYPE])
-def test_what_makes_no_sample_is_there_with_its_fault(
+def test_an_unusable_sample_has_a_fault(
     tmp_path: Path, members: list[tuple[str, bytes]], reason: str, detail: str, remote: bool, link: bytes
 ) -> None:
     write_tar(tmp_path / "0.tar", [*WHOLE, *members], link)
-    found = {sample.key: sample for sample in read(tmp_path, remote)}
-    assert found.keys() == {"w", "x"}
-    assert found["w"].fault is None
+    samples = {sample.key: sample for sample in read(tmp_path, remote)}
+    assert samples.keys() == {"w", "x"}
+    assert samples["w"].fault is None
     with pytest.raises(BrokenSampleError, match=rf"0\.tar: sample 'x' cannot be used \({reason}.*: .*({detail})"):
-        found["x"].check()
+        samples["x"].check()
 
 
 @pytest.mark.parametrize("remote", [False, True])
@@ -116,7 +117,7 @@ def test_members_of_other_kinds_belong_to_their_sample_wherever_they_are(tmp_pat
 
 
 @pytest.mark.parametrize("remote", [False, True])
-def test_an_input_is_told_from_its_label_by_the_whole_name(tmp_path: Path, remote: bool) -> None:
+def test_the_key_of_an_input_includes_its_dots(tmp_path: Path, remote: bool) -> None:
     """As WebDataset has it, `x.input.jpg` belongs to `x.cls`: here both are named."""
     write_tar(tmp_path / "0.tar", [("x.input.jpg", IMAGE), ("x.cls", b"0")])
     image, label = read(tmp_path, remote)
@@ -124,25 +125,26 @@ def test_an_input_is_told_from_its_label_by_the_whole_name(tmp_path: Path, remot
     assert (label.key, label.fault is None) == ("x", False)
 
 
-def test_members_that_are_apart_are_joined_locally_and_named_in_a_stream(tmp_path: Path) -> None:
+def test_separated_members_are_joined_locally_and_refused_in_a_stream(tmp_path: Path) -> None:
     write_tar(tmp_path / "0.tar", [("a.cls", b"0"), ("b.cls", b"1"), ("a.png", IMAGE), ("b.png", IMAGE)])
     assert [(sample.key, sample.label) for sample in read(tmp_path, remote=False)] == [("a", b"0"), ("b", b"1")]
-    sentence = r"0\.tar: found the members of the sample 'a' apart.*tar --sort=name.*compute\.shard_cache"
-    with pytest.raises(InputError, match=sentence):
+    with refused(ErrorCode.UNSUPPORTED) as error:
         read(tmp_path, remote=True)
+    assert "0.tar: found the members of the sample 'a' apart" in str(error.value)
 
 
 @pytest.mark.parametrize("remote", [False, True])
-@pytest.mark.parametrize("behind", ["tar", "bytes", "zeros"])
-def test_tars_joined_by_cat_are_refused(tmp_path: Path, behind: str, remote: bool) -> None:
+@pytest.mark.parametrize("appended", ["tar", "bytes", "zeros"])
+def test_tars_joined_by_cat_are_refused(tmp_path: Path, appended: str, remote: bool) -> None:
     file = write_tar(tmp_path / "0.tar", WHOLE)
-    more = {"tar": file.read_bytes(), "bytes": b"more", "zeros": bytes(2**21)}[behind]
+    more = {"tar": file.read_bytes(), "bytes": b"more", "zeros": bytes(2**21)}[appended]
     file.write_bytes(file.read_bytes() + more)
-    if behind == "zeros":
+    if appended == "zeros":
         assert len(read(tmp_path, remote)) == 1
         return
-    with pytest.raises(InputError, match=r"0\.tar: found more content behind the end of the tar.*joined by cat"):
+    with refused(ErrorCode.UNREADABLE) as error:
         read(tmp_path, remote)
+    assert "0.tar: found more content behind the end of the tar" in str(error.value)
 
 
 @pytest.mark.parametrize("remote", [False, True])
@@ -153,13 +155,14 @@ def test_a_damaged_header_in_the_middle_does_not_end_a_shard(tmp_path: Path, rem
     content = bytearray(file.read_bytes())
     content[offset] ^= 1
     file.write_bytes(content)
-    with pytest.raises(InputError, match=rf"0\.tar: found more content behind the end of the tar at byte {offset}"):
+    with refused(ErrorCode.UNREADABLE) as error:
         read(tmp_path, remote)
+    assert f"end of the tar at byte {offset}" in str(error.value)
 
 
 @pytest.mark.parametrize("remote", [False, True])
 @pytest.mark.parametrize(
-    ("change", "sentence"),
+    ("change", "content"),
     [
         (gzip.compress, "compressed by gzip, expected a plain tar; gunzip"),
         (bz2.compress, "compressed by bzip2"),
@@ -170,35 +173,38 @@ def test_a_damaged_header_in_the_middle_does_not_end_a_shard(tmp_path: Path, rem
         (lambda content: b"<!DOCTYPE html><html></html>", "a page of HTML"),
     ],
 )
-def test_a_file_of_another_kind_is_called_what_it_is(
-    tmp_path: Path, change: Callable[[bytes], bytes], sentence: str, remote: bool
+def test_a_file_of_another_kind_is_identified(
+    tmp_path: Path, change: Callable[[bytes], bytes], content: str, remote: bool
 ) -> None:
     file = write_tar(tmp_path / "0.tar", WHOLE)
     file.write_bytes(change(file.read_bytes()))
-    with pytest.raises(InputError, match=rf"0\.tar: found a file that is {sentence}"):
+    with refused(ErrorCode.UNREADABLE) as error:
         read(tmp_path, remote)
+    assert f"0.tar: found a file that is {content}" in str(error.value)
 
 
-def test_a_member_may_be_called_like_another_kind_of_file_begins(tmp_path: Path) -> None:
+def test_a_member_name_may_equal_the_first_bytes_of_another_format(tmp_path: Path) -> None:
     write_tar(tmp_path / "0.tar", [("<a>.png", IMAGE), ("<a>.cls", b"0")])
     assert [sample.key for sample in read(tmp_path, remote=False)] == ["<a>"]
 
 
-@pytest.mark.parametrize("kept", [0.1, 0.3])
-def test_names_a_truncated_shard(shards: list[str], kept: float) -> None:
+@pytest.mark.parametrize("share", [0.1, 0.3])
+def test_a_truncated_shard_is_refused(shards: list[str], share: float) -> None:
     content = Path(shards[1]).read_bytes()
-    Path(shards[1]).write_bytes(content[: int(len(content) * kept)])
-    with pytest.raises(InputError, match=r"1\.tar: found a"):
+    Path(shards[1]).write_bytes(content[: int(len(content) * share)])
+    with refused(ErrorCode.UNREADABLE) as error:
         open_samples(shards)
+    assert shards[1] in str(error.value)
 
 
-def test_names_a_shard_cut_between_two_members(shards: list[str]) -> None:
+def test_a_shard_truncated_between_two_members_is_refused(shards: list[str]) -> None:
     samples = open_samples(shards[1:2])
     assert isinstance(samples, IndexedSamples)
     _, offset, _ = samples.table[2, 0].tolist()
     Path(shards[1]).write_bytes(Path(shards[1]).read_bytes()[: offset - 512])
-    with pytest.raises(InputError, match="without its end after 5 members"):
+    with refused(ErrorCode.UNREADABLE) as error:
         open_samples(shards)
+    assert "without its end after 5 members" in str(error.value)
 
 
 def test_webdataset_runs_in_its_secure_mode() -> None:
@@ -206,37 +212,41 @@ def test_webdataset_runs_in_its_secure_mode() -> None:
         webdataset.autodecode.unpickle_loads(pickle.dumps("harmless"))
 
 
-def test_an_empty_shard_among_others_is_named(shards: list[str]) -> None:
+def test_an_empty_shard_among_others_is_refused(shards: list[str]) -> None:
     with tarfile.open(shards[1], "w"):
         pass
-    with pytest.raises(InputError, match=r"1\.tar: found no image in the shard, expected at least one"):
+    with refused(ErrorCode.EMPTY) as error:
         open_samples(shards)
+    assert shards[1] in str(error.value)
     Path(shards[1]).write_bytes(b"")
-    with pytest.raises(InputError, match=r"1\.tar: found a truncated or broken shard"):
+    with refused(ErrorCode.UNREADABLE) as error:
         open_samples(shards)
+    assert shards[1] in str(error.value)
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("suffix", ["png", "json"])
 @pytest.mark.parametrize("remote", [False, True])
-def test_a_member_larger_than_anything_is_refused_at_once(tmp_path: Path, suffix: str, remote: bool) -> None:
+def test_a_too_large_member_is_refused_immediately(tmp_path: Path, suffix: str, remote: bool) -> None:
     info = tarfile.TarInfo(f"0.{suffix}")
     info.size = 2**60
     (tmp_path / "0.tar").write_bytes(info.tobuf(tarfile.GNU_FORMAT) + b"\0" * 10_240)
-    with pytest.raises(InputError, match=r"0\.tar: found "):
+    with refused(ErrorCode.UNSUPPORTED if suffix == "png" else ErrorCode.UNREADABLE) as error:
         list(open_samples([f"file://{tmp_path}/0.tar" if remote else f"{tmp_path}/0.tar"]).iter_shard(0, 1))
+    assert f"{tmp_path}/0.tar: found " in str(error.value)
 
 
-def test_a_member_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+def test_a_duplicate_member_is_refused(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         for content in (b"one", b"other"):
             info = tarfile.TarInfo("0.png")
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
-    with pytest.raises(InputError, match=r"0\.tar: found the member '0\.png' twice"):
+    with refused(ErrorCode.DUPLICATE) as local:
         open_samples([f"{tmp_path}/0.tar"])
-    with pytest.raises(InputError, match=r"0\.tar: found the member '0\.png' twice"):
+    with refused(ErrorCode.DUPLICATE) as streamed:
         list(open_samples([f"file://{tmp_path}/0.tar"]).iter_shard(0, 1))
+    assert all("0.tar: found the member '0.png' twice" in str(error.value) for error in (local, streamed))
 
 
 PNG_MEMBERS = [("x.png", IMAGE), ("x.cls", b"0"), ("x.txt", b"a dog")]
@@ -256,18 +266,18 @@ PNG_MEMBERS = [("x.png", IMAGE), ("x.cls", b"0"), ("x.txt", b"a dog")]
 def test_members_under_a_longer_name_are_side_data_of_their_sample(
     tmp_path: Path, side: tuple[str, ...], folder: str, order: str, remote: bool
 ) -> None:
-    own = [(folder + name, content) for name, content in PNG_MEMBERS]
-    others = [(f"{folder}x.{name}", b"http://a") for name in side]
+    sample = [(folder + name, content) for name, content in PNG_MEMBERS]
+    side_data = [(f"{folder}x.{name}", b"http://a") for name in side]
     members = {
-        "first": [*others, *own],
-        "last": [*own, *others],
-        "between": [*own[:1], *others, *own[1:]],
-        "sorted": sorted([*own, *others]),
+        "first": [*side_data, *sample],
+        "last": [*sample, *side_data],
+        "between": [*sample[:1], *side_data, *sample[1:]],
+        "sorted": sorted([*sample, *side_data]),
     }[order]
     write_tar(tmp_path / "0.tar", [*WHOLE, *members, ("z.png", IMAGE)])
     samples = open_samples([f"file://{tmp_path}/0.tar" if remote else f"{tmp_path}/0.tar"])
-    found = {sample.key: (sample.image, sample.label, sample.text, sample.fault) for sample in samples.iter_shard(0, 1)}
-    assert found == {
+    content = {item.key: (item.image, item.label, item.text, item.fault) for item in samples.iter_shard(0, 1)}
+    assert content == {
         "w": (IMAGE, b"0", None, None),
         f"{folder}x": (IMAGE, b"0", b"a dog", None),
         "z": (IMAGE, None, None, None),
@@ -278,7 +288,7 @@ def test_members_under_a_longer_name_are_side_data_of_their_sample(
 @pytest.mark.parametrize("remote", [False, True])
 def test_a_key_that_continues_anothers_keeps_its_text(tmp_path: Path, remote: bool) -> None:
     write_tar(tmp_path / "0.tar", [("v1.png", IMAGE), ("v1.2.txt", b"two"), ("v1.2.png", IMAGE), ("v1.3.txt", b"side")])
-    assert [(each.key, each.text, each.fault) for each in read(tmp_path, remote)] == [
+    assert [(sample.key, sample.text, sample.fault) for sample in read(tmp_path, remote)] == [
         ("v1", None, None),
         ("v1.2", b"two", None),
     ]
@@ -287,19 +297,20 @@ def test_a_key_that_continues_anothers_keeps_its_text(tmp_path: Path, remote: bo
 @pytest.mark.parametrize("apart", [["v1.2.txt", "v1.png", "v1.2.png"], ["v1.2.png", "v1.png", "v1.2.txt"]])
 def test_a_text_apart_from_its_dotted_key_is_not_lost(tmp_path: Path, apart: list[str]) -> None:
     write_tar(tmp_path / "0.tar", [(name, b"two" if name.endswith("txt") else IMAGE) for name in apart])
-    assert {(each.key, each.text) for each in read(tmp_path, remote=False)} == {("v1", None), ("v1.2", b"two")}
-    with pytest.raises(InputError, match=r"the sample 'v1\.2' apart"):
+    assert {(sample.key, sample.text) for sample in read(tmp_path, remote=False)} == {("v1", None), ("v1.2", b"two")}
+    with refused(ErrorCode.UNSUPPORTED) as error:
         read(tmp_path, remote=True)
+    assert "the sample 'v1.2' apart" in str(error.value)
 
 
 @pytest.mark.parametrize("remote", [False, True])
 @pytest.mark.parametrize(
     "name", ["x.seg.cls", "y.json", "y.meta.json", "y.url.txt", "README.txt", "a/x.json", "a/x.meta.json", "xy.txt"]
 )
-def test_what_belongs_to_no_image_is_counted_and_gives_no_text(tmp_path: Path, name: str, remote: bool) -> None:
+def test_members_without_an_image_are_counted_and_give_no_text(tmp_path: Path, name: str, remote: bool) -> None:
     write_tar(tmp_path / "0.tar", [(name, b"1"), *PNG_MEMBERS])
     samples = open_samples([f"file://{tmp_path}/0.tar" if remote else f"{tmp_path}/0.tar"])
-    [lone] = [sample for sample in samples.iter_shard(0, 1) if sample.fault]
-    assert lone.key == name.rpartition(".")[0]
-    assert "no image member" in str(lone.as_error())
+    [unmatched] = [sample for sample in samples.iter_shard(0, 1) if sample.fault]
+    assert unmatched.key == name.rpartition(".")[0]
+    assert "no image member" in str(unmatched.as_error())
     assert list(samples.iter_texts()) == ["a dog"]

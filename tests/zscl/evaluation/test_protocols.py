@@ -67,15 +67,19 @@ def test_metrics_equal_those_of_scikit_learn() -> None:
 
 def test_task_aware_evaluation_equals_the_accuracy_matrix(clip: Clip, tasks: list[str]) -> None:
     folders = [open_task(path) for path in tasks]
-    evaluation = list(evaluate_tasks(clip, folders[:2], folders[2:], PROTOCOLS, LOADER, batch_size=4))
-    assert [(each.task, each.protocol) for each in evaluation] == [
+    evaluations = list(evaluate_tasks(clip, folders[:2], folders[2:], PROTOCOLS, LOADER, batch_size=4))
+    assert [(evaluation.task, evaluation.protocol) for evaluation in evaluations] == [
         ("first", "task-aware"), ("first", "task-agnostic"), ("second", "task-aware"), ("second", "task-agnostic"),
         ("third", "task-aware"),
     ]  # fmt: skip
     heads = embed_classes(clip, folders, "all", "fp32", torch.device("cpu"))
     for folder, head in zip(folders, heads, strict=True):
-        [found] = [each for each in evaluation if each.task == folder.name and each.protocol == "task-aware"]
-        assert ([found.top1], found.images) == compute_accuracies(clip, folder, [head], LOADER)
+        [evaluation] = [
+            evaluation
+            for evaluation in evaluations
+            if (evaluation.task, evaluation.protocol) == (folder.name, "task-aware")
+        ]
+        assert ([evaluation.top1], evaluation.images) == compute_accuracies(clip, folder, [head], LOADER)
 
 
 def test_a_class_name_of_two_tasks_is_one_class(clip: Clip, tmp_path: Path) -> None:
@@ -93,10 +97,10 @@ def test_a_class_name_of_two_tasks_is_one_class(clip: Clip, tmp_path: Path) -> N
     plain = features @ torch.cat(embedded).T
     expected = torch.stack([plain[:, rows].amax(dim=1) for rows in ([0, 4], [1], [2], [3, 5], [6], [7])], dim=1)
     torch.testing.assert_close(space.similarities(features), expected)
-    evaluation = list(evaluate_tasks(clip, [one, two], [], ["task-agnostic"], LOADER))
-    assert [each.classes for each in evaluation] == [6, 6]
-    assert set(evaluation[1].per_class) == {"red", "crane [3]", "tin", "crane [5]"}
-    assert all(each.top5 is not None for each in evaluation)
+    evaluations = list(evaluate_tasks(clip, [one, two], [], ["task-agnostic"], LOADER))
+    assert [evaluation.classes for evaluation in evaluations] == [6, 6]
+    assert set(evaluations[1].per_class) == {"red", "crane [3]", "tin", "crane [5]"}
+    assert all(evaluation.top5 is not None for evaluation in evaluations)
 
 
 def test_a_task_without_a_usable_image(clip: Clip, tmp_path: Path) -> None:

@@ -295,7 +295,7 @@ def count_models_while_training(settings: Experiment, folder: Path) -> int:
     [
         ("finetune", "auto", 1),  # the student
         ("we+wc", "auto", 2),  # and its average
-        ("zscl", "ahead", 2),  # with both caches filled, no teacher
+        ("zscl", "ahead", 2),  # both caches are filled: no teacher
         ("zscl", "never", 3),
         ("lwf", "auto", 2),
         ("wise-ft", "auto", 1),  # the anchor is read from disk after the stage

@@ -37,9 +37,7 @@ def test_a_failed_write_keeps_the_old_content(
     assert (tmp_path / "before").read_text() == "before"
 
 
-def test_the_old_folder_is_restored_if_the_new_one_cannot_replace_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_old_folder_is_restored_if_the_rename_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_text(tmp_path / "folder/file", "before")
     rename = Path.rename
 

@@ -1,4 +1,4 @@
-"""Any number of workers gives the numbers of one: a whole sequence under torch.distributed, without Ray."""
+"""Results do not depend on the number of workers: complete sequences under torch.distributed, without Ray."""
 
 import csv
 import socket
@@ -21,7 +21,7 @@ from zscl.runtime.distributed import rank_slice
 from zscl.sequence.journal import JournalReader
 from zscl.sequence.layout import JOURNAL
 from zscl.sequence.run import run_sequence
-from zscl.training import throughput as usage
+from zscl.training import throughput
 from zscl.training.checkpoint import StoppedError
 
 METHODS = {preset: {"preset": preset} for preset in PRESETS} | {
@@ -30,7 +30,7 @@ METHODS = {preset: {"preset": preset} for preset in PRESETS} | {
     "lwf-vr": {"preset": "lwf-vr", "distill": {"random_texts": 17, "random_length": 5}},
     "zscl": {"preset": "zscl", "average": {"every": 2}, "distill": {"similarity_weight": 0.5, "feature_weight": 2.0}},
 }
-# How a worker goes about it changes nothing, either.
+# These settings must not change results, either.
 COMPUTE = {
     "zscl*": {"teacher_features": "as_met", "images_at_once": 2},
     "we+wc": {"gradient_checkpointing": True},
@@ -42,7 +42,7 @@ Jobs = list[tuple[str, Path]]
 
 def worker(rank: int, workers: int, port: int, jobs: Jobs) -> None:
     torch.set_num_threads(1)
-    usage.REPORT_SECONDS = 0.0  # as often as the workers look up
+    throughput.REPORT_SECONDS = 0.0  # report as often as the workers poll
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=workers)
     for experiment, folder in jobs:
         # Stopped inside the first stage, then inside the second one.
@@ -80,52 +80,55 @@ def test_world_size_changes_nothing_for_any_preset(
     optimisation = {
         "steps": 4, "warmup_steps": 2, "batch_size": 7, "reference_batch_size": 5, "learning_rate": 1e-3,
     }  # fmt: skip
-    made = {}
+    experiments = {}
     for name, method in METHODS.items():
         compute = {"device": "cpu", **COMPUTE.get(name, {})}
-        made[name] = experiment(method=method, optimisation=optimisation, tasks=tasks[:2], compute=compute)
+        experiments[name] = experiment(method=method, optimisation=optimisation, tasks=tasks[:2], compute=compute)
     # Stages of a single class: fewer prompts than workers.
-    made["class-incremental"] = experiment(
+    experiments["class-incremental"] = experiment(
         method={"preset": "zscl", "task_loss": {"earlier_names": True}},
         optimisation={**optimisation, "warmup_steps": 1},
         tasks=[],
         class_incremental={"path": tasks[0], "first": 2, "increment": 1},
         compute={"device": "cpu"},
     )
-    looks = {"device": "cpu", "checkpoint": {"every_steps": 1}}
-    made[STOPPED] = experiment(method=METHODS["zscl"], optimisation=optimisation, tasks=tasks[:2], compute=looks)
-    for name, each in made.items():
-        run_sequence(each, tmp_path / "1" / name, device=torch.device("cpu"))
+    compute = {"device": "cpu", "checkpoint": {"every_steps": 1}}
+    experiments[STOPPED] = experiment(
+        method=METHODS["zscl"], optimisation=optimisation, tasks=tasks[:2], compute=compute
+    )
+    for name, settings in experiments.items():
+        run_sequence(settings, tmp_path / "1" / name, device=torch.device("cpu"))
     for workers in (2, 3):
-        run_with(workers, [(each.model_dump_json(), tmp_path / str(workers) / name) for name, each in made.items()])
-        for name in made:
-            compare(tmp_path / str(workers) / name, tmp_path / "1" / name, workers)
-        entries = [entry.progress for entry in JournalReader(tmp_path / str(workers) / STOPPED / JOURNAL).read_new()]
-        used = [each for each in entries if isinstance(each, WorkersUsed)]
-        assert used
-        assert all(len(each.workers) == workers for each in used)
-        whole, stopped = (tmp_path / str(workers) / name for name in ("zscl", STOPPED))
-        for file in [*whole.glob("stages/*/losses.csv"), *whole.glob("stages/*/model/*.safetensors")]:
-            assert file.read_bytes() == (stopped / file.relative_to(whole)).read_bytes(), file
+        folder = tmp_path / str(workers)
+        run_with(workers, [(settings.model_dump_json(), folder / name) for name, settings in experiments.items()])
+        for name in experiments:
+            compare(folder / name, tmp_path / "1" / name, workers)
+        entries = [entry.progress for entry in JournalReader(folder / STOPPED / JOURNAL).read_new()]
+        events = [event for event in entries if isinstance(event, WorkersUsed)]
+        assert events
+        assert all(len(event.workers) == workers for event in events)
+        uninterrupted, stopped = (folder / name for name in ("zscl", STOPPED))
+        for file in [*uninterrupted.glob("stages/*/losses.csv"), *uninterrupted.glob("stages/*/model/*.safetensors")]:
+            assert file.read_bytes() == (stopped / file.relative_to(uninterrupted)).read_bytes(), file
 
 
-def compare(folder: Path, alone: Path, workers: int) -> None:
-    together, by_itself = (Result.model_validate_json((place / "result.json").read_text()) for place in (folder, alone))
-    assert together.workers == workers
-    assert together.accuracy_matrix == by_itself.accuracy_matrix
-    for ours, theirs in zip(losses(folder), losses(alone), strict=True):
-        assert ours.keys() == theirs.keys()
-        for name, loss in theirs.items():
-            # Consolidation also sums what round-off did to the attention biases; see below.
-            assert ours[name] == pytest.approx(loss, rel=1e-3 if name == "consolidation" else 2e-4, abs=1e-6), folder
-    for file in alone.glob("stages/*/model/*.safetensors"):
-        found = load_file(folder / file.relative_to(alone))
+def compare(folder: Path, single: Path, workers: int) -> None:
+    result, expected = (Result.model_validate_json((run / "result.json").read_text()) for run in (folder, single))
+    assert result.workers == workers
+    assert result.accuracy_matrix == expected.accuracy_matrix
+    for step, expected_step in zip(losses(folder), losses(single), strict=True):
+        assert step.keys() == expected_step.keys()
+        for name, loss in expected_step.items():
+            # Consolidation includes the rounding errors of the attention biases; see below.
+            assert step[name] == pytest.approx(loss, rel=1e-3 if name == "consolidation" else 2e-4, abs=1e-6), folder
+    for file in single.glob("stages/*/model/*.safetensors"):
+        model = load_file(folder / file.relative_to(single))
         for name, weights in load_file(file).items():
-            if "in_proj_bias" not in name:  # its key third has no gradient but round-off, which Adam makes steps of
-                assert torch.allclose(found[name], weights, atol=2e-4), (folder, name)
+            if "in_proj_bias" not in name:  # the gradient of its key part is rounding error, which Adam scales up
+                assert torch.allclose(model[name], weights, atol=2e-4), (folder, name)
 
 
-def test_shares_are_even_and_complete(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rank_slices_are_even_and_complete(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("zscl.runtime.distributed.world_size", lambda: 3)
     parts = [rank_slice(7, rank) for rank in range(3)]
     assert [index for part in parts for index in part] == list(range(7))

@@ -140,7 +140,7 @@ def test_a_run_waits_for_the_one_that_trains_for_both_and_can_be_stopped(experim
         run_sequence(
             experiment(), tmp_path / "run", hear, CPU, lambda: any("waiting" in note for note in notes), shared
         )
-    assert "waiting for a run beside this one, which is at work for both" in notes
+    assert "waiting for another run, which computes what both need" in notes
     assert run(experiment(), tmp_path / "run", shared)[1] == [1, 2, 3]
 
 

@@ -45,7 +45,7 @@ def interrupted(made: Experiment, folder: Path, moments: tuple[int, ...] = MOMEN
         with pytest.raises(StoppedError):
             run_sequence(made, folder, said.append, CPU, after(moment))
     run_sequence(made, folder, said.append, CPU)
-    return sum(isinstance(each, Note) and "goes on behind step" in each.text for each in said)
+    return sum(isinstance(each, Note) and "resumes after step" in each.text for each in said)
 
 
 METHODS: dict[str, Any] = {
@@ -145,7 +145,7 @@ def test_a_checkpoint_that_storage_does_not_give_is_not_given_up(
     monkeypatch.setattr(torch, "load", failing)
     said: list[BaseModel] = []
     run_sequence(made, tmp_path / "run", said.append, CPU)
-    assert [each for each in said if isinstance(each, Note) and "goes on behind step" in each.text]
+    assert [each for each in said if isinstance(each, Note) and "resumes after step" in each.text]
 
 
 def test_a_checkpoint_that_may_not_be_read_ends_the_run_and_stays(
@@ -204,8 +204,8 @@ class TestWriting:
         (tmp_path / "gone").rename(file.parent)
         assert said[0] == CheckpointWritten(stage=1, steps=1)
         assert isinstance(said[1], Note)
-        assert "checkpoint of stage 1 behind step 2 could not be written" in said[1].text
-        kept = read_checkpoint(file, 1, notify=lambda text: None)
+        assert "checkpoint of stage 1 after step 2 could not be written" in said[1].text
+        kept = read_checkpoint(file, 1, on_note=lambda text: None)
         assert kept is not None
         assert kept["step"] == 1
 
@@ -215,7 +215,7 @@ class TestWriting:
         for step, weight in ((1, 1.0), (2, float("nan"))):
             checkpoints.maybe_save(step, lambda step=step, weight=weight: self.state(step, weight))  # type: ignore[misc]
             checkpoints.wait()
-        kept = read_checkpoint(tmp_path / CHECKPOINT, 1, notify=lambda text: None)
+        kept = read_checkpoint(tmp_path / CHECKPOINT, 1, on_note=lambda text: None)
         assert kept is not None
         assert kept["step"] == 1
         assert isinstance(said[1], Note)
@@ -238,7 +238,7 @@ class TestWriting:
         checkpoints.maybe_save(2, lambda: pytest.fail("a second one was begun"))
         may_end.set()
         checkpoints.wait()
-        kept = read_checkpoint(tmp_path / CHECKPOINT, 1, notify=lambda text: None)
+        kept = read_checkpoint(tmp_path / CHECKPOINT, 1, on_note=lambda text: None)
         assert kept is not None
         assert torch.equal(kept["model"]["weight"], torch.ones(3))
         checkpoints.maybe_save(3, lambda: self.state(3))  # overdue since step 2

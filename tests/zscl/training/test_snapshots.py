@@ -65,7 +65,7 @@ def test_a_run_that_was_stopped_keeps_all_of_them(experiment: Make, tmp_path: Pa
     compute = {"device": "cpu", "snapshots_every": 2, "checkpoint": {"every_steps": 1}}
     made = experiment(optimisation=OPTIMISATION, method={"preset": "zscl*", "train": "image_tower"}, compute=compute)
     asked = iter([False] * 5 + [True] * 100)
-    with pytest.raises(StoppedError, match="is stopped behind step"):
+    with pytest.raises(StoppedError, match="is stopped after step"):
         run_sequence(made, tmp_path / "run", device=CPU, stop_requested=lambda: next(asked))
     run_sequence(made, tmp_path / "run", device=CPU)
     for stage in ("1-first", "2-second", "3-third"):
