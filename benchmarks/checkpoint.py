@@ -1,11 +1,11 @@
-"""What checkpoints inside a stage cost: written beside the training, against training that waits for them.
+"""Cost of checkpoints within a stage: written in the background, and written while training waits.
 
     python benchmarks/checkpoint.py                                # half a minute
     python benchmarks/checkpoint.py --model ViT-B-16 --device cuda --every 50
 
-Three ways through the same steps, taken in turn for as many rounds as asked: no checkpoint; one every so many steps,
-written beside the training as the product does it; the same, waited for. Ratios are medians over rounds of the time
-over that without checkpoints. Weights and inputs are random. Needs torch, open_clip, webdataset and pydantic.
+Three variants of the same steps alternate for several rounds: no checkpoint; one every few steps, written in the background
+as in a run; the same, with training waiting. Ratios are medians over rounds of the time divided by that without
+checkpoints. Weights and inputs are random. Needs torch, open_clip, webdataset and pydantic.
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""Check the product on a GPU and measure it there, in at most eight minutes.
+"""Correctness and speed on a GPU, in at most eight minutes.
 
     python benchmarks/gpu.py                                # all sections on the first GPU, results in gpu.jsonl
     python benchmarks/gpu.py --sections correctness step    # some of them
     python benchmarks/gpu.py --smoke                        # all sections on the CPU with a tiny model, in two minutes
     python benchmarks/gpu.py --table gpu.jsonl              # the results of an earlier run as Markdown tables
 
-Sections, most important first; each runs in a process of its own under a time limit, and an error in one section does
-not stop the next:
+Sections, most important first; each runs in its own process with a time limit, and an error in one section does not stop
+the next:
 
 - device: card, versions, and the measured peak of a matrix product in fp32, TF32 and bf16;
 - correctness: a two-stage ZSCL run on the GPU against the CPU, against itself, against a run that was killed and
@@ -15,8 +15,8 @@ not stop the next:
 - data: evaluation with and without JPEG decoding, and training end to end with real decoding;
 - profile: the kernels that take the most time in a step, and every host synchronisation of a stage.
 
-Each result is appended to the output file as one JSON line as soon as it is measured, so a run that is cut off keeps
-what it measured. Weights and data are random or made on the spot; nothing is downloaded.
+Each result is appended to the output file as one JSON line as soon as it is measured, so an interrupted run keeps its
+results. Weights and data are random or generated; nothing is downloaded.
 
 Needs torch (2.6 or newer), open_clip, webdataset and pydantic, on Python 3.11 to 3.13; neither Ray nor MLflow.
 """

@@ -1,12 +1,12 @@
-"""Wall time of a sequence whose rows are measured between its stages, against one with rows measured beside them.
+"""Wall time of a sequence with evaluation between the stages, and with evaluation during the next stage.
 
     python benchmarks/overlap.py
     python benchmarks/overlap.py --steps 10 --test-images 50 --rounds 1 --json
 
-Both are runs of the embedded model over six made tasks by `zscl run` with one worker, one behind the other on the same
-machine, which must have two cores (or GPUs) free: `compute.evaluation` is `inline` in one, `overlapped` in the other.
-As with MTIL, measuring all tasks takes about as long as training one. Prints the ratio of the wall times from the first
-to the last entry of the journal, without the start of Ray, and sees that the matrices are the same.
+`zscl run` trains the embedded model on six generated tasks with one worker, twice in a row on the same machine, which needs
+two free cores (or GPUs): `compute.evaluation` is `inline` in one run, `overlapped` in the other. As with MTIL, evaluating
+all tasks takes about as long as training one. Prints the ratio of the wall times from the first to the last entry of the
+journal, without the start of Ray, and checks that the matrices are equal.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""Count what a sequence costs on a number of GPUs, from speeds that were measured on one (`docs/gpu.md`).
+"""Estimate the cost of a sequence on several GPUs from speeds that were measured on one (`docs/gpu.md`).
 
     python benchmarks/scale.py
 
 Prints the table of docs/scale.md: MTIL, eleven stages of 1 000 steps of 64 task and 64 reference images, the teacher's
-features stored, all rows of the matrix measured.
+features cached, all rows of the matrix evaluated.
 """
 
 from dataclasses import dataclass

@@ -1,14 +1,13 @@
-"""Wall time of a search against that of the same runs one after the other, which share nothing.
+"""Wall time of a search, and of the same runs one after another without sharing.
 
     zscl data prepare embedded --out runs/demo/data
     python benchmarks/search.py
     python benchmarks/search.py --steps 20 --json
 
-Both go through the product, on the same machine, one behind the other: six runs of the embedded suite by `zscl run`,
-each beside no other (no teacher's features are there before), judged on the same held-out images; then `zscl search`
-over the same six, trial by trial on Ray Tune, which shares the teacher's features, the first stage of what differs in
-the averaging interval alone, the zero-shot row, and processes. The search also judges its chosen trial on the test
-images, at the end. Prints the ratio of the two wall times.
+First six runs of the embedded suite by `zscl run`, each without cached features, evaluated on the same held-out images;
+then `zscl search` over the same six on the same machine, trial by trial on Ray Tune. Its trials share the teacher's
+features, the first stage if they differ in the averaging interval only, the zero-shot row, and processes. The search also
+evaluates its chosen trial on the test images. Prints the ratio of the two wall times.
 """
 
 import argparse

@@ -1,17 +1,17 @@
-"""What a training step costs: this project's, against the floor and against one written the authors' way.
+"""Time of a training step, compared with a floor and with the authors' implementation.
 
-    python benchmarks/step.py                                      # about three CPU minutes a row, three rows
+    python benchmarks/step.py                                      # about three CPU minutes per row, three rows
     python benchmarks/step.py --model ViT-B-16 --batch 64 --device cuda --precision bf16 --captions 13000
 
-Three steps on the same images, prompts and captions, taken in turn, each for as many rounds as asked; every ratio is
-the median over rounds of the ratio within a round, so that a machine that slows down slows all three.
+Three implementations alternate on the same images, prompts and captions for several rounds. Every ratio is the median over
+rounds of the ratio within a round, so that a machine that slows down slows all three.
 
 - ours: `zscl.training.step.train_step` for zscl (distillation, consolidation, AdamW; averaging every step), with the
-  teacher's embeddings stored; and once more with the teacher's images encoded in every step;
+  teacher's features cached; and once more with the teacher's images encoded in every step;
 - floor: forward and backward of the student alone on the same task images, distilled images and prompts, written
   plainly in open_clip: two image passes, prompts cut to the longest; no losses on the captions, no optimizer;
-- authors: the teacher encodes all captions and images in every step, the student's passes are apart, prompts and
-  captions have the full context, consolidation and averaging go parameter by parameter.
+- authors: the teacher encodes all captions and images in every step, the student has separate passes, prompts
+  and captions have the full context, consolidation and averaging loop over parameters.
 
 Needs torch, open_clip, webdataset and pydantic. Weights and inputs are random: a step's cost does not depend on them.
 """

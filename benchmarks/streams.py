@@ -1,16 +1,17 @@
-"""How fast training images stream, against the ceiling: the same decoder and transform over bytes in memory.
+"""Throughput of training images, compared with the same decoder and transform on bytes in memory.
 
     python benchmarks/streams.py
     python benchmarks/streams.py --processes 4 --images 2000 --size 400 --json
 
-Three ratios, measured in one run and in turn, medians over rounds, and one on memory:
+Three ratios, measured in one run by alternation (medians over rounds), and one about memory:
 
 - over_ceiling: images per second of `zscl.data.loader.TrainingImages` over local shards, against decoding and
   transforming the same encoded images, read into memory before, in a plain loop (or a plain DataLoader of as many
   processes);
 - remote_over_ceiling: the same through the stream that remote shards take (read from a file:// URL);
 - kept_over_decoded: images per second with decoded images kept in memory, against decoding them in every epoch;
-- memory_growth: peak resident memory over a set ten times as large, against the set, decoded images not kept.
+- memory_growth: peak resident memory with a set ten times as large, relative to the set, without decoded images in
+  memory.
 """
 
 import argparse

@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, Posi
 from schemas.base import Location, ShorthandModel, TupleOf, string_to_list
 from schemas.errors import ErrorCode, InputError
 
-# Columns of comparisons, beside which the tasks have a column each.
+# Names of the other columns of a comparison, which has one column per task.
 RESERVED_NAMES = (
     "method", "seed", "run", "transfer", "avg", "last", "forgetting", "backward_transfer", "forward_transfer",
 )  # fmt: skip

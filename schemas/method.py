@@ -123,7 +123,7 @@ class Average(StrictModel):
 
 
 class Memory(StrictModel):
-    """Exemplars of earlier tasks, chosen by herding on image features (iCaRL), divided evenly among all classes."""
+    """Exemplars of earlier tasks, chosen by herding on image features (iCaRL), divided evenly among tasks and classes."""
 
     budget: PositiveInt = Field(10_000, description="Total number of images")
 

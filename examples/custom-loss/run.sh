@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A loss of one's own beside those of the method: relations.py, named in recipe.yaml.
+# A custom loss in addition to the method's: relations.py, named in recipe.yaml.
 set -euo pipefail
 here=$(dirname "$0")
 export PYTHONPATH="$here"   # on a cluster: install it on the nodes

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# From folders of photos to a comparison: two tasks, a reference set, fine-tuning against ZSCL.
+# From image folders to a comparison: two tasks, a reference set, fine-tuning and ZSCL.
 set -euo pipefail
 here=$(dirname "$0")
 work=runs/examples/own-folders
 
-python "$here/photos.py" "$work/photos"   # yours are there already: photos/<task>/<class>/*.jpg
+python "$here/photos.py" "$work/photos"   # writes photos/<task>/<class>/*.jpg; replace it by your own
 
 zscl data prepare folder "$work/photos/digits" --out "$work/tasks/digits" \
     --template "a handwritten {c}" --template "the number {c}"

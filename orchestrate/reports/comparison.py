@@ -1,4 +1,8 @@
-"""Runs read to be compared: by method, over seeds and orders; what is not alike is marked and never averaged in."""
+"""Comparison of runs: groups by method over seeds and task orders, means, paired differences, confidence intervals.
+
+A run that differs from the first run in settings, data or model gets a mark and a group of its own, so that only
+comparable runs are averaged.
+"""
 
 import json
 import math
@@ -9,13 +13,14 @@ from statistics import fmean, stdev
 
 from scipy.stats import ttest_1samp
 
-from orchestrate.reports.results import CUSTOM_LOSS_PREFIX, format_change, load_partial_result, format_method
-from schemas.errors import InputError
+from orchestrate.reports.results import CUSTOM_LOSS_PREFIX, format_change, format_method, load_partial_result
+from schemas.errors import ErrorCode, InputError
 from schemas.results import Result
 from zscl.sequence.result import describe_algorithm
 
 CONFIDENCE = 0.95
-ROUNDING_TOLERANCE = 1e-9  # of an accuracy: differences that lie closer together are equal
+ROUNDING_TOLERANCE = 1e-9  # of an accuracy: differences that are closer to each other count as equal
+DEFAULT_BASELINES = ("finetune", "zero-shot")
 
 
 @dataclass(frozen=True)
@@ -23,11 +28,11 @@ class ComparedRun:
     """A run in a comparison.
 
     Attributes:
-        name: its folder's, with the folders above it where another run's folder has the same name.
-        folder: the run's.
-        result: what it came to.
-        method: its name, with what tells it apart from another method of that name.
-        mark: what sets it apart from the first run, if anything.
+        name: The folder's name, with parent folders if other runs have a folder of the same name.
+        folder: The run's folder.
+        result: The run's result.
+        method: The method's name, with the settings that differ if other runs have another method of the same name.
+        mark: The differences from the first run that make the run incomparable; empty if there are none.
     """
 
     name: str
@@ -38,17 +43,17 @@ class ComparedRun:
 
     @property
     def label(self) -> str:
-        """What its group is called."""
+        """The label of the run's group."""
         return self.method + (f" [{self.mark}]" if self.mark else "")
 
     @property
     def order(self) -> str:
-        """The order of its tasks."""
+        """The names of the tasks in their order."""
         return ", ".join(task.name for task in self.result.tasks)
 
     @property
     def metrics(self) -> dict[str, float | None]:
-        """Of its accuracy matrix, as fractions."""
+        """The metrics of the accuracy matrix by name, as fractions."""
         matrix = self.result.accuracy_matrix
         learned = fmean(row[stage] for stage, row in enumerate(matrix))
         return {**self.result.metrics.model_dump(), "learned": learned}
@@ -56,12 +61,12 @@ class ComparedRun:
 
 @dataclass(frozen=True)
 class MeanOverRuns:
-    """A figure of a group over its runs.
+    """The mean of a metric over a group's runs.
 
     Attributes:
-        mean: over the runs.
-        deviation: sample standard deviation (n - 1); none of one run.
-        runs: n.
+        mean: The mean.
+        deviation: The sample standard deviation (n - 1); `None` for a single run.
+        runs: The number of runs, n.
     """
 
     mean: float
@@ -71,18 +76,19 @@ class MeanOverRuns:
 
 @dataclass(frozen=True)
 class Difference:
-    """A figure of a group minus a baseline's, paired: both runs of a pair have the same seed and task order.
+    """The mean paired difference of a metric between a group and a baseline.
 
-    Pairs that share a seed are not independent, and neither are pairs that share an order. So the sample is either the
-    seeds or the orders, whichever there are more of, and pairs that share one are averaged before.
+    Both runs of a pair have the same seed and task order. Pairs that share a seed are not independent, and neither are
+    pairs that share an order. So the sample is either the seeds or the orders, whichever are more, and pairs that share
+    one are averaged first.
 
     Attributes:
-        mean: over the sample.
-        interval: 95 % confidence interval of the mean (paired t); none where the sample is of one, or where all its
-            differences are equal: then nothing says how far the mean would be from that of other runs.
-        pairs: runs of the group that have a partner.
-        size: of the sample.
-        unit: what the sample is of: `seeds` or `orders`.
+        mean: The mean over the sample.
+        interval: The 95 % confidence interval of the mean (paired t); `None` for a sample of one, or if all differences
+            are equal, because then the variance is unknown.
+        pairs: The number of runs of the group that have a partner.
+        size: The size of the sample.
+        unit: The sample's unit: `seeds` or `orders`.
     """
 
     mean: float
@@ -94,87 +100,98 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs that were compared, and those that were not, with the reason."""
+    """Runs that were compared, and the runs that could not be compared.
+
+    Attributes:
+        runs: The compared runs, in the user's order.
+        excluded: The reasons for excluded runs, by the name that the user gave.
+    """
 
     runs: tuple[ComparedRun, ...]
     excluded: Mapping[str, str]
 
     @property
     def groups(self) -> dict[str, list[ComparedRun]]:
-        """The runs by method, in the order in which they were given."""
-        grouped: dict[str, list[ComparedRun]] = {}
+        """The runs by the label of their group, in the user's order."""
+        groups: dict[str, list[ComparedRun]] = {}
         for run in self.runs:
-            grouped.setdefault(run.label, []).append(run)
-        return grouped
+            groups.setdefault(run.label, []).append(run)
+        return groups
 
     @property
     def tasks(self) -> list[str]:
-        """In the first run's order."""
+        """The names of the tasks, in the first run's order."""
         return [task.name for task in self.runs[0].result.tasks]
 
     @property
     def default_baseline(self) -> str | None:
-        """What differences are from by default: `finetune`, else `zero-shot`, else the first; none without others."""
+        """The label of the default baseline: `finetune`, else `zero-shot`, else the first; `None` for one group."""
         labels = list(self.groups)
         if len(labels) == 1:
             return None
         return next((label for label in DEFAULT_BASELINES if label in labels), labels[0])
 
     def summary(self, label: str, metric: str) -> MeanOverRuns | None:
-        """A group's figure; none where a single task leaves it undefined."""
+        """Return the mean of a metric over a group; `None` if it is undefined, as for a single task."""
         values = [run.metrics[metric] for run in self.groups[label]]
         return summarize([value for value in values if value is not None])
 
     def zero_shot(self, metric: str) -> float | None:
-        """The initial model's figure: the mean over the runs that are like the first one (orders may differ)."""
-        alike = [run for run in self.runs if not run.mark] or self.runs[:1]
-        found = [getattr(run.result.zero_shot_metrics, metric) for run in alike]
-        return None if None in found else fmean(found)
+        """Return the initial model's metric: the mean over the runs without a mark, whose task orders may differ."""
+        runs = [run for run in self.runs if not run.mark] or self.runs[:1]
+        values = [getattr(run.result.zero_shot_metrics, metric) for run in runs]
+        return None if None in values else fmean(values)
 
     def difference(self, label: str, baseline: str, metric: str) -> Difference | None:
-        """A group's figure against a baseline's, over pairs of runs; none where no two runs make a pair."""
-        theirs = {(run.order, run.result.seed): run.metrics[metric] for run in self.groups[baseline]}
+        """Compute the paired difference between a group and a baseline.
+
+        Args:
+            label: The group's label.
+            baseline: The baseline's label.
+            metric: The metric's name.
+
+        Returns:
+            The difference; `None` if no run of the group has a partner in the baseline.
+        """
+        partners = {(run.order, run.result.seed): run.metrics[metric] for run in self.groups[baseline]}
         pairs = [
-            (run.result.seed, run.order, ours - other)
+            (run.result.seed, run.order, value - partner)
             for run in self.groups[label]
-            if (ours := run.metrics[metric]) is not None
-            and (other := theirs.get((run.order, run.result.seed))) is not None
+            if (value := run.metrics[metric]) is not None
+            and (partner := partners.get((run.order, run.result.seed))) is not None
         ]
-        by_seed, by_order = (_means((pair[index], pair[2]) for pair in pairs) for index in (0, 1))
+        by_seed, by_order = (_mean_by_key((pair[index], pair[2]) for pair in pairs) for index in (0, 1))
         sample, unit = (by_seed, "seeds") if len(by_seed) >= len(by_order) else (by_order, "orders")
         if not sample:
             return None
         return Difference(fmean(sample), paired_interval(sample), len(pairs), len(sample), unit)
 
 
-DEFAULT_BASELINES = ("finetune", "zero-shot")
-
-
 def summarize(values: Sequence[float]) -> MeanOverRuns | None:
-    """Mean and standard deviation."""
+    """Compute the mean and the sample standard deviation; `None` for no values."""
     if not values:
         return None
     return MeanOverRuns(fmean(values), stdev(values) if len(values) > 1 else None, len(values))
 
 
-def _means(values: Iterator[tuple[Hashable, float]]) -> list[float]:
+def _mean_by_key(items: Iterator[tuple[Hashable, float]]) -> list[float]:
     """Return the mean of the values of each key."""
-    found: dict[Hashable, list[float]] = {}
-    for key, value in values:
-        found.setdefault(key, []).append(value)
-    return [fmean(each) for each in found.values()]
+    values: dict[Hashable, list[float]] = {}
+    for key, value in items:
+        values.setdefault(key, []).append(value)
+    return [fmean(group) for group in values.values()]
 
 
 def paired_interval(differences: Sequence[float]) -> tuple[float, float] | None:
     """Compute the 95 % confidence interval of the mean of independent paired differences.
 
-    It is the paired t interval, that of `scipy.stats.ttest_rel`: exact for normal differences, at any number of pairs.
+    It is the paired t interval, as of `scipy.stats.ttest_rel`: exact for normal differences and any number of pairs.
 
     Args:
-        differences: one a pair.
+        differences: One difference per pair.
 
     Returns:
-        Its ends, or `None` of fewer than two pairs, of equal differences, and of what is not finite.
+        The ends of the interval; `None` for fewer than two pairs, equal differences, or values that are not finite.
     """
     if not all(map(math.isfinite, differences)):
         return None
@@ -185,90 +202,105 @@ def paired_interval(differences: Sequence[float]) -> tuple[float, float] | None:
 
 
 def group_runs(sources: Mapping[str, Path | InputError]) -> Comparison:
-    """Read runs and see which of them can be compared; the first one is what the others are held against.
+    """Read runs and group those that can be compared with the first one.
 
     Args:
-        found: by what the user gave: a run's folder, or why there is none.
+        sources: By the name that the user gave: the run's folder, or the error why there is none.
+
+    Returns:
+        The comparison.
 
     Raises:
-        InputError: nothing is left to compare; each reason is named.
+        InputError: No run can be compared; the message has the reason for each.
     """
     results: dict[Path, Result] = {}
-    given_as: dict[Path, str] = {}
-    left_out: dict[str, str] = {}
-    for given, place in sources.items():
+    names_by_path: dict[Path, str] = {}
+    errors: dict[str, InputError] = {}
+    for name, source in sources.items():
         try:
-            if isinstance(place, InputError):
-                raise place
-            if (same := given_as.setdefault(place.resolve(), given)) != given:
-                raise InputError(f"{given}: found the run that was given as {same}, too; it counts once")
-            result = load_partial_result(place)
+            folder = _check_is_new(name, source, names_by_path)
+            result = load_partial_result(folder)
             if results:
-                _refuse_other_tasks(result, next(iter(results.values())), given)
-            results[place] = result
+                _check_same_tasks(result, next(iter(results.values())), name)
+            results[folder] = result
         except InputError as error:
-            left_out[given] = str(error)
+            errors[name] = error
     if not results:
-        raise InputError("\n".join(left_out.values()))
+        codes = {error.code for error in errors.values()}
+        code = codes.pop() if len(codes) == 1 else ErrorCode.FAILED
+        raise InputError("\n".join(map(str, errors.values())), code=code)
     runs: list[ComparedRun] = []
-    names, labels, expected = _names(list(results)), _labels(list(results.values())), _Expected()
-    for (folder, result), name, label in zip(results.items(), names, labels, strict=True):
-        runs.append(_told_apart(ComparedRun(name, folder, result, label, expected.mark(result)), runs))
-    return Comparison(tuple(runs), left_out)
+    run_names, labels, settings = _short_names(list(results)), _labels(list(results.values())), _CommonSettings()
+    for (folder, result), run_name, label in zip(results.items(), run_names, labels, strict=True):
+        run = ComparedRun(run_name, folder, result, label, settings.mark(result))
+        runs.append(_mark_duplicate(run, runs))
+    return Comparison(tuple(runs), {name: str(error) for name, error in errors.items()})
 
 
-def _names(folders: Sequence[Path]) -> list[str]:
-    """Name each run by its folder, with as many folders above it as tell it apart from the others."""
+def _check_is_new(name: str, source: Path | InputError, names_by_path: dict[Path, str]) -> Path:
+    """Return a run's folder; raise InputError if there is none, or the same folder was given before."""
+    if isinstance(source, InputError):
+        raise source
+    if (first := names_by_path.setdefault(source.resolve(), name)) != name:
+        raise InputError(
+            f"{name}: found the run that was given as {first}, too; it counts once", code=ErrorCode.DUPLICATE
+        )
+    return source
+
+
+def _short_names(folders: Sequence[Path]) -> list[str]:
+    """Name each run by its folder, with as many parent folders as make the name unique."""
 
     def name(folder: Path, depth: int = 1) -> str:
         parts = folder.parts[-depth:]
-        alike = sum(other.parts[-depth:] == parts for other in folders)
-        return str(PurePosixPath(*parts)) if alike == 1 or depth >= len(folder.parts) else name(folder, depth + 1)
+        count = sum(other.parts[-depth:] == parts for other in folders)
+        return str(PurePosixPath(*parts)) if count == 1 or depth >= len(folder.parts) else name(folder, depth + 1)
 
     return list(map(name, folders))
 
 
 def _labels(results: Sequence[Result]) -> list[str]:
-    """Label each run by its method; of methods of one name with other settings, add the settings that differ."""
+    """Label each run by its method. If methods of one name have different settings, add the settings that differ."""
     labels = []
     for result in results:
         label = format_method(result)
-        alike = [other for other in results if format_method(other) == label]
-        recorded = all(other.method_settings for other in alike)  # not by older runs
-        settings = [other.method_settings if recorded else other.method_changes for other in alike]
-        own = result.method_settings if recorded else result.method_changes
-        added = [format_change(path, value) for path, value in own.items() if _differs(path, settings)]
+        namesakes = [other for other in results if format_method(other) == label]
+        has_settings = all(other.method_settings for other in namesakes)  # older results have the changes only
+        all_settings = [other.method_settings if has_settings else other.method_changes for other in namesakes]
+        settings = result.method_settings if has_settings else result.method_changes
+        added = [format_change(path, value) for path, value in settings.items() if _differs(path, all_settings)]
         labels.append(f"{label} ({', '.join(added)})" if added else label)
     return labels
 
 
 def _differs(path: str, settings: Sequence[Mapping[str, object]]) -> bool:
-    """Whether a setting tells methods apart: its values differ, or it is a part that only some have."""
-    having = [each[path] for each in settings if path in each]
-    is_part = None in having or path.startswith(CUSTOM_LOSS_PREFIX)
-    return any(value != having[0] for value in having) or (is_part and len(having) < len(settings))
+    """Return whether a setting distinguishes methods: its values differ, or it is an optional part that some lack."""
+    values = [method[path] for method in settings if path in method]
+    is_optional_part = None in values or path.startswith(CUSTOM_LOSS_PREFIX)
+    return any(value != values[0] for value in values) or (is_optional_part and len(values) < len(settings))
 
 
-def _refuse_other_tasks(result: Result, first: Result, given: str) -> None:
-    found, expected = ({task.name for task in each.tasks} for each in (result, first))
-    if found != expected:
-        names = ", ".join(task.name for task in result.tasks)
+def _check_same_tasks(result: Result, first: Result, name: str) -> None:
+    tasks, expected = ({task.name for task in run.tasks} for run in (result, first))
+    if tasks != expected:
+        found = ", ".join(task.name for task in result.tasks)
         raise InputError(
-            f"{given}: found the tasks {names}, expected those of the first run: {', '.join(sorted(expected))}"
+            f"{name}: found the tasks {found}, expected those of the first run: {', '.join(sorted(expected))}",
+            code=ErrorCode.MISMATCH,
         )
 
 
-def _told_apart(run: ComparedRun, others: Sequence[ComparedRun]) -> ComparedRun:
-    """The run, marked where its group has its seed and order already: it is no further sample of its method."""
-    of_key = {(other.label, other.order, other.result.seed): other for other in others}
-    while other := of_key.get((run.label, run.order, run.result.seed)):
-        again = f"same seed and order as {other.name}"
-        run = replace(run, mark="; ".join(filter(None, (run.mark, again))))
+def _mark_duplicate(run: ComparedRun, previous: Sequence[ComparedRun]) -> ComparedRun:
+    """Mark a run if its group has a run of the same seed and order, because it is not an independent sample."""
+    by_key = {(other.label, other.order, other.result.seed): other for other in previous}
+    while other := by_key.get((run.label, run.order, run.result.seed)):
+        mark = f"same seed and order as {other.name}"
+        run = replace(run, mark="; ".join(filter(None, (run.mark, mark))))
     return run
 
 
-class _Expected:
-    """What the runs of a comparison should have in common: of each setting, what the first run that reads it has."""
+class _CommonSettings:
+    """The settings that the runs of a comparison should share: for each setting, the value of the first run with it."""
 
     def __init__(self) -> None:
         self._settings: dict[str, object] = {}
@@ -276,7 +308,14 @@ class _Expected:
         self._model = self._reference = ""
 
     def mark(self, result: Result) -> str:
-        """Say what makes a run's figures no measure of its method beside the others'; they are read in order."""
+        """Return the differences that make a run incomparable with the earlier ones; empty if there are none.
+
+        Args:
+            result: The run's result. Call this for the runs in order.
+
+        Returns:
+            The differences, separated by semicolons.
+        """
         first = self._first = self._first or result
         self._settings = {**result.settings, **self._settings}
         self._model, self._reference = self._model or result.model_digest, self._reference or result.reference
@@ -291,11 +330,11 @@ class _Expected:
             marks.append(f"model {PurePosixPath(result.model).name}")
         if len(result.accuracy_matrix) < len(result.tasks):
             marks.append(f"{len(result.accuracy_matrix)} of {len(result.tasks)} stages")
-        theirs = {task.name: task for task in first.tasks}
-        for what, named_as in (("digest", "data"), ("split_family", "split")):
-            others = [t.name for t in result.tasks if getattr(t, what) != getattr(theirs[t.name], what)]
-            if others:
-                marks.append(f"other {named_as} in {', '.join(others)}")
+        first_tasks = {task.name: task for task in first.tasks}
+        for attribute, noun in (("digest", "data"), ("split_family", "split")):
+            tasks = [t.name for t in result.tasks if getattr(t, attribute) != getattr(first_tasks[t.name], attribute)]
+            if tasks:
+                marks.append(f"other {noun} in {', '.join(tasks)}")
         if result.templates != first.templates:
             marks.append(f"templates {result.templates}")
         if result.reference and result.reference != self._reference:

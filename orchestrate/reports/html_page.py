@@ -1,4 +1,7 @@
-"""A comparison as one static page: no server, no network, one file; charts by Vega-Altair."""
+"""HTML page of a comparison, with Vega-Altair charts, in one file that needs neither a server nor a network.
+
+The templates and the charts' data refer to a metric as a figure.
+"""
 
 import csv
 import json
@@ -16,88 +19,97 @@ from orchestrate.reports.results import ZERO_SHOT
 from orchestrate.reports.tables import DIFFERENCE_NOTE, Row, build_group_table
 from zscl.sequence.layout import LOSSES, stage_folder
 
-MOST_POINTS = 60  # of a loss curve
-HEIGHT = 150  # pixels of a small chart
-# What the page's two lists choose, in every chart.
-SHOWN_METHOD = "shown_method == null || datum.method == shown_method"
-SHOWN_TASK = "shown_task == null || datum.task == shown_task"
-INK = "currentColor"  # whatever the page writes with, by day and by night
+MAX_CURVE_POINTS = 60  # of a loss curve
+CHART_HEIGHT = 150  # pixels, of a small chart
+# The filters of every chart: the selections of the page's two lists.
+METHOD_FILTER = "shown_method == null || datum.method == shown_method"
+TASK_FILTER = "shown_task == null || datum.task == shown_task"
+TEXT_COLOUR = "currentColor"  # the page's text colour, which differs between the light and the dark theme
 THEME = {
     "background": "transparent",
     "view": {"stroke": "transparent"},
     "font": "system-ui, sans-serif",
-    "axis": {"labelColor": INK, "titleColor": INK, "gridOpacity": 0.25, "domainColor": INK, "tickColor": INK},
-    "legend": {"labelColor": INK, "titleColor": INK, "orient": "top", "columns": 1, "labelLimit": 400},
-    "header": {"labelColor": INK, "titleColor": INK, "labelFontSize": 12},
-    "title": {"color": INK},
-    "text": {"color": INK},
+    "axis": {
+        "labelColor": TEXT_COLOUR,
+        "titleColor": TEXT_COLOUR,
+        "gridOpacity": 0.25,
+        "domainColor": TEXT_COLOUR,
+        "tickColor": TEXT_COLOUR,
+    },
+    "legend": {"labelColor": TEXT_COLOUR, "titleColor": TEXT_COLOUR, "orient": "top", "columns": 1, "labelLimit": 400},
+    "header": {"labelColor": TEXT_COLOUR, "titleColor": TEXT_COLOUR, "labelFontSize": 12},
+    "title": {"color": TEXT_COLOUR},
+    "text": {"color": TEXT_COLOUR},
 }
 
 
 def build_page(comparison: Comparison, rows: Sequence[Row], baseline: str | None) -> str:
-    """The page as HTML.
+    """Build the page.
 
     Args:
-        comparison: what is shown.
-        rows: a run each, published ones among them.
-        baseline: from which differences are shown in the table.
+        comparison: The comparison.
+        rows: Its rows, of runs and of published results.
+        baseline: The label of the group that differences in the table are from; `None` for no differences.
+
+    Returns:
+        The page as HTML.
     """
     charts = {
-        "figures": _figures(comparison),
-        "accuracy": _accuracy_by_stage(comparison),
-        "matrices": _matrices(comparison),
+        "figures": _draw_metrics(comparison),
+        "accuracy": _draw_accuracies(comparison),
+        "matrices": _draw_matrices(comparison),
     }
-    losses = _losses(comparison)
+    losses = _draw_losses(comparison)
     if losses is not None:
         charts["losses"] = losses
     environment = Environment(loader=PackageLoader("orchestrate"), autoescape=select_autoescape(default=True))
-    head, *groups = build_group_table(comparison, baseline)
+    header, *groups = build_group_table(comparison, baseline)
     return environment.get_template("comparison.html").render(
-        specs={name: _embeddable(chart) for name, chart in charts.items()},
-        bundle=_bundle(),
-        head=head,
+        specs={name: _dump_chart(chart) for name, chart in charts.items()},
+        bundle=_javascript_bundle(),
+        head=header,
         groups=groups,
         changes=DIFFERENCE_NOTE.format(baseline=baseline) if baseline else None,
         methods=list(comparison.groups),
         published=[row for row in rows if str(row["run"]).startswith("published")],
-        costs=[(run, _cost(rows, run.name)) for run in comparison.runs],
+        costs=[(run, _row_of(rows, run.name)) for run in comparison.runs],
         tasks=comparison.tasks,
         left_out=comparison.excluded.values(),
     )
 
 
-def _bundle() -> str:
-    """Vega, Vega-Lite and Vega-Embed as one script."""
-    whole = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its stub wants the name of a part
-    return whole.replace("</script", "<\\/script")
+def _javascript_bundle() -> str:
+    """Return Vega, Vega-Lite and Vega-Embed as one script."""
+    script = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its stub requires an optional argument
+    return script.replace("</script", "<\\/script")
 
 
-def _embeddable(chart: Any) -> str:
-    """A chart's specification, safe within a script element."""
+def _dump_chart(chart: Any) -> str:
+    """Return a chart's specification as JSON that is safe inside a script element."""
     return json.dumps(chart.configure(**THEME).to_dict()).replace("</", "<\\/")
 
 
-def _cost(rows: Sequence[Row], run: str) -> Row:
+def _row_of(rows: Sequence[Row], run: str) -> Row:
     return next(row for row in rows if row["run"] == run)
 
 
-def _figures(comparison: Comparison) -> Any:
-    """Transfer, Avg, Last and forgetting as bars with their deviations; the zero-shot figures as lines."""
+def _draw_metrics(comparison: Comparison) -> Any:
+    """Draw the main metrics as bars with their standard deviations, and the zero-shot metrics as lines."""
     values = []
     for label in comparison.groups:
-        for figure in MAIN_METRICS:
-            summary = comparison.summary(label, figure)
+        for metric in MAIN_METRICS:
+            summary = comparison.summary(label, metric)
             if summary is not None:
-                spread = summary.deviation or 0.0
+                deviation = summary.deviation or 0.0
                 values.append(
                     {
                         "method": label,
-                        "figure": figure,
+                        "figure": metric,
                         "mean": 100 * summary.mean,
-                        "low": 100 * (summary.mean - spread),
-                        "high": 100 * (summary.mean + spread),
+                        "low": 100 * (summary.mean - deviation),
+                        "high": 100 * (summary.mean + deviation),
                         "runs": summary.runs,
-                        "zero_shot": _zero_shot(comparison, figure),
+                        "zero_shot": _zero_shot_percent(comparison, metric),
                     }
                 )
     base = alt.Chart(alt.Data(values=values))
@@ -114,27 +126,27 @@ def _figures(comparison: Comparison) -> Any:
     bars = base.mark_bar(cornerRadius=2).encode(
         y=y,
         x=alt.X("mean:Q", title="%"),
-        color=_colour(comparison),
+        color=_colour_by_method(comparison),
         tooltip=tooltip,
     )
-    spreads = base.mark_rule(color=INK).encode(y=y, x="low:Q", x2="high:Q")
-    zero_shot = base.mark_rule(color=INK, strokeDash=[4, 3]).encode(x="zero_shot:Q")
+    deviations = base.mark_rule(color=TEXT_COLOUR).encode(y=y, x="low:Q", x2="high:Q")
+    zero_shot = base.mark_rule(color=TEXT_COLOUR, strokeDash=[4, 3]).encode(x="zero_shot:Q")
     return (
-        alt.layer(bars, spreads, zero_shot)
+        alt.layer(bars, deviations, zero_shot)
         .properties(width=220, height={"step": 26})
         .facet(facet=alt.Facet("figure:N", title=None, sort=list(MAIN_METRICS)), columns=2)
-        .transform_filter(SHOWN_METHOD)
-        .add_params(*_shown())
+        .transform_filter(METHOD_FILTER)
+        .add_params(*_filter_params())
     )
 
 
-def _zero_shot(comparison: Comparison, figure: str) -> float | None:
-    found = comparison.zero_shot(figure)
-    return 100 * found if found is not None and figure != "forgetting" else None
+def _zero_shot_percent(comparison: Comparison, metric: str) -> float | None:
+    value = comparison.zero_shot(metric)
+    return 100 * value if value is not None and metric != "forgetting" else None
 
 
-def _accuracy_by_stage(comparison: Comparison) -> Any:
-    """Accuracy of each task over the stages, a line a method; the stage that trains it is marked."""
+def _draw_accuracies(comparison: Comparison) -> Any:
+    """Draw the accuracy on each task over the stages, with one line per run and a mark at the task's own stage."""
     values = []
     for run in comparison.runs:
         names = [task.name for task in run.result.tasks]
@@ -154,33 +166,34 @@ def _accuracy_by_stage(comparison: Comparison) -> Any:
         "stage:Q", title="stages trained", axis=alt.Axis(values=list(range(len(comparison.tasks) + 1)), format="d")
     )
     y = alt.Y("accuracy:Q", title="%", scale=alt.Scale(domain=[0, 100]))
-    colour = _colour(comparison)
+    colour = _colour_by_method(comparison)
     lines = base.mark_line(strokeWidth=1.6).encode(x=x, y=y, color=colour, detail="run:N")
     points = base.mark_point(filled=True, size=34).encode(x=x, y=y, color=colour, tooltip=tooltip)
     trained = base.transform_filter("datum.trained").mark_point(size=120, strokeWidth=2).encode(x=x, y=y, color=colour)
     return (
         alt.layer(lines, points, trained)
-        .properties(width=220, height=HEIGHT)
+        .properties(width=220, height=CHART_HEIGHT)
         .facet(facet=alt.Facet("task:N", title=None, sort=comparison.tasks), columns=3)
-        .transform_filter(SHOWN_METHOD)
-        .transform_filter(SHOWN_TASK)
-        .add_params(*_shown())
+        .transform_filter(METHOD_FILTER)
+        .transform_filter(TASK_FILTER)
+        .add_params(*_filter_params())
     )
 
 
-def _colour(comparison: Comparison) -> Any:
-    """A colour a method, which it keeps whatever else is shown."""
+def _colour_by_method(comparison: Comparison) -> Any:
+    """Return the encoding of methods as colours. A method's colour does not depend on the filters."""
     methods = list(comparison.groups)
-    return alt.Color("method:N", sort=None, title=None, scale=alt.Scale(domain=methods, range=distinct_colours(len(methods))))
+    scale = alt.Scale(domain=methods, range=distinct_colours(len(methods)))
+    return alt.Color("method:N", sort=None, title=None, scale=scale)
 
 
-def _shown() -> list[Any]:
-    """The method and the task that are shown; the page sets them in all charts at once."""
+def _filter_params() -> list[Any]:
+    """Return the parameters for the selected method and task, which the page sets in all charts."""
     return [alt.param(name=name, value=None) for name in ("shown_method", "shown_task")]
 
 
-def _matrices(comparison: Comparison) -> Any:
-    """The accuracy matrix of each run, the trained cells framed."""
+def _draw_matrices(comparison: Comparison) -> Any:
+    """Draw the accuracy matrix of each run, with frames around the trained cells."""
     values = []
     for run in comparison.runs:
         names = [task.name for task in run.result.tasks]
@@ -205,39 +218,39 @@ def _matrices(comparison: Comparison) -> Any:
         tooltip=tooltip,
         color=alt.Color("accuracy:Q", title="%", scale=alt.Scale(scheme="viridis", domain=[0, 100])),
     )
-    framed = (
+    frames = (
         base.transform_filter("datum.trained").mark_rect(fill=None, stroke="#D55E00", strokeWidth=2.5).encode(x=x, y=y)
     )
-    dark = alt.condition("datum.accuracy < 60", alt.value("white"), alt.value("black"))
-    numbers = base.mark_text(fontSize=10).encode(x=x, y=y, text=alt.Text("accuracy:Q", format=".0f"), color=dark)
+    text_colour = alt.condition("datum.accuracy < 60", alt.value("white"), alt.value("black"))
+    numbers = base.mark_text(fontSize=10).encode(x=x, y=y, text=alt.Text("accuracy:Q", format=".0f"), color=text_colour)
     return (
-        alt.layer(cells, framed, numbers)
+        alt.layer(cells, frames, numbers)
         .properties(width={"step": 34}, height={"step": 24})
         .facet(facet=alt.Facet("run:N", title=None, sort=None), columns=2)
-        .transform_filter(SHOWN_METHOD)
-        .transform_filter(SHOWN_TASK)
-        .add_params(*_shown())
+        .transform_filter(METHOD_FILTER)
+        .transform_filter(TASK_FILTER)
+        .add_params(*_filter_params())
     )
 
 
-def _losses(comparison: Comparison) -> Any | None:
-    """Loss curves of every stage, thinned out; nothing where no run has any left."""
+def _draw_losses(comparison: Comparison) -> Any | None:
+    """Draw the loss curves of every stage, reduced to `MAX_CURVE_POINTS`; `None` if no run has any."""
     values: list[dict[str, Any]] = []
     for run in comparison.runs:
         for number, task in enumerate(run.result.tasks, start=1):
-            values += _curve(stage_folder(run.folder, number, task.name) / LOSSES, run.name, run.label, number)
+            values += _read_curve(stage_folder(run.folder, number, task.name) / LOSSES, run.name, run.label, number)
     if not values:
         return None
     stages = sorted({value["stage"] for value in values})
-    bound = alt.binding_select(options=stages, name="Stage ")
-    stage = alt.param(name="shown_stage", value=stages[0], bind=bound)
+    binding = alt.binding_select(options=stages, name="Stage ")
+    stage = alt.param(name="shown_stage", value=stages[0], bind=binding)
     return (
         alt.Chart(alt.Data(values=values))
         .mark_line(strokeWidth=1.4)
         .encode(
             x=alt.X("step:Q", title="step"),
             y=alt.Y("value:Q", title=None, scale=alt.Scale(zero=False)),
-            color=_colour(comparison),
+            color=_colour_by_method(comparison),
             detail="run:N",
             tooltip=[
                 alt.Tooltip("run:N"),
@@ -246,23 +259,23 @@ def _losses(comparison: Comparison) -> Any | None:
                 alt.Tooltip("value:Q", format=".4g"),
             ],
         )
-        .properties(width=220, height=HEIGHT)
+        .properties(width=220, height=CHART_HEIGHT)
         .facet(facet=alt.Facet("loss:N", title=None), columns=3)
-        .transform_filter(SHOWN_METHOD)
+        .transform_filter(METHOD_FILTER)
         .transform_filter("datum.stage == shown_stage")
-        .add_params(*_shown(), stage)
+        .add_params(*_filter_params(), stage)
         .resolve_scale(y="independent")
     )
 
 
-def _curve(file: Path, run: str, method: str, stage: int) -> list[dict[str, Any]]:
+def _read_curve(file: Path, run: str, method: str, stage: int) -> list[dict[str, Any]]:
     if not file.is_file():
         return []
     with file.open(encoding="utf-8", newline="") as stream:
-        table = csv.DictReader(stream)
-        steps = list(table)
-    names = [name for name in table.fieldnames or () if name not in ("step", "learning_rate")]
-    curves = {name: [step for step in steps if step[name]] for name in names}  # not every step has every loss
+        reader = csv.DictReader(stream)
+        steps = list(reader)
+    names = [name for name in reader.fieldnames or () if name not in ("step", "learning_rate")]
+    curves = {name: [step for step in steps if step[name]] for name in names}  # a step may lack a loss
     return [
         {
             "run": run,
@@ -273,5 +286,5 @@ def _curve(file: Path, run: str, method: str, stage: int) -> list[dict[str, Any]
             "value": float(step[name]),
         }
         for name, points in curves.items()
-        for step in points[:: max(1, -(-len(points) // MOST_POINTS))]
+        for step in points[:: max(1, -(-len(points) // MAX_CURVE_POINTS))]
     ]

@@ -1,4 +1,4 @@
-"""A comparison as tables: rows for programs, text for a terminal, Markdown, and LaTeX for a paper."""
+"""Tables of a comparison: rows for programs, text for the terminal, Markdown, and LaTeX for a paper."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,8 +11,8 @@ from rich.text import Text
 from orchestrate.reports.charts import MAIN_METRICS
 from orchestrate.reports.comparison import Comparison, Difference, MeanOverRuns
 from orchestrate.reports.published import MTIL_PUBLISHED
-from orchestrate.reports.results import ZERO_SHOT, format_cell, format_percent, format_markdown_table
-from schemas.errors import InputError
+from orchestrate.reports.results import ZERO_SHOT, format_cell, format_markdown_table, format_percent
+from schemas.errors import ErrorCode, InputError
 from schemas.results import Result
 
 METRICS = ("transfer", "avg", "last", "learned", "forgetting", "backward_transfer", "forward_transfer")
@@ -21,150 +21,175 @@ DIFFERENCE_NOTE = (
     "difference from {baseline} over pairs of one seed and order, its 95 % confidence interval (paired t), and the "
     "sample it is of"
 )
-NUMBER_WIDTH, LONGEST_HEADING = 5, 16  # columns of a terminal
+NUMBER_WIDTH, MAX_HEADING_WIDTH = 5, 16  # columns of a terminal
+COSTS = ("worker_hours", "images_per_second", "peak_memory_megabytes")
 Row = dict[str, str | float | None]
+
+_LATEX_ESCAPES = str.maketrans(
+    {character: f"\\{character}" for character in "&%$#_{}"}
+    | {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}"}
+)
 
 
 def build_run_rows(comparison: Comparison) -> list[Row]:
-    """One row for each zero-shot baseline and one a run: figures, then each task's final accuracy, as fractions."""
+    """Build one row per run, and one per distinct zero-shot baseline before the first run that has it.
+
+    Args:
+        comparison: The comparison.
+
+    Returns:
+        Rows with the metrics, each task's accuracy after the last stage, as fractions, and the costs.
+    """
     rows: list[Row] = []
-    names = comparison.tasks
+    tasks = comparison.tasks
     for run in comparison.runs:
-        result, of_task = run.result, [task.name for task in run.result.tasks]
-        zero_shot = _row(
-            "",
-            ZERO_SHOT,
-            "",
-            "",
-            result.zero_shot_metrics.model_dump(),
-            dict(zip(of_task, result.zero_shot, strict=True)),
-        )
-        row = _row(
-            run.name,
-            run.label,
-            str(result.seed),
-            run.order,
-            run.metrics,
-            dict(zip(of_task, result.accuracy_matrix[-1], strict=True)),
-        ) | _costs(result)
-        whole = len(result.accuracy_matrix) == len(result.tasks)  # of a part, the figures are of fewer rows
-        alike = (*MAIN_METRICS, *names) if whole else names
-        before = [other for other in rows if not other["run"]]
-        if not any(all(zero_shot[name] == other[name] for name in alike) for other in before):
-            told_apart = {"method": f"{ZERO_SHOT} of {run.name}"} if before else {}
-            rows.append(zero_shot | told_apart | dict.fromkeys(_costs(result)))
+        result, names = run.result, [task.name for task in run.result.tasks]
+        zero_shot_tasks = dict(zip(names, result.zero_shot, strict=True))
+        zero_shot = _row("", ZERO_SHOT, "", "", result.zero_shot_metrics.model_dump(), zero_shot_tasks)
+        final_tasks = dict(zip(names, result.accuracy_matrix[-1], strict=True))
+        row = _row(run.name, run.label, str(result.seed), run.order, run.metrics, final_tasks) | _costs(result)
+        # The zero-shot metrics of an unfinished run are over fewer rows, so only the tasks are compared.
+        is_finished = len(result.accuracy_matrix) == len(result.tasks)
+        compared = (*MAIN_METRICS, *tasks) if is_finished else tasks
+        baselines = [other for other in rows if not other["run"]]
+        if not any(all(zero_shot[name] == other[name] for name in compared) for other in baselines):
+            method = {"method": f"{ZERO_SHOT} of {run.name}"} if baselines else {}
+            rows.append(zero_shot | method | dict.fromkeys(COSTS))
         rows.append(row)
-    columns = ["run", "method", "seed", "order", *METRICS, *names, *_costs(comparison.runs[0].result)]
+    columns = ["run", "method", "seed", "order", *METRICS, *tasks, *COSTS]
     return [{column: row.get(column) for column in columns} for row in rows]
 
 
 def _row(
-    run: str, method: str, seed: str, order: str, figures: Mapping[str, float | None], tasks: Mapping[str, float]
+    run: str, method: str, seed: str, order: str, metrics: Mapping[str, float | None], tasks: Mapping[str, float]
 ) -> Row:
-    return {"run": run, "method": method, "seed": seed, "order": order, **figures, **tasks}
+    return {"run": run, "method": method, "seed": seed, "order": order, **metrics, **tasks}
 
 
 def _costs(result: Result) -> dict[str, float]:
-    """What a run cost: worker hours of training, images a second, megabytes at most."""
+    """Return a run's costs: worker hours of training, images per second, and peak memory in megabytes."""
     seconds = sum(stage.train_seconds for stage in result.stages)
     images = sum(stage.images_seen for stage in result.stages)
     memory = [stage.peak_memory_megabytes for stage in result.stages if stage.peak_memory_megabytes is not None]
-    return {
-        "worker_hours": result.workers * seconds / 3600,
-        "images_per_second": images / seconds if seconds else math.nan,
-        "peak_memory_megabytes": max(memory, default=math.nan),
-    }
+    costs = (
+        result.workers * seconds / 3600,
+        images / seconds if seconds else math.nan,
+        max(memory, default=math.nan),
+    )
+    return dict(zip(COSTS, costs, strict=True))
 
 
 def build_published_rows(order: str, tasks: Sequence[str]) -> list[Row]:
-    """The paper's figures for MTIL in a task order, as rows of a comparison; it prints none for single tasks.
+    """Build rows of the paper's results on MTIL. The paper has no accuracies of single tasks.
+
+    Args:
+        order: The task order, I or II.
+        tasks: The names of the comparison's tasks.
+
+    Returns:
+        One row per method.
 
     Raises:
-        InputError: there is no such order.
+        InputError: There is no such order.
     """
     if order not in MTIL_PUBLISHED:
-        raise InputError(f"--published: found the order '{order}', expected {' or '.join(MTIL_PUBLISHED)}")
+        raise InputError(
+            f"--published: found the order '{order}', expected {' or '.join(MTIL_PUBLISHED)}",
+            code=ErrorCode.UNKNOWN_NAME,
+            field="--published",
+        )
     rows: list[Row] = []
-    for method, figures in MTIL_PUBLISHED[order].items():
-        shown = dict(zip(("transfer", "avg", "last"), (figure / 100 for figure in figures), strict=True))
-        rows.append({"run": f"published, MTIL order {order}", "method": method, "seed": "", "order": "", **shown})
+    for method, percentages in MTIL_PUBLISHED[order].items():
+        metrics = dict(zip(("transfer", "avg", "last"), (value / 100 for value in percentages), strict=True))
+        rows.append({"run": f"published, MTIL order {order}", "method": method, "seed": "", "order": "", **metrics})
     return rows
 
 
 def build_group_table(comparison: Comparison, baseline: str | None = None) -> list[list[str]]:
-    """The groups as text, heads first: mean ± standard deviation in per cent; differences from a baseline, if any."""
-    head = ["method", "runs", *MAIN_METRICS]
-    rows = [[ZERO_SHOT, "", *(format_percent(comparison.zero_shot(figure)) for figure in MAIN_METRICS)]]
+    """Format the groups' metrics as mean ± standard deviation in per cent.
+
+    Args:
+        comparison: The comparison.
+        baseline: The label of the group that differences are added from; `None` for no differences.
+
+    Returns:
+        The cells by row; the first row is the header, the second row is the zero-shot baseline.
+    """
+    header = ["method", "runs", *MAIN_METRICS]
+    rows = [[ZERO_SHOT, "", *(format_percent(comparison.zero_shot(metric)) for metric in MAIN_METRICS)]]
     for label, runs in comparison.groups.items():
-        cells = [_plus_minus(comparison.summary(label, figure)) for figure in MAIN_METRICS]
+        cells = [_format_summary(comparison.summary(label, metric)) for metric in MAIN_METRICS]
         if baseline is not None and label != baseline:
-            changes = [_change(comparison.difference(label, baseline, figure)) for figure in MAIN_METRICS]
-            cells = [f"{figure} {change}".rstrip() for figure, change in zip(cells, changes, strict=True)]
+            changes = [_format_difference(comparison.difference(label, baseline, metric)) for metric in MAIN_METRICS]
+            cells = [f"{cell} {change}".rstrip() for cell, change in zip(cells, changes, strict=True)]
         rows.append([label, str(len(runs)), *cells])
-    return [head, *rows]
+    return [header, *rows]
 
 
-def _plus_minus(summary: MeanOverRuns | None) -> str:
+def _format_summary(summary: MeanOverRuns | None) -> str:
     if summary is None:
         return format_percent(None)
-    return format_percent(summary.mean) + (
-        "" if summary.deviation is None else f" ± {format_percent(summary.deviation)}"
-    )
+    deviation = "" if summary.deviation is None else f" ± {format_percent(summary.deviation)}"
+    return format_percent(summary.mean) + deviation
 
 
-def _change(difference: Difference | None) -> str:
-    """A difference as text: in points, with its interval if it has one, and the size of the sample."""
+def _format_difference(difference: Difference | None) -> str:
+    """Format a difference in percentage points, with its interval if there is one, and the size of the sample."""
     if difference is None:
         return ""
-    of = f"{difference.size} {difference.unit if difference.size > 1 else difference.unit.removesuffix('s')}"
+    unit = difference.unit if difference.size > 1 else difference.unit.removesuffix("s")
     if difference.interval is None:
-        return f"({100 * difference.mean:+.1f}; {of})"
+        return f"({100 * difference.mean:+.1f}; {difference.size} {unit})"
     low, high = difference.interval
-    return f"({100 * difference.mean:+.1f}; {100 * low:+.1f} to {100 * high:+.1f}; {of})"
+    return f"({100 * difference.mean:+.1f}; {100 * low:+.1f} to {100 * high:+.1f}; {difference.size} {unit})"
 
 
 def build_terminal_tables(comparison: Comparison, rows: Sequence[Row], baseline: str | None, width: int) -> Group:
-    """Show the comparison on a terminal: groups, runs, then each task's final accuracy with a column a run.
+    """Build tables for a terminal: the groups, the runs, and each task's final accuracy with one column per run.
 
     Args:
-        comparison: what is shown.
-        rows: of it.
-        baseline: from which the groups' differences are.
-        width: of the terminal, in columns: runs that do not fit beside each other go into tables below each other.
+        comparison: The comparison.
+        rows: Its rows, of runs and of published results.
+        baseline: The label of the group that differences are from; `None` for no differences.
+        width: The terminal's width in columns. Runs that do not fit next to each other get several tables.
+
+    Returns:
+        The tables.
     """
     tables: list[Any] = []
-    head, *body = build_group_table(comparison, baseline)
+    header, *body = build_group_table(comparison, baseline)
     title = "Figures of the accuracy matrix, %"
     if baseline is not None:
         title += f"; mean ± standard deviation; in brackets: {DIFFERENCE_NOTE.format(baseline=baseline)}"
-    if any(len(runs) > 1 for runs in comparison.groups.values()) or any(
-        not row["order"] and row["run"] for row in rows
-    ):
-        tables.append(_table(title, head, body, ("method",)))
-    words = ("run", "method", "seed")
-    columns = (*words, *MAIN_METRICS)
-    tables.append(
-        _table("Each run, %", columns, [[format_cell(row.get(name)) for name in columns] for row in rows], words)
-    )
-    names = comparison.tasks
-    measured = [row for row in rows if row.get(names[0]) is not None]
-    for part in _fitting(measured, width - max(map(len, ["task", *names])) - 4):
-        head = ["task", *(_heading(row) for row in part)]
-        body = [[name, *(format_cell(row[name]) for row in part)] for name in names]
-        tables.append(_table("Accuracy on each task after the last stage, %", head, body, ("task",)))
+    has_published = any(not row["order"] and row["run"] for row in rows)
+    if has_published or any(len(runs) > 1 for runs in comparison.groups.values()):
+        tables.append(_table(title, header, body, ("method",)))
+    text_columns = ("run", "method", "seed")
+    columns = (*text_columns, *MAIN_METRICS)
+    cells = [[format_cell(row.get(name)) for name in columns] for row in rows]
+    tables.append(_table("Each run, %", columns, cells, text_columns))
+    tasks = comparison.tasks
+    rows_with_tasks = [row for row in rows if row.get(tasks[0]) is not None]
+    for part in _split_by_width(rows_with_tasks, width - max(map(len, ["task", *tasks])) - 4):
+        header = ["task", *(_heading(row) for row in part)]
+        body = [[name, *(format_cell(row[name]) for row in part)] for name in tasks]
+        tables.append(_table("Accuracy on each task after the last stage, %", header, body, ("task",)))
     return Group(*tables)
 
 
-def _table(title: str, head: Sequence[str], body: Sequence[Sequence[str]], words: Sequence[str]) -> Table:
-    """Lay out a table whose numbers are never cut; columns of words are flush left and folded where they must be."""
+def _table(title: str, header: Sequence[str], body: Sequence[Sequence[str]], text_columns: Sequence[str]) -> Table:
+    """Build a table whose numbers are never truncated. Texts are aligned to the left, and wrapped if necessary."""
     table = Table(title=title)
-    for number, column in enumerate(head):
-        left = number == 0 or column in words
+    for number, column in enumerate(header):
+        is_text = number == 0 or column in text_columns
         table.add_column(
-            Text(column), justify="left" if left else "right", overflow="fold", min_width=None if left else NUMBER_WIDTH
+            Text(column),
+            justify="left" if is_text else "right",
+            overflow="fold",
+            min_width=None if is_text else NUMBER_WIDTH,
         )
-    for line in body:
-        table.add_row(*map(Text, line))
+    for row in body:
+        table.add_row(*map(Text, row))
     return table
 
 
@@ -172,25 +197,32 @@ def _heading(row: Row) -> str:
     return str(row["run"] or row["method"])
 
 
-def _fitting(rows: Sequence[Row], width: int) -> Iterator[list[Row]]:
-    """Cut rows into parts whose columns fit beside each other."""
+def _split_by_width(rows: Sequence[Row], width: int) -> Iterator[list[Row]]:
+    """Split rows into parts whose columns fit next to each other."""
     part: list[Row] = []
-    left = width
+    available = width
     for row in rows:
-        needed = 3 + max(NUMBER_WIDTH, min(len(_heading(row)), LONGEST_HEADING))
-        if part and needed > left:
+        required = 3 + max(NUMBER_WIDTH, min(len(_heading(row)), MAX_HEADING_WIDTH))
+        if part and required > available:
             yield part
-            part, left = [], width
+            part, available = [], width
         part.append(row)
-        left -= needed
+        available -= required
     yield part
 
 
 def render_markdown(comparison: Comparison, rows: Sequence[Row], baseline: str | None) -> str:
-    """Groups and runs as Markdown tables."""
-    columns = [
-        name for name in rows[0] if name not in ("order", "worker_hours", "images_per_second", "peak_memory_megabytes")
-    ]
+    """Format the groups and the runs as Markdown tables.
+
+    Args:
+        comparison: The comparison.
+        rows: Its rows, of runs and of published results.
+        baseline: The label of the group that differences are from; `None` for no differences.
+
+    Returns:
+        The document.
+    """
+    columns = [name for name in rows[0] if name not in ("order", *COSTS)]
     runs = [columns, *([format_cell(row.get(column)) for column in columns] for row in rows)]
     parts = [
         "## Methods\n",
@@ -207,38 +239,38 @@ def render_markdown(comparison: Comparison, rows: Sequence[Row], baseline: str |
 
 
 def render_latex(comparison: Comparison) -> str:
-    """The groups as a LaTeX table for the package booktabs, the best mean of each figure in bold."""
+    """Format the groups as a LaTeX table for the package booktabs, with the best mean of each metric in bold."""
     groups = comparison.groups
-    means = {figure: {label: comparison.summary(label, figure) for label in groups} for figure in MAIN_METRICS}
+    summaries = {metric: {label: comparison.summary(label, metric) for label in groups} for metric in MAIN_METRICS}
     best = {
-        figure: (min if figure in SMALLER_IS_BETTER else max)(
-            (summary.mean for summary in found.values() if summary), default=math.nan
+        metric: (min if metric in SMALLER_IS_BETTER else max)(
+            (summary.mean for summary in by_label.values() if summary), default=math.nan
         )
-        for figure, found in means.items()
+        for metric, by_label in summaries.items()
     }
 
-    def best_in_bold(label: str, figure: str) -> str:
-        summary = means[figure][label]
+    def format_mean(label: str, metric: str) -> str:
+        summary = summaries[metric][label]
         if summary is None:
             return "--"
         value = f"{100 * summary.mean:.1f}"
-        value = f"\\textbf{{{value}}}" if value == f"{100 * best[figure]:.1f}" else value  # as far as is shown
+        value = f"\\textbf{{{value}}}" if value == f"{100 * best[metric]:.1f}" else value  # compared as rounded
         return value + ("" if summary.deviation is None else f" {{\\small $\\pm$ {100 * summary.deviation:.1f}}}")
 
-    lines = [[escape_latex(label), *(best_in_bold(label, figure) for figure in MAIN_METRICS)] for label in groups]
+    rows = [[escape_latex(label), *(format_mean(label, metric) for metric in MAIN_METRICS)] for label in groups]
     zero_shot = [
         ZERO_SHOT,
-        *("--" if (value := comparison.zero_shot(figure)) is None else f"{100 * value:.1f}" for figure in MAIN_METRICS),
+        *("--" if (value := comparison.zero_shot(metric)) is None else f"{100 * value:.1f}" for metric in MAIN_METRICS),
     ]
     return "\n".join(
         [
             "% needs \\usepackage{booktabs}",
             f"\\begin{{tabular}}{{l{'r' * len(MAIN_METRICS)}}}",
             "\\toprule",
-            " & ".join(["Method", *(figure.capitalize() for figure in MAIN_METRICS)]) + " \\\\",
+            " & ".join(["Method", *(metric.capitalize() for metric in MAIN_METRICS)]) + " \\\\",
             "\\midrule",
             " & ".join(zero_shot) + " \\\\",
-            *(" & ".join(line) + " \\\\" for line in lines),
+            *(" & ".join(row) + " \\\\" for row in rows),
             "\\bottomrule",
             "\\end{tabular}",
             "",
@@ -246,12 +278,6 @@ def render_latex(comparison: Comparison) -> str:
     )
 
 
-_ESCAPES = str.maketrans(
-    {sign: f"\\{sign}" for sign in "&%$#_{}"}
-    | {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}"}
-)
-
-
 def escape_latex(text: str) -> str:
-    """A text as LaTeX sets it."""
-    return text.translate(_ESCAPES)
+    """Escape LaTeX's special characters in a text."""
+    return text.translate(_LATEX_ESCAPES)

@@ -15,6 +15,8 @@ settings `{weight: 0.5}` in the recipe:
 
     from dataclasses import dataclass
 
+    import torch
+
     from zscl.extend import Batch, Features, StageContext, gather
 
     @dataclass(frozen=True)

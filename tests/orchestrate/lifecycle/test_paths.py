@@ -10,8 +10,10 @@ from support.command import Command
 from support.errors import refused
 
 from orchestrate.lifecycle.lock import run_lock
-from orchestrate.lifecycle.paths import check_writable
+from orchestrate.lifecycle.paths import check_writable, restore_password
+from orchestrate.recipes.recipe import write_experiment
 from schemas.errors import ErrorCode
+from schemas.experiment import Experiment
 
 Zscl = Callable[..., Command]
 
@@ -113,3 +115,15 @@ def test_variables_and_the_home_folder_are_expanded_in_options(
         "error: picture: found '$NOWHERE/a.png', in which the environment variable NOWHERE is not set, expected one "
         "that is, or the path itself\n",
     )
+
+
+def test_a_password_of_the_tracking_uri_is_not_written(
+    experiment: Callable[..., Experiment], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "experiment.yaml"
+    write_experiment(experiment(tracking={"uri": "http://me:secret@somewhere:5000"}), file)
+    assert "http://me:***@somewhere:5000" in file.read_text()
+    assert "secret" not in file.read_text()
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "secret")
+    assert restore_password("http://me:***@somewhere:5000") == "http://somewhere:5000"

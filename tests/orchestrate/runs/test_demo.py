@@ -11,7 +11,7 @@ from support.command import Command
 ROOT = Path(__file__).parents[3]
 
 
-def test_the_demo_ends_with_the_comparison_and_the_store(
+def test_the_demo_prints_the_comparison_and_the_store(
     tmp_path: Path,
     zscl: Callable[..., Command],
     ray_cluster: None,
@@ -19,17 +19,17 @@ def test_the_demo_ends_with_the_comparison_and_the_store(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(ROOT)
-    without_ray()  # what goes through it is shown elsewhere
+    without_ray()  # runs on Ray are tested in test_run.py
     toy = ("--set", "tasks=[flags, shapes]", "--set", "optimisation.steps=2", "--set", "optimisation.warmup_steps=1")
-    found = zscl("demo", "--out", tmp_path / "demo", *toy)
-    assert found.code == 0, found.error
+    demo = zscl("demo", "--out", tmp_path / "demo", *toy)
+    assert demo.code == 0, demo.error
     for method in ("finetune", "zscl"):
         result = json.loads((tmp_path / "demo" / method / "result.json").read_text())
         assert result["method"] == method
         assert [task["name"] for task in result["tasks"]] == ["flags", "shapes"]
         assert (tmp_path / "demo" / method / "stages/2-shapes/model/open_clip_config.json").is_file()
-    assert "finetune" in found.out
-    assert f"mlflow ui --backend-store-uri sqlite:///{tmp_path}/demo/mlflow.db" in found.out
+    assert "finetune" in demo.out
+    assert f"mlflow ui --backend-store-uri sqlite:///{tmp_path}/demo/mlflow.db" in demo.out
     client = MlflowClient(f"sqlite:///{tmp_path}/demo/mlflow.db")
     for run in client.search_runs(["1"], "tags.`zscl.level` = 'sequence'"):
         [page] = client.list_artifacts(run.info.run_id, "comparison")

@@ -1,4 +1,4 @@
-"""A dry run refuses what would make a run fail in its first minute, and lists what it looked at."""
+"""A dry run refuses what would make a run fail in its first minute, and lists its checks."""
 
 import json
 import shutil
@@ -13,9 +13,10 @@ from filelock import FileLock
 from ruamel.yaml import YAML
 from support.command import Command
 from support.data import make_task
+from support.errors import refused
 
 from orchestrate.runs import dry_run
-from schemas.errors import InputError
+from schemas.errors import ErrorCode, InputError
 from schemas.experiment import Experiment
 from zscl.sequence.resolve import resolve
 
@@ -24,17 +25,17 @@ Make = Callable[..., Experiment]
 
 
 def no_cluster() -> dict[str, float]:
-    pytest.fail("connected to a cluster that nobody named")
+    pytest.fail("connected to a cluster that is not named")
 
 
 @pytest.fixture
 def checked(experiment: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, str]]:
-    """Check an experiment with changes; give the checks' lines by name."""
+    """A function that checks an experiment with changes; returns the outcomes by name."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
     def check(offline: bool = False, **changes: Any) -> dict[str, str]:
-        opened = resolve(experiment(**changes))
-        checklist = dry_run.check_run(opened, tmp_path / "runs/mine", offline, no_cluster)
+        resolved = resolve(experiment(**changes))
+        checklist = dry_run.check_run(resolved, tmp_path / "runs/mine", offline, no_cluster)
         assert len(checklist.lines) == len(checklist.checks)
         return {check.name: f"{check.status}: {check.detail}" for check in checklist.checks}
 
@@ -42,30 +43,30 @@ def checked(experiment: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.fixture
-def listening() -> Iterator[int]:
-    """A port at which something takes connections and says nothing."""
+def silent_port() -> Iterator[int]:
+    """A port that accepts connections and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield server.getsockname()[1]
 
 
-def test_everything_that_was_checked_is_listed(checked: Callable[..., dict[str, str]], tmp_path: Path) -> None:
-    found = checked()
-    assert list(found) == [
+def test_all_checks_are_listed(checked: Callable[..., dict[str, str]], tmp_path: Path) -> None:
+    outcomes = checked()
+    assert list(outcomes) == [
         "recipe, data and model", "shards against their manifest", "folder", "storage", "cluster", "tracking", "disk",
     ]  # fmt: skip
-    assert found["recipe, data and model"].startswith("ok: 3 stages, a model of ")
+    assert outcomes["recipe, data and model"].startswith("ok: 3 stages, a model of ")
     # Each task has three training shards and two of test images.
-    assert found["shards against their manifest"] == "ok: the sizes of 15 shards, the SHA-256 of 15"
-    assert found["folder"] == f"ok: {tmp_path}/runs/mine can be written"
-    assert found["storage"] == "skipped: no compute.storage"
-    assert found["cluster"].startswith("ok: this machine: ")
-    assert found["tracking"] == f"ok: sqlite:///{tmp_path}/runs/mlflow.db will be made"
-    assert found["disk"].startswith("ok: ")
-    assert list(tmp_path.glob("runs*")) == []  # nothing was made
+    assert outcomes["shards against their manifest"] == "ok: the sizes of 15 shards, the SHA-256 of 15"
+    assert outcomes["folder"] == f"ok: {tmp_path}/runs/mine can be written"
+    assert outcomes["storage"] == "skipped: no compute.storage"
+    assert outcomes["cluster"].startswith("ok: this machine: ")
+    assert outcomes["tracking"] == f"ok: sqlite:///{tmp_path}/runs/mlflow.db will be made"
+    assert outcomes["disk"].startswith("ok: ")
+    assert list(tmp_path.glob("runs*")) == []  # nothing was created
     assert checked(offline=True)["tracking"] == "skipped: --offline"
 
 
-def test_a_shard_that_is_not_as_its_manifest_says(
+def test_a_shard_that_differs_from_its_manifest(
     checked: Callable[..., dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = make_task(tmp_path / "task", seed=0)
@@ -89,43 +90,45 @@ def test_a_shard_that_is_not_as_its_manifest_says(
 
 
 @pytest.mark.parametrize(
-    ("in_the_way", "field"),
+    ("existing_file", "field"),
     [("runs", "--out"), ("runs/teacher", "--out"), ("cache", "compute.shard_cache")],
 )
 def test_a_folder_that_cannot_be_written(
-    checked: Callable[..., dict[str, str]], tmp_path: Path, in_the_way: str, field: str
+    checked: Callable[..., dict[str, str]], tmp_path: Path, existing_file: str, field: str
 ) -> None:
-    (tmp_path / in_the_way).parent.mkdir(exist_ok=True)
-    (tmp_path / in_the_way).write_text("")
+    (tmp_path / existing_file).parent.mkdir(exist_ok=True)
+    (tmp_path / existing_file).write_text("")
     line = checked(offline=True, compute={"device": "cpu", "shard_cache": str(tmp_path / "cache")})["folder"]
     assert line.startswith("failed: ")
     assert "cannot be written (" in line
     assert field in line
 
 
-def test_a_run_that_another_process_is_at_work_on(checked: Callable[..., dict[str, str]], tmp_path: Path) -> None:
+def test_a_run_that_another_process_has_locked(checked: Callable[..., dict[str, str]], tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
     with FileLock(tmp_path / "runs/.mine.lock"):
         assert "found another process at work on this run" in checked(offline=True)["folder"]
     assert checked(offline=True)["folder"].startswith("ok")
 
 
-def test_a_run_that_was_finished_needs_nothing(checked: Callable[..., dict[str, str]], tmp_path: Path) -> None:
+def test_a_finished_run_is_not_checked(checked: Callable[..., dict[str, str]], tmp_path: Path) -> None:
     (tmp_path / "runs/mine").mkdir(parents=True)
     (tmp_path / "runs/mine/result.json").write_text("{}")
     assert checked(tracking={"uri": "http://127.0.0.1:9"}) == {"run": "ok: finished before, nothing is left to do"}
 
 
-def test_a_disk_without_room(checked: Callable[..., dict[str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=2_000_000))
+def test_a_full_disk(checked: Callable[..., dict[str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2_000_000))
     assert "found 2 MB free on its disk, expected" in checked(offline=True)["disk"]
 
 
-def test_a_machine_that_is_too_small(checked: Callable[..., dict[str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_without_enough_resources(
+    checked: Callable[..., dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from orchestrate.cluster import connect as cluster
 
-    here = {"CPU": 2.0, "GPU": 0.0}
-    monkeypatch.setattr(cluster, "local_resources", lambda: here)
+    resources = {"CPU": 2.0, "GPU": 0.0}
+    monkeypatch.setattr(cluster, "local_resources", lambda: resources)
     assert checked(offline=True)["cluster"] == "ok: this machine: 2 CPUs, 0 GPUs"
     for compute, sentence in (
         ({"device": "gpu"}, "compute.workers: 1 worker would need 1 GPU, found 0"),
@@ -139,7 +142,7 @@ def test_a_store_that_cannot_record_the_run(
     checked: Callable[..., dict[str, str]],
     tmp_path: Path,
     empty_store: Path,
-    listening: int,
+    silent_port: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from mlflow.tracking import MlflowClient
@@ -160,7 +163,7 @@ def test_a_store_that_cannot_record_the_run(
         ({"uri": f"sqlite:///{tmp_path}/taken/mlflow.db"}, "taken/mlflow-artifacts: cannot be written (is no folder)"),
         ({"uri": uri, "experiment": "gone"}, "tracking.experiment: found 'gone' deleted"),
         ({"uri": "http://127.0.0.1:9"}, "tracking.uri: "),
-        ({"uri": f"http://127.0.0.1:{listening}"}, "did not answer within 2 s, expected one that does"),
+        ({"uri": f"http://127.0.0.1:{silent_port}"}, "did not answer within 2 s, expected one that does"),
         ({"uri": "nothing://at.all"}, "tracking.uri: "),
     ):
         line = checked(tracking=tracking)["tracking"]
@@ -169,7 +172,7 @@ def test_a_store_that_cannot_record_the_run(
 
 
 def test_storage_that_cannot_be_written(
-    checked: Callable[..., dict[str, str]], listening: int, monkeypatch: pytest.MonkeyPatch
+    checked: Callable[..., dict[str, str]], silent_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compute = {"device": "cpu", "storage": "gs://bucket/runs"}  # whose client is not installed
     assert (
@@ -177,11 +180,11 @@ def test_storage_that_cannot_be_written(
         in checked(offline=True, compute=compute)["storage"]
     )
     monkeypatch.setattr(dry_run, "TIMEOUT_SECONDS", 0.5)
-    compute["storage"] = f"http://127.0.0.1:{listening}/runs"
+    compute["storage"] = f"http://127.0.0.1:{silent_port}/runs"
     assert checked(offline=True, compute=compute)["storage"].startswith("failed: compute.storage: ")
 
 
-def test_all_failures_are_told_with_the_list_and_exit_code_2(
+def test_all_failures_are_reported_with_the_list_and_exit_code_2(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zscl: Zscl, recipe: Callable[..., dict[str, Any]]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -191,21 +194,21 @@ def test_all_failures_are_told_with_the_list_and_exit_code_2(
     YAML(typ="safe").dump(content, tmp_path / "recipe.yaml")
     YAML(typ="safe").dump({**content, "search": search}, tmp_path / "search.yaml")
     for command in (("run", "recipe.yaml"), ("search", "search.yaml")):
-        found = zscl(*command, "--dry-run", "--out", "runs/mine")
-        assert (found.code, found.out) == (2, "")
-        *checks, first, second = found.error.splitlines()
+        failed = zscl(*command, "--dry-run", "--out", "runs/mine")
+        assert (failed.code, failed.out) == (2, "")
+        *checks, first, second = failed.error.splitlines()
         assert [line.partition(": ")[2].partition(" ")[0] for line in checks] == [
             "ok", "ok", "failed", "skipped", "ok", "failed", "ok",
         ]  # fmt: skip
         assert first.startswith(f"error: {tmp_path}/file: cannot be written (is no folder)")
         assert second.startswith(f"tracking.uri: found {tmp_path}, which is not a writable file")
-        fine = zscl(*command, "--dry-run", "--out", "runs/mine", "--offline", "--set", "compute.shard_cache=null")
-        assert (fine.code, fine.error) == (0, "")
-        assert "  - 'tracking: skipped (--offline)'\n" in fine.out
+        passed = zscl(*command, "--dry-run", "--out", "runs/mine", "--offline", "--set", "compute.shard_cache=null")
+        assert (passed.code, passed.error) == (0, "")
+        assert "  - 'tracking: skipped (--offline)'\n" in passed.out
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_check_that_fails_keeps_the_others() -> None:
+def test_a_failed_check_does_not_stop_the_others() -> None:
     checklist = dry_run.Checklist()
 
     def fail() -> str:
@@ -214,7 +217,8 @@ def test_a_check_that_fails_keeps_the_others() -> None:
     checklist.add("one", fail)
     checklist.add("two", lambda: "")
     assert checklist.lines == ["one: failed (found this, expected that)", "two: ok"]
-    noted: list[str] = []
-    with pytest.raises(InputError, match=r"^found this, expected that$"):
-        checklist.raise_on_failure(noted.append)
-    assert noted == ["one: failed", "two: ok"]
+    notes: list[str] = []
+    with refused(ErrorCode.FAILED) as error:
+        checklist.raise_on_failure(notes.append)
+    assert str(error.value) == "found this, expected that"
+    assert notes == ["one: failed", "two: ok"]

@@ -1,4 +1,4 @@
-"""Progress in a log: where the run stands and how long it will take."""
+"""Progress in a log and in a terminal."""
 
 import io
 from collections.abc import Callable
@@ -17,17 +17,16 @@ def steps(stage: int, step: int) -> StepsTaken:
     return StepsTaken(stage=stage, task="second", steps=(last,), images_per_second=40.0)
 
 
-def test_a_log_tells_stage_step_time_left_and_losses(
+def test_a_log_has_stage_step_remaining_time_and_losses(
     experiment: Callable[..., Experiment], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [0.0]
     monkeypatch.setattr("orchestrate.runs.progress.time.monotonic", lambda: clock[0])
     stream = io.StringIO()
-    made = experiment()
     with ProgressBar(Console(file=stream, width=200), total=15) as bar:
-        display = RunDisplay(made, bar)
+        display = RunDisplay(experiment(), bar)
         display(RowMeasured(stage=1, accuracy={"first": 0.5, "second": 0.25}))
-        display(StageStarted(stage=2, task="second", steps=5))  # a resumed run: 5 steps lie behind it
+        display(StageStarted(stage=2, task="second", steps=5))  # a resumed run: 5 steps are done
         clock[0] = 30.0
         display(steps(2, 4))
     lines = stream.getvalue().splitlines()

@@ -1,4 +1,4 @@
-"""MLflow's own pages on a recorded run, in a real headless browser."""
+"""MLflow's web pages of a recorded run, in a headless browser."""
 
 import os
 import shutil
@@ -31,28 +31,28 @@ QUIET = (
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("pages")
 
 
 @pytest.fixture
-def recorded(place: Path, experiment: Callable[..., Experiment]) -> str:
+def recorded(folder: Path, experiment: Callable[..., Experiment]) -> str:
     """Two recorded runs; the ZSCL run's id."""
     for method in ("finetune", "zscl"):
-        made, folder = experiment(method=method), place / f"run-{method}"
-        shipper = JournalUploader(made, resolve(made).fingerprint, folder, print)
-        run_sequence(made, folder)
-        recipes.write_experiment(made, folder / "experiment.yaml")
-        assert shipper.end()
-    return shipper.run_id
+        variant, run = experiment(method=method), folder / f"run-{method}"
+        uploader = JournalUploader(variant, resolve(variant).fingerprint, run, print)
+        run_sequence(variant, run)
+        recipes.write_experiment(variant, run / "experiment.yaml")
+        assert uploader.end()
+    return uploader.run_id
 
 
 @pytest.fixture
-def server(place: Path, recorded: str) -> Iterator[str]:
+def server(folder: Path, recorded: str) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{place}/mlflow.db"]
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
     process = subprocess.Popen(
         [*command, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"],
         env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
@@ -86,8 +86,8 @@ def browse(url: str, profile: Path, *output: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, timeout=600, check=True).stdout
 
 
-def test_a_user_sees_tree_charts_and_pictures(server: str, recorded: str, place: Path) -> None:
-    [experiment] = MlflowClient(f"sqlite:///{place}/mlflow.db").search_experiments(filter_string="name = 'zscl'")
+def test_a_user_sees_tree_charts_and_pictures(server: str, recorded: str, folder: Path) -> None:
+    [experiment] = MlflowClient(f"sqlite:///{folder}/mlflow.db").search_experiments(filter_string="name = 'zscl'")
     pages = {
         "tree": (f"{server}/#/experiments/{experiment.experiment_id}/runs", ["run-zscl", "run-finetune"]),
         "charts": (
@@ -101,10 +101,10 @@ def test_a_user_sees_tree_charts_and_pictures(server: str, recorded: str, place:
         ),
     }
     for name, (url, words) in pages.items():
-        page = browse(url, place / "profile", "--dump-dom")
+        page = browse(url, folder / "profile", "--dump-dom")
         for word in words:
             assert word in page, (name, word)
-        browse(url, place / "profile", f"--screenshot={place / name}.png")
-        with Image.open(place / f"{name}.png") as picture:
+        browse(url, folder / "profile", f"--screenshot={folder / name}.png")
+        with Image.open(folder / f"{name}.png") as picture:
             assert picture.size == (1500, 1400)
             assert len(picture.convert("RGB").getcolors(2**24) or []) > 200, f"{name} is nearly blank"

@@ -1,4 +1,4 @@
-"""MLflow on PostgreSQL: a run, its stages and models arrive, twice sent and once there; comparisons find them."""
+"""MLflow on PostgreSQL: run, stages and models are recorded once, and comparisons find them."""
 
 import os
 import shutil
@@ -19,8 +19,8 @@ from orchestrate.tracking.uploader import sync_run
 from schemas.experiment import Experiment
 from zscl.sequence.run import run_sequence
 
-FOUND = sorted(Path("/usr/lib/postgresql").glob("*/bin"))  # where Debian has it, off the path
-INITDB = shutil.which("initdb", path=os.pathsep.join([os.environ.get("PATH", ""), *map(str, FOUND)]))
+PROGRAMS = sorted(Path("/usr/lib/postgresql").glob("*/bin"))  # on Debian, which is not on the PATH
+INITDB = shutil.which("initdb", path=os.pathsep.join([os.environ.get("PATH", ""), *map(str, PROGRAMS)]))
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(INITDB is None, reason="no PostgreSQL on this machine"),
@@ -29,38 +29,38 @@ pytestmark = [
 
 @pytest.fixture
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server of its own on the loopback interface. Its URI, password and all."""
+    """A new server on the loopback interface; its URI, with the password."""
     assert INITDB is not None
-    place, programs = Path("/tmp") / f"zscl-postgres-{os.getpid()}", Path(INITDB).parent
-    place.mkdir(mode=0o700)
+    folder, programs = Path("/tmp") / f"zscl-postgres-{os.getpid()}", Path(INITDB).parent
+    folder.mkdir(mode=0o700)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    user = {"user": "postgres"} if os.getuid() == 0 else {}  # it does not run as root
+    user = {"user": "postgres"} if os.getuid() == 0 else {}  # PostgreSQL refuses to run as root
     if user:
-        shutil.chown(place, "postgres")
-    secret = place / "password"
+        shutil.chown(folder, "postgres")
+    secret = folder / "password"
     secret.write_text("hunter2")
     secret.chmod(0o644)
-    command = [INITDB, "-D", place / "data", "-U", "zscl", "--auth=scram-sha-256", f"--pwfile={secret}"]
-    subprocess.run(command, check=True, capture_output=True, cwd=place, **user)  # type: ignore[call-overload]
-    serve = [programs / "postgres", "-D", place / "data", "-p", str(port), "-c", "listen_addresses=127.0.0.1"]
-    serve += ["-k", place, "-c", "fsync=off"]
-    process = subprocess.Popen(serve, cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **user)
+    command = [INITDB, "-D", folder / "data", "-U", "zscl", "--auth=scram-sha-256", f"--pwfile={secret}"]
+    subprocess.run(command, check=True, capture_output=True, cwd=folder, **user)  # type: ignore[call-overload]
+    serve = [programs / "postgres", "-D", folder / "data", "-p", str(port), "-c", "listen_addresses=127.0.0.1"]
+    serve += ["-k", folder, "-c", "fsync=off"]
+    process = subprocess.Popen(serve, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **user)
     try:
         for _ in range(6000):
-            with socket.socket() as there:
-                if there.connect_ex(("127.0.0.1", port)) == 0:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
                     break
             time.sleep(0.1)
         yield f"postgresql+psycopg://zscl:hunter2@127.0.0.1:{port}/postgres"
     finally:
-        process.send_signal(signal.SIGINT)  # without waiting for those who are connected
+        process.send_signal(signal.SIGINT)  # stops without waiting for its clients
         process.wait(600)
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def test_a_run_arrives_once(
+def test_a_run_is_recorded_once(
     server: str,
     experiment: Callable[..., Experiment],
     tmp_path: Path,
@@ -69,9 +69,9 @@ def test_a_run_arrives_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    made = experiment(tasks=tasks[:2], method="finetune", tracking={"uri": server})
-    run_sequence(made, tmp_path / "run", device=torch.device("cpu"))
-    recipes.write_experiment(made, tmp_path / "run/experiment.yaml")
+    variant = experiment(tasks=tasks[:2], method="finetune", tracking={"uri": server})
+    run_sequence(variant, tmp_path / "run", device=torch.device("cpu"))
+    recipes.write_experiment(variant, tmp_path / "run/experiment.yaml")
     assert "hunter2" not in (tmp_path / "run/experiment.yaml").read_text()
     for _ in range(2):
         synced = sync_run(tmp_path / "run", server, lambda *_: None)
@@ -85,7 +85,7 @@ def test_a_run_arrives_once(
     assert [point.step for point in history] == [0, 1, 2]
     assert len(client.get_metric_history(stages[0].info.run_id, "loss/classification")) == 5
     assert len(client.search_logged_models([experiment_id])) == 2
-    found = zscl("compare", parent.info.run_id, "--uri", server, "--out", tmp_path / "compared")
-    assert found.code == 0, found.error
-    assert "finetune" in found.out
-    assert "hunter2" not in found.out + found.error
+    compared = zscl("compare", parent.info.run_id, "--uri", server, "--out", tmp_path / "compared")
+    assert compared.code == 0, compared.error
+    assert "finetune" in compared.out
+    assert "hunter2" not in compared.out + compared.error

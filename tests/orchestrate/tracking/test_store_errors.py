@@ -1,4 +1,4 @@
-"""Why an MLflow store was not of use: each cause in a sentence of its own, with what to do."""
+"""Explanations of MLflow store errors: the cause, what to do, and the code."""
 
 import json
 import shutil
@@ -14,17 +14,17 @@ import pytest
 
 from orchestrate.tracking.mlflow_client import open_store
 from orchestrate.tracking.store_errors import FAILURES, MAX_REASON_LENGTH, artifact_error, store_error
-from schemas.errors import InputError
+from schemas.errors import ErrorCode, InputError
 
 
-def said(uri: str, experiment: str = "zscl") -> str:
-    """What is said of a store that cannot be opened."""
+def open_error(uri: str, experiment: str = "zscl") -> InputError:
+    """The explanation of a store that cannot be opened."""
     with pytest.raises((*FAILURES, InputError)) as error:
         open_store(uri, experiment)
-    return str(store_error(uri, error.value))  # type: ignore[arg-type]
+    return store_error(uri, error.value)  # type: ignore[arg-type]
 
 
-class _Answer(BaseHTTPRequestHandler):
+class _Handler(BaseHTTPRequestHandler):
     server: Any
 
     def do_GET(self) -> None:
@@ -43,8 +43,8 @@ class _Answer(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def answers() -> Iterator[Callable[[int, str], str]]:
-    """A server that gives one answer to everything."""
-    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), _Answer)
+    """A function that sets the status and body of all of a server's answers; returns its address."""
+    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
     threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
 
     def answer(code: int, body: str) -> str:
@@ -75,23 +75,30 @@ REBINDING = "Invalid Host header - possible DNS rebinding attack detected"
         (503, "", "that fails (503 Service Unavailable)"),
     ],
 )
-def test_an_answer_is_told_by_its_cause(
+def test_each_answer_of_a_server_is_explained(
     answers: Callable[[int, str], str], code: int, body: str, expected: str
 ) -> None:
-    sentence = said(answers(code, body))
-    assert expected in sentence
-    assert "no reachable" not in sentence
+    error = open_error(answers(code, body))
+    assert expected in str(error)
+    assert "no reachable" not in str(error)
+    is_rejected = code in (401, 403) or code >= 500
+    assert error.code == (ErrorCode.REJECTED if is_rejected else ErrorCode.UNREACHABLE)
+    assert error.field in ("tracking.uri", "tracking.experiment")
 
 
-def test_a_way_that_ends_before_the_server(answers: Callable[[int, str], str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_that_do_not_reach_the_server(
+    answers: Callable[[int, str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain = answers(200, "{}")
-    assert "expected http:// instead of https://" in said(plain.replace("http://", "https://"))
-    assert "(ConnectionRefusedError: [Errno 111] Connection refused)" in said("http://127.0.0.1:9")
-    assert "Name or service not known" in said("http://no-such-host.invalid:5000")
+    assert "expected http:// instead of https://" in str(open_error(plain.replace("http://", "https://")))
+    assert "(ConnectionRefusedError: [Errno 111] Connection refused)" in str(open_error("http://127.0.0.1:9"))
+    assert "Name or service not known" in str(open_error("http://no-such-host.invalid:5000"))
     monkeypatch.setenv("http_proxy", "http://me:secret@127.0.0.1:9")
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.delenv("NO_PROXY", raising=False)
-    sentence = said("http://mlflow.example:5000")
+    error = open_error("http://mlflow.example:5000")
+    assert (error.code, error.field) == (ErrorCode.UNREACHABLE, "tracking.uri")
+    sentence = str(error)
     assert "through the proxy http://me:***@127.0.0.1:9 (ConnectionRefusedError" in sentence
     assert "NO_PROXY=mlflow.example" in sentence
 
@@ -110,8 +117,12 @@ def test_a_way_that_ends_before_the_server(answers: Callable[[int, str], str], m
         ("mssql+pyodbc://127.0.0.1/x", "whose driver pyodbc is not installed, expected it: pip install 'pyodbc'"),
     ],
 )
-def test_a_uri_that_names_no_store(uri: str, expected: str) -> None:
-    assert expected in said(uri)
+def test_uris_of_no_store(uri: str, expected: str) -> None:
+    error = open_error(uri)
+    assert expected in str(error)
+    special = {"./mlruns": ErrorCode.UNSUPPORTED, "file:///tmp/mlruns": ErrorCode.UNSUPPORTED}
+    special["mssql+pyodbc://127.0.0.1/x"] = ErrorCode.MISSING_PACKAGE
+    assert (error.code, error.field) == (special.get(uri, ErrorCode.INVALID_VALUE), "tracking.uri")
 
 
 @pytest.mark.parametrize(
@@ -123,14 +134,16 @@ def test_a_database_of_another_version(empty_store: Path, tmp_path: Path, versio
     with closing(sqlite3.connect(file)) as database:
         database.execute("update alembic_version set version_num = ?", [version])
         database.commit()
-    sentence = said(f"sqlite:///{file}")
-    assert expected in sentence
-    assert ("mlflow db upgrade sqlite:///" in sentence) == (version == "bd07f7e963c5")
+    error = open_error(f"sqlite:///{file}")
+    assert error.code == ErrorCode.MISMATCH
+    assert expected in str(error)
+    assert ("mlflow db upgrade sqlite:///" in str(error)) == (version == "bd07f7e963c5")
 
 
 def test_an_experiment_name_that_is_too_long(empty_store: Path, tmp_path: Path) -> None:
     file = shutil.copy(empty_store, tmp_path / "mlflow.db")
-    assert said(f"sqlite:///{file}", "x" * 501).startswith("tracking.experiment: found a name that MLflow does not ta")
+    error = open_error(f"sqlite:///{file}", "x" * 501)
+    assert (error.code, error.field) == (ErrorCode.INVALID_VALUE, "tracking.experiment")
 
 
 @pytest.mark.parametrize(
@@ -143,15 +156,13 @@ def test_an_experiment_name_that_is_too_long(empty_store: Path, tmp_path: Path) 
         ("mlflow-artifacts:/x", "http://host", OSError("507"), "--artifacts-destination"),
     ],
 )
-def test_an_artefact_store_is_told_from_the_tracking_store(
-    location: str, uri: str, error: Exception, advice: str
-) -> None:
+def test_errors_of_the_artifact_store_are_explained(location: str, uri: str, error: Exception, advice: str) -> None:
     sentence = str(artifact_error(uri, location, error))
     assert f"its artefact store at {location} did not take the files ({type(error).__name__}: " in sentence
     assert advice in sentence
 
 
-def test_a_long_reason_cuts_off_no_advice() -> None:
+def test_a_long_reason_does_not_hide_the_advice() -> None:
     sentence = str(artifact_error("http://host", "s3://bucket/x", RuntimeError("x" * 10 * MAX_REASON_LENGTH)))
     assert sentence.endswith("in the environment of this process")
     assert len(sentence) < 2 * MAX_REASON_LENGTH

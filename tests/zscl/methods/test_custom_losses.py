@@ -2,6 +2,7 @@
 
 import csv
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from support.errors import refused
 from orchestrate.reports import html_page as page
 from schemas.errors import ErrorCode
 from schemas.experiment import Experiment
+from zscl.methods import interfaces
 from zscl.sequence.resolve import resolve
 from zscl.sequence.run import run_sequence
 
@@ -166,7 +168,7 @@ def test_losses_of_some_steps_have_a_column(module: Path, experiment: Make, tmp_
         ("1.0", ""),
     ]
     assert all(float(row["classification"]) > 0 and float(row["gradient_norm"]) > 0 for row in rows)
-    points = [(point["loss"], point["step"], point["value"]) for point in page._curve(file, "run", "method", 1)]
+    points = [(point["loss"], point["step"], point["value"]) for point in page._read_curve(file, "run", "method", 1)]
     assert [point for point in points if point[0] == "one"] == [("one", 2, 1.0), ("one", 3, 1.0), ("one", 4, 1.0)]
 
 
@@ -175,3 +177,11 @@ def test_a_name_without_a_module(experiment: Make) -> None:
         with_losses(experiment, "pull")
     with pytest.raises(ValidationError, match="found further_losses without task_loss"):
         with_losses(experiment, "losses_of_mine.pull", preset="zero-shot")
+
+
+def test_the_example_in_the_documentation_of_the_interfaces(module: Path, experiment: Make, tmp_path: Path) -> None:
+    lines = (interfaces.__doc__ or "").splitlines()
+    module.write_text(textwrap.dedent("\n".join(line for line in lines if line.startswith("    ") or not line)))
+    example = {"path": "losses_of_mine.FeatureDistance", "settings": {"weight": 0.5}}
+    result = run_sequence(with_losses(experiment, example, preset="zscl"), tmp_path / "run", device=CPU)
+    assert result.stages[0].losses["feature_distance_l2"] > 0

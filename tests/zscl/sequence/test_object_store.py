@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 from botocore.exceptions import EndpointConnectionError
+from support.errors import refused
 
-from schemas.errors import InputError
+from schemas.errors import ErrorCode
 from schemas.experiment import Experiment
 from zscl.runtime.atomic_io import quarantine
 from zscl.sequence import object_store as module
@@ -69,8 +70,8 @@ def test_what_is_unchanged_stays_where_it_is(
     one.push()
     other.pull()
     moved: list[str] = []
-    monkeypatch.setattr(RemoteSync, "_send", lambda self, name: moved.append(name))
-    monkeypatch.setattr(RemoteSync, "_fetch", lambda self, name, file: bool(moved.append(name)))
+    monkeypatch.setattr(RemoteSync, "_upload", lambda self, name: moved.append(name))
+    monkeypatch.setattr(RemoteSync, "_download", lambda self, name, file: bool(moved.append(name)))
     for mirror in (one, other, RemoteSync(one.url, one.folder)):  # the last: another process
         mirror.push()
         mirror.pull(exact=True)
@@ -98,9 +99,9 @@ def test_what_says_that_others_are_there_arrives_behind_them(
     for name in names:
         write(one.folder / name, name)
     order: list[str] = []
-    send, fetch = RemoteSync._send, RemoteSync._fetch
-    monkeypatch.setattr(RemoteSync, "_send", lambda self, name: order.append(name) or send(self, name))
-    monkeypatch.setattr(RemoteSync, "_fetch", lambda self, name, file: order.append(name) or fetch(self, name, file))
+    send, fetch = RemoteSync._upload, RemoteSync._download
+    monkeypatch.setattr(RemoteSync, "_upload", lambda self, name: order.append(name) or send(self, name))
+    monkeypatch.setattr(RemoteSync, "_download", lambda self, name, file: order.append(name) or fetch(self, name, file))
     one.push()
     other.pull()
     assert order == [*reversed(names), *reversed(names)] == [*names[::-1]] * 2
@@ -122,9 +123,10 @@ def test_it_is_pushed_beside_the_training(two: tuple[RemoteSync, RemoteSync], mo
 
 def test_storage_that_cannot_be_written_is_refused(tmp_path: Path, bucket: Any) -> None:
     RemoteSync("s3://bucket/runs/run", tmp_path).check()
-    with pytest.raises(InputError, match=r"compute\.storage: s3://no-such-bucket/run cannot be written"):
+    with refused(ErrorCode.NOT_WRITABLE, "compute.storage") as error:
         RemoteSync("s3://no-such-bucket/run", tmp_path).check()
-    with pytest.raises(InputError, match=r"compute\.storage: found nowhere://run, which cannot be opened"):
+    assert "s3://no-such-bucket/run" in str(error.value)
+    with refused(ErrorCode.INVALID_VALUE, "compute.storage"):
         RemoteSync("nowhere://run", tmp_path)
 
 

@@ -1,0 +1,80 @@
+"""Worker processes: advice on storage errors, and log records of loader processes."""
+
+import errno
+import logging
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import BaseModel
+
+from zscl.runtime.retry import retry_io
+
+
+@pytest.mark.parametrize(
+    ("number", "file", "sentence"),
+    [
+        (errno.ENOSPC, None, "runs/own: No space left on device; make room on its disk, and the same command resumes"),
+        (errno.EACCES, "runs/own/stages", "runs/own/stages: Permission denied; have the folder writable"),
+        (errno.EROFS, "runs/own/stages", "runs/own/stages: Read-only file system; have its disk writable"),
+        (errno.EIO, "runs/own/stages", ""),
+        (errno.EACCES, None, "runs/own: Permission denied; have the folder writable"),
+        (errno.ENOSPC, "/cache/0.tar", "/cache/0.tar: No space left on device; make room on its disk"),
+        # Of one machine: another can do the work.
+        *((number, name, "") for number in (errno.EACCES, errno.EPERM, errno.EROFS) for name in (
+            "/cache/0.tar", b"/cache/0.tar", "runs/other/stages", "runs/own-2/stages", "runs/own/../other",
+        )),
+    ],
+)  # fmt: skip
+def test_an_error_of_storage_that_lasts_comes_with_what_to_do(
+    number: int, file: str | bytes | None, sentence: str
+) -> None:
+    from orchestrate.cluster.train_workers import storage_error_advice
+
+    found = storage_error_advice(OSError(number, os.strerror(number), file), Path("runs/own"))
+    assert found.startswith(sentence)
+    assert bool(found) == bool(sentence)
+
+
+def test_a_file_of_the_run_folder_is_known_by_its_absolute_path_and_as_the_target_of_a_renaming() -> None:
+    from orchestrate.cluster.train_workers import storage_error_advice
+
+    for names in ((str(Path("runs/own/stages").absolute()), None, None), ("/cache/0.tar", None, "runs/own/stages")):
+        assert storage_error_advice(OSError(errno.EACCES, "Permission denied", *names), Path("runs/own"))
+
+
+def test_what_a_forked_loader_process_logs_goes_to_its_standard_error(capfd: pytest.CaptureFixture[str]) -> None:
+    """Ray's client never returns there."""
+    from orchestrate.cluster.train_workers import EventLogHandler
+
+    own, said = os.getpid(), list[str]()
+
+    def report(progress: BaseModel) -> None:
+        if os.getpid() != own:
+            os._exit(3)
+        said.append(str(progress))
+
+    def read(name: str) -> str:
+        failures = iter([OSError(errno.ESTALE, os.strerror(errno.ESTALE), name)])
+
+        def access() -> str:
+            for failure in failures:
+                raise failure
+            return name
+
+        return retry_io(access)
+
+    logger, handler = logging.getLogger("zscl"), EventLogHandler(report)
+    logger.addHandler(handler)
+    try:
+        loader = torch.utils.data.DataLoader(
+            ["in the loader"], num_workers=1, collate_fn=lambda names: read(names[0]), multiprocessing_context="fork"
+        )
+        assert list(loader) == ["in the loader"]
+        assert read("in the worker") == "in the worker"
+    finally:
+        logger.removeHandler(handler)
+    [note] = said
+    assert "Stale file handle: 'in the worker'; trying again" in note
+    assert "Stale file handle: 'in the loader'; trying again" in capfd.readouterr().err
