@@ -3,9 +3,9 @@
     python benchmarks/checkpoint.py                                # half a minute
     python benchmarks/checkpoint.py --model ViT-B-16 --device cuda --every 50
 
-Three variants of the same steps alternate for several rounds: no checkpoint; one every few steps, written in the background
-as in a run; the same, with training waiting. Ratios are medians over rounds of the time divided by that without
-checkpoints. Weights and inputs are random. Needs torch, open_clip, webdataset and pydantic.
+Three variants of the same steps alternate for several rounds: no checkpoint; one every few steps, written in the
+background as in a run; the same, with training waiting. Ratios are medians over rounds of the time divided by that
+without checkpoints. Weights and inputs are random. Needs torch, open_clip, webdataset and pydantic.
 """
 
 import argparse

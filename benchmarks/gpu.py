@@ -5,8 +5,8 @@
     python benchmarks/gpu.py --smoke                        # all sections on the CPU with a tiny model, in two minutes
     python benchmarks/gpu.py --table gpu.jsonl              # the results of an earlier run as Markdown tables
 
-Sections, most important first; each runs in its own process with a time limit, and an error in one section does not stop
-the next:
+Sections, most important first; each runs in its own process with a time limit, and an error in one section does not
+stop the next:
 
 - device: card, versions, and the measured peak of a matrix product in fp32, TF32 and bf16;
 - correctness: a two-stage ZSCL run on the GPU against the CPU, against itself, against a run that was killed and

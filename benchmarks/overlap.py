@@ -3,10 +3,10 @@
     python benchmarks/overlap.py
     python benchmarks/overlap.py --steps 10 --test-images 50 --rounds 1 --json
 
-`zscl run` trains the embedded model on six generated tasks with one worker, twice in a row on the same machine, which needs
-two free cores (or GPUs): `compute.evaluation` is `inline` in one run, `overlapped` in the other. As with MTIL, evaluating
-all tasks takes about as long as training one. Prints the ratio of the wall times from the first to the last entry of the
-journal, without the start of Ray, and checks that the matrices are equal.
+`zscl run` trains the embedded model on six generated tasks with one worker, twice in a row on the same machine, which
+needs two free cores (or GPUs): `compute.evaluation` is `inline` in one run, `overlapped` in the other. As with MTIL,
+evaluating all tasks takes about as long as training one. Prints the ratio of the wall times from the first to the
+last entry of the journal, without the start of Ray, and checks that the matrices are equal.
 """
 
 import argparse

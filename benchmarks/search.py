@@ -4,10 +4,10 @@
     python benchmarks/search.py
     python benchmarks/search.py --steps 20 --json
 
-First six runs of the embedded suite by `zscl run`, each without cached features, evaluated on the same held-out images;
-then `zscl search` over the same six on the same machine, trial by trial on Ray Tune. Its trials share the teacher's
-features, the first stage if they differ in the averaging interval only, the zero-shot row, and processes. The search also
-evaluates its chosen trial on the test images. Prints the ratio of the two wall times.
+First six runs of the embedded suite by `zscl run`, each without cached features, evaluated on the same held-out
+images; then `zscl search` over the same six on the same machine, trial by trial on Ray Tune. Its trials share the
+teacher's features, the first stage if they differ in the averaging interval only, the zero-shot row, and processes.
+The search also evaluates its chosen trial on the test images. Prints the ratio of the two wall times.
 """
 
 import argparse

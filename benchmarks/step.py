@@ -3,8 +3,8 @@
     python benchmarks/step.py                                      # about three CPU minutes per row, three rows
     python benchmarks/step.py --model ViT-B-16 --batch 64 --device cuda --precision bf16 --captions 13000
 
-Three implementations alternate on the same images, prompts and captions for several rounds. Every ratio is the median over
-rounds of the ratio within a round, so that a machine that slows down slows all three.
+Three implementations alternate on the same images, prompts and captions for several rounds. Every ratio is the median
+over rounds of the ratio within a round, so that a machine that slows down slows all three.
 
 - ours: `zscl.training.step.train_step` for zscl (distillation, consolidation, AdamW; averaging every step), with the
   teacher's features cached; and once more with the teacher's images encoded in every step;
@@ -67,7 +67,7 @@ class Inputs:
 
 
 def texts(count: int, template: int, shortest: int, longest: int, context: int) -> torch.Tensor:
-    """Random token ids: a start, a template that all share, `shortest` to `longest` more, an end. [count, context]"""
+    """Random token ids: a start, a template that all share, `shortest` to `longest` more, an end; returns [count, context]."""
     generator = torch.Generator().manual_seed(count)
     tokens = torch.zeros(count, context, dtype=torch.long)
     lengths = torch.randint(shortest, longest + 1, (count,), generator=generator)

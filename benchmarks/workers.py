@@ -4,11 +4,11 @@
     python benchmarks/workers.py                                # about twelve minutes
     python benchmarks/workers.py --model embedded --steps 60    # 4 million parameters: gradients matter more
 
-Every run trains the first task of the embedded suite with ZSCL at the same global batch, one core per worker, with the same
-memory settings and cached teacher features. The model is a random ViT of 112 px (that of benchmarks/step.py) unless another
-is given. Prints medians of ratios within a round: images per second through Ray Train over those of the plain process (one
-worker), half of two workers' over one's (the efficiency), and the seconds that a run through Ray takes in addition to
-training and evaluation.
+Every run trains the first task of the embedded suite with ZSCL at the same global batch, one core per worker, with
+the same memory settings and cached teacher features. The model is a random ViT of 112 px (that of benchmarks/step.py)
+unless another is given. Prints medians of ratios within a round: images per second through Ray Train over those of
+the plain process (one worker), half of two workers' over one's (the efficiency), and the seconds that a run through
+Ray takes in addition to training and evaluation.
 """
 
 import argparse

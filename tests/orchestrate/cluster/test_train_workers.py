@@ -21,39 +21,37 @@ from zscl.runtime.retry import retry_io
         (errno.EIO, "runs/own/stages", ""),
         (errno.EACCES, None, "runs/own: Permission denied; have the folder writable"),
         (errno.ENOSPC, "/cache/0.tar", "/cache/0.tar: No space left on device; make room on its disk"),
-        # Of one machine: another can do the work.
+        # Errors of one machine: another machine can do the work.
         *((number, name, "") for number in (errno.EACCES, errno.EPERM, errno.EROFS) for name in (
             "/cache/0.tar", b"/cache/0.tar", "runs/other/stages", "runs/own-2/stages", "runs/own/../other",
         )),
     ],
 )  # fmt: skip
-def test_an_error_of_storage_that_lasts_comes_with_what_to_do(
-    number: int, file: str | bytes | None, sentence: str
-) -> None:
+def test_persistent_storage_errors_come_with_advice(number: int, file: str | bytes | None, sentence: str) -> None:
     from orchestrate.cluster.train_workers import storage_error_advice
 
-    found = storage_error_advice(OSError(number, os.strerror(number), file), Path("runs/own"))
-    assert found.startswith(sentence)
-    assert bool(found) == bool(sentence)
+    advice = storage_error_advice(OSError(number, os.strerror(number), file), Path("runs/own"))
+    assert advice.startswith(sentence)
+    assert bool(advice) == bool(sentence)
 
 
-def test_a_file_of_the_run_folder_is_known_by_its_absolute_path_and_as_the_target_of_a_renaming() -> None:
+def test_files_of_the_run_folder_are_recognized_by_absolute_path_and_as_rename_targets() -> None:
     from orchestrate.cluster.train_workers import storage_error_advice
 
     for names in ((str(Path("runs/own/stages").absolute()), None, None), ("/cache/0.tar", None, "runs/own/stages")):
         assert storage_error_advice(OSError(errno.EACCES, "Permission denied", *names), Path("runs/own"))
 
 
-def test_what_a_forked_loader_process_logs_goes_to_its_standard_error(capfd: pytest.CaptureFixture[str]) -> None:
-    """Ray's client never returns there."""
+def test_log_records_of_a_forked_loader_process_go_to_standard_error(capfd: pytest.CaptureFixture[str]) -> None:
+    """In a forked process, Ray's client would block forever."""
     from orchestrate.cluster.train_workers import EventLogHandler
 
-    own, said = os.getpid(), list[str]()
+    process, messages = os.getpid(), list[str]()
 
-    def report(progress: BaseModel) -> None:
-        if os.getpid() != own:
+    def report(event: BaseModel) -> None:
+        if os.getpid() != process:
             os._exit(3)
-        said.append(str(progress))
+        messages.append(str(event))
 
     def read(name: str) -> str:
         failures = iter([OSError(errno.ESTALE, os.strerror(errno.ESTALE), name)])
@@ -75,6 +73,6 @@ def test_what_a_forked_loader_process_logs_goes_to_its_standard_error(capfd: pyt
         assert read("in the worker") == "in the worker"
     finally:
         logger.removeHandler(handler)
-    [note] = said
+    [note] = messages
     assert "Stale file handle: 'in the worker'; trying again" in note
     assert "Stale file handle: 'in the loader'; trying again" in capfd.readouterr().err

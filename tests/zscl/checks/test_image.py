@@ -15,6 +15,6 @@ from zscl.data.sample import Fault
 def test_a_truncated_image_is_not_accepted(kind: str, cut: float) -> None:
     stream = io.BytesIO()
     Image.open(io.BytesIO(jpeg())).save(stream, kind)
-    whole = stream.getvalue()
-    assert isinstance(inspect_image(whole), ImageFacts)
-    assert isinstance(inspect_image(whole[: int(len(whole) * cut)]), Fault)
+    complete = stream.getvalue()
+    assert isinstance(inspect_image(complete), ImageFacts)
+    assert isinstance(inspect_image(complete[: int(len(complete) * cut)]), Fault)

@@ -249,9 +249,9 @@ def test_unusable_file_names_are_reported_as_in_training(task: Path) -> None:
     rewrite(task, "train", content, shard_images=50)
     image = content[0]["png"]
     with tarfile.open(task / "train/0.tar") as tar:
-        whole = [(info.name, tar.extractfile(info).read()) for info in tar]  # type: ignore[union-attr]
+        members = [(info.name, tar.extractfile(info).read()) for info in tar]  # type: ignore[union-attr]
     odd = [("a.bmp", image), ("a.cls", b"0"), ("b.png", image), ("b.jpg", image), ("c.npy", b"x"), ("v1.d.cls", b"0")]
-    write_tar(task / "train/0.tar", [*whole, *odd])
+    write_tar(task / "train/0.tar", [*members, *odd])
     report = inspect(task)
     assert [(sample.key, sample.reason) for sample in report.unreadable.first] == [
         ("a", "unsupported image format"), ("b", "several members of a kind"), ("c", "no image member"),

@@ -175,25 +175,50 @@ def tar() -> bytes:
         ("mac.txt", b"a cat\ra dog\r", ErrorCode.UNREADABLE, "carriage return"),
         ("numbers.txt", b"1\n2\n3\n", ErrorCode.UNSUPPORTED, "found numbers in its lines"),
         ("ids.tsv", b"n01440764\t12\nn01443537\t13\n", ErrorCode.MISSING_VALUE, "found 0 columns"),
-        ("two.tsv", b"a title\ta caption here\nmore of it\tand of it\n", ErrorCode.MISSING_VALUE, "(1: 'a title'; 2: 'a cap"),
+        (
+            "two.tsv",
+            b"a title\ta caption here\nmore of it\tand of it\n",
+            ErrorCode.MISSING_VALUE,
+            "(1: 'a title'; 2: 'a cap",
+        ),
         ("named.tsv", b"title\tcaption\tn\na b\tc d\t1\n", ErrorCode.UNKNOWN_NAME, "found 2 columns"),
         ("lists.csv", b'url,raw\nhttp://a,"[""a cat"", ""a mat""]"\n', ErrorCode.UNSUPPORTED, "found JSON in column 2"),
-        ("urls.csv", b"image,caption\n1.jpg,http://a/1\n2.jpg,http://a/2\n", ErrorCode.UNSUPPORTED, "found URLs in column 2 of 2"),
-        ("commas.csv", b"image,caption\n1.jpg,a cat, on a mat\n", ErrorCode.UNREADABLE, "found 3 columns on line 2, expected 2"),
+        (
+            "urls.csv",
+            b"image,caption\n1.jpg,http://a/1\n2.jpg,http://a/2\n",
+            ErrorCode.UNSUPPORTED,
+            "found URLs in column 2 of 2",
+        ),
+        (
+            "commas.csv",
+            b"image,caption\n1.jpg,a cat, on a mat\n",
+            ErrorCode.UNREADABLE,
+            "found 3 columns on line 2, expected 2",
+        ),
         ("open.csv", b'image,caption\n1.jpg,"a cat\n2.jpg,a dog\n', ErrorCode.UNREADABLE, "row on line 3"),
-        ("short.csv", b"image,caption\n1.jpg,a cat\n2.jpg\n", ErrorCode.UNREADABLE, "found 1 columns on line 3, expected 2"),
+        (
+            "short.csv",
+            b"image,caption\n1.jpg,a cat\n2.jpg\n",
+            ErrorCode.UNREADABLE,
+            "found 1 columns on line 3, expected 2",
+        ),
         ("bad.jsonl", b'{"caption": "a cat"}\n{"caption": \n', ErrorCode.UNREADABLE, "JSON object on line 2"),
         ("bad.json", b'{"caption": "a cat"', ErrorCode.UNREADABLE, "readable JSON"),
         ("keys.json", b'[{"name": "a cat"}]', ErrorCode.UNKNOWN_NAME, "'name'"),
         ("numbers.json", b'[{"caption": 3}]', ErrorCode.INVALID_VALUE, "found 3 as a caption"),
-        ("lists.json", b'{"a": [{"caption": "x y"}], "b": [{"caption": "x y"}]}', ErrorCode.MISSING_VALUE, "found 2 lists"),
+        (
+            "lists.json",
+            b'{"a": [{"caption": "x y"}], "b": [{"caption": "x y"}]}',
+            ErrorCode.MISSING_VALUE,
+            "found 2 lists",
+        ),
         ("nul.txt", b"a cat\na d\0g\n", ErrorCode.UNREADABLE, "NUL byte on line 2"),
         ("utf16.txt", "a cat".encode("utf-16"), ErrorCode.UNSUPPORTED, "UTF-16"),
         ("part.parquet", b"PAR1....", ErrorCode.UNSUPPORTED, "Parquet"),
         ("captions.zip", b"PK\x03\x04....", ErrorCode.UNSUPPORTED, "zip"),
         ("0.tar", tar(), ErrorCode.UNSUPPORTED, "found a tar"),
     ],
-)  # fmt: skip
+)
 def test_doubtful_captions_are_refused(
     name: str, content: bytes, code: ErrorCode, fragment: str, tmp_path: Path
 ) -> None:

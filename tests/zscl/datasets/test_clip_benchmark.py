@@ -56,7 +56,7 @@ def test_a_copy_gets_the_published_texts(tmp_path: Path, hub: dict[str, Callable
     manifest = json.loads((tmp_path / "Flowers/zscl.json").read_text())
     assert (manifest["split_family"], manifest["source"]) == ("clip-benchmark-wds", "clip-benchmark/wds_vtab-flowers")
     assert [shard["samples"] for shard in manifest["splits"]["test"]] == [4, 4, 2]
-    assert [place.name for place in tmp_path.iterdir() if not place.name.startswith(".")] == ["Flowers"]
+    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == ["Flowers"]
     hub.clear()
     assert fetch("Flowers", tmp_path).kept
 

@@ -14,9 +14,9 @@ from zscl.datasets.image_folder import prepare_folder
 
 def sorted_by_class(folder: Path, count: int, suffixes: tuple[str, ...] = ("png", "JPEG")) -> None:
     for number, (image, label) in enumerate(coloured_images(count, seed=1)):
-        place = folder / ["rusty_red", "green-ish", "blue", "yellow"][label]
-        place.mkdir(parents=True, exist_ok=True)
-        (place / f"{number:03d}.{suffixes[number % len(suffixes)]}").write_bytes(image)
+        class_folder = folder / ["rusty_red", "green-ish", "blue", "yellow"][label]
+        class_folder.mkdir(parents=True, exist_ok=True)
+        (class_folder / f"{number:03d}.{suffixes[number % len(suffixes)]}").write_bytes(image)
 
 
 def test_a_folder_with_splits(tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_a_folder_whose_name_makes_no_class_name_is_refused(tmp_path: Path, name
 def test_a_template_is_one_line_with_a_class_name(tmp_path: Path) -> None:
     sorted_by_class(tmp_path / "photos", 8)
     with refused(ErrorCode.INVALID_VALUE, "--template") as error:
-        prepare_folder(tmp_path / "photos", tmp_path / "task", ["a {c}\nwithout a place"])
+        prepare_folder(tmp_path / "photos", tmp_path / "task", ["a {c}\nwithout the class"])
     assert "expected one line" in str(error.value)
     with refused(ErrorCode.INVALID_VALUE, "--template") as error:
         prepare_folder(tmp_path / "photos", tmp_path / "task", ["a photo"])

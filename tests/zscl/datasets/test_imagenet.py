@@ -72,8 +72,8 @@ def test_inconsistent_tinyimagenet_is_refused(tiny: Path, tmp_path: Path) -> Non
 
 def imagenet(root: Path, classes: int) -> Path:
     for number in range(classes):
-        for place in ("train", "val"):
-            put(root / place / f"n{number:08d}" / f"{place}.JPEG", jpeg(number % 7))
+        for split in ("train", "val"):
+            put(root / split / f"n{number:08d}" / f"{split}.JPEG", jpeg(number % 7))
     return root
 
 

@@ -126,10 +126,10 @@ def test_templates_are_those_of_clip_benchmark() -> None:
 
 def test_the_same_copy_has_the_same_split_anywhere(tmp_path: Path) -> None:
     manifests = []
-    for place in ("a", "b"):
-        TREES["SUN397"](tmp_path / place)
-        prepare("SUN397", tmp_path / place / "out", tmp_path / place)
-        manifests.append(json.loads((tmp_path / place / "out/SUN397/zscl.json").read_text()))
+    for name in ("a", "b"):
+        TREES["SUN397"](tmp_path / name)
+        prepare("SUN397", tmp_path / name / "out", tmp_path / name)
+        manifests.append(json.loads((tmp_path / name / "out/SUN397/zscl.json").read_text()))
     assert manifests[0]["file_lists"] == manifests[1]["file_lists"]
     assert manifests[0]["file_lists"]["train"] != manifests[0]["file_lists"]["test"]
 
@@ -195,7 +195,7 @@ def test_a_download_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert not list((tmp_path / "out").rglob("*.jpg"))
     broken = False
     assert prepare("DTD", tmp_path / "out", None).images == {"train": 3, "test": 3}
-    assert [place.name for place in (tmp_path / "out").iterdir()] == ["DTD"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["DTD"]
 
 
 def test_cars_cannot_be_downloaded(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ def test_writes_the_layout_that_clip_benchmark_reads(tmp_path: Path) -> None:
 
 
 def test_same_samples_same_bytes(tmp_path: Path) -> None:
-    digests = {open_task(make_task(tmp_path / place / "same", seed=0)).digest for place in ("a", "b")}
+    digests = {open_task(make_task(tmp_path / parent / "same", seed=0)).digest for parent in ("a", "b")}
     assert len(digests) == 1
     assert open_task(make_task(tmp_path / "c" / "same", seed=1)).digest not in digests
 
