@@ -67,7 +67,7 @@ class Inputs:
 
 
 def texts(count: int, template: int, shortest: int, longest: int, context: int) -> torch.Tensor:
-    """Random token ids: a start, a template that all share, `shortest` to `longest` more, an end; returns [count, context]."""
+    """Random token ids [count, context]: a start, a shared template, `shortest` to `longest` more, an end."""
     generator = torch.Generator().manual_seed(count)
     tokens = torch.zeros(count, context, dtype=torch.long)
     lengths = torch.randint(shortest, longest + 1, (count,), generator=generator)

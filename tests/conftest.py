@@ -53,7 +53,8 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.fixture
 def shards(tmp_path: Path) -> list[str]:
     """Three shards of 4, 4 and 2 samples."""
-    write_shards(tmp_path, ({"png": image, "cls": str(n).encode()} for n, (image, _) in enumerate(coloured_images(10, 0))), 4)
+    images = enumerate(image for image, _ in coloured_images(10, 0))
+    write_shards(tmp_path, ({"png": image, "cls": str(n).encode()} for n, image in images), 4)
     return [str(tmp_path / f"{index}.tar") for index in range(3)]
 
 
@@ -62,7 +63,8 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder of two shards with 14 images and captions."""
     folder = tmp_path_factory.mktemp("reference")
     words = list(COLOURS)
-    samples = ({"png": image, "txt": f"a thing of {words[label]}".encode()} for image, label in coloured_images(14, seed=9))
+    images = coloured_images(14, seed=9)
+    samples = ({"png": image, "txt": f"a thing of {words[label]}".encode()} for image, label in images)
     write_shards(folder, samples, shard_images=8)
     return str(folder)
 

@@ -16,10 +16,10 @@ from orchestrate.reports.tables import (
     METRICS,
     Row,
     build_published_rows,
-    render_latex,
-    render_markdown,
     build_run_rows,
     build_terminal_tables,
+    render_latex,
+    render_markdown,
 )
 from orchestrate.tracking.attachments import attach_files
 from schemas.errors import ErrorCode, InputError, did_you_mean

@@ -311,7 +311,7 @@ def _metrics(models: Sequence[ModelEvaluation], target: EvaluationTarget, protoc
 # --------------------------------------------------------------------------------------------- tables and charts
 
 
-def evaluation_tables(report: EvaluationReport) -> Group:
+def build_evaluation_tables(report: EvaluationReport) -> Group:
     """Format an evaluation, one table per protocol.
 
     Args:

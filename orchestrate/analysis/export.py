@@ -8,12 +8,12 @@ from huggingface_hub import ModelCard, ModelCardData
 from orchestrate.recipes.recipe import load_experiment
 from orchestrate.reports.charts import draw_accuracies, draw_matrix
 from orchestrate.reports.results import (
+    build_matrix_columns,
     format_cell,
+    format_markdown_table,
+    format_method_changes,
     format_percent,
     load_result,
-    format_markdown_table,
-    build_matrix_columns,
-    format_method_changes,
 )
 from schemas.errors import ErrorCode, InputError
 from schemas.experiment import Experiment

@@ -308,7 +308,7 @@ def describe_average(average: ReplayedAverage) -> str:
     return f"{average.kind} every {average.every}{decay}"
 
 
-def averages_table(averages: ReplayedAverages) -> Table:
+def build_averages_table(averages: ReplayedAverages) -> Table:
     """Format the accuracies as a table with one row per setting. The run's own setting is marked.
 
     Args:

@@ -8,13 +8,13 @@ import typer
 
 from orchestrate.cli.options import (
     AsJson,
+    combine_results,
     compare_and_print,
     print_note,
     print_result,
     progress_console,
-    single_or_list,
 )
-from orchestrate.cli.terminal import stdout_console
+from orchestrate.cli.terminal import create_stdout_console
 
 
 def sync(
@@ -22,7 +22,7 @@ def sync(
     uri: Annotated[str | None, typer.Option(help="MLflow tracking URI. Default: that of the run's recipe.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Send runs to MLflow that were made offline, or while MLflow was unavailable. Only what is missing is sent.
+    """Send runs and searches to MLflow. Only what MLflow does not have yet is sent.
 
     Example: zscl sync runs/demo/finetune runs/demo/zscl
     """
@@ -43,7 +43,7 @@ def sync(
                 report = sync_run(run, uri, partial(bar.update, f"sending {run.name}"))
         contents.append(report.model_dump())
         lines.append(f"{run}: {report.entries} entries sent to {report.tracking_uri}, {report.status}")
-    print_result(single_or_list(contents, "runs"), as_json, lines)
+    print_result(combine_results(contents, "runs"), as_json, lines)
 
 
 def compare(
@@ -68,7 +68,7 @@ def compare(
     offline: Annotated[bool, typer.Option("--offline", help="Do not attach the HTML page to the MLflow runs.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Compare how much runs forget, by method, over seeds and task orders: tables, LaTeX and an HTML page.
+    """Compare how much runs forget: tables, LaTeX and an HTML page. Seeds and task orders of a method are grouped.
 
     Example: zscl compare runs/demo/finetune runs/demo/zscl
     """
@@ -120,13 +120,13 @@ def evaluate(
     offline: Annotated[bool, typer.Option("--offline", help="Do not record the evaluation in MLflow.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Evaluate models on tasks, among each task's classes and among all classes: accuracy, confusions, calibration.
+    """Evaluate models on tasks: accuracy, confusions, calibration. Candidates are a task's classes, or those of all.
 
     Example: zscl evaluate runs/demo/zscl --stage all
     """
     from orchestrate.analysis.evaluate import (
+        build_evaluation_tables,
         evaluate_models,
-        evaluation_tables,
         parse_options,
         record_evaluation,
         resolve_target,
@@ -141,7 +141,7 @@ def evaluate(
     evaluation = evaluate_models(target, options, progress_console)
     files = write_evaluation(evaluation, folder)
     if not as_json:
-        stdout_console().print(evaluation_tables(evaluation))
+        create_stdout_console().print(build_evaluation_tables(evaluation))
     if target.run is not None and not offline:
         record_evaluation(evaluation, target, options, list(files.values()), print_note)
     lines = [f"{kind:11} {file}" for kind, file in files.items()]
@@ -161,13 +161,13 @@ def average(
     out: Annotated[Path | None, typer.Option(help="Output folder. Default: averages/<k>-<task>/ in the run.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Evaluate other averages and interpolations of a stage's weights, without training.
+    """Evaluate other weight averages of a stage, without training.
 
     Example: zscl average runs/own-snapshots --every 5,10 --kind mean,exponential,none --share 0,0.3
     """
     from orchestrate.analysis.replay_averages import (
         ReplayedStage,
-        averages_table,
+        build_averages_table,
         parse_grid,
         replay_grid,
         write_averages,
@@ -181,6 +181,6 @@ def average(
     averages = replay_grid(replayed, grid, progress_console)
     files = write_averages(averages, (out or run / f"averages/{averages.stage}-{averages.task}").absolute())
     if not as_json:
-        stdout_console().print(averages_table(averages))
+        create_stdout_console().print(build_averages_table(averages))
     lines = [f"{kind:4} {file}" for kind, file in files.items()]
     print_result({"averages": averages.model_dump(mode="json"), "files": files}, as_json, lines)

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from orchestrate.cli.options import AsJson, exit_with, print_result, progress_console
-from orchestrate.cli.terminal import stdout_console
+from orchestrate.cli.terminal import create_stdout_console
 
 
 def prepare(
@@ -113,6 +113,6 @@ def check(
         check_writable(picture.absolute().parent, "choose another file with --picture")
     report = check_task(folder, picture, per_class, progress_console)
     if not as_json:
-        print_report(report, stdout_console())
+        print_report(report, create_stdout_console())
     print_result(report.model_dump(mode="json"), as_json, [f"picture {picture}"] if picture else [])
     exit_with(1 if report.problems else 0)

@@ -14,7 +14,7 @@ def export(
     stage: Annotated[int | None, typer.Option(help="Stage whose model to export, from 1. Default: the last.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Export a stage's model for the Hugging Face hub: an open_clip folder with a model card.
+    """Export a stage's model for the Hugging Face hub. The folder has open_clip's layout and a model card.
 
     Example: zscl export runs/demo/zscl --stage 6 --out runs/demo-zscl-model
     """
@@ -33,7 +33,7 @@ def pretrain(
     overrides: Overrides = [],  # noqa: B006
     as_json: AsJson = False,
 ) -> None:
-    """Pre-train a small CLIP from scratch, contrastively, and write it as an open_clip folder.
+    """Pre-train a small CLIP from scratch. The model is written as an open_clip folder.
 
     Example: zscl pretrain experiments/pretrain-embedded.yaml --out runs/embedded-model
     """

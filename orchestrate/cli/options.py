@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from orchestrate.cli.terminal import stderr_console, stdout_console
+from orchestrate.cli.terminal import create_stderr_console, create_stdout_console
 from schemas.errors import InputError
 
-progress_console = stderr_console()
+progress_console = create_stderr_console()
 
 
 Recipe = Annotated[Path, typer.Argument(help="Recipe (YAML).")]
@@ -54,7 +54,7 @@ def print_note(text: str) -> None:
     progress_console.print(text)
 
 
-def single_or_list(contents: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
+def combine_results(contents: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
     """Combine the JSON results of several runs: a single one as it is, several as a list under `name`."""
     return contents[0] if len(contents) == 1 else {name: list(contents)}
 
@@ -83,5 +83,5 @@ def compare_and_print(
     from orchestrate.analysis.compare import compare_runs
 
     return compare_runs(
-        runs, folder, None if as_json else stdout_console(), published, baseline, None if offline else print_note
+        runs, folder, None if as_json else create_stdout_console(), published, baseline, None if offline else print_note
     )

@@ -14,12 +14,12 @@ from orchestrate.cli.options import (
     Overrides,
     Recipe,
     Variant,
+    combine_results,
     compare_and_print,
     exit_with,
     print_note,
     print_result,
     progress_console,
-    single_or_list,
 )
 from orchestrate.cli.search import run_and_report
 from schemas.errors import ErrorCode, InputError, shell_command
@@ -82,7 +82,7 @@ def run(
         content, run_lines = summarize_run(resolved.experiment, folder, result, offline)
         contents.append(content)
         lines += run_lines
-    content = single_or_list(contents, "variants")
+    content = combine_results(contents, "variants")
     if dry_run:
         lines = [dump_yaml(content)]
     elif len(contents) > 1:
@@ -173,7 +173,7 @@ def embed(
     variant: Variant = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compute the teacher's features of the reference set, on all workers. Runs in the same parent folder share them.
+    """Compute the teacher's features of the reference set. Runs in the same parent folder share them.
 
     Example: zscl embed experiments/embedded.yaml --set compute.workers=2
     """
@@ -187,7 +187,7 @@ def embed(
         lines.append(
             f"{report.images} images, {report.texts} texts; {report.megabytes:.1f} MB of features in {report.folder}"
         )
-    print_result(single_or_list(contents, "variants"), as_json, lines)
+    print_result(combine_results(contents, "variants"), as_json, lines)
 
 
 def submit(
@@ -240,7 +240,7 @@ def demo(
     offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:
-    """Compare forgetting of fine-tuning and ZSCL on a small suite, offline, in a few minutes.
+    """Compare fine-tuning and ZSCL on a small suite, offline. It takes a few minutes.
 
     Example: zscl demo --out runs/demo
     """

@@ -14,7 +14,7 @@ from orchestrate.cli.options import (
     print_result,
     progress_console,
 )
-from orchestrate.cli.terminal import stdout_console
+from orchestrate.cli.terminal import create_stdout_console
 from schemas.errors import shell_command
 from schemas.redaction import mask
 
@@ -36,7 +36,7 @@ def search(
     offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:
-    """Search hyperparameters by accuracy on held-out training images; test images are used once, at the end.
+    """Search hyperparameters on held-out training images. Test images are used once, at the end.
 
     Example: zscl search experiments/search-embedded.yaml --set search.trials=4 --set optimisation.steps=30
     """
@@ -74,9 +74,9 @@ def run_and_report(prepared: "PreparedSearch", folder: Path, offline: bool, as_j
 
     result = run_search(prepared, folder, progress_console, offline)
     if not as_json:
-        from orchestrate.search.report import terminal_tables
+        from orchestrate.search.report import build_terminal_tables
 
-        stdout_console().print(terminal_tables(result))
+        create_stdout_console().print(build_terminal_tables(result))
     uri = None if offline else tracking_uri(prepared.base.experiment, folder)
     lines = [
         f"search  {folder}",

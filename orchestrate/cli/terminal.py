@@ -74,12 +74,12 @@ def check_names_are_utf8() -> None:
             ) from error
 
 
-def stderr_console() -> Console:
+def create_stderr_console() -> Console:
     """Create the console for progress and notes. Names are shown as they are: no markup, no emoji codes."""
     return Console(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
-def stdout_console() -> Console:
+def create_stdout_console() -> Console:
     """Create the console for tables, wide enough that no column is cut."""
     console = Console(markup=False, emoji=False, highlight=False)
     console.width = max(console.width, MIN_TERMINAL_WIDTH) if console.is_terminal else FILE_WIDTH

@@ -127,8 +127,8 @@ def _describe_differences(experiment: Experiment, folder: Path) -> str:
         return ""
     differences = diff_recipes(to_recipe(recorded), to_recipe(experiment))
     sentences = [
-        f"{path} {there} there, {here} here"
-        for path, (there, here) in differences.items()
+        f"{path} {old} there, {new} here"
+        for path, (old, new) in differences.items()
         if not path.startswith(IGNORED_FIELDS)
     ]
     if not sentences:

@@ -97,7 +97,7 @@ class ProgressBar:
             self.log(f"{description}: {done} of {total}")
 
     def log(self, text: str) -> None:
-        """Print a line if there is no terminal, where the bar shows it."""
+        """Print a line, unless a terminal shows the bar."""
         self._last_logged = time.monotonic()
         if not self.console.is_interactive:
             self.print(text)

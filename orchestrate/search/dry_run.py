@@ -4,7 +4,7 @@ from pathlib import Path
 
 from orchestrate.lifecycle.paths import SEARCH_RESULT
 from orchestrate.runs.dry_run import Checklist, ConnectCluster, add_common_checks, check_disk_space
-from orchestrate.search.preflight import PreparedSearch, total_model_megabytes
+from orchestrate.search.preflight import PreparedSearch, estimate_total_model_megabytes
 
 
 def check_search(prepared: PreparedSearch, folder: Path, offline: bool, connect: ConnectCluster) -> Checklist:
@@ -26,5 +26,5 @@ def check_search(prepared: PreparedSearch, folder: Path, offline: bool, connect:
     size = f"{prepared.trial_count} trials of {prepared.stage_count} stages"
     checklist.add("recipe, data and model", lambda: size)
     add_common_checks(checklist, prepared.base, folder, offline, connect)
-    checklist.add("disk", lambda: check_disk_space(folder, total_model_megabytes(prepared)))
+    checklist.add("disk", lambda: check_disk_space(folder, estimate_total_model_megabytes(prepared)))
     return checklist

@@ -195,7 +195,7 @@ def search_folder(prepared: PreparedSearch, out: Path | None) -> Path:
     return Path.cwd() / "runs" / f"{recipe_name(prepared.file)}-{prepared.fingerprint[:8]}"
 
 
-def total_model_megabytes(prepared: PreparedSearch) -> float:
+def estimate_total_model_megabytes(prepared: PreparedSearch) -> float:
     """Estimate the disk space of all trials' models, in megabytes."""
     return prepared.trial_count * prepared.stage_count * preflight.model_megabytes(prepared.base)
 
@@ -223,5 +223,5 @@ def plan_search(prepared: PreparedSearch, folder: Path) -> dict[str, object]:
         "images_through_student": trials * preflight.count_student_images(experiment),
         "held_out_images": held_out,
         "first_stage_shared_by_averages": len(prepared.averages),
-        "megabytes_of_models": round(total_model_megabytes(prepared)),
+        "megabytes_of_models": round(estimate_total_model_megabytes(prepared)),
     }

@@ -5,7 +5,7 @@ from itertools import accumulate
 from pydantic import BaseModel
 
 from orchestrate.runs.progress import ProgressBar, format_value
-from orchestrate.search.results import utility
+from orchestrate.search.results import compute_utility
 from schemas.events import RowMeasured, StageTrained, StepsTaken
 from schemas.experiment import Experiment
 from schemas.search import Search, TrialEnded, TrialEvent, TrialStarted
@@ -69,7 +69,7 @@ class SearchDisplay:
         self._ended.add(number)
         figures = ", ".join(f"{name} {100 * value:.1f}" for name, value in end.objectives.items())
         if end.status in ("finished", "read"):
-            trial = (utility(end.objectives), number)
+            trial = (compute_utility(end.objectives), number)
             self._best = max(self._best or trial, trial)
         outcomes = {"stopped": f"stopped early after stage {end.stages}", "failed": f"failed: {end.reason}"}
         self._stages[number] = len(self.tasks)  # none of its stages is left to do

@@ -22,7 +22,7 @@ DPI = 120
 RELIABLE_TRIALS = 10  # with fewer finished trials, the importance is not reliable
 
 
-def trial_columns(result: SearchResult) -> dict[str, list[Any]]:
+def build_trial_columns(result: SearchResult) -> dict[str, list[Any]]:
     """Arrange the trials in columns.
 
     Args:
@@ -53,7 +53,7 @@ def _note(result: SearchResult, trial: Trial) -> str:
     return trial.reason
 
 
-def terminal_tables(result: SearchResult) -> Group:
+def build_terminal_tables(result: SearchResult) -> Group:
     """Format the trials, the chosen one in bold, and the number of stage trainings.
 
     Args:
@@ -62,7 +62,7 @@ def terminal_tables(result: SearchResult) -> Group:
     Returns:
         A table and lines of text.
     """
-    columns = trial_columns(result)
+    columns = build_trial_columns(result)
     table = Table(title="Trials, evaluated on held-out training images, %")
     for name in columns:
         table.add_column(

@@ -20,7 +20,7 @@ def load_search_result(folder: Path) -> SearchResult:
     return parse_json(SearchResult, file.read_bytes(), file, "remove the file, and search again")
 
 
-def trials_from_grid(grid: "ResultGrid", search: Search) -> list[Trial]:
+def build_trials(grid: "ResultGrid", search: Search) -> list[Trial]:
     """Convert Ray Tune's results to trials.
 
     Args:
@@ -63,7 +63,7 @@ def _last_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
-def pareto_front(trials: Sequence[Trial], objectives: Sequence[str]) -> list[Trial]:
+def select_pareto_front(trials: Sequence[Trial], objectives: Sequence[str]) -> list[Trial]:
     """Select the finished trials that no other finished trial dominates.
 
     Args:
@@ -74,7 +74,9 @@ def pareto_front(trials: Sequence[Trial], objectives: Sequence[str]) -> list[Tri
         The Pareto front: no other trial is better in one objective and worse in none.
     """
     finished = [trial for trial in trials if trial.status in ("finished", "read") and trial.objectives]
-    utilities = {trial.number: [utility({name: trial.objectives[name]}) for name in objectives] for trial in finished}
+    utilities = {
+        trial.number: [compute_utility({name: trial.objectives[name]}) for name in objectives] for trial in finished
+    }
 
     def is_dominated(trial: Trial) -> bool:
         values = utilities[trial.number]
@@ -86,7 +88,7 @@ def pareto_front(trials: Sequence[Trial], objectives: Sequence[str]) -> list[Tri
     return [trial for trial in finished if not is_dominated(trial)]
 
 
-def utility(objectives: Mapping[str, float]) -> float:
+def compute_utility(objectives: Mapping[str, float]) -> float:
     """Average a trial's objectives, with the sign changed where less is better. All are (differences of) accuracies."""
     return fmean(value if optimisation_direction(name) == "max" else -value for name, value in objectives.items())
 

@@ -41,11 +41,11 @@ from orchestrate.runs.progress import ProgressBar
 from orchestrate.search.preflight import PreparedSearch
 from orchestrate.search.progress import SearchDisplay
 from orchestrate.search.results import (
+    build_trials,
+    compute_utility,
     count_stage_trainings,
     load_search_result,
-    pareto_front,
-    trials_from_grid,
-    utility,
+    select_pareto_front,
 )
 from schemas.algorithm import algorithm_version
 from schemas.errors import ErrorCode, InputError
@@ -169,7 +169,7 @@ def _search(prepared: PreparedSearch, folder: Path, console: Console, offline: b
                 with consume_events(channel, partial(_dispatch, listeners)):
                     run_trials = partial(_run_trials, prepared, context, slots)
                     grid = _wait_for(run_trials, channel, stop_request, lambda: not display.running)
-                    trials = trials_from_grid(grid, prepared.search)
+                    trials = build_trials(grid, prepared.search)
                     return _conclude(trials, prepared, context, stop_request, started)
 
 
@@ -293,14 +293,14 @@ def _conclude(
     from orchestrate.search.samplers import compute_importance
 
     search, folder = prepared.search, context.folder
-    front = pareto_front(trials, search.objectives)
+    front = select_pareto_front(trials, search.objectives)
     if not front:
         reasons = "; ".join(dict.fromkeys(trial.reason for trial in trials if trial.reason))
         raise InputError(
             f"{folder}: found no trial of {len(trials)} that finished ({reasons or 'all were stopped early'})",
             code=ErrorCode.FAILED,
         )
-    chosen = max(front, key=lambda trial: (utility(trial.objectives), -trial.number))
+    chosen = max(front, key=lambda trial: (compute_utility(trial.objectives), -trial.number))
     recipe = build_trial_experiment(search, prepared.content, chosen.values, prepared.file, judged_on=None)
     name = recipe_name(prepared.file, "-chosen")
     write_experiment(recipe.model_copy(update={"name": name}), folder / CHOSEN_RECIPE)

@@ -44,7 +44,7 @@ class OptunaSearcher(OptunaSearch):  # type: ignore[misc]
             metric=list(search.objectives) if several else search.objectives[0],
             mode=directions if several else directions[0],
             sampler=build_sampler(search),
-            points_to_evaluate=grid_points(search) if search.sampler == "grid" else None,
+            points_to_evaluate=list_grid_points(search) if search.sampler == "grid" else None,
         )
         self._batch = search.batch
         self._order: list[str] = []
@@ -108,7 +108,7 @@ def build_sampler(search: Search) -> BaseSampler:
             return RandomSampler(seed=search.seed)
 
 
-def grid_points(search: Search) -> list[dict[str, Any]]:
+def list_grid_points(search: Search) -> list[dict[str, Any]]:
     """Return every combination of the domains' encoded values; those of the last path vary fastest."""
     values = [list(domain.encoded_choices or domain.values or ()) for domain in search.domains.values()]
     return [dict(zip(search.domains, point, strict=True)) for point in itertools.product(*values)]

@@ -17,7 +17,7 @@ from orchestrate.lifecycle import paths
 from orchestrate.lifecycle.lock import run_lock
 from orchestrate.lifecycle.run_status import read_state
 from orchestrate.recipes.recipe import build_trial_experiment, load_search
-from orchestrate.search.report import trial_columns
+from orchestrate.search.report import build_trial_columns
 from orchestrate.search.results import load_search_result
 from orchestrate.tracking.mlflow_client import (
     FINGERPRINT,
@@ -164,13 +164,12 @@ class SearchRecorder:
             ]
         log_metrics(self.client, self.run_id, metrics)
         self.client.set_tag(self.run_id, "zscl.chosen", str(result.chosen))
-        clear_reason(self.client, self.run_id)
         upload = partial(self._upload_files, result, folder) if files else None
         finish_run(self.client, self._run, folder, end_time or None, upload)
 
     def _upload_files(self, result: SearchResult, folder: Path) -> None:
         """Upload the table of trials, the recipes and the charts."""
-        log_table(self.client, self.run_id, trial_columns(result), TRIALS_TABLE)
+        log_table(self.client, self.run_id, build_trial_columns(result), TRIALS_TABLE)
         for file in (paths.SEARCH, paths.SEARCH_RESULT, paths.CHOSEN_RECIPE):
             self.client.log_artifact(self.run_id, str(folder / file))
         for chart in sorted(folder.glob("*.png")):

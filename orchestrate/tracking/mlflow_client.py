@@ -266,8 +266,8 @@ def finish_run(
         ArtifactError: The run is finished, but the artifact store did not accept its files.
     """
     run_id = run.info.run_id
-    sync = shell_command("zscl", "sync", folder)
-    advice = f"not sent yet; this command sends them: {sync}"
+    clear_reason(client, run_id)
+    advice = f"not sent yet; this command sends them: {shell_command('zscl', 'sync', folder)}"
     client.set_tag(run_id, ARTIFACTS_MISSING, advice[:MAX_VALUE_LENGTH])
     client.set_terminated(run_id, "FINISHED", end_time)
     if upload_files is None:

@@ -101,7 +101,7 @@ class RunRecorder:
         self.is_complete = self.status == "FINISHED" and ARTIFACTS_MISSING not in tags
         self.position = int(tags.get(JOURNAL_POSITION, "0").partition(" ")[0])
         self._stage_run_ids: dict[int, str] = {}
-        self._has_model_failed = False
+        self._model_upload_failed = False
         if tags.get(FOLDER) != mask(str(folder)):  # the folder was moved
             self.client.set_tag(self.run_id, FOLDER, mask(str(folder)))
         if not self._run.data.params:
@@ -157,7 +157,6 @@ class RunRecorder:
         self._log_datasets(result)
         if result.warnings:
             self.client.set_tag(self.run_id, "zscl.warnings", "\n".join(result.warnings)[:MAX_VALUE_LENGTH])
-        clear_reason(self.client, self.run_id)
         upload_files = partial(self._log_files, result) if files else None
         finish_run(self.client, self._run, self.folder, end_time, upload_files)
         self.is_complete = files
@@ -277,12 +276,12 @@ class RunRecorder:
 
         A store that does not answer may take minutes to fail, and would delay the metrics. The model is on disk anyway.
         """
-        if self._has_model_failed:
+        if self._model_upload_failed:
             return
         try:
             self._log_model(run_id, trained)
         except Exception as error:  # the client libraries of artifact stores raise errors of any type
-            self._has_model_failed = True
+            self._model_upload_failed = True
             log.warning(
                 "MLflow did not take the model of stage %d (%s); it is sent again at the end of the run",
                 trained.stage, root_cause(error, self.client.tracking_uri),

@@ -237,17 +237,17 @@ def _explain_database(uri: str, error: Exception, cause: str) -> InputError:
     """Explain an error of a database, or of MLflow's use of it."""
     shown = mask(uri)
     if schema := _SCHEMA.search(str(error)):
-        found, expected = schema.groups()
+        actual, expected = schema.groups()
         versions = files("mlflow.store.db_migrations") / "versions"
-        is_older = any(file.name.startswith(f"{found}_") for file in versions.iterdir())
+        is_older = any(file.name.startswith(f"{actual}_") for file in versions.iterdir())
         advice = (
             f"make a copy of it, then: mlflow db upgrade {shown}"
             if is_older
             else f"use the version of MLflow that made it (this is {version('mlflow')}), or another store"
         )
         message = (
-            f"found the database {shown} with the schema {found} of {'an older' if is_older else 'a newer or another'} "
-            f"MLflow, expected {expected}; {advice}"
+            f"found the database {shown} with the schema {actual} of "
+            f"{'an older' if is_older else 'a newer or another'} MLflow, expected {expected}; {advice}"
         )
         return _input_error(ErrorCode.MISMATCH, _URI, message)
     if "xperiment name" in str(error) or "'name' exceeds" in str(error):

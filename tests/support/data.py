@@ -1,4 +1,4 @@
-"""Small images, tasks and tars."""
+"""Small images, tasks and tars for tests."""
 
 import io
 import tarfile
@@ -22,7 +22,7 @@ TINY_MODEL = {
 
 
 def png(colour: tuple[int, int, int], rng: np.random.Generator, size: int = 16) -> bytes:
-    """A noisy square of one colour."""
+    """Return a noisy square of one colour as PNG."""
     pixels = np.clip(np.array(colour) + rng.normal(0, 25, (size, size, 3)), 0, 255).astype(np.uint8)
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, "PNG")
@@ -30,14 +30,14 @@ def png(colour: tuple[int, int, int], rng: np.random.Generator, size: int = 16) 
 
 
 def jpeg(size: int = 64) -> bytes:
-    """Noise."""
+    """Return an image of noise as JPEG."""
     stream = io.BytesIO()
     Image.fromarray(np.random.default_rng(5).integers(0, 256, (size, size, 3), dtype=np.uint8)).save(stream, "JPEG")
     return stream.getvalue()
 
 
 def coloured_images(count: int, seed: int) -> Iterator[tuple[bytes, int]]:
-    """Pairs of image and label, the colours in turn."""
+    """Yield pairs of image and label, the colours in turn."""
     rng = np.random.default_rng(seed)
     for index in range(count):
         label = index % len(COLOURS)
@@ -45,7 +45,7 @@ def coloured_images(count: int, seed: int) -> Iterator[tuple[bytes, int]]:
 
 
 def make_task(folder: Path, seed: int, train: int = 24, test: int = 10, shard_images: int = 9) -> Path:
-    """A task folder of coloured squares."""
+    """Write a task folder of coloured squares."""
     write_task(
         folder,
         list(COLOURS),
@@ -59,7 +59,7 @@ def make_task(folder: Path, seed: int, train: int = 24, test: int = 10, shard_im
 
 
 def write_tar(file: Path, members: Iterable[tuple[str, bytes]], kind: bytes = tarfile.REGTYPE) -> Path:
-    """A tar of such members, or with links or folders to such targets."""
+    """Write a tar. With another `kind` of member, a content "->TARGET" makes a link to TARGET."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(file, "w") as tar:
         for name, content in members:
@@ -73,15 +73,15 @@ def write_tar(file: Path, members: Iterable[tuple[str, bytes]], kind: bytes = ta
 
 
 def open_task(folder: str | Path) -> TaskFolder:
-    """The task that lies in a folder."""
+    """Open the task in a folder."""
     return TaskFolder.open(Task.model_validate(str(folder)))
 
 
-def fetch_first(draws: Iterator[SampleFetcher]) -> Iterator[Sample]:
-    """What is drawn where every sample can be used."""
-    return (draw(0) for draw in draws)
+def fetch_first(fetchers: Iterator[SampleFetcher]) -> Iterator[Sample]:
+    """Yield the sample of each position, as if every sample were usable."""
+    return (fetch(0) for fetch in fetchers)
 
 
 def sample_labels(samples: Iterable[Sample]) -> list[int]:
-    """What the samples' labels say."""
+    """Return the samples' labels as numbers."""
     return [int(sample.label or b"") for sample in samples]

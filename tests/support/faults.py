@@ -24,10 +24,10 @@ from zscl.sequence.layout import JOURNAL
 PATIENCE_SECONDS = 900.0  # that an event may take: only what hangs takes longer, on however busy a machine
 # On the loopback interface, as the cluster of these tests: Ray knows a node by its address alone.
 COMMAND_LINE = """
-from orchestrate.cluster.auth import loopback_alone
+from orchestrate.cluster.auth import bind_to_loopback
 from orchestrate.cli.main import main
 
-with loopback_alone():
+with bind_to_loopback():
     main()
 """
 TIMED = ("seconds", "images_per_second", "workers", "memory")

@@ -1,4 +1,4 @@
-"""`zscl evaluate`: a run's models and others, under both protocols, on disk and in MLflow."""
+"""`zscl evaluate`: models of a run and other models, both protocols, files and MLflow."""
 
 import csv
 import json
@@ -114,14 +114,14 @@ def test_one_model_in_detail(run: Path, zscl: Zscl, tasks: list[str], tmp_path: 
         (["embedded", "--task", "missing"], "missing: found no such folder, expected a task"),
     ],
 )
-def test_what_cannot_be_judged(run: Path, zscl: Zscl, tasks: list[str], arguments: list[str], sentence: str) -> None:
+def test_invalid_arguments(run: Path, zscl: Zscl, tasks: list[str], arguments: list[str], sentence: str) -> None:
     given = {"RUN": str(run), "TASK": tasks[0]}
     said = zscl("evaluate", *(given.get(each, each) for each in arguments))
     assert (said.code, sentence in said.error) == (2, True), said.error
     assert not (run / "evaluation").exists()
 
 
-def test_a_run_is_judged_by_its_own_share_of_broken_samples(run: Path, zscl: Zscl, tmp_path: Path) -> None:
+def test_max_broken_share_is_that_of_the_run(run: Path, zscl: Zscl, tmp_path: Path) -> None:
     task = make_task(tmp_path / "odd", seed=0)
     with tarfile.open(task / "test/0.tar", "a") as tar:
         tar.addfile(tarfile.TarInfo("x.cls"))
@@ -142,7 +142,7 @@ def test_a_task_folder_may_have_any_name(zscl: Zscl, tmp_path: Path, name: str, 
     assert said.code == 0, said.error
 
 
-def test_a_task_folder_that_names_no_task_is_refused(zscl: Zscl, tmp_path: Path, tiny_model: str) -> None:
+def test_a_task_folder_without_a_usable_name_is_refused(zscl: Zscl, tmp_path: Path, tiny_model: str) -> None:
     for name in ("\u52d5\u7269", "\udcff"):
         make_task(tmp_path / "task", seed=0, train=4).rename(tmp_path / name)
         said = zscl("evaluate", tiny_model.removeprefix("local-dir:"), "--task", tmp_path / name)
@@ -150,7 +150,7 @@ def test_a_task_folder_that_names_no_task_is_refused(zscl: Zscl, tmp_path: Path,
         assert len(said.error.splitlines()) == 1
 
 
-def test_classes_and_prompts_that_the_model_does_not_tell_apart(zscl: Zscl, tiny_model: str, tmp_path: Path) -> None:
+def test_warnings_about_classes_with_equal_tokens_and_long_prompts(zscl: Zscl, tiny_model: str, tmp_path: Path) -> None:
     splits = {split: list(coloured_images(8, 0)) for split in ("train", "test")}
     templates = ["a {c}", "a picture of a very small and nearly square patch of {c}"]
     write_task(tmp_path / "letters", ["A", "b", "a", r"$\no{$ $x$"], templates, splits, suffix="png", source="")

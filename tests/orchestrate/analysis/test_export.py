@@ -1,4 +1,4 @@
-"""A stage's model as a folder for the hub: open_clip loads it, and its card says what the run measured."""
+"""`zscl export`: open_clip loads the folder, and the model card has the run's results."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -53,13 +53,13 @@ def test_a_stage_is_exported_with_its_card(run: Path, zscl: Zscl, tmp_path: Path
     ("stage", "sentence"),
     [("4", "--stage 4: found a run of 3 stages in"), ("0", "expected 1 to 3")],
 )
-def test_a_stage_that_is_not_there(run: Path, zscl: Zscl, tmp_path: Path, stage: str, sentence: str) -> None:
+def test_a_missing_stage(run: Path, zscl: Zscl, tmp_path: Path, stage: str, sentence: str) -> None:
     found = zscl("export", run, "--stage", stage, "--out", tmp_path / "model")
     assert (found.code, sentence in found.error) == (2, True)
     assert not (tmp_path / "model").exists()
 
 
-def test_nothing_is_written_over(run: Path, zscl: Zscl, tmp_path: Path) -> None:
+def test_an_existing_folder_is_not_overwritten(run: Path, zscl: Zscl, tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model/mine").write_text("kept")
     found = zscl("export", run, "--out", tmp_path / "model")
@@ -68,7 +68,7 @@ def test_nothing_is_written_over(run: Path, zscl: Zscl, tmp_path: Path) -> None:
     assert [file.name for file in (tmp_path / "model").iterdir()] == ["mine"]
 
 
-def test_weights_that_are_gone(run: Path, zscl: Zscl, tmp_path: Path) -> None:
+def test_deleted_weights(run: Path, zscl: Zscl, tmp_path: Path) -> None:
     (run / "stages/3-third/model/open_clip_config.json").unlink()
     found = zscl("export", run, "--out", tmp_path / "model")
     assert found.code == 2

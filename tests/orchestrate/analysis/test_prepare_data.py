@@ -1,4 +1,4 @@
-"""`zscl data`: from the command line to the last folder, and what it refuses."""
+"""`zscl data prepare` and `zscl data fetch`: prepared folders, and error messages."""
 
 import json
 from collections.abc import Callable
@@ -18,7 +18,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_several_tasks_in_processes_of_their_own(place: Path, zscl: Zscl) -> None:
+def test_several_tasks_in_parallel(place: Path, zscl: Zscl) -> None:
     for task in ("DTD", "Food", "Aircraft"):
         TREES[task](place / "root")
     found = zscl("data", "prepare", "DTD", "Food", "--out", "mtil", "--root", "root", "--jobs", 2)
@@ -31,7 +31,7 @@ def test_several_tasks_in_processes_of_their_own(place: Path, zscl: Zscl) -> Non
     assert [(task["name"], task["kept"]) for task in tasks] == [("Food", True), ("Aircraft", False), ("DTD", True)]
 
 
-def test_all_eleven_need_their_copies_before_anything_starts(place: Path, zscl: Zscl) -> None:
+def test_missing_local_copies_are_reported_before_anything_starts(place: Path, zscl: Zscl) -> None:
     for task in TREES:
         if task not in ("Food", "SUN397"):
             TREES[task](place / "root")
@@ -47,7 +47,7 @@ def test_all_eleven_need_their_copies_before_anything_starts(place: Path, zscl: 
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
-def test_a_broken_copy_leaves_the_others_made(jobs: int, place: Path, zscl: Zscl) -> None:
+def test_a_broken_copy_does_not_stop_the_other_tasks(jobs: int, place: Path, zscl: Zscl) -> None:
     for task in ("DTD", "Food", "Aircraft"):
         TREES[task](place / "root")
     (place / "root/food-101/meta/test.json").write_text("{")
@@ -89,7 +89,7 @@ def test_captions(place: Path, zscl: Zscl) -> None:
     assert found.out.endswith("1 captions: column 2 of 2, 'caption' (comma-separated); the first:\n  a dog in fog\n")
 
 
-def test_fetch_says_how_a_copy_differs(place: Path, zscl: Zscl, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fetch_reports_how_a_copy_differs(place: Path, zscl: Zscl, monkeypatch: pytest.MonkeyPatch) -> None:
     from zscl.datasets.task_writer import write_task
 
     def snapshot_download(repository: str, *, local_dir: str, **_: object) -> None:  # the network, made up
@@ -123,7 +123,7 @@ def test_fetch_says_how_a_copy_differs(place: Path, zscl: Zscl, monkeypatch: pyt
         (["prepare", "captions", "none.tsv"], "none.tsv: found no such file, expected a caption file"),
     ],
 )  # fmt: skip
-def test_refuses_in_one_sentence(arguments: list[str], sentence: str, place: Path, zscl: Zscl) -> None:
+def test_invalid_arguments(arguments: list[str], sentence: str, place: Path, zscl: Zscl) -> None:
     found = zscl("data", *arguments, "--out", "out")
     assert (found.code, found.out) == (2, "")
     assert sentence in found.error
@@ -132,7 +132,7 @@ def test_refuses_in_one_sentence(arguments: list[str], sentence: str, place: Pat
 
 
 @pytest.mark.parametrize("name", ["two words", "[a]{b,c}*?%20'", "\u00fcbung", "n" * 200])
-def test_what_is_prepared_can_be_checked_and_opened(place: Path, zscl: Zscl, name: str) -> None:
+def test_prepared_data_can_be_checked_and_opened(place: Path, zscl: Zscl, name: str) -> None:
     for split in ("train", "test"):
         for number, (image, label) in enumerate(coloured_images(8, seed=len(split))):
             folder = place / "photos" / split / f"{list(COLOURS)[label]} [{label}]{{x}} %"
@@ -146,7 +146,7 @@ def test_what_is_prepared_can_be_checked_and_opened(place: Path, zscl: Zscl, nam
     assert open_task(place / name).train.iter_shard(0, 1)
 
 
-def test_a_path_that_is_no_text_is_refused(place: Path, zscl: Zscl) -> None:
+def test_a_path_that_is_not_utf_8_is_refused(place: Path, zscl: Zscl) -> None:
     (place / "photos").mkdir()
     for arguments in (("prepare", "folder", place / "photos", "--out", place / "\udcff"), ("check", place / "\udcff")):
         said = zscl("data", *arguments)

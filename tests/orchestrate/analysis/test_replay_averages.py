@@ -1,4 +1,4 @@
-"""`zscl average`: what a stage would have handed on."""
+"""`zscl average`: other averages of a stage's weights."""
 
 import csv
 import json
@@ -27,7 +27,7 @@ def run(experiment: Callable[..., Experiment], tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def test_averages_of_a_stage_are_judged(run: Path, zscl: Zscl) -> None:
+def test_averages_of_a_stage(run: Path, zscl: Zscl) -> None:
     choices = ("--every", "1,2", "--kind", "mean,exponential,none", "--share", "0,0.25,1")
     said = zscl("average", run, "--stage", 2, *choices, "--json")
     assert said.code == 0, said.error
@@ -69,7 +69,7 @@ def test_averages_of_a_stage_are_judged(run: Path, zscl: Zscl) -> None:
         (["--every", "2", "--stage", "4"], "--stage 4: found a run of 3 stages, expected 1 to 3"),
     ],
 )
-def test_what_cannot_be_tried(run: Path, zscl: Zscl, arguments: list[str], sentence: str) -> None:
+def test_invalid_arguments(run: Path, zscl: Zscl, arguments: list[str], sentence: str) -> None:
     said = zscl("average", run, *arguments)
     assert (said.code, sentence in said.error) == (2, True), said.error
 

@@ -1,4 +1,4 @@
-"""`zscl data check` as a user meets it: tables, JSON, a picture, and the exit code."""
+"""`zscl data check`: tables, JSON, contact sheet and exit code."""
 
 import io
 import json
@@ -39,7 +39,7 @@ def test_a_clean_task_and_its_picture(task: Path, zscl: Zscl, tmp_path: Path) ->
         assert any(red > 180 and green < 80 for _, (red, green, *_) in colours)  # type: ignore[misc]
 
 
-def test_what_is_wrong_is_told_and_exit_code_1(task: Path, zscl: Zscl) -> None:
+def test_problems_are_printed_with_exit_code_1(task: Path, zscl: Zscl) -> None:
     (task / "classnames.txt").write_text("[red]\ngreen\n:smile:\n")  # nobody means markup
     found = zscl("data", "check", task)
     assert (found.code, found.error) == (1, "")
@@ -59,7 +59,7 @@ def test_warnings_alone_are_exit_code_0(tmp_path: Path, zscl: Zscl) -> None:
     assert "warning  found 1 image a second time within a split" in found.out
 
 
-def test_json_is_the_whole_finding(task: Path, zscl: Zscl) -> None:
+def test_json_report(task: Path, zscl: Zscl) -> None:
     (task / "train/2.tar").unlink()
     found = zscl("data", "check", task, "--json")
     assert found.code == 1
@@ -68,7 +68,7 @@ def test_json_is_the_whole_finding(task: Path, zscl: Zscl) -> None:
     assert json.loads(found.out)["splits"][0]["per_class"] == [5, 5, 4, 4]
 
 
-def test_no_task_at_all_is_exit_code_2(tmp_path: Path, zscl: Zscl) -> None:
+def test_a_missing_task_is_exit_code_2(tmp_path: Path, zscl: Zscl) -> None:
     found = zscl("data", "check", tmp_path / "nowhere")
     assert (found.code, found.out) == (2, "")
     assert found.error == f"error: {tmp_path}/nowhere: found no such folder, expected a task\n"
@@ -87,7 +87,7 @@ def test_many_classes_are_not_all_listed_or_drawn(tmp_path: Path, zscl: Zscl) ->
         assert 1100 <= sheet.height <= 1300
 
 
-def test_only_what_takes_long_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_long_work_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr("orchestrate.analysis.validate_data.time.monotonic", lambda: clock[0])
     stream = io.StringIO()

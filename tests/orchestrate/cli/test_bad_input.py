@@ -1,4 +1,4 @@
-"""What a user gets wrong: one sentence, exit code 2, no traceback, nothing half-written."""
+"""Errors in the user's input: one message, exit code 2, no traceback, no partial files."""
 
 import json
 import shutil
@@ -66,11 +66,11 @@ def test_a_wrong_type(refused: Callable[..., str]) -> None:
         ("method", {"preset": "finetune", "further_losses": [{"path": "Spread"}]}, "expected MODULE.NAME"),
     ],
 )
-def test_what_is_no_such_value(refused: Callable[..., str], field: str, given: object, sentence: str) -> None:
+def test_an_invalid_value(refused: Callable[..., str], field: str, given: object, sentence: str) -> None:
     assert sentence in refused(**{field: given})
 
 
-def test_a_place_that_is_no_runs(place: Path, zscl: Zscl, recipe: Callable[..., dict[str, Any]]) -> None:
+def test_an_output_folder_that_is_not_a_run(place: Path, zscl: Zscl, recipe: Callable[..., dict[str, Any]]) -> None:
     YAML(typ="safe").dump(recipe(), place / "recipe.yaml")
     for name, file in (("search", "search.yaml"), ("photos", "one.png")):
         (place / name).mkdir()
@@ -99,7 +99,7 @@ def test_a_recipe_of_another_kind(place: Path, zscl: Zscl) -> None:
         assert (found.code, found.error) == (2, f"error: {file}: {sentence}\n")
 
 
-def test_a_location_that_is_nearly_right(refused: Callable[..., str], place: Path) -> None:
+def test_a_misspelt_path(refused: Callable[..., str], place: Path) -> None:
     make_task(place / "animals", seed=0)
     assert f"{place}/animels: found no such folder, expected a task (task 'animels'); did you mean 'animals'?" in (
         refused(tasks=["animels"])
@@ -116,7 +116,7 @@ def test_a_location_that_is_nearly_right(refused: Callable[..., str], place: Pat
         ("model", "local-dir:data/clip", "data/clip"),
     ],
 )
-def test_a_path_that_is_there_beside_the_recipe(
+def test_a_path_relative_to_the_recipe(
     place: Path, zscl: Zscl, recipe: Callable[..., dict[str, Any]], field: str, value: object, shown: str
 ) -> None:
     beside = place / "recipes"
@@ -127,12 +127,12 @@ def test_a_path_that_is_there_beside_the_recipe(
     search = {"domains": {"seed": {"choice": [0, 1]}}, "sampler": "grid", "objectives": "avg"}
     YAML(typ="safe").dump(content, beside / "run.yaml")
     YAML(typ="safe").dump({**content, "search": search}, beside / "search.yaml")
-    for verb in ("run", "search"):
-        found = zscl(verb, f"recipes/{verb}.yaml", "--dry-run", "--offline")
+    for command in ("run", "search"):
+        found = zscl(command, f"recipes/{command}.yaml", "--dry-run", "--offline")
         assert found.code == 2
         assert (
-            f"; '{shown}' exists in the recipe's folder, but a recipe's paths are relative to the current folder: start the command "
-            f"in {beside}, or give the absolute path\n"
+            f"; '{shown}' exists in the recipe's folder, but a recipe's paths are relative to the current folder: "
+            f"start the command in {beside}, or give the absolute path\n"
         ) in found.error
 
 
@@ -193,7 +193,7 @@ def test_two_processes_on_one_run(place: Path, zscl: Zscl, recipe: Callable[...,
     )
 
 
-def test_a_demo_of_a_wrong_recipe_draws_nothing(place: Path, zscl: Zscl) -> None:
+def test_a_demo_with_an_invalid_recipe_writes_nothing(place: Path, zscl: Zscl) -> None:
     shipped = Path(__file__).parents[3] / "experiments/embedded.yaml"
     found = zscl("demo", "--recipe", shipped, "--out", "demo", "--set", "sed=1")
     assert found.code == 2
@@ -217,7 +217,7 @@ def test_more_workers_than_the_cluster_has(refused: Callable[..., str], ray_clus
     )
 
 
-def test_a_gpu_where_there_is_none(refused: Callable[..., str], ray_cluster: None) -> None:
+def test_a_gpu_on_a_cluster_without_gpus(refused: Callable[..., str], ray_cluster: None) -> None:
     assert "1 worker would need 1 GPU, found 0" in refused(compute={"device": "gpu"})
 
 
@@ -227,7 +227,7 @@ def test_an_unreachable_tracking_server(refused: Callable[..., str], ray_cluster
     assert "secret" not in said
 
 
-def test_a_broken_image_met_on_the_way(
+def test_a_broken_image_during_a_run(
     place: Path, zscl: Zscl, recipe: Callable[..., dict[str, Any]], ray_cluster: None
 ) -> None:
     task = make_task(place / "task", seed=0)
@@ -246,7 +246,7 @@ def test_a_broken_image_met_on_the_way(
     ]  # fmt: skip
 
 
-def test_another_experiments_folder(refused: Callable[..., str], place: Path) -> None:
+def test_the_folder_of_another_experiment(refused: Callable[..., str], place: Path) -> None:
     row = {"fingerprint": "0" * 16, "algorithm": algorithm_version(), "accuracy": {}, "images": {}, "seconds": 0.0}
     (place / "runs").mkdir()
     (place / "other").mkdir()
@@ -262,7 +262,7 @@ def test_another_experiments_folder(refused: Callable[..., str], place: Path) ->
         (["run"], "found 0 finished stages and no result.json, expected a run that finished a stage"),
     ],
 )
-def test_comparing_what_is_no_finished_run(place: Path, zscl: Zscl, made: list[str], sentence: str) -> None:
+def test_comparing_an_unfinished_run(place: Path, zscl: Zscl, made: list[str], sentence: str) -> None:
     for name in made:
         (place / name).mkdir()
     found = zscl("compare", "run")

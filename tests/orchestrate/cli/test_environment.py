@@ -1,4 +1,4 @@
-"""What is set before libraries are imported: no usage statistics, unless the user wants them, and a home."""
+"""Environment variables that are set before libraries are imported: telemetry and the home directory."""
 
 import importlib
 import os
@@ -20,7 +20,7 @@ print(is_telemetry_disabled(), not usage_stats_enabled(), constants.HF_HUB_DISAB
 """
 
 
-def test_nothing_is_sent_home() -> None:
+def test_telemetry_is_disabled() -> None:
     # In CI, MLflow sends nothing whatever it is told.
     left_out = {*orchestrate.NO_TELEMETRY, "CI", "GITHUB_ACTIONS", "PYTEST_CURRENT_TEST"}
     environment = {name: value for name, value in os.environ.items() if name not in left_out}
@@ -32,14 +32,14 @@ def test_nothing_is_sent_home() -> None:
     assert ended.stdout.split() == ["True"] * 3
 
 
-def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_that_the_user_has_set_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in orchestrate.NO_TELEMETRY:
         monkeypatch.setenv(name, "of the user")
     importlib.reload(orchestrate)
     assert {os.environ[name] for name in orchestrate.NO_TELEMETRY} == {"of the user"}
 
 
-def test_a_user_without_a_home_gets_one_that_takes_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_user_without_a_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HOME")
     monkeypatch.setattr("pwd.getpwuid", dict[int, object]().__getitem__)  # as in a container, under another number
     importlib.reload(orchestrate)

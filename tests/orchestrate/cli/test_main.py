@@ -1,4 +1,4 @@
-"""What the command line says of itself: versions for a report of a bug, and completions for a shell."""
+"""`zscl --version` and shell completion."""
 
 import os
 import platform
@@ -18,7 +18,7 @@ Zscl = Callable[..., Command]
 ROOT = Path(__file__).parents[3]
 
 
-def test_the_versions_that_a_report_of_a_bug_needs(zscl: Zscl, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_versions_for_a_bug_report(zscl: Zscl, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = zscl("--version")
     assert shown.code == 0, shown.error
     lines = dict(line.split(maxsplit=1) for line in shown.out.splitlines())
@@ -38,16 +38,17 @@ def test_the_versions_that_a_report_of_a_bug_needs(zscl: Zscl, monkeypatch: pyte
     assert versions.collect_versions()["CUDA"].startswith("torch cannot be imported")
 
 
-def test_versions_are_looked_up_and_torch_alone_is_imported() -> None:
+def test_printing_versions_imports_only_torch() -> None:
     code = (
-        "from orchestrate.runs.versions import collect_versions; collect_versions(); import sys; print(*{name.partition('.')[0] for "
-        "name in sys.modules} & {'torch', 'open_clip', 'ray', 'mlflow', 'webdataset', 'pydantic'})"
+        "import sys; from orchestrate.runs.versions import collect_versions; collect_versions(); "
+        "packages = {'torch', 'open_clip', 'ray', 'mlflow', 'webdataset', 'pydantic'}; "
+        "print(*{name.partition('.')[0] for name in sys.modules} & packages)"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert found.stdout == "torch\n"
 
 
-def test_a_shell_completes_what_is_typed() -> None:
+def test_shell_completion() -> None:
     script = Path(sys.executable).parent / "zscl"  # by its own name, which completion goes by
 
     def said(*arguments: str, **environment: str) -> str:

@@ -1,4 +1,4 @@
-"""Standard output and standard error whose reader has gone."""
+"""Standard output and standard error after the reader has closed them."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ from orchestrate.cli.output import TolerantStream, tolerate_closed_streams
 MAIN = "from orchestrate.cli.main import main; main()"
 
 
-def test_what_nobody_reads_is_dropped() -> None:
+def test_output_without_a_reader_is_dropped() -> None:
     read, write = os.pipe()
     os.close(read)
     with (
@@ -27,7 +27,7 @@ def test_what_nobody_reads_is_dropped() -> None:
             print("progress", file=sys.stderr)
 
 
-def test_a_full_disk_costs_the_log_and_not_the_run() -> None:
+def test_a_full_disk_loses_progress_but_not_results() -> None:
     with Path("/dev/full").open("w", buffering=1) as stream:
         TolerantStream(stream, optional=True).write("progress\n")
         with pytest.raises(OSError, match="No space left"):
@@ -36,7 +36,7 @@ def test_a_full_disk_costs_the_log_and_not_the_run() -> None:
 
 
 @pytest.mark.parametrize("arguments", [["schema"], ["run"]])
-def test_a_command_ends_as_ever_where_its_terminal_is_gone(arguments: list[str]) -> None:
+def test_exit_code_after_the_terminal_was_closed(arguments: list[str]) -> None:
     terminal, side = os.openpty()
     os.close(terminal)  # whoever writes to the other side gets an I/O error
     outcome = subprocess.run([sys.executable, "-c", MAIN, *arguments], stdout=side, stderr=side, check=False)
@@ -44,7 +44,7 @@ def test_a_command_ends_as_ever_where_its_terminal_is_gone(arguments: list[str])
     assert outcome.returncode == (0 if arguments == ["schema"] else 2)
 
 
-def test_a_reader_that_has_read_enough_is_no_failure() -> None:
+def test_a_closed_pipe_is_not_an_error() -> None:
     process = subprocess.Popen([sys.executable, "-c", MAIN, "schema"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stderr is not None

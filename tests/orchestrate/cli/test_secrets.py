@@ -1,4 +1,4 @@
-"""A run that is given secrets in every way there is, and all that it leaves: none of them is in it."""
+"""A run gets secrets in every supported way; none is in its output, files, MLflow records or error messages."""
 
 import http.server
 import threading
@@ -58,7 +58,7 @@ def assert_none_in(secrets: dict[str, str], *texts: str | bytes) -> None:
             assert (secret if isinstance(text, str) else secret.encode()) not in text, name
 
 
-def test_no_secret_is_left_anywhere(
+def test_no_secret_in_output_files_and_mlflow(
     secrets: dict[str, str],
     served: str,
     recipe: Callable[..., dict[str, Any]],
@@ -107,7 +107,7 @@ def test_no_secret_is_left_anywhere(
     ],
     ids=lambda changes: "-".join(changes),
 )
-def test_no_secret_is_in_a_refusal(
+def test_no_secret_in_error_messages(
     secrets: dict[str, str],
     changes: dict[str, Any],
     recipe: Callable[..., dict[str, Any]],
@@ -130,7 +130,7 @@ def test_no_secret_is_in_a_refusal(
     assert_none_in(secrets, found.out, found.error)
 
 
-def test_no_secret_is_in_the_traceback_of_a_fault_of_ours(
+def test_no_secret_in_the_traceback_of_an_internal_error(
     secrets: dict[str, str], zscl: Callable[..., Command], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*given: object) -> None:

@@ -1,4 +1,4 @@
-"""Terminals and locales: any character is printed, names are shown as they are, nothing ends in a traceback."""
+"""Terminals and locales: any character can be printed, and names are shown unchanged."""
 
 import io
 import os
@@ -29,7 +29,7 @@ def task(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
-def test_a_terminal_of_any_encoding_gets_every_line(monkeypatch: pytest.MonkeyPatch, task: Path, encoding: str) -> None:
+def test_output_in_any_encoding(monkeypatch: pytest.MonkeyPatch, task: Path, encoding: str) -> None:
     written, errors = io.BytesIO(), io.BytesIO()
     # capsys has replaced both streams; these are what a terminal of that encoding has.
     for name, stream in (("stdout", written), ("stderr", errors)):
@@ -48,7 +48,7 @@ def test_a_terminal_of_any_encoding_gets_every_line(monkeypatch: pytest.MonkeyPa
     assert errors.getvalue() == b""
 
 
-def test_another_locale_than_utf_8_starts_python_in_utf_8_mode(tmp_path: Path) -> None:
+def test_python_restarts_in_utf_8_mode_in_other_locales(tmp_path: Path) -> None:
     # On its own: a locale is a process's. Neither Python's coercion nor its own UTF-8 mode helps here.
     (tmp_path / "tüb").mkdir()
     code = (
@@ -63,9 +63,7 @@ def test_another_locale_than_utf_8_starts_python_in_utf_8_mode(tmp_path: Path) -
     assert (found.stdout.split(), found.stderr) == (["1", "True", "ascii", "'t\\xfcb'"], "")
 
 
-def test_a_name_that_is_no_utf_8_is_refused_by_its_bytes(
-    monkeypatch: pytest.MonkeyPatch, zscl: Zscl, tmp_path: Path
-) -> None:
+def test_a_name_that_is_not_utf_8_is_refused(monkeypatch: pytest.MonkeyPatch, zscl: Zscl, tmp_path: Path) -> None:
     odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
     odd.mkdir()
     for arguments in (("data", "check", odd), ("run", "recipe.yaml", "--out", odd)):
@@ -77,7 +75,7 @@ def test_a_name_that_is_no_utf_8_is_refused_by_its_bytes(
     assert zscl("--help").code == 0
 
 
-def test_a_current_folder_that_was_deleted(monkeypatch: pytest.MonkeyPatch, zscl: Zscl, tmp_path: Path) -> None:
+def test_a_deleted_current_folder(monkeypatch: pytest.MonkeyPatch, zscl: Zscl, tmp_path: Path) -> None:
     gone = tmp_path / "gone"
     gone.mkdir()
     monkeypatch.chdir(gone)
@@ -96,7 +94,7 @@ def test_progress_shows_names_as_they_are(
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal, where the bar has a text column
     monkeypatch.setenv("TERM", "xterm")
-    console = terminal.stderr_console()
+    console = terminal.create_stderr_console()
     with ProgressBar(console, total=5) as bar:
         bar.update(f"stage 1/1 {name}", 1)
         bar.update_secondary(f"aside {name}", 1, 2)
@@ -107,24 +105,26 @@ def test_progress_shows_names_as_they_are(
     assert f"said {name}" in shown
 
 
-def test_a_dumb_terminal_gets_lines_in_place_of_a_bar(
+def test_a_dumb_terminal_gets_lines_instead_of_a_bar(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TERM", "dumb")
     monkeypatch.setenv("FORCE_COLOR", "1")
-    with ProgressBar(terminal.stderr_console(), total=5) as bar:
+    with ProgressBar(terminal.create_stderr_console(), total=5) as bar:
         bar.log("stage 1/2 first: 5 steps")
     assert capsys.readouterr().err == "stage 1/2 first: 5 steps\n"
 
 
-def test_a_narrow_terminal_cuts_no_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tables_are_not_cut_on_a_narrow_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("COLUMNS", "40")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     table = Table()
     for column in ("method", "Transfer", "Avg", "Last", "forgetting", "time"):
         table.add_column(column)
     table.add_row("zscl[red]", *["100.0"] * 5)
-    terminal.stdout_console().print(table)
+    terminal.create_stdout_console().print(table)
     shown = capsys.readouterr().out
     assert "…" not in shown
     assert "zscl[red]" in shown

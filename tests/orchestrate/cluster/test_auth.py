@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrate.cluster import auth as access
+from orchestrate.cluster import auth
 
 # As `zscl run` does it, in a process of its own: Ray's mode is one of a process, and the tests switch it off.
 STARTED = """
@@ -53,23 +53,23 @@ ray.shutdown()
 """
 
 
-def test_a_cluster_that_we_start_is_closed(tmp_path: Path) -> None:
+def test_a_local_cluster_is_closed_to_others(tmp_path: Path) -> None:
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith(("RAY_AUTH", "RAY_ADDRESS"))
     }
-    long = tmp_path / "a_folder_for_temporary_files_with_a_long_name" / "of_a_job_of_slurm"
-    long.mkdir(parents=True)
-    ended = subprocess.run(
+    temporary = tmp_path / "a_folder_for_temporary_files_with_a_long_name" / "of_a_job_of_slurm"
+    temporary.mkdir(parents=True)
+    process = subprocess.run(
         [sys.executable, "-c", STARTED],
         capture_output=True,
         text=True,
         check=False,
-        env=environment | {"HOME": str(tmp_path), "TMPDIR": str(long)},
+        env=environment | {"HOME": str(tmp_path), "TMPDIR": str(temporary)},
         cwd=Path(__file__).parents[3],
         timeout=600,
     )
-    assert ended.returncode == 0, ended.stderr[-2_000:]
-    found = json.loads(ended.stdout.splitlines()[-1])
+    assert process.returncode == 0, process.stderr[-2_000:]
+    found = json.loads(process.stdout.splitlines()[-1])
     assert found["cores"] == 1
     assert found["token"] is True
     assert found["mode"] == "0o600"
@@ -87,48 +87,48 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
-    monkeypatch.setattr(access, "Config", NoConfig)
+    monkeypatch.setattr(auth, "Config", NoConfig)
     return tmp_path
 
 
-def test_a_token_is_made_for_its_owner_alone_and_once(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    access.enable_token_auth(starts_cluster=True)
+def test_a_token_is_created_once_and_readable_by_its_owner_only(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    auth.enable_token_auth(starts_cluster=True)
     token = (home / ".ray/auth_token").read_text()
     assert len(token) == 64
     assert (home / ".ray/auth_token").stat().st_mode & 0o777 == 0o600
     assert os.environ["RAY_AUTH_MODE"] == "token"
     (home / ".ray/auth_token").chmod(0o644)  # as Ray itself leaves it
-    access.enable_token_auth(starts_cluster=False)
+    auth.enable_token_auth(starts_cluster=False)
     assert (home / ".ray/auth_token").stat().st_mode & 0o777 == 0o600
     assert (home / ".ray/auth_token").read_text() == token
 
 
 @pytest.mark.parametrize("where", ["/proc", "/dev/null", ""])
-def test_a_home_that_takes_no_file_leaves_the_token_in_the_environment(
+def test_without_a_writable_home_the_token_is_in_the_environment(
     home: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     monkeypatch.setenv("HOME", where)
     if not where:  # a user without an entry in the system's list, as in a container
         monkeypatch.delenv("HOME")
         monkeypatch.setattr("pwd.getpwuid", dict[int, object]().__getitem__)
-    access.enable_token_auth(starts_cluster=True)
+    auth.enable_token_auth(starts_cluster=True)
     assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
     assert os.environ["RAY_AUTH_MODE"] == "token"
-    assert access.has_token()
+    assert auth.has_token()
 
 
-def test_a_cluster_to_join_gets_a_token_only_where_there_is_one(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    access.enable_token_auth(starts_cluster=False)
+def test_no_token_is_created_for_a_cluster_to_join(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    auth.enable_token_auth(starts_cluster=False)
     assert "RAY_AUTH_MODE" not in os.environ
     assert not (home / ".ray").exists()
     monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
-    access.enable_token_auth(starts_cluster=False)
+    auth.enable_token_auth(starts_cluster=False)
     assert os.environ["RAY_AUTH_MODE"] == "token"
 
 
-def test_who_switches_authentication_off_is_obeyed(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_authentication_can_be_switched_off(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    access.enable_token_auth(starts_cluster=True)
+    auth.enable_token_auth(starts_cluster=True)
     assert os.environ["RAY_AUTH_MODE"] == "disabled"
     assert not (home / ".ray").exists()
 

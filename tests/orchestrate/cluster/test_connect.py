@@ -59,7 +59,7 @@ def loopback(monkeypatch: pytest.MonkeyPatch) -> None:
         (None, "local", None),
     ],
 )
-def test_which_cluster_is_named(
+def test_cluster_address(
     monkeypatch: pytest.MonkeyPatch, address: str | None, variable: str | None, named: str | None
 ) -> None:
     if variable is not None:
@@ -77,7 +77,7 @@ def test_which_cluster_is_named(
         ("[::1]:9", "found no Ray cluster at [::1]:9"),
     ],
 )
-def test_an_address_without_a_cluster_is_refused_at_once(address: str, reason: str) -> None:
+def test_an_address_without_a_cluster_is_refused_quickly(address: str, reason: str) -> None:
     with refused(ErrorCode.UNREACHABLE, "RAY_ADDRESS") as error:
         check_gcs(address, "RAY_ADDRESS")
     assert str(error.value).startswith(f"RAY_ADDRESS: found no Ray cluster at {address}")
@@ -104,14 +104,14 @@ def test_a_malformed_address_is_refused(address: str, reason: str) -> None:
 
 
 @pytest.mark.parametrize("serve", [web_server, silent_server])
-def test_another_server_is_no_cluster(monkeypatch: pytest.MonkeyPatch, serve: Callable[[], Iterator[str]]) -> None:
+def test_another_server_is_not_a_cluster(monkeypatch: pytest.MonkeyPatch, serve: Callable[[], Iterator[str]]) -> None:
     monkeypatch.setattr("orchestrate.cluster.address.RPC_TIMEOUT_SECONDS", 0.5)
     with serve() as address, refused(ErrorCode.UNREACHABLE, "compute.address") as error:  # type: ignore[attr-defined]
         check_gcs(address)
     assert "something answers there, but not as a Ray GCS does" in str(error.value)
 
 
-def test_auto_names_a_cluster_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_without_a_running_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray._private.services.find_gcs_addresses", frozenset)  # whatever else runs on this machine
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     with refused(ErrorCode.NOT_FOUND, "compute.address"):
@@ -123,7 +123,7 @@ def test_auto_names_a_cluster_that_is_gone(tmp_path: Path, monkeypatch: pytest.M
     assert "at auto, which is 127.0.0.1:9 to Ray " in str(error.value)
 
 
-def test_a_cluster_that_is_there(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_running_cluster_is_accepted(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 
     address = ray.get_runtime_context().gcs_address
@@ -131,7 +131,7 @@ def test_a_cluster_that_is_there(ray_cluster: None, monkeypatch: pytest.MonkeyPa
     check_gcs(address.replace("127.0.0.1", "localhost"))
 
 
-def test_a_search_learns_of_another_one_on_the_cluster(ray_cluster: None) -> None:
+def test_channels_list_running_searches_and_carry_input_errors(ray_cluster: None) -> None:
     import ray
 
     assert list_running_searches() == []
@@ -145,26 +145,26 @@ def test_a_search_learns_of_another_one_on_the_cluster(ray_cluster: None) -> Non
     ray.kill(channel)
 
 
-def test_a_host_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_host_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(network, "CONNECT_SECONDS", 0.2)
     with socket.socket() as full:  # takes no connection: its queue is full
         full.bind(("127.0.0.1", 0))
         full.listen(0)
-        waiting = [socket.socket() for _ in range(4)]
-        for each in waiting:
-            each.setblocking(False)
-            each.connect_ex(full.getsockname())
+        sockets = [socket.socket() for _ in range(4)]
+        for client in sockets:
+            client.setblocking(False)
+            client.connect_ex(full.getsockname())
         with pytest.raises(TimeoutError, match=r"no answer from 127\.0\.0\.1:\d+ within 0\.2 s"):
             network.check_port("127.0.0.1", full.getsockname()[1])
-        for each in waiting:
-            each.close()
+        for client in sockets:
+            client.close()
 
 
 @pytest.mark.parametrize(
     ("name", "length", "folder"),
     [("TMPDIR", MAX_TEMP_BYTES, None), ("TMPDIR", MAX_TEMP_BYTES + 1, "/tmp/ray"), ("RAY_TMPDIR", 30, None)],
 )
-def test_sockets_of_a_local_ray_have_short_paths(
+def test_socket_paths_of_a_local_ray_are_short(
     monkeypatch: pytest.MonkeyPatch, name: str, length: int, folder: str | None
 ) -> None:
     for other in ("TMPDIR", "RAY_TMPDIR"):
@@ -177,11 +177,11 @@ def test_sockets_of_a_local_ray_have_short_paths(
     assert len(longest) <= 107
 
 
-def test_the_length_of_a_session_counts_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_limit_depends_on_the_process_id(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray names a session's folder after the process that starts it."""
     session = f"/ray/session_2026-01-31_23-59-59_123456_{os.getpid()}/sockets/plasma_store"
-    most = (107 if sys.platform == "linux" else 103) - len(session)
-    monkeypatch.setenv("RAY_TMPDIR", given := "/" + "x" * (most - 1))
+    limit = (107 if sys.platform == "linux" else 103) - len(session)
+    monkeypatch.setenv("RAY_TMPDIR", given := "/" + "x" * (limit - 1))
     assert ray_temp_folder() == f"{given}/ray"
     monkeypatch.setenv("RAY_TMPDIR", f"{given}x")
     with refused(ErrorCode.INVALID_VALUE, "RAY_TMPDIR") as error:
@@ -194,7 +194,7 @@ def test_the_length_of_a_session_counts_this_process(monkeypatch: pytest.MonkeyP
     assert "65 bytes long" in str(error.value)
 
 
-def test_a_temporary_folder_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unusable_temporary_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
     monkeypatch.setenv("TMPDIR", "/proc/nowhere")
     assert ray_temp_folder() == "/tmp/ray"

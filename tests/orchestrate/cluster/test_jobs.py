@@ -18,7 +18,7 @@ from ruamel.yaml import YAML
 from support.command import Command
 from support.errors import refused
 
-from orchestrate.cluster import jobs as submitting
+from orchestrate.cluster import jobs
 from orchestrate.cluster.jobs import build_entrypoint, connect_job_client, measure_upload_megabytes, submit_job
 from schemas.errors import ErrorCode, InterruptedRunError
 
@@ -37,9 +37,9 @@ class Dashboard(BaseHTTPRequestHandler):
         self.asked.append((self.path, dict(self.headers)))
         self.rfile.read(int(self.headers.get("Content-Length", 0)))
         path = self.path.removeprefix("/a;b")
-        found = path in ANSWERS or path.startswith("/api/packages/")
+        result = path in ANSWERS or path.startswith("/api/packages/")
         body = json.dumps(ANSWERS.get(path, {})).encode()
-        self.send_response(200 if found else 404)
+        self.send_response(200 if result else 404)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -62,7 +62,7 @@ def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*submitting.ADDRESS_VARIABLES, submitting.HEADERS_VARIABLE, "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+    for name in (*jobs.ADDRESS_VARIABLES, jobs.HEADERS_VARIABLE, "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -74,19 +74,19 @@ def dashboard() -> Iterator[str]:
 
 
 @pytest.mark.parametrize("variable", ["RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"])
-def test_a_variable_of_rays_names_the_cluster_and_takes_the_place_of_an_address(
+def test_rays_environment_variables_replace_the_address(
     variable: str, dashboard: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said: list[str] = []
+    messages: list[str] = []
     monkeypatch.setenv(variable, f"http://{dashboard}")
-    assert connect_job_client(None, said.append).get_address() == f"http://{dashboard}"
-    assert said == []
-    assert connect_job_client("http://127.0.0.1:9", said.append).get_address() == f"http://{dashboard}"
-    assert said == [f"{variable} is set to http://{dashboard}: Ray's job client takes that, not --address "
+    assert connect_job_client(None, messages.append).get_address() == f"http://{dashboard}"
+    assert messages == []
+    assert connect_job_client("http://127.0.0.1:9", messages.append).get_address() == f"http://{dashboard}"
+    assert messages == [f"{variable} is set to http://{dashboard}: Ray's job client takes that, not --address "
                     "http://127.0.0.1:9"]  # fmt: skip
 
 
-def test_a_dashboard_behind_a_proxy_gets_what_it_asks_for(dashboard: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_credentials_headers_and_certificates_are_sent(dashboard: str, monkeypatch: pytest.MonkeyPatch) -> None:
     connect_job_client(f"http://user:word@{dashboard}/", print)
     assert Dashboard.asked[-1][1]["Authorization"] == f"Basic {base64.b64encode(b'user:word').decode()}"
     monkeypatch.setenv("RAY_JOB_HEADERS", '{"X-Team": "ours"}')
@@ -132,18 +132,18 @@ def test_a_cluster_is_found_by_its_gcs(
         ("no_such_module://x", "Module: no_such_module does not exist"),
     ],
 )
-def test_an_address_without_a_cluster_is_refused_with_rays_reason(address: str, reason: str) -> None:
+def test_a_wrong_address_is_refused_with_rays_reason(address: str, reason: str) -> None:
     with refused(ErrorCode.UNREACHABLE, "--address") as error:
         connect_job_client(address, print)
     assert str(error.value).startswith(f"--address {address}: found no Ray cluster that takes the job")
     assert reason in str(error.value)
 
 
-def test_another_web_server_and_a_silent_one_are_no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_web_server_and_a_silent_one_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(BaseHTTPRequestHandler) as address, refused(ErrorCode.UNREACHABLE, "--address") as error:
         connect_job_client(f"http://{address}", print)
     assert "501 Server Error" in str(error.value)
-    monkeypatch.setattr(submitting, "CONNECT_TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr(jobs, "CONNECT_TIMEOUT_SECONDS", 0.2)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -152,7 +152,7 @@ def test_another_web_server_and_a_silent_one_are_no_cluster(monkeypatch: pytest.
     assert "no answer within 0.2 s" in str(error.value)
 
 
-def test_the_command_shown_for_a_job_that_is_left_can_be_pasted_and_has_no_password(
+def test_the_stop_command_is_quoted_and_has_no_password(
     dashboard: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from ray.job_submission import JobSubmissionClient
@@ -177,15 +177,15 @@ def file(tmp_path: Path, recipe: Callable[..., dict[str, Any]]) -> Path:
     return tmp_path / "experiments/my own.yaml"
 
 
-def test_the_command_is_the_users_own(file: Path, tmp_path: Path) -> None:
-    made = build_entrypoint(file, ["seed=1", "method={preset: zscl, average: null}"], "/shared/runs/mine", tmp_path)
-    assert made == (
+def test_the_entrypoint_is_the_users_command(file: Path, tmp_path: Path) -> None:
+    command = build_entrypoint(file, ["seed=1", "method={preset: zscl, average: null}"], "/shared/runs/mine", tmp_path)
+    assert command == (
         "zscl run 'experiments/my own.yaml' --out /shared/runs/mine --set seed=1 "
         "--set 'method={preset: zscl, average: null}'"
     )
 
 
-def test_what_the_cluster_would_refuse_is_refused_here(file: Path, tmp_path: Path) -> None:
+def test_invalid_recipes_are_refused_before_the_upload(file: Path, tmp_path: Path) -> None:
     with refused(ErrorCode.UNKNOWN_NAME, "sed"):
         build_entrypoint(file, ["sed=1"], None, tmp_path)
     with refused(ErrorCode.CONFLICT, "--working-dir"):
@@ -196,11 +196,11 @@ def test_no_cluster_answers(file: Path, tmp_path: Path, zscl: Callable[..., Comm
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{free.getsockname()[1]}"
-    found = zscl("submit", file, "--working-dir", tmp_path, "--address", address)
-    assert (found.code, f"--address {address}: found no Ray cluster that takes the job" in found.error) == (2, True)
+    result = zscl("submit", file, "--working-dir", tmp_path, "--address", address)
+    assert (result.code, f"--address {address}: found no Ray cluster that takes the job" in result.error) == (2, True)
 
 
-def test_what_is_uploaded_is_known_beforehand(file: Path, tmp_path: Path) -> None:
+def test_the_size_of_the_upload(file: Path, tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs/large").write_bytes(os.urandom(2_000_000))
     assert measure_upload_megabytes(tmp_path) > 2

@@ -21,7 +21,7 @@ def lock_in_other_process(run: Path, then: str) -> "subprocess.Popen[str]":
 
 
 @pytest.mark.fault("Two processes on one run", "The second is told who the first is")
-def test_the_second_is_told_who_the_first_is(tmp_path: Path) -> None:
+def test_the_second_process_gets_an_error_that_names_the_first(tmp_path: Path) -> None:
     with lock_in_other_process(tmp_path / "run", "print('mine', flush=True); input()") as first:
         assert first.stdout is not None
         assert first.stdout.readline() == "mine\n"

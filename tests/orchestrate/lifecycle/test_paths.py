@@ -19,21 +19,21 @@ Zscl = Callable[..., Command]
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @pytest.mark.parametrize("verb", ["run", "search", "embed", "evaluate", "compare", "export", "pretrain", "demo"])
-def test_every_command_refuses_a_place_that_cannot_be_written(
-    verb: str, place: Path, zscl: Zscl, recipe: Callable[..., dict[str, Any]], tasks: list[str], reference: str
+def test_every_command_refuses_an_output_folder_that_cannot_be_written(
+    verb: str, workdir: Path, zscl: Zscl, recipe: Callable[..., dict[str, Any]], tasks: list[str], reference: str
 ) -> None:
-    (place / "file").write_text("")
-    YAML(typ="safe").dump(recipe(), place / "recipe.yaml")
+    (workdir / "file").write_text("")
+    YAML(typ="safe").dump(recipe(), workdir / "recipe.yaml")
     search = {"domains": {"seed": {"choice": [0, 1]}}, "sampler": "grid", "objectives": ["avg"]}
-    YAML(typ="safe").dump({**recipe(), "search": search}, place / "search.yaml")
+    YAML(typ="safe").dump({**recipe(), "search": search}, workdir / "search.yaml")
     corpus = {"tasks": tasks, "corpus": reference}
-    YAML(typ="safe").dump(corpus, place / "pretrain.yaml")
+    YAML(typ="safe").dump(corpus, workdir / "pretrain.yaml")
     pretraining = Path(__file__).parents[3] / "experiments/pretrain-embedded.yaml"
     arguments: dict[str, tuple[object, ...]] = {
         "run": ("recipe.yaml", "--offline"),
@@ -45,11 +45,11 @@ def test_every_command_refuses_a_place_that_cannot_be_written(
         "pretrain": (pretraining,),
         "demo": (),
     }
-    found = zscl(verb, *arguments[verb], "--out", "file/out/mine")
-    assert (found.code, found.out) == (2, "")
-    assert found.error.startswith(f"error: {place}/file/out")
-    assert f"cannot be written ({place}/file: is no folder), expected a folder that this user may write" in found.error
-    assert "Traceback" not in found.error
+    result = zscl(verb, *arguments[verb], "--out", "file/out/mine")
+    assert (result.code, result.out) == (2, "")
+    assert result.error.startswith(f"error: {place}/file/out")
+    assert f"cannot be written ({place}/file: is no folder), expected a folder that this user may write" in result.error
+    assert "Traceback" not in result.error
 
 
 @pytest.mark.parametrize(
@@ -60,14 +60,14 @@ def test_every_command_refuses_a_place_that_cannot_be_written(
         ("check", "task", "--picture", "file/picture.png"),
     ],
 )
-def test_data_is_not_made_for_a_place_that_cannot_be_written(
-    arguments: tuple[str, ...], place: Path, zscl: Zscl
+def test_data_commands_refuse_an_output_that_cannot_be_written(
+    arguments: tuple[str, ...], workdir: Path, zscl: Zscl
 ) -> None:
-    (place / "file").write_text("")
-    found = zscl("data", *arguments)
-    assert found.code == 2
-    assert "cannot be written (" in found.error
-    assert "is no folder), expected a folder that this user may write; choose another" in found.error
+    (workdir / "file").write_text("")
+    result = zscl("data", *arguments)
+    assert result.code == 2
+    assert "cannot be written (" in result.error
+    assert "is no folder), expected a folder that this user may write; choose another" in result.error
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_data_is_not_made_for_a_place_that_cannot_be_written(
         ("deep/" * 900, "File name too long"),
     ],
 )
-def test_a_folder_that_nothing_can_be_written_to(folder: str, reason: str, tmp_path: Path) -> None:
+def test_folders_that_cannot_be_written(folder: str, reason: str, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     with refused(ErrorCode.NOT_WRITABLE) as error:
         check_writable(tmp_path / folder)
@@ -88,29 +88,29 @@ def test_a_folder_that_nothing_can_be_written_to(folder: str, reason: str, tmp_p
         pytest.fail("the lock was acquired")
 
 
-def test_looking_at_a_place_leaves_nothing_there(tmp_path: Path) -> None:
+def test_the_check_creates_nothing(tmp_path: Path) -> None:
     check_writable(tmp_path / "new [folder] (ü)/x")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_names_that_are_too_long_are_refused_wherever_they_are_given(place: Path, zscl: Zscl) -> None:
+def test_every_command_refuses_long_names(workdir: Path, zscl: Zscl) -> None:
     for arguments in (("sync",), ("compare",), ("resume",), ("data", "check"), ("run",)):
-        found = zscl(*arguments, "x" * 300)
-        assert found.code == 2, found.error
-        assert "Traceback" not in found.error
-        assert found.error.startswith("error: ")
+        result = zscl(*arguments, "x" * 300)
+        assert result.code == 2, result.error
+        assert "Traceback" not in result.error
+        assert result.error.startswith("error: ")
 
 
 def test_variables_and_the_home_folder_are_expanded_in_options(
-    place: Path, zscl: Zscl, monkeypatch: pytest.MonkeyPatch, tasks: list[str]
+    workdir: Path, zscl: Zscl, monkeypatch: pytest.MonkeyPatch, tasks: list[str]
 ) -> None:
-    monkeypatch.setenv("HOME", str(place))
+    monkeypatch.setenv("HOME", str(workdir))
     monkeypatch.setenv("WHERE", "made")
     monkeypatch.delenv("NOWHERE", raising=False)
     assert zscl("data", "check", tasks[0], "--picture", "~/$WHERE/${WHERE}.png").code == 0
-    assert (place / "made/made.png").is_file()
-    found = zscl("data", "check", tasks[0], "--picture", "$NOWHERE/a.png")
-    assert (found.code, found.error) == (
+    assert (workdir / "made/made.png").is_file()
+    result = zscl("data", "check", tasks[0], "--picture", "$NOWHERE/a.png")
+    assert (result.code, result.error) == (
         2,
         "error: picture: found '$NOWHERE/a.png', in which the environment variable NOWHERE is not set, expected one "
         "that is, or the path itself\n",

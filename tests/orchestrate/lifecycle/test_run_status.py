@@ -21,7 +21,7 @@ class Records:
         self.ended.append((state.status, timeout))
 
 
-def test_what_ends_well_is_finished(tmp_path: Path) -> None:
+def test_a_block_without_an_error_is_finished(tmp_path: Path) -> None:
     records = Records(tmp_path)
     with record_outcome(tmp_path, records):
         write_state(tmp_path, "RUNNING")
@@ -38,7 +38,7 @@ def test_what_ends_well_is_finished(tmp_path: Path) -> None:
         (KeyboardInterrupt(), "KILLED", "KeyboardInterrupt:", SIGNAL_FLUSH_SECONDS),
     ],
 )
-def test_what_ends_otherwise_says_why(
+def test_a_block_with_an_error_is_recorded_with_the_reason(
     tmp_path: Path, error: BaseException, status: str, reason: str, timeout: float | None
 ) -> None:
     records = Records(tmp_path)

@@ -33,7 +33,7 @@ def file(tmp_path: Path, recipe: Callable[..., dict[str, Any]]) -> Path:
 
 
 @pytest.mark.parametrize("shipped", SHIPPED, ids=lambda file: file.stem)
-def test_every_shipped_recipe_is_accepted_and_headed_by_its_command(shipped: Path) -> None:
+def test_every_shipped_recipe_is_valid_and_starts_with_its_command(shipped: Path) -> None:
     content = recipes.read_recipe(shipped)
     if "corpus" in content:
         assert recipes.parse_recipe(Pretraining, content, shipped)
@@ -49,14 +49,14 @@ def test_every_shipped_recipe_is_accepted_and_headed_by_its_command(shipped: Pat
     assert f"experiments/{shipped.name}" in head
 
 
-def test_is_named_after_its_file_and_reads_1e_5_as_a_number(file: Path) -> None:
+def test_name_is_the_files_and_1e_5_is_a_number(file: Path) -> None:
     file.write_text(file.read_text().replace("learning_rate: 0.01", "learning_rate: 1e-5"))
     found = recipes.load_experiment(file)
     assert found.name == "mine"
     assert found.optimisation.learning_rate == 1e-5
 
 
-def test_what_is_written_reads_back_to_the_same(file: Path, tmp_path: Path) -> None:
+def test_a_written_experiment_reads_back_equal(file: Path, tmp_path: Path) -> None:
     found = recipes.load_experiment(file)
     recipes.write_experiment(found, tmp_path / "experiment.yaml")
     assert recipes.load_experiment(tmp_path / "experiment.yaml") == found
@@ -65,15 +65,21 @@ def test_what_is_written_reads_back_to_the_same(file: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("override", "value"),
     [
-        ("optimisation.steps=7", lambda made: made.optimisation.steps == 7),
-        ("optimisation.learning_rate=1e-4", lambda made: made.optimisation.learning_rate == 1e-4),
-        ("method=finetune", lambda made: made.method.name == "finetune" and made.method.distill is None),
-        ("method.consolidate=null", lambda made: made.method.consolidate is None),
-        ("method.distill.temperature=3", lambda made: made.method.distill.temperature == 3),
-        ("evaluation.templates=first", lambda made: made.evaluation.templates == "first"),
-        ("tasks.1.learning_rate=0.5", lambda made: made.tasks[1].learning_rate == 0.5),
-        ("tasks=[a/x, a/y]", lambda made: [task.name for task in made.tasks] == ["x", "y"]),
-        ("reference.max_texts=3", lambda made: made.reference.max_texts == 3 and made.reference.images),
+        ("optimisation.steps=7", lambda experiment: experiment.optimisation.steps == 7),
+        ("optimisation.learning_rate=1e-4", lambda experiment: experiment.optimisation.learning_rate == 1e-4),
+        (
+            "method=finetune",
+            lambda experiment: experiment.method.name == "finetune" and experiment.method.distill is None,
+        ),
+        ("method.consolidate=null", lambda experiment: experiment.method.consolidate is None),
+        ("method.distill.temperature=3", lambda experiment: experiment.method.distill.temperature == 3),
+        ("evaluation.templates=first", lambda experiment: experiment.evaluation.templates == "first"),
+        ("tasks.1.learning_rate=0.5", lambda experiment: experiment.tasks[1].learning_rate == 0.5),
+        ("tasks=[a/x, a/y]", lambda experiment: [task.name for task in experiment.tasks] == ["x", "y"]),
+        (
+            "reference.max_texts=3",
+            lambda experiment: experiment.reference.max_texts == 3 and experiment.reference.images,
+        ),
     ],
 )
 def test_overrides_reach_every_field(file: Path, override: str, value: Callable[[Experiment], bool]) -> None:
@@ -94,7 +100,7 @@ def test_overrides_apply_in_order(file: Path) -> None:
         ("model: !!python/object/apply:os.system [true]\n", ErrorCode.UNREADABLE, "found no readable YAML"),
     ],
 )
-def test_names_what_is_no_recipe(tmp_path: Path, content: str, code: ErrorCode, message: str) -> None:
+def test_a_file_that_is_not_a_recipe_is_refused(tmp_path: Path, content: str, code: ErrorCode, message: str) -> None:
     (tmp_path / "bad.yaml").write_text(content)
     with refused(code) as error:
         recipes.load_experiment(tmp_path / "bad.yaml")
@@ -113,13 +119,13 @@ def test_names_what_is_no_recipe(tmp_path: Path, content: str, code: ErrorCode, 
         ("seed.deep=1", ErrorCode.INVALID_VALUE, "seed", "--set seed: found the value 0, expected a section"),
     ],
 )
-def test_names_a_wrong_override(file: Path, override: str, code: ErrorCode, field: str, message: str) -> None:
+def test_a_wrong_override_is_refused(file: Path, override: str, code: ErrorCode, field: str, message: str) -> None:
     with refused(code, field) as error:
         recipes.load_experiment(file, [override])
     assert message in str(error.value)
 
 
-def test_dry_run_starts_nothing_and_says_what_it_would_do(
+def test_dry_run_prints_a_plan_and_starts_nothing(
     file: Path, tmp_path: Path, zscl: Callable[..., Command], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -160,7 +166,7 @@ def test_dry_run_refuses_the_folder_of_another_run(file: Path, tmp_path: Path, z
 
 
 @pytest.mark.parametrize("shipped", SHIPPED, ids=lambda file: file.stem)
-def test_an_editor_accepts_what_the_product_accepts(shipped: Path, zscl: Callable[..., Command]) -> None:
+def test_the_json_schema_accepts_every_shipped_recipe(shipped: Path, zscl: Callable[..., Command]) -> None:
     schema, content = json.loads(zscl("schema").out), recipes.read_recipe(shipped)
     if "search" in content:
         jsonschema.validate(content["search"], json.loads(zscl("schema", "--search").out))
@@ -187,10 +193,10 @@ def table(tmp_path: Path, file: Path) -> Path:
 def test_a_table_varies_its_base_row_by_row(table: Path, file: Path) -> None:
     found = load_variants(table, ["optimisation.steps=4"], ALL_VARIANTS)
     assert list(found) == ["plain", "short", "as-it-is"]
-    assert [made.name for made in found.values()] == ["table-plain", "table-short", "table-as-it-is"]
+    assert [experiment.name for experiment in found.values()] == ["table-plain", "table-short", "table-as-it-is"]
     assert found["plain"].method.name == "finetune"
     assert (found["short"].tasks[0].steps, found["short"].seed) == (3, 7)
-    assert {made.optimisation.steps for made in found.values()} == {4}
+    assert {experiment.optimisation.steps for experiment in found.values()} == {4}
     assert found["as-it-is"].model_copy(update={"name": "mine"}) == recipes.load_experiment(
         file, ["optimisation.steps=4"]
     )
@@ -198,7 +204,7 @@ def test_a_table_varies_its_base_row_by_row(table: Path, file: Path) -> None:
 
 
 @pytest.mark.parametrize(("variant", "code"), [(None, ErrorCode.MISSING_VALUE), ("lnog", ErrorCode.UNKNOWN_NAME)])
-def test_a_table_is_asked_for_by_row(table: Path, variant: str | None, code: ErrorCode) -> None:
+def test_a_table_requires_the_name_of_a_row(table: Path, variant: str | None, code: ErrorCode) -> None:
     with refused(code, "--variant") as error:
         load_variants(table, variant=variant)
     assert "expected --variant plain, short, as-it-is or all" in str(error.value)
@@ -244,20 +250,20 @@ def test_a_recipe_without_rows_has_no_variants(file: Path) -> None:
         load_variants(file, variant="a")
 
 
-def test_a_dry_run_refuses_a_saving_that_the_model_does_not_allow(file: Path, zscl: Callable[..., Command]) -> None:
+def test_dry_run_refuses_a_saving_that_the_model_does_not_support(file: Path, zscl: Callable[..., Command]) -> None:
     found = zscl("run", file, "--dry-run", "--set", "model=embedded", "--set", "compute.savings.pooled_row=always")
     assert found.code == 2
     assert "compute.savings.pooled_row: found always, but the model's image tower does not allow it" in found.error
 
 
-def test_a_dry_run_counts_what_is_distilled_without_a_reference_set(file: Path, zscl: Callable[..., Command]) -> None:
+def test_dry_run_counts_distilled_images_without_a_reference_set(file: Path, zscl: Callable[..., Command]) -> None:
     found = zscl("run", file, "--dry-run", "--json", "--set", "method=lwf", "--set", "reference=null")
     plan = json.loads(found.out)["plan"]
     assert plan["images_through_student"] == 15 * (6 + 5)
     assert plan["teacher_features"] == dict.fromkeys(plan["stages"], "never")
 
 
-def test_a_variants_folder_is_the_one_asked_for(table: Path, tmp_path: Path, zscl: Callable[..., Command]) -> None:
+def test_folders_of_variants(table: Path, tmp_path: Path, zscl: Callable[..., Command]) -> None:
     for variant, folders in {"short": ["out"], "all": ["out/plain", "out/short", "out/as-it-is"]}.items():
         content = json.loads(
             zscl("run", table, "--dry-run", "--json", "--variant", variant, "--out", tmp_path / "out").out
@@ -272,7 +278,7 @@ def test_a_variants_folder_is_the_one_asked_for(table: Path, tmp_path: Path, zsc
      "!!python/name:os.system ''", "!!python/module:os ''"],
 )  # fmt: skip
 @pytest.mark.parametrize("by_option", [False, True])
-def test_a_recipe_makes_no_python_object(
+def test_yaml_tags_cannot_create_python_objects(
     recipe: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tag: str, by_option: bool
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -292,7 +298,7 @@ def bomb(begin: str, line: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("text", "sentence"),
+    ("text", "message"),
     [
         (bomb("a0: &a0 [x, x, x]", "a{of}: &a{of} [{ten}]"), "means more than 100000 values"),
         (bomb("a0: &a0 {{x: 1}}", "a{of}: &a{of} {{<<: [{ten}]}}"), "means more than 100000 values"),
@@ -305,16 +311,16 @@ def bomb(begin: str, line: str) -> str:
     ],
 )
 @pytest.mark.timeout(300)
-def test_a_bomb_is_refused_at_once(tmp_path: Path, text: str, sentence: str) -> None:
+def test_yaml_bombs_are_refused_quickly(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "recipe.yaml").write_text(text)
     with refused(ErrorCode.UNREADABLE) as error:
         recipes.load_experiment(tmp_path / "recipe.yaml")
-    assert sentence in str(error.value)
+    assert message in str(error.value)
     assert len(str(error.value)) < 1_000
 
 
 @pytest.mark.parametrize(
-    ("text", "sentence"),
+    ("text", "message"),
     [
         (
             b"model: embedded\ntasks [a]\nmethod: zscl\n",
@@ -333,17 +339,17 @@ def test_a_bomb_is_refused_at_once(tmp_path: Path, text: str, sentence: str) -> 
         (b"", "found nothing, expected fields such as"),
     ],
 )
-def test_says_where_a_recipe_is_wrong(tmp_path: Path, text: bytes, sentence: str) -> None:
+def test_errors_have_line_and_column(tmp_path: Path, text: bytes, message: str) -> None:
     (tmp_path / "recipe.yaml").write_bytes(text)
     with refused(ErrorCode.UNREADABLE if text else ErrorCode.EMPTY) as error:
         load_variants(tmp_path / "recipe.yaml")
     assert "recipe.yaml: " in str(error.value)
-    assert sentence in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
     assert "To suppress" not in str(error.value)
 
 
-def test_says_that_a_base_does_not_exist(tmp_path: Path) -> None:
+def test_a_missing_base_is_refused(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("base: nowhere.yaml\nvariants: {a: {seed: 1}}\n")
     with refused(ErrorCode.NOT_FOUND, "base") as error:
         load_variants(tmp_path / "recipe.yaml", variant="all")
@@ -351,7 +357,7 @@ def test_says_that_a_base_does_not_exist(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "sentence"),
+    ("text", "message"),
     [
         (
             "optimisation: {learning_rate: 2,5}",
@@ -408,11 +414,11 @@ def test_says_that_a_base_does_not_exist(tmp_path: Path) -> None:
         ("---\nseed: 1", "expected one document, without a line of ---"),
     ],
 )
-def test_a_slip_in_yaml_is_told_with_its_place_and_what_to_do(tmp_path: Path, text: str, sentence: str) -> None:
+def test_yaml_mistakes_are_reported_with_position_and_advice(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "recipe.yaml").write_text(f"model: embedded\ntasks: [a]\nmethod: finetune\n{text}\n")
     with pytest.raises(InputError) as error:  # the code differs from case to case
         recipes.load_experiment(tmp_path / "recipe.yaml")
-    assert sentence in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -423,32 +429,32 @@ def test_a_slip_in_yaml_is_told_with_its_place_and_what_to_do(tmp_path: Path, te
         ("a%20b?c#d", "a-20b-c-d"), ("-x", "x"), ("n" * 240, "n" * 100),
     ],
 )  # fmt: skip
-def test_any_recipes_file_name_makes_a_name(tmp_path: Path, file: str, name: str) -> None:
+def test_every_file_name_gives_a_valid_name(tmp_path: Path, file: str, name: str) -> None:
     (tmp_path / f"{file}.yaml").write_text("model: embedded\ntasks: [a]\nmethod: finetune\n")
     assert recipes.load_experiment(tmp_path / f"{file}.yaml").name == name
 
 
 @pytest.mark.parametrize("name", ["a/b", "a b", "..", "[x]", "ü"])
-def test_a_variants_name_must_do_for_a_folder(table: Path, name: str) -> None:
+def test_a_variants_name_must_be_a_valid_folder_name(table: Path, name: str) -> None:
     table.write_text(dump_yaml({"base": "tiny.yaml", "variants": {name: {"seed": 1}}}))
     with refused(ErrorCode.INVALID_VALUE, "variants") as error:
         load_variants(table, (), "all")
     assert repr(name) in str(error.value)
 
 
-def test_a_name_made_of_a_long_file_name_is_shortened_before_its_ending(table: Path) -> None:
+def test_long_file_names_are_shortened_before_the_suffix(table: Path) -> None:
     long = table.rename(table.with_name(f"{'x' * 120}.yaml"))
-    names = [made.name for made in load_variants(long, variant=ALL_VARIANTS).values()]
+    names = [experiment.name for experiment in load_variants(long, variant=ALL_VARIANTS).values()]
     assert names == [f"{'x' * 94}-plain", f"{'x' * 94}-short", f"{'x' * 91}-as-it-is"]
 
 
-def test_names_that_are_too_long_are_refused_by_their_field(file: Path) -> None:
+def test_long_names_are_refused_with_their_field(file: Path) -> None:
     for field in ("name", "method.name"):
         with refused(ErrorCode.INVALID_VALUE, field):
             recipes.load_experiment(file, [f"{field}={'n' * 101}"])
 
 
-def test_how_long_values_differ_is_shown_where_they_differ() -> None:
+def test_differences_of_long_values_are_shortened_around_the_difference() -> None:
     long = [f"/data/a long name of a folder/task-{number}" for number in range(5)]
     found = preflight.diff_recipes(
         {"tasks": long, "a": {"b": "x" * 200 + "y"}}, {"tasks": [*long[:4], "/z"], "a": {"b": "x" * 201}}
@@ -459,9 +465,7 @@ def test_how_long_values_differ_is_shown_where_they_differ() -> None:
     assert preflight.diff_recipes({"tasks": ["a"]}, {"tasks": ["a", "b"]}) == {"tasks.1": ("nothing", '"b"')}
 
 
-def test_quotes_around_a_number_are_said_to_be_the_matter(
-    recipe: Callable[..., dict[str, Any]], tmp_path: Path
-) -> None:
+def test_numbers_in_quotes_are_reported(recipe: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(dump_yaml(recipe(optimisation={"batch_size": "16", "learning_rate": "1e-5"})))
     with refused(ErrorCode.INVALID_VALUE) as error:
         recipes.load_experiment(tmp_path / "recipe.yaml")
@@ -483,13 +487,13 @@ def test_quotes_around_a_number_are_said_to_be_the_matter(
         "name: 'two\n\n  \u00a0lines'\n",
     ],
 )
-def test_odd_spaces_in_texts_and_comments_are_left_alone(tmp_path: Path, text: str) -> None:
+def test_odd_spaces_in_texts_and_comments_are_accepted(tmp_path: Path, text: str) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text("model: embedded\n" + text, encoding="utf-8")
     assert recipes.read_recipe(file)["model"] == "embedded"
 
 
-def test_an_odd_space_in_a_comment_does_not_hide_what_is_wrong(tmp_path: Path) -> None:
+def test_an_odd_space_in_a_comment_does_not_hide_another_error(tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text("# a:\u00a0b\nname: 'x:\u00a0y'\ntasks: [a\n", encoding="utf-8")
     with refused(ErrorCode.UNREADABLE) as error:

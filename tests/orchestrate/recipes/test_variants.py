@@ -38,8 +38,8 @@ def test_every_seed_in_every_order(experiment: Make) -> None:
 
 
 def test_the_orders_of_the_paper(experiment: Make) -> None:
-    made = experiment(tasks=[f"data/{name}" for name in MTIL_ORDERS["I"]])
-    [found] = expand_seeds_and_orders({"": made}, 1, "II").values()
+    base = experiment(tasks=[f"data/{name}" for name in MTIL_ORDERS["I"]])
+    [found] = expand_seeds_and_orders({"": base}, 1, "II").values()
     assert [task.name for task in found.tasks] == list(MTIL_ORDERS["II"])
     assert sorted(MTIL_ORDERS["I"]) == sorted(MTIL_ORDERS["II"])
 
@@ -53,7 +53,7 @@ def test_the_orders_of_the_paper(experiment: Make) -> None:
         ("I", ErrorCode.MISMATCH),
     ],
 )
-def test_an_order_that_is_none(experiment: Make, orders: str, code: ErrorCode) -> None:
+def test_an_unknown_order_is_refused(experiment: Make, orders: str, code: ErrorCode) -> None:
     with refused(code, "--orders") as error:
         expand_seeds_and_orders({"": experiment()}, 1, orders)
     assert orders in str(error.value)

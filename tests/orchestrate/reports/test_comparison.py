@@ -25,7 +25,7 @@ from orchestrate.recipes import recipe as recipes
 from orchestrate.reports.charts import distinct_colours
 from orchestrate.reports.comparison import Comparison, Difference, group_runs, paired_interval
 from orchestrate.reports.results import format_method
-from orchestrate.reports.tables import escape_latex, build_run_rows, build_terminal_tables
+from orchestrate.reports.tables import build_run_rows, build_terminal_tables, escape_latex
 from orchestrate.tracking.lookup import comparison_folder
 from orchestrate.tracking.mlflow_client import PARENT
 from orchestrate.tracking.uploader import JournalUploader
@@ -41,22 +41,22 @@ CHROMIUM = shutil.which("chromium")
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("compared")
 
 
 @pytest.fixture
-def runs(place: Path, experiment: Make) -> dict[str, Path]:
+def runs(root: Path, experiment: Make) -> dict[str, Path]:
     """Two methods, two seeds each."""
     found = {}
     for method in ("finetune", "zscl"):
         for seed in (0, 1):
             name = f"{method}-{seed}"
-            found[name] = place / name
-            if not (place / name / "result.json").is_file():
+            found[name] = root / name
+            if not (root / name / "result.json").is_file():
                 made = experiment(method=method, seed=seed)
-                run_sequence(made, place / name, device=torch.device("cpu"))
-                recipes.write_experiment(made, place / name / "experiment.yaml")
+                run_sequence(made, root / name, device=torch.device("cpu"))
+                recipes.write_experiment(made, root / name / "experiment.yaml")
     return found
 
 
@@ -102,7 +102,7 @@ def test_methods_over_seeds(runs: dict[str, Path], zscl: Zscl, tmp_path: Path) -
     assert other["groups"]["finetune"]["figures"]["last"]["difference"] == pytest.approx(-fmean(pairs))
 
 
-def test_the_table_for_a_paper(runs: dict[str, Path], zscl: Zscl, tmp_path: Path) -> None:
+def test_the_latex_table(runs: dict[str, Path], zscl: Zscl, tmp_path: Path) -> None:
     compared(zscl, *runs.values(), "--out", tmp_path)
     table = (tmp_path / "comparison.tex").read_text()
     for command in ("\\toprule", "\\midrule", "\\bottomrule", "\\textbf{"):
@@ -115,7 +115,7 @@ def test_the_table_for_a_paper(runs: dict[str, Path], zscl: Zscl, tmp_path: Path
     assert all(row.count("&") == 4 for row in rows)
 
 
-def test_what_cannot_be_compared_is_named_and_the_rest_is_compared(
+def test_runs_that_cannot_be_compared_are_excluded_with_the_reason(
     runs: dict[str, Path], zscl: Zscl, tmp_path: Path, experiment: Make, tasks: list[str]
 ) -> None:
     other = tmp_path / "other"
@@ -141,7 +141,7 @@ def test_what_cannot_be_compared_is_named_and_the_rest_is_compared(
     assert zscl("compare").error == "error: found no runs, expected folders, run ids, or --where EXPRESSION\n"
 
 
-def test_a_mistyped_run_is_refused_with_a_guess(runs: dict[str, Path], zscl: Zscl, tmp_path: Path) -> None:
+def test_a_mistyped_run_is_refused_with_a_suggestion(runs: dict[str, Path], zscl: Zscl, tmp_path: Path) -> None:
     near, digits = runs["zscl-0"].with_name("zscl-O"), "0" * 31
     refused = zscl("compare", runs["zscl-0"], near, digits, "--out", tmp_path / "none")
     assert refused.code == 2
@@ -151,15 +151,15 @@ def test_a_mistyped_run_is_refused_with_a_guess(runs: dict[str, Path], zscl: Zsc
     assert not (tmp_path / "none").exists()
 
 
-def test_each_choice_of_runs_has_a_folder_of_its_own(tmp_path: Path) -> None:
+def test_each_selection_of_runs_has_its_own_folder(tmp_path: Path) -> None:
     a, b, c = (tmp_path / name for name in "abc")
     chosen = [comparison_folder({str(run): run for run in runs}) for runs in ((a, b), (a, c), (a, b), (b, a), (a,))]
     assert chosen[0] == chosen[2]
     assert len(set(chosen)) == 4
-    assert {place.parent for place in chosen} == {tmp_path / "comparison"}
+    assert {root.parent for root in chosen} == {tmp_path / "comparison"}
 
 
-def test_what_is_not_alike_is_marked_and_never_averaged_in(
+def test_incomparable_runs_are_marked_and_not_averaged(
     runs: dict[str, Path], zscl: Zscl, tmp_path: Path, experiment: Make
 ) -> None:
     held_out = {"held_out": {"share": 0.25}, "templates": "first"}
@@ -207,7 +207,7 @@ def test_a_run_counts_once(runs: dict[str, Path], zscl: Zscl, tmp_path: Path) ->
     }
 
 
-def test_what_only_one_of_two_methods_reads_is_no_difference(experiment: Make) -> None:
+def test_a_setting_that_one_method_does_not_use_is_no_difference(experiment: Make) -> None:
     """Fine-tuning reads no reference images: their batch sets it apart from nothing."""
     settings = {name: experiment(method=name).settings for name in ("zscl", "finetune", "zero-shot")}
     assert settings["zscl"].keys() - settings["finetune"].keys() == {"optimisation.reference_batch_size"}
@@ -229,7 +229,7 @@ def test_orders_are_compared_task_by_task(
 
 
 def test_runs_are_found_in_mlflow(
-    place: Path, runs: dict[str, Path], zscl: Zscl, tmp_path: Path, experiment: Make
+    root: Path, runs: dict[str, Path], zscl: Zscl, tmp_path: Path, experiment: Make
 ) -> None:
     ids = []
     for name in ("finetune-0", "zscl-0"):
@@ -241,11 +241,11 @@ def test_runs_are_found_in_mlflow(
     by_id = compared(zscl, *ids, *store)
     found = compared(zscl, "--where", "tags.`zscl.seed` = '0'", *store)
     assert by_id["rows"] == found["rows"]
-    moved = runs["zscl-0"].rename(place / "moved")  # what is not on this machine comes from the artefacts
+    moved = runs["zscl-0"].rename(root / "moved")  # what is not on this machine comes from the artefacts
     assert [row["last"] for row in compared(zscl, *ids, *store)["rows"]] == [row["last"] for row in by_id["rows"]]
     moved.rename(runs["zscl-0"])
     other = shutil.copytree(runs["zscl-1"], tmp_path / "other")
-    aside = runs["zscl-0"].rename(place / "aside")  # another run lies in the recorded folder by now
+    aside = runs["zscl-0"].rename(root / "aside")  # another run lies in the recorded folder by now
     other.rename(runs["zscl-0"])
     instead = [row["seed"] for row in compared(zscl, ids[1], *store)["rows"] if row["run"]]
     shutil.rmtree(runs["zscl-0"])
@@ -260,19 +260,21 @@ def test_runs_are_found_in_mlflow(
         for run in client.search_runs([client.get_run(ids[0]).info.experiment_id], f"tags.`{PARENT}` = '{ids[0]}'")
     )
     refused = zscl("compare", stage, *store)
-    assert (refused.code, f"found a single stage, expected the id of a run over all its stages (that of its complete run "
-            f"is {ids[0]})" in refused.error) == (2, True)  # fmt: skip
+    message = f"expected the id of a run over all its stages (that of its complete run is {ids[0]})"
+    assert (refused.code, message in refused.error) == (2, True)
     for where, sentence in (("tags.x = 'y'", "found no run in"), ("what?", "found no expression that MLflow takes")):
         refused = zscl("compare", "--where", where, *store)
         assert (refused.code, sentence in refused.error) == (2, True)
     assert MlflowClient(f"sqlite:///{place}/mlflow.db").get_run(ids[0]).info.status == "FINISHED"
 
 
-def test_a_method_is_called_by_what_was_changed_in_it(runs: dict[str, Path]) -> None:
+def test_a_methods_label_has_its_changes(runs: dict[str, Path]) -> None:
     settings = '{"weight": 0.5, "kind": "soft"}'
     changes = {"distill.text_weight": 0.0, "average": None, "further_losses.spread.Spread": settings}
     result = result_of(runs["zscl-0"]).model_copy(update={"method_changes": changes})
-    assert format_method(result) == ('zscl (distill.text_weight=0.0, average=null, spread.Spread(weight=0.5, kind="soft"))')
+    assert format_method(result) == (
+        'zscl (distill.text_weight=0.0, average=null, spread.Spread(weight=0.5, kind="soft"))'
+    )
     named = Method.model_validate({"preset": "zscl", "name": "mine", "distill": {"text_weight": 0.0}})
     assert named.changes == {"distill.text_weight": 0.0}
 
@@ -293,7 +295,7 @@ def test_an_interval_is_that_of_a_paired_t_test() -> None:
 
 
 @pytest.mark.parametrize("differences", [[], [0.5], [0.1, 0.1, 0.1], [0.1 + 0.2 - 0.3, 0.0], [0.1, math.nan]])
-def test_there_is_no_interval_where_nothing_says_how_wide_it_is(differences: list[float]) -> None:
+def test_no_interval_without_a_variance(differences: list[float]) -> None:
     assert paired_interval(differences) is None
 
 
@@ -313,7 +315,7 @@ def reordered(result: Result) -> Result:
     return result.model_copy(update={"tasks": result.tasks[::-1]})
 
 
-def test_pairs_of_one_seed_or_order_are_averaged_before(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_pairs_of_one_seed_or_order_are_averaged_first(runs: dict[str, Path], tmp_path: Path) -> None:
     """Three seeds in two orders are a sample of three; so are three orders with one seed."""
     base = result_of(runs["finetune-0"])
     lasts = {(seed, order): 0.3 + 0.05 * seed**2 + 0.02 * order for seed in range(3) for order in range(2)}
@@ -331,7 +333,7 @@ def test_pairs_of_one_seed_or_order_are_averaged_before(runs: dict[str, Path], t
     assert (found.pairs, found.size, found.unit) == (2, 2, "orders")
 
 
-def test_runs_that_make_no_pair_have_no_difference(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_runs_without_a_pair_have_no_difference(runs: dict[str, Path], tmp_path: Path) -> None:
     base = result_of(runs["finetune-0"])
     results = {
         "finetune-0": base,
@@ -341,7 +343,7 @@ def test_runs_that_make_no_pair_have_no_difference(runs: dict[str, Path], tmp_pa
     assert gathered(tmp_path, results).difference("wc", "finetune", "last") is None
 
 
-def test_a_baseline_is_chosen_by_a_rule_and_not_by_the_alphabet(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_the_default_baseline(runs: dict[str, Path], tmp_path: Path) -> None:
     base = result_of(runs["finetune-0"])
 
     def chosen(*methods: str) -> str | None:
@@ -354,7 +356,7 @@ def test_a_baseline_is_chosen_by_a_rule_and_not_by_the_alphabet(runs: dict[str, 
     assert chosen("zscl") is None
 
 
-def test_a_method_with_a_name_of_its_own_is_called_by_it(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_methods_of_one_name_are_distinguished_by_their_settings(runs: dict[str, Path], tmp_path: Path) -> None:
     """Its settings are added where another method has the same name: the two are no sample of one method."""
 
     def of(base: str, **method: Any) -> Result:
@@ -377,7 +379,7 @@ def test_a_method_with_a_name_of_its_own_is_called_by_it(runs: dict[str, Path], 
     ]
 
 
-def test_settings_that_the_first_run_does_not_read_tell_later_runs_apart(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_settings_that_the_first_run_does_not_use_distinguish_later_runs(runs: dict[str, Path], tmp_path: Path) -> None:
     """A zero-shot run reads no learning rate: two of fine-tuning are no sample all the same."""
     zero_shot = result_of(runs["zscl-0"]).model_copy(update={"method": "zero-shot", "settings": {}, "reference": ""})
     one, two = result_of(runs["zscl-0"]), result_of(runs["zscl-1"])
@@ -392,7 +394,7 @@ def test_results_of_another_version_of_the_algorithm_are_marked(runs: dict[str, 
     assert list(gathered(tmp_path, {"new": new, "old": old}).groups) == ["zscl", marked]
 
 
-def test_zero_shot_figures_of_other_models_are_never_averaged(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_zero_shot_metrics_of_other_models_are_not_averaged(runs: dict[str, Path], tmp_path: Path) -> None:
     one = result_of(runs["finetune-0"])
     better = one.zero_shot_metrics.model_copy(update={"last": 1.0})
     other = one.model_copy(update={"model_digest": "other", "model": "ViT", "zero_shot_metrics": better})
@@ -400,7 +402,7 @@ def test_zero_shot_figures_of_other_models_are_never_averaged(runs: dict[str, Pa
 
 
 @pytest.mark.parametrize("offline", [True, False])
-def test_a_shown_command_is_one_that_a_shell_takes(runs: dict[str, Path], tmp_path: Path, offline: bool) -> None:
+def test_shown_commands_are_quoted_for_a_shell(runs: dict[str, Path], tmp_path: Path, offline: bool) -> None:
     run = shutil.copytree(runs["zscl-0"], tmp_path / "my runs/it's")
     _, lines = summarize_run(recipes.load_experiment(run / "experiment.yaml"), run, result_of(run), offline)
     shown = shlex.split(next(line for line in lines if line.startswith("MLflow")))[1:]
@@ -409,7 +411,7 @@ def test_a_shown_command_is_one_that_a_shell_takes(runs: dict[str, Path], tmp_pa
 
 
 @pytest.mark.parametrize(("count", "width"), [(12, 80), (60, 200)])
-def test_tables_of_many_runs_show_every_number(runs: dict[str, Path], tmp_path: Path, count: int, width: int) -> None:
+def test_tables_of_many_runs_are_not_truncated(runs: dict[str, Path], tmp_path: Path, count: int, width: int) -> None:
     result = result_of(runs["zscl-0"])
     found = gathered(tmp_path, {f"r{seed:02}": result.model_copy(update={"seed": seed}) for seed in range(count)})
     out = io.StringIO()
@@ -422,13 +424,13 @@ def test_tables_of_many_runs_show_every_number(runs: dict[str, Path], tmp_path: 
     assert len(set(distinct_colours(count))) == count
 
 
-def test_runs_whose_folders_have_one_name_are_told_apart(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_runs_with_equal_folder_names_get_distinct_names(runs: dict[str, Path], tmp_path: Path) -> None:
     places = [tmp_path / "a/zscl", tmp_path / "b/zscl", tmp_path / "b/other"]
-    for number, place in enumerate(places):
-        shutil.copytree(runs["zscl-1"], place)
-        seeded = result_of(place).model_copy(update={"workers": 1 + number, "seed": number})
-        (place / "result.json").write_text(seeded.model_dump_json())
-    found = group_runs({str(place): place for place in [*places, tmp_path / "a/../a/zscl"]})
+    for number, root in enumerate(places):
+        shutil.copytree(runs["zscl-1"], root)
+        seeded = result_of(root).model_copy(update={"workers": 1 + number, "seed": number})
+        (root / "result.json").write_text(seeded.model_dump_json())
+    found = group_runs({str(root): root for root in [*places, tmp_path / "a/../a/zscl"]})
     assert [run.name for run in found.runs] == ["a/zscl", "b/zscl", "other"]
     assert [row["worker_hours"] for row in build_run_rows(found) if row["run"]] == sorted(
         row["worker_hours"] or 0 for row in build_run_rows(found) if row["run"]
@@ -438,7 +440,7 @@ def test_runs_whose_folders_have_one_name_are_told_apart(runs: dict[str, Path], 
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
-def test_the_page_draws_itself_without_a_network(runs: dict[str, Path], zscl: Zscl, tmp_path: Path) -> None:
+def test_the_page_works_without_a_network(runs: dict[str, Path], zscl: Zscl, tmp_path: Path) -> None:
     compared(zscl, *runs.values(), "--out", tmp_path, "--published", "I")
     page = tmp_path / "comparison.html"
     assert page.stat().st_size < 3_000_000

@@ -1,4 +1,4 @@
-"""Searches through Ray Tune: what they try, share, give up, choose, record, and are told when it cannot be."""
+"""Searches on Ray Tune: trials, shared stages, early stopping, the chosen recipe, MLflow, and error messages."""
 
 import json
 from collections.abc import Callable
@@ -9,13 +9,14 @@ import pytest
 from rich.console import Console
 from ruamel.yaml import YAML
 from support.command import Command
+from support.errors import refused
 
 from orchestrate.lifecycle import paths as places
 from orchestrate.recipes import recipe as recipes
 from orchestrate.search import preflight as search_preflight
 from orchestrate.search.run import run_search
 from schemas.algorithm import algorithm_version
-from schemas.errors import InputError
+from schemas.errors import ErrorCode
 from schemas.search import Search, SearchResult, Trial
 
 Zscl = Callable[..., Command]
@@ -43,7 +44,7 @@ def found_in(command: Command) -> SearchResult:
     return SearchResult.model_validate(json.loads(command.out)["search"])
 
 
-def test_a_grid_from_the_recipe_to_the_chosen_run(
+def test_grid_search_end_to_end(
     write: Callable[..., Path], zscl: Zscl, tmp_path: Path, ray_cluster: None, empty_store: Path
 ) -> None:
     from mlflow.tracking import MlflowClient
@@ -119,7 +120,7 @@ def test_a_grid_from_the_recipe_to_the_chosen_run(
     assert "run the chosen recipe on all training images: zscl run" in other.out
 
 
-def test_trials_that_fail_or_do_badly_end_nothing(
+def test_failed_and_stopped_trials_do_not_end_the_search(
     write: Callable[..., Path], zscl: Zscl, tmp_path: Path, ray_cluster: None
 ) -> None:
     """One at a time, so that it is known which trial does worse than those before it."""
@@ -175,7 +176,7 @@ def test_trials_that_fail_or_do_badly_end_nothing(
         ({"domains": {"tasks.0.path": {"choice": ["nowhere"]}}}, "nowhere: found no such folder, expected a task"),
     ],
 )
-def test_what_is_wrong_is_said_before_anything_starts(
+def test_errors_are_reported_before_anything_starts(
     write: Callable[..., Path], zscl: Zscl, tmp_path: Path, search: dict[str, Any], sentence: str
 ) -> None:
     command = zscl("search", write({"domains": DOMAINS, "trials": 2} | search), "--out", tmp_path / "runs/look")
@@ -186,22 +187,23 @@ def test_what_is_wrong_is_said_before_anything_starts(
     assert not (tmp_path / "runs").exists()
 
 
-def test_what_a_search_will_do(write: Callable[..., Path], zscl: Zscl) -> None:
+def test_dry_run_prints_the_plan(write: Callable[..., Path], zscl: Zscl) -> None:
     command = zscl("search", write({"domains": DOMAINS, "sampler": "grid"}), "--dry-run", "--json")
     plan = json.loads(command.out)["plan"]
     assert (plan["trials"], plan["stage_trainings"], plan["first_stage_shared_by_averages"]) == (4, 12, 2)
     assert plan["held_out_images"] == {"first": 8, "second": 8, "third": 8}
 
 
-def test_a_single_task_leaves_transfer_undefined(write: Callable[..., Path], tasks: list[str]) -> None:
+def test_transfer_is_undefined_for_a_single_task(write: Callable[..., Path], tasks: list[str]) -> None:
     from orchestrate.search.preflight import prepare_search
 
-    with pytest.raises(InputError, match="found transfer, which a single task leaves undefined"):
+    with refused(ErrorCode.CONFLICT, "search.objectives") as error:
         prepare_search(write({"domains": DOMAINS, "trials": 1}, tasks=tasks[:1]))
+    assert "found transfer" in str(error.value)
 
 
-def test_the_front_is_what_nobody_beats() -> None:
-    from orchestrate.search.results import pareto_front
+def test_pareto_front() -> None:
+    from orchestrate.search.results import select_pareto_front
 
     def trial(number: int, transfer: float, forgetting: float, status: Any = "finished") -> Trial:
         objectives = {"transfer": transfer, "forgetting": forgetting}
@@ -214,11 +216,11 @@ def test_the_front_is_what_nobody_beats() -> None:
         trial(4, 0.9, 0.0, "stopped"),
         trial(5, 0.5, 0.1),
     ]
-    assert [each.number for each in pareto_front(trials, ["transfer", "forgetting"])] == [1, 2, 5]
-    assert [each.number for each in pareto_front(trials, ["forgetting"])] == [1, 5]
+    assert [each.number for each in select_pareto_front(trials, ["transfer", "forgetting"])] == [1, 2, 5]
+    assert [each.number for each in select_pareto_front(trials, ["forgetting"])] == [1, 5]
 
 
-def test_a_search_is_found_again_by_when_it_began_and_not_by_its_path(tmp_path: Path, empty_store: Path) -> None:
+def test_a_recorded_search_is_identified_by_its_start_time(tmp_path: Path, empty_store: Path) -> None:
     from orchestrate.search.tracking import SearchRecorder
 
     searched = Search.model_validate({"domains": DOMAINS, "sampler": "grid"})
@@ -245,5 +247,6 @@ def test_a_search_of_another_version_of_the_algorithm_is_refused(write: Callable
     prepared = search_preflight.prepare_search(write({"domains": DOMAINS, "sampler": "grid"}), [])
     (tmp_path / "look").mkdir()
     (tmp_path / "look" / places.FINGERPRINT).write_text(f"{prepared.fingerprint}\n")
-    with pytest.raises(InputError, match=r"computed by an algorithm older than version 1\.1"):
+    with refused(ErrorCode.OTHER_ALGORITHM) as error:
         run_search(prepared, tmp_path / "look", Console())
+    assert "older than version 1.1" in str(error.value)

@@ -1,4 +1,4 @@
-"""What a search tries: the same for the same recipe, whichever trial is finished first."""
+"""Suggestions of a search are the same for the same recipe, whichever trial finishes first."""
 
 import math
 import random
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from orchestrate.search.samplers import TRIAL_NUMBER, OptunaSearcher, grid_points, compute_importance
+from orchestrate.search.samplers import TRIAL_NUMBER, OptunaSearcher, compute_importance, list_grid_points
 from schemas.search import Search, Trial
 
 DOMAINS = {"a": {"uniform": [0, 1]}, "b": {"choice": [1, 2, 3]}}
@@ -42,7 +42,7 @@ def tried(made: Search, order: int, at_once: int, results: Any = value_of) -> li
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "random", "nsga2"])
-def test_suggestions_do_not_depend_on_the_order_of_endings(sampler: str) -> None:
+def test_suggestions_do_not_depend_on_the_order_of_results(sampler: str) -> None:
     several = {"objectives": ["last", "avg"]} if sampler == "nsga2" else {}
     made = search(sampler=sampler, **several)
     first = tried(made, order=0, at_once=3)
@@ -51,7 +51,7 @@ def test_suggestions_do_not_depend_on_the_order_of_endings(sampler: str) -> None
     assert first != tried(search(sampler=sampler, seed=1, **several), order=0, at_once=3)
 
 
-def test_tpe_learns_from_what_it_hears() -> None:
+def test_tpe_learns_from_results() -> None:
     good = tried(search(), order=0, at_once=2)
     assert sum(value_of(values) for values in good[9:]) > sum(value_of(values) for values in good[:3])
     other = tried(search(), order=0, at_once=2, results=lambda values: -value_of(values))
@@ -59,15 +59,15 @@ def test_tpe_learns_from_what_it_hears() -> None:
     assert good[3:] != other[3:]
 
 
-def test_a_trial_that_failed_has_no_value_and_ends_nothing() -> None:
+def test_a_failed_trial_does_not_end_the_search() -> None:
     found = tried(search(), order=0, at_once=2, results=lambda values: math.nan if values["b"] == 2 else 1.0)
     assert len(found) == 12
 
 
-def test_a_grid_is_every_combination() -> None:
+def test_grid_points_are_all_combinations() -> None:
     domains = {"a": {"choice": ["x", "y"]}, "b": {"integer": [1, 2]}, "c": {"choice": [None, {"k": 1}]}}
     made = Search.model_validate({"domains": domains, "sampler": "grid"})
-    points = grid_points(made)
+    points = list_grid_points(made)
     assert len(points) == 8
     assert points[0] == {"a": "x", "b": 1, "c": None}
     sampling = OptunaSearcher(made)
@@ -84,7 +84,7 @@ def trial(number: int, values: dict[str, Any], **objectives: float) -> Trial:
     return Trial(number=number, values=values, status="finished", objectives=objectives)
 
 
-def test_importance_is_of_what_matters() -> None:
+def test_importance() -> None:
     made = search(objectives=["last", "forgetting"])
     draw = random.Random(0)
     trials = []

@@ -165,7 +165,7 @@ def test_a_tokenizer_that_brings_code_is_refused(tmp_path: Path, tiny_model: str
     config = json.loads((folder / "open_clip_config.json").read_text())
     config["model_cfg"]["text_cfg"]["tokenizer_kwargs"] = {"trust_remote_code": True}
     (folder / "open_clip_config.json").write_text(json.dumps(config))
-    with refused(ErrorCode.UNSUPPORTED, "model") as error:
+    with refused(ErrorCode.UNREADABLE, "model") as error:
         load_clip(Model(name=f"local-dir:{folder}"))
     assert "trust_remote_code" in str(error.value)
 
