@@ -296,11 +296,9 @@ class Experiment(StrictModel):
             if task["shots"] is None:
                 del task["shots"]
         # Fields that are newer than existing runs are excluded if unused, so that the runs' fingerprints remain valid.
-        if self.method.further_losses:
-            for loss in identity["method"]["further_losses"]:
-                loss["code"] = digests[loss["path"]]
-        else:
-            del identity["method"]["further_losses"]
+        custom_losses = identity["method"].pop("custom_losses")
+        if custom_losses:  # under the field's former name, which existing fingerprints contain
+            identity["method"]["further_losses"] = [{**loss, "code": digests[loss["path"]]} for loss in custom_losses]
         if self.optimisation.max_gradient_norm is None:
             del identity["optimisation"]["max_gradient_norm"]
         if self.evaluation.held_out is None:

@@ -6,6 +6,7 @@ method: {name: mine, task_loss: {}, distill: {}}  # a composition without a pres
 """
 
 import json
+import warnings
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -194,7 +195,7 @@ class Method(ShorthandModel):
     average: Average | None = Field(None, description="Weight ensemble during the stage")
     merge: Merge | None = Field(None, description="Interpolation with an anchor after the stage")
     memory: Memory | None = Field(None, description="Exemplars of earlier tasks, to distil on")
-    further_losses: TupleOf[CustomLoss] = Field((), description="Loss terms from other code, added to the loss")
+    custom_losses: TupleOf[CustomLoss] = Field((), description="Loss terms from other code, added to the loss")
     train: Literal["model", "image_tower", "text_tower"] = Field("model", description="Which parameters are trained")
 
     @model_validator(mode="before")
@@ -204,6 +205,7 @@ class Method(ShorthandModel):
             data = {"preset": data}
         if not isinstance(data, dict):
             return data
+        data = _rename_further_losses(data)
         preset = data.get("preset")
         parts = {
             part: _override_part(settings, data.get(part, {}))
@@ -214,7 +216,7 @@ class Method(ShorthandModel):
     @model_validator(mode="after")
     def _check_task_loss(self) -> "Method":
         parts = [part for part in PARTS if getattr(self, part) is not None]
-        parts += ["further_losses"] if self.further_losses else []
+        parts += ["custom_losses"] if self.custom_losses else []
         if self.task_loss is None and parts:
             raise InputError(
                 f"found {' and '.join(parts)} without task_loss, expected a task loss to train on or no part",
@@ -273,8 +275,17 @@ class Method(ShorthandModel):
     def _dump(self) -> dict[str, Any]:
         """Dump all settings except the name and the preset; custom losses become a mapping of path to settings."""
         dumped = self.model_dump(mode="json", exclude={"name", "preset"})
-        dumped["further_losses"] = {loss.path: json.dumps(loss.settings) for loss in self.further_losses}
+        dumped["custom_losses"] = {loss.path: json.dumps(loss.settings) for loss in self.custom_losses}
         return dumped
+
+
+def _rename_further_losses(data: dict[str, Any]) -> dict[str, Any]:
+    """Accept the former name of `custom_losses`, with a warning if the setting is used."""
+    if "further_losses" not in data or "custom_losses" in data:
+        return data
+    if data["further_losses"]:
+        warnings.warn("method.further_losses is deprecated: use method.custom_losses", FutureWarning, stacklevel=2)
+    return {"custom_losses" if key == "further_losses" else key: value for key, value in data.items()}
 
 
 def _override_part(preset: Mapping[str, Any], value: Any) -> Any:

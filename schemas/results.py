@@ -1,8 +1,8 @@
 """Results of a run: accuracy matrix, metrics, stages, losses and status, as stored in its folder."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, AllowInfNan, Field, JsonValue, NonNegativeInt
+from pydantic import AfterValidator, AllowInfNan, BeforeValidator, Field, JsonValue, NonNegativeInt
 
 from schemas.base import StrictModel, TupleOf
 from schemas.experiment import HeldOut
@@ -69,15 +69,29 @@ class TaskSummary(StrictModel):
     split_family: str = Field("", description="How the data was split into train and test, from the task's manifest")
 
 
+def _rename_further_losses(settings: Any) -> Any:
+    """Read the former name of `method.custom_losses` in results of earlier versions."""
+    if not isinstance(settings, dict):
+        return settings
+    former = "further_losses."
+    return {
+        key.replace(former, "custom_losses.") if key.startswith(former) else key: value
+        for key, value in settings.items()
+    }
+
+
+_CUSTOM_LOSSES = BeforeValidator(_rename_further_losses)
+
+
 class Result(StrictModel):
     """The content of `result.json`: everything that a comparison of runs reads."""
 
     name: str
     method: str
-    method_changes: dict[str, str | float | int | bool | None] = Field(
+    method_changes: Annotated[dict[str, str | float | int | bool | None], _CUSTOM_LOSSES] = Field(
         description="Settings that differ from the method's preset, by dotted path"
     )
-    method_settings: dict[str, JsonValue] = Field(
+    method_settings: Annotated[dict[str, JsonValue], _CUSTOM_LOSSES] = Field(
         default_factory=dict, description="All settings of the method except its name and preset, by dotted path"
     )
     settings: dict[str, JsonValue] = Field(

@@ -1,4 +1,4 @@
-"""Stable names for code outside this package, such as custom losses (`method.further_losses`).
+"""Stable names for code outside this package, such as custom losses (`method.custom_losses`).
 
 These names keep their meaning between releases. Other modules of `zscl` may change or move.
 """

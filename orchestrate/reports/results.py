@@ -18,7 +18,7 @@ from zscl.sequence.layout import ZERO_SHOT as ZERO_SHOT_FILE
 from zscl.sequence.result import ROW_ADVICE, STAGE_ADVICE, AccuracyRow
 
 ZERO_SHOT = "zero-shot"
-CUSTOM_LOSS_PREFIX = "further_losses."  # of a custom loss among a method's changes
+CUSTOM_LOSS_PREFIX = "custom_losses."  # of a custom loss among a method's changes
 
 
 def load_result(run: Path) -> Result:

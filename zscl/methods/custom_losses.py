@@ -17,7 +17,7 @@ from zscl.methods.interfaces import Batch, Features, LossTerm, StageContext
 from zscl.runtime.distributed import world_size
 from zscl.runtime.hashing import sha256_of
 
-FIELD = "method.further_losses"
+FIELD = "method.custom_losses"
 # Names that MLflow accepts for metrics.
 LOSS_NAME = re.compile(r"[A-Za-z0-9_:-][A-Za-z0-9_.: -]*(/[A-Za-z0-9_:-][A-Za-z0-9_.: -]*)*")
 RESERVED_NAMES = ("step", "learning_rate", "gradient_norm")  # the other columns of losses.csv

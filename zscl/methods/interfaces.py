@@ -10,7 +10,7 @@ Symbols in tensor shapes:
   slices of all ranks in order are the global batch;
 - C: class prompts; N: texts that are distilled on; D: width of the embedding.
 
-A custom loss (recipe field `method.further_losses`) imports these names from `zscl.extend`. Minimal example, with the
+A custom loss (recipe field `method.custom_losses`) imports these names from `zscl.extend`. Minimal example, with the
 settings `{weight: 0.5}` in the recipe:
 
     from dataclasses import dataclass

@@ -196,9 +196,9 @@ class Objective:
             term_losses = term(features, batch)
             if duplicates := named.keys() & term_losses.keys():
                 raise InputError(
-                    f"method.further_losses: found a second loss named '{min(duplicates)}', expected unique names",
+                    f"method.custom_losses: found a second loss named '{min(duplicates)}', expected unique names",
                     code=ErrorCode.DUPLICATE,
-                    field="method.further_losses",
+                    field="method.custom_losses",
                 )
             named |= term_losses
         return named
@@ -223,5 +223,5 @@ def build_objective(experiment: Experiment, context: StageContext) -> Objective:
     if method.consolidate:
         multi_tensor = experiment.compute.savings.multi_tensor
         terms.append(Consolidation(context.trained, context.start, method.consolidate.weight, multi_tensor))
-    terms += [build_custom_term(loss, context) for loss in method.further_losses]
+    terms += [build_custom_term(loss, context) for loss in method.custom_losses]
     return Objective(terms)

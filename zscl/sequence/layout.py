@@ -1,5 +1,24 @@
 """File names and paths in a run's folder, each defined once.
 
+All files but the journal are written atomically. Work whose file exists is not repeated when a run resumes:
+
+    experiment.yaml                     the recipe with every default written out
+    state.json                          whether the run is running, finished, failed or killed
+    journal.jsonl                       the run's events, one JSON object per line (see `zscl.sequence.journal`)
+    checkpoint.pt                       the state of the stage in training (see `zscl.training.checkpoint`)
+    zero_shot.json                      the accuracy row of the initial model
+    stages/<k>-<task>/model/            the resulting model of stage k (from 1), an open_clip folder
+    stages/<k>-<task>/exemplars/        the exemplars of stage k, best first, for methods with a memory
+    stages/<k>-<task>/losses.csv        the losses of every step
+    stages/<k>-<task>/training.json     the stage's result; the stage is trained if it exists
+    stages/<k>-<task>/accuracy.json     the accuracy row after the stage; the stage is finished if it exists
+    *.part.json                         an incomplete accuracy row
+    snapshots/<k>-<task>/               weights during stage k (`compute.snapshots_every`)
+    result.json                         the run's result; the run is finished if it exists
+    ray/                                Ray Train's storage
+
+The folder `teacher` next to the run's folder holds the teacher's cached features, which runs share.
+
 This module imports nothing heavy, so that every package can use it.
 """
 
@@ -8,25 +27,25 @@ from pathlib import Path
 from schemas.errors import ErrorCode, InputError
 
 # Files in a run's folder.
-EXPERIMENT = "experiment.yaml"  # the recipe with every default written out
-STATE = "state.json"  # whether the run is running, finished, failed or killed
-JOURNAL = "journal.jsonl"  # events, one JSON object per line
-CHECKPOINT = "checkpoint.pt"  # the state of the stage in training
-ZERO_SHOT = "zero_shot.json"  # the accuracy row of the initial model
-RESULT = "result.json"  # the run's result; the run is finished if it exists
+EXPERIMENT = "experiment.yaml"
+STATE = "state.json"
+JOURNAL = "journal.jsonl"
+CHECKPOINT = "checkpoint.pt"
+ZERO_SHOT = "zero_shot.json"
+RESULT = "result.json"
 
 # Files in a stage's folder.
-LOSSES = "losses.csv"  # the losses of every step
-TRAINING = "training.json"  # the stage's result; the stage is trained if it exists
-ACCURACY = "accuracy.json"  # the accuracy row after the stage; the stage is finished if it exists
+LOSSES = "losses.csv"
+TRAINING = "training.json"
+ACCURACY = "accuracy.json"
 
-# Folders.
-STAGES_FOLDER = "stages"  # of a run: one folder per trained stage
-SNAPSHOTS_FOLDER = "snapshots"  # of a run: one folder of snapshots per stage
-RAY_FOLDER = "ray"  # of a run: Ray Train's storage
-MODEL_FOLDER = "model"  # of a stage: an open_clip folder
-EXEMPLARS_FOLDER = "exemplars"  # of a stage: its exemplars, for methods with a memory
-TEACHER_FOLDER = "teacher"  # next to run folders: the teacher's cached features
+# Folders in a run's folder, in a stage's folder, and next to the run's folder.
+STAGES_FOLDER = "stages"
+SNAPSHOTS_FOLDER = "snapshots"
+RAY_FOLDER = "ray"
+MODEL_FOLDER = "model"
+EXEMPLARS_FOLDER = "exemplars"
+TEACHER_FOLDER = "teacher"
 
 # Hidden files of the synchronisation with object storage.
 SYNC_MANIFEST = ".mirror.json"

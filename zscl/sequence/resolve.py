@@ -44,7 +44,7 @@ class ResolvedExperiment:
     @property
     def custom_loss_digests(self) -> dict[str, str]:
         """The first digits of the digest of each custom loss's code, by the name under which results record it."""
-        losses = self.experiment.method.further_losses
+        losses = self.experiment.method.custom_losses
         return {f"code of {loss.path}": self.content_digests[loss.path][:8] for loss in losses}
 
 
@@ -76,7 +76,7 @@ def resolve(experiment: Experiment) -> ResolvedExperiment:
                 )
     model_digest = weights_digest(experiment.model)
     digests = {path: folder.digest for path, folder in folders.items()} | {experiment.model.name: model_digest}
-    digests |= {loss.path: custom_losses.code_digest(loss) for loss in experiment.method.further_losses}
+    digests |= {loss.path: custom_losses.code_digest(loss) for loss in experiment.method.custom_losses}
     if reference:
         digests["reference"] = reference.digest
     return ResolvedExperiment(experiment, tasks, reference, model_digest, digests, experiment.fingerprint(digests))

@@ -159,7 +159,7 @@ def _reads_start(experiment: Experiment, averages: Sequence[Average | None]) -> 
     """Return whether a part of the method needs a copy of the weights at the start of the stage."""
     method = experiment.method
     blends_start = any(average and average.start_share for average in averages)
-    return method.consolidate is not None or bool(method.further_losses) or blends_start
+    return method.consolidate is not None or bool(method.custom_losses) or blends_start
 
 
 @dataclass(frozen=True)

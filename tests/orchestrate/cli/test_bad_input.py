@@ -63,7 +63,7 @@ def test_a_wrong_type(refused: Callable[..., str]) -> None:
         ("model", None, "model: found nothing, expected fields, each with its value"),
         ("name", "a b", "name: found 'a b', expected nothing but letters, digits and any of _.-"),
         ("tasks", [], "tasks: found none, expected at least one"),
-        ("method", {"preset": "finetune", "further_losses": [{"path": "Spread"}]}, "expected MODULE.NAME"),
+        ("method", {"preset": "finetune", "custom_losses": [{"path": "Spread"}]}, "expected MODULE.NAME"),
     ],
 )
 def test_an_invalid_value(refused: Callable[..., str], field: str, given: object, sentence: str) -> None:

@@ -1,4 +1,4 @@
-"""The Ray that we start: nobody gets in without the token, and nobody from another machine is heard."""
+"""A local Ray cluster: no access without the token, and none from another machine."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The Ray cluster that is named, or started here: what is checked before Ray would wait for it."""
+"""The address of a Ray cluster, the temporary folder of a local one, and run channels."""
 
 import os
 import socket
@@ -186,7 +186,7 @@ def test_the_limit_depends_on_the_process_id(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("RAY_TMPDIR", f"{given}x")
     with refused(ErrorCode.INVALID_VALUE, "RAY_TMPDIR") as error:
         ray_temp_folder()
-    assert f"{most + 1} bytes long, expected at most {most}" in str(error.value)
+    assert f"{limit + 1} bytes long, expected at most {limit}" in str(error.value)
     monkeypatch.chdir("/tmp")
     monkeypatch.setenv("RAY_TMPDIR", "x" * 60)
     with refused(ErrorCode.INVALID_VALUE, "RAY_TMPDIR") as error:

@@ -1,4 +1,4 @@
-"""`zscl submit`: what is refused here, and the command that a job runs; `tests/cluster/submit.sh` submits real ones."""
+"""`zscl submit`: what is refused before the upload, and the job's command. `tests/cluster/submit.sh` submits real jobs."""
 
 import asyncio
 import base64

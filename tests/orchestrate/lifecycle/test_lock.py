@@ -1,4 +1,4 @@
-"""Two processes on one run, and a lock whose process is gone."""
+"""Two processes on one run, and the lock of a process that was killed."""
 
 import os
 import platform

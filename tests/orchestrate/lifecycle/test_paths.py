@@ -1,4 +1,4 @@
-"""Places that cannot be written, and paths with variables: a sentence before the work, or a path that works."""
+"""Output folders that cannot be written, and paths with environment variables."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -47,8 +47,10 @@ def test_every_command_refuses_an_output_folder_that_cannot_be_written(
     }
     result = zscl(verb, *arguments[verb], "--out", "file/out/mine")
     assert (result.code, result.out) == (2, "")
-    assert result.error.startswith(f"error: {place}/file/out")
-    assert f"cannot be written ({place}/file: is no folder), expected a folder that this user may write" in result.error
+    assert result.error.startswith(f"error: {workdir}/file/out")
+    assert (
+        f"cannot be written ({workdir}/file: is no folder), expected a folder that this user may write" in result.error
+    )
     assert "Traceback" not in result.error
 
 

@@ -1,4 +1,4 @@
-"""How a run or a search stands, as its folder says when the work on it has ended."""
+"""The status that a run or a search has in its folder after the work on it has ended."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from schemas.errors import InputError, InterruptedRunError
 
 
 class Records:
-    """What would go to MLflow: which state it ended with, and how long it was waited for."""
+    """A recorder that notes the status in the folder and the timeout when it is ended."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

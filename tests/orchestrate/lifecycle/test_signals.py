@@ -1,4 +1,4 @@
-"""How signals are taken, and what `zscl resume` refuses; runs that are disturbed are in `tests/faults`."""
+"""Signal handling, and what `zscl resume` refuses. Runs that receive signals are in `tests/faults`."""
 
 import os
 import signal
@@ -78,17 +78,10 @@ def test_the_first_signal_requests_a_stop_and_the_second_exits(number: int, code
     assert signal.getsignal(number) == previous
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal_number, 128 + signal_number) for signal_number in WARNING_SIGNALS]
-)
+@pytest.mark.parametrize(("number", "code"), [(number, 128 + number) for number in WARNING_SIGNALS])
 def test_repeated_warning_signals_request_a_stop(number: int, code: int) -> None:
     with handle_signals() as stop_request:
-        for signal_number in (
-            number,
-            number,
-            signal.SIGTERM,
-            number,
-        ):  # the time is up behind a warning; a shell repeats it
+        for signal_number in (number, number, signal.SIGTERM, number):  # as at a time limit
             os.kill(os.getpid(), signal_number)
         assert stop_request
         assert stop_request.to_error("").exit_code == code

@@ -1,4 +1,4 @@
-"""Recipes: YAML, overrides, and the sentence for what is wrong."""
+"""Recipes: YAML, overrides, tables of variants, and error messages."""
 
 import json
 from collections.abc import Callable
@@ -65,20 +65,20 @@ def test_a_written_experiment_reads_back_equal(file: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("override", "value"),
     [
-        ("optimisation.steps=7", lambda experiment: experiment.optimisation.steps == 7),
-        ("optimisation.learning_rate=1e-4", lambda experiment: experiment.optimisation.learning_rate == 1e-4),
+        ("optimisation.steps=7", lambda parsed: parsed.optimisation.steps == 7),
+        ("optimisation.learning_rate=1e-4", lambda parsed: parsed.optimisation.learning_rate == 1e-4),
         (
             "method=finetune",
-            lambda experiment: experiment.method.name == "finetune" and experiment.method.distill is None,
+            lambda parsed: parsed.method.name == "finetune" and parsed.method.distill is None,
         ),
-        ("method.consolidate=null", lambda experiment: experiment.method.consolidate is None),
-        ("method.distill.temperature=3", lambda experiment: experiment.method.distill.temperature == 3),
-        ("evaluation.templates=first", lambda experiment: experiment.evaluation.templates == "first"),
-        ("tasks.1.learning_rate=0.5", lambda experiment: experiment.tasks[1].learning_rate == 0.5),
-        ("tasks=[a/x, a/y]", lambda experiment: [task.name for task in experiment.tasks] == ["x", "y"]),
+        ("method.consolidate=null", lambda parsed: parsed.method.consolidate is None),
+        ("method.distill.temperature=3", lambda parsed: parsed.method.distill.temperature == 3),
+        ("evaluation.templates=first", lambda parsed: parsed.evaluation.templates == "first"),
+        ("tasks.1.learning_rate=0.5", lambda parsed: parsed.tasks[1].learning_rate == 0.5),
+        ("tasks=[a/x, a/y]", lambda parsed: [task.name for task in parsed.tasks] == ["x", "y"]),
         (
             "reference.max_texts=3",
-            lambda experiment: experiment.reference.max_texts == 3 and experiment.reference.images,
+            lambda parsed: parsed.reference.max_texts == 3 and parsed.reference.images,
         ),
     ],
 )

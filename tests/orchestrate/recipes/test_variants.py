@@ -1,4 +1,4 @@
-"""One recipe over seeds and task orders."""
+"""Seeds and task orders of a recipe."""
 
 import json
 from collections.abc import Callable

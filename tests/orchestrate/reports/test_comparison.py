@@ -1,4 +1,4 @@
-"""Runs compared by method, over seeds and orders; what is not alike is marked; tables, LaTeX, and a page."""
+"""Comparisons of runs by method over seeds and orders: marks, tables, LaTeX, and the HTML page."""
 
 import csv
 import io
@@ -237,7 +237,7 @@ def test_runs_are_found_in_mlflow(
         shipper = JournalUploader(made, resolve(made).fingerprint, runs[name], print)
         assert shipper.end()
         ids.append(shipper.run_id)
-    store = ("--uri", f"sqlite:///{place}/mlflow.db", "--out", tmp_path)
+    store = ("--uri", f"sqlite:///{root}/mlflow.db", "--out", tmp_path)
     by_id = compared(zscl, *ids, *store)
     found = compared(zscl, "--where", "tags.`zscl.seed` = '0'", *store)
     assert by_id["rows"] == found["rows"]
@@ -254,7 +254,7 @@ def test_runs_are_found_in_mlflow(
     unknown = zscl("compare", ids[0][:-1] + ("1" if ids[0][-1] == "0" else "0"), ids[0], *store)
     assert (unknown.code, "found no such run in sqlite:///" in unknown.error) == (2, True)
     assert f"did you mean '{ids[0]}'?" in unknown.error
-    client = MlflowClient(f"sqlite:///{place}/mlflow.db")
+    client = MlflowClient(f"sqlite:///{root}/mlflow.db")
     stage = next(
         run.info.run_id
         for run in client.search_runs([client.get_run(ids[0]).info.experiment_id], f"tags.`{PARENT}` = '{ids[0]}'")
@@ -265,12 +265,12 @@ def test_runs_are_found_in_mlflow(
     for where, sentence in (("tags.x = 'y'", "found no run in"), ("what?", "found no expression that MLflow takes")):
         refused = zscl("compare", "--where", where, *store)
         assert (refused.code, sentence in refused.error) == (2, True)
-    assert MlflowClient(f"sqlite:///{place}/mlflow.db").get_run(ids[0]).info.status == "FINISHED"
+    assert MlflowClient(f"sqlite:///{root}/mlflow.db").get_run(ids[0]).info.status == "FINISHED"
 
 
 def test_a_methods_label_has_its_changes(runs: dict[str, Path]) -> None:
     settings = '{"weight": 0.5, "kind": "soft"}'
-    changes = {"distill.text_weight": 0.0, "average": None, "further_losses.spread.Spread": settings}
+    changes = {"distill.text_weight": 0.0, "average": None, "custom_losses.spread.Spread": settings}
     result = result_of(runs["zscl-0"]).model_copy(update={"method_changes": changes})
     assert format_method(result) == (
         'zscl (distill.text_weight=0.0, average=null, spread.Spread(weight=0.5, kind="soft"))'

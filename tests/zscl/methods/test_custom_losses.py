@@ -15,12 +15,13 @@ from support.errors import refused
 from orchestrate.reports import html_page as page
 from schemas.errors import ErrorCode
 from schemas.experiment import Experiment
+from schemas.results import Result
 from zscl.methods import interfaces
 from zscl.sequence.resolve import resolve
 from zscl.sequence.run import run_sequence
 
 CPU = torch.device("cpu")
-FIELD = "method.further_losses"
+FIELD = "method.custom_losses"
 MODULE = """
 def pull(stage, weight=1.0, name="pull"):
     assert len(stage.start) == len(stage.trained)
@@ -49,7 +50,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def with_losses(experiment: Make, *losses: Any, preset: str = "finetune") -> Experiment:
-    return experiment(method={"preset": preset, "further_losses": list(losses)})
+    return experiment(method={"preset": preset, "custom_losses": list(losses)})
 
 
 def test_a_custom_loss_is_trained_on_and_recorded(module: Path, experiment: Make, tmp_path: Path) -> None:
@@ -59,7 +60,7 @@ def test_a_custom_loss_is_trained_on_and_recorded(module: Path, experiment: Make
     strong = {"path": "losses_of_mine.pull", "settings": {"weight": 10.0}}
     pulled = run_sequence(with_losses(experiment, strong), tmp_path / "pulled/run", device=CPU)
     assert nothing.accuracy_matrix == plain.accuracy_matrix
-    assert nothing.method_changes == {"further_losses.losses_of_mine.pull": '{"weight": 0.0}'}
+    assert nothing.method_changes == {"custom_losses.losses_of_mine.pull": '{"weight": 0.0}'}
     first = tmp_path / "pulled/run/stages/1-first/losses.csv"
     assert first.read_text().splitlines()[0] == "step,learning_rate,classification,pull,gradient_norm"
     assert pulled.stages[0].losses["classification"] != plain.stages[0].losses["classification"]
@@ -153,7 +154,7 @@ class Varying:
 @pytest.mark.parametrize("every_steps", [1, 2, 100])
 def test_losses_of_some_steps_have_a_column(module: Path, experiment: Make, tmp_path: Path, every_steps: int) -> None:
     module.write_text(VARYING)
-    method = {"preset": "finetune", "further_losses": ["losses_of_mine.Varying"]}
+    method = {"preset": "finetune", "custom_losses": ["losses_of_mine.Varying"]}
     compute = {"device": "cpu", "checkpoint": {"every_steps": every_steps}}
     run_sequence(experiment(method=method, compute=compute), tmp_path / "run", device=CPU)
     file = tmp_path / "run/stages/1-first/losses.csv"
@@ -172,10 +173,24 @@ def test_losses_of_some_steps_have_a_column(module: Path, experiment: Make, tmp_
     assert [point for point in points if point[0] == "one"] == [("one", 2, 1.0), ("one", 3, 1.0), ("one", 4, 1.0)]
 
 
+def test_the_former_name_of_the_field_is_accepted(module: Path, experiment: Make, tmp_path: Path) -> None:
+    losses = [{"path": "losses_of_mine.pull", "settings": {"weight": 0.5}}]
+    with pytest.warns(FutureWarning, match=r"use method\.custom_losses"):
+        former = experiment(method={"preset": "finetune", "further_losses": losses})
+    made = experiment(method={"preset": "finetune", "custom_losses": losses})
+    assert former == made
+    assert resolve(former).fingerprint == resolve(made).fingerprint
+    with pytest.raises(ValidationError, match="further_losses"):
+        experiment(method={"preset": "finetune", "further_losses": losses, "custom_losses": losses})
+    result = run_sequence(made, tmp_path / "run", device=CPU)
+    earlier = result.model_dump_json().replace("custom_losses.losses_of_mine", "further_losses.losses_of_mine")
+    assert Result.model_validate_json(earlier) == result
+
+
 def test_a_name_without_a_module(experiment: Make) -> None:
     with pytest.raises(ValidationError, match=r"expected MODULE\.NAME"):
         with_losses(experiment, "pull")
-    with pytest.raises(ValidationError, match="found further_losses without task_loss"):
+    with pytest.raises(ValidationError, match="found custom_losses without task_loss"):
         with_losses(experiment, "losses_of_mine.pull", preset="zero-shot")
 
 

@@ -231,12 +231,12 @@ FIRST = "stages/1-first"
 DAMAGE: dict[str, tuple[Callable[[Path, Path], object], ErrorCode, str]] = {
     "a cut row": (lambda run, _: cut(run / FIRST / "accuracy.json"), ErrorCode.UNREADABLE, "EOF"),
     "an empty row": (lambda run, _: (run / "zero_shot.json").write_text(""), ErrorCode.UNREADABLE, "zero_shot.json"),
-    "bytes": (lambda run, _: (run / FIRST / "accuracy.json").write_bytes(b"\xff\xfe"), ErrorCode.UNREADABLE, "accuracy"),
+    "bytes": (lambda run, _: (run / FIRST / "accuracy.json").write_bytes(b"\xff\xfe"), ErrorCode.UNREADABLE, "damaged"),
     "JSON of another kind": (
         lambda run, _: (run / FIRST / "accuracy.json").write_text('{"top1": 1}'), ErrorCode.UNREADABLE, "top1",
     ),
     "a list": (lambda run, _: (run / FIRST / "training.json").write_text("[]"), ErrorCode.UNREADABLE, "training.json"),
-    "an empty outcome": (lambda run, _: (run / FIRST / "training.json").write_text(""), ErrorCode.UNREADABLE, "training"),
+    "an empty outcome": (lambda run, _: (run / FIRST / "training.json").write_text(""), ErrorCode.UNREADABLE, "EOF"),
     "another run's row": (
         lambda run, other: shutil.copy(other / FIRST / "accuracy.json", run / FIRST), ErrorCode.OTHER_RUN, "the row",
     ),
