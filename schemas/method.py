@@ -124,7 +124,7 @@ class Average(StrictModel):
 
 
 class Memory(StrictModel):
-    """Exemplars of earlier tasks, chosen by herding on image features (iCaRL), divided evenly among tasks and classes."""
+    """Exemplars of earlier tasks, chosen by herding on image features (iCaRL), the same number per task and class."""
 
     budget: PositiveInt = Field(10_000, description="Total number of images")
 

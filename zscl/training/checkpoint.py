@@ -44,7 +44,7 @@ def read_checkpoint(file: Path | None, stage: int, on_note: Callable[[str], None
     Args:
         file: The checkpoint; `None` if the run has none.
         stage: The stage's number; a checkpoint of another stage is ignored.
-        notify: Callback for messages.
+        on_note: Callback for messages.
 
     Returns:
         The state, or `None` if the stage starts at step 0.

@@ -240,7 +240,10 @@ class StageState:
             )
             return 0
         if len(state["handed_on"]) != len(self.averagers):
-            notify(f"{checkpoint}: found another number of averages than expected; the stage starts again")
+            notify(
+                f"{checkpoint}: found the averages of {len(state['handed_on'])} runs, expected those of "
+                f"{len(self.averagers)}; the stage starts again"
+            )
             return 0
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
