@@ -18,6 +18,7 @@ from orchestrate.lifecycle.paths import check_writable
 from schemas.base import StrictModel
 from schemas.errors import ErrorCode, InputError
 from zscl.runtime.atomic_io import remove_if_possible, write_text
+from zscl.sequence.layout import lock_file, owner_file
 
 
 class LockOwner(StrictModel):
@@ -56,32 +57,28 @@ def run_lock(
     check_writable(folder, advice)
     check_writable(folder.parent, advice)  # it contains the lock
     folder.parent.mkdir(parents=True, exist_ok=True)
-    owner_file = _owner_file(folder)
+    file = owner_file(folder)
     try:
-        with FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0):
-            if killed := _read_owner(owner_file):
+        with FileLock(lock_file(folder), timeout=0):
+            if killed := _read_owner(file):
                 note(f"{folder}: its owner ({killed}) has ended without releasing the lock, taking over")
             since = datetime.now(UTC).isoformat(sep=" ", timespec="seconds")
-            write_text(owner_file, LockOwner(host=platform.node(), process=os.getpid(), since=since).model_dump_json())
+            write_text(file, LockOwner(host=platform.node(), process=os.getpid(), since=since).model_dump_json())
             try:
                 yield
             finally:
-                remove_if_possible(owner_file)
+                remove_if_possible(file)
     except Timeout as error:
         raise InputError(owner_message(folder), code=ErrorCode.IN_USE) from error
 
 
 def owner_message(folder: Path) -> str:
     """Return the error message for a run that another process has locked."""
-    owner = _read_owner(_owner_file(folder)) or "unknown"
+    owner = _read_owner(owner_file(folder)) or "unknown"
     return (
         f"{folder}: found another process at work on this run ({owner}), expected none; end it, or choose another "
         "folder"
     )
-
-
-def _owner_file(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.owner.json")
 
 
 def _read_owner(file: Path) -> LockOwner | None:

@@ -1,6 +1,6 @@
 """Metrics of continual learning from an accuracy matrix: Transfer, Avg, Last, forgetting, BWT and FWT.
 
-A[j][i] is the accuracy on task i after stage j, as a fraction. The matrix of an unfinished sequence has fewer rows than
+A[j, i] is the accuracy on task i after stage j, as a fraction. The matrix of an unfinished sequence has fewer rows than
 tasks; its metrics are computed from the existing rows.
 """
 
@@ -14,7 +14,7 @@ Matrix = Sequence[Sequence[float]]
 
 
 def transfer(matrix: Matrix) -> float | None:
-    """Return the mean over tasks i ≥ 2 of mean_{j < i} A[j][i] (Transfer); `None` for a single task."""
+    """Return the mean over tasks i ≥ 2 of mean_{j < i} A[j, i] (Transfer); `None` for a single task."""
     before = [[row[task] for row in matrix[:task]] for task in range(1, len(matrix[0]))]
     return fmean(map(fmean, before)) if before else None
 
@@ -30,7 +30,7 @@ def last(matrix: Matrix) -> float:
 
 
 def forgetting(matrix: Matrix) -> float | None:
-    """Return the mean over trained tasks i except the last of max_j A[j][i] − A[last][i].
+    """Return the mean over trained tasks i except the last of max_j A[j, i] − A[last, i].
 
     Args:
         matrix: The accuracy matrix.
@@ -43,7 +43,7 @@ def forgetting(matrix: Matrix) -> float | None:
 
 
 def backward_transfer(matrix: Matrix) -> float | None:
-    """Return the mean over trained tasks i except the last of A[last][i] − A[i][i] (BWT).
+    """Return the mean over trained tasks i except the last of A[last, i] − A[i, i] (BWT).
 
     Lopez-Paz & Ranzato, Gradient Episodic Memory for Continual Learning, NeurIPS 2017.
 
@@ -58,7 +58,7 @@ def backward_transfer(matrix: Matrix) -> float | None:
 
 
 def forward_transfer(matrix: Matrix, zero_shot: Sequence[float]) -> float | None:
-    """Return the mean over tasks i ≥ 2 of A[i − 1][i] − zero_shot[i] (FWT).
+    """Return the mean over tasks i ≥ 2 of A[i − 1, i] − zero_shot[i] (FWT).
 
     Lopez-Paz & Ranzato, NeurIPS 2017, with the zero-shot accuracy in place of a random initialisation.
 

@@ -120,6 +120,11 @@ def lock_file(run: Path) -> Path:
     return run.with_name(f".{run.name}.lock")
 
 
+def owner_file(run: Path) -> Path:
+    """Return the file that names the process that holds the lock of a run."""
+    return run.with_name(f".{run.name}.owner.json")
+
+
 def glob_stages(run: Path, pattern: str) -> list[Path]:
     """List the files in all stage folders whose names match a pattern, in no particular order."""
     return list(run.glob(f"{STAGES_FOLDER}/*/{pattern}"))

@@ -266,7 +266,7 @@ class _Run:
         self.report(StageStarted(stage=stage, task=task.name, steps=experiment.stage_steps(task)))
         extra_averages = self.cache.extra_averages(stage) if self.cache else ()
         with _explain_errors(start.name if stage > 1 else f"the initial one, {start.name}"):
-            trained, steps = self._train(stage, clip, extra_averages)
+            trained, steps = self._fit(stage, clip, extra_averages)
         if merge is not None:
             anchor = load_frozen(experiment.model if merge.anchor == "initial" else start, self.device)
             for model, _ in trained:
@@ -289,10 +289,10 @@ class _Run:
         if self.sync and rank() > 0:
             self.sync.pull()
 
-    def _train(
+    def _fit(
         self, stage: int, clip: Clip, extra_averages: Averages
     ) -> tuple[list[tuple[nn.Module, StageResult]], list[StepLosses]]:
-        """Train the model of one stage; the results have their identities."""
+        """Train the model of one stage; return its models with their results, and the losses of all steps."""
         tasks = self.resolved.tasks
         exemplars = [exemplars_folder(self.folder, k, task.name) for k, task in enumerate(tasks[: stage - 1], start=1)]
         identities = [
@@ -308,11 +308,11 @@ class _Run:
             self.extra_texts(stage),
             self.device,
             self.report,
-            self.folder / CHECKPOINT,
-            snapshots_folder(self.folder, stage, tasks[stage - 1].name),
-            self.stop_requested,
-            extra_averages,
-            identities[0],
+            checkpoint=self.folder / CHECKPOINT,
+            snapshots=snapshots_folder(self.folder, stage, tasks[stage - 1].name),
+            stop_requested=self.stop_requested,
+            extra_averages=extra_averages,
+            identity=identities[0],
         )
         return [
             (model, result.model_copy(update={"identity": identity}))

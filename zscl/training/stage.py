@@ -85,9 +85,7 @@ def train_stage(
     model.train()
     select_trained_parameters(model, experiment.method.train)
     tokens = clip.tokenizer([*task.prompts(task.templates[0]), *extra_texts]).to(device)
-    pruned = _build_towers(experiment, model, tokens)
-    for note in pruned.notes:
-        report(Note(text=note))
+    pruned = _build_towers(experiment, model, tokens, report)
     trained = trained_parameters(model)
     averages = [experiment.method.average, *extra_averages]
     start = [parameter.detach().clone() for parameter in trained] if _reads_start(experiment, averages) else []
@@ -133,26 +131,27 @@ def train_stage(
     throughput = ThroughputMonitor(stage, rank_images, clock, device, report, first_step)
     checkpoints = CheckpointWriter(checkpoint, experiment.compute.checkpoint, report, stop_requested, first_step)
 
-    trainer = StageTrainer(
+    StageTrainer(
         state, forward, objective, step_hooks, batches, throughput, checkpoints, optimisation.max_gradient_norm
-    )
-
-    trainer.fit(first_step, steps)
+    ).fit(first_step, steps)
     optimizer.zero_grad()  # gradients would stay in memory and in every copy of the model
     for module in {model, *(averager.model for averager in averagers)}:
         pruned.restore_embeddings(module)
     return state.results(steps, device), log.steps
 
 
-def _build_towers(experiment: Experiment, model: nn.Module, tokens: torch.Tensor) -> PrunedForward:
-    """Build the forward pass through both towers for this rank's prompts."""
-    return PrunedForward(
+def _build_towers(experiment: Experiment, model: nn.Module, tokens: torch.Tensor, report: Report) -> PrunedForward:
+    """Build the forward pass through both towers for this rank's prompts, and report which parts are not pruned."""
+    pruned = PrunedForward(
         model,
         tokens,
         rank_prompts=rank_slice(len(tokens)) if has_sharded_prompts(len(tokens)) else range(len(tokens)),
         compute=experiment.compute,
         unused_embeddings_constant=experiment.optimisation.weight_decay == 0,
     )
+    for note in pruned.notes:
+        report(Note(text=note))
+    return pruned
 
 
 def _reads_start(experiment: Experiment, averages: Sequence[Average | None]) -> bool:

@@ -1,4 +1,4 @@
-"""`zscl submit`: what is refused before the upload, and the job's command. `tests/cluster/submit.sh` submits real jobs."""
+"""`zscl submit`: checks before the upload, and the job's command. `tests/cluster/submit.sh` submits real jobs."""
 
 import asyncio
 import base64

@@ -47,7 +47,7 @@ def incremental(experiment: Make, tasks: list[str]) -> Make:
     return make
 
 
-def test_stages_are_cut_from_the_dataset(incremental: Make) -> None:
+def test_stages_are_split_from_the_dataset(incremental: Make) -> None:
     opened = resolve(incremental())
     assert [task.name for task in opened.tasks] == ["classes-1-2", "classes-3-3", "classes-4-4"]
     labels = [label for task in opened.tasks for label in task.classes or ()]
@@ -132,7 +132,7 @@ def predictions(run: Path, stage: int, opened: Any) -> tuple[list[int], list[int
     return found
 
 
-def test_figures_are_those_of_one_head_and_agree_with_continuums_logger(incremental: Make, tmp_path: Path) -> None:
+def test_metrics_use_one_head_and_agree_with_continuums_logger(incremental: Make, tmp_path: Path) -> None:
     # Long enough to learn the first two classes, and to take some images of theirs for later ones.
     made = incremental({"epochs": 12}, method="finetune")
     result = run_sequence(made, tmp_path / "run", device=CPU)
@@ -170,7 +170,7 @@ def continuum_logger() -> Any:
     return importlib.import_module("continuum.metrics.logger").Logger(list_subsets=["test"])
 
 
-def test_the_initial_model_is_judged_under_the_heads_of_each_stage(
+def test_the_initial_model_is_evaluated_with_the_heads_of_each_stage(
     incremental: Make, experiment: Make, tasks: list[str], tmp_path: Path
 ) -> None:
     # A model that knows something of the classes, and mistakes some for others.
@@ -220,7 +220,7 @@ def test_earlier_names_and_negatives_join_the_softmax(incremental: Make, tmp_pat
         incremental(method={"preset": "finetune", "task_loss": {"negatives": 3}}, reference=None)
 
 
-def test_a_scenario_goes_on_behind_its_last_stage(incremental: Make, tmp_path: Path) -> None:
+def test_a_class_incremental_run_resumes_after_its_last_stage(incremental: Make, tmp_path: Path) -> None:
     whole = run_sequence(incremental(), tmp_path / "a/run", device=CPU)
     run_sequence(incremental(), tmp_path / "b/run", device=CPU)
     for file in ("3-classes-4-4/accuracy.json", "3-classes-4-4/training.json"):
@@ -232,7 +232,7 @@ def test_a_scenario_goes_on_behind_its_last_stage(incremental: Make, tmp_path: P
         run_sequence(other, tmp_path / "b/run", device=CPU)
 
 
-def test_some_classes_of_a_folder_make_a_task_of_their_own(experiment: Make, tasks: list[str]) -> None:
+def test_a_task_may_have_some_classes_of_a_folder(experiment: Make, tasks: list[str]) -> None:
     made = experiment(tasks=[{"path": tasks[0], "classes": [3, 0], "name": "two"}, tasks[1]])
     two, other = resolve(made).tasks
     assert two.classnames == ("yellow", "red")
@@ -255,7 +255,7 @@ def test_some_classes_of_a_folder_make_a_task_of_their_own(experiment: Make, tas
         {"preset": "zscl", "distill": {"images": "task"}, "average": {"every": 1}},
     ],
 )
-def test_a_group_of_classes_is_a_set_of_its_own(incremental: Make, tmp_path: Path, method: dict[str, Any]) -> None:
+def test_a_group_of_classes_is_a_separate_dataset(incremental: Make, tmp_path: Path, method: dict[str, Any]) -> None:
     made = incremental(method=method)
     run_sequence(made, tmp_path / "run", device=CPU)
     opened = resolve(made)
@@ -272,7 +272,7 @@ def test_a_group_of_classes_is_a_set_of_its_own(incremental: Make, tmp_path: Pat
     assert (kept > 0) == (method["preset"] == "icarl")
 
 
-def test_a_written_recipe_still_follows_its_scenario(incremental: Make, tmp_path: Path) -> None:
+def test_a_written_recipe_keeps_its_class_incremental_scenario(incremental: Make, tmp_path: Path) -> None:
     written = tmp_path / "experiment.yaml"
     recipes.write_experiment(resolve(incremental()).experiment, written)
     again = resolve(recipes.load_experiment(written))
@@ -285,7 +285,7 @@ def test_a_written_recipe_still_follows_its_scenario(incremental: Make, tmp_path
         resolve(mixed)
 
 
-def test_what_is_not_trained_has_no_steps_in_its_identity(incremental: Make) -> None:
+def test_steps_are_not_in_the_fingerprint_without_training(incremental: Make) -> None:
     few, many = (incremental(method="zero-shot", optimisation={"batch_size": size}) for size in (4, 8))
     assert resolve(few).fingerprint == resolve(many).fingerprint
 

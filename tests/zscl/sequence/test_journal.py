@@ -37,7 +37,7 @@ def read(reader: JournalReader) -> list[BaseModel]:
     return [entry.progress for entry in reader.read_new()]
 
 
-def test_what_is_written_is_read_once_while_it_grows(file: Path) -> None:
+def test_a_growing_journal_is_read_once(file: Path) -> None:
     reader = JournalReader(file)
     assert read(reader) == []  # not there yet
     journal = Journal(file)
@@ -51,7 +51,7 @@ def test_what_is_written_is_read_once_while_it_grows(file: Path) -> None:
     assert times == sorted(times)
 
 
-def test_a_line_that_is_half_written_is_read_when_it_is_whole(file: Path) -> None:
+def test_an_incomplete_line_is_read_when_it_is_complete(file: Path) -> None:
     write(file, *notes("one", "two"))
     content = file.read_bytes()
     file.write_bytes(content[:-7])
@@ -61,7 +61,7 @@ def test_a_line_that_is_half_written_is_read_when_it_is_whole(file: Path) -> Non
     assert read(reader) == notes("two")
 
 
-def test_what_a_killed_process_left_of_a_line_hides_no_other(file: Path) -> None:
+def test_an_incomplete_line_of_a_killed_process_hides_no_other_line(file: Path) -> None:
     write(file, *notes("one", "two"))
     file.write_bytes(file.read_bytes()[:-7])
     write(file, *notes("three"))
@@ -76,7 +76,7 @@ def test_garbage_hides_no_other_line(file: Path) -> None:
     assert read(JournalReader(file)) == notes("one", "two")
 
 
-def test_what_a_resumed_run_says_again_is_left_out(file: Path) -> None:
+def test_repeated_events_of_a_resumed_run_are_skipped(file: Path) -> None:
     costs = {"steps": 4, "images_seen": 44, "train_seconds": 1.5, "images_per_second": 10.0, "merges": 1}
     trained = StageTrained(result=StageResult.model_validate({"stage": 1, "task": "first", "losses": {}, **costs}))
     start, row, stage = RunStarted(fingerprint="abc"), RowMeasured(stage=0, accuracy={"first": 0.5}), steps(2, 3)
@@ -90,7 +90,7 @@ def test_what_a_resumed_run_says_again_is_left_out(file: Path) -> None:
     assert read(reader) == [start, RowMeasured(stage=1, accuracy={"first": 0.6}), steps(0, stage=2)]
 
 
-def test_two_readers_count_alike_wherever_they_began(file: Path) -> None:
+def test_readers_that_start_at_different_times_read_the_same_entries(file: Path) -> None:
     reader, together = JournalReader(file), []
     for number in range(4):
         write(file, RunStarted(fingerprint="abc"), steps(number, number + 1), *notes(str(number)))
@@ -98,7 +98,7 @@ def test_two_readers_count_alike_wherever_they_began(file: Path) -> None:
     assert together == JournalReader(file).read_new()
 
 
-def test_numbers_that_are_none_survive(file: Path) -> None:
+def test_nan_and_inf_survive_in_the_journal(file: Path) -> None:
     write(file, steps(0, loss=math.nan), steps(1, loss=math.inf))
     first, second = read(JournalReader(file))
     assert isinstance(first, StepsTaken)
@@ -107,7 +107,7 @@ def test_numbers_that_are_none_survive(file: Path) -> None:
     assert second.steps[0].losses["classification"] == math.inf
 
 
-def test_what_storage_does_not_take_is_written_later(tmp_path: Path) -> None:
+def test_lines_that_could_not_be_written_are_written_later(tmp_path: Path) -> None:
     (tmp_path / "run").symlink_to(tmp_path / "not mounted")
     file = tmp_path / "run" / "journal.jsonl"
     journal = Journal(file)
@@ -119,7 +119,7 @@ def test_what_storage_does_not_take_is_written_later(tmp_path: Path) -> None:
     assert read(JournalReader(file)) == notes("one", "two", "three")
 
 
-def test_flushing_writes_what_waits(tmp_path: Path) -> None:
+def test_flush_writes_the_buffered_lines(tmp_path: Path) -> None:
     (tmp_path / "run").symlink_to(tmp_path / "not mounted")
     journal = Journal(tmp_path / "run" / "journal.jsonl")
     journal(Note(text="one"))

@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.fault("Stopped between two cells of a row", "Cells that are known are not measured again")
-def test_cells_that_are_known_are_not_measured_again(experiment: Make, tmp_path: Path) -> None:
+def test_complete_cells_are_not_measured_again(experiment: Make, tmp_path: Path) -> None:
     made, said = experiment(method="zero-shot", reference=None), list[BaseModel]()
     asked = iter([False, False, True])
     with pytest.raises(StoppedError, match="while the row of stage 0 is measured"):
@@ -74,7 +74,7 @@ def test_rows_of_another_version_of_the_algorithm_are_refused(
 
 
 @pytest.mark.fault("A task at chance right after its training", "A warning in the result")
-def test_a_stage_at_chance_is_said_to_have_failed(experiment: Make, tmp_path: Path) -> None:
+def test_a_stage_at_chance_gives_a_warning(experiment: Make, tmp_path: Path) -> None:
     """One step at next to no learning rate: the random model stays where guessing among four colours is."""
     optimisation = {"steps": 1, "warmup_steps": 0, "batch_size": 4, "learning_rate": 1e-12}
     said: list[BaseModel] = []
@@ -125,7 +125,7 @@ def process() -> Iterator[Executor]:
         yield pool
 
 
-def test_rows_measured_elsewhere_make_the_same_matrix(
+def test_asynchronous_evaluation_gives_the_same_matrix(
     experiment: Callable[..., Experiment], tmp_path: Path, process: Executor
 ) -> None:
     made = experiment(method="finetune")
@@ -147,7 +147,7 @@ def test_rows_measured_elsewhere_make_the_same_matrix(
     assert order.index(("RowMeasured", 0)) < order.index(("StageTrained", 3))
 
 
-def test_rows_elsewhere_are_taken_up_again(
+def test_asynchronous_evaluation_is_resumed(
     experiment: Callable[..., Experiment], tmp_path: Path, process: Executor
 ) -> None:
     made, run = experiment(method="finetune"), tmp_path / "run"
@@ -169,7 +169,7 @@ def test_rows_elsewhere_are_taken_up_again(
     assert found.accuracy_matrix == whole.accuracy_matrix
 
 
-def test_a_folder_is_claimed_before_any_row_is_measured(
+def test_the_run_marker_is_written_before_any_row_is_measured(
     experiment: Callable[..., Experiment], tmp_path: Path, process: Executor
 ) -> None:
     made = experiment(method="finetune", compute={"device": "cpu", "checkpoint": {"every_steps": 1}})
@@ -185,7 +185,7 @@ def test_a_folder_is_claimed_before_any_row_is_measured(
         run_sequence(experiment(method="finetune", seed=1), tmp_path / "run", device=torch.device("cpu"))
 
 
-def test_a_folder_in_which_nothing_came_about_may_be_taken(experiment: Make, tmp_path: Path) -> None:
+def test_a_folder_without_results_may_be_reused(experiment: Make, tmp_path: Path) -> None:
     with pytest.raises(StoppedError):
         run_sequence(experiment(), tmp_path, device=CPU, stop_requested=lambda: True)
     assert [file.name for file in tmp_path.glob("*.json")] == ["zero_shot.part.json"]
@@ -193,7 +193,7 @@ def test_a_folder_in_which_nothing_came_about_may_be_taken(experiment: Make, tmp
     assert (found.seed, (tmp_path / "zero_shot.part.json").exists()) == (1, False)
 
 
-def test_what_fails_elsewhere_ends_the_run(experiment: Callable[..., Experiment], tmp_path: Path) -> None:
+def test_a_failed_asynchronous_evaluation_ends_the_run(experiment: Callable[..., Experiment], tmp_path: Path) -> None:
     def fail(stage: int) -> None:
         raise InputError(f"stage {stage}: found nothing, expected something", code=ErrorCode.EMPTY)
 
@@ -269,7 +269,7 @@ DAMAGE: dict[str, tuple[Callable[[Path, Path], object], ErrorCode, str]] = {
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_a_damaged_or_foreign_file_is_named_before_a_run_goes_on(
+def test_a_damaged_or_foreign_file_is_named_before_a_run_resumes(
     whole: tuple[Experiment, Path, Path], tmp_path: Path, name: str
 ) -> None:
     made, finished, other = whole
@@ -287,7 +287,7 @@ def test_a_damaged_or_foreign_file_is_named_before_a_run_goes_on(
             run_sequence(opened, run, device=CPU)
 
 
-def test_what_the_advice_says_helps(whole: tuple[Experiment, Path, Path], tmp_path: Path) -> None:
+def test_the_advice_in_error_messages_helps(whole: tuple[Experiment, Path, Path], tmp_path: Path) -> None:
     made, finished, _ = whole
     shutil.copytree(finished, tmp_path / "run")
     rows = [tmp_path / "run" / name for name in ("stages/2-second/accuracy.json", f"{FIRST}/accuracy.json")]
@@ -317,7 +317,7 @@ def test_a_checkpoint_of_another_run_is_refused(whole: tuple[Experiment, Path, P
     ("names", "code", "words"),
     [(["1-a", "3-c"], ErrorCode.NOT_FOUND, "no stage 2"), (["x"], ErrorCode.MISMATCH, "stages/x")],
 )
-def test_stages_are_counted_by_their_names(tmp_path: Path, names: list[str], code: ErrorCode, words: str) -> None:
+def test_stage_files_are_ordered_by_stage_number(tmp_path: Path, names: list[str], code: ErrorCode, words: str) -> None:
     for name in ("1-a", "10-j", "2-b", *(f"{k}-x" for k in range(3, 10))):
         write_text(tmp_path / "whole/stages" / name / "training.json", "{}")
     found = [file.parent.name for file in stage_files(tmp_path / "whole", "training.json")]

@@ -41,7 +41,7 @@ def write(file: Path, text: str) -> None:
     file.write_text(text)
 
 
-def test_what_one_pushes_the_other_pulls(two: tuple[RemoteSync, RemoteSync]) -> None:
+def test_one_node_pulls_what_another_pushes(two: tuple[RemoteSync, RemoteSync]) -> None:
     one, other = two
     write(one.folder / "stages/1-first/model/weights", "first")
     write(one.folder / "stages/1-first/training.json", "{}")
@@ -62,7 +62,7 @@ def test_what_one_pushes_the_other_pulls(two: tuple[RemoteSync, RemoteSync]) -> 
     assert "checkpoint.pt" not in one.list_remote()
 
 
-def test_what_is_unchanged_stays_where_it_is(
+def test_unchanged_files_are_not_transferred(
     two: tuple[RemoteSync, RemoteSync], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, other = two
@@ -78,7 +78,7 @@ def test_what_is_unchanged_stays_where_it_is(
     assert moved == []
 
 
-def test_what_is_changed_here_stays_unless_the_folder_is_to_be_exact(two: tuple[RemoteSync, RemoteSync]) -> None:
+def test_local_changes_stay_unless_the_pull_is_exact(two: tuple[RemoteSync, RemoteSync]) -> None:
     one, other = two
     write(one.folder / "state.json", "running")
     one.push()
@@ -91,7 +91,7 @@ def test_what_is_changed_here_stays_unless_the_folder_is_to_be_exact(two: tuple[
     assert content(other.folder) == {"state.json": b"running"}
 
 
-def test_what_says_that_others_are_there_arrives_behind_them(
+def test_files_that_mark_others_as_complete_are_transferred_last(
     two: tuple[RemoteSync, RemoteSync], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, other = two
@@ -107,7 +107,9 @@ def test_what_says_that_others_are_there_arrives_behind_them(
     assert order == [*reversed(names), *reversed(names)] == [*names[::-1]] * 2
 
 
-def test_it_is_pushed_beside_the_training(two: tuple[RemoteSync, RemoteSync], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_push_async_pushes_in_the_background(
+    two: tuple[RemoteSync, RemoteSync], monkeypatch: pytest.MonkeyPatch
+) -> None:
     one, _ = two
     write(one.folder / "journal.jsonl", "a line\n")
     one.push_async()
@@ -130,7 +132,7 @@ def test_storage_that_cannot_be_written_is_refused(tmp_path: Path, bucket: Any) 
         RemoteSync("nowhere://run", tmp_path)
 
 
-def test_what_vanishes_while_it_is_fetched_is_left_out(
+def test_a_file_that_vanishes_during_a_pull_is_skipped(
     two: tuple[RemoteSync, RemoteSync], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, other = two
@@ -146,7 +148,7 @@ def test_what_vanishes_while_it_is_fetched_is_left_out(
 
 @pytest.mark.parametrize("exactly", [True, False])
 @pytest.mark.parametrize("below", ["", "stages", "stages/1-first", "stages/1-first/model"])
-def test_a_listing_that_fails_removes_nothing(
+def test_a_failed_listing_removes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exactly: bool, below: str
 ) -> None:
     """On a mounted disk, whose folders fsspec takes for empty when it cannot list them."""
@@ -173,7 +175,7 @@ def test_a_listing_that_fails_removes_nothing(
     assert RemoteSync(f"{mirror.url}-2", tmp_path / "third/run").list_remote() == {}
 
 
-def test_what_is_damaged_stays_on_its_node(two: tuple[RemoteSync, RemoteSync]) -> None:
+def test_quarantined_files_stay_on_their_node(two: tuple[RemoteSync, RemoteSync]) -> None:
     """A checkpoint may have gigabytes, and nobody reads a damaged one."""
     one, other = two
     for name in (CHECKPOINT, "journal.jsonl", "stages/1-first/training.json"):
@@ -187,7 +189,7 @@ def test_what_is_damaged_stays_on_its_node(two: tuple[RemoteSync, RemoteSync]) -
     assert all(each is not None and each.exists() for each in aside)
 
 
-def test_folders_that_nobody_reads_are_not_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_excluded_folders_are_not_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray leaves one for each group of workers."""
     (tmp_path / "storage").mkdir()
     mirror = RemoteSync((tmp_path / "storage/run").as_uri(), tmp_path / "here/run")
@@ -201,7 +203,7 @@ def test_folders_that_nobody_reads_are_not_listed(tmp_path: Path, monkeypatch: p
     assert [Path(path).relative_to(root).as_posix() for path in listed] == [".", "stages", "stages/ray"]
 
 
-def test_a_user_without_a_name_has_a_folder_on_this_node(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_user_without_a_name_has_a_node_local_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
         monkeypatch.delenv(name, raising=False)
 
@@ -214,9 +216,7 @@ def test_a_user_without_a_name_has_a_folder_on_this_node(monkeypatch: pytest.Mon
     assert f"zscl-{os.getuid()}" in folder.parts
 
 
-def test_storage_that_is_away_is_waited_for(
-    two: tuple[RemoteSync, RemoteSync], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unavailable_storage_is_retried(two: tuple[RemoteSync, RemoteSync], monkeypatch: pytest.MonkeyPatch) -> None:
     one, other = two
     write(one.folder / "journal.jsonl", "a line\n")
     put, failures = (
@@ -235,7 +235,7 @@ def test_storage_that_is_away_is_waited_for(
     assert content(other.folder) == content(one.folder)
 
 
-def test_a_run_goes_on_from_another_node(
+def test_a_run_resumes_on_another_node(
     experiment: Callable[..., Experiment], tmp_path: Path, two: tuple[RemoteSync, RemoteSync]
 ) -> None:
     from zscl.training.checkpoint import StoppedError
@@ -256,5 +256,5 @@ def test_a_run_goes_on_from_another_node(
     assert "checkpoint.pt" not in other.list_remote()
 
 
-def test_a_folder_has_its_own_name_in_storage() -> None:
+def test_a_folder_keeps_its_name_in_storage() -> None:
     assert storage_url("s3://bucket/runs/", Path("/here/own")) == "s3://bucket/runs/own"

@@ -68,7 +68,7 @@ def test_a_stage_reproduces_its_accuracy_in_open_clip(experiment: Callable[..., 
     assert sum(correct) / len(correct) == pytest.approx(result.accuracy_matrix[0][0], abs=1e-12)
 
 
-def test_same_seed_same_numbers_other_seed_other_numbers(experiment: Callable[..., Experiment], tmp_path: Path) -> None:
+def test_the_seed_determines_the_numbers(experiment: Callable[..., Experiment], tmp_path: Path) -> None:
     losses = []
     for run, seed in enumerate([3, 3, 4]):
         run_sequence(experiment(seed=seed), tmp_path / str(run), device=CPU)
@@ -76,7 +76,7 @@ def test_same_seed_same_numbers_other_seed_other_numbers(experiment: Callable[..
     assert losses[0] == losses[1] != losses[2]
 
 
-def test_goes_on_behind_the_last_finished_stage(experiment: Callable[..., Experiment], tmp_path: Path) -> None:
+def test_resumes_after_the_last_finished_stage(experiment: Callable[..., Experiment], tmp_path: Path) -> None:
     class InterruptedRunError(Exception):
         pass
 
@@ -146,7 +146,7 @@ def test_tasks_may_be_streamed_from_urls(
     assert [stage.steps for stage in there.stages] == [5, 5, 5]
 
 
-def test_bf16_is_near_fp32_and_not_it(experiment: Callable[..., Experiment], tmp_path: Path) -> None:
+def test_bf16_is_close_to_fp32_but_different(experiment: Callable[..., Experiment], tmp_path: Path) -> None:
     found = {}
     for precision in ("fp32", "bf16"):
         optimisation = experiment().optimisation.model_dump() | {"precision": precision}
@@ -160,7 +160,7 @@ def test_bf16_is_near_fp32_and_not_it(experiment: Callable[..., Experiment], tmp
     assert found["bf16"] == pytest.approx(found["fp32"], rel=0.15)
 
 
-def test_a_run_is_its_stages_with_the_initial_model_as_teacher(
+def test_a_run_equals_its_stages_with_the_initial_model_as_teacher(
     experiment: Callable[..., Experiment], tmp_path: Path
 ) -> None:
     made = experiment()
@@ -191,7 +191,7 @@ def test_a_run_is_its_stages_with_the_initial_model_as_teacher(
         clip.model.load_state_dict(model.state_dict())
 
 
-def test_a_loss_that_is_not_finite_stops_the_stage_and_keeps_those_before(
+def test_a_loss_that_is_not_finite_ends_the_run_after_the_stages_before(
     experiment: Callable[..., Experiment], tasks: list[str], tmp_path: Path
 ) -> None:
     broken = experiment(tasks=[tasks[0], {"path": tasks[1], "learning_rate": 1e30}])
@@ -208,7 +208,7 @@ def weights_of(folder: Path, stage: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("anchor", ["stage_start", "initial"])
-def test_wise_ft_draws_each_stage_back_towards_its_anchor(
+def test_wise_ft_interpolates_each_stage_with_its_anchor(
     experiment: Callable[..., Experiment], tasks: list[str], tmp_path: Path, anchor: str
 ) -> None:
     made = experiment(method={"preset": "wise-ft", "merge": {"anchor": anchor, "share": 0.25}}, tasks=tasks[:2])
@@ -254,7 +254,7 @@ def test_the_previous_model_teaches_the_next_stage(
     assert losses("previous", "2-second") != losses("initial", "2-second")
 
 
-def test_a_teacher_blended_with_nothing_is_the_initial_model(
+def test_a_teacher_blended_with_share_0_is_the_initial_model(
     experiment: Callable[..., Experiment], tmp_path: Path
 ) -> None:
     results = []
@@ -265,7 +265,7 @@ def test_a_teacher_blended_with_nothing_is_the_initial_model(
         assert blended.losses == pytest.approx(initial.losses, rel=1e-5)
 
 
-def test_icarl_distils_on_what_the_memory_holds(experiment: Callable[..., Experiment], tmp_path: Path) -> None:
+def test_icarl_distils_on_the_exemplars(experiment: Callable[..., Experiment], tmp_path: Path) -> None:
     made = experiment(method={"preset": "icarl", "memory": {"budget": 16}})
     result = run_sequence(made, tmp_path, device=CPU)
     assert set(result.stages[0].losses) == {"classification"}  # nothing to remember yet
@@ -278,7 +278,7 @@ def test_icarl_distils_on_what_the_memory_holds(experiment: Callable[..., Experi
     assert kept == {"1-first": 16, "2-second": 8}  # four classes: 16 for the only task, then 8 for each of two
 
 
-def test_icarl_goes_on_with_the_same_memory(experiment: Callable[..., Experiment], tmp_path: Path) -> None:
+def test_icarl_resumes_with_the_same_exemplars(experiment: Callable[..., Experiment], tmp_path: Path) -> None:
     made = experiment(method={"preset": "icarl", "memory": {"budget": 16}})
     whole = run_sequence(made, tmp_path / "whole", device=CPU)
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")

@@ -41,7 +41,7 @@ def run(made: Experiment, place: Path, shared: SharedWork | None = None) -> tupl
     return run_sequence(made, place, hear, CPU, shared=shared), trained
 
 
-def test_what_differs_in_the_average_alone_shares_the_first_stage(experiment: Make, tmp_path: Path) -> None:
+def test_experiments_that_differ_only_in_the_average_share_the_first_stage(experiment: Make, tmp_path: Path) -> None:
     methods = [zscl(1), zscl(3), zscl(2, start_share=0.2), {"preset": "zscl", "average": None}]
     made = [experiment(method=method) for method in methods]
     averages = tuple(each.method.average for each in made)
@@ -59,7 +59,7 @@ def test_what_differs_in_the_average_alone_shares_the_first_stage(experiment: Ma
         assert together.train_seconds == sum(seconds)  # a stage is paid for once
 
 
-def test_what_differs_in_a_later_task_shares_the_stages_before_it(
+def test_experiments_that_differ_in_a_later_task_share_the_stages_before_it(
     experiment: Make, tasks: list[str], tmp_path: Path
 ) -> None:
     shared = SharedWork(tmp_path / "teacher", tmp_path / "stages")
@@ -82,7 +82,7 @@ def test_what_differs_in_a_later_task_shares_the_stages_before_it(
         {"optimisation": {"steps": 5, "warmup_steps": 1, "batch_size": 6, "reference_batch_size": 5}},
     ],
 )
-def test_what_differs_in_anything_else_shares_nothing(
+def test_experiments_that_differ_otherwise_share_nothing(
     experiment: Make, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     stores = [StageCache(resolve(each), tmp_path, ()) for each in (experiment(), experiment(**changes))]
@@ -107,14 +107,16 @@ def test_another_version_of_the_algorithm_shares_nothing(
     assert not before & keys()
 
 
-def test_what_is_judged_otherwise_shares_stages_and_no_row(experiment: Make, tmp_path: Path) -> None:
+def test_experiments_with_other_evaluation_share_stages_but_no_rows(experiment: Make, tmp_path: Path) -> None:
     made = [experiment(), experiment(evaluation={"templates": "first"})]
     stores = [StageCache(resolve(each), tmp_path, ()) for each in made]
     assert stores[0].model_key(2) == stores[1].model_key(2)
     assert stores[0].row_key(2) != stores[1].row_key(2)
 
 
-def test_prompts_of_other_tasks_tie_a_stage_to_all_of_them(experiment: Make, tasks: list[str], tmp_path: Path) -> None:
+def test_distillation_on_prompts_of_all_tasks_makes_a_stage_depend_on_them(
+    experiment: Make, tasks: list[str], tmp_path: Path
+) -> None:
     def courses(prompts_of: str) -> list[str]:
         method = {"preset": "lwf", "distill": {"prompts_of": prompts_of}}
         made = [experiment(method=method, tasks=chosen) for chosen in (tasks, tasks[:2])]
@@ -124,7 +126,7 @@ def test_prompts_of_other_tasks_tie_a_stage_to_all_of_them(experiment: Make, tas
     assert len(set(courses("others"))) == 2
 
 
-def test_a_run_waits_for_the_one_that_trains_for_both_and_can_be_stopped(experiment: Make, tmp_path: Path) -> None:
+def test_a_run_waits_for_the_lock_and_can_be_stopped(experiment: Make, tmp_path: Path) -> None:
     shared, notes = SharedWork(tmp_path / "teacher", tmp_path / "stages"), []
     store = StageCache(resolve(experiment()), tmp_path / "stages", ())
     (tmp_path / "stages").mkdir()
@@ -144,7 +146,7 @@ def test_a_run_waits_for_the_one_that_trains_for_both_and_can_be_stopped(experim
     assert run(experiment(), tmp_path / "run", shared)[1] == [1, 2, 3]
 
 
-def test_an_average_that_others_have_is_followed_through_an_interruption(experiment: Make, tmp_path: Path) -> None:
+def test_extra_averages_survive_an_interruption(experiment: Make, tmp_path: Path) -> None:
     averages = (Average(every=2), Average(every=1))
     shared = SharedWork(tmp_path / "teacher", tmp_path / "stages", averages)
     made = experiment(compute={"device": "cpu", "checkpoint": {"every_steps": 1}})
@@ -159,7 +161,7 @@ def test_an_average_that_others_have_is_followed_through_an_interruption(experim
     assert weights(tmp_path / "other") == weights(tmp_path / "alone")
 
 
-def test_what_a_run_is_judged_on_has_no_part_in_its_stages(experiment: Callable[..., Experiment]) -> None:
+def test_evaluation_settings_are_not_in_the_identity_of_stages(experiment: Callable[..., Experiment]) -> None:
     held_out, test = (
         resolve(experiment(evaluation={"held_out": {"share": 0.25, "judged_on": judged_on}}))
         for judged_on in ("held_out", "test")

@@ -59,7 +59,7 @@ METHODS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_stopped_anywhere_it_comes_to_the_same_numbers(experiment: Make, tmp_path: Path, name: str) -> None:
+def test_stop_and_resume_at_any_step_gives_the_same_numbers(experiment: Make, tmp_path: Path, name: str) -> None:
     made = experiment(method=METHODS[name], compute=EVERY_STEP)
     run_sequence(made, tmp_path / "whole", device=CPU)
     assert interrupted(made, tmp_path / "stopped") >= 2
@@ -68,7 +68,7 @@ def test_stopped_anywhere_it_comes_to_the_same_numbers(experiment: Make, tmp_pat
     assert not (tmp_path / "stopped" / CHECKPOINT).exists()
 
 
-def test_what_is_random_in_the_model_is_a_function_of_the_step(experiment: Make, tmp_path: Path) -> None:
+def test_dropout_is_a_function_of_the_step(experiment: Make, tmp_path: Path) -> None:
     model: dict[str, Any] = {**TINY_MODEL, "vision_cfg": {**TINY_MODEL["vision_cfg"], "patch_dropout": 0.5}}  # type: ignore[dict-item]
     (tmp_path / "clip").mkdir()
     torch.manual_seed(0)
@@ -82,7 +82,7 @@ def test_what_is_random_in_the_model_is_a_function_of_the_step(experiment: Make,
     same(tmp_path / "whole", tmp_path / "stopped")
 
 
-def test_the_journal_has_every_step_once(experiment: Make, tmp_path: Path) -> None:
+def test_the_journal_of_a_resumed_run_has_every_step_once(experiment: Make, tmp_path: Path) -> None:
     made = experiment(method="finetune", compute=EVERY_STEP)
     interrupted(made, tmp_path)
     entries = [entry.progress for entry in JournalReader(tmp_path / JOURNAL).read_new()]
@@ -115,7 +115,7 @@ def poison(file: Path) -> None:
 
 @pytest.mark.fault("A checkpoint cut in half, or a pickle in its place", "Named, never run; the stage begins again")
 @pytest.mark.parametrize("spoil", [damage, poison])
-def test_a_checkpoint_that_cannot_be_read_costs_its_stage_alone(
+def test_a_damaged_checkpoint_restarts_only_its_stage(
     experiment: Make, tmp_path: Path, spoil: Callable[[Path], None]
 ) -> None:
     made = stopped(experiment, tmp_path / "run")
@@ -131,7 +131,7 @@ def test_a_checkpoint_that_cannot_be_read_costs_its_stage_alone(
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
-def test_a_checkpoint_that_storage_does_not_give_is_not_given_up(
+def test_reading_a_checkpoint_is_retried(
     experiment: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     made = stopped(experiment, tmp_path / "run")
@@ -148,7 +148,7 @@ def test_a_checkpoint_that_storage_does_not_give_is_not_given_up(
     assert [each for each in said if isinstance(each, Note) and "resumes after step" in each.text]
 
 
-def test_a_checkpoint_that_may_not_be_read_ends_the_run_and_stays(
+def test_an_unreadable_checkpoint_ends_the_run_and_is_not_changed(
     experiment: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = stopped(experiment, tmp_path / "run")
@@ -163,7 +163,7 @@ def test_a_checkpoint_that_may_not_be_read_ends_the_run_and_stays(
     assert (tmp_path / "run" / CHECKPOINT).read_bytes() == before
 
 
-def test_a_checkpoint_of_other_shapes_costs_its_stage_alone(experiment: Make, tmp_path: Path) -> None:
+def test_a_checkpoint_of_other_shapes_restarts_only_its_stage(experiment: Make, tmp_path: Path) -> None:
     stopped(experiment, tmp_path / "run")
     other = experiment(method="finetune", compute={"device": "cpu", "savings": {"used_embeddings": "never"}})
     said: list[BaseModel] = []
@@ -171,7 +171,7 @@ def test_a_checkpoint_of_other_shapes_costs_its_stage_alone(experiment: Make, tm
     assert [each for each in said if isinstance(each, Note) and "other compute.savings" in each.text]
 
 
-def test_a_checkpoint_of_a_finished_stage_is_passed_over(experiment: Make, tmp_path: Path) -> None:
+def test_a_checkpoint_of_a_finished_stage_is_ignored(experiment: Make, tmp_path: Path) -> None:
     made = stopped(experiment, tmp_path / "run")
     left = shutil.copy(tmp_path / "run" / CHECKPOINT, tmp_path / "left")
     run_sequence(made, tmp_path / "whole", device=CPU)
@@ -190,7 +190,7 @@ class TestWriting:
     def state(self, step: int, weight: float = 1.0) -> dict[str, Any]:
         return {"stage": 1, "step": step, "model": {"weight": torch.full((3,), weight)}}
 
-    def test_the_last_one_stays_when_storage_fails(self, tmp_path: Path) -> None:
+    def test_the_last_checkpoint_stays_when_storage_fails(self, tmp_path: Path) -> None:
         said: list[BaseModel] = []
         file = tmp_path / "run" / CHECKPOINT
         checkpoints = CheckpointWriter(file, Checkpoint(every_steps=1), said.append, lambda: False)
@@ -209,7 +209,7 @@ class TestWriting:
         assert kept is not None
         assert kept["step"] == 1
 
-    def test_weights_that_are_no_numbers_are_not_kept(self, tmp_path: Path) -> None:
+    def test_weights_that_are_not_finite_are_not_written(self, tmp_path: Path) -> None:
         said: list[BaseModel] = []
         checkpoints = CheckpointWriter(tmp_path / CHECKPOINT, Checkpoint(every_steps=1), said.append, lambda: False)
         for step, weight in ((1, 1.0), (2, float("nan"))):
@@ -220,7 +220,9 @@ class TestWriting:
         assert kept["step"] == 1
         assert isinstance(said[1], Note)
 
-    def test_training_goes_on_while_one_is_written(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_training_continues_while_a_checkpoint_is_written(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """The copy is what training had then, and no second one is begun before the first is whole."""
         may_end = threading.Event()
         save = torch.save

@@ -274,7 +274,7 @@ def test_random_sentences_are_plain_tokens_between_start_and_end(experiment: Cal
     assert "found 11, expected at most 10" in str(error.value)
 
 
-def test_stages_and_streams_have_orders_of_their_own(experiment: Callable[..., Experiment]) -> None:
+def test_stages_and_streams_have_different_sample_orders(experiment: Callable[..., Experiment]) -> None:
     made = experiment()
     opened, clip = resolve(made), load_clip(made.model)
     task = opened.tasks[0]
@@ -287,7 +287,7 @@ def test_stages_and_streams_have_orders_of_their_own(experiment: Callable[..., E
     assert not torch.equal(one.references, two.references)
 
 
-def test_reference_images_are_seen_as_in_evaluation(experiment: Callable[..., Experiment]) -> None:
+def test_reference_images_use_the_evaluation_transform(experiment: Callable[..., Experiment]) -> None:
     made = experiment()
     opened, clip = resolve(made), load_clip(made.model)
     assert opened.reference is not None

@@ -29,7 +29,7 @@ def norms(run: Path) -> list[float]:
 
 
 @pytest.mark.fault("A loss that is no number", "Step, loss and last good model named; nothing kept of it")
-def test_a_run_that_diverges_ends_with_the_step_and_the_last_good_model(experiment: Make, tmp_path: Path) -> None:
+def test_a_diverging_run_names_the_step_and_the_last_good_model(experiment: Make, tmp_path: Path) -> None:
     """Real numbers that run away: the first step already throws the weights far out of float32's range."""
     made = experiment(
         method="finetune",
@@ -48,7 +48,7 @@ def test_a_run_that_diverges_ends_with_the_step_and_the_last_good_model(experime
         assert all(bool(tensor.isfinite().all()) for tensor in kept["model"].values() if tensor.is_floating_point())
 
 
-def test_gradients_are_clipped_to_the_norm_that_is_asked_for(experiment: Make, tmp_path: Path) -> None:
+def test_gradients_are_clipped_to_the_maximum_norm(experiment: Make, tmp_path: Path) -> None:
     plain = experiment(method="finetune", optimisation={**OPTIMISATION, "learning_rate": 0.01})
     run_sequence(plain, tmp_path / "plain", device=CPU)
     unclipped = norms(tmp_path / "plain")
@@ -69,7 +69,7 @@ def test_gradients_are_clipped_to_the_norm_that_is_asked_for(experiment: Make, t
         assert (told == unclipped) == (limit == 1e9)
 
 
-def test_a_limit_that_is_not_reached_is_part_of_the_identity_all_the_same(experiment: Make) -> None:
+def test_a_maximum_norm_that_is_not_reached_changes_only_the_identity(experiment: Make) -> None:
     contents = {
         name: name for name in ("reference", experiment().model.name, *(task.path for task in experiment().tasks))
     }
@@ -90,7 +90,7 @@ def curves(*values: float) -> tuple[LossLog, list[BaseModel]]:
 
 
 @pytest.mark.fault("Gradients that explode", "A warning in the result; clipped where asked for")
-def test_an_explosion_is_named_once_it_stands_out() -> None:
+def test_a_gradient_spike_is_reported() -> None:
     usual = [1.0, 3.0] * (SPIKE_WINDOW // 2)
     made, said = curves(*usual, 2.0 * SPIKE_FACTOR, 3.1 * SPIKE_FACTOR, *usual)
     made.flush()
@@ -104,7 +104,7 @@ def test_an_explosion_is_named_once_it_stands_out() -> None:
     assert len(steps) == 2 * SPIKE_WINDOW + 2
 
 
-def test_the_first_steps_are_no_explosion_and_not_all_are_named() -> None:
+def test_the_first_steps_are_no_spike_and_warnings_are_limited() -> None:
     made, _ = curves(1000.0, 1.0, 1.0)
     made.flush()
     assert made.spike_warnings == []
@@ -114,7 +114,7 @@ def test_the_first_steps_are_no_explosion_and_not_all_are_named() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_gradients_that_are_no_numbers_end_the_stage(value: float) -> None:
+def test_gradients_that_are_not_finite_end_the_stage(value: float) -> None:
     made, said = curves(1.0, value, 1.0)
     with refused(ErrorCode.NOT_FINITE) as error:
         made.flush()

@@ -47,7 +47,9 @@ def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> b
         {"every": 1, "start_share": 0.25}, None,
     ],
 )  # fmt: skip
-def test_a_stage_is_averaged_again(experiment: Make, tmp_path: Path, tiny_model: str, average: Any) -> None:
+def test_replay_reproduces_and_changes_the_average_of_a_stage(
+    experiment: Make, tmp_path: Path, tiny_model: str, average: Any
+) -> None:
     method = {"preset": "zscl", "average": average}
     made = experiment(method=method, optimisation=OPTIMISATION, compute={"device": "cpu", "snapshots_every": 1})
     run_sequence(made, tmp_path / "run", device=CPU)
@@ -62,7 +64,7 @@ def test_a_stage_is_averaged_again(experiment: Make, tmp_path: Path, tiny_model:
     assert same(other, weights(tmp_path / "other", "1-first"))
 
 
-def test_a_run_that_was_stopped_keeps_all_of_them(experiment: Make, tmp_path: Path, tiny_model: str) -> None:
+def test_a_stopped_and_resumed_run_has_all_snapshots(experiment: Make, tmp_path: Path, tiny_model: str) -> None:
     compute = {"device": "cpu", "snapshots_every": 2, "checkpoint": {"every_steps": 1}}
     made = experiment(optimisation=OPTIMISATION, method={"preset": "zscl*", "train": "image_tower"}, compute=compute)
     asked = iter([False] * 5 + [True] * 100)
@@ -78,7 +80,7 @@ def test_a_run_that_was_stopped_keeps_all_of_them(experiment: Make, tmp_path: Pa
     assert same(ensemble, weights(tmp_path / "run", "1-first"))
 
 
-def test_what_is_not_whole(experiment: Make, tmp_path: Path, tiny_model: str) -> None:
+def test_damaged_and_missing_snapshots_are_refused(experiment: Make, tmp_path: Path, tiny_model: str) -> None:
     made = experiment(optimisation=OPTIMISATION, compute={"device": "cpu", "snapshots_every": 1})
     run_sequence(made.model_copy(update={"tasks": made.tasks[:1]}), tmp_path / "run", device=CPU)
     folder = tmp_path / "run/snapshots/1-first"

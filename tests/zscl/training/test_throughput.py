@@ -18,7 +18,7 @@ from zscl.training import throughput as usage
 from zscl.training.throughput import ThroughputMonitor
 
 
-def test_a_clock_counts_blocks_items_and_calls() -> None:
+def test_a_clock_times_blocks_items_and_calls() -> None:
     clock = Clock()
     with clock("block"):
         time.sleep(0.02)
@@ -32,7 +32,7 @@ def test_a_clock_counts_blocks_items_and_calls() -> None:
     assert clock.seconds["items"] >= 0
 
 
-def test_a_resumed_stage_counts_from_where_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_stage_counts_from_its_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(usage, "REPORT_SECONDS", 0.0)
     seconds = iter([10.0, 12.0, 12.0, 12.0])
     monkeypatch.setattr(usage.time, "monotonic", lambda: next(seconds))
@@ -41,7 +41,7 @@ def test_a_resumed_stage_counts_from_where_it_goes_on(monkeypatch: pytest.Monkey
     assert told[0].workers[0].images_per_second == pytest.approx(10 * 16 / 2)
 
 
-def test_a_stage_tells_what_it_used(
+def test_a_stage_reports_its_use_of_resources(
     experiment: Callable[..., Experiment], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(usage, "REPORT_SECONDS", 0.0)
