@@ -47,6 +47,9 @@ def connect(compute: Compute, note: Callable[[str], None]) -> None:
     Args:
         compute: The recipe's section.
         note: Called with a message about what is done.
+
+    Raises:
+        InputError: There is no cluster at the address, or a local one cannot be started.
     """
     if ray.is_initialized():
         return

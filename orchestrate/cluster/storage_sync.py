@@ -30,6 +30,9 @@ def synced_folder(experiment: Experiment, folder: Path) -> Iterator[BackgroundPu
     Yields:
         A function that returns a context manager: while its block runs, the files that the workers push are pulled
         periodically; at its end, all of them are pulled.
+
+    Raises:
+        InputError: The storage cannot be written.
     """
     url = remote_folder_url(experiment, folder)
     if url is None:

@@ -110,6 +110,11 @@ def train(
 
     Returns:
         The run's result.
+
+    Raises:
+        InputError: A worker found an error in the experiment's data or model, or the cluster is too small.
+        InterruptedRunError: A signal arrived. The same command resumes the run.
+        ray.train.TrainingFailedError: Workers failed `compute.max_failures` times without progress.
     """
     grace_seconds = experiment.compute.grace_seconds if grace_seconds is None else grace_seconds
     arguments = {"shared": shared}

@@ -122,9 +122,16 @@ def sqlite_uri(file: Path) -> str:
 
 
 def sqlite_file(uri: str) -> Path | None:
-    """Return the absolute path of the file of an SQLite URI; `None` for any other store.
+    """Return the absolute path of the database file of a tracking URI.
 
-    May raise SQLAlchemy's ArgumentError if the URI cannot be parsed.
+    Args:
+        uri: The URI.
+
+    Returns:
+        The path; `None` if the store is not an SQLite file.
+
+    Raises:
+        sqlalchemy.exc.ArgumentError: The URI cannot be parsed.
     """
     if uri.partition(":")[0].partition("+")[0] != "sqlite":
         return None

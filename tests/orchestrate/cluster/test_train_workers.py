@@ -74,5 +74,5 @@ def test_log_records_of_a_forked_loader_process_go_to_standard_error(capfd: pyte
     finally:
         logger.removeHandler(handler)
     [note] = messages
-    assert "Stale file handle: 'in the worker'; trying again" in note
-    assert "Stale file handle: 'in the loader'; trying again" in capfd.readouterr().err
+    assert "Stale file handle: 'in the worker'; retrying in" in note
+    assert "Stale file handle: 'in the loader'; retrying in" in capfd.readouterr().err
