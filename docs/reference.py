@@ -23,9 +23,9 @@ from schemas.search import Search
 ROOT = Path(__file__).parent.parent
 FOLDER, README = ROOT / "docs/reference", ROOT / "README.md"
 PACKAGES = {
-    "schemas": "What an experiment is: pydantic models of recipes, events and results; no torch",
-    "zscl": "How it learns: torch, open_clip and webdataset; runs a sequence in one plain process",
-    "orchestrate": "Where it runs and what people see: Ray, MLflow, the command line",
+    "schemas": "Pydantic models of recipes, events and results, without torch",
+    "zscl": "Learning: torch, open_clip and webdataset; runs a sequence in one process",
+    "orchestrate": "Execution and reporting: Ray, MLflow, command line",
 }
 OTHER_FOLDERS = {
     "experiments": "Recipes; the first lines give the command, the cost and the expected result",

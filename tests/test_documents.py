@@ -52,7 +52,7 @@ def test_own_tasks_from_folders_to_a_comparison(
 ) -> None:
     [recipe] = blocks("yaml", "Your own tasks")
     (own / "own.yaml").write_text(recipe)
-    shown = [*commands("Your own tasks"), *commands("What a run leaves"), *commands("The comparison's page")]
+    shown = [*commands("Your own tasks"), *commands("Files of a run"), *commands("The comparison's page")]
     assert [command[0] for command in shown] == ["data", "data", "run", "run", "run", "compare", "sync", "compare"]
     for command in shown:
         found = zscl(*command)
@@ -61,7 +61,7 @@ def test_own_tasks_from_folders_to_a_comparison(
             without_ray()  # the first run went through it, as the user's do
     assert {path.name for path in (own / "runs").iterdir()} >= {"own-zscl", "own-finetune", "comparison"}
     assert (own / "runs/own-zscl/result.json").read_text().count('"stage"') == 2
-    for command in commands("More from the same models"):
+    for command in commands("Evaluating and averaging again"):
         found = zscl(*command)
         assert found.code == 0, (command, found.error)
     assert (own / "runs/own-zscl/evaluation/evaluation.json").is_file()
@@ -133,7 +133,7 @@ def test_the_loss_shown_is_that_of_the_example() -> None:
 
 
 SECTIONS_RUN = (
-    "Your own tasks", "What a run leaves", "More from the same models", "When a run is interrupted", "Search",
+    "Your own tasks", "Files of a run", "Evaluating and averaging again", "When a run is interrupted", "Search",
     "Class-incremental learning", "How a method is put together", "The embedded model", "The tasks of the paper",
     "The comparison's page", "A search parameter",
 )  # fmt: skip

@@ -88,7 +88,11 @@ def parse_options(
         ("--precision", precision, ("fp32", "bf16")),
     ):
         if value is not None and value not in allowed:
-            raise InputError(f"{option}: found '{value}', expected {' or '.join(allowed)}", field=option)
+            raise InputError(
+                f"{option}: found '{value}', expected {' or '.join(allowed)}",
+                code=ErrorCode.INVALID_VALUE,
+                field=option,
+            )
     return EvaluationOptions(chosen, templates, precision, batch_size, loader_processes)
 
 

@@ -60,7 +60,9 @@ def prepare_data(
     """
     if not str(out).isprintable():
         raise InputError(
-            f"--out: found {printable_name(str(out))!r}, expected a path of printable characters", field="--out"
+            f"--out: found {printable_name(str(out))!r}, expected a path of printable characters",
+            code=ErrorCode.INVALID_VALUE,
+            field="--out",
         )
     source, *arguments = [check_name("data prepare", names[0], [*MTIL, ALL_TASKS, *SOURCES]), *names[1:]]
     _check_options(source, OPTIONS[source if source in SOURCES else ALL_TASKS], options)

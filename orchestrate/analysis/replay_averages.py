@@ -76,7 +76,9 @@ def parse_grid(every: str, kinds: str, decay: float, shares: str, anchor: str) -
             continue
         if kind not in AVERAGE_KINDS:
             raise InputError(
-                f"--kind {kinds}: found '{kind}', expected none, {' or '.join(AVERAGE_KINDS)}", field="--kind"
+                f"--kind {kinds}: found '{kind}', expected none, {' or '.join(AVERAGE_KINDS)}",
+                code=ErrorCode.INVALID_VALUE,
+                field="--kind",
             )
         for steps in every.split(","):
             settings: dict[str, Any] = {"every": _parse_steps(steps), "kind": kind}
@@ -98,7 +100,9 @@ def _validate(schema: type[Setting], settings: dict[str, Any], source: str, opti
 
 def _parse_steps(text: str) -> int:
     if not (text.isascii() and text.isdecimal()):
-        raise InputError(f"--every: found '{text}', expected whole numbers, by commas", field="--every")
+        raise InputError(
+            f"--every: found '{text}', expected whole numbers, by commas", code=ErrorCode.INVALID_VALUE, field="--every"
+        )
     return int(text)
 
 
@@ -108,7 +112,11 @@ def _parse_share(text: str) -> float:
     except ValueError:
         share = -1.0
     if not 0 <= share <= 1:
-        raise InputError(f"--share: found '{text}', expected numbers from 0 to 1, by commas", field="--share")
+        raise InputError(
+            f"--share: found '{text}', expected numbers from 0 to 1, by commas",
+            code=ErrorCode.INVALID_VALUE,
+            field="--share",
+        )
     return share
 
 

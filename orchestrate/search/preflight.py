@@ -133,6 +133,7 @@ def load_resumable_search(folder: Path, overrides: Sequence[str]) -> PreparedSea
         if not override.startswith(("compute.", "tracking.")):
             raise InputError(
                 f"--set {override}: expected a field of compute or tracking; all other fields are part of the search",
+                code=ErrorCode.INVALID_VALUE,
                 field="--set",
             )
     prepared = prepare_search(folder / SEARCH, overrides)

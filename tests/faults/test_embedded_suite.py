@@ -20,7 +20,7 @@ Launch = Callable[..., Any]
 
 
 @pytest.mark.fault(
-    "Ten SIGKILLs of workers at random moments of an embedded run", "The `result.json` of a run in peace"
+    "Ten SIGKILLs of workers at random moments of an embedded run", "The `result.json` of an undisturbed run"
 )
 def test_ten_random_kills(launch: Launch, tmp_path: Path) -> None:
     write_embedded(tmp_path / "data", corpus=False, report=lambda text: None)

@@ -47,9 +47,9 @@ MOMENTS: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.fault(
-    "SIGKILL of a worker while it computes the teacher's features, trains, writes a checkpoint, hands over a stage, "
-    "measures a row; then of Ray Train's controller",
-    "Ray starts the group again, five times; fitted anew from the checkpoint; same numbers",
+    "SIGKILL of a worker while it computes the teacher's features, trains, writes a checkpoint, writes a stage, "
+    "evaluates a row; then of Ray Train's controller",
+    "Ray restarts the workers, five times; resumed from the checkpoint; same numbers",
 )
 def test_workers_and_the_controller_are_killed(launch: Launch, tmp_path: Path, whole: Path) -> None:
     run = tmp_path / "run"
@@ -70,7 +70,7 @@ def test_workers_and_the_controller_are_killed(launch: Launch, tmp_path: Path, w
 
 @pytest.mark.fault(
     "SIGKILL of the driver, then SIGTERM, Ctrl-C, SIGHUP, SIGUSR1",
-    "The same command goes on; a checkpoint within the grace time, exit code 128 + signal; `zscl resume`: same numbers",
+    "The same command resumes; a checkpoint within the grace time, exit code 128 + signal; `zscl resume`: same numbers",
 )
 def test_the_driver_is_killed_and_asked_to_end(launch: Launch, tmp_path: Path, whole: Path) -> None:
     run = tmp_path / "run"
@@ -93,8 +93,8 @@ def test_the_driver_is_killed_and_asked_to_end(launch: Launch, tmp_path: Path, w
 
 
 @pytest.mark.fault(
-    "The terminal of a run on its own Ray is closed: SIGHUP for every process, output that nobody reads",
-    "Ray's processes stay for a checkpoint; marked KILLED, exit code 129; same numbers",
+    "The terminal of a run on its own Ray is closed: SIGHUP for every process, output without a reader",
+    "Ray's processes stay alive for a checkpoint; marked KILLED, exit code 129; same numbers",
 )
 def test_a_terminal_is_closed(tmp_path: Path, long_recipe: Path, whole: Path) -> None:
     run = tmp_path / "run"

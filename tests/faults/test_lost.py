@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.faults, pytest.mark.timeout(3600)]
 Launch = Callable[..., Any]
 
 
-@pytest.mark.fault("The node with the workers dies; another one comes", "Ray starts the group there; same numbers")
+@pytest.mark.fault("The node with the workers dies; another one joins", "Ray starts the workers there; same numbers")
 def test_a_node_dies(launch: Launch, tmp_path: Path, whole: Path, cluster: Cluster) -> None:
     run = tmp_path / "run"
     with launch() as process:
@@ -33,7 +33,9 @@ def test_a_node_dies(launch: Launch, tmp_path: Path, whole: Path, cluster: Clust
     same(whole, run)
 
 
-@pytest.mark.fault("A node is lost with elastic workers", "The rest goes on with the same global batch; same matrix")
+@pytest.mark.fault(
+    "A node is lost with elastic workers", "The remaining workers continue with the same global batch; same matrix"
+)
 def test_fewer_workers_go_on(launch: Launch, tmp_path: Path, whole: Path, cluster: Cluster) -> None:
     run, node = tmp_path / "run", add_node(cluster)
     elastic = ("compute.workers=2", "compute.min_workers=1", "compute.cpus_per_worker=2")
@@ -50,7 +52,7 @@ def test_fewer_workers_go_on(launch: Launch, tmp_path: Path, whole: Path, cluste
         assert ours["losses"] == pytest.approx(theirs["losses"], rel=0.01)
 
 
-@pytest.mark.fault("One worker of two hangs (SIGSTOP)", "Given up after compute.hang_minutes; the group starts again")
+@pytest.mark.fault("One worker of two hangs (SIGSTOP)", "Abandoned after compute.hang_minutes; the workers restart")
 def test_a_worker_hangs(launch: Launch, tmp_path: Path, whole: Path) -> None:
     run = tmp_path / "run"
     with launch("compute.workers=2", "compute.hang_minutes=0.25") as process:
@@ -76,7 +78,9 @@ def small_disk(folder: Path, megabytes: int) -> Iterator[None]:
         subprocess.run(["umount", "-l", folder], check=True)
 
 
-@pytest.mark.fault("The disk is full while a checkpoint is written", "Noted; the last one stays; same numbers")
+@pytest.mark.fault(
+    "The disk is full while a checkpoint is written", "A warning; the previous checkpoint stays; same numbers"
+)
 def test_the_disk_is_full(launch: Launch, tmp_path: Path, whole: Path) -> None:
     disk = tmp_path / "disk"
     with small_disk(disk, megabytes=64), launch(run="disk/run") as process:
@@ -91,7 +95,9 @@ def test_the_disk_is_full(launch: Launch, tmp_path: Path, whole: Path) -> None:
         same(whole, disk / "run")
 
 
-@pytest.mark.fault("Storage is away for a minute", "Checkpoints are noted as missed, a stage's end waits; same numbers")
+@pytest.mark.fault(
+    "Storage is away for a minute", "Checkpoints are skipped with warnings, the end of a stage waits; same numbers"
+)
 def test_storage_is_away(launch: Launch, tmp_path: Path, whole: Path) -> None:
     storage, run = tmp_path / "storage", tmp_path / "run"
     storage.mkdir()

@@ -81,8 +81,8 @@ def test_workers_on_two_nodes_that_share_nothing(
 
 
 @pytest.mark.fault(
-    "Nodes share no folder (compute.storage), and the main worker's is lost; another comes",
-    "It goes on from object storage; same matrix",
+    "Nodes share no folder (compute.storage), and the main worker's is lost; another joins",
+    "Resumed from object storage; same matrix",
 )
 def test_a_node_is_lost_and_one_is_added(
     launch: Launch, tmp_path: Path, whole: Path, bucket: Any, cluster: Cluster, tmp_path_factory: Any

@@ -46,7 +46,7 @@ def journals(look: Path) -> list[Path]:
 
 @pytest.mark.fault(
     "SIGKILL of a search's trial, then of the search, then SIGTERM",
-    "The trial goes on; `zscl resume` keeps finished trials; every trial comes to its numbers in peace",
+    "The trial resumes; `zscl resume` keeps finished trials; every trial has the numbers of an undisturbed one",
 )
 def test_a_trial_and_a_search_are_killed(launch: Launch, tmp_path: Path, search: Path) -> None:
     look = tmp_path / "look"
@@ -78,7 +78,9 @@ def test_a_trial_and_a_search_are_killed(launch: Launch, tmp_path: Path, search:
         assert trial.objectives == {"last": result.metrics.last, "avg": result.metrics.avg}
 
 
-@pytest.mark.fault("Trials of two workers on a cluster for one trial", "They queue; one given up early leaves nothing")
+@pytest.mark.fault(
+    "Trials of two workers on a cluster for one trial", "They queue; a stopped trial leaves no processes"
+)
 def test_trials_of_more_workers_queue(launch: Launch, tmp_path: Path, long_recipe: Path) -> None:
     domains = {"optimisation.learning_rate": {"choice": [0.001, 1e-12, 0.002]}}
     search = {

@@ -145,7 +145,7 @@ Begin = Callable[[str], tuple[Training, JournalUploader, list[str]]]
 
 
 @pytest.mark.fault(
-    "The MLflow server is killed, twice, and started again", "Training at full speed; everything arrives in order, once"
+    "The MLflow server is killed, twice, and restarted", "Training at full speed; everything arrives in order, once"
 )
 def test_a_server_that_is_killed_and_started_again_gets_everything_once(
     server: Server, begin: Begin, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -172,7 +172,7 @@ def test_a_server_that_is_killed_and_started_again_gets_everything_once(
     training.check(server.uri)
 
 
-@pytest.mark.fault("The MLflow server is gone for good", "The run ends as it would; `zscl sync` sends everything later")
+@pytest.mark.fault("The MLflow server is gone for good", "The run finishes; `zscl sync` uploads everything later")
 def test_a_server_that_never_comes_back_holds_nobody_up(server: Server, begin: Begin, tmp_path: Path) -> None:
     training, shipper, said = begin(server.uri)
     training.begin()

@@ -20,7 +20,7 @@ def lock_in_other_process(run: Path, then: str) -> "subprocess.Popen[str]":
     return subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
-@pytest.mark.fault("Two processes on one run", "The second is told who the first is")
+@pytest.mark.fault("Two processes on one run", "The second is refused and told the owner")
 def test_the_second_process_gets_an_error_that_names_the_first(tmp_path: Path) -> None:
     with lock_in_other_process(tmp_path / "run", "print('mine', flush=True); input()") as first:
         assert first.stdout is not None
@@ -34,7 +34,7 @@ def test_the_second_process_gets_an_error_that_names_the_first(tmp_path: Path) -
         pass
 
 
-@pytest.mark.fault("A lock whose process was killed", "Recognised as stale, taken over")
+@pytest.mark.fault("A lock whose process was killed", "Recognised as stale and taken over")
 def test_the_lock_of_a_killed_process_is_stale(tmp_path: Path) -> None:
     with lock_in_other_process(tmp_path / "run", "import os; os.kill(os.getpid(), 9)") as killed:
         killed.wait()

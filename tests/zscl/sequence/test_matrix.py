@@ -32,7 +32,7 @@ Make = Callable[..., Experiment]
 CPU = torch.device("cpu")
 
 
-@pytest.mark.fault("Stopped between two cells of a row", "Cells that are known are not measured again")
+@pytest.mark.fault("Stopped between two cells of a row", "Evaluated cells are not evaluated again")
 def test_complete_cells_are_not_measured_again(experiment: Make, tmp_path: Path) -> None:
     made, said = experiment(method="zero-shot", reference=None), list[BaseModel]()
     asked = iter([False, False, True])
@@ -73,7 +73,7 @@ def test_rows_of_another_version_of_the_algorithm_are_refused(
     assert str(error.value).endswith("for `zscl compare` for example")
 
 
-@pytest.mark.fault("A task at chance right after its training", "A warning in the result")
+@pytest.mark.fault("A task at chance level right after its training", "A warning in the result")
 def test_a_stage_at_chance_gives_a_warning(experiment: Make, tmp_path: Path) -> None:
     """One step at next to no learning rate: the random model stays where guessing among four colours is."""
     optimisation = {"steps": 1, "warmup_steps": 0, "batch_size": 4, "learning_rate": 1e-12}

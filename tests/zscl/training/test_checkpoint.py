@@ -113,7 +113,9 @@ def poison(file: Path) -> None:
     file.write_bytes(pickle.dumps({"stage": 1, "step": 3, "model": Harm()}))
 
 
-@pytest.mark.fault("A checkpoint cut in half, or a pickle in its place", "Named, never run; the stage begins again")
+@pytest.mark.fault(
+    "A checkpoint cut in half, or a pickle in its place", "Named, never executed; the stage starts again"
+)
 @pytest.mark.parametrize("spoil", [damage, poison])
 def test_a_damaged_checkpoint_restarts_only_its_stage(
     experiment: Make, tmp_path: Path, spoil: Callable[[Path], None]

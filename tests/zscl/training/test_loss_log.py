@@ -28,7 +28,7 @@ def norms(run: Path) -> list[float]:
         return [float(row["gradient_norm"]) for row in csv.DictReader(stream)]
 
 
-@pytest.mark.fault("A loss that is no number", "Step, loss and last good model named; nothing kept of it")
+@pytest.mark.fault("A loss that is NaN", "The message names step, loss and last good model; nothing is averaged")
 def test_a_diverging_run_names_the_step_and_the_last_good_model(experiment: Make, tmp_path: Path) -> None:
     """Real numbers that run away: the first step already throws the weights far out of float32's range."""
     made = experiment(
@@ -89,7 +89,7 @@ def curves(*values: float) -> tuple[LossLog, list[BaseModel]]:
     return made, said
 
 
-@pytest.mark.fault("Gradients that explode", "A warning in the result; clipped where asked for")
+@pytest.mark.fault("Gradient spikes", "A warning in the result; clipped if configured")
 def test_a_gradient_spike_is_reported() -> None:
     usual = [1.0, 3.0] * (SPIKE_WINDOW // 2)
     made, said = curves(*usual, 2.0 * SPIKE_FACTOR, 3.1 * SPIKE_FACTOR, *usual)
