@@ -223,6 +223,7 @@ def test_compare_prints_and_writes(runs: dict[str, Path], root: Path, zscl: Zscl
     assert (failed.code, failed.error) == (2, "error: --published: found the order 'III', expected I or II\n")
 
 
+@pytest.mark.slow
 def test_features_that_two_workers_embedded_are_used_by_the_run(
     tmp_path: Path, file: Path, zscl: Zscl, ray_cluster: None
 ) -> None:
