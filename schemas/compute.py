@@ -137,7 +137,9 @@ class Compute(StrictModel):
     def _check_elastic_workers(self) -> "Compute":
         if self.min_workers is not None and self.min_workers > self.workers:
             raise InputError(
-                f"min_workers is {self.min_workers}, expected at most the {self.workers} workers", field="min_workers"
+                f"min_workers is {self.min_workers}, expected at most the {self.workers} workers",
+                code=ErrorCode.INVALID_VALUE,
+                field="min_workers",
             )
         if self.evaluation == "overlapped" and self.min_workers not in (None, self.workers):
             raise InputError(

@@ -105,7 +105,9 @@ class ClassIncremental(ShorthandModel):
     def _check_template(self) -> "ClassIncremental":
         if self.template is not None and "{c}" not in self.template:
             raise InputError(
-                f"found the template {self.template!r}, expected a {{c}} for the class name in it", field="template"
+                f"found the template {self.template!r}, expected a {{c}} for the class name in it",
+                code=ErrorCode.INVALID_VALUE,
+                field="template",
             )
         return self
 
@@ -140,7 +142,9 @@ def check_task_names(tasks: tuple[Task, ...]) -> None:
     for name in names:
         if name in RESERVED_NAMES:
             raise InputError(
-                f"tasks: found the name {name!r}, expected another: comparisons have a column of it", field="tasks"
+                f"tasks: found the name {name!r}, expected another: comparisons have a column of it",
+                code=ErrorCode.INVALID_VALUE,
+                field="tasks",
             )
         if not name:
             raise InputError(

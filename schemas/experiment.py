@@ -140,6 +140,7 @@ class Experiment(StrictModel):
                 raise InputError(
                     f"optimisation.warmup_steps is {self.optimisation.warmup_steps}, expected at most the "
                     f"{self.stage_steps(task)} steps of stage '{task.name}'",
+                    code=ErrorCode.INVALID_VALUE,
                     field="optimisation.warmup_steps",
                 )
         self._check_distillation()
@@ -149,6 +150,7 @@ class Experiment(StrictModel):
             raise InputError(
                 f"compute.workers is {self.compute.workers}, expected at most {max_workers}: "
                 "every worker needs an image of each global batch",
+                code=ErrorCode.INVALID_VALUE,
                 field="compute.workers",
             )
         return self
@@ -183,6 +185,7 @@ class Experiment(StrictModel):
             raise InputError(
                 "optimisation.reference_batch_size is 1 with method.distill.similarity_weight above 0, expected at "
                 "least 2: images are compared with each other",
+                code=ErrorCode.INVALID_VALUE,
                 field="optimisation.reference_batch_size",
             )
 

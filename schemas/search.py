@@ -41,9 +41,15 @@ class Domain(StrictModel):
         if self.choice is None:
             low, high = self.values_to_check
             if low >= high:
-                raise InputError(f"{kind} is [{low:g}, {high:g}], expected a low end below the high one", field=kind)
+                raise InputError(
+                    f"{kind} is [{low:g}, {high:g}], expected a low end below the high one",
+                    code=ErrorCode.INVALID_VALUE,
+                    field=kind,
+                )
             if self.is_log and low <= 0:
-                raise InputError(f"{kind} begins at {low:g}, expected an end above 0", field=kind)
+                raise InputError(
+                    f"{kind} begins at {low:g}, expected an end above 0", code=ErrorCode.INVALID_VALUE, field=kind
+                )
         elif len(set(map(_to_json, self.choice))) < len(self.choice):
             raise InputError(
                 f"choice names a value twice ({list(self.choice)!r}), expected each once",

@@ -1,4 +1,4 @@
-"""The dry run of a search: all checks that `zscl search --dry-run` makes."""
+"""Checks of `zscl search --dry-run`: everything that could stop a search at its start."""
 
 from pathlib import Path
 
@@ -11,10 +11,10 @@ def check_search(prepared: PreparedSearch, folder: Path, offline: bool, connect:
     """Check everything that could stop a search at its start.
 
     Args:
-        prepared: The search; its recipe, data and model are checked already.
+        prepared: The search. Its recipe, data and model have been checked already.
         folder: The search's folder.
         offline: Whether the search runs without MLflow.
-        connect: Connects to the cluster, if the recipe or the environment names one.
+        connect: Function that connects to the cluster, if the recipe or the environment names one.
 
     Returns:
         The checks and their outcomes.

@@ -1,4 +1,4 @@
-"""Checks of a search before it starts: its recipe, domains, data and objectives, and an estimate of its size."""
+"""Checks of a search before it starts (recipe, domains, data and objectives), and an estimate of its size."""
 
 import itertools
 import math
@@ -17,23 +17,28 @@ from zscl.sequence.resolve import ResolvedExperiment
 from zscl.sequence.stage_cache import Averages
 
 MAX_SHARED_AVERAGES = 8  # each is a copy of the trained weights in memory while the first stage is trained
-MAX_POINTS = 1_000  # combinations of values that are searched for averages
+MAX_POINTS = 1_000  # combinations of values from which the averages are collected
 UNDEFINED_FOR_ONE_TASK = ("transfer", "forgetting", "backward_transfer", "forward_transfer")
-DATA_FIELDS = ("model", "tasks", "reference", "class_incremental")  # values of these domains name other data
+DATA_FIELDS = (
+    "model",
+    "tasks",
+    "reference",
+    "class_incremental",
+)  # a value of one of these domains selects other data, which must be checked
 
 
 @dataclass(frozen=True)
 class PreparedSearch:
-    """A search that was checked.
+    """A search whose recipe, data and model were checked.
 
     Attributes:
         search: The section `search` of the recipe.
-        content: The experiment's recipe, unchecked, without the values of a trial.
+        content: The unchecked recipe of the experiment, without the values of a trial.
         file: The recipe's file.
-        base: The experiment as the recipe has it, evaluated on held-out images.
+        base: The experiment of the recipe without the values of a trial, evaluated on held-out images.
         fingerprint: The search's fingerprint.
-        averages: The averages of all trials, if the first stage can be trained once for all trials that differ only
-            in their average; empty otherwise.
+        averages: Averaging settings of all trials, if trials that differ only in averaging can share the training of
+            the first stage; empty otherwise.
     """
 
     search: Search
@@ -50,7 +55,7 @@ class PreparedSearch:
 
     @property
     def trial_count(self) -> int:
-        """The number of trials: as the recipe says, or all combinations of a grid."""
+        """The number of trials: that of the recipe, or the number of combinations of a grid."""
         if self.search.trials is not None:
             return self.search.trials
         return math.prod(len(domain.values or ()) for domain in self.search.domains.values())
@@ -67,21 +72,22 @@ def prepare_search(file: Path, overrides: Sequence[str] = ()) -> PreparedSearch:
         The checked search.
 
     Raises:
-        InputError: If something is missing, wrong or not supported by a search.
+        InputError: If the recipe or the data are invalid, or a setting is not supported in a search.
     """
     search, content = load_search(file, overrides)
     experiment = build_trial_experiment(search, content, {}, file)
     _check_points(search, content, file)
     if experiment.compute.storage is not None:
         raise InputError(
-            f"{file}: found compute.storage, expected a folder that all nodes see: trials share trained stages",
+            f"{file}: compute.storage cannot be used in a search, because trials share trained stages. Remove it, and use a "
+            "folder that all nodes see",
             code=ErrorCode.UNSUPPORTED,
             field="compute.storage",
         )
     if experiment.compute.evaluation == "overlapped":
         raise InputError(
-            f"{file}: compute.evaluation is overlapped, expected inline: a trial's stage is evaluated before its next "
-            "stage starts",
+            f"{file}: found overlapped in compute.evaluation, expected inline, because a search evaluates each stage of a "
+            "trial before the next stage starts",
             code=ErrorCode.UNSUPPORTED,
             field="compute.evaluation",
         )
@@ -93,10 +99,10 @@ def prepare_search(file: Path, overrides: Sequence[str] = ()) -> PreparedSearch:
 
 
 def _check_points(search: Search, content: Mapping[str, Any], file: Path) -> None:
-    """Check every combination of a grid, and otherwise the ends of each domain.
+    """Check every combination of a grid; for other samplers, check the bounds or choices of each domain.
 
     Raises:
-        InputError: With the messages of all points that are refused.
+        InputError: If combinations are invalid. The message lists the error of every invalid combination.
     """
     if search.sampler == "grid":
         values = [[(path, value) for value in domain.values or ()] for path, domain in search.domains.items()]
@@ -117,7 +123,7 @@ def _check_points(search: Search, content: Mapping[str, Any], file: Path) -> Non
 
 
 def load_resumable_search(folder: Path, overrides: Sequence[str]) -> PreparedSearch:
-    """Read and check the search of a folder, to resume it.
+    """Read and check the search in a folder, in order to resume it.
 
     Args:
         folder: The search's folder.
@@ -127,19 +133,19 @@ def load_resumable_search(folder: Path, overrides: Sequence[str]) -> PreparedSea
         The checked search.
 
     Raises:
-        InputError: If an override would make it another search, or something is missing.
+        InputError: If an override would change the search itself, or the recipe or the data are invalid.
     """
     for override in overrides:
         if not override.startswith(("compute.", "tracking.")):
             raise InputError(
-                f"--set {override}: expected a field of compute or tracking; all other fields are part of the search",
+                f"--set {override}: expected a field of compute or tracking; other fields cannot change when a search resumes",
                 code=ErrorCode.INVALID_VALUE,
                 field="--set",
             )
     prepared = prepare_search(folder / SEARCH, overrides)
     if MASK in prepared.base.experiment.model_dump_json(exclude={"tracking"}):
         raise InputError(
-            f"{folder / SEARCH}: found {MASK} where the recipe has secrets, expected the recipe: "
+            f"{folder / SEARCH}: secrets are masked ({MASK}) in this file. Resume with the original recipe: "
             + shell_command("zscl", "search", "RECIPE", "--out", folder),
             code=ErrorCode.MISSING_VALUE,
         )
@@ -152,7 +158,7 @@ def _check_objectives(search: Search, base: ResolvedExperiment, file: Path) -> N
         task = objective.removeprefix(TASK_ACCURACY_PREFIX)
         if objective.startswith(TASK_ACCURACY_PREFIX) and task not in names:
             raise InputError(
-                f"{file}: search.objectives: found {objective}, expected {TASK_ACCURACY_PREFIX} and one of "
+                f"{file}: search.objectives: found {objective}, expected {TASK_ACCURACY_PREFIX} followed by one of "
                 + ", ".join(names),
                 code=ErrorCode.UNKNOWN_NAME,
                 field="search.objectives",
@@ -166,7 +172,11 @@ def _check_objectives(search: Search, base: ResolvedExperiment, file: Path) -> N
 
 
 def _shared_averages(search: Search, content: Mapping[str, Any], file: Path) -> Averages:
-    """Return the trials' averages, if they are few and trials can occur that differ in nothing else."""
+    """Return the averaging settings of the trials, if they are few and trials can differ in averaging only.
+
+    Returns:
+        The settings; empty if trials cannot share the first stage.
+    """
     values = [domain.values for domain in search.domains.values()]
     if None in values or not any(path.split(".")[0] == "method" for path in search.domains):
         return ()
@@ -175,7 +185,7 @@ def _shared_averages(search: Search, content: Mapping[str, Any], file: Path) -> 
     for point in itertools.islice(itertools.product(*method.values()), MAX_POINTS):
         try:
             experiment = build_trial_experiment(search, content, dict(zip(method, point, strict=True)), file)
-        except InputError:  # the trial reports it
+        except InputError:  # the trial with these values reports the error
             continue
         averages[experiment.method.average] = None
     return tuple(averages) if 1 < len(averages) <= MAX_SHARED_AVERAGES else ()
@@ -186,10 +196,10 @@ def search_folder(prepared: PreparedSearch, out: Path | None) -> Path:
 
     Args:
         prepared: The search.
-        out: The folder that the user chose, if any; default: `runs/NAME-FINGERPRINT`.
+        out: The folder that the user chose; default: `runs/NAME-FINGERPRINT`.
 
     Returns:
-        The folder; it need not exist.
+        The folder, which may not exist yet.
     """
     if out is not None:
         return out.absolute()
@@ -197,7 +207,7 @@ def search_folder(prepared: PreparedSearch, out: Path | None) -> Path:
 
 
 def estimate_total_model_megabytes(prepared: PreparedSearch) -> float:
-    """Estimate the disk space of all trials' models, in megabytes."""
+    """Estimate the disk space for the models of all trials, in megabytes."""
     return prepared.trial_count * prepared.stage_count * preflight.model_megabytes(prepared.base)
 
 

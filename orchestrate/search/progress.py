@@ -1,4 +1,4 @@
-"""Progress of a search on a terminal: steps of all trials, the running trials, and the best trial so far."""
+"""Progress of a search on a terminal: steps of all trials, running trials, and the best trial so far."""
 
 from itertools import accumulate
 
@@ -12,11 +12,11 @@ from schemas.search import Search, TrialEnded, TrialEvent, TrialStarted
 
 
 class SearchDisplay:
-    """Shows a search's progress on a bar.
+    """Shows the progress of a search on a progress bar.
 
     Attributes:
         search: The search.
-        trials: The number of trials.
+        trials: The number of trials of the search.
         bar: The progress bar.
         tasks: Names of the tasks.
         running: Numbers of the running trials.
@@ -30,7 +30,7 @@ class SearchDisplay:
         self._steps: dict[int, int] = {}
         self._stages: dict[int, int] = {}
         self._ended: set[int] = set()
-        self._best: tuple[float, int] | None = None  # utility and number of the trial
+        self._best: tuple[float, int] | None = None  # utility and number of the best trial
 
     def __call__(self, trial_event: TrialEvent) -> None:
         """Show a trial's event."""
@@ -72,7 +72,7 @@ class SearchDisplay:
             trial = (compute_utility(end.objectives), number)
             self._best = max(self._best or trial, trial)
         outcomes = {"stopped": f"stopped early after stage {end.stages}", "failed": f"failed: {end.reason}"}
-        self._stages[number] = len(self.tasks)  # none of its stages is left to do
+        self._stages[number] = len(self.tasks)  # a stopped or failed trial runs no more stages
         self.bar.print(f"trial {number}: {outcomes.get(end.status, end.status)}{f', {figures}' if figures else ''}")
         self._show_steps(number, self._steps_until[-1])
 

@@ -19,7 +19,7 @@ from schemas.search import Search, SearchResult, Trial, optimisation_direction
 from zscl.runtime.atomic_io import atomic_file
 
 DPI = 120
-RELIABLE_TRIALS = 10  # with fewer finished trials, the importance is not reliable
+RELIABLE_TRIALS = 10  # the importance of fields is reliable from this number of finished trials on
 
 
 def build_trial_columns(result: SearchResult) -> dict[str, list[Any]]:
@@ -29,7 +29,8 @@ def build_trial_columns(result: SearchResult) -> dict[str, list[Any]]:
         result: The search's result.
 
     Returns:
-        The columns by name: number, status, finished stages, values, objectives as fractions, and a note.
+        Mapping from a column's name to its cells: number, status, finished stages, values, objectives as fractions, and
+        a note.
     """
     trials = result.trials
     columns: dict[str, list[Any]] = {
@@ -54,13 +55,13 @@ def _note(result: SearchResult, trial: Trial) -> str:
 
 
 def build_terminal_tables(result: SearchResult) -> Group:
-    """Format the trials, the chosen one in bold, and the number of stage trainings.
+    """Format the table of trials, with the chosen trial in bold, and a summary of the search.
 
     Args:
         result: The search's result.
 
     Returns:
-        A table and lines of text.
+        The table, followed by lines of text: importance of fields, stage trainings, and the chosen trial.
     """
     columns = build_trial_columns(result)
     table = Table(title="Trials, evaluated on held-out training images, %")
@@ -87,9 +88,9 @@ def build_terminal_tables(result: SearchResult) -> Group:
 
 def _importance(result: SearchResult) -> str:
     if not result.importance:
-        return "importance: fewer than two different trials"
+        return "importance: not available, because fewer than two trials have different results"
     finished = sum(trial.status in ("finished", "read") for trial in result.trials)
-    doubt = f" (only {finished} trials: not reliable)" if finished < RELIABLE_TRIALS else ""
+    doubt = f" (not reliable with only {finished} trials)" if finished < RELIABLE_TRIALS else ""
     return f"importance{doubt}: {', '.join(f'{path} {value:.2f}' for path, value in result.importance.items())}"
 
 
@@ -98,15 +99,15 @@ def _format_value(value: Any) -> str:
 
 
 def draw_trials(search: Search, trials: Sequence[Trial], folder: Path) -> list[Path]:
-    """Draw the finished trials with Optuna: parallel coordinates, and the Pareto front of 2 or 3 objectives.
+    """Draw charts of the finished trials with Optuna: parallel coordinates, and the Pareto front of 2 or 3 objectives.
 
     Args:
         search: The search.
         trials: All trials.
-        folder: Where to write the charts.
+        folder: Folder for the charts.
 
     Returns:
-        The written PNG files; none for fewer than two finished trials.
+        The written PNG files; empty if fewer than two trials finished.
     """
     mpl.use("Agg")
     from matplotlib import pyplot
@@ -120,7 +121,9 @@ def draw_trials(search: Search, trials: Sequence[Trial], folder: Path) -> list[P
     charts: dict[str, Axes] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
-        warnings.filterwarnings("ignore", message="Attempting to set identical low and high")  # all values are equal
+        warnings.filterwarnings(
+            "ignore", message="Attempting to set identical low and high"
+        )  # all trials have the same value
         for index, objective in enumerate(search.objectives):
             target = partial(_value, index) if len(search.objectives) > 1 else None
             axes = optuna_charts.plot_parallel_coordinate(study, target=target, target_name=f"{objective}, %")
@@ -153,5 +156,5 @@ def _short_path(path: str) -> str:
 
 
 def _value(index: int, trial: Any) -> float:
-    """Return one of several objectives of an Optuna trial."""
+    """Return the objective at an index of an Optuna trial."""
     return float(trial.values[index])

@@ -1,4 +1,4 @@
-"""Results of a search: its trials as Ray Tune reports them, the Pareto front, and counts of stage trainings."""
+"""Results of a search: conversion of Ray Tune's results to trials, the Pareto front, and counts of stage trainings."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ def build_trials(grid: "ResultGrid", search: Search) -> list[Trial]:
         search: The search.
 
     Returns:
-        The trials, in the order of suggestion.
+        The trials, in the order in which they were suggested.
     """
     from orchestrate.search.samplers import TRIAL_NUMBER
     from orchestrate.search.trial import STAGES_DONE
@@ -71,7 +71,8 @@ def select_pareto_front(trials: Sequence[Trial], objectives: Sequence[str]) -> l
         objectives: Names of the objectives.
 
     Returns:
-        The Pareto front: no other trial is better in one objective and worse in none.
+        The trials of the Pareto front. A trial dominates another one if it is better in at least one objective and
+        worse in none.
     """
     finished = [trial for trial in trials if trial.status in ("finished", "read") and trial.objectives]
     utilities = {
@@ -89,12 +90,12 @@ def select_pareto_front(trials: Sequence[Trial], objectives: Sequence[str]) -> l
 
 
 def compute_utility(objectives: Mapping[str, float]) -> float:
-    """Average a trial's objectives, with the sign changed where less is better. All are (differences of) accuracies."""
+    """Average the objectives of a trial. Objectives to minimise are negated. All objectives are on the scale of accuracies."""
     return fmean(value if optimisation_direction(name) == "max" else -value for name, value in objectives.items())
 
 
 def count_stage_trainings(trials: Sequence[Trial], stages: int) -> StageTrainings:
-    """Count the stage trainings of all trials by what became of them.
+    """Count the stages of all trials by outcome: trained, shared, read, stopped early or failed.
 
     Args:
         trials: All trials.

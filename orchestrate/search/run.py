@@ -1,15 +1,15 @@
-"""Hyperparameter search: runs trials on Ray Tune, chooses one, and evaluates it on the test images.
+"""Hyperparameter search: runs trials on Ray Tune, chooses the best one, and evaluates it on the test images.
 
 Trials are evaluated on held-out training images. Only the chosen trial is evaluated on the test images, once, at the
 end. The search's folder is its own checkpoint:
 
-    search.yaml      the search with its experiment, as the user gave it
+    search.yaml      the recipe of the search and its experiment
     trials/          one run folder per trial, named by fingerprint (see `orchestrate.search.trial`)
     stages/          trained stages that trials share (see `zscl.sequence.stage_cache`)
-    tune/            Ray Tune's state: its trials, and what the sampler has learnt
+    tune/            Ray Tune's state: its trials, and the state of the sampler
     chosen.yaml      the chosen recipe, ready for `zscl run`
     test/            the chosen trial's models, evaluated on the test images
-    search.json      the search's result; with it, the search is finished
+    search.json      the result; the search is finished if this file exists
 """
 
 import logging
@@ -73,28 +73,29 @@ if TYPE_CHECKING:
 TEST_FOLDER = "test"
 IDLE_ACTOR_BYTES = 10**6  # Ray Tune requires that a trial requests some resource
 ONE_SEARCH = (
-    "Ray Tune does not support several searches on one cluster: they take each other's workers, and trials may fail "
-    "because none is left; expected one search at a time, or a cluster for each"
+    "Ray Tune does not support several searches on one cluster: they compete for workers, and trials may fail because "
+    "no worker is free. Run one search at a time, or use a separate cluster for each"
 )
 GRACE_SECONDS = 30.0  # for running trials to write a checkpoint and stop
 T = TypeVar("T")
 
 
 def run_search(prepared: PreparedSearch, folder: Path, console: Console, offline: bool = False) -> SearchResult:
-    """Run a search on Ray Tune, or resume it. A finished search is read and not run again.
+    """Run or resume a search on Ray Tune. If the search is finished, only read its result.
 
     Args:
         prepared: The checked search.
         folder: The search's folder.
-        console: For progress and messages.
+        console: Console for progress and messages.
         offline: Whether to run without MLflow.
 
     Returns:
         The search's result.
 
     Raises:
-        InputError: If the cluster, the tracking store or the folder is not as expected, or all trials failed.
-        InterruptedRunError: After a signal; the search can be resumed.
+        InputError: If the cluster or the tracking store cannot be used, the folder is in use or holds other results, or
+            no trial finished.
+        InterruptedRunError: If a signal stopped the search, which can be resumed.
     """
     check_same_search(prepared, folder)
     if (folder / SEARCH_RESULT).is_file():
@@ -119,8 +120,8 @@ def check_same_search(prepared: PreparedSearch, folder: Path) -> None:
         if identity.algorithm != algorithm_version():
             raise InputError(
                 f"{folder}: found a search that was computed by {describe_algorithm(identity.algorithm)}, expected "
-                f"{describe_algorithm(algorithm_version())}, which is what this version of zscl computes: the two may "
-                "give different numbers. Choose another folder",
+                f"{describe_algorithm(algorithm_version())}, which this version of zscl uses. The two may give "
+                "different numbers. Choose another folder",
                 code=ErrorCode.OTHER_ALGORITHM,
             )
         if identity.fingerprint != prepared.fingerprint:
@@ -137,7 +138,7 @@ def check_same_search(prepared: PreparedSearch, folder: Path) -> None:
 
 
 def _search(prepared: PreparedSearch, folder: Path, console: Console, offline: bool) -> SearchResult:
-    # Ray and MLflow take seconds to import, so they are imported only when there is something to run.
+    # Ray and MLflow take seconds to import, so they are imported only for a search that has to run.
     from orchestrate.cluster.channel import consume_events, create_channel, list_running_searches
     from orchestrate.cluster.connect import connect, count_concurrent_runs
     from orchestrate.search.trial import TrialContext
@@ -148,8 +149,8 @@ def _search(prepared: PreparedSearch, folder: Path, console: Console, offline: b
     if searches := list_running_searches():
         note(f"warning: found another search on this Ray cluster ({searches[0]}); {ONE_SEARCH}")
     slots = count_concurrent_runs(experiment.compute)
-    queued = ", the others wait for their turn" if slots < prepared.trial_count else ""
-    note(f"{prepared.trial_count} trials of {prepared.stage_count} stages; the cluster holds {slots} at once{queued}")
+    queued = ", and the others are queued" if slots < prepared.trial_count else ""
+    note(f"{prepared.trial_count} trials of {prepared.stage_count} stages; the cluster runs {slots} at once{queued}")
     identity = SearchIdentity(prepared.fingerprint, algorithm_version(), time.time_ns() // 1_000_000)
     if (folder / FINGERPRINT).is_file():
         identity = read_search_identity(folder)
@@ -188,8 +189,10 @@ def _dispatch(listeners: Sequence[Callable[[TrialEvent], None]], message: str) -
 
 
 def _run_trials(prepared: PreparedSearch, context: "TrialContext", slots: int) -> "ResultGrid":
-    """Run the trials that are not finished yet."""
-    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")  # with the default, a killed Tune forgets finished trials
+    """Run the trials that have not finished, and return the results of all trials."""
+    os.environ.setdefault(
+        "TUNE_GLOBAL_CHECKPOINT_S", "1"
+    )  # with the default interval, Tune forgets finished trials if it is killed
     os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the new output prints to standard output even with verbose=0
     from ray import tune
@@ -198,7 +201,7 @@ def _run_trials(prepared: PreparedSearch, context: "TrialContext", slots: int) -
     from orchestrate.search.samplers import OptunaSearcher, build_scheduler
     from orchestrate.search.trial import STAGES_DONE, SearchTrial
 
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the search reports failed trials itself
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the search itself reports failed trials
 
     compute = prepared.base.experiment.compute
     resources = {"CPU": compute.cpus_per_worker}
@@ -211,7 +214,7 @@ def _run_trials(prepared: PreparedSearch, context: "TrialContext", slots: int) -
     if tune.Tuner.can_restore(str(state)) and any(state.glob("experiment_state-*.json")):
         tuner = tune.Tuner.restore(str(state), trainable, resume_unfinished=True, resume_errored=True)
     else:
-        shutil.rmtree(state, ignore_errors=True)  # an earlier process was killed before Tune wrote a usable state
+        shutil.rmtree(state, ignore_errors=True)  # the process was killed before Tune wrote a usable state
         tuner = tune.Tuner(
             trainable,
             tune_config=tune.TuneConfig(
@@ -233,19 +236,21 @@ def _run_trials(prepared: PreparedSearch, context: "TrialContext", slots: int) -
 
 
 def _wait_for(work: Callable[[], T], channel: Any, stop_request: StopRequest, all_stopped: Callable[[], bool]) -> T:
-    """Call a function in a thread and wait for its result or for a signal. In the main thread Ray handles signals.
+    """Call a function in a thread, and wait for its result or a signal.
+
+    A thread is used because Ray would handle signals itself in the main thread.
 
     Args:
         work: The function.
-        channel: Handle of the channel by which trials learn that they are to stop.
+        channel: Handle of the channel that tells trials to stop.
         stop_request: Set by signals.
-        all_stopped: Whether no trial is running any more.
+        all_stopped: Function that returns whether no trial is running.
 
     Returns:
         The function's result.
 
     Raises:
-        InterruptedRunError: After a signal, when the trials have stopped or `GRACE_SECONDS` have passed.
+        InterruptedRunError: If a signal came. It is raised when the trials have stopped or `GRACE_SECONDS` have passed.
     """
     answer: Future[T] = Future()
 
@@ -279,9 +284,9 @@ def _conclude(
     Args:
         trials: All trials.
         prepared: The checked search.
-        context: The trials' context.
+        context: Context of the trials.
         stop_request: Set by signals.
-        started: When the search started, by `time.monotonic`.
+        started: Value of `time.monotonic()` at the start of the search.
 
     Returns:
         The search's result.
@@ -297,7 +302,7 @@ def _conclude(
     if not front:
         reasons = "; ".join(dict.fromkeys(trial.reason for trial in trials if trial.reason))
         raise InputError(
-            f"{folder}: found no trial of {len(trials)} that finished ({reasons or 'all were stopped early'})",
+            f"{folder}: none of the {len(trials)} trials finished ({reasons or 'all were stopped early'})",
             code=ErrorCode.FAILED,
         )
     chosen = max(front, key=lambda trial: (compute_utility(trial.objectives), -trial.number))
@@ -331,7 +336,7 @@ def _conclude(
 def _evaluate_on_test(
     chosen: Trial, prepared: PreparedSearch, context: "TrialContext", stop_request: StopRequest
 ) -> Result:
-    """Evaluate the chosen trial's models on the test images. Nothing is trained."""
+    """Evaluate the models of the chosen trial on the test images, without training."""
     from orchestrate.search.trial import evaluate_on_test
 
     experiment = build_trial_experiment(
@@ -350,7 +355,7 @@ def _evaluate_on_test(
 
 
 def _delete_other_models(folder: Path, chosen: Trial) -> None:
-    """Delete the weights of all trials except the chosen one; their results stay."""
+    """Delete the weights of all trials except the chosen one. Results are not deleted."""
     shutil.rmtree(stage_cache_folder(folder), ignore_errors=True)
     for model in folder.glob(f"trials/*/{STAGES_FOLDER}/*/{MODEL_FOLDER}"):
         if model.parents[2] != folder / chosen.folder:

@@ -1,4 +1,8 @@
-"""Samplers and schedulers of a search: Optuna suggests trials, Ray Tune stops bad ones. Reproducible."""
+"""Samplers and schedulers of a search.
+
+Optuna suggests trials, and Ray Tune stops unpromising ones. Suggestions depend only on the seed and on the results of
+earlier batches of trials.
+"""
 
 import itertools
 import math
@@ -24,16 +28,18 @@ from schemas.search import Domain, Search, Trial, optimisation_direction
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
-TRIAL_NUMBER = "trial"  # the key of a trial's number in its configuration, next to the values' paths
-MAX_STARTUP_TRIALS = 10  # random trials before TPE's model is used; at most a third of all trials
-MEDIAN_MIN_TRIALS = 3  # trials that must have reached a stage before any trial is stopped there
+TRIAL_NUMBER = (
+    "trial"  # key of the trial's number in Ray Tune's configuration of a trial; the other keys are paths of fields
+)
+MAX_STARTUP_TRIALS = 10  # random trials before TPE uses its model; fewer if that is more than a third of all trials
+MEDIAN_MIN_TRIALS = 3  # number of trials that must reach a stage before a trial can be stopped at it
 
 
 class OptunaSearcher(OptunaSearch):  # type: ignore[misc]
-    """Suggests trials in batches: a batch starts when all trials of the batch before have ended.
+    """Suggests trials in batches: a batch starts when all trials of the previous batch have ended.
 
-    Optuna learns the results of a batch in the order of suggestion. So the suggestions do not depend on which trial
-    finishes first. Values are encoded (see `Domain.encode`).
+    Results of a batch are passed to Optuna in the order of suggestion, so suggestions do not depend on the order in
+    which trials finish. Values are encoded by `Domain.encode`.
     """
 
     def __init__(self, search: Search) -> None:
@@ -51,13 +57,14 @@ class OptunaSearcher(OptunaSearch):  # type: ignore[misc]
         self._results: dict[str, list[float] | None] = {}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
-        """Suggest a trial.
+        """Suggest the next trial.
 
         Args:
             trial_id: Ray Tune's id of the trial.
 
         Returns:
-            The values by path, and the trial's number; None while trials of the batch before are running.
+            Mapping from paths to encoded values, with the trial's number; `None` while trials of the previous batch are
+            running.
         """
         if len(self._order) % self._batch == 0 and len(self._results) < len(self._order):
             return None
@@ -66,15 +73,15 @@ class OptunaSearcher(OptunaSearch):  # type: ignore[misc]
         return {**values, TRIAL_NUMBER: len(self._order)}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Ignore the report of a stage; only the scheduler uses it."""
+        """Ignore the report of a stage, which only the scheduler uses."""
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Record a trial's result. When a batch is complete, pass its results to Optuna.
+        """Record the result of a trial. When a batch is complete, pass its results to Optuna.
 
         Args:
             trial_id: Ray Tune's id of the trial.
             result: The trial's last report.
-            error: Whether the trial failed; a failed trial has no value.
+            error: Whether the trial failed. Optuna gets no values of a failed trial.
         """
         names = self.metric if isinstance(self.metric, list) else [self.metric]
         values = [float((result or {}).get(name, math.nan)) for name in names]
@@ -88,7 +95,7 @@ class OptunaSearcher(OptunaSearch):  # type: ignore[misc]
 
 
 def to_distribution(domain: Domain) -> BaseDistribution:
-    """Convert a domain to Optuna's distribution."""
+    """Convert a domain to an Optuna distribution."""
     if domain.choice is not None:
         return CategoricalDistribution(domain.encoded_choices)
     low, high = domain.values_to_check
@@ -97,7 +104,7 @@ def to_distribution(domain: Domain) -> BaseDistribution:
 
 
 def build_sampler(search: Search) -> BaseSampler:
-    """Build Optuna's sampler of a search, seeded."""
+    """Build the Optuna sampler of a search, with the search's seed."""
     match search.sampler:
         case "tpe":
             startup = min(MAX_STARTUP_TRIALS, max(1, (search.trials or 1) // 3))
@@ -109,13 +116,13 @@ def build_sampler(search: Search) -> BaseSampler:
 
 
 def list_grid_points(search: Search) -> list[dict[str, Any]]:
-    """Return every combination of the domains' encoded values; those of the last path vary fastest."""
+    """Return every combination of encoded values of the domains. The value of the last path varies fastest."""
     values = [list(domain.encoded_choices or domain.values or ()) for domain in search.domains.values()]
     return [dict(zip(search.domains, point, strict=True)) for point in itertools.product(*values)]
 
 
 def build_scheduler(search: Search, stages: int, time_attr: str) -> TrialScheduler | None:
-    """Build Ray Tune's scheduler, which stops bad trials early.
+    """Build the Ray Tune scheduler, which stops unpromising trials early.
 
     Args:
         search: The search.
@@ -123,7 +130,7 @@ def build_scheduler(search: Search, stages: int, time_attr: str) -> TrialSchedul
         time_attr: Key of the number of finished stages in a trial's report.
 
     Returns:
-        The scheduler; None if the search stops no trials.
+        The scheduler; `None` if the search has no early stopping.
     """
     stopping = search.early_stopping
     if stopping is None:
@@ -147,7 +154,7 @@ def build_study(search: Search, trials: Sequence[Trial]) -> optuna.Study:
         trials: All trials.
 
     Returns:
-        The study; objectives are in per cent.
+        The study, with objectives in per cent.
     """
     directions = {"min": StudyDirection.MINIMIZE, "max": StudyDirection.MAXIMIZE}
     study = optuna.create_study(directions=[directions[optimisation_direction(name)] for name in search.objectives])
@@ -164,14 +171,14 @@ def build_study(search: Search, trials: Sequence[Trial]) -> optuna.Study:
 
 
 def compute_importance(search: Search, trials: Sequence[Trial]) -> dict[str, float]:
-    """Compute how much of the mean objective's variance each path explains, with Optuna's fANOVA.
+    """Compute the fraction of the mean objective's variance that each path explains, with Optuna's fANOVA.
 
     Args:
         search: The search.
-        trials: All trials; the finished ones count.
+        trials: All trials; only finished ones are used.
 
     Returns:
-        Shares of the variance by path; empty if fewer than two finished trials differ in the mean objective.
+        Mapping from paths to fractions of the variance; empty if all finished trials have the same mean objective.
     """
     study = build_study(search, trials)
     signs = [1.0 if optimisation_direction(name) == "max" else -1.0 for name in search.objectives]

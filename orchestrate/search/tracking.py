@@ -1,6 +1,7 @@
-"""Recording a search in MLflow: the search is a parent run, its trials are child runs with their stages below them.
+"""Recording of a search in MLflow: the search is a parent run, trials are its child runs, and stages are theirs.
 
-Trials are uploaded from their journals, like other runs. The search's own run gets the search's result at the end.
+Trials are uploaded from their journals, like other runs. The result of the search is recorded in the parent run at the
+end.
 """
 
 import threading
@@ -56,26 +57,26 @@ if TYPE_CHECKING:
     from orchestrate.search.preflight import PreparedSearch
 
 TRIALS_TABLE = "trials.json"
-TRIAL_TIMEOUT = 120.0  # seconds to upload the rest of a trial's records; other trials run meanwhile
+TRIAL_TIMEOUT = 120.0  # seconds to upload the remaining records of a trial that ended, while other trials run
 
 
 def _read_start_time(folder: Path) -> int | None:
-    """Return the start time of the search in a folder, in milliseconds, if the folder holds one and records it."""
+    """Return the recorded start time of the search in a folder, in milliseconds; `None` if there is none."""
     if not (folder / paths.FINGERPRINT).is_file():
         return None
     return paths.read_search_identity(folder).started_ms
 
 
 class SearchRecorder:
-    """Records a search in an MLflow store. Each method may raise any of `store_errors.FAILURES`.
+    """Records a search in an MLflow store. Every method may raise the exceptions in `store_errors.FAILURES`.
 
     Attributes:
-        client: The store.
+        client: Client of the MLflow store.
         run_id: Id of the search's MLflow run.
     """
 
     def __init__(self, search: Search, experiment: str, identity: paths.SearchIdentity, folder: Path, uri: str) -> None:
-        """Find the search's MLflow run, or create it.
+        """Find or create the MLflow run of the search.
 
         Args:
             search: The search.
@@ -115,23 +116,23 @@ class SearchRecorder:
         clear_reason(self.client, self.run_id)
 
     def finalize(self, folder: Path, files: bool = True) -> str:
-        """Record the search's status, as its folder says it.
+        """Record the status of the search from its folder, and the result of a finished search.
 
         Args:
             folder: The search's folder.
-            files: Whether to upload the files of a finished search, too.
+            files: Whether to upload the files of a finished search as artifacts.
 
         Returns:
             The status: FINISHED, FAILED or KILLED.
 
         Raises:
-            ArtifactError: The status is recorded, but the artifact store did not accept the files.
+            ArtifactError: If the artifact store did not accept the files. The status is recorded nevertheless.
         """
         state = read_state(folder)
         if (folder / paths.SEARCH_RESULT).is_file():
             self.finish(load_search_result(folder), folder, files)
             return "FINISHED"
-        if state is None or state.status in ("RUNNING", "FINISHED"):  # but no process works on it
+        if state is None or state.status in ("RUNNING", "FINISHED"):  # the process died before it wrote an outcome
             state = RunState(status="KILLED", reason="the process is gone", time=time.time_ns() // 1_000_000)
         self.client.set_tag(self.run_id, REASON, state.reason[:MAX_VALUE_LENGTH])
         self.client.set_terminated(self.run_id, state.status, state.time)
@@ -143,10 +144,10 @@ class SearchRecorder:
         Args:
             result: The search's result.
             folder: The search's folder.
-            files: Whether to upload what belongs into the artifact store, too.
+            files: Whether to upload the table, the recipes and the charts as artifacts.
 
         Raises:
-            ArtifactError: Everything else is recorded, but the artifact store did not accept the files.
+            ArtifactError: If the artifact store did not accept the files. Everything else is recorded nevertheless.
         """
         state = read_state(folder)
         end_time = state.time if state and state.status == "FINISHED" else 0
@@ -177,7 +178,7 @@ class SearchRecorder:
 
 
 class SearchUploader:
-    """Uploads a search and its trials in background threads. Only `end` waits for them."""
+    """Uploads a search and its trials in background threads. Only `end` waits for the uploads."""
 
     def __init__(
         self, prepared: "PreparedSearch", folder: Path, note: Callable[[str], None], identity: paths.SearchIdentity
@@ -187,7 +188,7 @@ class SearchUploader:
         Args:
             prepared: The checked search.
             folder: The search's folder, absolute.
-            note: Called with messages about the store, also from background threads.
+            note: Called with messages about the store, from any thread.
             identity: The search's identity.
 
         Raises:
@@ -205,7 +206,7 @@ class SearchUploader:
         self._end_threads: list[threading.Thread] = []
 
     def __call__(self, trial_event: TrialEvent) -> None:
-        """Start a trial's uploader when the trial starts, and end it when the trial ends."""
+        """Start the uploader of a trial when the trial starts, and end it when the trial ends."""
         number = trial_event.trial
         match trial_event.news:
             case TrialStarted(values=values, fingerprint=fingerprint, folder=folder) if number > 0:
@@ -225,10 +226,10 @@ class SearchUploader:
                 self._end_threads.append(thread)
 
     def end(self, timeout: float | None = None) -> None:
-        """Upload everything that is left, then record how the search ended, as its folder says.
+        """Upload the remaining records of all trials, then record the outcome of the search from its folder.
 
         Args:
-            timeout: Seconds to wait; default: longer the more trials have records left.
+            timeout: Seconds to wait for the uploads; the default is proportional to the number of trials that still upload.
         """
         waiting = len(self._uploaders) + sum(thread.is_alive() for thread in self._end_threads)
         timeout = FINISH_TIMEOUT * (1 + waiting) if timeout is None else timeout
@@ -246,22 +247,22 @@ class SearchUploader:
         except (*FAILURES, ArtifactError) as error:
             reason = error if isinstance(error, ArtifactError) else store_error(self._uri, error)
             sync = shell_command("zscl", "sync", self._folder)
-            self._note(f"MLflow has not taken everything ({reason}); later, send the rest with: {sync}")
+            self._note(f"MLflow has not received everything ({reason}); send the rest later with: {sync}")
 
 
 def sync_search(folder: Path, uri: str | None, on_sent: Callable[[str, int, int], None]) -> SyncReport:
-    """Upload what an MLflow store does not have yet of a search that no process works on.
+    """Upload the records of a stopped or finished search that an MLflow store does not have yet.
 
     Args:
         folder: The search's folder, absolute.
-        uri: Tracking URI; default: that of the search's recipe.
+        uri: Tracking URI; default: the one of the search's recipe.
         on_sent: Called with the name of the trial, the number of entries sent, and the number of entries to send.
 
     Returns:
-        What was sent, and the search's status.
+        The number of entries sent, and the status of the search.
 
     Raises:
-        InputError: If a process works on the search, or the store or its artifact store cannot be reached.
+        InputError: If a process is running the search, or the store or its artifact store cannot be reached.
     """
     with run_lock(folder, advice="copy the run to such a folder, and sync the copy"):
         search, content = load_search(folder / paths.SEARCH)
@@ -276,7 +277,7 @@ def sync_search(folder: Path, uri: str | None, on_sent: Callable[[str, int, int]
                 report = partial(on_sent, run.name)
                 try:
                     sent += upload_run(run, uri, report, recorder.run_id, files=failure is None).entries
-                except ArtifactError as error:  # metrics and status of other trials can be sent nevertheless
+                except ArtifactError as error:  # metrics and status of other trials can still be sent
                     failure = error
             try:
                 status = recorder.finalize(folder, files=failure is None)

@@ -1,7 +1,7 @@
 """A trial of a hyperparameter search: a Ray Tune actor that runs the sequence and reports after every stage.
 
-A trial's folder is a run's folder, named by the run's fingerprint: a finished trial is read, a killed one resumes.
-With one worker, the sequence runs in the actor itself; with more, the actor starts them through Ray Train.
+The folder of a trial is a run's folder whose name is the fingerprint. A finished trial is read, and a killed one is
+resumed. With one worker, the sequence runs in the actor itself; with several, the actor starts them with Ray Train.
 """
 
 import queue
@@ -41,22 +41,22 @@ from zscl.sequence.run import run_sequence
 from zscl.sequence.stage_cache import Averages, SharedWork
 from zscl.training.checkpoint import StoppedError
 
-STAGES_DONE = "stages_done"  # the key of a report by which Tune measures a trial's time
+STAGES_DONE = "stages_done"  # key in a report; Tune uses it as the time of a trial
 POLL_SECONDS = 0.5
-WORKERS_STOP_SECONDS = 300.0  # grace period for the workers of a stopped trial, so that none of them is left running
+WORKERS_STOP_SECONDS = 300.0  # grace period in which the workers of a stopped trial must stop
 
 
 @dataclass(frozen=True)
 class TrialContext:
-    """What all trials of a search have in common.
+    """The context that all trials of a search share.
 
     Attributes:
         search: The search.
         content: The experiment's recipe, without the trial's values.
         file: The recipe's file, for error messages.
         folder: The search's folder.
-        averages: The averages of all trials that share their first stage.
-        channel: Handle of the `RunChannel` actor to the process that watches the search.
+        averages: Averaging settings of the trials that share the training of the first stage.
+        channel: Handle of the `RunChannel` actor that forwards events to the main process of the search.
     """
 
     search: Search
@@ -68,7 +68,7 @@ class TrialContext:
 
     @property
     def shared(self) -> SharedWork:
-        """What trials share: trained stages within the search, teacher features with all runs next to the search."""
+        """Work that trials share: trained stages within the search, and teacher features with runs in sibling folders."""
         return SharedWork(teacher_cache_folder(self.folder), stage_cache_folder(self.folder), self.averages)
 
     def trial_folder(self, fingerprint: str) -> Path:
@@ -77,14 +77,14 @@ class TrialContext:
 
 
 class SearchTrial(tune.Trainable):  # type: ignore[misc]
-    """A trial. Each Tune step is one stage; the next stage starts only when Tune asks for the next step."""
+    """A trial of a search. Each Tune step is one stage. A stage starts only when Tune requests its step."""
 
     def setup(self, config: dict[str, Any], context: TrialContext) -> None:
-        """Prepare the trial. Nothing runs before the first step, because Tune may move the trial to another actor.
+        """Prepare the trial. Training starts in the first step, because Tune may move the trial to another actor before.
 
         Args:
-            config: The trial's number and its values as the sampler codes them.
-            context: What all trials have in common.
+            config: The trial's number and its encoded values.
+            context: The context of all trials.
         """
         self._context, self._reported = context, False
         self._thread: threading.Thread | None = None
@@ -94,12 +94,12 @@ class SearchTrial(tune.Trainable):  # type: ignore[misc]
         """Wait for the next finished stage.
 
         Returns:
-            The trial's report: objectives over the stages so far, number of finished stages, status.
+            The report of the trial: objectives over the finished stages, the number of finished stages, and the status.
         """
         if self._thread is None:
             self._thread = threading.Thread(target=self._run_in_thread, name="sequence", daemon=True)
             self._thread.start()
-        if self._reported:  # Tune has judged the last report and lets the trial continue
+        if self._reported:  # Tune has processed the last report and continues the trial
             self._may_continue.set()
         report = self._reports.get()
         if isinstance(report, BaseException):
@@ -123,10 +123,10 @@ class SearchTrial(tune.Trainable):  # type: ignore[misc]
         """Reuse this process, with its imports and decoded images, for another trial.
 
         Args:
-            new_config: The other trial's number and values.
+            new_config: Number and encoded values of the new trial.
 
         Returns:
-            Always True: the actor can be reused.
+            Always `True`: the actor can be reused.
         """
         self.cleanup()
         self._reset(new_config)
@@ -147,7 +147,7 @@ class SearchTrial(tune.Trainable):  # type: ignore[misc]
     # ------------------------------------------------------------------------------------------ in the thread
 
     def _run_in_thread(self) -> None:
-        """Run the sequence; a result and an error both become reports."""
+        """Run the sequence, and report its result or its error to Tune."""
         try:
             self._report_result(self._run())
         except InputError as error:  # a retry would raise it again
@@ -160,7 +160,7 @@ class SearchTrial(tune.Trainable):  # type: ignore[misc]
             else:  # the search was interrupted: Tune gets no report and resumes the trial later
                 self._record_state("KILLED", str(stop))
                 self._send(TrialEnded(status="interrupted", stages=self._stages, objectives=self._objectives()))
-        except BaseException as error:  # Tune retries
+        except BaseException as error:  # Tune retries the trial
             self._record_state("FAILED", mask(f"{type(error).__name__}: {error}"))
             self._reports.put(error)
 
@@ -195,7 +195,10 @@ class SearchTrial(tune.Trainable):  # type: ignore[misc]
 
     @contextmanager
     def _trial_lock(self, folder: Path) -> Iterator[None]:
-        """Hold the trial's lock. A sampler may suggest the same values twice; the second trial waits for the first."""
+        """Hold the lock of the trial's folder.
+
+        A sampler may suggest the same values twice. The second trial waits until the first one has finished.
+        """
         lock = FileLock(lock_file(folder))
         while not try_acquire(lock, POLL_SECONDS):
             if self._stop_requested():
@@ -206,7 +209,7 @@ class SearchTrial(tune.Trainable):  # type: ignore[misc]
             lock.release()
 
     def _link_from_other_search(self, folder: Path) -> None:
-        """Link the first finished trial with this fingerprint that a neighbouring search has."""
+        """Link a finished trial with the same fingerprint from a search in a sibling folder, if there is one."""
         searches = self._context.folder.parent
         for finished in sorted(searches.glob(f"*/trials/{folder.name}/{RESULT}")):
             link_folder(finished.parent, folder)
@@ -220,7 +223,7 @@ class SearchTrial(tune.Trainable):  # type: ignore[misc]
             return train(experiment, folder, self._on_event, stop_request, shared, grace_seconds=WORKERS_STOP_SECONDS)
 
     def _on_event(self, event: BaseModel) -> None:
-        """Forward an event. After a stage's row, report to Tune and wait until the trial may continue."""
+        """Forward an event. When a stage has been evaluated, report to Tune and wait until the trial may continue."""
         self._send(event)
         if isinstance(event, StageTrained):
             self._shared_stages += event.result.shared
@@ -266,7 +269,7 @@ class SearchTrial(tune.Trainable):  # type: ignore[misc]
         }
 
     def _objectives(self) -> dict[str, float]:
-        """Compute the objectives over the stages so far; empty before the first stage."""
+        """Compute the objectives over the finished stages; empty if there are none."""
         if not self._rows:
             return {}
         tasks = self._resolved.tasks
@@ -288,9 +291,9 @@ class SearchTrial(tune.Trainable):  # type: ignore[misc]
 
 
 class StopPoller(StopRequest):
-    """A stop request that a background thread sets, by polling, while the `with` block runs.
+    """A stop request that a background thread sets by polling while the `with` block runs.
 
-    Polling may be a remote call. Code that reads the request, such as `train`, never waits for it.
+    A poll may be a slow remote call. Code that reads the request, such as `train`, does not wait for it.
     """
 
     def __init__(self, stop_requested: Callable[[], bool]) -> None:
@@ -308,7 +311,7 @@ class StopPoller(StopRequest):
         self._thread.join()
 
     def poll(self) -> None:
-        """Ask once whether to stop. A channel that is gone means that the search has ended: stop, too."""
+        """Poll once. If the channel does not exist any more, the search has ended, so the trial stops, too."""
         try:
             stop = self._stop_requested()
         except ray.exceptions.RayError:
@@ -322,11 +325,11 @@ class StopPoller(StopRequest):
 
 
 def evaluate_on_test(experiment: Experiment, folder: Path, context: TrialContext) -> Result:
-    """Evaluate trained stages on the test images, on the cluster. The watching process calls this.
+    """Evaluate trained stages on the test images, on the cluster. The main process of the search calls this.
 
     Args:
         experiment: The trial's experiment, evaluated on the test images.
-        folder: The run's folder; its stages are trained.
+        folder: The run's folder with the trained stages.
         context: The search's context.
 
     Returns:

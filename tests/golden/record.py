@@ -153,7 +153,7 @@ def messages() -> str:
             for node in ast.walk(ast.parse(file.read_text())):
                 if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "InputError":
                     codes = [keyword.value for keyword in node.keywords if keyword.arg == "code"]
-                    code = codes[0].attr if codes and isinstance(codes[0], ast.Attribute) else "{}"
+                    code = "no code" if not codes else codes[0].attr if isinstance(codes[0], ast.Attribute) else "{}"
                     text = _wording(node.args[0]).replace("\n", "\\n")
                     lines.append(f"{file.relative_to(ROOT)}: {code}: {text}")
     return "\n".join(lines) + "\n"

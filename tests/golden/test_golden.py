@@ -98,7 +98,7 @@ def test_wording_of_the_error_messages() -> None:
     """Other tests assert codes and fields of errors; the wording is pinned here alone."""
     messages = record.messages()
     assert messages == (HERE / record.MESSAGES).read_text(), "run: python tests/golden/record.py --texts"
-    assert ": {}: " not in messages.replace("explain", ""), "every InputError has a code"
+    assert ": no code: " not in messages
 
 
 def test_schema_of_the_recipe() -> None:

@@ -73,6 +73,7 @@ def code_digest(loss: CustomLoss) -> str:
         raise InputError(
             f"{FIELD}: '{loss.path}' does not accept these settings ({error}), expected the arguments of its "
             "signature after the stage",
+            code=ErrorCode.INVALID_VALUE,
             field=FIELD,
         ) from error
     module = inspect.getmodule(factory)
