@@ -1,1 +1,1 @@
-"""Recipes: YAML files and overrides, parsed into experiments."""
+"""Recipes: reading YAML files and overrides, and parsing them into experiments."""

@@ -10,7 +10,8 @@ from schemas.errors import ErrorCode, InputError
 from schemas.experiment import Model
 from schemas.method import Method
 
-# Sections that a recipe may abbreviate to a string. To override one of their fields, the string is expanded first.
+# Sections that a recipe may abbreviate to a string. Before one of their fields is set, the string is replaced by a
+# mapping.
 SHORTHAND_SECTIONS: Mapping[str, type[ShorthandModel]] = {
     "method": Method,
     "model": Model,
@@ -25,7 +26,7 @@ def apply_override(content: dict[str, Any], override: str) -> None:
 
     Args:
         content: The recipe's fields; changed in place.
-        override: `a.b.c=value`; the value is YAML.
+        override: The override, `a.b.c=value`. The value is YAML.
 
     Raises:
         InputError: The override cannot be parsed, or its path does not exist.
@@ -38,13 +39,13 @@ def apply_override(content: dict[str, Any], override: str) -> None:
 
 
 def set_field(content: dict[str, Any], path: str, value: Any, source: str) -> None:
-    """Set the field at a dotted path. Missing sections on the way are created.
+    """Set the field at a dotted path, and create the sections that are missing on this path.
 
     Args:
         content: The recipe's fields; changed in place.
-        path: The dotted path; a number is an index of a list.
+        path: The dotted path. Numbers in it are indices of lists.
         value: The new value.
-        source: Where the user gave the path, for error messages; it ends with the path.
+        source: The place where the user wrote the path, for error messages. It ends with the path.
 
     Raises:
         InputError: A part of the path is neither a section nor a valid index.
@@ -60,7 +61,7 @@ def set_field(content: dict[str, Any], path: str, value: Any, source: str) -> No
 
 
 def _child(node: Any, key: str, source: str, path: str) -> Any:
-    """Return the section or list under a key. A missing one is created, a shorthand string is expanded."""
+    """Return the section or list under a key. Create it if it is missing, and expand a shorthand string."""
     index: Any = _list_index(node, key, source + path, path) if isinstance(node, list) else key
     child = node[index] if isinstance(node, list) else node.get(index)
     section = SHORTHAND_SECTIONS.get("tasks" if isinstance(node, list) else key)
@@ -80,7 +81,7 @@ def _child(node: Any, key: str, source: str, path: str) -> Any:
 
 def _list_index(node: list[Any], key: str, source: str, path: str) -> int:
     if key not in map(str, range(len(node))):
-        expected = f"0 to {len(node) - 1}" if node else "a list with something in it"
+        expected = f"0 to {len(node) - 1}" if node else "a list that is not empty"
         raise InputError(
             f"{source}: found position '{key}', expected {expected}", code=ErrorCode.UNKNOWN_NAME, field=path
         )

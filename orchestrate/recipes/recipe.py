@@ -1,4 +1,4 @@
-"""Recipes: a YAML file and overrides, parsed into an experiment or a search, and written back."""
+"""Recipes: parse a YAML file with overrides into an experiment or a search, and write it back as YAML."""
 
 import json
 import re
@@ -23,7 +23,7 @@ from zscl.runtime.atomic_io import write_text
 
 
 class SearchRecipe(StrictModel):
-    """The part of a search's recipe that is not its experiment.
+    """The part of a search's recipe that describes the search. The rest of the recipe is an experiment.
 
     Attributes:
         search: The section `search`.
@@ -36,17 +36,18 @@ SchemaT = TypeVar("SchemaT", bound=StrictModel)
 
 
 def load_experiment(file: Path, overrides: Sequence[str] = ()) -> Experiment:
-    """Read the recipe of a single experiment. Its name is the file's unless the recipe has one.
+    """Read the recipe of a single experiment. If it has no `name`, the experiment is named after the file.
 
     Args:
         file: The recipe.
-        overrides: `a.b.c=value`, applied in order.
+        overrides: Overrides `a.b.c=value`, applied in order.
 
     Returns:
         The validated experiment.
 
     Raises:
-        InputError: The file or an override cannot be read, or the recipe is invalid or of another kind.
+        InputError: The file or an override cannot be read, the recipe is invalid, or it is not a recipe of a single
+            experiment.
     """
     return parse_experiment(read_yaml(file), file, overrides)
 
@@ -57,13 +58,13 @@ def parse_experiment(content: dict[str, Any], file: Path, overrides: Sequence[st
     Args:
         content: The recipe's fields; changed in place.
         file: The recipe, for the experiment's name and for error messages.
-        overrides: `a.b.c=value`, applied in order.
+        overrides: Overrides `a.b.c=value`, applied in order.
 
     Returns:
         The validated experiment.
 
     Raises:
-        InputError: An override cannot be read, or the content is invalid or a recipe of another kind.
+        InputError: An override cannot be read, the content is invalid, or it does not describe a single experiment.
     """
     for override in overrides:
         apply_override(content, override)
@@ -81,7 +82,7 @@ def parse_experiment(content: dict[str, Any], file: Path, overrides: Sequence[st
         )
     if "base" in content:
         raise InputError(
-            f"{file}: found base alone, expected variants beside it, a row each",
+            f"{file}: found base without variants, expected variants: a mapping of variant names to changed fields",
             code=ErrorCode.MISSING_VALUE,
             field="variants",
         )
@@ -89,11 +90,11 @@ def parse_experiment(content: dict[str, Any], file: Path, overrides: Sequence[st
 
 
 def recipe_name(file: Path, suffix: str = "") -> str:
-    """Derive an experiment's name from its recipe's file name, with the characters and length that a name may have.
+    """Derive an experiment's name from the name of its recipe's file. The result is a valid name.
 
     Args:
         file: The recipe.
-        suffix: The end of the name. The part before it is shortened if the name would be too long.
+        suffix: The end of the name. If the name would be too long, the part before the suffix is shortened.
 
     Returns:
         The name.
@@ -106,14 +107,14 @@ def recipe_name(file: Path, suffix: str = "") -> str:
 def load_search(file: Path, overrides: Sequence[str] = ()) -> tuple[Search, dict[str, Any]]:
     """Read a search's recipe: the section `search`, and the experiment in the same file or in the file `base`.
 
-    Overrides of `search.…` apply to the section, all others to the experiment.
+    Overrides of `search.…` change the section. All other overrides change the experiment.
 
     Args:
         file: The recipe.
-        overrides: `a.b.c=value`, applied in order.
+        overrides: Overrides `a.b.c=value`, applied in order.
 
     Returns:
-        The validated section, and the experiment's content, not validated.
+        The validated section `search`, and the fields of the experiment, which are not validated.
 
     Raises:
         InputError: The file, its base or an override cannot be read, or the section is invalid.
@@ -129,8 +130,8 @@ def load_search(file: Path, overrides: Sequence[str] = ()) -> tuple[Search, dict
     if "base" in content:
         if content.keys() != {"base"}:
             raise InputError(
-                f"{file}: found the fields {', '.join(map(str, content))} beside search, expected base alone, or a "
-                "whole experiment",
+                f"{file}: found the fields {', '.join(map(str, content))} next to search, expected either only base, "
+                "or a complete experiment without base",
                 code=ErrorCode.CONFLICT,
                 field="base",
             )
@@ -151,7 +152,7 @@ def read_base(file: Path, base: object) -> dict[str, Any]:
         base: The value of the field: a path relative to the recipe's folder.
 
     Returns:
-        The base recipe's content, not validated.
+        The fields of the base recipe, which are not validated.
 
     Raises:
         InputError: The base cannot be read.
@@ -172,12 +173,12 @@ def build_trial_experiment(
     """Build the experiment of a search's trial.
 
     Args:
-        search: The search, for the share of held-out images and the folder that relative paths start from.
-        content: The content of the experiment that the search varies.
+        search: The search. It sets the fraction of held-out images and the folder for relative paths.
+        content: The fields of the experiment that the search varies.
         values: The trial's values by dotted path.
         file: The search's recipe, for error messages.
-        judged_on: The images on which the trial is evaluated, as in `evaluation.held_out.judged_on`. `None`: train on
-            all training images and evaluate on the test images.
+        judged_on: The images on which the trial is evaluated (`evaluation.held_out.judged_on`). If `None`, the trial
+            trains on all training images and is evaluated on the test images.
 
     Returns:
         The validated experiment.
@@ -203,7 +204,7 @@ def build_trial_experiment(
 
 
 def write_search(search: Search, content: Mapping[str, Any], file: Path) -> None:
-    """Write a search's section and its experiment's content; `load_search` reads them back."""
+    """Write the section `search` and the experiment's fields to a file that `load_search` can read."""
     write_text(file, dump_yaml(mask_tree({**content, "search": search.model_dump(mode="json", exclude_none=True)})))
 
 
@@ -212,7 +213,7 @@ def read_recipe(file: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
     Args:
         file: The recipe.
-        overrides: `a.b.c=value`, applied in order.
+        overrides: Overrides `a.b.c=value`, applied in order.
 
     Returns:
         The recipe's fields.
@@ -236,15 +237,16 @@ def parse_recipe(
 ) -> SchemaT:
     """Validate a recipe's content against a schema.
 
-    Each line of an error names the override that set the wrong field, or else the file, the line and the column.
+    Each line of the error message starts with the override that set the invalid field. If no override set it, the line
+    contains the file, the line number and the column.
 
     Args:
         schema: The schema.
         content: The recipe's fields, with all overrides applied.
         file: The recipe, for error messages.
-        root: The folder that relative paths start from; default: the current folder.
+        root: The folder for relative paths; default: the current folder.
         overrides: The overrides that were applied.
-        as_written: Whether the file contains `content`, so that errors can name the line and the column.
+        as_written: Whether the fields are those in the file, so that errors can contain the line and the column.
 
     Returns:
         The validated content.
@@ -270,7 +272,7 @@ _UNKNOWN_FIELD = re.compile(r"unknown field '([^']*)'")
 
 
 def _field_of(line: str) -> str:
-    """Return the dotted path of the field that a line of a validation message is about."""
+    """Return the dotted path of the field to which a line of a validation message refers."""
     field, _, problem = line.partition(": ")
     if unknown := _UNKNOWN_FIELD.match(problem):
         field = unknown[1] if field == "the recipe" else f"{field}.{unknown[1]}"
@@ -278,7 +280,7 @@ def _field_of(line: str) -> str:
 
 
 def _compose(file: Path) -> Node | None:
-    """Parse a recipe into nodes with positions; `None` if it cannot be read, or only varies a base."""
+    """Parse a recipe into nodes with positions. Return `None` if the file cannot be read or has the field `base`."""
     try:
         tree = safe_yaml().compose(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, YAMLError):
@@ -288,7 +290,10 @@ def _compose(file: Path) -> Node | None:
 
 
 def _format_position(tree: Node | None, field: str) -> str:
-    """Return ` (line …, column …)` of a field, or of the innermost section around it that the recipe contains."""
+    """Format a field's position as ` (line …, column …)`.
+
+    If the recipe lacks the field, use the position of the innermost section around it that the recipe contains.
+    """
     mark = None
     for part in field.split("."):
         child = None
@@ -303,7 +308,7 @@ def _format_position(tree: Node | None, field: str) -> str:
 
 
 def _find_override(line: str, overrides: Sequence[str]) -> str | None:
-    """Return the override, as an option, that set the field that a line is about; `None` if there is none."""
+    """Return the option `--set …` that set the field of a message's line; `None` if no override set it."""
     field = _field_of(line)
     for override in reversed(overrides):
         path = override.partition("=")[0]
@@ -313,12 +318,12 @@ def _find_override(line: str, overrides: Sequence[str]) -> str | None:
 
 
 def write_experiment(experiment: Experiment, file: Path) -> None:
-    """Write the recipe with all defaults; `load_experiment` reads it back to an equal experiment."""
+    """Write an experiment as a recipe with all defaults. `load_experiment` returns an equal experiment from it."""
     write_text(file, dump_yaml(to_recipe(experiment)))
 
 
 def to_recipe(experiment: Experiment) -> dict[str, Any]:
-    """Return an experiment as a recipe's content: every field, with the secrets in URLs masked."""
+    """Convert an experiment to a recipe's content. It has every field, and the secrets in URLs are masked."""
     content = experiment.model_dump(mode="json")
     content["optimisation"]["warmup_steps"] = experiment.warmup_steps
     if experiment.class_incremental is not None:

@@ -1,4 +1,4 @@
-"""Several experiments from one recipe: a table of variants, seeds, and task orders."""
+"""Variants of a recipe, seeds and task orders: build several experiments from one recipe."""
 
 import random
 import re
@@ -35,25 +35,25 @@ MAX_RANDOM_ORDERS = 100
 def load_variants(file: Path, overrides: Sequence[str] = (), variant: str | None = None) -> dict[str, Experiment]:
     """Read a recipe that is a single experiment or a table of variants.
 
-    A table names the recipe that it varies (`base`). Each row of `variants` has the fields that differ, by dotted path.
-    Overrides apply to each row, after its fields.
+    A table has two fields: `base` is the recipe to vary, and `variants` maps each variant's name to the fields that
+    differ from the base, by dotted path. Overrides are applied to every variant, after its own fields.
 
     Args:
         file: The recipe.
-        overrides: `a.b.c=value`, applied in order.
-        variant: The row of a table, or `all`; `None` for a single experiment.
+        overrides: Overrides `a.b.c=value`, applied in order.
+        variant: The name of a variant, or `all`; `None` for a single experiment.
 
     Returns:
-        The selected experiments by variant; the key of a single experiment is "".
+        The selected experiments by variant. The key of a single experiment is "".
 
     Raises:
-        InputError: The file or an override cannot be read, a recipe is invalid, or there is no such variant.
+        InputError: The file or an override cannot be read, a recipe is invalid, or the variant does not exist.
     """
     content = read_yaml(file)
     if "variants" not in content:
         if variant is not None:
             raise InputError(
-                f"--variant {variant}: found no variants in {file}, expected a recipe that has some",
+                f"--variant {variant}: found no variants in {file}, expected a recipe with variants",
                 code=ErrorCode.UNSUPPORTED,
                 field="--variant",
             )
@@ -74,21 +74,24 @@ def load_variants(file: Path, overrides: Sequence[str] = (), variant: str | None
 
 
 def _read_rows(table: Mapping[str, Any], file: Path) -> dict[str, Any]:
-    """Return the rows of a table of variants by name; check the table's fields and the names."""
+    """Return the changed fields of each variant, by the variant's name. Check the table's fields and the names."""
     if table.keys() != {"base", "variants"} or not isinstance(table["variants"], dict):
         raise InputError(
-            f"{file}: found the fields {', '.join(map(str, table))}, expected base and variants (a row each) alone",
+            f"{file}: found the fields {', '.join(map(str, table))}, expected only base, and variants: a mapping of "
+            "variant names to changed fields",
             code=ErrorCode.INVALID_VALUE,
             field="variants",
         )
     rows = {str(name): changes or {} for name, changes in table["variants"].items()}
     if not rows:
-        raise InputError(f"{file}: variants: found none, expected a row each", code=ErrorCode.EMPTY, field="variants")
+        raise InputError(
+            f"{file}: variants: found no variant, expected at least one", code=ErrorCode.EMPTY, field="variants"
+        )
     for name in rows:
         if not _VARIANT_NAME.fullmatch(name):
             raise InputError(
-                f"{file}: variants: found the name {name!r}, expected nothing but letters, digits and any of _.-: "
-                "folders are named after it",
+                f"{file}: variants: found the name {name!r}, expected only letters, digits and the characters _.-, "
+                "because folders are named after it",
                 code=ErrorCode.INVALID_VALUE,
                 field="variants",
             )
@@ -99,7 +102,7 @@ def _build_variant(file: Path, base: object, name: str, changes: Any, overrides:
     field = f"variants.{name}"
     if not isinstance(changes, dict):
         raise InputError(
-            f"{file}: {field}: found {changes!r}, expected fields by dotted path",
+            f"{file}: {field}: found {changes!r}, expected a mapping of dotted paths to values",
             code=ErrorCode.INVALID_VALUE,
             field=field,
         )
@@ -115,13 +118,13 @@ def expand_seeds_and_orders(experiments: Mapping[str, Experiment], seeds: int, o
     """Build every experiment with every task order and every seed.
 
     Args:
-        experiments: The experiments by variant; the key of a single experiment is "".
-        seeds: The number of seeds, counted up from the recipe's own seed.
+        experiments: The experiments by variant. The key of a single experiment is "".
+        seeds: The number of consecutive seeds. The first one is the seed in the recipe.
         orders: The task orders, separated by commas: `given`, `reversed`, MTIL's `I` and `II`, or `random:N` for N
-            random ones; empty for the recipe's own order.
+            random orders. An empty text means the order in the recipe.
 
     Returns:
-        The experiments by a name of variant, order and seed.
+        The experiments by names that are composed of the variant, the order and the seed.
 
     Raises:
         InputError: An order does not exist, or the recipe's tasks are not those of MTIL.
@@ -139,10 +142,11 @@ def expand_seeds_and_orders(experiments: Mapping[str, Experiment], seeds: int, o
 
 
 def _expand_orders(experiment: Experiment, orders: str) -> dict[str, Sequence[Task]]:
-    """Return the tasks in each of the requested orders, by the order's name."""
+    """Return the tasks in every requested order, by the name of the order."""
     if experiment.class_incremental is not None and orders:
         raise InputError(
-            "--orders: found class_incremental, expected tasks; its order is class_incremental.order",
+            "--orders: found a recipe with class_incremental, expected one with tasks. Set class_incremental.order "
+            "instead",
             code=ErrorCode.CONFLICT,
             field="--orders",
         )
@@ -162,7 +166,8 @@ def _expand_orders(experiment: Experiment, orders: str) -> dict[str, Sequence[Ta
                 expanded[f"random-{number}"] = generator.sample(tasks, len(tasks))
         else:
             raise InputError(
-                f"--orders: found '{name}', expected {ORDER_CHOICES} (N up to {MAX_RANDOM_ORDERS}), parted by commas",
+                f"--orders: found '{name}', expected {ORDER_CHOICES} (N up to {MAX_RANDOM_ORDERS}), separated by "
+                "commas",
                 code=ErrorCode.UNKNOWN_NAME,
                 field="--orders",
             )
@@ -173,7 +178,8 @@ def _sort_as_mtil(tasks: Sequence[Task], order: str) -> list[Task]:
     by_name = {task.name: task for task in tasks}
     if by_name.keys() != set(MTIL_ORDERS[order]):
         raise InputError(
-            f"--orders: {order} is of MTIL's tasks ({', '.join(MTIL_ORDERS[order])}), found {', '.join(by_name)}",
+            f"--orders: found the tasks {', '.join(by_name)}, expected those of order {order} of MTIL: "
+            f"{', '.join(MTIL_ORDERS[order])}",
             code=ErrorCode.MISMATCH,
             field="--orders",
         )

@@ -1,4 +1,4 @@
-"""Strict YAML: recipe files and option values are parsed into plain Python values; also writes YAML."""
+"""Strict YAML: parse recipe files and option values into plain Python values, and write YAML."""
 
 import io
 import re
@@ -12,14 +12,14 @@ from ruamel.yaml.reader import ReaderError
 
 from schemas.errors import ErrorCode, InputError, one_line
 
-# Recipes are written by hand. A larger document is not a recipe, or was made to exhaust memory.
+# Limits of a document. Recipes are written by hand, so a larger document is not a recipe or is meant to exhaust memory.
 MAX_BYTES, MAX_VALUES = 1_000_000, 100_000
 
 _ODD_SPACE = r"[ \t]*([\u00a0\u2000-\u200b\u202f\u3000])"  # characters that look like a space
 _ODD_SPACE_IN_LINE = re.compile(r"^(?:[^\n#\"']*:)?" + _ODD_SPACE, flags=re.MULTILINE)  # before a comment or a quote
 _ODD_SPACE_IN_SCALAR = re.compile(r"(?:[\w.]+:)?" + _ODD_SPACE)  # at the start, or after a field's name and colon
 _DEEP_NESTING = re.compile(r"(?:[\[{]\s*){50}")
-_EXPECTED_LEVELS = ", expected a recipe's few levels"
+_EXPECTED_LEVELS = ", expected only a few levels"
 
 
 def dump_yaml(content: dict[str, Any]) -> str:
@@ -30,7 +30,7 @@ def dump_yaml(content: dict[str, Any]) -> str:
 
 
 def safe_yaml() -> YAML:
-    """Return a YAML reader and writer that creates plain values only."""
+    """Return a YAML reader and writer that creates only plain values."""
     yaml = YAML(typ="safe", pure=True)  # pure: YAML 1.2, where 1e-5 is a number
     yaml.default_flow_style = False
     yaml.width = MAX_BYTES  # do not wrap long texts
@@ -68,19 +68,24 @@ def read_yaml(file: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         line = encoded.count(b"\n", 0, error.start) + 1
         raise InputError(
-            f"{file}: found no readable YAML (line {line} has a byte that is no UTF-8), expected UTF-8",
+            f"{file}: found no readable YAML (line {line} has a byte that is not valid UTF-8), expected UTF-8",
             code=ErrorCode.UNREADABLE,
         ) from error
     content = parse_yaml(text, f"{file}: found no readable YAML")
     if not isinstance(content, dict):
-        kind = {type(None): "nothing", str: "a text", list: "a list"}.get(type(content), "a single value")
+        kind = {type(None): "an empty file", str: "a text", list: "a list"}.get(type(content), "a single value")
         code = ErrorCode.EMPTY if content is None else ErrorCode.INVALID_VALUE
         raise InputError(f"{file}: found {kind}, expected fields such as 'model:' and 'tasks:'", code=code)
     return content
 
 
 class _YamlError(Exception):
-    """A document that is refused: the reason, and the end of the message after it."""
+    """A YAML document cannot be parsed.
+
+    Attributes:
+        reason: The reason, which the error message contains in brackets.
+        expected: The end of the error message, after the reason.
+    """
 
     def __init__(self, reason: str, expected: str = "") -> None:
         super().__init__(reason)
@@ -88,18 +93,18 @@ class _YamlError(Exception):
 
 
 def parse_yaml(text: str, message: str, field: str | None = None) -> Any:
-    """Parse a YAML document into plain values. Tags cannot create objects, and aliases cannot multiply the size.
+    """Parse a YAML document into plain values. Tags that create objects and aliases that multiply the size are errors.
 
     Args:
         text: The document.
         message: The beginning of the error message.
-        field: The recipe field that the document is the value of, for the error.
+        field: The recipe field whose value is the document, for the error.
 
     Returns:
         A dict, list, text, number, date or None.
 
     Raises:
-        InputError: The document cannot be parsed, or is too deep or too large.
+        InputError: The document cannot be parsed, is nested too deeply, or is too large.
     """
     try:
         return _load(text)
@@ -110,8 +115,8 @@ def parse_yaml(text: str, message: str, field: str | None = None) -> Any:
 
 
 def _load(text: str) -> Any:
-    if _DEEP_NESTING.search(text):  # the parser would need seconds before its recursion limit
-        raise _YamlError("it is nested too deep", _EXPECTED_LEVELS)
+    if _DEEP_NESTING.search(text):  # the parser would need seconds to reach its recursion limit
+        raise _YamlError("it is nested too deeply", _EXPECTED_LEVELS)
     try:
         yaml = safe_yaml()
         node = yaml.compose(text)
@@ -120,7 +125,7 @@ def _load(text: str) -> Any:
     except _YamlError:
         raise
     except RecursionError as error:
-        raise _YamlError("it is nested too deep", _EXPECTED_LEVELS) from error
+        raise _YamlError("it is nested too deeply", _EXPECTED_LEVELS) from error
     except MarkedYAMLError as error:
         if odd := _ODD_SPACE_IN_LINE.search(text):
             line, column = text.count("\n", 0, odd.start(1)) + 1, odd.start(1) - text.rfind("\n", 0, odd.start(1))
@@ -129,7 +134,7 @@ def _load(text: str) -> Any:
     except ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise _YamlError(f"line {line} has a character that YAML does not allow") from error
-    except Exception as error:  # an impossible value of a type: the 32nd of a month, a number of 10,000 digits
+    except Exception as error:  # an impossible value, such as the 32nd of a month or a number of 10,000 digits
         raise _YamlError(one_line(error)) from error
 
 
@@ -138,7 +143,8 @@ def _check_and_count(node: Node | None, counts: dict[int, int]) -> int:
 
     Args:
         node: The node; `None` for an empty document.
-        counts: The counts of nodes that were visited before, by `id`; -1 while a node is being counted.
+        counts: The counts of the nodes that were visited before, by `id`. The count is -1 while a node is being
+            counted.
 
     Returns:
         The number of values.
@@ -151,7 +157,7 @@ def _check_and_count(node: Node | None, counts: dict[int, int]) -> int:
     line = f"line {node.start_mark.line + 1}"
     if id(node) in counts:
         if counts[id(node)] < 0:
-            raise _YamlError(f"what is at {line} is part of itself")
+            raise _YamlError(f"the value at {line} contains itself")
         return counts[id(node)]
     counts[id(node)] = -1
     if isinstance(node, ScalarNode):
@@ -160,7 +166,7 @@ def _check_and_count(node: Node | None, counts: dict[int, int]) -> int:
     items = node.value if isinstance(node, SequenceNode) else (part for pair in pairs for part in pair)
     count = 1 + sum(_check_and_count(item, counts) for item in items)
     if count > MAX_VALUES:
-        raise _YamlError(f"{line} means more than {MAX_VALUES} values", ", expected a recipe's")
+        raise _YamlError(f"{line} expands to more than {MAX_VALUES} values", ", expected fewer")
     if isinstance(node, MappingNode) and node.flow_style:
         _check_flow_mapping(node)
     counts[id(node)] = count
@@ -168,25 +174,28 @@ def _check_and_count(node: Node | None, counts: dict[int, int]) -> int:
 
 
 def _check_scalar(node: ScalarNode, line: str) -> None:
-    """Raise for a character that looks like a space, and for half a surrogate pair."""
+    """Raise `_YamlError` if a scalar starts with a character that looks like a space, or has half a surrogate pair."""
     if not node.style and (odd := _ODD_SPACE_IN_SCALAR.match(node.value)):
         mark = node.start_mark
         raise _YamlError(_odd_space_message(mark.line + 1, mark.column + 1 + odd.start(1), odd[1]))
     try:
         node.value.encode()
     except UnicodeEncodeError as error:
-        raise _YamlError(f"{line} has half a character") from error
+        raise _YamlError(f"{line} has an incomplete character, half of a surrogate pair") from error
 
 
 def _odd_space_message(line: int, column: int, character: str) -> str:
     return (
         f"line {line}, column {column}: found the character U+{ord(character):04X}, which looks like a space; expected "
-        "a plain one"
+        "a plain space"
     )
 
 
 def _check_flow_mapping(node: MappingNode) -> None:
-    """Raise for what YAML reads as a field without a value in `{…}`: a decimal comma, or a colon without a space."""
+    """Raise `_YamlError` for a decimal comma, or a colon without a space, in `{…}`.
+
+    YAML parses both as a field without a value.
+    """
     previous = ""
     for key, value in node.value:
         if isinstance(key, ScalarNode) and isinstance(value, ScalarNode) and value.value == "" and not value.style:
@@ -197,39 +206,41 @@ def _check_flow_mapping(node: MappingNode) -> None:
                 )
             if ":" in key.value:
                 raise _YamlError(
-                    f"{format_mark(key.start_mark)}: found '{key.value}', expected a space behind the colon"
+                    f"{format_mark(key.start_mark)}: found '{key.value}', expected a space after the colon"
                 )
         previous = value.value if isinstance(value, ScalarNode) else ""
 
 
-# What to do about a parser's error, by a part of its text. The first match is used.
+# The advice for each kind of parser error. A kind is identified by a part of its text; the first match is used.
 _ADVICE = (
-    ("'\\t'", "spaces: YAML takes no tabs"),
-    ("cannot start any token", "quotes around a value that begins so"),
+    ("'\\t'", "spaces, because YAML does not allow tabs"),
+    ("cannot start any token", "quotes around a value that begins with this character"),
     ("escape character", "single quotes around a text with backslashes"),
     ("quoted scalar", "a closing quote"),
     ("alias", "quotes around a value that begins with *"),
     ("anchor", "quotes around a value that begins with &"),
     ("tag", "quotes around a value that begins with !"),
-    ("flow sequence", "commas between values, a closing ], and quotes around a value with any of , : [ ] { } in it"),
-    ("flow mapping", "commas between fields, a closing }, and quotes around a value with any of , : [ ] { } in it"),
-    ("duplicate key", "every field once"),
-    ("another document", "one document, without a line of ---"),
+    ("flow sequence", "commas between values, a closing ], and quotes around a value that contains any of , : [ ] { }"),
+    ("flow mapping", "commas between fields, a closing }, and quotes around a value that contains any of , : [ ] { }"),
+    ("duplicate key", "every field only once"),
+    ("another document", "one document, without the line ---"),
     ("unhashable", "a field's name"),
-    ("expected ':'", "a colon and a space behind a field's name"),
+    ("expected ':'", "a colon and a space after a field's name"),
     (
         "mapping values are not allowed",
-        "a space behind every colon, the fields of a section indented alike, and quotes around a value with ': ' in it",
+        "a space after every colon, the same indentation for all fields of a section, and quotes around a value that "
+        "contains ': '",
     ),
     (
         "expected <block end>",
-        "the fields of a section indented alike, and quotes around a value that begins with [ or { but does not end so",
+        "the same indentation for all fields of a section, and quotes around a value that begins with [ or { and does "
+        "not end with ] or }",
     ),
 )
 
 
 def _explain_parser_error(error: MarkedYAMLError) -> str:
-    """Return the position, the problem and the advice. The position is where the wrong construct starts."""
+    """Format a parser error's position, problem and advice. The position is the start of the invalid construct."""
     context, problem = str(error.context or ""), str(error.problem or error.context)
     starts_earlier = context.startswith("while scanning") or "flow" in context
     mark = (error.context_mark if starts_earlier else None) or error.problem_mark or error.context_mark

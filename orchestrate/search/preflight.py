@@ -24,7 +24,7 @@ DATA_FIELDS = (
     "tasks",
     "reference",
     "class_incremental",
-)  # a value of one of these domains selects other data, which must be checked
+)  # domains whose values select other data
 
 
 @dataclass(frozen=True)
@@ -79,15 +79,15 @@ def prepare_search(file: Path, overrides: Sequence[str] = ()) -> PreparedSearch:
     _check_points(search, content, file)
     if experiment.compute.storage is not None:
         raise InputError(
-            f"{file}: compute.storage cannot be used in a search, because trials share trained stages. Remove it, and use a "
-            "folder that all nodes see",
+            f"{file}: compute.storage cannot be used in a search, because trials share trained stages. Remove it, "
+            "and use a folder that all nodes see",
             code=ErrorCode.UNSUPPORTED,
             field="compute.storage",
         )
     if experiment.compute.evaluation == "overlapped":
         raise InputError(
-            f"{file}: found overlapped in compute.evaluation, expected inline, because a search evaluates each stage of a "
-            "trial before the next stage starts",
+            f"{file}: found overlapped in compute.evaluation, expected inline, because a search evaluates each "
+            "stage of a trial before the next stage starts",
             code=ErrorCode.UNSUPPORTED,
             field="compute.evaluation",
         )
@@ -138,7 +138,8 @@ def load_resumable_search(folder: Path, overrides: Sequence[str]) -> PreparedSea
     for override in overrides:
         if not override.startswith(("compute.", "tracking.")):
             raise InputError(
-                f"--set {override}: expected a field of compute or tracking; other fields cannot change when a search resumes",
+                f"--set {override}: expected a field of compute or tracking; other fields cannot change when a "
+                "search resumes",
                 code=ErrorCode.INVALID_VALUE,
                 field="--set",
             )

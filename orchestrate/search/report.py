@@ -121,9 +121,7 @@ def draw_trials(search: Search, trials: Sequence[Trial], folder: Path) -> list[P
     charts: dict[str, Axes] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
-        warnings.filterwarnings(
-            "ignore", message="Attempting to set identical low and high"
-        )  # all trials have the same value
+        warnings.filterwarnings("ignore", message="Attempting to set identical low and high")  # all values equal
         for index, objective in enumerate(search.objectives):
             target = partial(_value, index) if len(search.objectives) > 1 else None
             axes = optuna_charts.plot_parallel_coordinate(study, target=target, target_name=f"{objective}, %")

@@ -90,7 +90,7 @@ def select_pareto_front(trials: Sequence[Trial], objectives: Sequence[str]) -> l
 
 
 def compute_utility(objectives: Mapping[str, float]) -> float:
-    """Average the objectives of a trial. Objectives to minimise are negated. All objectives are on the scale of accuracies."""
+    """Average the objectives of a trial, which are all on the scale of accuracies. Negate objectives to minimise."""
     return fmean(value if optimisation_direction(name) == "max" else -value for name, value in objectives.items())
 
 

@@ -149,8 +149,8 @@ def _search(prepared: PreparedSearch, folder: Path, console: Console, offline: b
     if searches := list_running_searches():
         note(f"warning: found another search on this Ray cluster ({searches[0]}); {ONE_SEARCH}")
     slots = count_concurrent_runs(experiment.compute)
-    queued = ", and the others are queued" if slots < prepared.trial_count else ""
-    note(f"{prepared.trial_count} trials of {prepared.stage_count} stages; the cluster runs {slots} at once{queued}")
+    queued = ", the others wait for their turn" if slots < prepared.trial_count else ""
+    note(f"{prepared.trial_count} trials of {prepared.stage_count} stages; the cluster holds {slots} at once{queued}")
     identity = SearchIdentity(prepared.fingerprint, algorithm_version(), time.time_ns() // 1_000_000)
     if (folder / FINGERPRINT).is_file():
         identity = read_search_identity(folder)
@@ -190,9 +190,7 @@ def _dispatch(listeners: Sequence[Callable[[TrialEvent], None]], message: str) -
 
 def _run_trials(prepared: PreparedSearch, context: "TrialContext", slots: int) -> "ResultGrid":
     """Run the trials that have not finished, and return the results of all trials."""
-    os.environ.setdefault(
-        "TUNE_GLOBAL_CHECKPOINT_S", "1"
-    )  # with the default interval, Tune forgets finished trials if it is killed
+    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")  # by default, a killed Tune may forget finished trials
     os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the new output prints to standard output even with verbose=0
     from ray import tune

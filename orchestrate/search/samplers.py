@@ -28,9 +28,7 @@ from schemas.search import Domain, Search, Trial, optimisation_direction
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
-TRIAL_NUMBER = (
-    "trial"  # key of the trial's number in Ray Tune's configuration of a trial; the other keys are paths of fields
-)
+TRIAL_NUMBER = "trial"  # key of the number in a trial's configuration; the other keys are paths of fields
 MAX_STARTUP_TRIALS = 10  # random trials before TPE uses its model; fewer if that is more than a third of all trials
 MEDIAN_MIN_TRIALS = 3  # number of trials that must reach a stage before a trial can be stopped at it
 

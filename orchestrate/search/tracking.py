@@ -229,7 +229,7 @@ class SearchUploader:
         """Upload the remaining records of all trials, then record the outcome of the search from its folder.
 
         Args:
-            timeout: Seconds to wait for the uploads; the default is proportional to the number of trials that still upload.
+            timeout: Seconds to wait for the uploads; the default grows with the number of unfinished uploads.
         """
         waiting = len(self._uploaders) + sum(thread.is_alive() for thread in self._end_threads)
         timeout = FINISH_TIMEOUT * (1 + waiting) if timeout is None else timeout

@@ -68,7 +68,7 @@ class TrialContext:
 
     @property
     def shared(self) -> SharedWork:
-        """Work that trials share: trained stages within the search, and teacher features with runs in sibling folders."""
+        """The work that trials share: trained stages of the search, and teacher features of runs in sibling folders."""
         return SharedWork(teacher_cache_folder(self.folder), stage_cache_folder(self.folder), self.averages)
 
     def trial_folder(self, fingerprint: str) -> Path:
@@ -80,7 +80,7 @@ class SearchTrial(tune.Trainable):  # type: ignore[misc]
     """A trial of a search. Each Tune step is one stage. A stage starts only when Tune requests its step."""
 
     def setup(self, config: dict[str, Any], context: TrialContext) -> None:
-        """Prepare the trial. Training starts in the first step, because Tune may move the trial to another actor before.
+        """Prepare the trial. It starts in the first step, because Tune may move it to another actor before that.
 
         Args:
             config: The trial's number and its encoded values.
@@ -198,6 +198,9 @@ class SearchTrial(tune.Trainable):  # type: ignore[misc]
         """Hold the lock of the trial's folder.
 
         A sampler may suggest the same values twice. The second trial waits until the first one has finished.
+
+        Raises:
+            StoppedError: If the trial is stopped while it waits.
         """
         lock = FileLock(lock_file(folder))
         while not try_acquire(lock, POLL_SECONDS):

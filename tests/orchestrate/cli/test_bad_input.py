@@ -92,7 +92,7 @@ def test_a_recipe_of_another_kind(place: Path, zscl: Zscl) -> None:
     (place / "words.yaml").write_text("words\n")
     for file, sentence in (
         ("search.yaml", "found a search, expected a run's recipe; to search: zscl search search.yaml"),
-        ("alone.yaml", "found base alone, expected variants beside it, a row each"),
+        ("alone.yaml", "found base without variants, expected variants: a mapping of variant names"),
         ("words.yaml", "found a text, expected fields such as 'model:' and 'tasks:'"),
     ):
         found = zscl("run", file)

@@ -300,9 +300,9 @@ def bomb(begin: str, line: str) -> str:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (bomb("a0: &a0 [x, x, x]", "a{of}: &a{of} [{ten}]"), "means more than 100000 values"),
-        (bomb("a0: &a0 {{x: 1}}", "a{of}: &a{of} {{<<: [{ten}]}}"), "means more than 100000 values"),
-        ("a: &a [*a]", "what is at line 1 is part of itself"),
+        (bomb("a0: &a0 [x, x, x]", "a{of}: &a{of} [{ten}]"), "expands to more than 100000 values"),
+        (bomb("a0: &a0 {{x: 1}}", "a{of}: &a{of} {{<<: [{ten}]}}"), "expands to more than 100000 values"),
+        ("a: &a [*a]", "the value at line 1 contains itself"),
         ("[" * 500_000, "nested too deep"),
         ("- " * 100_000, "nested too deep"),
         ("{a: " * 10_000, "nested too deep"),
@@ -333,9 +333,9 @@ def test_yaml_bombs_are_refused_quickly(tmp_path: Path, text: str, message: str)
         ),
         (b"seed: 0\nmodel: a: b\n", "line 2, column 9: mapping values are not allowed here"),
         (b"seed: 0\nmodel: embedded\nseed: 1\n", 'line 3, column 1: found duplicate key "seed"'),
-        (b"seed: 0\n# \xff\n", "line 2 has a byte that is no UTF-8"),
+        (b"seed: 0\n# \xff\n", "line 2 has a byte that is not valid UTF-8"),
         (b"seed: 0\nmodel: \x07\n", "line 2 has a character that YAML does not allow"),
-        (b'seed: 0\nmodel: "\\ud800"\n', "line 2 has half a character"),
+        (b'seed: 0\nmodel: "\\ud800"\n', "line 2 has an incomplete character"),
         (b"", "found nothing, expected fields such as"),
     ],
 )
@@ -368,18 +368,18 @@ def test_a_missing_base_is_refused(tmp_path: Path) -> None:
             "line 4, column 25: found the number 1,000, expected a decimal point, 1.000, or",
         ),
         ("optimisation:\n  learning_rate: 2,5", "found '2,5', expected a decimal point: 2.5 (line 5, column 3)"),
-        ("optimisation: {steps:2}", "line 4, column 16: found 'steps:2', expected a space behind the colon"),
+        ("optimisation: {steps:2}", "line 4, column 16: found 'steps:2', expected a space after the colon"),
         (
             "optimisation:\n  seed: 2\n   steps: 1",
             "line 6, column 9: mapping values are not allowed here; expected a space",
         ),
-        ("optimisation:\n  steps: 2\n seed: 1", "the fields of a section indented alike"),
+        ("optimisation:\n  steps: 2\n seed: 1", "the same indentation for all fields of a section"),
         (
             "optimisation:\nsteps: 2",
             "did you mean 'optimisation.steps'? Then indent it below 'optimisation:' (line 5, col",
         ),
         ("optimisation:\n\tsteps: 2", "line 5, column 1: found character '\\t' that cannot start any token while"),
-        ("optimisation:\n\tsteps: 2", "expected spaces: YAML takes no tabs"),
+        ("optimisation:\n\tsteps: 2", "expected spaces, because YAML does not allow tabs"),
         (
             "optimisation:\n\u00a0\u00a0steps: 2",
             "line 5, column 1: found the character U+00A0, which looks like a space",
@@ -397,13 +397,13 @@ def test_a_missing_base_is_refused(tmp_path: Path) -> None:
                 (f"compute:\n {sign}device: cpu", 2),
             )
         ),
-        ("seed: 1\nseed: 2", "expected every field once"),
+        ("seed: 1\nseed: 2", "expected every field only once"),
         ("compute: {compile: yes}", "compute.compile: found 'yes', expected true or false (line 4, column 11)"),
         ("optimisation: {steps: 1e3}", "found 1000.0, expected a whole number: 1000 (line 4, column 16)"),
         ("name: 2024-01-01", "name: found 2024-01-01, expected a text: put it in quotes (line 4, column 1)"),
         ("name: a: b", "line 4, column 8: mapping values are not allowed here"),
         ("name: @home", "line 4, column 7: found character '@' that cannot start any token"),
-        ("name: %x", "expected quotes around a value that begins so"),
+        ("name: %x", "expected quotes around a value that begins with this character"),
         ("reference: *.tar", "expected quotes around a value that begins with *"),
         ("reference: !tar", "expected quotes around a value that begins with !"),
         ("reference: [a, b", "a closing ]"),
@@ -411,7 +411,7 @@ def test_a_missing_base_is_refused(tmp_path: Path) -> None:
         ("compute: {device: cpu", "line 4, column 10: expected ',' or '}'"),
         ("name: 'x" + "y" * 500, "expected a closing quote"),
         ('reference: "C:\\photos"', "expected single quotes around a text with backslashes"),
-        ("---\nseed: 1", "expected one document, without a line of ---"),
+        ("---\nseed: 1", "expected one document, without the line ---"),
     ],
 )
 def test_yaml_mistakes_are_reported_with_position_and_advice(tmp_path: Path, text: str, message: str) -> None:
