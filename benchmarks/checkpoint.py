@@ -3,9 +3,10 @@
     python benchmarks/checkpoint.py                                # half a minute
     python benchmarks/checkpoint.py --model ViT-B-16 --device cuda --every 50
 
-Three variants of the same steps alternate for several rounds: no checkpoint; one every few steps, written in the
-background as in a run; the same, with training waiting. Ratios are medians over rounds of the time divided by that
-without checkpoints. Weights and inputs are random. Needs torch, open_clip, webdataset and pydantic.
+Three variants of the same steps alternate for several rounds: without checkpoints; with a checkpoint every few steps,
+written in the background as in a run; and with checkpoints for which training waits. Every ratio is the median over
+rounds of a variant's time divided by the time without checkpoints. Weights and inputs are random. Needs torch,
+open_clip, webdataset and pydantic.
 """
 
 import argparse
@@ -38,7 +39,7 @@ NEVER = Checkpoint(every_minutes=1e6)
 
 
 def steps(model: Any, images: torch.Tensor, options: argparse.Namespace, way: str, folder: Path) -> float:
-    """Take the steps in one of the ways. Returns seconds."""
+    """Train with one of the variants, and return the duration in seconds."""
     trained = trained_parameters(model)
     optimizer = AdamW(trained, lr=1e-6, fused=True)
     settings = NEVER if way == "none" else Checkpoint(every_minutes=1e6, every_steps=options.every)
@@ -64,7 +65,7 @@ def steps(model: Any, images: torch.Tensor, options: argparse.Namespace, way: st
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure the variants, and print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="small", help="open_clip name, or small")
     parser.add_argument("--device", default="cpu")

@@ -1,4 +1,4 @@
-"""Correctness and speed on a GPU, in at most eight minutes.
+"""Checks of correctness and speed on a GPU, in at most eight minutes.
 
     python benchmarks/gpu.py                                # all sections on the first GPU, results in gpu.jsonl
     python benchmarks/gpu.py --sections correctness step    # some of them
@@ -11,7 +11,7 @@ stop the next:
 - device: card, versions, and the measured peak of a matrix product in fp32, TF32 and bf16;
 - correctness: a two-stage ZSCL run on the GPU against the CPU, against itself, against a run that was killed and
   resumed, and in bf16 and TF32 against fp32;
-- step: the ZSCL step on ViT-B/16 against the plainly written floor and the authors' way (see `step.py`);
+- step: the ZSCL step on ViT-B/16 against the floor and the authors' implementation (see `step.py`);
 - data: evaluation with and without JPEG decoding, and training end to end with real decoding;
 - profile: the kernels that take the most time in a step, and every host synchronisation of a stage.
 
@@ -67,9 +67,9 @@ from zscl.evaluation.zero_shot import compute_accuracies, embed_classes
 from zscl.models.clip import Clip, load_clip, precision_context
 from zscl.sequence.run import run_sequence
 
-# Largest accepted differences from the CPU's run. Losses: at any step, relative to the sum of the step's losses.
-# Updates: norm of the difference of the whole run's weight change, relative to its norm; AdamW divides by the root of
-# the squared gradient, so it amplifies round-off where gradients are small.
+# Maximum differences from the run on the CPU. `losses`: the largest difference in any step, relative to the sum of the
+# step's losses. `updates`: norm of the difference between the weight changes of the runs, relative to the norm of the
+# weight change. AdamW divides by the root of the squared gradient, so it amplifies round-off of small gradients.
 TOLERANCES = {"fp32": {"losses": 1e-4, "updates": 0.02}, "tf32": {"losses": 1e-2}, "bf16": {"losses": 5e-2}}
 WEIGHTS = "open_clip_model.safetensors"
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "yellow": (220, 220, 30)}
@@ -77,7 +77,7 @@ COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large the checks are: for a GPU, or for the smoke run on a CPU."""
+    """Sizes of models and data. The defaults are for a GPU, and `SMOKE` is for the smoke run on a CPU."""
 
     matrix: int = 8192
     small_model: tuple[int, int, int] = (64, 128, 3)  # image size, width, layers
@@ -116,13 +116,13 @@ SMOKE = Sizes(
 
 
 class Recorder:
-    """Appends results to the output file, a JSON line each."""
+    """Appends results to the output file, as one JSON line per result."""
 
     def __init__(self, file: Path, section: str) -> None:
         self.file, self.section, self.started = file, section, time.monotonic()
 
     def __call__(self, kind: str, **values: Any) -> None:
-        """Append one result and print it."""
+        """Append a result to the file, and print it."""
         seconds = round(time.monotonic() - self.started, 1)
         line = json.dumps({"section": self.section, "kind": kind, **values, "at_seconds": seconds})
         with self.file.open("a") as stream:
@@ -131,7 +131,7 @@ class Recorder:
 
     @contextmanager
     def errors(self, kind: str, **values: Any) -> Iterator[None]:
-        """Record an exception of the block as a result, so that the section continues with its next check."""
+        """Context manager: record an exception as a result, so that the section continues with its next check."""
         try:
             yield
         except Exception as error:
@@ -142,7 +142,7 @@ class Recorder:
 
 @dataclass(frozen=True)
 class Context:
-    """What every section gets."""
+    """Device, sizes, recorder and folder of a section."""
 
     device: torch.device
     sizes: Sizes
@@ -154,7 +154,7 @@ class Context:
 
 
 def measure_device(context: Context) -> None:
-    """Record the card, the versions, and the peak of a matrix product in each precision."""
+    """Record the GPU, the versions, and the speed of a matrix product in each precision."""
     device, cuda = context.device, context.device.type == "cuda"
     properties = torch.cuda.get_device_properties(device) if cuda else None
     context.record(
@@ -190,7 +190,7 @@ def encode(pixels: np.ndarray, kind: str) -> bytes:
 
 
 def coloured_squares(count: int, seed: int, size: int) -> Iterator[tuple[bytes, int]]:
-    """Yield noisy squares of the four colours in turn, encoded, with their labels."""
+    """Yield encoded images of noisy squares with alternating colours, with their labels."""
     rng = np.random.default_rng(seed)
     for index in range(count):
         colour = list(COLOURS.values())[index % len(COLOURS)]
@@ -199,7 +199,7 @@ def coloured_squares(count: int, seed: int, size: int) -> Iterator[tuple[bytes, 
 
 
 def write_small_model(folder: Path, sizes: Sizes) -> str:
-    """Write a small CLIP with random weights as an open_clip folder. Returns its `local-dir:` name."""
+    """Write a small CLIP with random weights as an open_clip folder, and return its `local-dir:` name."""
     size, width, layers = sizes.small_model
     config = {
         "embed_dim": width,
@@ -212,7 +212,7 @@ def write_small_model(folder: Path, sizes: Sizes) -> str:
 
 
 def write_model(folder: Path, model: torch.nn.Module, config: Mapping[str, Any]) -> str:
-    """Write a model as an open_clip folder. Returns its `local-dir:` name."""
+    """Write a model as an open_clip folder, and return its `local-dir:` name."""
     folder.mkdir()
     preprocess = {"mean": transform.OPENAI_DATASET_MEAN, "std": transform.OPENAI_DATASET_STD}
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
@@ -221,7 +221,7 @@ def write_model(folder: Path, model: torch.nn.Module, config: Mapping[str, Any])
 
 
 def write_small_recipe(folder: Path, sizes: Sizes) -> dict[str, Any]:
-    """Write the model, two tasks and a reference set. Returns a recipe of a two-stage ZSCL run."""
+    """Write the model, two tasks and a reference set, and return the recipe of a two-stage ZSCL run."""
     torch.manual_seed(0)
     size = sizes.small_model[0]
     for seed, name in enumerate(("first", "second")):
@@ -253,7 +253,7 @@ def write_small_recipe(folder: Path, sizes: Sizes) -> dict[str, Any]:
 
 
 class Run(NamedTuple):
-    """What a run leaves: every step's losses, the last stage's weights, the accuracy matrix."""
+    """Results of a run: the losses of every step, the weights after the last stage, and the accuracy matrix."""
 
     losses: list[dict[str, float]]
     weights: dict[str, torch.Tensor]
@@ -263,14 +263,18 @@ class Run(NamedTuple):
 def train(
     recipe: dict[str, Any], folder: Path, device: str, precision: str = "fp32", kill_in_stage: int | None = None
 ) -> Run:
-    """Run the recipe, or resume it, in `folder`.
+    """Run or resume a recipe in a folder.
 
     Args:
-        recipe: of the run.
-        folder: the parent of the run's folder and of its teacher cache; one for each run.
+        recipe: The recipe.
+        folder: Parent folder of the run's folder and of its teacher cache. Every run needs another one.
         device: `cpu` or `cuda`.
         precision: `fp32` or `bf16`.
-        kill_in_stage: kill this process when the stage has written a checkpoint after half of its steps.
+        kill_in_stage: Stage in which this process kills itself, after the first checkpoint in the second half of the
+            steps; `None` to complete the run.
+
+    Returns:
+        The results of the run.
     """
     optimisation = recipe["optimisation"] | {"precision": precision}
     compute = recipe["compute"] | {"checkpoint": {"every_steps": 1}}
@@ -294,7 +298,7 @@ def train(
 
 
 def read_losses(file: Path) -> list[dict[str, float]]:
-    """Read every step's named losses of a stage."""
+    """Read the losses of every step of a stage."""
     with file.open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     others = ("step", "learning_rate", "gradient_norm")
@@ -302,10 +306,9 @@ def read_losses(file: Path) -> list[dict[str, float]]:
 
 
 def compare(ours: Run, reference: Run, start: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """Compare two runs of one recipe (see `TOLERANCES` for the units).
+    """Compare two runs of one recipe (see `TOLERANCES` for the definition of the differences).
 
-    The key third of an attention's input bias has an exactly zero gradient, and AdamW turns its round-off into
-    updates: it is left out of the weights.
+    Biases of attention keys are not compared. Their exact gradient is zero, but AdamW turns round-off into updates.
     """
     losses = max(
         abs(loss - other[name]) / sum(other.values())
@@ -333,7 +336,7 @@ def compare(ours: Run, reference: Run, start: Mapping[str, torch.Tensor]) -> dic
 
 
 def check_correctness(context: Context) -> None:
-    """Compare runs of one recipe on the GPU and the CPU, and an undisturbed run with a killed one."""
+    """Compare runs of one recipe: on the GPU and the CPU, repeated, killed and resumed, and in each precision."""
     recipe = write_small_recipe(context.folder, context.sizes)
     start = load_file(context.folder / "model" / WEIGHTS)
     device = context.device.type
@@ -362,7 +365,7 @@ def check_correctness(context: Context) -> None:
         torch.backends.cuda.matmul.allow_tf32 = True
         record(f"{device}, TF32 / fp32", run("tf32"), gpu, TOLERANCES["tf32"])
         torch.backends.cuda.matmul.allow_tf32 = False
-    # How much the order of a sum alone changes: what is to be expected between two devices.
+    # Another number of threads changes only the order of sums. Two devices are expected to differ at least as much.
     threads = torch.get_num_threads()
     torch.set_num_threads(1 if threads > 1 else 2)
     record("cpu, another number of threads", run("threads", "cpu"), cpu, TOLERANCES["fp32"])
@@ -373,7 +376,7 @@ def check_correctness(context: Context) -> None:
 
 
 def build_step_model(sizes: Sizes) -> Any:
-    """Build the model whose step is measured, with random weights."""
+    """Build the model for the measurements of a step, with random weights."""
     if sizes.step_model != "tiny":
         return step_benchmark.build(sizes.step_model)
     torch.manual_seed(0)
@@ -383,7 +386,7 @@ def build_step_model(sizes: Sizes) -> Any:
 
 
 def step_options(context: Context, precision: str, compiled: bool = False) -> argparse.Namespace:
-    """Options of `benchmarks/step.py`."""
+    """Return the options for functions of `benchmarks/step.py`."""
     sizes = context.sizes
     return argparse.Namespace(
         model=sizes.step_model,
@@ -396,7 +399,7 @@ def step_options(context: Context, precision: str, compiled: bool = False) -> ar
 
 
 def measure_step(context: Context) -> None:
-    """Measure the ZSCL step by precision, number of classes, teacher (stored, online), eager and compiled."""
+    """Measure the ZSCL step for each precision and number of classes, with cached and online teacher, and compiled."""
     sizes = context.sizes
     model = build_step_model(sizes).to(context.device)
     for precision in ("bf16", "tf32", "fp32"):
@@ -409,7 +412,7 @@ def measure_step(context: Context) -> None:
 
 
 def measure_variants(context: Context, model: Any, precision: str) -> None:
-    """Record what deterministic kernels cost in our step, and what compilation saves: ratios within each round."""
+    """Record the relative time of a step with deterministic kernels and with compilation."""
     sizes, device = context.sizes, context.device
     step_benchmark.set_float32_precision(precision)
     inputs = step_benchmark.make_inputs(sizes.classes[0], sizes.captions, model, step_options(context, precision))
@@ -421,7 +424,7 @@ def measure_variants(context: Context, model: Any, precision: str) -> None:
     def seconds(step: Callable[[], None], deterministic: bool) -> float:
         torch.use_deterministic_algorithms(deterministic)
         torch.utils.deterministic.fill_uninitialized_memory = False
-        step()  # the allocator's blocks of the other variant do not fit
+        step()  # warm up, because the memory blocks of the previous variant have other sizes
         taken = step_benchmark.timed(step, device)
         torch.use_deterministic_algorithms(False)
         return taken
@@ -454,7 +457,7 @@ def measure_variants(context: Context, model: Any, precision: str) -> None:
 
 
 def measure_against_others(context: Context, model: Any, precision: str, classes: int) -> None:
-    """Record our step against the floor and the authors' way (see `benchmarks/step.py`)."""
+    """Record the step of zscl relative to the floor and the authors' implementation (see `benchmarks/step.py`)."""
     sizes = context.sizes
     step_benchmark.set_float32_precision(precision)
     peak = step_benchmark.peak(context.device, precision, sizes.matrix)
@@ -484,13 +487,13 @@ def photographs(count: int, size: tuple[int, int]) -> Iterator[bytes]:
 
 
 def write_photo_recipe(context: Context) -> dict[str, Any]:
-    """Write a model of the step's architecture, a task and a reference set of JPEGs. Returns a one-stage recipe."""
+    """Write the model of section 3, a task and a reference set of JPEGs, and return a recipe of one stage."""
     sizes, folder = context.sizes, context.folder
     distinct = list(photographs(min(256, sizes.images), sizes.photo))
     images = [distinct[index % len(distinct)] for index in range(sizes.images)]
     names = [f"class {index}" for index in range(min(100, sizes.images))]
     labelled = [(image, index % len(names)) for index, image in enumerate(images)]
-    # Training is measured with few test images, evaluation with all.
+    # The run that measures training has few test images.
     for name, tested in (("photos", labelled[:64]), ("test-photos", labelled)):
         splits = {"train": labelled, "test": tested}
         write_task(folder / name, names, ["a photo of {c}."], splits, source="random", suffix="jpg")
@@ -519,7 +522,7 @@ def write_photo_recipe(context: Context) -> dict[str, Any]:
 
 
 def measure_evaluation(context: Context, clip: Clip, task: TaskFolder) -> None:
-    """Record the images per second of evaluation: with images on the device, then with JPEG decoding."""
+    """Record the images per second of evaluation, with images on the device and with JPEG decoding."""
     sizes, device = context.sizes, context.device
     clip.model.eval()
     size = open_clip.utils.to_2tuple(clip.model.visual.image_size)
@@ -544,7 +547,7 @@ def measure_evaluation(context: Context, clip: Clip, task: TaskFolder) -> None:
 
 
 def measure_training(context: Context, recipe: dict[str, Any], processes: int, precision: str) -> None:
-    """Record the images per second of a whole stage, from JPEGs in shards to updated weights, after its start."""
+    """Record the images per second of a stage, from JPEGs in shards to updated weights, without its first steps."""
     optimisation = recipe["optimisation"] | {"precision": precision}
     compute = {"loader_processes": processes, "decoded_megabytes": 0, "teacher_features": "never"}
     experiment = Experiment.model_validate(recipe | {"optimisation": optimisation, "compute": compute})
@@ -556,7 +559,7 @@ def measure_training(context: Context, recipe: dict[str, Any], processes: int, p
 
     folder = context.folder / f"training-{precision}-{processes}"
     result = run_sequence(experiment, folder / "run", on_event, context.device)
-    # The first steps start the loader processes; they are left out where later ones were reported apart.
+    # The first steps start the loader processes. They are left out if later steps were reported separately.
     start = next(index for index, (done, _) in enumerate(moments) if done >= experiment.optimisation.steps // 3)
     (first, began), (last, ended) = moments[start], moments[-1]
     images = 2 * experiment.optimisation.batch_size
@@ -572,7 +575,7 @@ def measure_training(context: Context, recipe: dict[str, Any], processes: int, p
 
 
 def measure_data(context: Context) -> None:
-    """Measure evaluation, and training end to end, by number of loader processes."""
+    """Measure evaluation and end-to-end training for each number of loader processes."""
     recipe = write_photo_recipe(context)
     with context.record.errors("evaluation"):
         clip = load_clip(Model(name=recipe["model"]), context.device)
@@ -587,7 +590,7 @@ def measure_data(context: Context) -> None:
 
 
 def profile_step(context: Context) -> None:
-    """Record the ten kernels that take the most time in a step, then every host synchronisation of a stage."""
+    """Record the ten slowest kernels of a step, and every host synchronisation of a stage."""
     sizes, device = context.sizes, context.device
     model = build_step_model(sizes).to(device)
     activity = torch.profiler.ProfilerActivity.CUDA if device.type == "cuda" else torch.profiler.ProfilerActivity.CPU
@@ -620,7 +623,7 @@ def profile_step(context: Context) -> None:
 
 
 def find_synchronisations(context: Context) -> None:
-    """Record where the host waits for the GPU while a run trains, by line of code."""
+    """Record the lines of code in which the host waits for the GPU during training."""
     recipe = write_small_recipe(context.folder, context.sizes)
     recipe["tasks"] = recipe["tasks"][:1]
     experiment = Experiment.model_validate(recipe)
@@ -645,13 +648,13 @@ def find_synchronisations(context: Context) -> None:
 
 
 class Section(NamedTuple):
-    """A check and its time limit in seconds, on a GPU."""
+    """A section's function, and its time limit on a GPU in seconds."""
 
     run: Callable[[Context], None]
     limit: float
 
 
-# The limits add up to the eight minutes that the whole may take.
+# The sum of the limits is eight minutes.
 SECTIONS = {
     "device": Section(measure_device, 30),
     "correctness": Section(check_correctness, 90),
@@ -660,13 +663,13 @@ SECTIONS = {
     "profile": Section(profile_step, 50),
 }
 
-SMOKE_LIMIT = 300  # a CPU may be busy with other work; this only ends what hangs
+SMOKE_LIMIT = 300  # seconds; only a hanging section exceeds it, even on a busy CPU
 
 
 def run_section(name: str, options: argparse.Namespace) -> None:
     """Run one section in this process."""
     sizes = SMOKE if options.smoke else Sizes()
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic cuBLAS, as in a run of the product
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic cuBLAS, as in runs of zscl
     with tempfile.TemporaryDirectory() as folder:
         context = Context(torch.device(options.device), sizes, Recorder(options.out, name), Path(folder))
         with context.record.errors(name):
@@ -692,14 +695,14 @@ def run_sections(options: argparse.Namespace) -> None:
 
 
 def end_group(process: subprocess.Popen[bytes]) -> None:
-    """Kill a section's process group: its loader processes may still run after a timeout or a crash."""
+    """Kill the process group of a section, whose loader processes may still run after a timeout or a crash."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def tables(file: Path) -> str:
-    """Render results as Markdown: a table for each kind of result, in the order of their first appearance."""
+    """Render results as Markdown, with a table per kind of result in the order of first appearance."""
     kinds: dict[str, list[dict[str, Any]]] = {}
     for line in file.read_text().splitlines():
         found = json.loads(line)

@@ -1,12 +1,13 @@
-"""Wall time of a sequence with evaluation between the stages, and with evaluation during the next stage.
+"""Wall time of a sequence with evaluation between the stages, compared with evaluation during the next stage.
 
     python benchmarks/overlap.py
     python benchmarks/overlap.py --steps 10 --test-images 50 --rounds 1 --json
 
-`zscl run` trains the embedded model on six generated tasks with one worker, twice in a row on the same machine, which
-needs two free cores (or GPUs): `compute.evaluation` is `inline` in one run, `overlapped` in the other. As with MTIL,
-evaluating all tasks takes about as long as training one. Prints the ratio of the wall times from the first to the
-last entry of the journal, without the start of Ray, and checks that the matrices are equal.
+`zscl run` trains the embedded model on six generated tasks with one worker, twice on the same machine, which needs
+two free cores or GPUs. `compute.evaluation` is `inline` in the first run and `overlapped` in the second one. As with
+MTIL, evaluating all tasks takes about as long as training on one. Prints the ratio of the wall times and checks that
+the accuracy matrices are equal. Wall times are measured from the first to the last entry of the journal, so they do not
+include the start of Ray.
 """
 
 import argparse
@@ -31,7 +32,7 @@ ZSCL = [sys.executable, "-c", "from orchestrate.cli.main import main; main()"]
 
 
 def images(count: int, seed: int) -> Iterator[tuple[bytes, int]]:
-    """Noise, and labels in turn."""
+    """Yield JPEGs of noise with alternating labels."""
     draw = np.random.default_rng(seed)
     for index in range(count):
         encoded = io.BytesIO()
@@ -40,7 +41,7 @@ def images(count: int, seed: int) -> Iterator[tuple[bytes, int]]:
 
 
 def recipe(options: argparse.Namespace, place: Path) -> Path:
-    """Write the tasks and a recipe."""
+    """Write the tasks and a recipe, and return the recipe's file."""
     names = [f"class {index}" for index in range(CLASSES)]
     for number in range(TASKS):
         splits = {
@@ -59,7 +60,7 @@ def recipe(options: argparse.Namespace, place: Path) -> Path:
 
 
 def run(file: Path, folder: Path, evaluation: str) -> tuple[float, Any]:
-    """Seconds of a run, and its matrix."""
+    """Run the recipe, and return the duration in seconds and the accuracy matrix."""
     command = [*ZSCL, "run", file, "--offline", "--out", folder, "--set", f"compute.evaluation={evaluation}"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     if done.returncode:
@@ -69,10 +70,10 @@ def run(file: Path, folder: Path, evaluation: str) -> tuple[float, Any]:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure both runs in several rounds, and print the ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=100, help="of a stage")
-    parser.add_argument("--test-images", type=int, default=1500, help="of a task")
+    parser.add_argument("--steps", type=int, default=100, help="steps per stage")
+    parser.add_argument("--test-images", type=int, default=1500, help="test images per task")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--json", action="store_true", help="figures as JSON on standard output")
     options = parser.parse_args()

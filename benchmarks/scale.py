@@ -1,32 +1,32 @@
-"""Estimate the cost of a sequence on several GPUs from speeds that were measured on one (`docs/gpu.md`).
+"""Estimate of the cost of a sequence on several GPUs, from speeds measured on one GPU (`docs/gpu.md`).
 
     python benchmarks/scale.py
 
-Prints the table of docs/scale.md: MTIL, eleven stages of 1 000 steps of 64 task and 64 reference images, the teacher's
-features cached, all rows of the matrix evaluated.
+Prints the table of docs/scale.md. The sequence is MTIL with eleven stages of 1 000 steps, 64 task images and 64
+reference images per step, cached teacher features, and evaluation of all rows of the accuracy matrix.
 """
 
 from dataclasses import dataclass
 
-# FLOP a second, counted as below, at the images a second that ViT-B/16 reached on an H100 (docs/gpu.md): in a training
-# step of 64 + 64 images and 100 classes, and in the forward pass of evaluation. With fewer than 16 images on a GPU,
-# they fall with their number.
-VIT_B_16_FLOP = 35e9  # an image's forward pass
+# FLOP/s, computed from the images per second of ViT-B/16 on an H100 (docs/gpu.md), in training steps with 64 + 64
+# images and 100 classes, and in the forward pass of evaluation. Training is
+# proportionally slower with fewer than `FULL` images per GPU.
+VIT_B_16_FLOP = 35e9  # forward pass of one image
 TRAINING_SPEED = {"fp32": 371 * 3 * VIT_B_16_FLOP, "bf16": 1311 * 3 * VIT_B_16_FLOP}
 EVALUATION_SPEED = {"fp32": 1275 * VIT_B_16_FLOP, "bf16": 6650 * VIT_B_16_FLOP}
 FULL = 16
-# Bytes a second that an all-reduce gets out of a node's links, and of 400 Gb/s between nodes.
+# Bandwidth of an all-reduce in bytes per second, within a node and over 400 Gb/s between nodes.
 NVLINK, NETWORK = 350e9, 40e9
 GPUS_A_NODE, CORES_A_GPU = 8, 16
-LATENCY = 100e-6  # seconds of a step's six gathers together, among nodes
+LATENCY = 100e-6  # seconds for the six gathers of a step, between nodes
 DECODE = 6.5e-3  # core-seconds to decode, crop and resize an image of about 0.2 megapixels (measured on a CPU)
 STAGES, STEPS, IMAGES = 11, 1_000, 128
-TEST_IMAGES = 97_210  # of the eleven tasks
+TEST_IMAGES = 97_210  # test images of the eleven tasks
 
 
 @dataclass(frozen=True)
 class Model:
-    """FLOP of an image's forward pass, and parameters in training."""
+    """A model with the FLOP of an image's forward pass and the number of trained parameters."""
 
     name: str
     flop: float
@@ -37,7 +37,7 @@ MODELS = (Model("ViT-B/16", VIT_B_16_FLOP, 124e6), Model("ViT-L/14", 162e9, 390e
 
 
 def step_seconds(model: Model, gpus: int, precision: str) -> dict[str, float]:
-    """Parts of a step: forward and backward pass, gradients over the network, gathers; and the decoding beside them."""
+    """Estimate the seconds of a step's parts. Decoding runs in parallel with the other parts."""
     own = IMAGES / gpus
     speed = TRAINING_SPEED[precision] * min(1.0, own / FULL)
     inside, nodes = min(gpus, GPUS_A_NODE), -(-gpus // GPUS_A_NODE)
@@ -51,7 +51,7 @@ def step_seconds(model: Model, gpus: int, precision: str) -> dict[str, float]:
 
 
 def hours(model: Model, gpus: int, precision: str) -> dict[str, float]:
-    """Training, and evaluation of twelve rows, in hours; both bound by their slower half, arithmetic or decoding."""
+    """Estimate the hours of training and of evaluating twelve rows. The slower of arithmetic and decoding counts."""
     parts = step_seconds(model, gpus, precision)
     training = STAGES * STEPS * max(parts["student"] + parts["gradients"] + parts["gathers"], parts["decoding"])
     images = (STAGES + 1) * TEST_IMAGES / gpus
@@ -60,7 +60,7 @@ def hours(model: Model, gpus: int, precision: str) -> dict[str, float]:
 
 
 def table() -> str:
-    """The table, as Markdown."""
+    """Return the table as Markdown."""
     head = ["model", "precision", "GPUs", "step, ms", "of it student", "training, min", "evaluation, min", "GPU hours"]
     rows = ["| " + " | ".join(head) + " |", "|---|---|" + "---:|" * 6]
     for model in MODELS:

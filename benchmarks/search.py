@@ -1,13 +1,13 @@
-"""Wall time of a search, and of the same runs one after another without sharing.
+"""Wall time of a search, compared with the same runs one after another without shared work.
 
     zscl data prepare embedded --out runs/demo/data
     python benchmarks/search.py
     python benchmarks/search.py --steps 20 --json
 
-First six runs of the embedded suite by `zscl run`, each without cached features, evaluated on the same held-out
-images; then `zscl search` over the same six on the same machine, trial by trial on Ray Tune. Its trials share the
-teacher's features, the first stage if they differ in the averaging interval only, the zero-shot row, and processes.
-The search also evaluates its chosen trial on the test images. Prints the ratio of the two wall times.
+First, `zscl run` trains six runs on the embedded suite without cached features, and evaluates them on held-out images.
+Then `zscl search` runs the same six settings as trials on the same machine. Trials share the teacher's features, the
+zero-shot row and processes; those that differ only in the averaging interval also share the first stage. The search
+also evaluates the chosen trial on the test images. Prints the ratio of the two wall times.
 """
 
 import argparse
@@ -30,7 +30,7 @@ SHARE = 0.2
 
 
 def timed(*arguments: object) -> float:
-    """Seconds of a command line."""
+    """Run a command line, and return its duration in seconds."""
     started = time.perf_counter()
     done = subprocess.run([*ZSCL, *map(str, arguments)], capture_output=True, text=True, check=False)
     if done.returncode:
@@ -39,7 +39,7 @@ def timed(*arguments: object) -> float:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Both wall times, and what the search counted."""
+    """Measure both wall times, and return them with the search's counts of stage trainings."""
     steps = [f"optimisation.steps={options.steps}", f"optimisation.warmup_steps={options.steps // 3}"]
     settings = [part for setting in (*steps, *options.set) for part in ("--set", setting)]
     with tempfile.TemporaryDirectory() as place:
@@ -71,11 +71,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure the runs and the search, and print the ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", type=Path, default=ROOT / "experiments/embedded.yaml")
-    parser.add_argument("--steps", type=int, default=60, help="of a stage")
-    parser.add_argument("--set", action="append", default=[], metavar="a.b.c=value", help="of the recipe; repeatable")
+    parser.add_argument("--steps", type=int, default=60, help="steps per stage")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="a.b.c=value", help="override a field of the recipe; repeatable"
+    )
     parser.add_argument("--json", action="store_true", help="figures as JSON on standard output")
     options = parser.parse_args()
     found = measure(options)

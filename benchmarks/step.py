@@ -1,19 +1,21 @@
-"""Time of a training step, compared with a floor and with the authors' implementation.
+"""Time of a training step, compared with a lower bound (the floor) and with the authors' implementation.
 
     python benchmarks/step.py                                      # about three CPU minutes per row, three rows
     python benchmarks/step.py --model ViT-B-16 --batch 64 --device cuda --precision bf16 --captions 13000
 
 Three implementations alternate on the same images, prompts and captions for several rounds. Every ratio is the median
-over rounds of the ratio within a round, so that a machine that slows down slows all three.
+over rounds of the ratio within a round, so that changes of the machine's speed affect all three alike.
 
-- ours: `zscl.training.step.train_step` for zscl (distillation, consolidation, AdamW; averaging every step), with the
-  teacher's features cached; and once more with the teacher's images encoded in every step;
-- floor: forward and backward of the student alone on the same task images, distilled images and prompts, written
-  plainly in open_clip: two image passes, prompts cut to the longest; no losses on the captions, no optimizer;
-- authors: the teacher encodes all captions and images in every step, the student has separate passes, prompts
-  and captions have the full context, consolidation and averaging loop over parameters.
+- ours: `zscl.training.step.train_step` for ZSCL (distillation, consolidation, AdamW, averaging in every step). It is
+  measured with cached teacher features, and with a teacher that encodes the images in every step.
+- floor: only the forward and backward pass of the student on the same task images, distillation images and prompts,
+  written in plain open_clip with two image passes and prompts cut to the longest one. There are no losses on captions
+  and no optimizer.
+- authors: the teacher encodes all captions and images in every step, the student has separate passes, prompts and
+  captions have the full context length, and consolidation and averaging loop over parameters.
 
-Needs torch, open_clip, webdataset and pydantic. Weights and inputs are random: a step's cost does not depend on them.
+Needs torch, open_clip, webdataset and pydantic. Weights and inputs are random, because they do not
+influence the cost of a step.
 """
 
 import argparse
@@ -57,7 +59,7 @@ START, END = 49406, 49407
 
 @dataclass
 class Inputs:
-    """What all steps see."""
+    """Inputs of a step, which are the same for all implementations."""
 
     images: torch.Tensor
     labels: torch.Tensor
@@ -67,7 +69,7 @@ class Inputs:
 
 
 def texts(count: int, template: int, shortest: int, longest: int, context: int) -> torch.Tensor:
-    """Random token ids [count, context]: a start, a shared template, `shortest` to `longest` more, an end."""
+    """Return random token ids [count, context]: start, shared template, `shortest` to `longest` random tokens, end."""
     generator = torch.Generator().manual_seed(count)
     tokens = torch.zeros(count, context, dtype=torch.long)
     lengths = torch.randint(shortest, longest + 1, (count,), generator=generator)
@@ -80,7 +82,7 @@ def texts(count: int, template: int, shortest: int, longest: int, context: int) 
 
 
 def build(name: str) -> Any:
-    """A model with random weights."""
+    """Build a model with random weights."""
     torch.manual_seed(0)
     if name == "small":
         return open_clip.CLIP(**SMALL, output_dict=True)  # type: ignore[arg-type]
@@ -88,7 +90,7 @@ def build(name: str) -> Any:
 
 
 def ours(model: Any, inputs: Inputs, options: argparse.Namespace, online: bool) -> Callable[[], None]:
-    """The product's own step, and its averaging."""
+    """Build the step of zscl, with averaging."""
     model = deepcopy(model).train()
     initial = deepcopy(model).eval().requires_grad_(False)
     select_trained_parameters(model, "model")
@@ -130,7 +132,7 @@ def ours(model: Any, inputs: Inputs, options: argparse.Namespace, online: bool) 
 
 
 def floor(model: Any, inputs: Inputs, options: argparse.Namespace) -> Callable[[], None]:
-    """The student's forward and backward pass, plainly written."""
+    """Build the lower bound: the student's forward and backward pass in plain open_clip."""
     model = deepcopy(model).train()
     select_trained_parameters(model, "model")
     longest = int(inputs.prompts.argmax(dim=1).max()) + 1
@@ -152,7 +154,7 @@ def floor(model: Any, inputs: Inputs, options: argparse.Namespace) -> Callable[[
 
 
 def authors(model: Any, inputs: Inputs, options: argparse.Namespace) -> Callable[[], None]:
-    """A step in the way of the published code."""
+    """Build a step as in the authors' published code."""
     model = deepcopy(model).train()
     initial = deepcopy(model).eval().requires_grad_(False)
     anchor, average = deepcopy(initial), deepcopy(initial)
@@ -190,7 +192,7 @@ def authors(model: Any, inputs: Inputs, options: argparse.Namespace) -> Callable
 
 
 def clock(device: torch.device) -> float:
-    """Seconds: of this process on a CPU, where neighbours do not count; of the wall on a GPU."""
+    """Return wall time on a GPU, or CPU time of this process, which other processes do not influence, in seconds."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         return time.perf_counter()
@@ -204,14 +206,14 @@ def set_float32_precision(precision: str) -> None:
 
 
 def timed(step: Callable[[], None], device: torch.device) -> float:
-    """Seconds that a step takes."""
+    """Return the duration of a step in seconds."""
     started = clock(device)
     step()
     return clock(device) - started
 
 
 def peak(device: torch.device, precision: str, size: int | None = None) -> float:
-    """FLOP/s of a large matrix product, which is as fast as the device gets."""
+    """Return the FLOP/s of a large matrix product as the peak speed of the device."""
     size = size or (8192 if device.type == "cuda" else 1024)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     square = torch.randn(size, size, device=device, dtype=dtype)
@@ -238,7 +240,7 @@ def build_and_warm(
     """Build a step and run it once, so that memory, kernels and compilation are ready.
 
     Returns:
-        The step, and the peak of the GPU memory that it took, its copies of the model included, in MB; `None` on a CPU.
+        The step, and its peak GPU memory in MB, including its copies of the model; `None` on a CPU.
     """
     if device.type != "cuda":
         step = build_step()
@@ -254,7 +256,7 @@ def build_and_warm(
 
 
 def measure(classes: int, captions: int, model: Any, options: argparse.Namespace, flops_peak: float) -> dict[str, Any]:
-    """One row: the steps in turn."""
+    """Measure all implementations in alternation, and return a row of results."""
     device = torch.device(options.device)
     inputs = make_inputs(classes, captions, model, options)
     ways = {
@@ -294,13 +296,13 @@ def main() -> None:
     """Measure every combination of classes and captions."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="small", help="small (112 px, patch 8, width 192), or an open_clip name")
-    parser.add_argument("--batch", type=int, default=32, help="task images, and as many distilled ones")
+    parser.add_argument("--batch", type=int, default=32, help="number of task images, and of distillation images")
     parser.add_argument("--classes", type=int, nargs="+", default=[10, 100, 397])
     parser.add_argument("--captions", type=int, nargs="+", default=[1000])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=["fp32", "tf32", "bf16"], default="fp32")
-    parser.add_argument("--compile", action="store_true", help="torch.compile our image tower")
+    parser.add_argument("--compile", action="store_true", help="use torch.compile for the image tower of zscl")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--json", action="store_true", help="rows as JSON on standard output")
     options = parser.parse_args()

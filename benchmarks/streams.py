@@ -3,15 +3,14 @@
     python benchmarks/streams.py
     python benchmarks/streams.py --processes 4 --images 2000 --size 400 --json
 
-Three ratios, measured in one run by alternation (medians over rounds), and one about memory:
+Prints three ratios of speeds, which are measured in alternation (medians over rounds), and one ratio of memory:
 
-- over_ceiling: images per second of `zscl.data.loader.TrainingImages` over local shards, against decoding and
-  transforming the same encoded images, read into memory before, in a plain loop (or a plain DataLoader of as many
-  processes);
-- remote_over_ceiling: the same through the stream that remote shards take (read from a file:// URL);
-- kept_over_decoded: images per second with decoded images kept in memory, against decoding them in every epoch;
-- memory_growth: peak resident memory with a set ten times as large, relative to the set, without decoded images in
-  memory.
+- over_ceiling: images per second of `zscl.data.loader.TrainingImages` on local shards, divided by the ceiling, which
+  decodes and transforms the same images from memory in a plain loop or a DataLoader with as many processes;
+- remote_over_ceiling: the same ratio for shards that are streamed like remote shards (from a file:// URL);
+- kept_over_decoded: images per second with decoded images cached in memory, divided by the speed without the cache;
+- memory_growth: peak resident memory with ten times as many images, divided by the memory with the original number,
+  without the cache of decoded images.
 """
 
 import argparse
@@ -46,7 +45,7 @@ CPU = torch.device("cpu")
 
 
 def encoded_images(count: int, size: int) -> Iterator[bytes]:
-    """Photographs, as far as a decoder is concerned: smooth noise, as JPEG."""
+    """Yield JPEGs of smooth noise, which decode like photographs."""
     rng = np.random.default_rng(0)
     for _ in range(count):
         coarse = Image.fromarray(rng.integers(0, 255, (24, 24, 3), dtype=np.uint8))
@@ -58,18 +57,18 @@ def encoded_images(count: int, size: int) -> Iterator[bytes]:
 
 
 def write(folder: Path, images: list[bytes]) -> Path:
-    """Write the images as shards."""
+    """Write the images as shards, and return their folder."""
     write_shards(folder, ({"jpg": image, "cls": b"0"} for image in images), 250)
     return folder
 
 
 def label_of(sample: Sample) -> int:
-    """All images have label 0."""
+    """Return the label of a sample, which is always 0."""
     return 0
 
 
 class InMemory(torch.utils.data.Dataset[torch.Tensor]):
-    """The ceiling: encoded images in memory, the same decoder and transform, nothing else."""
+    """The ceiling: encoded images in memory with the same decoder and transform."""
 
     def __init__(self, images: list[bytes], decode: Decoder) -> None:
         self.samples = [Sample(image, None, None, "", "") for image in images]
@@ -83,7 +82,7 @@ class InMemory(torch.utils.data.Dataset[torch.Tensor]):
 
 
 def ceiling(images: list[bytes], decode: Decoder, options: argparse.Namespace) -> Iterator[torch.Tensor]:
-    """Batches of the ceiling, endlessly."""
+    """Yield batches of the ceiling without end."""
     dataset = InMemory(images, decode)
     while True:
         loader = torch.utils.data.DataLoader(
@@ -94,14 +93,14 @@ def ceiling(images: list[bytes], decode: Decoder, options: argparse.Namespace) -
 
 
 def stream(location: str, decode: Decoder, options: argparse.Namespace, keep_bytes: int = 0) -> Iterator[torch.Tensor]:
-    """Batches of the product."""
+    """Return the batches of zscl."""
     samples = open_samples([location])
     images = TrainingImages(samples, decode, SEED, BATCH, range(BATCH), cache_bytes=keep_bytes)
     return (batch for batch, _ in images.iter_batches(Loader(CPU, options.processes)))
 
 
 def images_per_second(batches: Iterator[torch.Tensor], count: int) -> float:
-    """Over `count` images; of the processor's time where one process does all the work, of the wall's where more do."""
+    """Measure the images per second of wall time over `count` images."""
     started = time.perf_counter()
     taken = sum(len(batch) for batch in islice(batches, -(-count // BATCH)))
     return taken / (time.perf_counter() - started)
@@ -117,7 +116,7 @@ def _peak_memory(location: str, images: int, size: int, send: Any) -> None:
 
 
 def peak_memory(location: str, images: int, size: int) -> int:
-    """Kilobytes, of a process of its own."""
+    """Return the peak memory of a new process that reads the images, in kilobytes."""
     receive, send = multiprocessing.Pipe(duplex=False)
     process = multiprocessing.get_context("spawn").Process(target=_peak_memory, args=(location, images, size, send))
     process.start()
@@ -127,7 +126,7 @@ def peak_memory(location: str, images: int, size: int) -> int:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """All ratios."""
+    """Measure and return all ratios."""
     images = list(encoded_images(options.images, options.size))
     decode = Decoder(image_transform(options.pixels, is_train=True), label_of)
     with tempfile.TemporaryDirectory() as folder:
@@ -142,7 +141,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         }
         running = {name: way() for name, way in ways.items()}
         for batches in running.values():
-            images_per_second(batches, options.images)  # warm: processes started, files read, images kept
+            images_per_second(batches, options.images)  # warm up: start processes, read files, fill the cache
         rounds = [
             {name: images_per_second(batches, options.images) for name, batches in running.items()}
             for _ in range(options.rounds)
@@ -164,12 +163,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure and print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=500)
-    parser.add_argument("--size", type=int, default=400, help="pixels of the images' sides")
-    parser.add_argument("--pixels", type=int, default=224, help="that the model takes")
-    parser.add_argument("--processes", type=int, default=0, help="loader processes; 0: the worker itself")
+    parser.add_argument("--size", type=int, default=400, help="side length of the images in pixels")
+    parser.add_argument("--pixels", type=int, default=224, help="input size of the model in pixels")
+    parser.add_argument("--processes", type=int, default=0, help="loader processes; 0: the main process")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure memory, too")
     parser.add_argument("--json", action="store_true", help="figures as JSON on standard output")

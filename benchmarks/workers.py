@@ -1,14 +1,14 @@
-"""Overhead of Ray: a stage's throughput in a plain process, through Ray Train, and on two workers; start-up time.
+"""Overhead of Ray: throughput of a stage in a plain process, with Ray Train, and on two workers, and start-up time.
 
     zscl data prepare embedded --out runs/demo/data
     python benchmarks/workers.py                                # about twelve minutes
     python benchmarks/workers.py --model embedded --steps 60    # 4 million parameters: gradients matter more
 
 Every run trains the first task of the embedded suite with ZSCL at the same global batch, one core per worker, with
-the same memory settings and cached teacher features. The model is a random ViT of 112 px (that of benchmarks/step.py)
-unless another is given. Prints medians of ratios within a round: images per second through Ray Train over those of
-the plain process (one worker), half of two workers' over one's (the efficiency), and the seconds that a run through
-Ray takes in addition to training and evaluation.
+the same memory settings and cached teacher features. The default model is the random ViT of benchmarks/step.py with an
+image size of 112. Prints medians over rounds: the throughput with Ray Train divided by that of the plain process (one
+worker), half the throughput of two workers divided by that of one (the efficiency), and the seconds that a run with Ray
+takes in addition to training and evaluation.
 """
 
 import argparse
@@ -43,7 +43,7 @@ run_sequence(load_experiment(Path(sys.argv[1]), sys.argv[3:]), Path(sys.argv[2])
 
 
 def random_model(folder: Path) -> str:
-    """An open_clip folder with random weights: what a step costs does not depend on them."""
+    """Write an open_clip folder with random weights, on which the cost of a step does not depend."""
     torch.manual_seed(0)
     folder.mkdir()
     save_file(open_clip.CLIP(**SMALL).state_dict(), folder / "open_clip_model.safetensors")
@@ -53,7 +53,11 @@ def random_model(folder: Path) -> str:
 
 
 def run(options: argparse.Namespace, folder: Path, workers: int) -> tuple[float, float]:
-    """Images a second of a stage, and the seconds around training and evaluation. 0 workers: a plain process."""
+    """Run a stage; 0 workers mean a plain process.
+
+    Returns:
+        Images per second, and the seconds in addition to training and evaluation.
+    """
     settings = [f"optimisation.steps={options.steps}", f"optimisation.warmup_steps={options.steps // 3}"]
     settings += ["tasks=[runs/demo/data/digits]", f"compute.workers={max(workers, 1)}", "compute.device=cpu"]
     settings += [f"model={options.model}", f"optimisation.batch_size={options.batch}"]
@@ -63,7 +67,7 @@ def run(options: argparse.Namespace, folder: Path, workers: int) -> tuple[float,
         command = [sys.executable, "-c", THROUGH_RAY, *arguments, *(f"--set={setting}" for setting in settings)]
     else:
         command = [sys.executable, "-c", PLAIN, options.recipe, folder, *settings]
-    environment = os.environ | MALLOC_SETTINGS | {"OMP_NUM_THREADS": "1"}  # as zscl sets it for Ray's
+    environment = os.environ | MALLOC_SETTINGS | {"OMP_NUM_THREADS": "1"}  # like the workers that zscl starts
     started = time.perf_counter()
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, env=environment)
     seconds = time.perf_counter() - started
@@ -75,14 +79,14 @@ def run(options: argparse.Namespace, folder: Path, workers: int) -> tuple[float,
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure all variants in several rounds, and print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", type=Path, default=ROOT / "experiments/embedded.yaml")
-    parser.add_argument("--model", default="small", help="small (112 px, patch 8, width 192), or what a recipe takes")
-    parser.add_argument("--batch", type=int, default=64, help="task images in all, and as many distilled ones")
-    parser.add_argument("--steps", type=int, default=12, help="of the stage")
+    parser.add_argument("--model", default="small", help="small (112 px, patch 8, width 192), or a name as in a recipe")
+    parser.add_argument("--batch", type=int, default=64, help="task images of all workers, and distillation images")
+    parser.add_argument("--steps", type=int, default=12, help="steps of the stage")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--set", action="append", default=[], metavar="a.b.c=value", help="of the recipe; repeatable")
+    parser.add_argument("--set", action="append", default=[], metavar="a.b.c=value", help="override a recipe field")
     parser.add_argument("--json", action="store_true", help="figures as JSON on standard output")
     options = parser.parse_args()
     speeds: dict[int, list[float]] = {0: [], 1: [], 2: []}
@@ -91,7 +95,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         if options.model == "small":
             options.model = random_model(Path(place, "model"))
-        run(options, Path(place, "first"), 0)  # has the teacher's features stored
+        run(options, Path(place, "first"), 0)  # fills the cache of teacher features
         for number in range(options.rounds):
             for workers, name in names.items():
                 speed, seconds = run(options, Path(place, f"{workers}-{number}"), workers)

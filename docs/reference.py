@@ -46,8 +46,8 @@ HEAD = """# The recipe, field by field
 
 Generated from `schemas/` by `docs/reference.py`. An unknown field is an error that names the nearest known field.
 `zscl schema` prints the same as JSON Schema, for editors. `--set a.b.c=value` overrides any field. Relative paths are
-resolved against the current directory; `base` is resolved against its own file. `~`, `$NAME` and `${NAME}` are expanded.
-A variable that is not set is an error (in a URL it is left unchanged).
+resolved against the current directory; `base` is resolved against its own file. `~`, `$NAME` and `${NAME}` are
+expanded. A variable that is not set is an error (in a URL it is left unchanged).
 """
 
 

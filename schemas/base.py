@@ -26,7 +26,7 @@ from schemas.errors import MAX_NAME_BYTES, MAX_PATH_BYTES, MAX_PROBLEMS, ErrorCo
 
 
 class StrictModel(BaseModel):
-    """Immutable model without type coercion and without unknown fields; NaN is serialized to JSON as `NaN`."""
+    """Immutable base model that refuses unknown fields and does not convert types. NaN is written to JSON as `NaN`."""
 
     model_config = ConfigDict(
         strict=True, frozen=True, extra="forbid", allow_inf_nan=False, ser_json_inf_nan="constants"
@@ -44,7 +44,7 @@ class StrictModel(BaseModel):
 
 
 class ShorthandModel(StrictModel):
-    """A section that a recipe may write as a plain string, which sets its main field.
+    """Base class of sections that a recipe may write as a plain string. The string sets the main field.
 
     Attributes:
         main_field: The name of the field that the string sets.
@@ -59,7 +59,7 @@ class ShorthandModel(StrictModel):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        """Add the plain string to the JSON schema, with the same allowed values as the main field."""
+        """Allow a plain string of `main_field`'s allowed values in the JSON schema, in place of the section."""
         reference = handler(core)
         section = handler.resolve_ref_schema(reference)
         main = section["properties"][cls.main_field]
@@ -107,13 +107,14 @@ class Problem:
 
 
 def list_problems(error: ValidationError) -> list[Problem]:
-    """Return the problems of a failed validation, each once, in the order of the fields.
+    """Return the problems of a failed validation, in the order of the fields.
 
     Args:
         error: The error that pydantic raised.
 
     Returns:
-        All problems. A list that is too short only because its items are wrong is not a problem of its own.
+        All problems. Pydantic also reports a list as too short when its items are invalid; that second error is left
+        out.
     """
     details = error.errors(include_url=False)
     locations = [detail["loc"] for detail in details]
@@ -160,8 +161,8 @@ def parse_json(schema: type[Schema], text: str | bytes, source: object, advice: 
     Args:
         schema: The model of the content.
         text: The JSON.
-        source: Where the JSON comes from, for the error message.
-        advice: What to do if the JSON is damaged, for the error message.
+        source: The file or object that contains the JSON, for the error message.
+        advice: The advice to the user if the JSON is damaged, for the error message.
 
     Returns:
         The validated content.
@@ -176,7 +177,7 @@ def parse_json(schema: type[Schema], text: str | bytes, source: object, advice: 
         reason = "; ".join(
             ": ".join(filter(None, (".".join(map(str, detail["loc"])), detail["msg"]))) for detail in details
         )
-        message = f"{source}: found a damaged file ({reason}), expected it as it was written; {advice}"
+        message = f"{source}: found a damaged file ({reason}), expected an unchanged one; {advice}"
         raise InputError(message, code=ErrorCode.UNREADABLE) from error
 
 
@@ -210,7 +211,7 @@ def _message(detail: Any) -> str:
         return f"{field}: found nothing, expected a value"
     if kind in ("int_type", "float_type") and isinstance(value, str):
         if _NUMBER.fullmatch(value):
-            return f"{field}: found {_shorten(value)} in quotes, which make it a text, expected a number without them"
+            return f"{field}: found {_shorten(value)} in quotes, expected a number without quotes"
         if _DECIMAL_COMMA.fullmatch(value):
             return f"{field}: found {_shorten(value)}, expected a decimal point: {value.replace(',', '.')}"
     if kind == "int_type" and isinstance(value, float) and value.is_integer():
@@ -221,7 +222,7 @@ def _message(detail: Any) -> str:
     if kind.startswith(("greater_", "less_")):
         expected = f"a value {expected}"
     if kind == "string_pattern_mismatch" and (match := _CHARACTERS_PATTERN.fullmatch(context["pattern"])):
-        expected = f"nothing but letters, digits and any of {match[1]}"
+        expected = f"only letters, digits and any of {match[1]}"
     hint = did_you_mean(str(value), re.findall(r"'([^']*)'", expected)) if kind == "literal_error" else ""
     return f"{field}: found {'nothing' if value is None else _shorten(value)}, expected {expected}{hint}"
 
@@ -229,8 +230,8 @@ def _message(detail: Any) -> str:
 _CODES = {"unknown_field": ErrorCode.UNKNOWN_NAME, "missing": ErrorCode.MISSING_VALUE}
 # Pydantic's messages use Python's type names. Readers of a recipe know YAML's.
 _EXPECTED = {
-    "tuple_type": "a list", "list_type": "a list", "dict_type": "fields, each with its value",
-    "model_type": "fields, each with its value", "model_attributes_type": "fields, each with its value",
+    "tuple_type": "a list", "list_type": "a list", "dict_type": "a mapping of fields to values",
+    "model_type": "a mapping of fields to values", "model_attributes_type": "a mapping of fields to values",
     "bool_type": "true or false",
 }  # fmt: skip
 _PYDANTIC_PHRASES = re.compile(r"^\w+ should (?:be|have|match) | after validation, not \d+$")
@@ -256,7 +257,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 def string_to_list(value: Any) -> Any:
-    """Wrap a single string in a list, for fields that accept one or several strings."""
+    """Convert a single string to a list, for fields that accept one or several strings."""
     return [value] if isinstance(value, str) else value
 
 
@@ -287,8 +288,8 @@ def expand_path(location: str, root: Path | None = None) -> str:
         name = match[1] or match[2]
         if name not in os.environ and not is_url:
             raise ValueError(
-                f"found {_shorten(location)}, in which the environment variable {name} is not set, expected one that "
-                "is, or the path itself"
+                f"found {_shorten(location)}, but the environment variable {name} is not set; set it, or write "
+                "the path without it"
             )
         return os.environ.get(name, match[0])
 
@@ -304,8 +305,8 @@ def resolve_location(location: str, info: ValidationInfo) -> str:
 
     Args:
         location: A path, a pattern of paths, or a URL.
-        info: The validation's info. Its context may have `root`, the folder that relative paths are relative to.
-            Without a root, nothing is expanded.
+        info: Pydantic's information about the validation. Its context may contain `root`, the folder that relative
+            paths are relative to. Without a root, nothing is expanded.
 
     Returns:
         The URL, or the absolute path.
@@ -324,7 +325,7 @@ def resolve_location(location: str, info: ValidationInfo) -> str:
         return location
     too_long = any(len(part.encode()) > MAX_NAME_BYTES for part in Path(location).parts)
     if too_long or len(location.encode()) > MAX_PATH_BYTES:
-        raise ValueError(f"found {_shorten(location)}, expected a path that a file system can hold")
+        raise ValueError(f"found {_shorten(location)}, expected a path that a file system accepts")
     return location if root is None else str(Path(root) / location)
 
 

@@ -1,4 +1,4 @@
-"""The recipe sections `compute` and `tracking`: where an experiment runs and is recorded; not part of its identity."""
+"""The recipe sections `compute` and `tracking`: where an experiment runs and where it is recorded."""
 
 from typing import Annotated, Literal
 
@@ -22,7 +22,8 @@ Saving = Literal["auto", "always", "never"]
 class Savings(StrictModel):
     """Optimisations of a training step that do not change its results.
 
-    auto: if the model supports it; always: a model that does not support it is an error; never: disabled.
+    `auto` enables an optimisation if the model supports it. `always` enables it; a model that does not support it is an
+    error. `never` disables it.
     """
 
     context_cut: Saving = Field("auto", description="Truncate the context to the longest prompt of the batch")
@@ -31,7 +32,7 @@ class Savings(StrictModel):
     )
     pooled_row: Saving = Field("auto", description="Compute the last block of a tower for the pooled token only")
     used_embeddings: Saving = Field("auto", description="Update only the token embeddings that prompts use")
-    one_pass: bool = Field(True, description="One forward pass of the student for task and distilled images")
+    one_pass: bool = Field(True, description="One forward pass of the student for task and distillation images")
     multi_tensor: bool = Field(True, description="Multi-tensor kernels for averages and consolidation")
     fused_optimizer: bool = Field(True, description="Fused AdamW kernel")
 
@@ -39,7 +40,7 @@ class Savings(StrictModel):
     def _check_packed_prompts(self) -> "Savings":
         if self.packed_prompts == "always" and self.context_cut == "never":
             raise InputError(
-                "packed_prompts is always with context_cut never, expected auto: packed prompts are cut",
+                "packed_prompts=always needs context_cut, which is never. Set context_cut or packed_prompts to auto",
                 code=ErrorCode.CONFLICT,
                 field="packed_prompts",
             )
@@ -47,7 +48,7 @@ class Savings(StrictModel):
 
 
 class Checkpoint(StrictModel):
-    """How often a stage is checkpointed; the end of a stage is always saved."""
+    """Intervals between checkpoints within a stage. The end of a stage is always saved."""
 
     every_minutes: PositiveFloat = Field(10.0, description="Minutes between checkpoints within a stage")
     every_steps: PositiveInt | None = Field(None, description="Also save a checkpoint every N steps of a stage")
@@ -70,7 +71,7 @@ class Compute(StrictModel):
     cpus_per_worker: PositiveFloat = Field(1.0, description="CPU cores that Ray reserves per worker")
     gpus_per_worker: PositiveFloat = Field(1.0, description="GPUs per worker; fractions share a GPU")
     loader_processes: NonNegativeInt = Field(
-        0, description="Processes per worker that read and decode images; 0: the worker itself does"
+        0, description="Processes per worker that read and decode images; 0: the worker reads and decodes them itself"
     )
     storage: Location | None = Field(
         None,
@@ -84,20 +85,21 @@ class Compute(StrictModel):
         512, description="Memory per worker for decoded training images, so that small tasks are decoded once"
     )
     max_broken_share: Share = Field(
-        0.01, description="Share of a set's samples that may be unusable; they are skipped and reported"
+        0.01,
+        description="Fraction of a dataset's samples that may be unusable; these are skipped and reported",
     )
     evaluation_batch_size: PositiveInt = Field(256, description="Test images per forward pass of a worker")
     evaluation: Literal["inline", "overlapped"] = Field(
         "inline",
         description="overlapped: a separate Ray task with a worker's resources measures a row of the matrix while "
-        "the next stage trains; the same matrix",
+        "the next stage trains; the results are the same",
     )
     checkpoint: Checkpoint = Field(Checkpoint(), description="How often the current stage is saved")
     snapshots_every: PositiveInt | None = Field(
         None, description="Save the weights every N steps of a stage, for `zscl average`; each snapshot is a full model"
     )
     max_failures: NonNegativeInt = Field(
-        3, description="Consecutive restarts of a failed worker group without progress"
+        3, description="Maximum number of consecutive restarts of a failed worker group without progress"
     )
     hang_minutes: PositiveFloat = Field(
         30.0, description="Timeout for a worker that does not respond or does not join a collective"
@@ -108,12 +110,12 @@ class Compute(StrictModel):
     )
     teacher_features: Literal["auto", "ahead", "as_met", "never"] = Field(
         "auto",
-        description="Cache of the initial model's features of the distilled images: all computed ahead of training, or "
-        "stored when an image is first used, or never stored; auto: ahead if the run uses nearly all images, "
-        "else as_met",
+        description="Cache of the initial model's features of the distillation images. ahead: all are computed before "
+        "training; as_met: the features of an image are stored when it is first used; never: no features are stored; "
+        "auto: ahead if the run uses nearly all images, else as_met",
     )
     savings: Savings = Field(Savings(), description="Optimisations of a training step that do not change its results")
-    deterministic: bool = Field(True, description="GPU: use deterministic kernels; CPU kernels always are")
+    deterministic: bool = Field(True, description="Use deterministic GPU kernels; CPU kernels are always deterministic")
     images_at_once: PositiveInt | None = Field(
         None,
         description="Gradient accumulation: images per forward pass of the student, recomputed in the backward pass; "
@@ -129,7 +131,7 @@ class Compute(StrictModel):
     def _check_storage_url(cls, storage: str | None) -> str | None:
         if storage is not None and "://" not in storage:
             raise ValueError(
-                f"found {storage}, expected a URL such as s3://BUCKET/runs; --out gives a folder that all nodes see"
+                f"found {storage}, expected a URL such as s3://BUCKET/runs; for a folder that all nodes see, use --out"
             )
         return storage
 
@@ -137,14 +139,14 @@ class Compute(StrictModel):
     def _check_elastic_workers(self) -> "Compute":
         if self.min_workers is not None and self.min_workers > self.workers:
             raise InputError(
-                f"min_workers is {self.min_workers}, expected at most the {self.workers} workers",
+                f"min_workers is {self.min_workers}, expected at most workers, which is {self.workers}",
                 code=ErrorCode.INVALID_VALUE,
                 field="min_workers",
             )
         if self.evaluation == "overlapped" and self.min_workers not in (None, self.workers):
             raise InputError(
-                "evaluation is overlapped with min_workers, expected inline: an elastic group takes the resources that "
-                "the evaluation needs",
+                "evaluation=overlapped cannot be used with min_workers, because an elastic group takes the resources "
+                "that the evaluation needs. Set evaluation to inline, or remove min_workers",
                 code=ErrorCode.CONFLICT,
                 field="evaluation",
             )
@@ -152,7 +154,7 @@ class Compute(StrictModel):
 
 
 def _expand_store_path(uri: str) -> str:
-    """Expand `~` and variables in the path of a local store; passwords in the URI of a server may contain a `$`."""
+    """Expand `~` and variables in the path of a local store. Other URIs may contain `$` in a password."""
     scheme, separator, path = uri.partition(":///")
     return f"{scheme}{separator}{expand_path(path)}" if separator and scheme in ("sqlite", "file") else uri
 
@@ -165,5 +167,5 @@ class Tracking(StrictModel):
     )
     experiment: str = Field("zscl", min_length=1, description="MLflow experiment of the run")
     models: Literal["all", "last", "none"] = Field(
-        "all", description="Stages whose models are copied to MLflow; models of a search's trials are not"
+        "all", description="Stages whose models are copied to MLflow; models of search trials are never copied"
     )

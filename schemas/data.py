@@ -11,18 +11,18 @@ from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, Posi
 from schemas.base import Location, ShorthandModel, TupleOf, string_to_list
 from schemas.errors import ErrorCode, InputError
 
-# Names of the other columns of a comparison, which has one column per task.
+# Names that a task cannot have: a comparison has these columns and one column per task.
 RESERVED_NAMES = (
     "method", "seed", "run", "transfer", "avg", "last", "forgetting", "backward_transfer", "forward_transfer",
 )  # fmt: skip
 
 
 _NAME = re.compile(r"^[A-Za-z0-9_.-]*$")
-MAX_TASK_NAME_LENGTH = 100  # characters: stages' folders and metrics are named after tasks
+MAX_TASK_NAME_LENGTH = 100  # characters: folders of stages and names of metrics contain the task's name
 
 
 def default_task_name(path: str) -> str:
-    """Derive a task's name from its folder: other characters than letters, digits, `_`, `.` and `-` become `-`.
+    """Derive a task's name from its folder. Characters other than letters, digits, `_`, `.` and `-` become `-`.
 
     Args:
         path: The task's folder or URL.
@@ -45,7 +45,7 @@ def default_task_name(path: str) -> str:
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", without_accents).strip("-")[:MAX_TASK_NAME_LENGTH]
     if not name:
         raise InputError(
-            f"found the folder {folder!r}, which makes no task's name, expected name: in addition to path:",
+            f"no task name can be derived from the folder {folder!r}; add name: to the task",
             code=ErrorCode.MISSING_VALUE,
             field="name",
         )
@@ -53,7 +53,10 @@ def default_task_name(path: str) -> str:
 
 
 class Task(ShorthandModel):
-    """One task of the sequence: a folder in the layout of CLIP_benchmark. A path alone is a shorthand."""
+    """One task of the sequence: a folder in the layout of CLIP_benchmark.
+
+    A plain string in place of the section is the path.
+    """
 
     main_field: ClassVar[str] = "path"
 
@@ -62,14 +65,14 @@ class Task(ShorthandModel):
     )
     name: str = Field(
         "",
-        description="Default: the folder's name, with - in place of characters that a name may not have",
+        description="Default: the folder's name, with - in place of characters that are not allowed",
         pattern=_NAME.pattern,
         max_length=MAX_TASK_NAME_LENGTH,
     )
     learning_rate: PositiveFloat | None = Field(None, description="Overrides optimisation.learning_rate in this stage")
     steps: PositiveInt | None = Field(None, description="Overrides optimisation.steps in this stage")
     classes: TupleOf[NonNegativeInt] | None = Field(
-        None, min_length=1, description="Only these labels of the folder, in this order; default: all"
+        None, min_length=1, description="Labels of the folder's classes to learn, in this order; default: all"
     )
     shots: PositiveInt | None = Field(
         None, description="Train on this many images of each class, drawn with the recipe's seed; default: all"
@@ -86,7 +89,10 @@ class Task(ShorthandModel):
 
 
 class ClassIncremental(ShorthandModel):
-    """A dataset whose classes are learnt in groups, one per stage, with one head. A path alone is a shorthand."""
+    """A dataset whose classes are learnt in groups, one per stage, with one head.
+
+    A plain string in place of the section is the path.
+    """
 
     main_field: ClassVar[str] = "path"
 
@@ -105,7 +111,7 @@ class ClassIncremental(ShorthandModel):
     def _check_template(self) -> "ClassIncremental":
         if self.template is not None and "{c}" not in self.template:
             raise InputError(
-                f"found the template {self.template!r}, expected a {{c}} for the class name in it",
+                f"found the template {self.template!r}, expected one with {{c}} for the class name",
                 code=ErrorCode.INVALID_VALUE,
                 field="template",
             )
@@ -113,7 +119,10 @@ class ClassIncremental(ShorthandModel):
 
 
 class Reference(ShorthandModel):
-    """The reference set: unlabelled images and unpaired texts. The path of a folder with both is a shorthand."""
+    """The reference set: unlabelled images and unpaired texts.
+
+    A plain path in place of the section means a folder with both.
+    """
 
     main_field: ClassVar[str] = "images"
 
@@ -126,11 +135,11 @@ class Reference(ShorthandModel):
         description="Caption file: one caption per line, or TSV, CSV, JSON with one column or key of captions; "
         "default: captions.txt or the .txt members in the images' folder",
     )
-    max_texts: PositiveInt | None = Field(None, description="Use only this many texts, the first ones")
+    max_texts: PositiveInt | None = Field(None, description="Use only the first N texts; default: all")
 
 
 def check_task_names(tasks: tuple[Task, ...]) -> None:
-    """Check that names are unique and not reserved: rows, stages and metrics are named after tasks.
+    """Check that names are unique and not reserved, because rows, stages and metrics are named after tasks.
 
     Args:
         tasks: The tasks of a recipe.
@@ -142,7 +151,7 @@ def check_task_names(tasks: tuple[Task, ...]) -> None:
     for name in names:
         if name in RESERVED_NAMES:
             raise InputError(
-                f"tasks: found the name {name!r}, expected another: comparisons have a column of it",
+                f"tasks: the name {name!r} is reserved for a column of comparisons. Rename the task",
                 code=ErrorCode.INVALID_VALUE,
                 field="tasks",
             )
@@ -154,7 +163,7 @@ def check_task_names(tasks: tuple[Task, ...]) -> None:
             )
         if names.count(name) > 1:
             raise InputError(
-                f"tasks: found the name {name!r} twice, expected every task to have its own",
+                f"tasks: found the name {name!r} twice, expected different names",
                 code=ErrorCode.DUPLICATE,
                 field="tasks",
             )

@@ -24,7 +24,7 @@ Reason = Literal[
 
 
 class ManifestShard(BaseModel):
-    """A shard in a manifest; fields of later versions are ignored."""
+    """A shard in a manifest. Unknown fields, which later versions may add, are ignored."""
 
     file: str
     samples: NonNegativeInt
@@ -33,7 +33,7 @@ class ManifestShard(BaseModel):
 
 
 class Manifest(BaseModel):
-    """The checked content of `zscl.json`; fields of later versions are ignored."""
+    """The content of `zscl.json` that is checked. Unknown fields, which later versions may add, are ignored."""
 
     splits: dict[str, list[ManifestShard]]
 
@@ -80,10 +80,10 @@ class UnreadableSample(StrictModel):
 
 
 class UnreadableSamples(StrictModel):
-    """Samples that training cannot use."""
+    """The samples that training cannot use: their number, the reasons and the first of them."""
 
     samples: NonNegativeInt
-    reasons: dict[Reason, int] = Field(description="A sample with a broken image and no label counts in both")
+    reasons: dict[Reason, int] = Field(description="Samples by reason; a sample may count for several reasons")
     first: TupleOf[UnreadableSample]
 
 
@@ -103,7 +103,7 @@ class DuplicatePair(StrictModel):
 
 
 class Duplicates(StrictModel):
-    """Repeated images, each paired with the first one of the same bytes (train comes before test)."""
+    """Repeated images. Each is paired with the first image that has the same bytes; train comes before test."""
 
     pairs: NonNegativeInt
     of_other_label: NonNegativeInt = Field(description="Pairs with different labels")
@@ -141,7 +141,7 @@ class DatasetReport(StrictModel):
     path: str
     splits: TupleOf[SplitFinding]
     shards: TupleOf[ShardFinding]
-    manifest: bool = Field(description="Whether there is a manifest with which the shards were compared")
+    manifest: bool = Field(description="Whether the shards were compared with a manifest")
     unreadable: UnreadableSamples
     between_splits: Duplicates = Field(description="Test images that are also training images")
     within_splits: Duplicates

@@ -7,20 +7,23 @@ from enum import StrEnum
 
 from schemas.redaction import mask
 
-MAX_PROBLEMS = 20  # in one message
+MAX_PROBLEMS = 20  # problems in one message
 MAX_LINE_LENGTH = 2_000  # characters of a message's line
 MAX_PATH_BYTES = 4_000  # bytes that a file system accepts
 MAX_NAME_BYTES = 255  # bytes of one part of a path
 
 
 class ErrorCode(StrEnum):
-    """Stable codes of `InputError`: what kind of mistake it is, whatever the wording of the message."""
+    """Stable codes of `InputError`.
+
+    A code names the kind of mistake and does not change if the message is reworded.
+    """
 
     INVALID_VALUE = "invalid-value"  # a value of the wrong type, or outside the allowed values
     UNKNOWN_NAME = "unknown-name"  # a field, option, class, task, model or dataset of that name does not exist
     MISSING_VALUE = "missing-value"  # a required setting, option or column is absent
     CONFLICT = "conflict"  # settings or options that exclude each other
-    UNUSED_SETTING = "unused-setting"  # a setting that nothing would read
+    UNUSED_SETTING = "unused-setting"  # a setting that has no effect
     DUPLICATE = "duplicate"  # a name, label or file that must be unique occurs more than once
     NOT_FOUND = "not-found"  # a file, folder, shard, run or remote object does not exist
     EMPTY = "empty"  # a file, folder, split or set without usable content
@@ -50,7 +53,7 @@ class InputError(ValueError):
     and recorded unchanged.
 
     Attributes:
-        code: What kind of mistake it is. Codes are stable; the wording of messages is not.
+        code: The kind of mistake.
         field: The recipe's field or the option that is wrong, if there is one.
     """
 
@@ -59,7 +62,7 @@ class InputError(ValueError):
 
         Args:
             message: The message; it may have several lines.
-            code: What kind of mistake it is.
+            code: The kind of mistake.
             field: The recipe's field or the option that is wrong.
         """
         self.code, self.field = code, field
@@ -71,7 +74,7 @@ class InputError(ValueError):
 
 
 def _shorten_line(line: str) -> str:
-    """Cut the middle out of a line that is longer than `MAX_LINE_LENGTH`."""
+    """Replace the middle of a line by … if the line is longer than `MAX_LINE_LENGTH`."""
     if len(line) <= MAX_LINE_LENGTH:
         return line
     return f"{line[: MAX_LINE_LENGTH * 2 // 3]} … {line[-MAX_LINE_LENGTH // 3 :]}"
@@ -98,7 +101,7 @@ def shell_command(*words: object) -> str:
 
 
 def one_line(error: object) -> str:
-    """Format an error's full message as one line; the name of its class if the message is empty."""
+    """Format an error's message as one line. An empty message is replaced by the name of the error's class."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -110,7 +113,7 @@ def did_you_mean(name: str, candidates: Iterable[str]) -> str:
         candidates: The names that exist.
 
     Returns:
-        `; did you mean 'CANDIDATE'?`, or nothing if no candidate is similar.
+        `; did you mean 'CANDIDATE'?`; an empty string if no candidate is similar.
     """
     nearest = get_close_matches(name, candidates, n=1)
     return f"; did you mean '{nearest[0]}'?" if nearest else ""
@@ -135,5 +138,5 @@ def format_names(names: Sequence[str], singular: str, plural: str = "") -> str:
 
 
 def format_count(number: int, singular: str, plural: str = "") -> str:
-    """Format a number and its noun, which is `plural`, or `singular` with an s, unless the number is 1."""
+    """Format a number and its noun: `1 shard`, `2 shards`. The default plural is `singular` with an s."""
     return f"{number} {singular if number == 1 else plural or singular + 's'}"

@@ -12,7 +12,7 @@ PROTOCOLS: tuple[Protocol, ...] = ("task-aware", "task-agnostic")
 
 
 class ConfusionCount(StrictModel):
-    """One cell of the confusion matrix: test images of one class for which the model predicted a class."""
+    """One cell of the confusion matrix: the number of images of class `true` that were classified as `predicted`."""
 
     true: str
     predicted: str
@@ -20,7 +20,7 @@ class ConfusionCount(StrictModel):
 
 
 class ConfidenceBin(StrictModel):
-    """One bin of the calibration error: images whose confidence lies in one of equal intervals of [0, 1]."""
+    """One bin of the calibration error: the images whose confidence is in one interval of [0, 1]."""
 
     images: NonNegativeInt
     confidence: float = Field(description="Mean confidence; 0 without images")
@@ -28,7 +28,7 @@ class ConfidenceBin(StrictModel):
 
 
 class TaskEvaluation(StrictModel):
-    """One model on one task under one protocol; accuracies are fractions."""
+    """Evaluation of one model on one task under one protocol. Accuracies are fractions."""
 
     task: str
     protocol: Protocol
@@ -48,7 +48,7 @@ class TaskEvaluation(StrictModel):
 
 
 class ModelEvaluation(StrictModel):
-    """One model on all tasks and suites."""
+    """Evaluation of one model on all tasks and suites."""
 
     model: RedactedStr
     stage: NonNegativeInt | None = Field(None, description="Stage of a run; 0 is the initial model")
@@ -63,7 +63,7 @@ class EvaluationReport(StrictModel):
     suites: TupleOf[str] = Field(description="Additional tasks, each evaluated among its own classes")
     templates: Literal["all", "first"]
     held_out: bool = Field(
-        description="Tasks are evaluated on held-out training images, as in the run; suites always on test images"
+        description="Whether the tasks were evaluated on held-out training images; suites always use test images"
     )
     models: TupleOf[ModelEvaluation]
     figures: dict[Protocol, Metrics] = Field(
@@ -74,18 +74,21 @@ class EvaluationReport(StrictModel):
 
 
 class ReplayedAverage(StrictModel):
-    """The accuracy of a stage's model for one averaging setting and anchor share; accuracies are fractions."""
+    """Accuracy of a stage's model for one averaging setting and one interpolation weight of the anchor model.
+
+    Accuracies are fractions.
+    """
 
     kind: Literal["none", "mean", "exponential"]
     every: PositiveInt | None = None
     decay: float | None = None
-    share: float = Field(0.0, description="Share of the anchor in the resulting weights")
-    merges: NonNegativeInt = Field(description="Models in the average")
+    share: float = Field(0.0, description="Interpolation weight of the anchor model")
+    merges: NonNegativeInt = Field(description="Number of models in the average")
     own: bool = Field(description="Whether this is the setting of the run's own method")
     accuracy: dict[str, float] = Field(description="Accuracy by task")
     trained: float = Field(description="Accuracy on the stage's task")
-    earlier: float | None = Field(description="Mean accuracy on the tasks before it")
-    later: float | None = Field(description="Mean accuracy on the tasks after it: the remaining zero-shot ability")
+    earlier: float | None = Field(description="Mean accuracy on the tasks before the stage's task")
+    later: float | None = Field(description="Mean zero-shot accuracy on the tasks after the stage's task")
 
 
 class ReplayedAverages(StrictModel):
@@ -95,5 +98,5 @@ class ReplayedAverages(StrictModel):
     task: str
     snapshots_every: PositiveInt
     anchor: Literal["stage_start", "initial"]
-    start: dict[str, float] = Field(description="Accuracy of the stage's start by task")
+    start: dict[str, float] = Field(description="Accuracy by task of the model at the stage's start")
     tried: TupleOf[ReplayedAverage]

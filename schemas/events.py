@@ -9,7 +9,7 @@ from schemas.results import RedactedStr, StageResult, StepLosses
 
 
 class StageStarted(StrictModel):
-    """Stage `stage`, counted from 1, starts."""
+    """A stage starts. Stages are counted from 1."""
 
     event: Literal["stage_started"] = "stage_started"
     stage: int
@@ -18,7 +18,7 @@ class StageStarted(StrictModel):
 
 
 class StepsTaken(StrictModel):
-    """The steps since the previous event of this kind, of all workers together."""
+    """The training steps since the previous event of this kind. The numbers cover all workers."""
 
     event: Literal["steps_taken"] = "steps_taken"
     stage: int
@@ -30,8 +30,8 @@ class StepsTaken(StrictModel):
 class WorkerUse(StrictModel):
     """The resource usage of one worker since the previous event of this kind."""
 
-    images_per_second: float = Field(description="Throughput of this worker, task and distilled images")
-    loader_wait_share: float = Field(description="Share of the time spent waiting for images to be read and decoded")
+    images_per_second: float = Field(description="Throughput of this worker, task and distillation images")
+    loader_wait_share: float = Field(description="Fraction of the time spent waiting for images to be read and decoded")
     cpu_cores: float = Field(description="Average number of busy CPU cores, without loader processes")
     memory_megabytes: float = Field(description="Resident memory")
     gpu_memory_megabytes: float | None = Field(None, description="GPU memory that PyTorch has reserved")
@@ -72,7 +72,7 @@ class RowMeasured(StrictModel):
 
 
 class ImagesEmbedded(StrictModel):
-    """Progress of computing the teacher's features of the distilled images ahead of training."""
+    """Progress of computing the teacher's features of the distillation images before training."""
 
     event: Literal["images_embedded"] = "images_embedded"
     done: NonNegativeInt
@@ -87,7 +87,7 @@ class RunStarted(StrictModel):
 
 
 class CheckpointWritten(StrictModel):
-    """A checkpoint was written, from which the stage can resume after `steps` steps."""
+    """A checkpoint was written. The stage can resume from it, after `steps` finished steps."""
 
     event: Literal["checkpoint_written"] = "checkpoint_written"
     stage: int

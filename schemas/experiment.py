@@ -31,7 +31,7 @@ def _resolve_weights_file(tag_or_file: str, info: ValidationInfo) -> str:
 
 
 class Model(ShorthandModel):
-    """An open_clip model. A name alone is a shorthand."""
+    """An open_clip model. A plain string in place of the section is the name."""
 
     main_field: ClassVar[str] = "name"
 
@@ -48,14 +48,14 @@ class Model(ShorthandModel):
         self_contained = self.name == "embedded" or self.name.startswith((LOCAL_MODEL, "hf-hub:"))
         if self_contained and self.pretrained:
             raise InputError(
-                f"'{self.name}' brings its weights, expected no pretrained with it",
+                f"'{self.name}' includes its weights; remove pretrained",
                 code=ErrorCode.CONFLICT,
                 field="pretrained",
             )
         if not self_contained and not self.pretrained:
             raise InputError(
-                f"found no pretrained for '{self.name}', expected the weights that open_clip has for it (openai, "
-                "laion2b_s34b_b88k, …) or a file of them" + did_you_mean(self.name, ["embedded"]),
+                f"found no pretrained for '{self.name}', expected the tag of open_clip's weights (openai, "
+                "laion2b_s34b_b88k, …) or a weights file" + did_you_mean(self.name, ["embedded"]),
                 code=ErrorCode.MISSING_VALUE,
                 field="pretrained",
             )
@@ -88,7 +88,7 @@ class Optimisation(StrictModel):
 class HeldOut(StrictModel):
     """A part of every task's training images, drawn per class, that is not used for training."""
 
-    share: float = Field(0.2, gt=0, lt=1, description="Share of each class's training images")
+    share: float = Field(0.2, gt=0, lt=1, description="Fraction of each class's training images")
     seed: NonNegativeInt = Field(0, description="Seed of the draw; runs with the same seed hold out the same images")
     judged_on: Literal["held_out", "test"] = Field(
         "held_out",
@@ -97,9 +97,12 @@ class HeldOut(StrictModel):
 
 
 class Evaluation(StrictModel):
-    """Top-1 accuracy on each task's test split, among that task's classes."""
+    """Settings of the evaluation.
 
-    templates: Literal["all", "first"] = Field("all", description="Which templates are averaged into a class embedding")
+    It measures top-1 accuracy on each task's test split, among the classes of that task.
+    """
+
+    templates: Literal["all", "first"] = Field("all", description="Templates that are averaged into a class embedding")
     held_out: HeldOut | None = Field(None, description="Hold out a part of the training images, to evaluate on it")
 
 
@@ -117,7 +120,7 @@ class Experiment(StrictModel):
     class_incremental: ClassIncremental | None = Field(
         None, description="Instead of tasks: one dataset, one group of its classes per stage"
     )
-    reference: Reference | None = Field(None, description="Images and texts for distillation, of any kind")
+    reference: Reference | None = Field(None, description="Images and texts for distillation")
     method: Method = Field(description="Loss terms, weight averaging and exemplars")
     optimisation: Optimisation = Field(Optimisation(), description="Steps, batches and AdamW")
     evaluation: Evaluation = Field(Evaluation(), description="How the accuracy matrix is measured")
@@ -131,7 +134,7 @@ class Experiment(StrictModel):
         if self.method.needs_reference and self.reference is None:
             part = "distill" if self.method.distill else "task_loss.negatives"
             raise InputError(
-                f"method.{part} needs reference (images and texts to distil on), found none",
+                f"method.{part} needs reference (images and texts), found none",
                 code=ErrorCode.MISSING_VALUE,
                 field="reference",
             )
@@ -167,8 +170,8 @@ class Experiment(StrictModel):
             for task in self.tasks:
                 if task.path != self.class_incremental.path or task.classes is None:
                     raise InputError(
-                        f"tasks: found '{task.name}' with class_incremental, expected one or the other: the stages "
-                        "are cut from the dataset",
+                        f"tasks cannot be used with class_incremental, which makes the stages from its dataset (found "
+                        f"the task '{task.name}'). Remove one of them",
                         code=ErrorCode.CONFLICT,
                         field="tasks",
                     )
@@ -177,21 +180,21 @@ class Experiment(StrictModel):
         distill = self.method.distill
         if distill and distill.prompts_of == "others" and len(self.tasks) == 1:
             raise InputError(
-                "method.distill.prompts_of is others, but there is only one task, expected more of them",
+                "method.distill.prompts_of=others needs several tasks, found one",
                 code=ErrorCode.CONFLICT,
                 field="method.distill.prompts_of",
             )
         if distill and distill.similarity_weight and self.optimisation.reference_batch_size < 2:
             raise InputError(
-                "optimisation.reference_batch_size is 1 with method.distill.similarity_weight above 0, expected at "
-                "least 2: images are compared with each other",
+                "optimisation.reference_batch_size is 1, expected at least 2, because "
+                "method.distill.similarity_weight compares the images of a batch with each other",
                 code=ErrorCode.INVALID_VALUE,
                 field="optimisation.reference_batch_size",
             )
 
     def _check_savings(self) -> None:
         reason = (
-            "the unused embeddings decay, too (optimisation.weight_decay)"
+            "optimisation.weight_decay changes the unused embeddings, too"
             if self.optimisation.weight_decay
             else "the text tower is not trained"
             if self.method.train == "image_tower"
@@ -207,8 +210,8 @@ class Experiment(StrictModel):
         is_reusable = distill and distill.teacher == "initial" and distill.images in ("reference", "task")
         if self.compute.teacher_features == "ahead" and distill and not is_reusable:
             raise InputError(
-                "compute.teacher_features is ahead, expected auto: no other stage or run can reuse the features of a "
-                "teacher that is not the initial model, of exemplars or of noise",
+                "compute.teacher_features is ahead, expected auto: other stages and runs can reuse only the initial "
+                "model's features of reference or task images",
                 code=ErrorCode.CONFLICT,
                 field="compute.teacher_features",
             )
@@ -219,7 +222,7 @@ class Experiment(StrictModel):
         every = self.method.average.every if self.method.average else 0
         return [
             f"method.average.every is {every}, but stage '{task.name}' has {self.stage_steps(task)} steps: its "
-            "model is the mean of its start and its first step; expected fewer, for example "
+            "model is the mean of its start and its first step; expected a smaller value, for example "
             f"{max(1, self.stage_steps(task) // 10)}"
             for task in self.tasks
             if self.stage_steps(task) < every
@@ -242,9 +245,9 @@ class Experiment(StrictModel):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Training settings other than the method's, by dotted path: a comparison of methods holds them constant.
+        """Training settings other than those of the method, by dotted path. Comparisons of methods hold them constant.
 
-        Settings that this method does not read are excluded.
+        Settings that this method does not use are excluded.
         """
         if self.method.task_loss is None:
             return {}
@@ -261,7 +264,7 @@ class Experiment(StrictModel):
         return settings
 
     def fingerprint(self, digests: Mapping[str, str]) -> str:
-        """Hash everything that the results depend on: not the name, where the experiment runs or where it is recorded.
+        """Return a hash of everything that the results depend on. Name, `compute` and `tracking` are excluded.
 
         Args:
             digests: Content hashes of the inputs, see `identity`.
@@ -275,7 +278,7 @@ class Experiment(StrictModel):
     def identity(self, digests: Mapping[str, str]) -> dict[str, Any]:
         """Return everything that the results depend on, with the version of the algorithm.
 
-        Settings that this method does not read and the method's name are excluded.
+        The method's name and settings that the method does not use are excluded.
 
         Args:
             digests: The content hash of each input, by its location in the recipe: a task's path, the model's name, a
@@ -286,7 +289,7 @@ class Experiment(StrictModel):
         """
         identity = self.model_dump(mode="json", exclude={"name", "compute", "tracking"})
         identity["algorithm"] = algorithm_version()
-        for label in ("name", "preset"):  # a preset and the same parts without a preset compute the same
+        for label in ("name", "preset"):  # a preset and its parts without a preset have the same results
             del identity["method"][label]
         identity["model"] = digests[self.model.name]
         identity["optimisation"]["warmup_steps"] = self.warmup_steps

@@ -25,13 +25,13 @@ from schemas.errors import ErrorCode, InputError
 
 
 def check_setting_used(part: StrictModel, field: str, is_used: bool, requirement: str) -> None:
-    """Refuse a setting that has no effect in the given combination, because its author expects an effect.
+    """Raise an error if a setting differs from its default but has no effect.
 
     Args:
         part: The section that has the setting.
         field: The setting's name.
         is_used: Whether the setting has an effect.
-        requirement: What the recipe must also contain for the setting to have an effect, for the message.
+        requirement: The setting that must be in the recipe, too, for the message.
 
     Raises:
         InputError: The setting has no effect, and differs from its default.
@@ -39,7 +39,7 @@ def check_setting_used(part: StrictModel, field: str, is_used: bool, requirement
     value = getattr(part, field)
     if not is_used and value != type(part).model_fields[field].default:
         raise InputError(
-            f"found {field} {value!r}, which nothing reads, expected {requirement} with it",
+            f"{field}={value} has no effect without {requirement}",
             code=ErrorCode.UNUSED_SETTING,
             field=field,
         )
@@ -48,7 +48,7 @@ def check_setting_used(part: StrictModel, field: str, is_used: bool, requirement
 class TaskLoss(StrictModel):
     """Cross-entropy over the current task's class prompts (paper, section 3; method step 1)."""
 
-    label_smoothing: float = Field(0.2, ge=0, lt=1, description="Share of the target spread over all classes")
+    label_smoothing: float = Field(0.2, ge=0, lt=1, description="Target probability that is spread over all classes")
     earlier_names: bool = Field(False, description="Add the earlier tasks' class prompts to the softmax")
     negatives: NonNegativeInt = Field(
         0, description="Number of random reference texts in the softmax, drawn once per stage"
@@ -62,7 +62,7 @@ class Distill(StrictModel):
         "initial",
         description="The model before the first stage, the model at the stage's start, or a blend of both",
     )
-    blend: float = Field(0.8, ge=0, le=1, description="Share of the stage's start in a blended teacher")
+    blend: float = Field(0.8, ge=0, le=1, description="Interpolation weight of the stage's start in a blended teacher")
     images: Literal["reference", "task", "exemplars", "noise"] = Field(
         "reference",
         description="The reference set, the current task's images, exemplars of the earlier tasks, or uniform noise",
@@ -71,14 +71,20 @@ class Distill(StrictModel):
         "reference", description="The reference set, prompts of class names, or random sentences"
     )
     prompts_of: Literal["current", "others", "all"] = Field(
-        "current", description="Whose class names: the current task's, the other tasks', or both"
+        "current", description="Class names of the current task, of the other tasks, or of all tasks"
     )
     random_texts: PositiveInt = Field(1000, description="Number of random sentences")
     random_length: PositiveInt = Field(10, description="Tokens in a random sentence")
-    image_weight: NonNegativeFloat = Field(1.0, description="Softmax over the texts, mean over the images")
-    text_weight: NonNegativeFloat = Field(1.0, description="Softmax over the images, mean over the texts")
-    similarity_weight: NonNegativeFloat = Field(0.0, description="Softmax over the pairwise similarities of the images")
-    feature_weight: NonNegativeFloat = Field(0.0, description="Mean squared error of the image features")
+    image_weight: NonNegativeFloat = Field(
+        1.0, description="Weight of the loss with a softmax over the texts, mean over the images"
+    )
+    text_weight: NonNegativeFloat = Field(
+        1.0, description="Weight of the loss with a softmax over the images, mean over the texts"
+    )
+    similarity_weight: NonNegativeFloat = Field(
+        0.0, description="Weight of the loss with a softmax over the pairwise similarities of the images"
+    )
+    feature_weight: NonNegativeFloat = Field(0.0, description="Weight of the mean squared error of the image features")
     temperature: PositiveFloat = Field(
         2.0, description="Temperature T of the softmaxes; their losses are multiplied by T²"
     )
@@ -86,7 +92,7 @@ class Distill(StrictModel):
     @model_validator(mode="after")
     def _check_unused_settings(self) -> "Distill":
         has_softmax = self.image_weight or self.text_weight or self.similarity_weight
-        check_setting_used(self, "temperature", bool(has_softmax), "another weight than feature_weight")
+        check_setting_used(self, "temperature", bool(has_softmax), "a weight other than feature_weight")
         check_setting_used(self, "blend", self.teacher == "blended", "teacher: blended")
         check_setting_used(self, "prompts_of", self.texts == "class_prompts", "texts: class_prompts")
         for field in ("random_texts", "random_length"):
@@ -97,7 +103,7 @@ class Distill(StrictModel):
     def _check_weights(self) -> "Distill":
         weights = [name for name in type(self).model_fields if name.endswith("_weight")]
         if not any(getattr(self, name) for name in weights):
-            raise ValueError(f"{', '.join(weights)} are all 0, expected one above 0 (or distill: null)")
+            raise ValueError(f"{', '.join(weights)} are all 0, expected at least one above 0, or distill: null")
         return self
 
 
@@ -115,7 +121,9 @@ class Average(StrictModel):
     every: PositiveInt = Field(100, description="Steps from one merge to the next")
     kind: Literal["mean", "exponential"] = Field("mean", description="Running mean, or exponential moving average")
     decay: float = Field(0.9, gt=0, lt=1, description="Weight of the old average in an exponential average's update")
-    start_share: float = Field(0.0, ge=0, lt=1, description="Share of the stage's start blended in after each merge")
+    start_share: float = Field(
+        0.0, ge=0, lt=1, description="Interpolation weight of the stage's start, applied after each merge"
+    )
 
     @model_validator(mode="after")
     def _check_unused_settings(self) -> "Average":
@@ -130,12 +138,12 @@ class Memory(StrictModel):
 
 
 class Merge(StrictModel):
-    """Interpolation of the weights with those of an anchor at the end of a stage (WiSE-FT)."""
+    """Interpolation of the weights with the weights of an anchor model at the end of a stage (WiSE-FT)."""
 
     anchor: Literal["stage_start", "initial"] = Field(
         "stage_start", description="The weights at the stage's start, or the initial model's"
     )
-    share: float = Field(0.2, gt=0, lt=1, description="Share of the anchor")
+    share: float = Field(0.2, gt=0, lt=1, description="Interpolation weight of the anchor")
 
 
 def _check_dotted_name(path: str) -> str:
@@ -145,7 +153,7 @@ def _check_dotted_name(path: str) -> str:
 
 
 class CustomLoss(ShorthandModel):
-    """A loss term from other code. The dotted name alone is a shorthand.
+    """A loss term from code outside this package. A plain string in place of the section is the dotted name.
 
     **The code that it names is executed.** At the start of a stage, it is called with a `zscl.extend.StageContext`
     and the settings, and returns a `zscl.extend.LossTerm`.
@@ -178,7 +186,10 @@ PARTS = ("distill", "consolidate", "average", "merge", "memory")
 
 
 class Method(ShorthandModel):
-    """The parts of the method: loss terms, weight averaging and exemplars. A preset's name alone is a shorthand."""
+    """The parts of the method: loss terms, weight averaging and exemplars.
+
+    A plain string in place of the section is the name of a preset.
+    """
 
     main_field: ClassVar[str] = "preset"
 
@@ -194,9 +205,9 @@ class Method(ShorthandModel):
     consolidate: Consolidate | None = Field(None, description="Weight consolidation towards the stage's start")
     average: Average | None = Field(None, description="Weight ensemble during the stage")
     merge: Merge | None = Field(None, description="Interpolation with an anchor after the stage")
-    memory: Memory | None = Field(None, description="Exemplars of earlier tasks, to distil on")
+    memory: Memory | None = Field(None, description="Exemplars of earlier tasks, for distillation")
     custom_losses: TupleOf[CustomLoss] = Field((), description="Loss terms from other code, added to the loss")
-    train: Literal["model", "image_tower", "text_tower"] = Field("model", description="Which parameters are trained")
+    train: Literal["model", "image_tower", "text_tower"] = Field("model", description="The parameters that are trained")
 
     @model_validator(mode="before")
     @classmethod
@@ -219,7 +230,7 @@ class Method(ShorthandModel):
         parts += ["custom_losses"] if self.custom_losses else []
         if self.task_loss is None and parts:
             raise InputError(
-                f"found {' and '.join(parts)} without task_loss, expected a task loss to train on or no part",
+                f"without task_loss, {' and '.join(parts)} cannot be used. Add task_loss, or remove these parts",
                 code=ErrorCode.MISSING_VALUE,
                 field="task_loss",
             )
@@ -230,13 +241,13 @@ class Method(ShorthandModel):
         needs_memory = self.distill is not None and self.distill.images == "exemplars"
         if needs_memory and self.memory is None:
             raise InputError(
-                "distill.images is exemplars without memory, expected a memory that keeps them",
+                "distill.images=exemplars needs memory, which selects and stores the exemplars",
                 code=ErrorCode.MISSING_VALUE,
                 field="memory",
             )
         if self.memory is not None and not needs_memory:
             raise InputError(
-                "found memory, but nothing reads it: expected distill.images to be exemplars",
+                "memory has no effect without distill.images=exemplars",
                 code=ErrorCode.UNUSED_SETTING,
                 field="memory",
             )
@@ -247,8 +258,8 @@ class Method(ShorthandModel):
         check_setting_used(self, "train", self.task_loss is not None, "task_loss")
         if self.distill and self.train == "text_tower":
             raise InputError(
-                "train is text_tower with distill, expected model or image_tower: distillation's gradient goes to the "
-                "image tower alone",
+                "train=text_tower cannot be used with distill, because distillation trains only the image tower. Set "
+                "train to model or image_tower",
                 code=ErrorCode.CONFLICT,
                 field="train",
             )
@@ -289,7 +300,7 @@ def _rename_further_losses(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _override_part(preset: Mapping[str, Any], value: Any) -> Any:
-    """Override a part's fields of the preset; a value that is no mapping, such as `null`, replaces the part."""
+    """Override the preset's fields of a part. A value that is not a mapping, such as `null`, replaces the part."""
     return {**preset, **value} if isinstance(value, Mapping) else value
 
 

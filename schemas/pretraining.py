@@ -8,7 +8,7 @@ from schemas.base import Location, Share, StrictModel, TupleOf
 
 
 class Preprocess(StrictModel):
-    """Image preprocessing of the model, in open_clip's terms."""
+    """Image preprocessing of the model, with the names of open_clip's settings."""
 
     mean: Annotated[tuple[float, float, float], Field(strict=False)]
     std: Annotated[tuple[float, float, float], Field(strict=False)]
@@ -17,7 +17,7 @@ class Preprocess(StrictModel):
 
 
 class Pretraining(StrictModel):
-    """Contrastive pre-training; all pairs with the same caption in a batch are positives."""
+    """Settings of contrastive pre-training. Image-text pairs of a batch that have the same caption are positives."""
 
     name: str = Field("", pattern=r"^[A-Za-z0-9_.-]*$", description="Default: the recipe's file name")
     architecture: dict[str, Any] = Field(description="open_clip model_cfg: embed_dim, vision_cfg, text_cfg")
@@ -29,7 +29,7 @@ class Pretraining(StrictModel):
     epochs: PositiveInt = 6
     batch_size: PositiveInt = 128
     learning_rate: PositiveFloat = 1e-3
-    warmup_share: float = Field(0.05, ge=0, lt=1, description="Share of the steps that are warm-up")
+    warmup_share: float = Field(0.05, ge=0, lt=1, description="Fraction of the steps that are warm-up")
     weight_decay: float = Field(
         0.1, ge=0, description="Weight decay of matrices; biases, norms and embeddings have none"
     )

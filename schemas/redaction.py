@@ -1,7 +1,7 @@
-"""Masks secrets (passwords, tokens, signatures) in messages, files and records.
+"""Masking of secrets (passwords, tokens, signatures) in messages, files and records.
 
 Three kinds of secrets are masked: the password in a URL, the query parameters that sign or authorise a URL, and the
-values of environment variables whose names end like SECRET_VARIABLES. In doubt, a text is masked.
+values of environment variables whose names end with one of SECRET_VARIABLES. Text that may be a secret is masked.
 """
 
 import os
@@ -13,8 +13,8 @@ from urllib.parse import quote, quote_plus, unquote, unquote_plus
 MASK = "***"
 # AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, MLFLOW_TRACKING_PASSWORD, HF_TOKEN, ...
 SECRET_VARIABLES = ("KEY", "TOKEN", "PASSWORD", "PASSWD", "PASSPHRASE", "SECRET", "CONNECTION_STRING")
-MIN_SECRET_LENGTH = 8  # characters: a shorter value is no secret, and might occur in ordinary words
-MIN_PASSWORD_LENGTH = 4  # characters of a password, if it occurs outside its URL
+MIN_SECRET_LENGTH = 8  # characters: shorter values are not masked, because ordinary words may contain them
+MIN_PASSWORD_LENGTH = 4  # characters: shorter passwords are masked only within their URL
 
 # Ends of the names of query parameters: X-Amz-Signature, X-Amz-Credential, X-Amz-Security-Token, access_token, ...
 _SECRET_ENDS = (
@@ -23,7 +23,7 @@ _SECRET_ENDS = (
 )  # fmt: skip
 _SECRET_PARAMETERS = ("sig", "pass", "auth", "authorization", "jwt", "code", "policy", "sas")
 
-# A password may contain any characters, even unescaped: it ends at the last @ before the next space.
+# A password may contain any characters, even unescaped. It ends at the last @ before the next space.
 _PASSWORD = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://[^\s/?#:@]*:)\S*@")
 # A name without password before the @ of a web address is a token (in other schemes, a container or an account).
 _LONE_TOKEN = re.compile(r"(https?://)[^\s/?#:@]+@", flags=re.IGNORECASE)

@@ -25,10 +25,10 @@ class Metrics(StrictModel):
     )
     forgetting: float | None = Field(description="Mean over earlier tasks of best minus final accuracy")
     backward_transfer: float | None = Field(
-        None, description="Mean over earlier tasks of final accuracy minus that right after training"
+        None, description="Mean over earlier tasks of final accuracy minus accuracy right after training"
     )
     forward_transfer: float | None = Field(
-        None, description="Mean over later tasks of accuracy right before training minus that of the initial model"
+        None, description="Mean over later tasks of accuracy right before training minus the initial model's accuracy"
     )
 
 
@@ -53,7 +53,7 @@ class StageResult(StrictModel):
     warnings: TupleOf[str] = Field((), description="Signs of a failed stage, one message each")
     broken: TupleOf[RedactedStr] = Field((), description="Training samples that were skipped, one message each")
     identity: str = Field("", description="Content hash of everything that the stage's training reads")
-    shared: bool = Field(False, description="Trained by another run, which shared the result: the cost is that run's")
+    shared: bool = Field(False, description="Whether another run trained the stage; the cost is the cost of that run")
 
 
 class TaskSummary(StrictModel):
@@ -70,7 +70,7 @@ class TaskSummary(StrictModel):
 
 
 def _rename_further_losses(settings: Any) -> Any:
-    """Read the former name of `method.custom_losses` in results of earlier versions."""
+    """Replace the former name of `method.custom_losses`, which results of earlier versions contain."""
     if not isinstance(settings, dict):
         return settings
     former = "further_losses."
@@ -102,19 +102,20 @@ class Result(StrictModel):
     seed: int
     fingerprint: str
     algorithm: str = Field(
-        "", description="Version of the algorithm; empty for results from before there were versions"
+        "", description="Version of the algorithm; empty in results that are older than these versions"
     )
     tasks: TupleOf[TaskSummary]
     held_out: HeldOut | None = Field(
         None,
-        description="The held-out part of the training images; judged_on tells which images the rows are measured on",
+        description="The held-out part of the training images; judged_on is the set of images that the rows are "
+        "measured on",
     )
     zero_shot: AccuracyRow
     accuracy_matrix: TupleOf[AccuracyRow] = Field(
         description="Rows: stages; columns: accuracy on each task after the stage"
     )
     metrics: Metrics
-    zero_shot_metrics: Metrics = Field(description="The same metrics for a matrix whose rows all are the zero-shot row")
+    zero_shot_metrics: Metrics = Field(description="The same metrics if every row of the matrix is the zero-shot row")
     stages: TupleOf[StageResult]
     reference_texts: NonNegativeInt
     reference: str = Field("", description="Content hash of the reference set, if one was read")

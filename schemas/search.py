@@ -13,14 +13,14 @@ from schemas.events import RunEvent
 from schemas.results import Metrics, RedactedStr, Result
 
 MAX_GRID_VALUES = 16  # an integer range with more values is not enumerated
-FIXED_SECTIONS = ("compute", "tracking", "name", "evaluation")  # not results of training, or common to all trials
+FIXED_SECTIONS = ("compute", "tracking", "name", "evaluation")  # the same for all trials
 TASK_ACCURACY_PREFIX = "accuracy/"
 FloatPair = Annotated[tuple[float, float], Field(strict=False)]
 IntPair = Annotated[tuple[int, int], Field(strict=False)]
 
 
 class Domain(StrictModel):
-    """The search space of one recipe field; exactly one of these settings."""
+    """The search space of one recipe field. Exactly one of the settings must be given."""
 
     uniform: FloatPair | None = Field(None, description="[low, high]: any number between them")
     log_uniform: FloatPair | None = Field(
@@ -42,17 +42,19 @@ class Domain(StrictModel):
             low, high = self.values_to_check
             if low >= high:
                 raise InputError(
-                    f"{kind} is [{low:g}, {high:g}], expected a low end below the high one",
+                    f"{kind} is [{low:g}, {high:g}], expected a low bound below the high bound",
                     code=ErrorCode.INVALID_VALUE,
                     field=kind,
                 )
             if self.is_log and low <= 0:
                 raise InputError(
-                    f"{kind} begins at {low:g}, expected an end above 0", code=ErrorCode.INVALID_VALUE, field=kind
+                    f"{kind}: the low bound is {low:g}, expected a value above 0",
+                    code=ErrorCode.INVALID_VALUE,
+                    field=kind,
                 )
         elif len(set(map(_to_json, self.choice))) < len(self.choice):
             raise InputError(
-                f"choice names a value twice ({list(self.choice)!r}), expected each once",
+                f"choice contains a value twice ({list(self.choice)!r}), expected different values",
                 code=ErrorCode.DUPLICATE,
                 field=kind,
             )
@@ -75,12 +77,12 @@ class Domain(StrictModel):
 
     @property
     def encoded_choices(self) -> tuple[str | int | float | bool | None, ...]:
-        """The values of a choice as samplers accept them, see `encode`."""
+        """The values of `choice`, encoded for samplers by `encode`."""
         return tuple(map(self.encode, self.choice or ()))
 
     @staticmethod
     def encode(value: Any) -> str | int | float | bool | None:
-        """Encode a value for a sampler: scalars remain as they are, lists and mappings become JSON."""
+        """Encode a value for a sampler. Scalars are not changed; lists and mappings become JSON."""
         is_scalar = value is None or isinstance(value, str | int | float | bool)
         return value if is_scalar else _to_json(value)
 
@@ -98,16 +100,16 @@ class Domain(StrictModel):
 
 
 class EarlyStopping(ShorthandModel):
-    """Early stopping of trials; a rung is a finished stage. The kind alone is a shorthand."""
+    """Early stopping of trials. A rung is a finished stage. A plain string in place of the section is the kind."""
 
     main_field: ClassVar[str] = "kind"
 
     kind: Literal["asha", "median"] = Field(
-        description="asha: stop trials outside the best share at a rung; median: stop trials below the median of the "
-        "other trials' means"
+        description="asha: stop a trial that is not among the best trials at a rung; median: stop a trial below the "
+        "median of the other trials' means"
     )
     grace_stages: PositiveInt = Field(1, description="Stages that every trial may finish")
-    reduction_factor: PositiveInt = Field(2, ge=2, description="asha: one in this many trials continues at a rung")
+    reduction_factor: PositiveInt = Field(2, ge=2, description="asha: at a rung, one of this many trials continues")
 
 
 class Search(StrictModel):
@@ -136,7 +138,7 @@ class Search(StrictModel):
         0.2,
         gt=0,
         lt=1,
-        description="Share of every task's training images that is held out for evaluation; test images are not used",
+        description="Fraction of each task's training images that is held out, to evaluate trials without test images",
     )
     seed: NonNegativeInt = Field(0, description="Seed of the sampler and of the held-out images")
     root: str | None = Field(
@@ -151,28 +153,29 @@ class Search(StrictModel):
         for path in self.domains:
             if path.split(".")[0] in FIXED_SECTIONS:
                 raise InputError(
-                    f"domains.{path}: expected no field of {', '.join(FIXED_SECTIONS)}: it is the same for all",
+                    f"domains.{path}: fields of {', '.join(FIXED_SECTIONS)} cannot be searched, because they are the "
+                    "same for all trials",
                     code=ErrorCode.CONFLICT,
                     field=f"domains.{path}",
                 )
         for objective in self.objectives:
             if objective not in Metrics.model_fields and not objective.startswith(TASK_ACCURACY_PREFIX):
                 raise InputError(
-                    f"objectives: found {objective!r}, which no metric has, expected "
-                    f"{', '.join(Metrics.model_fields)} or {TASK_ACCURACY_PREFIX}TASK",
+                    f"objectives: found {objective!r}, expected one of {', '.join(Metrics.model_fields)}, or "
+                    f"{TASK_ACCURACY_PREFIX}TASK",
                     code=ErrorCode.UNKNOWN_NAME,
                     field="objectives",
                 )
         if len(set(self.objectives)) < len(self.objectives):
             raise InputError(
-                f"objectives: found {', '.join(self.objectives)}, expected each once",
+                f"objectives: found {', '.join(self.objectives)}, expected different objectives",
                 code=ErrorCode.DUPLICATE,
                 field="objectives",
             )
         self._check_sampler()
         if self.early_stopping and len(self.objectives) > 1:
             raise InputError(
-                "early_stopping with several objectives, expected one to rank trials by, or none",
+                "early_stopping needs a single objective to rank trials. Give one objective, or remove early_stopping",
                 code=ErrorCode.CONFLICT,
                 field="early_stopping",
             )
@@ -183,13 +186,13 @@ class Search(StrictModel):
             self._check_grid()
         elif self.trials is None:
             raise InputError(
-                f"trials: found none with sampler {self.sampler}, expected how many, at least 1",
+                f"trials: found none, expected the number of trials, which the sampler {self.sampler} needs",
                 code=ErrorCode.MISSING_VALUE,
                 field="trials",
             )
         if self.sampler == "nsga2" and len(self.objectives) == 1:
             raise InputError(
-                "sampler is nsga2 with one objective, expected several (or tpe)",
+                "the sampler nsga2 needs several objectives. For one objective, use tpe",
                 code=ErrorCode.CONFLICT,
                 field="sampler",
             )
@@ -197,20 +200,20 @@ class Search(StrictModel):
     def _check_grid(self) -> None:
         if self.trials is not None:
             raise InputError(
-                f"trials is {self.trials} with sampler grid, expected none: all combinations are tried",
+                f"trials is {self.trials}, but the sampler grid tries all combinations. Remove trials",
                 code=ErrorCode.CONFLICT,
                 field="trials",
             )
         for path, domain in self.domains.items():
             if domain.values is None:
                 raise InputError(
-                    f"domains.{path}: expected a choice or at most {MAX_GRID_VALUES} whole numbers with sampler grid",
+                    f"domains.{path}: the sampler grid needs a choice or a range of at most {MAX_GRID_VALUES} integers",
                     code=ErrorCode.CONFLICT,
                     field=f"domains.{path}",
                 )
 
     def fingerprint(self, experiment_fingerprint: str) -> str:
-        """Hash the search and its experiment.
+        """Return a hash of the search and its experiment.
 
         Args:
             experiment_fingerprint: The fingerprint of the experiment without a trial's values, evaluated on the
@@ -233,7 +236,7 @@ def objective_values(names: Sequence[str], metrics: Metrics, row: Mapping[str, f
 
     Args:
         names: The objectives.
-        metrics: The metrics of the accuracy matrix so far. An undefined metric counts as 0, for all trials alike.
+        metrics: The metrics of the accuracy matrix so far. An undefined metric counts as 0.
         row: The last row of the matrix, by task.
 
     Returns:
@@ -257,7 +260,7 @@ class Trial(StrictModel):
     number: PositiveInt
     values: dict[str, Any] = Field(description="Values, by dotted recipe field")
     status: Literal["finished", "read", "stopped", "failed"] = Field(
-        description="read: an earlier run of this or another search already finished it; stopped: by early stopping"
+        description="read: the same run had already finished, so its results were read; stopped: by early stopping"
     )
     reason: RedactedStr = Field("", description="Reason of a failure")
     fingerprint: str = ""
@@ -273,9 +276,9 @@ class Trial(StrictModel):
 class StageTrainings(StrictModel):
     """Counts of a search's stage trainings, by outcome."""
 
-    asked: NonNegativeInt = Field(description="Trials times stages")
+    asked: NonNegativeInt = Field(description="Number of trials times number of stages")
     run: NonNegativeInt
-    shared: NonNegativeInt = Field(description="Reused from another trial of the same training")
+    shared: NonNegativeInt = Field(description="Reused from another trial with the same training")
     read: NonNegativeInt = Field(description="Stages of trials that had finished earlier")
     stopped_early: NonNegativeInt
     failed: NonNegativeInt = Field(description="Stages of trials that failed")
@@ -287,16 +290,16 @@ class SearchResult(StrictModel):
     name: str
     fingerprint: str
     objectives: TupleOf[str]
-    held_out_share: float = Field(description="Share of each class's training images on which trials are evaluated")
+    held_out_share: float = Field(description="Fraction of each class's training images on which trials are evaluated")
     held_out_seed: int
     trials: TupleOf[Trial]
     front: TupleOf[PositiveInt] = Field(description="Pareto front: numbers of the trials that no other trial dominates")
     chosen: PositiveInt = Field(description="The trial of the front with the best mean of the objectives")
     importance: dict[str, float] = Field(
-        description="Share of the objective's variance that a domain explains (fANOVA)"
+        description="Fraction of the objective's variance that a domain explains (fANOVA)"
     )
     stage_trainings: StageTrainings
-    test: Result = Field(description="The chosen trial, evaluated on the test images at the end")
+    test: Result = Field(description="Result of the chosen trial on the test images")
     warnings: TupleOf[RedactedStr] = ()
     seconds: float = Field(description="Wall time of the last attempt")
 

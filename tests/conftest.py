@@ -1,4 +1,4 @@
-"""A tiny CLIP, tiny tasks and a tiny reference set, made here; Ray and MLflow are the real ones."""
+"""Fixtures (a tiny CLIP, tiny data, the command line, Ray, MLflow), and the table of faults after the tests."""
 
 import os
 
@@ -6,7 +6,7 @@ os.environ |= {
     "OMP_NUM_THREADS": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "disabled",
-    "RAY_worker_niceness": "0",  # by default its workers wait for whatever else runs, such as the tests beside
+    "RAY_worker_niceness": "0",  # by default, workers run at a lower priority than parallel tests
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
@@ -33,7 +33,7 @@ from zscl.data.tar import write_shards
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """`local-dir:` name of a randomly initialised CLIP of 0.8 M parameters, nearly all of them token rows."""
+    """Return the `local-dir:` name of a random CLIP with 0.8 M parameters, most of them in the token embedding."""
     torch.manual_seed(0)
     model = open_clip.CLIP(**TINY_MODEL)  # type: ignore[arg-type]
     folder = tmp_path_factory.mktemp("tiny-clip")
@@ -45,14 +45,14 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Three task folders."""
+    """Write three tasks, and return their folders."""
     root = tmp_path_factory.mktemp("tasks")
     return [str(make_task(root / name, seed)) for seed, name in enumerate(["first", "second", "third"])]
 
 
 @pytest.fixture
 def shards(tmp_path: Path) -> list[str]:
-    """Three shards of 4, 4 and 2 samples."""
+    """Write three shards with 4, 4 and 2 samples."""
     images = enumerate(image for image, _ in coloured_images(10, 0))
     write_shards(tmp_path, ({"png": image, "cls": str(n).encode()} for n, image in images), 4)
     return [str(tmp_path / f"{index}.tar") for index in range(3)]
@@ -60,7 +60,7 @@ def shards(tmp_path: Path) -> list[str]:
 
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder of two shards with 14 images and captions."""
+    """Write a reference set of two shards with 14 images and captions, and return its folder."""
     folder = tmp_path_factory.mktemp("reference")
     words = list(COLOURS)
     images = coloured_images(14, seed=9)
@@ -71,7 +71,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def recipe(tiny_model: str, tasks: list[str], reference: str) -> Callable[..., dict[str, Any]]:
-    """Make a recipe of a few steps; keyword arguments replace its sections."""
+    """Return a function that builds a recipe of a few steps. Keyword arguments replace sections."""
 
     def make(**changes: Any) -> dict[str, Any]:
         return {
@@ -95,13 +95,13 @@ def recipe(tiny_model: str, tasks: list[str], reference: str) -> Callable[..., d
 
 @pytest.fixture
 def experiment(recipe: Callable[..., dict[str, Any]]) -> Callable[..., Experiment]:
-    """Make an experiment of a few steps; keyword arguments replace its sections."""
+    """Return a function that builds an experiment of a few steps. Keyword arguments replace sections."""
     return lambda **changes: Experiment.model_validate(recipe(**changes))
 
 
 @pytest.fixture
 def zscl(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Command]:
-    """Run the command line in this process."""
+    """Return a function that runs the command line in this process."""
     from orchestrate.cli.main import main
     from orchestrate.lifecycle.signals import TERMINATION_SIGNALS, WARNING_SIGNALS
 
@@ -124,7 +124,7 @@ def zscl(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 
 @pytest.fixture
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two of torchvision's classes know the MD5 of the real archives' content; ours is another."""
+    """Disable the MD5 checks of two torchvision datasets, because the archives of the tests have other content."""
     import torchvision
 
     for module in (torchvision.datasets.cifar, torchvision.datasets.flowers102):
@@ -133,7 +133,7 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def without_ray(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """From a call on, runs of this test take a plain process: where Ray's part, 15 seconds a run, is shown already."""
+    """Return a function that makes later runs of a test use this process in place of Ray, which saves 15 s per run."""
     from orchestrate.cluster import train_workers as train
 
     def in_this_process(
@@ -147,7 +147,7 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An MLflow database to copy: making one takes seconds."""
+    """Create an MLflow database for tests to copy, because creating one takes seconds."""
     from mlflow.tracking import MlflowClient
 
     file = tmp_path_factory.mktemp("store") / "mlflow.db"
@@ -157,14 +157,14 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    """A local cluster of four logical CPUs for all tests of this process."""
+    """Start a local cluster with four logical CPUs for all tests of this process."""
     import ray
 
     from orchestrate.cluster.auth import bind_to_loopback
 
-    with bind_to_loopback():  # without a token, as the tests are, nobody else may reach it
+    with bind_to_loopback():  # the tests use no token, so the cluster must be unreachable from outside
         ray.init(
-            address="local",  # never what somebody else has started on this machine
+            address="local",  # do not connect to another cluster on this machine
             num_cpus=4,
             include_dashboard=False,
             log_to_driver=False,
@@ -175,13 +175,13 @@ def ray_cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-# What became of each fault, and the seconds that took.
+# Maps a fault and its expected effect to the outcomes and durations (in seconds) of its tests.
 FAULTS: dict[tuple[str, str], list[tuple[str, float]]] = {}
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
-    """Have the report say which fault it is about."""
+    """Add the texts of a test's marker `fault` to its report."""
     report: pytest.TestReport = yield  # type: ignore[misc, assignment]
     fault = item.get_closest_marker("fault")
     if fault is not None and (report.when == "call" or report.outcome != "passed"):
@@ -191,7 +191,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Keep what became of a fault, in whichever process, for the table."""
+    """Collect the outcome of a fault from any test process."""
     for name, fault in report.user_properties:
         if name == "fault":
             what, outcome = fault  # type: ignore[misc]
@@ -199,7 +199,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """What was survived, as a table that reads as Markdown."""
+    """Print the outcomes of all faults as a Markdown table."""
     if not FAULTS:
         return
     terminalreporter.section("faults")

@@ -1,4 +1,4 @@
-"""The benchmarks run and print what they promise; how fast they find us is for people to read."""
+"""Tests that the benchmarks run and print their figures. The speeds themselves are not tested."""
 
 import importlib.metadata
 import importlib.util
@@ -17,7 +17,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
 def run(name: str, options: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Run a benchmark in this process. Returns its rows, and what it says on standard error."""
+    """Run a benchmark in this process. Return its JSON output and the text on standard error."""
     specification = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
     assert specification is not None
     assert specification.loader is not None
@@ -50,19 +50,19 @@ def test_streams_against_their_ceiling(monkeypatch: pytest.MonkeyPatch, capsys: 
 
 def test_checkpoints_beside_the_training(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     found, _ = run("checkpoint", "--batch 1 --steps 2 --every 1 --rounds 1", monkeypatch, capsys)
-    assert found["megabytes"] > 70  # weights, and two moments of those that are trained
+    assert found["megabytes"] > 70  # the weights, and two moments of the trained weights
     for figure in ("seconds_a_step", "beside_over_none", "waited_over_none"):
         assert found[figure] > 0
 
 
 def link_packages(names: list[str], folder: Path) -> None:
-    """Link distributions and all that they require, extras left out, into a folder that can stand for site-packages."""
+    """Link distributions and their requirements, without extras, into a folder that replaces site-packages."""
     linked: set[str] = set()
     while names:
         name = re.sub(r"[-_.]+", "-", names.pop()).lower()
         try:
             distribution = importlib.metadata.distribution(name)
-        except importlib.metadata.PackageNotFoundError:  # for another platform
+        except importlib.metadata.PackageNotFoundError:  # a requirement for another platform
             continue
         if name in linked:
             continue
@@ -76,13 +76,13 @@ def link_packages(names: list[str], folder: Path) -> None:
 
 
 def run_gpu_benchmark(tmp_path: Path, *sections: str) -> tuple[list[dict[str, Any]], str]:
-    """Run sections of the GPU benchmark on the CPU, with nothing installed but what it needs."""
+    """Run sections of the GPU benchmark on the CPU, with only its requirements installed."""
     packages = tmp_path / "packages"
     packages.mkdir()
     link_packages(["torch", "open_clip_torch", "webdataset", "pydantic"], packages)
     assert not (packages / "ray").exists()
     out = tmp_path / "gpu.jsonl"
-    python = [sys.executable, "-S", str(BENCHMARKS / "gpu.py")]  # -S: without this environment's packages
+    python = [sys.executable, "-S", str(BENCHMARKS / "gpu.py")]  # -S: do not use the packages of this environment
     environment = os.environ | {"PYTHONPATH": str(packages)}
     done = subprocess.run(
         [*python, "--smoke", "--out", str(out), "--sections", *sections],

@@ -1,4 +1,4 @@
-"""The cluster recipes: against Ray's own schema, or as far as can be told without Kubernetes."""
+"""Tests of the cluster files with Ray's schema, and of the RayJob as far as possible without Kubernetes."""
 
 import re
 import shlex
@@ -59,10 +59,10 @@ def test_the_image_has_the_packages_of_the_constraints() -> None:
 def test_nothing_is_open_to_the_world() -> None:
     text = FILE.read_text()
     cluster = yaml.safe_load(text)
-    assert "0.0.0.0" not in text  # of an address to listen on as of a range to let in
+    assert "0.0.0.0" not in text  # neither a listening address nor an allowed range may cover all addresses
     assert "::/0" not in text
     groups = [node["node_config"]["SecurityGroupIds"] for node in cluster["available_node_types"].values()]
-    assert groups == [["<security-group>"]] * 2  # or Ray makes a group that opens SSH to everybody
+    assert groups == [["<security-group>"]] * 2  # otherwise, Ray creates a group that opens SSH to the internet
     assert "security_group" not in cluster["provider"]
     assert [command for command in cluster["head_start_ray_commands"] if "--dashboard-host=127.0.0.1" in command]
     assert cluster["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"

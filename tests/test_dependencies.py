@@ -1,4 +1,4 @@
-"""What is imported is declared, and the documents say what for."""
+"""Tests that imported packages are declared, documented and covered by the constraints."""
 
 import ast
 import re
@@ -16,12 +16,12 @@ OURS = {"schemas", "zscl", "orchestrate"}
 
 
 def named(requirement: str) -> str:
-    """A distribution's name as all spellings of it agree."""
+    """Return the normalized name of a requirement's distribution."""
     return re.sub(r"[-_.]+", "-", re.split(r"[\s\[<>=!~;]", requirement)[0]).lower()
 
 
 def imported(package: str) -> set[str]:
-    """Top-level modules that a package imports anywhere."""
+    """Return the third-party modules that a package imports, without submodules."""
     found = set()
     for file in (ROOT / package).rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
@@ -33,7 +33,7 @@ def imported(package: str) -> set[str]:
 
 
 def test_nothing_is_imported_that_is_not_declared() -> None:
-    declared = {named(each) for each in PROJECT["dependencies"]} | {"pydantic-core"}  # pydantic names its one version
+    declared = {named(each) for each in PROJECT["dependencies"]} | {"pydantic-core"}  # pinned by pydantic
     providers = packages_distributions()
     for package in OURS:
         for module in imported(package):
@@ -67,7 +67,7 @@ def test_upper_bounds_are_the_major_versions_that_are_tested() -> None:
     for each in map(Requirement, PROJECT["dependencies"]):
         bounds = [specifier.version for specifier in each.specifier if specifier.operator == "<"]
         tested = pinned[named(each.name)]
-        assert bounds == ([] if tested.major > 2000 else [str(tested.major + 1)]), each  # a year is no major version
+        assert bounds == ([] if tested.major > 2000 else [str(tested.major + 1)]), each  # a calendar version
 
 
 def test_versions_of_pydantic_that_are_known_to_fail_are_excluded() -> None:

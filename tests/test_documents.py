@@ -1,4 +1,4 @@
-"""What the documents show, run."""
+"""Tests that run the commands and recipes of the documents, and check their tables and links."""
 
 import importlib.metadata
 import re
@@ -20,7 +20,7 @@ PAGES = {file: file.read_text() for file in (ROOT / "README.md", *sorted((ROOT /
 
 
 def blocks(language: str, section: str) -> list[str]:
-    """The fenced blocks of a language in a section of the documents."""
+    """Return the fenced blocks of a language in a section of the documents."""
     [text] = [page.partition(f"# {section}\n")[2] for page in PAGES.values() if f"# {section}\n" in page]
     return re.findall(rf"```{language}\n(.*?)```", re.split(r"\n##? ", text)[0], flags=re.S)
 
@@ -32,7 +32,7 @@ def commands(section: str) -> list[list[str]]:
 
 @pytest.fixture
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A user's folder: photos sorted by class, and a reference set of loose images with captions."""
+    """Create a user's folder with photos sorted by class and a reference set of image files with captions."""
     monkeypatch.chdir(tmp_path)
     for seed, (task, classes) in enumerate({"animals": ["cat", "dog"], "vehicles": ["car", "bus", "tram"]}.items()):
         for split, count in (("train", 8), ("test", 4)):
@@ -58,7 +58,7 @@ def test_own_tasks_from_folders_to_a_comparison(
         found = zscl(*command)
         assert found.code == 0, (command, found.error)
         if "runs/own-zscl" in command:
-            without_ray()  # the first run went through it, as the user's do
+            without_ray()  # only the first run uses Ray, to save time
     assert {path.name for path in (own / "runs").iterdir()} >= {"own-zscl", "own-finetune", "comparison"}
     assert (own / "runs/own-zscl/result.json").read_text().count('"stage"') == 2
     for command in commands("Evaluating and averaging again"):
@@ -82,7 +82,7 @@ def test_own_tasks_from_folders_to_a_comparison(
     [search] = blocks("yaml", "Search")
     (own / "own-search.yaml").write_text(search)
     dry_run, real = commands("Search")
-    assert real[:2] == dry_run[:2]  # a real one is shown elsewhere
+    assert real[:2] == dry_run[:2]  # test_run.py tests real searches
     found = zscl(*dry_run)
     assert found.code == 0, found.error
     assert yaml.safe_load(found.out)["plan"]["stage_trainings"] == 8
@@ -138,7 +138,7 @@ SECTIONS_RUN = (
     "The comparison's page", "A search parameter",
 )  # fmt: skip
 SCRIPTS = "".join((ROOT / "tests/cluster" / name).read_text() for name in ("submit.sh", "hosts.sh"))
-ELSEWHERE = {  # shown to be right by other tests
+ELSEWHERE = {  # commands that other tests cover
     "make demo": "test_demo.py",
     "make test": "CI",
     "zscl --version": "test_cli.py",
@@ -169,7 +169,7 @@ def test_reference_pages_are_what_their_sources_make() -> None:
 
 def test_every_page_is_in_the_sites_menu() -> None:
     menu = (ROOT / "mkdocs.yml").read_text()
-    pages = [page for page in (ROOT / "docs").rglob("*.md") if page.parent.name != "api"]  # modules.md links them
+    pages = [page for page in (ROOT / "docs").rglob("*.md") if page.parent.name != "api"]  # linked by modules.md
     for page in pages:
         assert page.relative_to(ROOT / "docs").as_posix() in menu, page
 
@@ -179,7 +179,7 @@ def test_the_embedded_model_can_be_made_again(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "experiments").symlink_to(ROOT / "experiments")
-    monkeypatch.setattr("zscl.datasets.synthetic.suites.CORPUS_PAIRS", 512)  # a toy: the whole takes minutes
+    monkeypatch.setattr("zscl.datasets.synthetic.suites.CORPUS_PAIRS", 512)  # the complete one takes minutes
     monkeypatch.setattr("zscl.datasets.synthetic.suites.REFERENCE_PAIRS", 64)
     shown = commands("The embedded model")
     assert [command[0] for command in shown] == ["data", "pretrain"]
@@ -199,7 +199,7 @@ def test_the_tasks_of_the_paper_in_the_commands_shown(
         tree(tmp_path / "torchvision")
     (tmp_path / "Validation_GCC.tsv").write_text("a dog on a beach\tsomewhere\n")
     cars, all_of_them, captions = commands("The tasks of the paper")
-    # Downloads cannot be had here: the ten come from a copy, too.
+    # Tests must not download data, so the other ten tasks come from a local copy as well.
     for command in (cars, [*all_of_them, "--root", "~/torchvision", "--jobs", "1"], captions):
         found = zscl(*command)
         assert found.code == 0, (command, found.error)

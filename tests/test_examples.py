@@ -1,4 +1,4 @@
-"""The examples, run as they are, a few steps each."""
+"""Tests that run the examples with a few steps each."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ FEW = ("--set", "optimisation.steps=4", "--set", "method.average=null", "--set",
 
 
 def run(*command: object, folder: Path) -> str:
-    """Run a command of an example in a user's folder. Returns what it said."""
+    """Run a command of an example in a user's folder, and return its standard output."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         list(map(str, command)),
@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("examples")
 
 
-@pytest.mark.slow  # the same steps as test_documents.py runs, through Ray and as a script
+@pytest.mark.slow  # test_documents.py runs the same steps in one process
 def test_own_folders(folder: Path) -> None:
     run(ROOT / "examples/own-folders/run.sh", *FEW, folder=folder)
     work = folder / "runs/examples/own-folders"

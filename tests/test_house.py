@@ -1,6 +1,6 @@
-"""The structure of the packages: few modules in a folder, short functions, and imports that say where code may run.
+"""Tests of the structure of the packages: number of modules per folder, length of functions, and allowed imports.
 
-The layers are contracts of import-linter (`pyproject.toml`), checked by `make lint`.
+`make lint` checks the layers, which are contracts of import-linter in `pyproject.toml`.
 """
 
 import ast
@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-MODULES_A_FOLDER = {"schemas": 14}  # which stays flat
+MODULES_A_FOLDER = {"schemas": 14}  # this package has no subpackages
 MOST_MODULES = 10
 LINES_A_FUNCTION = 60
-LINEAR = {"zscl/training/stage.py: train_stage"}  # one stage from its start to its end, to be read as such
-# Wherever in a file they are imported; `tests/test_walls.py` sees what others import in turn.
+LINEAR = {"zscl/training/stage.py: train_stage"}  # its steps are sequential, and splitting it would not make it clearer
+# Packages that a package may import anywhere in a file; `tests/test_walls.py` checks indirect imports.
 PYDANTIC = {"pydantic", "pydantic_core"}
 ALLOWED = {
     "schemas": PYDANTIC | {"schemas"},
@@ -24,7 +24,7 @@ ALLOWED = {
     | {"schemas", "zscl"}
     | {"torch", "torchvision", "open_clip", "numpy", "safetensors", "PIL"}
     | {"webdataset", "braceexpand", "fsspec", "filelock", "huggingface_hub"}
-    | {"sklearn", "matplotlib"},  # the embedded digits: their images, and the fonts they are drawn in
+    | {"sklearn", "matplotlib"},  # for the images and the fonts of the embedded digits
 }
 
 
@@ -33,7 +33,7 @@ def files_of(package: str) -> list[Path]:
 
 
 def functions(file: Path) -> Iterator[tuple[str, int]]:
-    """Names and lengths, without decorators and docstrings."""
+    """Yield name and length of each function in a file, without decorators and docstring."""
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             first = node.body[1] if ast.get_docstring(node) and len(node.body) > 1 else node.body[0]
@@ -41,7 +41,7 @@ def functions(file: Path) -> Iterator[tuple[str, int]]:
 
 
 def imported(file: Path) -> set[str]:
-    """The packages that are imported anywhere in a file."""
+    """Return the packages that are imported anywhere in a file."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):

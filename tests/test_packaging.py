@@ -1,4 +1,4 @@
-"""The wheel: all three packages, and what they read."""
+"""Test that the wheel contains the three packages and their data files."""
 
 import re
 import subprocess

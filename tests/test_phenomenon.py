@@ -1,4 +1,4 @@
-"""The demo's claim, measured: over three seeds and two orders, fine-tuning forgets and ZSCL does not."""
+"""Test that fine-tuning forgets and ZSCL does not, on the embedded suite with three seeds and two task orders."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Imports go one way: schemas ← zscl ← orchestrate; and the command line is light."""
+"""Tests that imports go in one direction (schemas ← zscl ← orchestrate), and that `zscl --help` is fast."""
 
 import os
 import subprocess
@@ -24,7 +24,7 @@ def loaded_after(statements: str) -> set[str]:
     ("package", "strangers"),
     [
         ("schemas", {"torch", "numpy", "open_clip", "webdataset", "ray", "mlflow", "zscl", "orchestrate", "ruamel"}),
-        # Not rich, which httpx looks for; that no module names it, test_dependencies.py sees.
+        # rich is not listed because httpx tries to import it; test_house.py checks direct imports.
         ("zscl", {"ray", "mlflow", "orchestrate", "typer", "ruamel", "sklearn", "matplotlib"}),
     ],
 )
@@ -36,7 +36,7 @@ def test_a_package_does_not_import(package: str, strangers: set[str]) -> None:
 
 def test_help_is_instant_and_shows_an_example() -> None:
     seconds = []
-    for _ in range(3):  # of CPU, and the best of three: what the machine does beside us is not meant
+    for _ in range(3):  # minimum of three CPU times, so that other processes do not influence the result
         before = os.times()
         output = subprocess.run(
             [Path(sys.executable).parent / "zscl", "--help"], capture_output=True, text=True, check=True

@@ -1,4 +1,4 @@
-"""Comparison of runs (`zscl compare`): tables on the terminal, files, and an HTML page that is attached in MLflow."""
+"""Comparison of runs (`zscl compare`): tables on the terminal, files, and an HTML page for MLflow."""
 
 import csv
 import io
@@ -38,18 +38,18 @@ def compare_runs(
     """Compare runs: print tables, write files, and attach the HTML page to the runs in MLflow.
 
     Args:
-        runs: Runs by the name that the user gave: the folder, or the error why there is none.
-        folder: Where to write.
-        console: Where to print the tables; `None` to print none.
+        runs: Mapping from the name that the user gave to the run's folder, or to the error that occurred in finding it.
+        folder: Output folder.
+        console: Console for the tables; `None` to print none.
         published: Task order of MTIL, I or II, whose published results are added to the tables.
-        baseline: Label of the runs that the others' differences are from; default: `Comparison.default_baseline`.
-        note: Called with a message if an MLflow store does not accept the page; `None` to attach no page.
+        baseline: Label of the method to which the others are compared; default: `Comparison.default_baseline`.
+        note: Called with a message if an MLflow store does not accept the page. If `None`, no page is attached.
 
     Returns:
-        The comparison for programs, and lines for people that say which files were written.
+        The comparison as a JSON dictionary, and lines for people that list the written files.
 
     Raises:
-        InputError: If no run is left to compare, or the baseline or the published order does not exist.
+        InputError: If no run can be compared, or the baseline or the published order does not exist.
     """
     comparison = group_runs(runs)
     labels = list(comparison.groups)
@@ -86,7 +86,7 @@ def compare_runs(
 
 
 def _groups(comparison: Comparison, baseline: str | None) -> dict[str, Any]:
-    """Convert the groups of runs to JSON."""
+    """Convert the groups of runs to a JSON dictionary."""
     groups: dict[str, Any] = {}
     for label, runs in comparison.groups.items():
         figures: dict[str, Any] = {}
@@ -100,7 +100,7 @@ def _groups(comparison: Comparison, baseline: str | None) -> dict[str, Any]:
 
 
 def _difference(difference: Difference | None) -> dict[str, Any]:
-    """Convert a difference to JSON; without pairs of runs there is none."""
+    """Convert a difference to a JSON dictionary. `None` means that no pair of runs can be compared."""
     if difference is None:
         return {"difference": None, "interval": None, "pairs": 0}
     return {"difference" if name == "mean" else name: value for name, value in asdict(difference).items()}
@@ -112,11 +112,11 @@ def write_comparison(comparison: Comparison, rows: Sequence[Row], folder: Path, 
     Args:
         comparison: The comparison.
         rows: The rows of the main table.
-        folder: Where to write.
-        baseline: Label of the runs that the others' differences are from.
+        folder: Output folder.
+        baseline: Label of the method to which the others are compared.
 
     Returns:
-        The written files by kind.
+        Mapping from the kind of file to the written file.
     """
     table = io.StringIO()
     writer = csv.DictWriter(table, rows[0].keys(), lineterminator="\n", restval="")

@@ -1,4 +1,4 @@
-"""Evaluation of models (`zscl evaluate`): any model, or the stages of a run, on any tasks, task-aware and -agnostic."""
+"""Evaluation of models (`zscl evaluate`): any model or stages of a run, on any tasks, task-aware and task-agnostic."""
 
 import csv
 import io
@@ -39,20 +39,20 @@ from zscl.sequence.run import LIBRARIES
 
 EVALUATION = "evaluation.json"
 ALL_STAGES = "all"
-MAX_BROKEN_SHARE = 0.01  # of a task's test images, if no run's recipe says otherwise
-MAX_LABELLED_CLASSES = 12  # the chart of a confusion table has room for so many class names
+MAX_BROKEN_SHARE = 0.01  # allowed fraction of unusable test images of a task, for models without a run
+MAX_LABELLED_CLASSES = 12  # a confusion matrix with more columns is drawn without class names
 
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """How to evaluate.
+    """Options of an evaluation.
 
     Attributes:
-        protocols: Protocols to evaluate under.
-        templates: Prompt templates that are averaged, all or first; `None`: as the run, or all.
-        precision: fp32 or bf16; `None`: as the run, or fp32.
+        protocols: Evaluation protocols.
+        templates: Prompt templates to average, `all` or `first`. `None` means the setting of the run, or else `all`.
+        precision: `fp32` or `bf16`. `None` means the setting of the run, or else `fp32`.
         batch_size: Images per batch.
-        loader_processes: Processes that read and decode images; 0: the main process does it.
+        loader_processes: Number of processes that read and decode images; if 0, the main process does it.
     """
 
     protocols: tuple[Protocol, ...] = PROTOCOLS
@@ -68,17 +68,17 @@ def parse_options(
     """Parse and check the options of the command line.
 
     Args:
-        protocols: Names of protocols, by commas.
-        templates: all, first, or `None`.
-        precision: fp32, bf16, or `None`.
+        protocols: Names of protocols, separated by commas.
+        templates: `all`, `first` or `None`.
+        precision: `fp32`, `bf16` or `None`.
         batch_size: Images per batch.
-        loader_processes: Processes that read and decode images.
+        loader_processes: Number of processes that read and decode images.
 
     Returns:
         The options.
 
     Raises:
-        InputError: If a protocol or another choice does not exist.
+        InputError: If an option has an unknown value.
     """
     chosen = tuple(protocol for protocol in PROTOCOLS if protocol in protocols.split(","))
     unknown = [name for name in protocols.split(",") if name not in PROTOCOLS]
@@ -101,13 +101,13 @@ class EvaluationTarget:
     """The models and the tasks of an evaluation.
 
     Attributes:
-        models: The models, each with its stage if it is a run's.
-        tasks: The tasks; their classes together are the task-agnostic label space.
+        models: Pairs of stage and model. The stage is `None` for a model that does not belong to a run.
+        tasks: The tasks. All their classes form the label space of the task-agnostic protocol.
         suites: Additional tasks, each evaluated among its own classes.
-        run: The run's folder, if the models are a run's.
+        run: The run's folder, if the models belong to a run.
         experiment: The run's experiment.
-        uses_run_tasks: Whether the tasks are the run's.
-        is_complete: Whether the models are all stages of the run, and the tasks are the run's.
+        uses_run_tasks: Whether the tasks are those of the run.
+        is_complete: Whether all stages of the run are evaluated on all tasks of the run.
     """
 
     models: tuple[tuple[int | None, Model], ...]
@@ -120,12 +120,12 @@ class EvaluationTarget:
 
     @property
     def held_out(self) -> bool:
-        """Whether the tasks are evaluated on the run's held-out training images."""
+        """Whether the tasks are evaluated on held-out training images of the run."""
         held_out = self.experiment.evaluation.held_out if self.experiment and self.uses_run_tasks else None
         return held_out is not None and held_out.judged_on == "held_out"
 
     def label(self, stage: int | None, model: Model) -> str:
-        """Return a model's name in tables, such as `2-flowers` for a stage of a run."""
+        """Return the name of a model for tables, such as `2-flowers` for a stage of a run."""
         if stage is None:
             return model.name if model.pretrained is None else f"{model.name}, {model.pretrained}"
         return f"{stage}-{Path(model.name).parent.name.partition('-')[2]}" if stage else ZERO_SHOT
@@ -134,13 +134,13 @@ class EvaluationTarget:
 def resolve_target(
     what: str, pretrained: str | None, stage: str | None, tasks: Sequence[str], suites: Sequence[str]
 ) -> EvaluationTarget:
-    """Find the models and the tasks of an evaluation.
+    """Resolve the command's arguments to models and tasks.
 
     Args:
-        what: A run's folder, a model's folder, or an open_clip model name.
-        pretrained: open_clip's tag of the weights, or a weights file, for an open_clip model name.
+        what: Folder of a run, folder of a model, or open_clip model name.
+        pretrained: Tag of open_clip weights, or a weights file, for an open_clip model name.
         stage: Stage of a run, from 0 (the initial model), or `all`; default: the last trained stage.
-        tasks: Folders of tasks; default: those of the run.
+        tasks: Folders of tasks; default: the tasks of the run.
         suites: Folders of additional tasks.
 
     Returns:
@@ -153,14 +153,14 @@ def resolve_target(
     suite_folders = tuple(map(_open_task, suites))
     if (folder / SEARCH).is_file():
         raise InputError(
-            f"{what}: found a search, expected a run, such as one of {folder}/trials", code=ErrorCode.OTHER_RUN
+            f"{what}: found a search, expected a run, for example a folder in {folder}/trials", code=ErrorCode.OTHER_RUN
         )
     if not (folder / EXPERIMENT).is_file():
         model = _resolve_model(what, folder, pretrained, stage, tasks)
         return EvaluationTarget(((None, model),), tuple(map(_open_task, tasks)), suite_folders)
     if pretrained is not None:
         raise InputError(
-            f"--pretrained {pretrained}: found it with a run, expected it only with the name of an open_clip model",
+            f"--pretrained {pretrained} cannot be used with a run, only with the name of an open_clip model",
             code=ErrorCode.CONFLICT,
             field="--pretrained",
         )
@@ -179,7 +179,7 @@ def _select_stages(models: Sequence[tuple[int, Model]], stage: str | None, run: 
         return list(models)
     if stage is not None and not (stage.isdecimal() and int(stage) < len(models)):
         raise InputError(
-            f"--stage {stage}: found {len(models) - 1} trained stages in {run}, expected 0 to that or all",
+            f"--stage {stage}: found {len(models) - 1} trained stages in {run}, expected 0 to {len(models) - 1} or all",
             code=ErrorCode.UNKNOWN_NAME,
             field="--stage",
         )
@@ -187,21 +187,21 @@ def _select_stages(models: Sequence[tuple[int, Model]], stage: str | None, run: 
 
 
 def _resolve_model(what: str, folder: Path, pretrained: str | None, stage: str | None, tasks: Sequence[str]) -> Model:
-    """Resolve a model that is not a run's."""
+    """Resolve a model that does not belong to a run."""
     if stage is not None:
         raise InputError(
-            f"--stage {stage}: found '{what}', which is not a run's folder, expected one that has stages",
+            f"--stage {stage} needs the folder of a run, but '{what}' is not one",
             code=ErrorCode.CONFLICT,
             field="--stage",
         )
     if not tasks and "/" in what and not folder.exists():
         raise InputError(
-            f"{what}: found no such folder, expected a run's, or --task for a model of that name",
+            f"{what}: found no such folder, expected the folder of a run; to evaluate a model, give tasks with --task",
             code=ErrorCode.NOT_FOUND,
         )
     if not tasks:
         raise InputError(
-            f"--task: found none for the model '{what}', expected tasks to evaluate it on",
+            f"the model '{what}' needs tasks to be evaluated on; give them with --task",
             code=ErrorCode.MISSING_VALUE,
             field="--task",
         )
@@ -210,8 +210,7 @@ def _resolve_model(what: str, folder: Path, pretrained: str | None, stage: str |
         return Model(name=name, pretrained=pretrained)
     except ValueError as error:
         raise InputError(
-            f"{name}: found no run's folder, no open_clip folder and no model name with --pretrained, expected one of "
-            "them",
+            f"{name}: expected the folder of a run, an open_clip folder, or an open_clip model name with --pretrained",
             code=ErrorCode.NOT_FOUND,
         ) from error
 
@@ -229,8 +228,8 @@ def evaluate_models(target: EvaluationTarget, options: EvaluationOptions, consol
 
     Args:
         target: The models and the tasks.
-        options: How to evaluate.
-        console: For progress and warnings.
+        options: Options of the evaluation.
+        console: Console for progress and warnings.
 
     Returns:
         The evaluation of each model, with metrics of the accuracy matrix if the target is complete.
@@ -256,7 +255,7 @@ def evaluate_models(target: EvaluationTarget, options: EvaluationOptions, consol
             label = target.label(stage, model)
             bar.update(f"evaluating {label}", bar.done)
             clip = load_clip(model, device)
-            if not evaluations:  # several models are stages of one run and have the same tokenizer
+            if not evaluations:  # several models belong to one run and have the same tokenizer
                 messages = (message for task in all_tasks for message in prompt_warnings(task, clip.tokenizer))
                 warnings += dict.fromkeys(messages)
                 for message in warnings:
@@ -299,7 +298,7 @@ def _check_names_are_unique(tasks: Sequence[TaskFolder]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise InputError(
-                f"found two tasks or suites called '{name}', expected folders of different names",
+                f"found two tasks or suites called '{name}', expected folders with different names",
                 code=ErrorCode.DUPLICATE,
             )
 
@@ -370,10 +369,10 @@ def write_evaluation(report: EvaluationReport, folder: Path) -> dict[str, str]:
 
     Args:
         report: The evaluation.
-        folder: Where to write.
+        folder: Output folder.
 
     Returns:
-        The written files by kind.
+        Mapping from the kind of file to the written file.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rows = [(model.model, task) for model in report.models for task in model.judged]
@@ -409,7 +408,7 @@ def _to_csv(rows: Sequence[Sequence[object]]) -> str:
 
 
 def _draw_calibration(model: ModelEvaluation) -> Figure:
-    """Draw accuracy against confidence, one chart per task; an overconfident model is below the diagonal."""
+    """Draw accuracy against confidence, one chart per task. An overconfident model is below the diagonal."""
     names = list(dict.fromkeys(task.task for task in model.judged))
     figure, charts = _subplots(names, f"{model.model}: accuracy against confidence")
     for axes, name in zip(charts, names, strict=True):
@@ -426,7 +425,7 @@ def _draw_calibration(model: ModelEvaluation) -> Figure:
 
 
 def _draw_confusions(model: ModelEvaluation) -> Figure:
-    """Draw each task's confusion matrix among its own classes, as shares of the true class."""
+    """Draw the confusion matrix of each task among its own classes. Each row sums to 1."""
     tasks = [task for task in model.judged if task.protocol == "task-aware"] or list(model.judged)
     figure, charts = _subplots([task.task for task in tasks], f"{model.model}: true class (row), predicted (column)")
     for axes, task in zip(charts, tasks, strict=True):
@@ -445,7 +444,7 @@ def _draw_confusions(model: ModelEvaluation) -> Figure:
 
 
 def _subplots(names: Sequence[str], title: str) -> tuple[Figure, list[Axes]]:
-    """Create a figure with one small chart for each name."""
+    """Create a figure with one chart per name."""
     columns = min(3, len(names))
     lines = -(-len(names) // columns)
     figure = Figure(figsize=(3.8 * columns, 0.6 + 3.6 * lines), layout="constrained")
@@ -463,17 +462,17 @@ def record_evaluation(
     files: Sequence[str],
     note: Callable[[str], None],
 ) -> bool:
-    """Attach an evaluation to its run in MLflow: the files, and each protocol's accuracies by stage.
+    """Record an evaluation in the MLflow run of its models: the files, and the accuracies of each protocol by stage.
 
-    Accuracies are recorded only if the run was evaluated on its own tasks and with its own settings, so that a metric's
-    name has one meaning.
+    Accuracies are recorded only if the run was evaluated on its own tasks with its own settings. Otherwise, values with
+    the same metric name could not be compared.
 
     Args:
         report: The evaluation.
-        target: The models and the tasks; the models are a run's.
-        options: How they were evaluated.
+        target: The models, which belong to a run, and the tasks.
+        options: Options of the evaluation.
         files: The files to attach.
-        note: Called with a message if the store does not accept them.
+        note: Called with a message if the store does not accept the evaluation.
 
     Returns:
         Whether the store accepted everything.

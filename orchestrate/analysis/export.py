@@ -75,15 +75,15 @@ PAPER = "https://arxiv.org/abs/2303.06628"
 
 
 def export_model(run: Path, stage: int | None, out: Path) -> Path:
-    """Write a stage's model, its recipe and its model card to a new folder.
+    """Write the model of a stage, the recipe and a model card to a new folder.
 
     Args:
         run: Folder of a finished run.
         stage: Stage, from 1; default: the last.
-        out: The new folder; it must not exist, or be empty.
+        out: Output folder; it must be empty or not exist.
 
     Returns:
-        The new folder.
+        The output folder.
 
     Raises:
         InputError: If the run or the stage does not exist, its weights were deleted, or `out` is not empty.
@@ -100,14 +100,15 @@ def export_model(run: Path, stage: int | None, out: Path) -> Path:
         )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(
-            f"{out}: found a file, or a folder that is not empty, expected a new or an empty folder",
+            f"{out}: found a file or a folder that is not empty, expected a new or an empty folder",
             code=ErrorCode.CONFLICT,
             field="--out",
         )
     model = model_folder(run, number, result.tasks[number - 1].name)
     if not (model / CONFIG).is_file():
         raise InputError(
-            f"{model}: found no model, expected the weights of stage {number} (keep_models)", code=ErrorCode.NOT_FOUND
+            f"{model}: found no model, expected the weights of stage {number} (see compute.keep_models)",
+            code=ErrorCode.NOT_FOUND,
         )
     experiment = load_experiment(run / EXPERIMENT)
     with atomic_folder(out) as temporary:

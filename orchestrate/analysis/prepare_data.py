@@ -1,4 +1,4 @@
-"""Preparation of data (`zscl data prepare`, `zscl data fetch`): sources by name, tasks in parallel, progress bars."""
+"""Preparation of data (`zscl data prepare`, `zscl data fetch`): choice of the source, parallel tasks, progress bars."""
 
 import multiprocessing
 import os
@@ -27,9 +27,9 @@ from zscl.datasets.sources import SPLIT_SEED, PreparedTask, check_name
 from zscl.datasets.synthetic.suites import write_embedded
 
 ALL_TASKS = "mtil"
-# Names other than those of MTIL's tasks, and the argument that follows them.
+# Sources other than the tasks of MTIL, with the argument that follows the name on the command line.
 SOURCES = {"embedded": "", "folder": "DIR", "tinyimagenet": "DIR", "imagenet": "DIR", "captions": "FILE"}
-OPTIONS: Mapping[str, set[str]] = {  # the options that each of them uses
+OPTIONS: Mapping[str, set[str]] = {  # the options that each source uses
     "embedded": {"corpus"},
     "folder": {"template", "seed"},
     "tinyimagenet": set(),
@@ -47,16 +47,16 @@ def prepare_data(
 
     Args:
         names: Names of tasks, or `mtil`; or the name of another source and its argument.
-        out: Where to write.
-        options: The command's options by name, without those that were not set.
-        console: For progress.
+        out: Output folder.
+        options: Mapping from names to values of the command's options, without options that were not set.
+        console: Console for progress.
 
     Returns:
-        What was prepared, for programs, and lines for people.
+        The prepared data as a JSON dictionary, and lines for people.
 
     Raises:
-        InputError: If a name is unknown, an option does not belong to the source, or the source has another content.
-        InterruptedRunError: After Ctrl-C.
+        InputError: If a name is unknown, an option does not belong to the source, or the source has unexpected content.
+        InterruptedRunError: If a signal such as Ctrl-C stopped the work.
     """
     if not str(out).isprintable():
         raise InputError(
@@ -97,28 +97,28 @@ def fetch_tasks(
 
     Args:
         names: Names of tasks, or `mtil`.
-        out: Where to write.
+        out: Output folder.
         jobs: Number of tasks in parallel; default: one per CPU core.
-        console: For progress.
+        console: Console for progress.
 
     Returns:
-        What was downloaded and how it differs from the published data, for programs, and lines for people.
+        The downloaded tasks with their differences from the published data, as a JSON dictionary, and lines for people.
 
     Raises:
         InputError: If a name is unknown, or a copy cannot be downloaded or is damaged.
-        InterruptedRunError: After Ctrl-C.
+        InterruptedRunError: If a signal such as Ctrl-C stopped the work.
     """
     tasks = expand_task_names("data fetch", names, clip_benchmark.DRIFT_COPIES)
     return _describe_tasks(run_tasks(_fetch_task, tasks, (out,), jobs, console))
 
 
 def expand_task_names(command: str, names: Sequence[str], others: Collection[str] = ()) -> list[str]:
-    """Replace `mtil` by all tasks of MTIL, and drop repeated names.
+    """Replace `mtil` by the names of all tasks of MTIL, and remove duplicate names.
 
     Args:
-        command: The command, for the error message.
+        command: Name of the command, for error messages.
         names: Names that the user gave.
-        others: Names that are allowed besides MTIL's.
+        others: Other allowed names.
 
     Returns:
         The names of the tasks.
@@ -132,7 +132,7 @@ def expand_task_names(command: str, names: Sequence[str], others: Collection[str
 
 
 def _describe_captions(written: WrittenCaptions, out: Path) -> tuple[dict[str, Any], list[str]]:
-    """Describe what was read as captions; the first ones show whether it was the right column."""
+    """Describe the written captions. The first ones are shown, so that the user sees whether the column is right."""
     empty = f", {written.empty} empty ones left out" if written.empty else ""
     lines = [f"{out}/captions.txt  {written.captions} captions: {written.origin}{empty}; the first:"]
     return {"file": f"{out}/captions.txt", **asdict(written)}, [*lines, *(f"  {text}" for text in written.first)]
@@ -154,7 +154,7 @@ def _check_options(source: str, used: set[str], options: Mapping[str, Any]) -> N
             [user] = [name for name, used in OPTIONS.items() if option in used]
             expected = "tasks of MTIL" if user == ALL_TASKS else f"'{user}'"
             raise InputError(
-                f"--{option}: found it with '{source}', expected it only with {expected}",
+                f"--{option} cannot be used with '{source}', only with {expected}",
                 code=ErrorCode.UNUSED_SETTING,
                 field=f"--{option}",
             )
@@ -162,7 +162,7 @@ def _check_options(source: str, used: set[str], options: Mapping[str, Any]) -> N
 
 # -------------------------------------------------------------------------------------------- tasks in parallel
 
-_reports: Any = None  # receives progress: a queue in a worker process, the progress bars in the main process
+_reports: Any = None  # receives progress reports: a queue in a worker process, `_TaskBars` in the main process
 
 
 def _report(task: str, done: int, total: int) -> None:
@@ -183,7 +183,7 @@ def _report_to(reports: Any) -> None:
 
 
 def _start_worker(reports: Any) -> None:
-    for number in (*TERMINATION_SIGNALS, *WARNING_SIGNALS):  # all processes may get them; only the main one reports it
+    for number in (*TERMINATION_SIGNALS, *WARNING_SIGNALS):  # only the main process reports a signal
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     _report_to(reports)
 
@@ -195,21 +195,22 @@ def run_tasks(
     jobs: int | None,
     console: Console,
 ) -> list[PreparedTask]:
-    """Call a function for each task, in up to `jobs` processes.
+    """Call a function for every task, in up to `jobs` processes.
 
     Args:
-        work: The function; its first argument is the task's name.
+        work: The function. Its first argument is the task's name.
         tasks: Names of the tasks.
-        arguments: Further arguments of the function.
+        arguments: The other arguments of the function.
         jobs: Number of processes; default: one per CPU core.
-        console: For progress.
+        console: Console for progress.
 
     Returns:
         The prepared tasks, in the order of `tasks`.
 
     Raises:
-        InputError: If tasks failed, after all others are finished; its message is that of the first failed task.
-        InterruptedRunError: After Ctrl-C; finished tasks are kept.
+        InputError: If a task failed. It is raised after all other tasks have finished, with the message of the first
+            failed task.
+        InterruptedRunError: If a signal such as Ctrl-C stopped the work. Finished tasks are kept.
     """
     jobs = min(jobs or os.cpu_count() or 1, len(tasks))
     with _TaskBars(console) as bars:
@@ -225,7 +226,7 @@ def run_tasks(
     failed = {task: outcome for task, outcome in outcomes.items() if isinstance(outcome, InputError)}
     if failed:
         first, *others = failed
-        also = f" (nor was {', '.join(others)} made)" if others else ""
+        also = f" ({', '.join(others)} failed, too)" if others else ""
         raise InputError(f"{failed[first]}{also}", code=failed[first].code, field=failed[first].field)
     return [outcome for outcome in outcomes.values() if isinstance(outcome, PreparedTask)]
 
@@ -247,7 +248,7 @@ def _run_in_process(
 def _run_in_pool(
     work: Callable[..., PreparedTask], tasks: Sequence[str], arguments: tuple[Any, ...], jobs: int, bars: "_TaskBars"
 ) -> dict[str, Outcome]:
-    # The fork server has no threads (torch's do not survive a fork), and imports once what takes seconds to import.
+    # Threads of torch do not survive a fork, and the fork server has none. It also imports slow modules only once.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, "torchvision"])
     reports = context.Queue()
@@ -270,7 +271,7 @@ def _run_in_pool(
 
 
 class _TaskBars:
-    """Progress of tasks: one bar for each on a terminal, one line for each in a log."""
+    """Shows the progress of tasks: one progress bar per task on a terminal, one line per task in a log."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -294,16 +295,16 @@ class _TaskBars:
         self._progress.stop()
 
     def put(self, progress: tuple[str, int, int]) -> None:
-        """Show a task's progress: its name, the number of written images, and the total."""
+        """Show the progress of a task, given as its name, the number of written images, and the total."""
         task, done, total = progress
         if task not in self._bars:
             self._bars[task] = self._progress.add_task(task, total=total)
         self._progress.update(self._bars[task], completed=done)
 
     def finish(self, task: str, outcome: Outcome) -> None:
-        """Print a task's outcome."""
+        """Print the outcome of a task."""
         if isinstance(outcome, InputError):
-            message = "not made"
+            message = "failed"
         else:
             message = f"{sum(outcome.images.values())} images {'kept' if outcome.kept else 'written'}"
         self.console.print(f"{task}: {message}", highlight=False)

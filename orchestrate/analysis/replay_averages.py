@@ -1,4 +1,4 @@
-"""Replay of weight averages (`zscl average`): evaluates other averages and interpolations of a stage's snapshots."""
+"""Replay of weight averages (`zscl average`): evaluates other averages and interpolations from a stage's snapshots."""
 
 import csv
 import dataclasses
@@ -40,12 +40,12 @@ AVERAGE_KINDS: tuple[str, ...] = get_args(Average.model_fields["kind"].annotatio
 
 @dataclass(frozen=True)
 class AverageGrid:
-    """The combinations to evaluate: each average with each share of the anchor.
+    """The combinations of averaging settings and interpolation weights to evaluate.
 
     Attributes:
-        averages: Settings of weight averages; `None` is the last weights.
-        shares: Shares of the anchor's weights that are merged into the average.
-        anchor: What is merged in, stage_start or initial.
+        averages: Averaging settings. `None` means the last weights, without averaging.
+        shares: Interpolation weights of the anchor model, from 0 (only the average) to 1 (only the anchor).
+        anchor: The anchor model, `stage_start` or `initial`.
     """
 
     averages: tuple[Average | None, ...]
@@ -57,14 +57,14 @@ def parse_grid(every: str, kinds: str, decay: float, shares: str, anchor: str) -
     """Parse and check the options of the command line.
 
     Args:
-        every: Averaging intervals in steps, by commas.
-        kinds: Kinds of averages, by commas.
+        every: Averaging intervals in steps, separated by commas.
+        kinds: Kinds of averages, separated by commas.
         decay: Decay of the exponential average.
-        shares: Shares of the anchor, by commas.
-        anchor: stage_start or initial.
+        shares: Interpolation weights of the anchor model, separated by commas.
+        anchor: `stage_start` or `initial`.
 
     Returns:
-        The grid, without repetitions.
+        The grid, without duplicates.
 
     Raises:
         InputError: If a value is not allowed.
@@ -91,7 +91,7 @@ def parse_grid(every: str, kinds: str, decay: float, shares: str, anchor: str) -
 
 
 def _validate(schema: type[Setting], settings: dict[str, Any], source: str, option: str) -> Setting:
-    """Validate settings like those of a recipe; the error message names the options that they come from."""
+    """Validate settings against a schema. The error message names the options that set them."""
     try:
         return schema.model_validate(settings)
     except ValidationError as error:
@@ -101,7 +101,9 @@ def _validate(schema: type[Setting], settings: dict[str, Any], source: str, opti
 def _parse_steps(text: str) -> int:
     if not (text.isascii() and text.isdecimal()):
         raise InputError(
-            f"--every: found '{text}', expected whole numbers, by commas", code=ErrorCode.INVALID_VALUE, field="--every"
+            f"--every: found '{text}', expected whole numbers, separated by commas",
+            code=ErrorCode.INVALID_VALUE,
+            field="--every",
         )
     return int(text)
 
@@ -113,7 +115,7 @@ def _parse_share(text: str) -> float:
         share = -1.0
     if not 0 <= share <= 1:
         raise InputError(
-            f"--share: found '{text}', expected numbers from 0 to 1, by commas",
+            f"--share: found '{text}', expected numbers from 0 to 1, separated by commas",
             code=ErrorCode.INVALID_VALUE,
             field="--share",
         )
@@ -122,16 +124,16 @@ def _parse_share(text: str) -> float:
 
 @dataclass(frozen=True)
 class ReplayedStage:
-    """A stage of a run that wrote snapshots of its weights.
+    """A stage of a run with snapshots of its weights.
 
     Attributes:
         run: The run's folder.
         experiment: The run's experiment.
         tasks: The run's tasks.
         number: The stage, from 1.
-        start: The model at the stage's start.
+        start: The model at the start of the stage.
         every: Steps between two snapshots.
-        device: Where to evaluate.
+        device: Device for the evaluation.
     """
 
     run: Path
@@ -174,27 +176,28 @@ class ReplayedStage:
         return cls(run, experiment, tasks, number, start, every, device)
 
     def check_intervals(self, grid: AverageGrid) -> None:
-        """Check that every averaging interval is a multiple of the snapshots' interval.
+        """Check that every averaging interval is a multiple of the snapshot interval.
 
         Args:
-            grid: The averages.
+            grid: The settings to check.
 
         Raises:
-            InputError: If one is not.
+            InputError: If an averaging interval is no multiple of the snapshot interval.
         """
         for average in grid.averages:
             if average is not None and average.every % self.every:
                 raise InputError(
-                    f"--every {average.every}: found snapshots of every {self.every} steps, expected multiples of that",
+                    f"--every {average.every}: found snapshots of every {self.every} steps, expected a multiple of "
+                    f"{self.every}",
                     code=ErrorCode.MISMATCH,
                     field="--every",
                 )
 
     def replay(self, average: Average | None) -> tuple[Clip, int]:
-        """Compute the stage's model with another average.
+        """Compute the model of the stage with another averaging setting.
 
         Args:
-            average: Setting of the average; `None` for the last weights.
+            average: The averaging setting; `None` for the last weights.
 
         Returns:
             The model, and the number of models in the average.
@@ -211,13 +214,13 @@ class ReplayedStage:
         return dataclasses.replace(clip, model=model), merges
 
     def evaluate(self, clip: Clip) -> dict[str, float]:
-        """Evaluate a model like the run's accuracy matrix.
+        """Evaluate a model on all tasks, with the settings of the run's accuracy matrix.
 
         Args:
             clip: The model.
 
         Returns:
-            Top-1 accuracy by task, as fractions.
+            Mapping from task names to top-1 accuracies, as fractions.
         """
         experiment, tasks = self.experiment, self.tasks
         loader = Loader(self.device, max_broken_share=experiment.compute.max_broken_share)
@@ -226,13 +229,13 @@ class ReplayedStage:
         accuracy = {}
         for index, task in enumerate(tasks):
             classes = embedded[index]
-            if experiment.class_incremental is not None:  # one head of all classes seen so far
+            if experiment.class_incremental is not None:  # one head for all classes seen so far
                 classes = slice_head(embedded, index, max(self.number - 1, index))
             [accuracy[task.name]], _ = compute_accuracies(clip, task, [classes], loader, precision=precision)
         return accuracy
 
     def is_run_setting(self, average: Average | None, share: float, anchor: str) -> bool:
-        """Whether the run's own method averages and merges like this."""
+        """Whether these are the settings of the run itself."""
         method = self.experiment.method
         merge = (method.merge.share, method.merge.anchor) if method.merge else (0.0, anchor)
         return (average, share, anchor) == (method.average, *merge)
@@ -240,17 +243,17 @@ class ReplayedStage:
     def evaluate_average(
         self, average: Average | None, share: float, anchor: str, merges: int, clip: Clip
     ) -> ReplayedAverage:
-        """Evaluate the stage's model with one setting.
+        """Evaluate a model that was computed with these settings.
 
         Args:
-            average: Setting of the average; `None` for the last weights.
-            share: Share of the anchor.
-            anchor: The anchor.
+            average: The averaging setting; `None` for the last weights.
+            share: Interpolation weight of the anchor model.
+            anchor: The anchor model, `stage_start` or `initial`.
             merges: Number of models in the average.
-            clip: The model.
+            clip: The computed model.
 
         Returns:
-            The setting and its accuracies.
+            The settings and the accuracies of the model.
         """
         accuracy = self.evaluate(clip)
         values = list(accuracy.values())
@@ -270,15 +273,15 @@ class ReplayedStage:
 
 
 def replay_grid(stage: ReplayedStage, grid: AverageGrid, console: Console) -> ReplayedAverages:
-    """Evaluate the stage's model with every setting of a grid, on all tasks of the run.
+    """Evaluate the model of a stage with every setting of a grid, on all tasks of the run.
 
     Args:
         stage: The stage.
         grid: The settings.
-        console: For progress.
+        console: Console for progress.
 
     Returns:
-        The accuracies with every setting, and those at the stage's start.
+        The accuracies for every setting, and those at the start of the stage.
 
     Raises:
         InputError: If a snapshot or a model cannot be read.
@@ -309,7 +312,7 @@ def replay_grid(stage: ReplayedStage, grid: AverageGrid, console: Console) -> Re
 
 
 def describe_average(average: ReplayedAverage) -> str:
-    """Describe an average in a few words, such as `mean every 50`."""
+    """Describe an averaging setting in a few words, such as `mean every 50`."""
     if average.kind == "none":
         return "last weights"
     decay = f", decay {average.decay:g}" if average.decay is not None else ""
@@ -317,7 +320,7 @@ def describe_average(average: ReplayedAverage) -> str:
 
 
 def build_averages_table(averages: ReplayedAverages) -> Table:
-    """Format the accuracies as a table with one row per setting. The run's own setting is marked.
+    """Format the accuracies as a table with one row per setting. The setting of the run itself is marked.
 
     Args:
         averages: The accuracies.
@@ -341,10 +344,10 @@ def write_averages(averages: ReplayedAverages, folder: Path) -> dict[str, str]:
 
     Args:
         averages: The accuracies.
-        folder: Where to write.
+        folder: Output folder.
 
     Returns:
-        The written files by kind.
+        Mapping from the kind of file to the written file.
     """
     rows = [average.model_dump(exclude={"accuracy"}) | average.accuracy for average in averages.tried]
     text = io.StringIO()
@@ -360,7 +363,7 @@ def write_averages(averages: ReplayedAverages, folder: Path) -> dict[str, str]:
 
 
 def _draw(averages: ReplayedAverages) -> Figure:
-    """Draw accuracy against the interval, and accuracy on the trained task against accuracy on the others."""
+    """Draw accuracy against the averaging interval, and accuracy on the trained task against that on other tasks."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     by_interval, trade_off = figure.subplots(1, 2)
     _draw_intervals(by_interval, averages)

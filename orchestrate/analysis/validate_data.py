@@ -21,7 +21,7 @@ from zscl.checks.task_scan import ScannedTask, scan_task
 from zscl.runtime.atomic_io import atomic_file
 
 BAR_DELAY_SECONDS = 1.0
-MAX_CLASSES_IN_TABLE = 40  # of a task with more classes, the table shows only the smallest ones
+MAX_CLASSES_IN_TABLE = 40  # for tasks with more classes, only the smallest ones are listed
 SMALLEST_CLASSES = 20
 DOTS_PER_INCH = 120
 CELL_PIXELS = 112
@@ -35,14 +35,14 @@ def check_task(folder: str, picture: Path | None, per_class: int, console: Conso
     Args:
         folder: The task's folder or URL.
         picture: PNG file for the contact sheet; `None` to draw none.
-        per_class: Images of each class on the contact sheet.
-        console: For progress.
+        per_class: Number of images per class on the contact sheet.
+        console: Console for progress.
 
     Returns:
         The report.
 
     Raises:
-        InputError: If the folder is not a task's.
+        InputError: If the folder does not contain a task.
     """
     with delayed_progress_bars(console) as progress:
         scanned = scan_task(folder, progress)
@@ -54,13 +54,13 @@ def check_task(folder: str, picture: Path | None, per_class: int, console: Conso
 
 @contextmanager
 def delayed_progress_bars(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """Show a progress bar for each kind of work that takes longer than `BAR_DELAY_SECONDS`.
+    """Context manager: show a progress bar for each kind of work that takes longer than `BAR_DELAY_SECONDS`.
 
     Args:
-        console: Where to show the bars.
+        console: Console for the progress bars.
 
     Yields:
-        A callback for progress, with the kind of work, the number of items done and the total.
+        A callback for progress. Its arguments are the kind of work, the number of finished items, and the total.
     """
     started: dict[str, float] = {}
     bars: dict[str, ProgressBar] = {}
@@ -81,11 +81,11 @@ def delayed_progress_bars(console: Console) -> Iterator[Callable[[str, int, int]
 
 
 def print_report(report: DatasetReport, console: Console) -> None:
-    """Print a report: tables, then problems and warnings, then their number.
+    """Print a report: tables, problems and warnings, and their numbers.
 
     Args:
         report: The report.
-        console: Where to print.
+        console: Console for the report.
     """
     classes = format_count(len(report.classnames.names), "class", "classes")
     templates = format_count(len(report.templates.templates), "template")
@@ -93,7 +93,7 @@ def print_report(report: DatasetReport, console: Console) -> None:
     for table in _tables(report):
         console.print(table)
     for kind, style, messages in (("problem", "red", report.problems), ("warning", "yellow", report.warnings)):
-        for message in messages:  # one line for each, for grep
+        for message in messages:  # one line per message, so that grep can be used
             console.print(Text.assemble((kind, style), f"  {message}"), soft_wrap=True)
     problems, warnings = format_count(len(report.problems), "problem"), format_count(len(report.warnings), "warning")
     console.print(f"{problems}, {warnings}", style="bold red" if report.problems else "bold green")
@@ -201,7 +201,7 @@ def write_contact_sheet(scanned: ScannedTask, report: DatasetReport, per_class: 
     Args:
         scanned: The task.
         report: The task's report.
-        per_class: Images of each class.
+        per_class: Number of images per class.
         file: The PNG file.
     """
     rows = contact_rows(scanned, per_class, MAX_CLASSES_ON_SHEET, CELL_PIXELS)
@@ -214,12 +214,12 @@ def write_contact_sheet(scanned: ScannedTask, report: DatasetReport, per_class: 
 
 
 def draw_contact_sheet(title: str, rows: Sequence[ContactRow], per_class: int) -> Figure:
-    """Draw a few images of each class under the class's prompt, the classes in columns from top to bottom.
+    """Draw a contact sheet: a few images of each class under its prompt. Classes run from top to bottom in columns.
 
     Args:
-        title: The sheet's title.
+        title: Title of the sheet.
         rows: The classes, with their prompts and images.
-        per_class: Images of each class.
+        per_class: Number of images per class.
 
     Returns:
         The figure.
@@ -248,7 +248,7 @@ def draw_contact_sheet(title: str, rows: Sequence[ContactRow], per_class: int) -
 
 
 def _draw_image(axes: Axes, image: Image.Image) -> None:
-    """Draw an image in the middle of its cell, with its own aspect ratio."""
+    """Draw an image in the centre of its cell without changing its aspect ratio."""
     axes.imshow(image, interpolation="nearest")
     edge = max(image.size)
     axes.set_xlim((image.width - edge) / 2 - 0.5, (image.width + edge) / 2 - 0.5)
@@ -258,7 +258,7 @@ def _draw_image(axes: Axes, image: Image.Image) -> None:
 
 
 def _draw_text(figure: Figure, x: float, y: float, text: str, size: float, weight: str) -> None:
-    # parse_math: a prompt with two dollar signs is not a formula
+    # parse_math=False: Matplotlib would read the text between two dollar signs in a prompt as a formula.
     figure.text(x, y, text, fontsize=size, fontweight=weight, va="center", parse_math=False)
 
 

@@ -1,1 +1,1 @@
-"""The command line `zscl`: one module for each group of commands."""
+"""The command line `zscl`, with one module per group of commands."""

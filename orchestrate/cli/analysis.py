@@ -18,11 +18,11 @@ from orchestrate.cli.terminal import create_stdout_console
 
 
 def sync(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of runs or searches that no process is working on.")],
-    uri: Annotated[str | None, typer.Option(help="MLflow tracking URI. Default: that of the run's recipe.")] = None,
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs or searches that are not running.")],
+    uri: Annotated[str | None, typer.Option(help="MLflow tracking URI. Default: the one in the run's recipe.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Send runs and searches to MLflow. Only what MLflow does not have yet is sent.
+    """Send runs and searches to MLflow. Only records that MLflow does not have yet are sent.
 
     Example: zscl sync runs/demo/finetune runs/demo/zscl
     """
@@ -101,7 +101,7 @@ def evaluate(
             "the other tasks; repeatable."
         ),
     ] = [],  # noqa: B006
-    protocol: Annotated[str, typer.Option(help="Protocols, by commas.")] = "task-aware,task-agnostic",
+    protocol: Annotated[str, typer.Option(help="Protocols, separated by commas.")] = "task-aware,task-agnostic",
     pretrained: Annotated[
         str | None, typer.Option(help="open_clip's tag of the weights, or a weights file, for an open_clip model name.")
     ] = None,
@@ -120,7 +120,7 @@ def evaluate(
     offline: Annotated[bool, typer.Option("--offline", help="Do not record the evaluation in MLflow.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Evaluate models on tasks: accuracy, confusions, calibration. Candidates are a task's classes, or those of all.
+    """Evaluate models on tasks: accuracy, confusion and calibration, among the classes of each task or of all tasks.
 
     Example: zscl evaluate runs/demo/zscl --stage all
     """
@@ -150,14 +150,14 @@ def evaluate(
 
 def average(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run with compute.snapshots_every set.")],
-    every: Annotated[str, typer.Option(help="Averaging intervals in steps, by commas.")],
+    every: Annotated[str, typer.Option(help="Averaging intervals in steps, separated by commas.")],
     stage: Annotated[int | None, typer.Option(help="Stage, from 1. Default: the last one with snapshots.")] = None,
     kind: Annotated[
-        str, typer.Option(help="Kinds of averages, by commas: mean, exponential, none (the last weights).")
+        str, typer.Option(help="Kinds of averages, separated by commas: mean, exponential, none (the last weights).")
     ] = "mean,none",
     decay: Annotated[float, typer.Option(help="Decay of the exponential average.")] = 0.9,
-    share: Annotated[str, typer.Option(help="Shares of the anchor's weights merged in at the end, by commas.")] = "0",
-    anchor: Annotated[str, typer.Option(help="Anchor to merge in: stage_start or initial.")] = "stage_start",
+    share: Annotated[str, typer.Option(help="Interpolation weights of the anchor model, separated by commas.")] = "0",
+    anchor: Annotated[str, typer.Option(help="Anchor model: stage_start or initial.")] = "stage_start",
     out: Annotated[Path | None, typer.Option(help="Output folder. Default: averages/<k>-<task>/ in the run.")] = None,
     as_json: AsJson = False,
 ) -> None:

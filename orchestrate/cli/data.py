@@ -46,7 +46,7 @@ def prepare(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Prepare tasks and reference sets. Data that exists already is kept.
+    """Prepare tasks and reference sets. Existing data is kept.
 
     Example: zscl data prepare mtil --out data/mtil --root ~/torchvision
     """

@@ -1,6 +1,6 @@
 """The command line `zscl`: its commands, expansion of paths in arguments, and exit codes.
 
-A command imports what it needs when it is called, so that `zscl --help` does not import torch, Ray and MLflow.
+Commands import torch, Ray and MLflow only when they are called, so that `zscl --help` is fast.
 """
 
 import errno
@@ -41,7 +41,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (  # in the order of `zscl --help`
     demo,
 )
 DATA_COMMANDS: tuple[Callable[..., None], ...] = (data.prepare, data.fetch, data.check)
-# Errors of the file system that the user has to solve. A retry does not help.
+# File system errors that the user has to fix. A retry does not help.
 PATH_ERRNOS = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG, errno.ELOOP,
 )  # fmt: skip
@@ -56,7 +56,7 @@ def expand_path_arguments(command: Callable[..., None]) -> Callable[..., None]:
         command: The command's function.
 
     Returns:
-        The wrapped function. It raises `InputError` if a variable is not set or a user does not exist.
+        The wrapped function. It raises an `InputError` if a variable is not set or a user does not exist.
     """
 
     def expand(name: str, value: Any) -> Any:
@@ -102,7 +102,7 @@ def options(
         ),
     ] = False,
 ) -> None:
-    """Handle the options before a command."""
+    """Handle the options that precede a command."""
     terminal.check_names_are_utf8()
 
 
@@ -115,7 +115,7 @@ app.add_typer(data_app, name="data")
 
 @contextmanager
 def _explain_path_errors() -> Iterator[None]:
-    """Turn an error of the file system that the user has to solve into an `InputError` that names the file."""
+    """Context manager: replace a file system error in `PATH_ERRNOS` by an `InputError` that names the file."""
     try:
         yield
     except OSError as error:
@@ -123,14 +123,14 @@ def _explain_path_errors() -> Iterator[None]:
             raise
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise InputError(
-            f"{os.fsdecode(error.filename)}: cannot be read or written ({error.strerror}), expected another path, or "
-            "the rights to this one",
+            f"{os.fsdecode(error.filename)}: cannot be read or written ({error.strerror}). Choose another path, or "
+            "fix this one",
             code=ErrorCode.NO_SPACE if full else ErrorCode.NOT_WRITABLE,
         ) from error
 
 
 def main() -> None:
-    """Run the command line. An error of the user is printed as one message, without a traceback, with exit code 2."""
+    """Run the command line. An `InputError` is printed without a traceback, and the exit code is 2."""
     terminal.use_utf8_mode()
     terminal.replace_unencodable_characters()
     with tolerate_closed_streams():
@@ -148,6 +148,6 @@ def _main() -> None:
     except InterruptedRunError as interrupt:
         print(f"interrupted: {interrupt}", file=sys.stderr)
         sys.exit(interrupt.exit_code)
-    except Exception:  # an internal error: users may send us the traceback, so it must contain no secrets
+    except Exception:  # internal error: users may publish the traceback, so it must not contain secrets
         print(mask(traceback.format_exc()), end="", file=sys.stderr)
         sys.exit(1)

@@ -10,11 +10,11 @@ from orchestrate.cli.options import AsJson, Overrides, Recipe, print_result, pro
 
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
-    out: Annotated[Path, typer.Option(help="Folder for the model; it must not exist, or be empty.")],
+    out: Annotated[Path, typer.Option(help="Folder for the model; it must be empty or not exist.")],
     stage: Annotated[int | None, typer.Option(help="Stage whose model to export, from 1. Default: the last.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Export a stage's model for the Hugging Face hub. The folder has open_clip's layout and a model card.
+    """Export the model of a stage for the Hugging Face hub, as an open_clip folder with a model card.
 
     Example: zscl export runs/demo/zscl --stage 6 --out runs/demo-zscl-model
     """

@@ -1,4 +1,4 @@
-"""What commands share: options with the same meaning everywhere, and functions that print results and notes."""
+"""Options that several commands have, and functions that print results and notes."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ Out = Annotated[
         "Default: runs/NAME-METHOD-FINGERPRINT."
     ),
 ]
-Variant = Annotated[str | None, typer.Option(help="Variant to run, of a recipe with a table of variants; or 'all'.")]
+Variant = Annotated[str | None, typer.Option(help="Variant to run, for a recipe with variants; or 'all'.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Run without MLflow; `zscl sync` sends everything later.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 
@@ -33,9 +33,9 @@ def print_result(content: dict[str, Any], as_json: bool, lines: list[str]) -> No
     """Print a command's result on standard output.
 
     Args:
-        content: The result for programs.
-        as_json: Whether to print `content` as JSON.
-        lines: The result for people, printed otherwise.
+        content: The result as a JSON dictionary.
+        as_json: Whether to print `content` instead of `lines`.
+        lines: The result for people.
     """
     if as_json:
         print(json.dumps(content, indent=1))
@@ -44,7 +44,7 @@ def print_result(content: dict[str, Any], as_json: bool, lines: list[str]) -> No
 
 
 def exit_with(code: int) -> None:
-    """End the command with this exit code, unless it is 0."""
+    """End the command with an exit code; do nothing if it is 0."""
     if code:
         raise typer.Exit(code)
 
@@ -55,7 +55,7 @@ def print_note(text: str) -> None:
 
 
 def combine_results(contents: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
-    """Combine the JSON results of several runs: a single one as it is, several as a list under `name`."""
+    """Combine the JSON results of runs: return a single result unchanged, and several ones as a list under `name`."""
     return contents[0] if len(contents) == 1 else {name: list(contents)}
 
 
@@ -67,18 +67,18 @@ def compare_and_print(
     published: str | None = None,
     baseline: str | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
-    """Compare runs and print the tables, unless the result is printed as JSON.
+    """Compare runs, and print the tables if the result is not printed as JSON.
 
     Args:
-        runs: Runs by the name that the user gave: the folder, or the error why there is none.
-        folder: Where to write the comparison.
+        runs: Mapping from the name that the user gave to the run's folder, or to the error that occurred in finding it.
+        folder: Output folder.
         as_json: Whether the command prints its result as JSON.
         offline: Whether to write nothing to MLflow.
         published: Task order of MTIL, I or II, whose published results are added to the tables.
-        baseline: Label of the runs that the others' differences are from.
+        baseline: Label of the method to which the others are compared.
 
     Returns:
-        The comparison for programs, and lines for people. See `orchestrate.analysis.compare`.
+        The comparison as a JSON dictionary, and lines for people (see `orchestrate.analysis.compare`).
     """
     from orchestrate.analysis.compare import compare_runs
 

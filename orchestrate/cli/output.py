@@ -1,4 +1,4 @@
-"""Standard output and standard error that tolerate a closed terminal or pipe: a run continues without them."""
+"""Standard output and standard error that tolerate a closed terminal or pipe, so that a run continues."""
 
 import errno
 import os
@@ -11,19 +11,19 @@ CLOSED_ERRNOS = (errno.EPIPE, errno.EIO, errno.ENXIO)  # a pipe without a reader
 
 
 class TolerantStream:
-    """A text stream that drops its output once its reader is gone."""
+    """A text stream that discards its output when the terminal or the reader of the pipe is gone."""
 
     def __init__(self, stream: TextIO, optional: bool) -> None:
         """Wrap a stream.
 
         Args:
             stream: The stream to write to.
-            optional: Whether to drop also what cannot be written for another reason, such as a full disk.
+            optional: Whether to discard output after other errors, too, such as a full disk.
         """
         self._stream, self._optional = stream, optional
 
     def write(self, text: str) -> int:
-        """Write a text, or drop it.
+        """Write a text, or discard it.
 
         Args:
             text: The text.
@@ -38,12 +38,12 @@ class TolerantStream:
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
-        """Write texts, or drop them."""
+        """Write texts, or discard them."""
         for line in lines:
             self.write(line)
 
     def flush(self) -> None:
-        """Flush the stream, or drop its buffer."""
+        """Flush the stream, or discard its buffer."""
         try:
             self._stream.flush()
         except OSError as error:
@@ -54,7 +54,7 @@ class TolerantStream:
 
     def _drop(self, error: OSError) -> None:
         if error.errno in CLOSED_ERRNOS:
-            # Redirect the descriptor, too: it drops the rest of the buffer, and what libraries write to it directly.
+            # Redirect the descriptor as well, for the rest of the buffer and for libraries that write to it directly.
             with suppress(OSError, ValueError), open(os.devnull, "wb") as null:  # noqa: PTH123
                 os.dup2(null.fileno(), self._stream.fileno())
         elif not self._optional:
@@ -63,7 +63,7 @@ class TolerantStream:
 
 @contextmanager
 def tolerate_closed_streams() -> Iterator[None]:
-    """Drop what is written to standard output or standard error once the reader is gone, while the block runs."""
+    """Context manager: discard output to standard output and standard error when the terminal or reader is gone."""
     with ExitStack() as stack:
         if sys.stdout is not None:
             output: Any = TolerantStream(sys.stdout, optional=False)

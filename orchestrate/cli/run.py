@@ -1,4 +1,4 @@
-"""The commands that run recipes (`run`, `resume`, `embed`, `submit`, `demo`), and `zscl schema`."""
+"""The commands that run recipes (`run`, `resume`, `embed`, `submit`, `demo`), and the command `schema`."""
 
 import json
 import sys
@@ -29,17 +29,17 @@ if TYPE_CHECKING:
     from schemas.experiment import Experiment
     from schemas.results import Result
 
-LARGE_UPLOAD_MEGABYTES = 10.0  # of a job's working directory; recipes are much smaller
+LARGE_UPLOAD_MEGABYTES = 10.0  # a larger working directory probably contains files that the job does not need
 
 
 def run(
     recipe: Recipe,
-    overrides: Overrides = [],  # noqa: B006 - typer reads the default, and nobody writes to it
+    overrides: Overrides = [],  # noqa: B006 - typer needs the default, and nothing changes it
     out: Out = None,
     variant: Variant = None,
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds to run, counting from the recipe's seed.")] = 1,
     orders: Annotated[
-        str, typer.Option(help="Task orders to run, by commas: given, reversed, I, II (MTIL's), random:N.")
+        str, typer.Option(help="Task orders to run, separated by commas: given, reversed, I, II (MTIL's), random:N.")
     ] = "",
     dry_run: Annotated[
         bool,
@@ -50,7 +50,7 @@ def run(
     ] = False,
     probe: Annotated[
         bool,
-        typer.Option("--probe", help="With --dry-run: train for a minute, and estimate the time of the run."),
+        typer.Option("--probe", help="With --dry-run: train for a minute, and estimate the duration of the run."),
     ] = False,
     offline: Offline = False,
     as_json: AsJson = False,
@@ -96,7 +96,7 @@ def run(
 def _check_probe(probe: bool, dry_run: bool) -> None:
     if probe and not dry_run:
         raise InputError(
-            "--probe: found it without --dry-run, expected both: a run shows the time that is left itself",
+            "--probe needs --dry-run. A real run prints its remaining time",
             code=ErrorCode.CONFLICT,
             field="--probe",
         )
@@ -105,16 +105,16 @@ def _check_probe(probe: bool, dry_run: bool) -> None:
 def summarize_run(
     experiment: "Experiment", folder: Path, result: "Result", offline: bool
 ) -> tuple[dict[str, Any], list[str]]:
-    """Summarize a finished run: its metrics, and where its files are.
+    """Summarize a finished run: its metrics, and the locations of its files.
 
     Args:
         experiment: The run's experiment.
         folder: The run's folder.
         result: The run's result.
-        offline: Whether it ran without MLflow.
+        offline: Whether the run was not recorded in MLflow.
 
     Returns:
-        The summary for programs, and lines for people.
+        The summary as a JSON dictionary, and lines for people.
     """
     from orchestrate.lifecycle.paths import browse_command, tracking_uri
     from orchestrate.reports.results import format_percent, format_time_breakdown
@@ -146,7 +146,7 @@ def resume(
     offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:
-    """Resume an interrupted run or search from its last checkpoint. The results are those of an uninterrupted run.
+    """Resume an interrupted run or search from its last checkpoint. The results equal those of an uninterrupted run.
 
     Example: zscl resume runs/embedded-zscl-1a2b3c4d --set compute.workers=1
     """
@@ -199,13 +199,13 @@ def submit(
     address: Annotated[
         str | None,
         typer.Option(
-            help="Address of the cluster's dashboard, or any that `ray job submit` accepts. As there, "
+            help="Address of the cluster's dashboard, or any that `ray job submit` accepts. "
             "RAY_API_SERVER_ADDRESS and RAY_ADDRESS take precedence. Default: http://127.0.0.1:8265."
         ),
     ] = None,
     working_dir: Annotated[
         Path,
-        typer.Option(help="Folder to upload, without what .gitignore and .rayignore exclude; it contains the recipe."),
+        typer.Option(help="Folder to upload, with the recipe. Files in .gitignore and .rayignore are excluded."),
     ] = Path(),
     wait: Annotated[bool, typer.Option(help="Print the job's output until it ends.")] = True,
     as_json: AsJson = False,
@@ -220,7 +220,7 @@ def submit(
     folder = working_dir.resolve()
     entrypoint = build_entrypoint(recipe, overrides, out, folder)
     size = measure_upload_megabytes(folder)
-    advice = ": list in .rayignore what the run does not need" if size > LARGE_UPLOAD_MEGABYTES else ""
+    advice = "; list files that the run does not need in .rayignore" if size > LARGE_UPLOAD_MEGABYTES else ""
     print_note(f"uploads {size:.1f} MB{advice}")
     grace = max(experiment.compute.grace_seconds for experiment in load_variants(recipe, overrides).values())
     job, follow = submit_job(entrypoint, folder, address, grace, print_note)
@@ -234,7 +234,7 @@ def submit(
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the demo's data and runs.")] = Path("runs/demo"),
     recipe: Annotated[
-        Path, typer.Option(help="Recipe of the embedded suite.", show_default="the one that comes with the package")
+        Path, typer.Option(help="Recipe of the embedded suite.", show_default="included in the package")
     ] = Path(__file__).parent.parent / "embedded.yaml",
     overrides: Overrides = [],  # noqa: B006
     offline: Offline = False,
@@ -264,7 +264,7 @@ def schema(
     ] = False,
     as_json: AsJson = True,
 ) -> None:
-    """Print the recipe's JSON Schema, for editors.
+    """Print the JSON Schema of recipes, for editors.
 
     Example: zscl schema > recipe.schema.json
     """

@@ -1,4 +1,4 @@
-"""Terminal output in any locale: UTF-8 mode, replacement of unencodable characters, checks of path names, consoles."""
+"""Terminal output in any locale: UTF-8 mode, replacement of unencodable characters, checks of file names, consoles."""
 
 import codecs
 import io
@@ -11,9 +11,9 @@ from rich.console import Console
 
 from schemas.errors import ErrorCode, InputError
 
-FILE_WIDTH = 200  # columns of a table that is written to a file or read by another program
-MIN_TERMINAL_WIDTH = 80  # columns of a table on any terminal; a narrower terminal wraps lines, so that nothing is cut
-# ASCII replacements for the other characters of our own output.
+FILE_WIDTH = 200  # width of tables, in characters, if the output is a file or a pipe
+MIN_TERMINAL_WIDTH = 80  # minimum width of tables, in characters; a narrower terminal wraps lines and cuts nothing
+# ASCII replacements for the non-ASCII characters in the messages of zscl.
 ASCII_REPLACEMENTS = {"–": "-", "—": "-", "−": "-", "→": ">", "·": ".", "…": "...", "±": "+-", "×": "x", "½": "/"}
 ERROR_HANDLER = "zscl.plain"
 
@@ -32,7 +32,7 @@ def use_utf8_mode() -> None:
 
 
 def replace_unencodable_characters() -> None:
-    """Make standard output and standard error replace the characters that their encoding lacks."""
+    """Configure standard output and standard error to replace characters that their encoding does not have."""
     codecs.register_error(ERROR_HANDLER, _replace)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -51,16 +51,16 @@ def _replace(error: UnicodeError) -> tuple[str, int]:
 
 
 def check_names_are_utf8() -> None:
-    """Check that the arguments and the current folder are UTF-8: records in JSON and SQLite cannot hold other names.
+    """Check that the arguments and the current folder are UTF-8, because JSON and SQLite cannot store other names.
 
     Raises:
-        InputError: If the current folder was deleted, or it or an argument is not UTF-8.
+        InputError: If the current folder was deleted, or its name or an argument is not UTF-8.
     """
     try:
         current = str(Path.cwd())
     except FileNotFoundError as error:
         raise InputError(
-            "the current folder: found it deleted, expected one that exists; cd to another one",
+            "the current folder was deleted; change to another folder with cd",
             code=ErrorCode.NOT_FOUND,
         ) from error
     for source, name in (("the current folder", current), *(("the arguments", name) for name in sys.argv[1:])):
@@ -69,13 +69,13 @@ def check_names_are_utf8() -> None:
         except UnicodeEncodeError as error:
             shown = os.fsencode(name).decode("utf-8", "backslashreplace")
             raise InputError(
-                f"{source}: found {shown}, a name with bytes that are not UTF-8, expected UTF-8; rename it (mv)",
+                f"{source}: found the name {shown}, expected UTF-8; rename it with mv",
                 code=ErrorCode.INVALID_VALUE,
             ) from error
 
 
 def create_stderr_console() -> Console:
-    """Create the console for progress and notes. Names are shown as they are: no markup, no emoji codes."""
+    """Create the console for progress and notes. Markup and emoji codes are disabled, so names print unchanged."""
     return Console(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 

@@ -1,1 +1,1 @@
-"""Ray: clusters, training workers, evaluation tasks and jobs."""
+"""Ray: connections to clusters, training workers, evaluation tasks and jobs."""

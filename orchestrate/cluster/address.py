@@ -1,6 +1,6 @@
-"""The configured address of a Ray cluster, and a check with short timeouts that a GCS answers at an address.
+"""Address of a Ray cluster: read it from the configuration, and check with short timeouts that a GCS answers there.
 
-Ray itself would wait for minutes or forever.
+A GCS (global control service) is the head process of a cluster. Ray itself would wait for minutes or forever.
 """
 
 import os
@@ -15,21 +15,21 @@ from schemas.redaction import mask
 
 ADDRESS_VARIABLE = "RAY_ADDRESS"
 RPC_TIMEOUT_SECONDS = 10.0
-# The first call of every Ray client to a GCS. The name belongs to Ray's internal protocol, so a gRPC server that does
-# not know it is accepted: it may be another version of Ray.
+# The first call of every Ray client to a GCS. It belongs to Ray's internal protocol, which may change. So a gRPC server
+# that does not know the call (UNIMPLEMENTED) is accepted.
 GET_CLUSTER_ID = "/ray.rpc.NodeInfoGcsService/GetClusterId"
 ACCEPTED_CODES = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNIMPLEMENTED)
-_EXPECTED = "expected HOST:PORT of a running cluster's GCS (port 6379 by default), or none to start one here"
+_EXPECTED = "expected HOST:PORT of a running cluster's GCS (port 6379 by default), or no address to start a local Ray"
 
 
 def cluster_address(compute: Compute) -> str | None:
-    """Return the address of the cluster to connect to, by the rules of `ray.init`; `None` to start a local one.
+    """Return the address of the cluster to connect to, according to the rules of `ray.init`.
 
     Args:
-        compute: The recipe's section. RAY_ADDRESS replaces a missing address and `auto`.
+        compute: The recipe's section `compute`. RAY_ADDRESS is used if it has no address or `auto`.
 
     Returns:
-        `auto`, HOST:PORT, or a URL.
+        `auto`, HOST:PORT or a URL; `None` to start a local cluster.
     """
     address = compute.address
     if address in (None, "", "auto"):
@@ -38,7 +38,13 @@ def cluster_address(compute: Compute) -> str | None:
 
 
 class _GcsError(Exception):
-    """The end of the message about an address, after the address itself, and the error's code."""
+    """No GCS answers at an address.
+
+    Attributes:
+        reason: The part of the message after the address.
+        code: The error's code.
+        hint: The end of the message.
+    """
 
     def __init__(self, reason: str, code: ErrorCode = ErrorCode.UNREACHABLE, hint: str = "") -> None:
         super().__init__(reason)
@@ -46,11 +52,11 @@ class _GcsError(Exception):
 
 
 def check_gcs(address: str, field: str = "compute.address") -> None:
-    """Check that the head process of a Ray cluster, its GCS, answers at an address.
+    """Check that the GCS of a Ray cluster answers at an address.
 
     Args:
-        address: The address, as `ray.init` takes it.
-        field: The recipe field or environment variable that the address is from.
+        address: An address that `ray.init` accepts.
+        field: The recipe field or environment variable that contains the address.
 
     Raises:
         InputError: The address is malformed, or no GCS answers there.
@@ -68,10 +74,10 @@ def check_gcs(address: str, field: str = "compute.address") -> None:
 def _check_gcs(address: str) -> None:
     scheme, separator, rest = address.partition("://")
     if separator and scheme != "ray":
-        hint = "; jobs go to a dashboard: zscl submit --address" if scheme in ("http", "https") else ""
-        raise _GcsError(f": {scheme}:// is no address of a GCS", ErrorCode.INVALID_VALUE, hint)
+        hint = "; to submit a job to a dashboard, use zscl submit --address" if scheme in ("http", "https") else ""
+        raise _GcsError(f": {scheme}:// is not the address of a GCS", ErrorCode.INVALID_VALUE, hint)
     target = rest if separator else _resolve(address)
-    alias = f", which is {target} to Ray" if target != address and not separator else ""
+    alias = f", which Ray resolves to {target}" if target != address and not separator else ""
     host, port = _split_host_and_port(target, alias)
     try:
         check_port(host, port)
@@ -82,7 +88,7 @@ def _check_gcs(address: str) -> None:
 
 
 def _resolve(address: str) -> str:
-    """Return the address that Ray connects to: a running cluster for `auto`, the node's own address for localhost."""
+    """Return the address that Ray connects to. Ray replaces `auto` by a running cluster, and localhost by an IP."""
     from ray._private.services import canonicalize_bootstrap_address
 
     if address != "auto":
@@ -107,11 +113,21 @@ def _split_host_and_port(address: str, alias: str = "") -> tuple[str, int]:
 
 
 def _call_gcs(target: str, alias: str) -> None:
-    """Call the server at an address as a Ray client does. An error about a missing token counts as an answer."""
+    """Call the GCS at an address as a Ray client does.
+
+    Authentication errors are accepted, because they show that a GCS answers.
+
+    Args:
+        target: The address, HOST:PORT.
+        alias: The part of the error message about the address that Ray connects to.
+
+    Raises:
+        _GcsError: No GCS answers.
+    """
     with grpc.insecure_channel(target, options=[("grpc.enable_http_proxy", 0)]) as channel:
         try:
             channel.unary_unary(GET_CLUSTER_ID)(b"", timeout=RPC_TIMEOUT_SECONDS)
         except grpc.RpcError as error:
             if error.code() not in ACCEPTED_CODES:
                 name = error.code().name
-                raise _GcsError(f"{alias}: something answers there, but not as a Ray GCS does ({name})") from error
+                raise _GcsError(f"{alias}: the server at this address is not a Ray GCS ({name})") from error

@@ -1,8 +1,8 @@
-"""Access control for Ray: token authentication, and listening on the loopback interface only.
+"""Access control for Ray: token authentication, and local clusters that listen on the loopback interface only.
 
-Ray's ports execute what they receive, so a cluster without a token belongs to everybody who can reach it. Ray creates a
-token for a cluster that it starts, but makes it readable by all users of the machine, and does not send one to a
-cluster that it joins. On Linux, Ray listens on every interface, whatever address it is given.
+Ray executes any code that it receives on its ports, so everybody who can reach a cluster without a token controls it.
+Ray creates a token for a cluster that it starts, but makes the token readable by all users of the machine. It sends no
+token to a cluster that it joins. On Linux, Ray listens on every interface, whatever address is configured.
 """
 
 import os
@@ -19,9 +19,9 @@ OWNER_ONLY = 0o600
 
 
 def enable_token_auth(starts_cluster: bool) -> None:
-    """Switch Ray's token authentication on if there is a token, and create a token for a cluster that we start.
+    """Enable Ray's token authentication if there is a token. Create a token if this process starts the cluster.
 
-    A RAY_AUTH_MODE that the user has set is respected. Call this before Ray is used.
+    If RAY_AUTH_MODE is set to another mode, do nothing. Call this function before Ray is used.
 
     Args:
         starts_cluster: Whether this process starts the cluster, rather than joins one.
@@ -32,18 +32,18 @@ def enable_token_auth(starts_cluster: bool) -> None:
     if not has_token() and starts_cluster:
         _create_token()
     if not has_token():
-        return  # a cluster that needs a token reports that itself
+        return  # if the cluster requires a token, Ray raises an error
     os.environ[MODE_VARIABLE] = mode
-    Config.initialize("")  # Ray reads the mode at import; this makes it read the mode again
+    Config.initialize("")  # Ray reads the mode when it is imported; this call makes it read the mode again
     if (file := token_path()) is not None and _is_readable(file):
         _restrict_to_owner(file)
 
 
 @contextmanager
 def bind_to_loopback() -> Iterator[None]:
-    """Make a Ray that is started in the block listen on the loopback interface only, with all its processes.
+    """Context manager: all processes of a Ray cluster that its block starts listen on the loopback interface only.
 
-    This is Ray's behaviour on macOS and Windows. Its switch for Linux is off by default.
+    On macOS and Windows, this is Ray's default. On Linux, it must be enabled.
     """
     previous = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False
@@ -62,7 +62,7 @@ def token_path() -> Path | None:
     """Return the path of Ray's token file; `None` for a user without a home folder."""
     try:
         return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray/auth_token")
-    except RuntimeError:  # neither HOME nor a passwd entry, as for an arbitrary user id in a container
+    except RuntimeError:  # neither HOME nor a passwd entry exists, for example for an arbitrary user ID in a container
         return None
 
 
@@ -71,7 +71,7 @@ def _is_readable(file: Path | None) -> bool:
 
 
 def _create_token() -> None:
-    """Create a token in the token file, or for this process and its children if the file cannot be written."""
+    """Create a token in the token file. If the file cannot be written, set the token in the environment instead."""
     token, file = secrets.token_hex(32), token_path()
     try:
         if file is None:

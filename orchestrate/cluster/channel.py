@@ -1,6 +1,6 @@
-"""The event channel of a run: a Ray actor with the workers' events and the request to stop.
+"""Event channel of a run: a Ray actor that transports the workers' events and the request to stop.
 
-It is a separate module because the actor's process imports it. `train_workers` would import all of torch and open_clip.
+It is a separate module, because the actor's process imports it, and should not import torch and open_clip.
 """
 
 import asyncio
@@ -19,13 +19,13 @@ from schemas.errors import InputError
 
 log = logging.getLogger(__name__)
 
-DRAIN_SECONDS = 10.0  # for the last events to be consumed
+DRAIN_SECONDS = 10.0  # the time to consume the last events
 SEARCH_NAMESPACE = "zscl-searches"  # Ray's namespace for the channels of searches
 _END = "end"
 
 
 class RunChannel:
-    """The actor of a channel: forwards events to the driver, and the request to stop to the workers."""
+    """Ray actor that forwards events to the driver, and the request to stop to the workers."""
 
     def __init__(self) -> None:
         self._events: asyncio.Queue[str] = asyncio.Queue()
@@ -41,15 +41,15 @@ class RunChannel:
         return await self._events.get()
 
     async def report_input_error(self, error: InputError) -> None:
-        """Store an error in the user's input, which a restarted worker group would meet again."""
+        """Store an error in the user's input. Workers are not restarted after it, because they would fail again."""
         self._input_error = error
 
     async def input_error(self) -> InputError | None:
-        """Return the error in the user's input, if a worker reported one."""
+        """Return the error in the user's input that a worker reported; `None` if there is none."""
         return self._input_error
 
     async def request_stop(self) -> None:
-        """Request that the workers stop at the next checkpoint."""
+        """Request the workers to stop at the next checkpoint."""
         self._stop_requested = True
 
     async def stop_requested(self) -> bool:
@@ -61,8 +61,7 @@ def create_channel(search: str | None = None) -> Any:
     """Create a channel whose actor runs on this node.
 
     Args:
-        search: The name of the search that the channel belongs to, which `list_running_searches` lists; `None` for a
-            run.
+        search: The name of the search that uses the channel, for `list_running_searches`; `None` for a run.
 
     Returns:
         The handle of a `RunChannel` actor.
@@ -80,13 +79,13 @@ def list_running_searches() -> list[str]:
 
 @contextmanager
 def consume_events(channel: Any, on_event: Callable[[str], None]) -> Iterator[None]:
-    """Call `on_event` in a thread for each event of a channel while the block runs; then kill the channel's actor.
+    """Context manager: call a callback in a thread for each event of a channel. On exit, kill the channel's actor.
 
-    Exceptions of the callback are logged: an error of a display must not stop the training.
+    Exceptions of the callback are logged, so that an error of a display does not stop the training.
 
     Args:
         channel: The handle of a `RunChannel` actor.
-        on_event: The callback.
+        on_event: The callback. It receives the event as it was sent.
     """
 
     def consume() -> None:

@@ -1,4 +1,4 @@
-"""Connection to a Ray cluster, or start of a local one; checks that a cluster has the resources a run requests."""
+"""Connection to a Ray cluster, start of a local one, and checks that a cluster has the resources of a run."""
 
 import logging
 import os
@@ -20,33 +20,33 @@ from schemas.compute import Compute
 from schemas.errors import ErrorCode, InputError, one_line
 from zscl.runtime.atomic_io import remove_if_possible
 
-# Settings of the C library's allocator. Workers train in a thread. By default, the allocator returns a thread's freed
-# memory to the system at once, and a step on a CPU would spend a sixth of its time on allocating it again. Ray's
-# processes inherit these variables when Ray is started.
+# Settings of the C library's memory allocator. By default, the allocator returns the freed memory of a thread, such as
+# the one in which Ray trains, to the system at once. A step on a CPU would spend a sixth of its time on allocating the
+# memory again. Ray's processes inherit these variables when Ray is started.
 MALLOC_SETTINGS = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": str(2**33),
     "MALLOC_TRIM_THRESHOLD_": str(2**36),
     "MALLOC_TOP_PAD_": str(2**26),
 }
-# The path of a Unix socket may have 107 bytes on Linux and 103 on macOS. Ray adds up to 68 to the temporary folder:
-# /ray/session_2026-01-31_23-59-59_123456_4194304/sockets/plasma_store
+# The path of a Unix socket may have 107 bytes on Linux and 103 bytes on macOS. Ray appends up to 68 bytes to the
+# temporary folder's path, for example /ray/session_2026-01-31_23-59-59_123456_4194304/sockets/plasma_store
 MAX_TEMP_BYTES = 107 - 68 if sys.platform == "linux" else 103 - 68
 MAX_PID_DIGITS = 7
-NODE_CHECK_SECONDS = 60.0  # for a node to start a process and answer
+NODE_CHECK_SECONDS = 60.0  # the time for a node to start a process and answer
 
 
 def has_cluster_address(compute: Compute) -> bool:
-    """Return whether the recipe or the environment has the address of a cluster."""
+    """Return whether the recipe or the environment contains the address of a cluster."""
     return cluster_address(compute) is not None
 
 
 def connect(compute: Compute, note: Callable[[str], None]) -> None:
-    """Connect to the recipe's cluster or that of RAY_ADDRESS, or else start a local one, unless connected already.
+    """Connect to the configured Ray cluster, or start a local one. Do nothing if this process is already connected.
 
     Args:
-        compute: The recipe's section.
-        note: Called with a message about what is done.
+        compute: The recipe's section `compute`.
+        note: Called with a message about the action.
 
     Raises:
         InputError: There is no cluster at the address, or a local one cannot be started.
@@ -63,7 +63,7 @@ def connect(compute: Compute, note: Callable[[str], None]) -> None:
 
 
 def _join(address: str, compute: Compute, note: Callable[[str], None]) -> None:
-    """Connect to a running cluster; raise InputError if none answers at the address, or it refuses this process."""
+    """Connect to a running cluster. Raise `InputError` if no cluster answers, or if it rejects this process."""
     note("connecting to the Ray cluster")
     field = "compute.address" if compute.address == address else ADDRESS_VARIABLE
     check_gcs(address, field)
@@ -73,19 +73,21 @@ def _join(address: str, compute: Compute, note: Callable[[str], None]) -> None:
             ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
     except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
         raise InputError(
-            f"{field}: found no Ray cluster at {address} that takes this process ({one_line(error)}), "
-            "expected HOST:PORT of a running one that this machine is a node of, or none to start one here",
+            f"{field}: cannot join the Ray cluster at {address} ({one_line(error)}). Give HOST:PORT of a cluster that "
+            "this machine belongs to, or no address to start a local Ray",
             code=ErrorCode.REJECTED if isinstance(error, AuthenticationError) else ErrorCode.UNREACHABLE,
             field=field,
         ) from error
 
 
 def _start_local(note: Callable[[str], None]) -> None:
-    """Start a cluster on this machine; raise InputError if its files cannot be written."""
+    """Start a cluster on this machine. Raise `InputError` if Ray cannot write its files."""
     from joblib import cpu_count  # respects CPU affinity and the limits of a container
 
     cores, folder = cpu_count(), ray_temp_folder()
-    limit = f", with the {cores} of its {os.cpu_count()} CPU cores that it may use" if cores != os.cpu_count() else ""
+    limit = (
+        f", with {cores} of {os.cpu_count()} CPU cores (the limit of this process)" if cores != os.cpu_count() else ""
+    )
     note(f"starting Ray on this machine{limit}")
     enable_token_auth(starts_cluster=True)
     for name, value in MALLOC_SETTINGS.items():
@@ -93,7 +95,7 @@ def _start_local(note: Callable[[str], None]) -> None:
     try:
         with defer_warning_signals(), bind_to_loopback():
             ray.init(
-                address="local",  # never join a cluster that somebody else has started on this machine
+                address="local",  # do not connect to a cluster that another user has started on this machine
                 num_cpus=cores,
                 include_dashboard=False,
                 logging_level=logging.ERROR,
@@ -103,17 +105,17 @@ def _start_local(note: Callable[[str], None]) -> None:
             )
     except OSError as error:
         raise InputError(
-            f"RAY_TMPDIR: cannot start Ray with its files in {folder} ({error}), expected it to name a folder on a "
-            f"local disk that can be written, in at most {MAX_TEMP_BYTES} bytes",
+            f"RAY_TMPDIR: cannot start Ray with its files in {folder} ({error}), expected a writable folder on a local "
+            f"disk, with a path of at most {MAX_TEMP_BYTES} bytes",
             code=ErrorCode.NOT_WRITABLE,
             field="RAY_TMPDIR",
         ) from error
 
 
 def ray_temp_folder() -> str:
-    """Return the folder for the files of a local Ray. It contains Unix sockets, whose paths must be short.
+    """Return the folder for the files of a local Ray. Its path must be short, because it contains Unix sockets.
 
-    By Ray's own rule, it is `ray` in RAY_TMPDIR or TMPDIR; if TMPDIR is too long or not writable, in /tmp.
+    As in Ray, it is the subfolder `ray` of RAY_TMPDIR or TMPDIR. If TMPDIR is too long or not writable, /tmp is used.
 
     Returns:
         An absolute path.
@@ -124,12 +126,12 @@ def ray_temp_folder() -> str:
     ray_tmpdir, tmpdir = os.environ.get("RAY_TMPDIR"), os.environ.get("TMPDIR") or "/tmp"
     if ray_tmpdir:
         folder = Path(ray_tmpdir).absolute()
-        # The session's folder is named after this process, whose id may have fewer digits than the longest one.
+        # The name of the session's folder contains the process ID. If this ID is short, the path may be longer.
         size, limit = len(os.fsencode(folder)), MAX_TEMP_BYTES + MAX_PID_DIGITS - len(str(os.getpid()))
         if size > limit:
             raise InputError(
-                f"RAY_TMPDIR: found {folder}, {size} bytes long, expected at most {limit}: Ray's Unix sockets lie "
-                "below it, whose paths the system limits",
+                f"RAY_TMPDIR: found {folder}, {size} bytes long, expected at most {limit}, because the system limits "
+                "the length of the paths of Ray's Unix sockets in it",
                 code=ErrorCode.INVALID_VALUE,
                 field="RAY_TMPDIR",
             )
@@ -139,7 +141,7 @@ def ray_temp_folder() -> str:
 
 
 def count_concurrent_runs(compute: Compute) -> int:
-    """Return how many runs of this size fit into the cluster at once; raise InputError if not a single one does."""
+    """Return how many runs of this size fit into the cluster at once. Raise `InputError` if not even one fits."""
     required = {"CPU": compute.workers * compute.cpus_per_worker}
     if check_resources(compute):
         required["GPU"] = compute.workers * compute.gpus_per_worker
@@ -148,7 +150,7 @@ def count_concurrent_runs(compute: Compute) -> int:
 
 
 def local_resources() -> dict[str, float]:
-    """Return the CPUs and GPUs of the connected cluster, or those that Ray would detect on this machine."""
+    """Return the CPUs and GPUs of the connected cluster. Without a connection, return those of this machine."""
     if ray.is_initialized():
         return {kind: ray.cluster_resources().get(kind, 0.0) for kind in ("CPU", "GPU")}
     from joblib import cpu_count
@@ -157,10 +159,10 @@ def local_resources() -> dict[str, float]:
 
 
 def check_resources(compute: Compute, cluster: Mapping[str, float] | None = None) -> bool:
-    """Check that the cluster can hold the workers, and return whether they use GPUs.
+    """Check that the cluster has the resources of the workers, and return whether they use GPUs.
 
     Args:
-        compute: The requested workers; with `min_workers`, those must fit.
+        compute: The recipe's section `compute`. If it has `min_workers`, only this number of workers must fit.
         cluster: The cluster's resources; default: those of the connected cluster.
 
     Returns:
@@ -178,7 +180,7 @@ def check_resources(compute: Compute, cluster: Mapping[str, float] | None = None
     required = {"CPU": (workers + evaluators) * compute.cpus_per_worker}
     if use_gpu:
         required["GPU"] = (workers + evaluators) * compute.gpus_per_worker
-    evaluator = " and one task beside them (compute.evaluation: overlapped)" if evaluators else ""
+    evaluator = " and one evaluation task (compute.evaluation: overlapped)" if evaluators else ""
     for kind, amount in required.items():
         if amount > cluster.get(kind, 0.0):
             subject = "1 worker" if workers == 1 else f"{workers} workers"
@@ -186,7 +188,7 @@ def check_resources(compute: Compute, cluster: Mapping[str, float] | None = None
             cpu_option = "compute.device=cpu, " if kind == "GPU" else ""
             raise InputError(
                 f"compute.{field}: {subject}{evaluator} would need {resources}, found {cluster.get(kind, 0.0):g} in "
-                f"the Ray cluster; expected fewer workers, less for each, {cpu_option}or a larger cluster",
+                f"the Ray cluster; expected fewer workers, fewer {kind}s per worker, {cpu_option}or a larger cluster",
                 code=ErrorCode.NO_RESOURCES,
                 field=f"compute.{field}",
             )
@@ -194,13 +196,13 @@ def check_resources(compute: Compute, cluster: Mapping[str, float] | None = None
 
 
 def check_shared_folder(folder: Path) -> None:
-    """Check that all nodes with CPUs share a folder with this process, by writing a file on each of them.
+    """Check that all nodes with CPUs see a folder. Each node writes a file, which this process must see.
 
     Args:
         folder: The run's folder.
 
     Raises:
-        InputError: A node does not share the folder.
+        InputError: A node does not see the folder.
     """
     nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0.0) > 0]
     this_node = current_node_id()
@@ -218,14 +220,14 @@ def check_shared_folder(folder: Path) -> None:
         }
         for node in nodes:
             reason = _get_answer(answers[node["NodeID"]])
-            if reason is None:  # a busy node is not an error
+            if reason is None:  # a timeout is accepted, because the node may be busy
                 continue
             if not reason and not files[node["NodeID"]].is_file():
-                reason = "what it writes there is not here"
+                reason = "this node does not see the file that it wrote"
             if reason:
                 raise InputError(
-                    f"{folder}: found node {node['NodeManagerAddress']} of the Ray cluster to share no such folder "
-                    f"({reason}), expected one that all nodes see; or object storage (compute.storage)",
+                    f"{folder}: node {node['NodeManagerAddress']} does not see this folder ({reason}). Use a folder on "
+                    "a file system shared by all nodes, or set compute.storage",
                     code=ErrorCode.NOT_FOUND,
                 )
     finally:
@@ -234,12 +236,12 @@ def check_shared_folder(folder: Path) -> None:
 
 
 def current_node_id() -> str:
-    """Return the id of the Ray node that this process runs on."""
+    """Return the ID of the Ray node that this process runs on."""
     return str(ray.get_runtime_context().get_node_id())
 
 
 def _get_answer(reference: Any) -> str | None:
-    """Return what `_touch` returned, or why the task failed; `None` after a timeout."""
+    """Return the result of `_touch`, or the reason why the task failed; `None` after a timeout."""
     try:
         return str(ray.get(reference, timeout=NODE_CHECK_SECONDS))
     except ray.exceptions.GetTimeoutError:
@@ -249,7 +251,7 @@ def _get_answer(reference: Any) -> str | None:
 
 
 def _touch(file: Path) -> str:
-    """Create a file; return why that fails, or an empty string."""
+    """Create a file. Return an empty string, or the reason for a failure."""
     try:
         file.touch()
     except OSError as error:

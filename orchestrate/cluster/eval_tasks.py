@@ -1,4 +1,4 @@
-"""Evaluation of the matrix's rows as Ray tasks, in parallel with training; the main worker submits them."""
+"""Evaluation of the accuracy matrix's rows by Ray tasks, in parallel with training. The main worker submits them."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from zscl.sequence.object_store import RemoteSync, node_local_sync
 from zscl.sequence.run import measure_row
 from zscl.training.checkpoint import StoppedError
 
-MAX_RETRIES = 3  # of a task whose process or node has died; cells that were measured are not measured again
+MAX_RETRIES = 3  # of a task whose process or node died; a retry does not repeat accuracies that were already measured
 
 
 class EvaluationTask:
@@ -29,12 +29,12 @@ class EvaluationTask:
         return bool(ray.wait([self._reference], timeout=0)[0])
 
     def result(self) -> None:
-        """Wait for the end of the task. Its row is in the run's folder then.
+        """Wait until the task has ended and its row is in the run's folder.
 
         Raises:
-            InputError: A task or the model is missing or broken.
-            RayTaskError: The task failed with another error.
-            StoppedError: The run was asked to stop.
+            InputError: The data of a task or the stage's model is missing or broken.
+            RayTaskError: The Ray task failed with another error.
+            StoppedError: A stop of the run was requested.
         """
         try:
             ray.get(self._reference)
@@ -50,14 +50,14 @@ class EvaluationTask:
 def build_submitter(
     experiment: Experiment, folder: Path, use_gpu: bool, channel: Any, sync: RemoteSync | None
 ) -> SubmitEvaluation:
-    """Build the function that submits the evaluation of a row. Each task gets the resources of a worker.
+    """Build the function that submits the evaluation of a row as a Ray task with the resources of a worker.
 
     Args:
         experiment: The run's experiment.
         folder: The run's folder.
         use_gpu: Whether the workers have GPUs.
         channel: The run's channel, for the request to stop.
-        sync: The folder's sync with object storage; `None` if all nodes share the folder.
+        sync: The sync of the run's folder with object storage; `None` if all nodes share the folder.
 
     Returns:
         A function that takes the stage's number and returns the task's handle.
@@ -66,7 +66,7 @@ def build_submitter(
         num_cpus=experiment.compute.cpus_per_worker,
         num_gpus=experiment.compute.gpus_per_worker if use_gpu else 0,
         max_retries=MAX_RETRIES,
-        scheduling_strategy="DEFAULT",  # a worker calls this; do not use the resources of its placement group
+        scheduling_strategy="DEFAULT",  # do not use the placement group of the worker that submits the task
     )
     recipe = experiment.model_dump_json()
 
@@ -79,7 +79,7 @@ def build_submitter(
 
 
 def _evaluate_row(recipe: str, folder: Path, stage: int, use_gpu: bool, channel: Any, url: str | None) -> None:
-    """Evaluate a row in this process; pull the folder before and push it afterwards if it has a URL."""
+    """Evaluate a row in this process. If `url` is given, pull the run's folder before, and push it afterwards."""
     sync = node_local_sync(url) if url else None
     if sync:
         folder = sync.folder

@@ -1,4 +1,4 @@
-"""Submission of a run as a job of a Ray cluster (`zscl submit`), through Ray's own job client."""
+"""Submission of a run as a job of a Ray cluster (`zscl submit`), with Ray's job client."""
 
 import asyncio
 import json
@@ -21,10 +21,11 @@ if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
-ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # Ray's client prefers the first that is set to arguments
+# Ray's client uses the first of these that is set, even if it is called with an address.
+ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 HEADERS_VARIABLE = "RAY_JOB_HEADERS"
-CONNECT_TIMEOUT_SECONDS = 90.0  # Ray gives up a GCS after 40 seconds, but waits for a silent dashboard forever
-STOP_MARGIN_SECONDS = 10  # between compute.grace_seconds and the time at which Ray kills a job that is asked to stop
+CONNECT_TIMEOUT_SECONDS = 90.0  # Ray's own timeout is 40 seconds for a GCS; it has none for a dashboard
+STOP_MARGIN_SECONDS = 10  # between compute.grace_seconds and the time after which Ray kills a job that was stopped
 EXIT_CODES = {"SUCCEEDED": 0, "STOPPED": 143}
 
 
@@ -33,7 +34,7 @@ class Job:
     """A submitted job.
 
     Attributes:
-        id: Ray's submission id.
+        id: Ray's submission ID.
         address: The address of the cluster's dashboard.
         entrypoint: The job's command.
     """
@@ -48,9 +49,9 @@ def build_entrypoint(recipe: Path, overrides: Sequence[str], out: str | None, wo
 
     Args:
         recipe: The recipe.
-        overrides: `a.b.c=value`.
-        out: The run's folder on the cluster, or `None`.
-        working_dir: The working directory; it must contain the recipe.
+        overrides: Overrides `a.b.c=value`.
+        out: The run's folder on the cluster; `None` for the default.
+        working_dir: The working directory, which must contain the recipe.
 
     Returns:
         The command, quoted for a shell.
@@ -58,10 +59,11 @@ def build_entrypoint(recipe: Path, overrides: Sequence[str], out: str | None, wo
     Raises:
         InputError: The recipe is invalid, or outside the working directory.
     """
-    load_variants(recipe, overrides)  # an invalid recipe would fail minutes later on the cluster
+    load_variants(recipe, overrides)  # detects an invalid recipe now, and not minutes later on the cluster
     if not recipe.resolve().is_relative_to(working_dir):
         raise InputError(
-            f"{recipe}: found it outside of {working_dir}, expected it in the working directory",
+            f"{recipe}: the recipe is outside the working directory {working_dir}. Move it there, or set --working-dir "
+            "to a folder that contains it",
             code=ErrorCode.CONFLICT,
             field="--working-dir",
         )
@@ -71,7 +73,7 @@ def build_entrypoint(recipe: Path, overrides: Sequence[str], out: str | None, wo
 
 
 def measure_upload_megabytes(working_dir: Path) -> float:
-    """Return the size of the package that Ray uploads of a working directory, respecting its ignore files."""
+    """Return the size of the package that Ray uploads of a working directory, without the ignored files."""
     from ray._private.runtime_env.packaging import create_package
 
     with tempfile.TemporaryDirectory() as folder:
@@ -81,17 +83,17 @@ def measure_upload_megabytes(working_dir: Path) -> float:
 
 
 def connect_job_client(address: str | None, note: Callable[[str], None]) -> "JobSubmissionClient":
-    """Connect Ray's job client to a cluster. Ray decides which addresses are valid.
+    """Connect Ray's job client to a cluster.
 
     Args:
-        address: The address, as `JobSubmissionClient` takes it. Ray's environment variables take precedence.
+        address: An address that `JobSubmissionClient` accepts. Ray's environment variables take precedence.
         note: Called with a message if an environment variable replaces the address.
 
     Returns:
         The client.
 
     Raises:
-        InputError: Ray's client finds no cluster, or gets no answer within `CONNECT_TIMEOUT_SECONDS`.
+        InputError: No cluster is at the address, or it does not answer within `CONNECT_TIMEOUT_SECONDS`.
     """
     enable_token_auth(starts_cluster=False)
     from ray.exceptions import RayError
@@ -100,7 +102,7 @@ def connect_job_client(address: str | None, note: Callable[[str], None]) -> "Job
     source = next((name for name in ADDRESS_VARIABLES if os.environ.get(name)), "--address")
     target = os.environ.get(source) or address or DEFAULT_ADDRESS
     if address and target != address:
-        note(f"{source} is set to {mask(target)}: Ray's job client takes that, not --address {mask(address)}")
+        note(f"{source} is set to {mask(target)}: Ray's job client uses it instead of --address {mask(address)}")
     headers = _read_headers()
     results: list[JobSubmissionClient | Exception] = []
 
@@ -110,7 +112,7 @@ def connect_job_client(address: str | None, note: Callable[[str], None]) -> "Job
         except Exception as error:  # raised again by the waiting thread
             results.append(error)
 
-    thread = Thread(target=connect, daemon=True)  # a daemon thread does not delay the end of the process
+    thread = Thread(target=connect, daemon=True)  # daemon: after a timeout, it does not delay the end of the process
     thread.start()
     thread.join(CONNECT_TIMEOUT_SECONDS)
     result = results[0] if results else TimeoutError(f"no answer within {CONNECT_TIMEOUT_SECONDS:g} s")
@@ -123,7 +125,7 @@ def connect_job_client(address: str | None, note: Callable[[str], None]) -> "Job
 
 
 def _read_headers() -> dict[str, str] | None:
-    """Return the headers of RAY_JOB_HEADERS, as `ray job submit` does; raise InputError if they are malformed."""
+    """Return the HTTP headers in RAY_JOB_HEADERS. Raise `InputError` if they are malformed."""
     try:
         headers = json.loads(os.environ.get(HEADERS_VARIABLE) or "null")
     except ValueError:
@@ -131,14 +133,17 @@ def _read_headers() -> dict[str, str] | None:
     if headers is None or (isinstance(headers, dict) and all(isinstance(value, str) for value in headers.values())):
         return headers
     raise InputError(
-        f'{HEADERS_VARIABLE}: found no JSON object of texts, expected {{"NAME": "VALUE"}}',
+        f'{HEADERS_VARIABLE}: found no JSON object whose values are strings, expected {{"NAME": "VALUE"}}',
         code=ErrorCode.INVALID_VALUE,
         field=HEADERS_VARIABLE,
     )
 
 
 def _certificates(address: str) -> str | bool:
-    """Return the certificates for Ray's client. It would not read these variables when it follows a job's output."""
+    """Return the file of CA certificates for Ray's client, or `True` for the default.
+
+    Ray's client ignores these environment variables when it follows a job's output.
+    """
     file = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
     return file if file and address.startswith("https://") else True
 
@@ -146,9 +151,9 @@ def _certificates(address: str) -> str | bool:
 def _connection_message(subject: str, error: BaseException) -> str:
     cause = f": {one_line(error.__context__)}" if error.__context__ else ""
     return (
-        f"{subject}: found no Ray cluster that takes the job ({mask(one_line(error) + cause)}), expected the address "
-        f"of its dashboard, {DEFAULT_ADDRESS} by default, or of its GCS, HOST:PORT; where it asks for a token, "
-        "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
+        f"{subject}: found no Ray cluster that accepts the job ({mask(one_line(error) + cause)}), expected the address "
+        f"of its dashboard, {DEFAULT_ADDRESS} by default, or of its GCS, HOST:PORT. If the cluster requires a token, "
+        "set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
     )
 
 
@@ -159,16 +164,16 @@ def submit_job(
 
     Args:
         command: The command, quoted for a shell.
-        working_dir: The directory to upload, without the files that .gitignore and .rayignore exclude.
-        address: The cluster's address, as `connect_job_client` takes it.
+        working_dir: The directory to upload. Files that .gitignore or .rayignore exclude are not uploaded.
+        address: The cluster's address; see `connect_job_client`.
         grace_seconds: The time that the run needs to stop.
         note: Called with a message if an environment variable replaces the address.
 
     Returns:
-        The job, and a function that copies the job's output to a stream until the job ends, and returns an exit code.
+        The job, and a function that copies the job's output to a stream until the job ends. It returns an exit code.
 
     Raises:
-        InputError: There is no cluster at the address, or it does not accept the job.
+        InputError: No cluster is at the address, or it does not accept the job.
     """
     from ray.exceptions import RayError
 
@@ -197,12 +202,12 @@ def _follow(client: "JobSubmissionClient", job: Job, output: IO[str]) -> int:
     except InterruptedRunError as interrupt:
         stop = shell_command("ray", "job", "stop", "--address", job.address, job.id)
         raise InterruptedRunError(
-            f"job {job.id} goes on without being followed; follow it: {logs}; stop it: {stop}", interrupt.exit_code
+            f"job {job.id} continues to run; to follow its output: {logs}; to stop it: {stop}", interrupt.exit_code
         ) from None
-    except Exception as error:  # the connection failed, which does not affect the job
+    except Exception as error:  # the connection failed; this does not affect the job
         raise InputError(
-            f"job {job.id}: found its output cut off ({type(error).__name__}), expected it to its end; the job may "
-            f"go on: {logs}",
+            f"job {job.id}: the connection to its output was lost ({type(error).__name__}); the job may still be "
+            f"running: {logs}",
             code=ErrorCode.UNREACHABLE,
         ) from error
     return EXIT_CODES.get(str(client.get_job_status(job.id)), 1)

@@ -1,4 +1,4 @@
-"""Gauges of each worker's current throughput and resource usage, exported among Ray's own metrics (Prometheus)."""
+"""Gauges of every worker's throughput and resource usage, which Ray exports to Prometheus with its own metrics."""
 
 from functools import cache
 
@@ -7,11 +7,11 @@ from ray.util.metrics import Gauge
 from schemas.events import WorkersUsed
 
 GAUGES = {
-    "images_per_second": "Task and distilled images that a worker trains on",
-    "loader_wait_share": "Share of the time that a worker waits for data",
-    "cpu_cores": "CPU cores that a worker keeps busy",
-    "memory_megabytes": "Memory that a worker holds",
-    "gpu_memory_megabytes": "GPU memory that a worker holds",
+    "images_per_second": "Task images and distillation images that a worker trains on, per second",
+    "loader_wait_share": "Fraction of the time that a worker waits for data",
+    "cpu_cores": "CPU cores that a worker uses, on average",
+    "memory_megabytes": "Memory that a worker uses",
+    "gpu_memory_megabytes": "GPU memory that a worker uses",
 }
 
 
@@ -21,11 +21,11 @@ def _gauge(name: str) -> Gauge:
 
 
 def export_usage(run: str, usage: WorkersUsed) -> None:
-    """Set the gauges `ray_zscl_…`, with the tags `run` and `worker`. Called on the main worker.
+    """Set the gauges `ray_zscl_…`, with the tags `run` and `worker`. The main worker calls this for all workers.
 
     Args:
         run: The name of the run's folder.
-        usage: The usage of all workers, by rank.
+        usage: The usage of all workers, in the order of their ranks.
     """
     for worker, worker_usage in enumerate(usage.workers):
         for name in GAUGES:

@@ -1,4 +1,4 @@
-"""Sync of a run's folder with object storage, on the driver: the driver's folder is a copy without the checkpoint."""
+"""Sync of a run's folder with object storage, on the driver. The driver's copy does not contain the checkpoint."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -9,7 +9,7 @@ from schemas.experiment import Experiment
 from zscl.sequence.layout import CHECKPOINT
 from zscl.sequence.object_store import RemoteSync, pull_periodically, storage_url
 
-NOT_PULLED = (CHECKPOINT,)  # large, and needed by the workers only
+NOT_PULLED = (CHECKPOINT,)  # it is large, and only the workers need it
 BackgroundPull = Callable[[], AbstractContextManager[None]]
 
 
@@ -21,15 +21,17 @@ def remote_folder_url(experiment: Experiment, folder: Path) -> str | None:
 
 @contextmanager
 def synced_folder(experiment: Experiment, folder: Path) -> Iterator[BackgroundPull]:
-    """Pull a run's folder from object storage before the block, and push it afterwards. Without storage, do nothing.
+    """Context manager: pull a run's folder from object storage on entry, and push it on exit.
+
+    Without `compute.storage`, do nothing.
 
     Args:
         experiment: The run's experiment.
         folder: The run's folder on this machine.
 
     Yields:
-        A function that returns a context manager: while its block runs, the files that the workers push are pulled
-        periodically; at its end, all of them are pulled.
+        A function that returns a context manager. While its block runs, a thread periodically pulls the files that the
+        workers push. On exit, the remaining files are pulled.
 
     Raises:
         InputError: The storage cannot be written.

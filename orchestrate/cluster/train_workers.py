@@ -1,8 +1,8 @@
-"""Training of one experiment on N Ray Train workers: start, restart, stop and result of the worker group.
+"""Training of one experiment on a group of Ray Train workers: start, restart, stop and result of the group.
 
-One worker group runs the whole sequence. The run's folder is its own checkpoint (see `zscl.sequence.run`): a restarted
-worker group, or a later start of the same run, resumes from it. No checkpoints are reported to Ray, so nothing depends
-on when Ray commits them, and Ray's controller may fail as well as a worker.
+One worker group trains all stages of the run. The run's folder contains the checkpoint (see `zscl.sequence.run`), from
+which a restarted worker group, or a later start of the same run, resumes. No checkpoints are reported to Ray. So a run
+does not depend on when Ray commits them, and it also survives a failure of Ray's controller.
 """
 
 import errno
@@ -45,29 +45,29 @@ from zscl.training.checkpoint import StoppedError
 
 log = logging.getLogger(__name__)
 
-# The advice for errors of storage that another attempt would meet again.
+# The storage errors that occur again if the operation is repeated, and the advice for the user.
 PERMANENT_ERRORS = {
     number: f"{advice}, and the same command resumes from the last checkpoint"
     for number, advice in (
-        (errno.ENOSPC, "make room on its disk"),
-        (errno.EDQUOT, "make room within the quota"),
-        (errno.EROFS, "have its disk writable"),
-        (errno.EACCES, "have the folder writable for the workers"),
-        (errno.EPERM, "have the folder writable for the workers"),
+        (errno.ENOSPC, "free space on its disk"),
+        (errno.EDQUOT, "free space within the quota"),
+        (errno.EROFS, "make its disk writable"),
+        (errno.EACCES, "make the folder writable for the workers"),
+        (errno.EPERM, "make the folder writable for the workers"),
     )
 }
-# Outside the run's folder, these errors may concern one machine only. Workers on another machine may succeed.
+# Outside the run's folder, these errors may affect only one machine, so workers on another machine may succeed.
 FOLDER_ERRORS = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
 NO_SPACE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT})
 CONTROLLER_RETRIES = 3  # Ray's default has no limit
 HEALTH_CHECK_TIMEOUT = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
 START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
-NODE_RECOVERY_SECONDS = 600  # for a lost node to return, for each of the controller's attempts
+NODE_RECOVERY_SECONDS = 600  # the time for a lost node to return, in every attempt of the controller
 OnEvent = Callable[[BaseModel], None]
 _run_event: TypeAdapter[Any] = TypeAdapter(RunEvent)
-_STOPPED = "stopped: "  # prefix of the message of a worker that has stopped
-# Functions by name: Ray's controller unpickles the workers' arguments, and for a function object it would import all of
-# open_clip before it starts the workers.
+_STOPPED = "stopped: "  # the prefix of the message that a worker sends when it has stopped
+# The functions that workers can call. The workers' arguments contain a function's name and not the function itself,
+# because Ray's controller unpickles them, and would import open_clip for a function before it starts the workers.
 WORK: dict[str, Callable[..., BaseModel]] = {"run": run_sequence, "embed": embed_reference}
 
 
@@ -104,8 +104,8 @@ def train(
         experiment: The experiment.
         folder: The run's folder.
         on_event: Called with each event, in a thread of this process.
-        stop_request: Polled; once it is true, the workers are asked to stop.
-        shared: Caches that are shared with other runs.
+        stop_request: The request to stop. It is polled; once it is true, the workers are requested to stop.
+        shared: The caches that are shared with other runs.
         grace_seconds: The time for the workers to stop; default: `compute.grace_seconds`.
 
     Returns:
@@ -114,7 +114,7 @@ def train(
     Raises:
         InputError: A worker found an error in the experiment's data or model, or the cluster is too small.
         InterruptedRunError: A signal arrived. The same command resumes the run.
-        ray.train.TrainingFailedError: Workers failed `compute.max_failures` times without progress.
+        ray.train.TrainingFailedError: The workers failed more than `compute.max_failures` times without progress.
     """
     grace_seconds = experiment.compute.grace_seconds if grace_seconds is None else grace_seconds
     arguments = {"shared": shared}
@@ -124,8 +124,8 @@ def train(
 
 
 def embed(experiment: Experiment, folder: Path, on_event: OnEvent, stop_request: StopRequest) -> EmbeddingReport:
-    """Fill the teacher's feature caches for an experiment. The arguments are those of `train`."""
-    # Features are stored as they are computed, so a stop need not wait for the workers.
+    """Compute the teacher's features for an experiment and store them in the cache. For the arguments, see `train`."""
+    # The features are stored as they are computed, so a stop need not wait for the workers.
     return EmbeddingReport.model_validate_json(
         _run_on_workers("embed", experiment, folder, on_event, stop_request, 0.0, {})
     )
@@ -147,17 +147,17 @@ def _run_on_workers(
         experiment: The run's experiment.
         folder: The run's folder.
         on_event: Called with each event, in a thread of this process.
-        stop_request: Polled; once it is true, the workers are asked to stop.
+        stop_request: The request to stop. It is polled; once it is true, the workers are requested to stop.
         grace_seconds: The time for the workers to stop.
         arguments: Further keyword arguments of the function.
 
     Returns:
-        The main worker's result as JSON.
+        The function's result on the main worker, as JSON.
     """
     channel, stopped = create_channel(), Future[str]()
     job = WorkerJob(work, experiment, folder, channel, arguments)
     with consume_events(channel, partial(_on_event, on_event, stopped)):
-        # In a thread, because Ray replaces the signal handlers if it runs in the main one.
+        # Ray runs in a thread, because in the main thread it would replace the signal handlers.
         result: Future[str] = Future()
         fit = partial(_fit_with_restarts, job, check_resources(experiment.compute))
         threading.Thread(target=_set_result, args=(result, fit), name="fit", daemon=True).start()
@@ -167,7 +167,7 @@ def _run_on_workers(
 def _on_event(on_event: OnEvent, stopped: "Future[str]", message: str) -> None:
     if not message.startswith(_STOPPED):
         on_event(_run_event.validate_json(message))
-    elif not stopped.done():  # every worker sends it
+    elif not stopped.done():  # every worker sends this message
         stopped.set_result(message.removeprefix(_STOPPED))
 
 
@@ -191,17 +191,17 @@ def _wait_for_result(
     if stopped.done():
         raise stop_request.to_error(f"{stopped.result()}; the same command resumes there")
     if not result.done():
-        timeout = f" (no other came within {grace_seconds:g} s)" if grace_seconds else ""
+        timeout = f" (no new one was written within {grace_seconds:g} s)" if grace_seconds else ""
         raise stop_request.to_error(f"the same command resumes from the last checkpoint{timeout}")
     failure = result.exception()
     if stop_request and failure is not None and not isinstance(failure, InputError):
-        message = "the workers ended first; the same command resumes from the last checkpoint"
+        message = "the workers ended before they could stop; the same command resumes from the last checkpoint"
         raise stop_request.to_error(message) from failure
     return result.result()
 
 
 def _fit_with_restarts(job: WorkerJob, use_gpu: bool) -> str:
-    """Run worker groups until one returns a result. A failed group is restarted only if it has made progress."""
+    """Run worker groups until one returns a result. Restart a failed group only if it has made progress."""
     while True:
         progress = _read_progress(job.experiment, job.folder)
         try:
@@ -219,7 +219,10 @@ def _fit_with_restarts(job: WorkerJob, use_gpu: bool) -> str:
 
 
 def _read_progress(experiment: Experiment, folder: Path) -> object:
-    """Return the versions of a run's checkpoint and result files, which differ after any progress."""
+    """Return a value that changes whenever the run writes a checkpoint or a result file.
+
+    Two equal values mean that the run has made no progress.
+    """
     if url := remote_folder_url(experiment, folder):
         versions = RemoteSync(url, folder).list_remote()
         return {name: version for name, version in versions.items() if name.endswith((CHECKPOINT, ".json"))}
@@ -267,7 +270,7 @@ def _build_trainer(job: WorkerJob, use_gpu: bool) -> TorchTrainer:
 
 
 def _ray_storage(experiment: Experiment, folder: Path) -> dict[str, Any]:
-    """Return Ray's settings for its own files of a worker group. They are few, but all nodes must see them."""
+    """Return the settings for the files that Ray itself writes for a worker group. All nodes must see these files."""
     url = remote_folder_url(experiment, folder)
     if url is None:
         return {"storage_path": str(folder / RAY_FOLDER)}
@@ -279,14 +282,14 @@ def _ray_storage(experiment: Experiment, folder: Path) -> dict[str, Any]:
 
 
 def storage_error_advice(error: OSError, folder: Path) -> str:
-    """Return what the user can do about an error of storage that another attempt would meet again.
+    """Return a message with advice about a storage error that occurs again if the workers are restarted.
 
     Args:
         error: The error that a worker raised.
-        folder: The run's folder, which is named if the error names no file, as the error of a full disk.
+        folder: The run's folder. The message names it if the error has no file name (for example a full disk).
 
     Returns:
-        The message; empty for an error that another attempt may not meet.
+        The message; empty for an error that may not occur again.
     """
     if error.errno not in PERMANENT_ERRORS or (error.errno in FOLDER_ERRORS and not _is_error_in(folder, error)):
         return ""
@@ -294,16 +297,16 @@ def storage_error_advice(error: OSError, folder: Path) -> str:
 
 
 def _is_error_in(folder: Path, error: OSError) -> bool:
-    """Return whether an error is about a file in a folder, or names no file."""
+    """Return whether an error refers to a file in a folder, or has no file name."""
     names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
     return not names or any(Path(name).resolve().is_relative_to(folder.resolve()) for name in names)
 
 
 class EventLogHandler(logging.Handler):
-    """Reports a worker's warnings, such as retries of storage, as events of the run.
+    """Log handler that reports a worker's warnings, for example about retries of storage, as events of the run.
 
-    Forked loader processes inherit the handler. Ray's client does not work in a forked process: a call never returns.
-    There, warnings go to standard error, which Ray logs.
+    Forked loader processes inherit the handler. In these, warnings are written to standard error, which Ray logs,
+    because calls of Ray's client never return in a forked process.
     """
 
     def __init__(self, report: OnEvent) -> None:
@@ -317,12 +320,12 @@ class EventLogHandler(logging.Handler):
             if logging.lastResort:
                 logging.lastResort.handle(record)
             return
-        with suppress(Exception):  # the channel may have been closed
+        with suppress(Exception):  # the channel may be closed already
             self._report(Note(text=record.getMessage()))
 
 
 def _train_loop_per_worker(config: dict[str, Any]) -> str:
-    """Run the job on a worker. Return the result as JSON; "" if the group was stopped or the input is wrong."""
+    """Run the job on a worker. Return the result as JSON, or "" if the group was stopped or the input is invalid."""
     channel, folder = config["channel"], config["folder"]
 
     def report(event: BaseModel) -> None:
@@ -331,7 +334,7 @@ def _train_loop_per_worker(config: dict[str, Any]) -> str:
         ray.get(channel.put.remote(event.model_dump_json()))
 
     logging.getLogger("zscl").addHandler(EventLogHandler(report))
-    if ray.get(channel.input_error.remote()):  # the group was restarted, and would fail again
+    if ray.get(channel.input_error.remote()):  # Ray has restarted the group, which would fail again
         return ""
     experiment, device = Experiment.model_validate_json(config["experiment"]), get_device()
     arguments = dict(config["arguments"])
@@ -354,7 +357,7 @@ def _train_loop_per_worker(config: dict[str, Any]) -> str:
         ray.get(channel.put.remote(f"{_STOPPED}{stop}"))
         return ""
     except InputError as error:
-        # A plain InputError, because a subclass may not survive pickling.
+        # Create a plain InputError, because a subclass may not be picklable.
         ray.get(channel.report_input_error.remote(InputError(str(error), code=error.code, field=error.field)))
         raise
     except OSError as error:
@@ -367,12 +370,18 @@ def _train_loop_per_worker(config: dict[str, Any]) -> str:
 
 @contextmanager
 def _synced_node_folder(storage: str | None) -> Iterator[RemoteSync | None]:
-    """Pull a run's folder from object storage to this node before the block; the main worker pushes it afterwards."""
+    """Context manager: download a run's folder from object storage to this node on entry.
+
+    On exit, the main worker uploads it.
+
+    Yields:
+        The sync of the folder; `None` without object storage.
+    """
     if storage is None:
         yield None
         return
     sync = node_local_sync(storage)
-    sync.pull(exact=True)  # the workers of one node wait for each other
+    sync.pull(exact=True)  # one worker of the node downloads, the others wait
     barrier()
     try:
         yield sync

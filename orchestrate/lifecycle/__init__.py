@@ -1,1 +1,1 @@
-"""A run's folder, lock, state and signals."""
+"""Life cycle of a run: its folder, lock, status, and signals to the process."""

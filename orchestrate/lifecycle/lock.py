@@ -1,7 +1,7 @@
-"""Inter-process lock on a run's folder, and the record of the process that holds it.
+"""Inter-process lock on a run's folder, and the file that records which process holds the lock.
 
-The lock is the operating system's (`flock`), which releases it when the process ends for whatever reason. The owner
-file is for messages. An owner file without a lock was left by a process that was killed.
+The lock is a file lock of the operating system (`flock`). The system releases it when the process ends, whatever the
+reason. The owner file is used for messages only. If it exists without a lock, its process was killed.
 """
 
 import os
@@ -26,8 +26,8 @@ class LockOwner(StrictModel):
 
     Attributes:
         host: The host's name.
-        process: The process id.
-        since: The time at which it locked the run, in UTC.
+        process: The process ID.
+        since: The time at which the process locked the run, in UTC.
     """
 
     host: str
@@ -42,14 +42,14 @@ class LockOwner(StrictModel):
 def run_lock(
     folder: Path,
     note: Callable[[str], None] = lambda text: None,
-    advice: str = "choose another place with --out",
+    advice: str = "choose another folder with --out",
 ) -> Iterator[None]:
     """Hold the lock on a run's folder.
 
     Args:
         folder: The run's folder; it need not exist.
-        note: Called with a message if the previous owner was killed.
-        advice: What the user can do if the folder cannot be written, for the error message.
+        note: Called with a message if the previous process was killed while it held the lock.
+        advice: The advice in the error message if the folder cannot be written.
 
     Raises:
         InputError: Another process holds the lock, or the folder cannot be written.
@@ -76,8 +76,8 @@ def owner_message(folder: Path) -> str:
     """Return the error message for a run that another process has locked."""
     owner = _read_owner(owner_file(folder)) or "unknown"
     return (
-        f"{folder}: found another process at work on this run ({owner}), expected none; end it, or choose another "
-        "folder"
+        f"{folder}: found another process at work on this run ({owner}), expected none; end that process, or choose "
+        "another folder"
     )
 
 

@@ -1,4 +1,7 @@
-"""Connection test of a TCP port with a short timeout; client libraries may wait for minutes or forever."""
+"""Connection test of a TCP port, with a short timeout.
+
+It is used before client libraries that may wait for minutes or forever.
+"""
 
 import socket
 
@@ -6,7 +9,7 @@ CONNECT_SECONDS = 5.0
 
 
 def check_port(host: str, port: int) -> None:
-    """Connect to a TCP port, and close the connection.
+    """Check that a TCP port accepts connections.
 
     Args:
         host: A host name or an IP address.
@@ -21,4 +24,4 @@ def check_port(host: str, port: int) -> None:
     except TimeoutError as error:
         raise TimeoutError(f"no answer from {host}:{port} within {CONNECT_SECONDS:g} s") from error
     except (socket.gaierror, UnicodeError) as error:  # UnicodeError: a label of a host name is empty or too long
-        raise OSError(f"no host of the name {host} ({error})") from error
+        raise OSError(f"no host is named {host} ({error})") from error

@@ -1,4 +1,4 @@
-"""Default paths: run folders, files of a search's folder, MLflow's tracking URI; checks that a folder is writable."""
+"""Default paths (run folders, files in a search's folder, MLflow's tracking URI), and a check of write permission."""
 
 import errno
 import os
@@ -15,20 +15,21 @@ from schemas.experiment import Experiment
 from schemas.redaction import MASK, mask
 
 SQLITE_PREFIX = "sqlite:///"
-RUN_LEVELS = ("sequence", "trial")  # the levels of MLflow runs that have a run's folder
-MAX_NAME_BYTES = 200  # of a folder's name: lock files and temporary files next to the folder have longer names
-# Files in a search's folder: its recipe, its identity, its result, and the recipe of the chosen trial.
+RUN_LEVELS = ("sequence", "trial")  # the tag `zscl.level` of MLflow runs that have a run's folder
+# The limit for a folder's name. It leaves room for the longer names of lock files and temporary files next to a folder.
+MAX_NAME_BYTES = 200
+# The files in a search's folder: recipe, identity, result, and the recipe of the chosen trial.
 SEARCH, FINGERPRINT, SEARCH_RESULT, CHOSEN_RECIPE = "search.yaml", "fingerprint", "search.json", "chosen.yaml"
 
 
 def run_folder(experiment: Experiment, fingerprint: str, out: Path | None, name: str) -> Path:
-    """Return the folder of a run. By default it depends on the fingerprint, so that the same experiment is resumed.
+    """Return the folder of a run. The default contains the fingerprint, so that the same experiment is resumed.
 
     Args:
         experiment: The run's experiment.
         fingerprint: The experiment's fingerprint.
-        out: The folder that the user chose, or `None`.
-        name: The run's subfolder in `out`; empty if `out` is for a single run.
+        out: The folder that the user chose; `None` for the default.
+        name: The name of the run's subfolder in `out`; empty if `out` is for a single run.
 
     Returns:
         An absolute path.
@@ -41,12 +42,13 @@ def run_folder(experiment: Experiment, fingerprint: str, out: Path | None, name:
 
 @dataclass(frozen=True)
 class SearchIdentity:
-    """The identity of a search, which is independent of its folder.
+    """The identity of a search. It does not change when the search's folder is moved.
 
     Attributes:
         fingerprint: The search's fingerprint.
-        algorithm: The version of the algorithm that computed it; empty in a folder from before versions.
-        started_ms: The start, in Unix milliseconds; `None` in such a folder.
+        algorithm: The version of the training algorithm; empty if an early version of zscl, which did not record it,
+            created the folder.
+        started_ms: The start time in Unix milliseconds; `None` if an early version of zscl created the folder.
     """
 
     fingerprint: str
@@ -63,12 +65,12 @@ def read_search_identity(folder: Path) -> SearchIdentity:
     return SearchIdentity(fingerprint, rest[0], int(rest[1])) if rest else SearchIdentity(fingerprint)
 
 
-def check_writable(folder: Path, advice: str = "choose another place with --out") -> None:
-    """Check that a folder can be created and written. Nothing is created.
+def check_writable(folder: Path, advice: str = "choose another folder with --out") -> None:
+    """Check that a folder can be created and written, without creating it.
 
     Args:
         folder: An absolute path; it need not exist.
-        advice: What the user can do, for the error message.
+        advice: The advice in the error message.
 
     Raises:
         InputError: The folder cannot be created or written.
@@ -87,33 +89,36 @@ def check_writable(folder: Path, advice: str = "choose another place with --out"
 
 
 def _check_name_lengths(folder: Path) -> None:
-    """Raise OSError if a part of the path, or the whole path, is too long for the file system."""
+    """Raise `OSError` if a part of the path, or the complete path, is too long."""
     for part in folder.parts:
         if len(os.fsencode(part)) > MAX_NAME_BYTES:
             raise OSError(
                 errno.ENAMETOOLONG,
-                f"a name of {len(os.fsencode(part))} bytes, where {MAX_NAME_BYTES} leave room for files beside it",
+                f"a name of {len(os.fsencode(part))} bytes; at most {MAX_NAME_BYTES} leave room for a suffix",
             )
     with suppress(FileNotFoundError, NotADirectoryError):
         os.lstat(folder)
 
 
 def _check_existing(folder: Path) -> None:
-    """Raise OSError if an existing path is not a folder, or no file can be created in it."""
+    """Raise `OSError` if an existing path is not a folder, or if no file can be created in it."""
     if not folder.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, "is no folder")
+        raise NotADirectoryError(errno.ENOTDIR, "is not a folder")
     with tempfile.TemporaryFile(dir=folder):
         pass
 
 
 def tracking_uri(experiment: Experiment, folder: Path) -> str:
-    """Return the recipe's tracking URI, or MLFLOW_TRACKING_URI, or else an SQLite file next to the run's folder."""
+    """Return the tracking URI: that of the recipe, else MLFLOW_TRACKING_URI, else an SQLite file.
+
+    The SQLite file is next to the run's folder.
+    """
     configured = experiment.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
     return configured or sqlite_uri(folder.parent / "mlflow.db")
 
 
 def sqlite_uri(file: Path) -> str:
-    """Return the URI of an SQLite file, with `%` and `?`, which have a meaning in URIs, quoted."""
+    """Return the tracking URI of an SQLite file. The characters `%` and `?` are quoted."""
     path = str(file)
     quoted = path.replace("%", "%25").replace("?", "%3F")
     # For `sqlite:///…`, MLflow would create the parent folder of the quoted path. For `sqlite+pysqlite:///…` it does
@@ -125,7 +130,7 @@ def sqlite_file(uri: str) -> Path | None:
     """Return the absolute path of the database file of a tracking URI.
 
     Args:
-        uri: The URI.
+        uri: The tracking URI.
 
     Returns:
         The path; `None` if the store is not an SQLite file.
@@ -142,16 +147,16 @@ def sqlite_file(uri: str) -> Path | None:
 
 
 def restore_password(uri: str) -> str:
-    """Return the tracking URI of a recipe in which the password was masked, usable without the password.
+    """Remove a masked password from a tracking URI, if MLflow can read the password from the environment.
 
     Args:
-        uri: The URI. One without a masked password is returned as it is.
+        uri: The tracking URI of a written recipe, in which passwords are masked.
 
     Returns:
-        The URI without user and password, if MLflow reads both from the environment.
+        The URI without user and password. A URI without a masked password is returned unchanged.
 
     Raises:
-        InputError: The password is needed and not in the environment.
+        InputError: The password is masked, and it is not in the environment.
     """
     parts = urlsplit(uri)
     if parts.password != MASK:
@@ -160,15 +165,15 @@ def restore_password(uri: str) -> str:
     if has_credentials and parts.scheme in ("http", "https"):
         return uri.replace(f"{parts.username}:{MASK}@", "")
     raise InputError(
-        f"tracking.uri: found {uri} without its password, expected the whole URI (--set tracking.uri=…; `zscl sync "
-        "--uri …`), or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD for a server",
+        f"tracking.uri: found {uri} without its password. Give the complete URI (--set tracking.uri=…, or `zscl sync "
+        "--uri …`), or for a server, set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
         code=ErrorCode.MISSING_VALUE,
         field="tracking.uri",
     )
 
 
 def browse_command(uri: str) -> str:
-    """Return the command, or the address, with which a user can browse the tracking store."""
+    """Return the address of a tracking server, or the command that shows another store in a browser."""
     if uri.startswith(("http://", "https://")):
         return mask(uri)
     mlflow = "mlflow" if shutil.which("mlflow") else str(Path(sys.executable).parent / "mlflow")

@@ -1,4 +1,4 @@
-"""Status of a run or a search in its folder: running, finished, failed or killed, and why."""
+"""Status of a run or a search: running, finished, failed or killed, with the reason. It is a file in the folder."""
 
 import time
 from collections.abc import Iterator
@@ -14,16 +14,16 @@ from schemas.results import RunState
 from zscl.runtime.atomic_io import write_text
 from zscl.sequence.layout import STATE
 
-SIGNAL_FLUSH_SECONDS = 2.0  # for the upload to MLflow to finish after a signal
+SIGNAL_FLUSH_SECONDS = 2.0  # the time for the upload to MLflow after a signal
 
 
 def write_state(folder: Path, status: Literal["RUNNING", "FINISHED", "FAILED", "KILLED"], reason: str = "") -> None:
-    """Write the status of a run with the current time. Errors of storage are ignored: no run fails because of them.
+    """Write the status of a run with the current time. Storage errors are ignored, so that they do not stop the run.
 
     Args:
-        folder: The run's or search's folder.
-        status: The status, in MLflow's words.
-        reason: Why the run failed or was killed.
+        folder: The folder of the run or search.
+        status: One of MLflow's run statuses: RUNNING, FINISHED, FAILED or KILLED.
+        reason: The reason why the run failed or was killed.
     """
     state = RunState(status=status, reason=reason, time=time.time_ns() // 1_000_000)
     with suppress(OSError):
@@ -31,7 +31,7 @@ def write_state(folder: Path, status: Literal["RUNNING", "FINISHED", "FAILED", "
 
 
 def read_state(folder: Path) -> RunState | None:
-    """Read the status of a run; `None` if its folder has none."""
+    """Read the status of a run. Return `None` if its folder contains no valid status."""
     try:
         return RunState.model_validate_json((folder / STATE).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValidationError):
@@ -39,19 +39,22 @@ def read_state(folder: Path) -> RunState | None:
 
 
 class Recorder(Protocol):
-    """Uploads records to MLflow in the background."""
+    """An object that uploads records to MLflow in the background."""
 
     def end(self, timeout: float = ...) -> object:
-        """Wait up to `timeout` seconds until everything is uploaded, and stop."""
+        """Wait up to `timeout` seconds until everything is uploaded, then stop."""
 
 
 @contextmanager
 def record_outcome(folder: Path, recorder: Recorder | None) -> Iterator[None]:
-    """Record how the block ends, in the folder and then in MLflow: FINISHED, KILLED by a signal, or FAILED, and why.
+    """Context manager: record in the folder, then in MLflow, whether its block has finished, failed or been killed.
+
+    A block that raises an exception has failed, or, if the exception is due to a signal, has been killed.
 
     Args:
         folder: The folder of the run or search.
-        recorder: Its uploader, which is ended with the block, with a short timeout after a signal; `None` if offline.
+        recorder: The uploader of the run or search; `None` if offline. It is ended after the block, with a short
+            timeout after a signal.
     """
     killed = False
     try:

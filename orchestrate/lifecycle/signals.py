@@ -1,7 +1,7 @@
 """Signal handling: the first signal requests a stop at the next checkpoint, a second SIGTERM or Ctrl-C exits at once.
 
-The other signals are SIGHUP (the terminal or ssh connection was closed) and SIGUSR1 and SIGUSR2 (a batch system's
-warning before the time limit: Slurm's `--signal`, as submitit and Lightning use it).
+SIGHUP, SIGUSR1 and SIGUSR2 also request a stop. SIGHUP means that the terminal or the ssh connection was closed. Batch
+systems send SIGUSR1 or SIGUSR2 as a warning before the time limit (Slurm's `--signal`).
 """
 
 import signal
@@ -13,16 +13,16 @@ from types import FrameType
 from schemas.errors import InterruptedRunError
 
 TERMINATION_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# These may arrive several times for one reason: a shell and the kernel both send SIGHUP when a terminal is closed, and
-# SIGTERM follows SIGUSR1 at the time limit. So none of them ends a process that is already stopping.
+# One cause may send several of these signals: a shell and the kernel both send SIGHUP when a terminal is closed, and
+# SIGTERM follows SIGUSR1 at the time limit. So a warning signal never ends a process that is already stopping.
 WARNING_SIGNALS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopRequest:
-    """A request to stop this process: true once a signal has arrived or `request` was called.
+    """A request to stop this process. It is true after a signal or a call of `request`.
 
     Attributes:
-        signal: The number of the first signal; `None` if there was none.
+        signal: The number of the first signal; `None` if no signal has arrived.
     """
 
     def __init__(self) -> None:
@@ -37,11 +37,11 @@ class StopRequest:
         self._requested = True
 
     def to_error(self, message: str) -> InterruptedRunError:
-        """Return the error that ends the command, with the exit code of the signal; SIGINT's if there was none."""
+        """Return the error that ends the command. Its exit code is that of the signal (without one, of SIGINT)."""
         return InterruptedRunError(message, exit_code=128 + (self.signal or signal.SIGINT))
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """Handle a signal, as `signal.signal` calls it. A second termination signal raises InterruptedRunError."""
+        """Handle a signal; a handler for `signal.signal`. A second termination signal raises `InterruptedRunError`."""
         if number in TERMINATION_SIGNALS and self._terminating:
             raise self.to_error("ended at once; the same command resumes from the last checkpoint")
         self._terminating = self._terminating or number in TERMINATION_SIGNALS
@@ -49,19 +49,22 @@ class StopRequest:
 
 
 def _handled_signals() -> list[signal.Signals]:
-    """List the signals to handle. A signal that the parent process ignores, as `nohup` does SIGHUP, stays ignored."""
+    """List the signals to handle. Warning signals that are already ignored (SIGHUP under `nohup`) stay ignored."""
     warnings = [number for number in WARNING_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     return [*TERMINATION_SIGNALS, *warnings]
 
 
 def _ignore_warning_signals() -> None:
-    """Ignore warning signals from now on, because the process is already stopping."""
+    """Ignore further warning signals, because the process is already stopping."""
     for number in WARNING_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def exit_on_signals() -> None:
-    """Make signals raise `InterruptedRunError`. Ray would exit with code 15, and Python would print nothing."""
+    """Install signal handlers that raise `InterruptedRunError`.
+
+    They replace Ray's handlers, which exit with code 15, and Python's handlers, which print no message.
+    """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         _ignore_warning_signals()
@@ -76,9 +79,9 @@ def exit_on_signals() -> None:
 
 @contextmanager
 def handle_signals() -> Iterator[StopRequest]:
-    """Turn signals into a stop request while the block runs. Outside the main thread, signals are not handled.
+    """Context manager: turn signals into a stop request. Outside the main thread, no signal is handled.
 
-    Enter this after Ray was started, because Ray installs handlers of its own.
+    Enter it after Ray is started, because Ray installs its own handlers.
 
     Yields:
         The stop request.
@@ -99,10 +102,10 @@ def handle_signals() -> Iterator[StopRequest]:
 
 @contextmanager
 def defer_warning_signals() -> Iterator[None]:
-    """Block SIGHUP, SIGUSR1 and SIGUSR2 while the block runs. Child processes started in it never receive them.
+    """Context manager: block SIGHUP, SIGUSR1 and SIGUSR2. Child processes that it starts never receive them.
 
-    A closed terminal and a batch system send these signals to every process of a job. Without this, Ray's processes
-    and the workers would end before a checkpoint is written.
+    These signals are sent to every process of a terminal or a batch job. Without the block, Ray's processes and the
+    workers would end before a checkpoint is written.
     """
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, WARNING_SIGNALS)
     try:

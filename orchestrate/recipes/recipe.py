@@ -290,9 +290,9 @@ def _compose(file: Path) -> Node | None:
 
 
 def _format_position(tree: Node | None, field: str) -> str:
-    """Format a field's position as ` (line …, column …)`.
+    """Return a field's position as ` (line …, column …)`.
 
-    If the recipe lacks the field, use the position of the innermost section around it that the recipe contains.
+    If the recipe lacks the field, the position is that of the innermost section around it that the recipe contains.
     """
     mark = None
     for part in field.split("."):

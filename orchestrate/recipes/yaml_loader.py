@@ -73,7 +73,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
         ) from error
     content = parse_yaml(text, f"{file}: found no readable YAML")
     if not isinstance(content, dict):
-        kind = {type(None): "an empty file", str: "a text", list: "a list"}.get(type(content), "a single value")
+        kind = {type(None): "nothing", str: "a text", list: "a list"}.get(type(content), "a single value")
         code = ErrorCode.EMPTY if content is None else ErrorCode.INVALID_VALUE
         raise InputError(f"{file}: found {kind}, expected fields such as 'model:' and 'tasks:'", code=code)
     return content
@@ -192,10 +192,7 @@ def _odd_space_message(line: int, column: int, character: str) -> str:
 
 
 def _check_flow_mapping(node: MappingNode) -> None:
-    """Raise `_YamlError` for a decimal comma, or a colon without a space, in `{…}`.
-
-    YAML parses both as a field without a value.
-    """
+    """Raise `_YamlError` for a decimal comma, or a colon without a space, which YAML parses as a field in `{…}`."""
     previous = ""
     for key, value in node.value:
         if isinstance(key, ScalarNode) and isinstance(value, ScalarNode) and value.value == "" and not value.style:

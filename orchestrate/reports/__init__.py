@@ -1,1 +1,1 @@
-"""Results, charts, comparisons and pages; without Ray and MLflow."""
+"""Results of runs, charts, comparisons and HTML pages. This package does not use Ray or MLflow."""

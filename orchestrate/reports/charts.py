@@ -17,15 +17,24 @@ from schemas.results import Result
 
 mpl.rcParams["text.parse_math"] = False  # names may contain dollar signs
 MAIN_METRICS = ("transfer", "avg", "last", "forgetting")  # the metrics in every table and chart
-# The Okabe-Ito colours and two more: distinguishable with colour blindness, on light and dark backgrounds.
+# The Okabe-Ito colours and two more. They are distinguishable with colour blindness, on light and dark backgrounds.
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6BB1", "#7F7F7F"]
-ROW_LABEL_CHARACTERS, ROW_LINE_INCHES = 40, 0.17  # of the runs' labels in the bar chart
-# Of a legend, at matplotlib's font size.
+ROW_LABEL_CHARACTERS, ROW_LINE_INCHES = 40, 0.17  # maximum width and line height of a run's label in the bar chart
+# Dimensions of a legend at matplotlib's default font size.
 LEGEND_CHARACTERS_PER_INCH, LEGEND_HANDLE_CHARACTERS, LEGEND_LINE_INCHES = 12, 8, 0.25
 
 
 def draw_matrix(result: Result) -> Figure:
-    """Draw a heat map of the accuracy matrix, with the zero-shot row on top and frames around the trained cells."""
+    """Draw a heat map of the accuracy matrix, with the zero-shot row on top.
+
+    In the row of a stage, the cell of the task that the stage trained has a frame.
+
+    Args:
+        result: The run's result.
+
+    Returns:
+        The figure.
+    """
     rows = [result.zero_shot, *result.accuracy_matrix]
     tasks = [task.name for task in result.tasks]
     figure = Figure(figsize=(max(6.0, 2.4 + 0.8 * len(tasks)), 1.8 + 0.5 * len(rows)), layout="constrained")
@@ -50,7 +59,9 @@ def _frame(column: int, row: int) -> Patch:
 
 
 def draw_accuracies(*results: Result, labels: Sequence[str] = ()) -> Figure:
-    """Draw the accuracy on each task over the stages, with one line per run and a mark at the task's own stage.
+    """Draw the accuracy on every task over the stages, with one line per run.
+
+    In the panel of a task, a vertical line marks the stage that trains the task.
 
     Args:
         results: The results of the runs.
@@ -127,13 +138,13 @@ def draw_comparison(results: Sequence[Result], labels: Sequence[str], zero_shot:
             axes.axvline(100 * zero_shot_value, color="grey", linestyle="--", linewidth=1)
         axes.set_title(name.capitalize() if name != "avg" else "Avg")
         axes.set_yticks(range(len(values)), rows)
-    grid[0].invert_yaxis()  # the first run on top
+    grid[0].invert_yaxis()  # show the first run on top
     figure.supxlabel("%; dashed: zero-shot")
     return figure
 
 
 def distinct_colours(count: int) -> list[str]:
-    """Return this many distinct colours as hexadecimal codes."""
+    """Return `count` distinct colours as hexadecimal codes."""
     if count <= len(PALETTE):
         return PALETTE[:count]
     return [to_hex(colormaps["turbo"](0.05 + 0.9 * number / (count - 1))) for number in range(count)]

@@ -1,7 +1,7 @@
-"""Comparison of runs: groups by method over seeds and task orders, means, paired differences, confidence intervals.
+"""Comparison of runs: groups of runs with the same method, means, paired differences, confidence intervals.
 
-A run that differs from the first run in settings, data or model gets a mark and a group of its own, so that only
-comparable runs are averaged.
+The runs of a group may differ in seed and task order. A run that differs from the first run in settings, data or model
+gets a mark, which puts it into a separate group, so that only comparable runs are averaged.
 """
 
 import json
@@ -19,7 +19,7 @@ from schemas.results import Result
 from zscl.sequence.result import describe_algorithm
 
 CONFIDENCE = 0.95
-ROUNDING_TOLERANCE = 1e-9  # of an accuracy: differences that are closer to each other count as equal
+ROUNDING_TOLERANCE = 1e-9  # differences of accuracies whose range is at most this large are treated as equal
 DEFAULT_BASELINES = ("finetune", "zero-shot")
 
 
@@ -28,11 +28,11 @@ class ComparedRun:
     """A run in a comparison.
 
     Attributes:
-        name: The folder's name, with parent folders if other runs have a folder of the same name.
+        name: The folder's name. It contains parent folders if the folders of several runs have the same name.
         folder: The run's folder.
         result: The run's result.
-        method: The method's name, with the settings that differ if other runs have another method of the same name.
-        mark: The differences from the first run that make the run incomparable; empty if there are none.
+        method: The method's name. It contains the settings that differ if several methods have the same name.
+        mark: The reasons why the run is not comparable with the earlier runs; empty if it is comparable.
     """
 
     name: str
@@ -43,17 +43,17 @@ class ComparedRun:
 
     @property
     def label(self) -> str:
-        """The label of the run's group."""
+        """The label of the run's group: the method and the mark."""
         return self.method + (f" [{self.mark}]" if self.mark else "")
 
     @property
     def order(self) -> str:
-        """The names of the tasks in their order."""
+        """The task order: the names of the tasks, separated by commas."""
         return ", ".join(task.name for task in self.result.tasks)
 
     @property
     def metrics(self) -> dict[str, float | None]:
-        """The metrics of the accuracy matrix by name, as fractions."""
+        """The metrics of the accuracy matrix, as fractions. `learned` is the mean accuracy just after training."""
         matrix = self.result.accuracy_matrix
         learned = fmean(row[stage] for stage, row in enumerate(matrix))
         return {**self.result.metrics.model_dump(), "learned": learned}
@@ -65,7 +65,7 @@ class MeanOverRuns:
 
     Attributes:
         mean: The mean.
-        deviation: The sample standard deviation (n - 1); `None` for a single run.
+        deviation: The sample standard deviation, with the divisor n - 1; `None` for a single run.
         runs: The number of runs, n.
     """
 
@@ -78,17 +78,17 @@ class MeanOverRuns:
 class Difference:
     """The mean paired difference of a metric between a group and a baseline.
 
-    Both runs of a pair have the same seed and task order. Pairs that share a seed are not independent, and neither are
-    pairs that share an order. So the sample is either the seeds or the orders, whichever are more, and pairs that share
-    one are averaged first.
+    Both runs of a pair have the same seed and task order. Pairs with the same seed are not independent of each other,
+    and neither are pairs with the same order. So the differences are averaged per seed if there are at least as many
+    seeds as orders, and otherwise per order. These averages are the sample.
 
     Attributes:
-        mean: The mean over the sample.
-        interval: The 95 % confidence interval of the mean (paired t); `None` for a sample of one, or if all differences
-            are equal, because then the variance is unknown.
-        pairs: The number of runs of the group that have a partner.
+        mean: The mean of the sample.
+        interval: The 95 % confidence interval of the mean (paired t). It is `None` if the sample has one value or equal
+            values, because the variance is unknown.
+        pairs: The number of pairs.
         size: The size of the sample.
-        unit: The sample's unit: `seeds` or `orders`.
+        unit: What the values of the sample belong to: `seeds` or `orders`.
     """
 
     mean: float
@@ -104,7 +104,7 @@ class Comparison:
 
     Attributes:
         runs: The compared runs, in the user's order.
-        excluded: The reasons for excluded runs, by the name that the user gave.
+        excluded: The reasons why runs are excluded, by the name that the user gave.
     """
 
     runs: tuple[ComparedRun, ...]
@@ -125,19 +125,19 @@ class Comparison:
 
     @property
     def default_baseline(self) -> str | None:
-        """The label of the default baseline: `finetune`, else `zero-shot`, else the first; `None` for one group."""
+        """The label of the default baseline: `finetune`, `zero-shot` or the first group; `None` for a single group."""
         labels = list(self.groups)
         if len(labels) == 1:
             return None
         return next((label for label in DEFAULT_BASELINES if label in labels), labels[0])
 
     def summary(self, label: str, metric: str) -> MeanOverRuns | None:
-        """Return the mean of a metric over a group; `None` if it is undefined, as for a single task."""
+        """Return the mean of a metric over a group; `None` if it is undefined, for example for a single task."""
         values = [run.metrics[metric] for run in self.groups[label]]
         return summarize([value for value in values if value is not None])
 
     def zero_shot(self, metric: str) -> float | None:
-        """Return the initial model's metric: the mean over the runs without a mark, whose task orders may differ."""
+        """Return the initial model's metric: the mean over the runs without a mark. Their task orders may differ."""
         runs = [run for run in self.runs if not run.mark] or self.runs[:1]
         values = [getattr(run.result.zero_shot_metrics, metric) for run in runs]
         return None if None in values else fmean(values)
@@ -151,7 +151,7 @@ class Comparison:
             metric: The metric's name.
 
         Returns:
-            The difference; `None` if no run of the group has a partner in the baseline.
+            The difference; `None` if no run of the baseline has the same seed and order as a run of the group.
         """
         partners = {(run.order, run.result.seed): run.metrics[metric] for run in self.groups[baseline]}
         pairs = [
@@ -168,7 +168,7 @@ class Comparison:
 
 
 def summarize(values: Sequence[float]) -> MeanOverRuns | None:
-    """Compute the mean and the sample standard deviation; `None` for no values."""
+    """Compute the mean and the sample standard deviation. Return `None` if there are no values."""
     if not values:
         return None
     return MeanOverRuns(fmean(values), stdev(values) if len(values) > 1 else None, len(values))
@@ -185,13 +185,13 @@ def _mean_by_key(items: Iterator[tuple[Hashable, float]]) -> list[float]:
 def paired_interval(differences: Sequence[float]) -> tuple[float, float] | None:
     """Compute the 95 % confidence interval of the mean of independent paired differences.
 
-    It is the paired t interval, as of `scipy.stats.ttest_rel`: exact for normal differences and any number of pairs.
+    It is the paired t interval, as in `scipy.stats.ttest_rel`. It is exact if the differences are normally distributed.
 
     Args:
         differences: One difference per pair.
 
     Returns:
-        The ends of the interval; `None` for fewer than two pairs, equal differences, or values that are not finite.
+        The ends of the interval; `None` for fewer than two pairs, for equal differences, or for infinite or NaN values.
     """
     if not all(map(math.isfinite, differences)):
         return None
@@ -202,16 +202,16 @@ def paired_interval(differences: Sequence[float]) -> tuple[float, float] | None:
 
 
 def group_runs(sources: Mapping[str, Path | InputError]) -> Comparison:
-    """Read runs and group those that can be compared with the first one.
+    """Read runs and group those that can be compared with the first run.
 
     Args:
-        sources: By the name that the user gave: the run's folder, or the error why there is none.
+        sources: The runs' folders by the name that the user gave. The value is an error if the run has no folder.
 
     Returns:
         The comparison.
 
     Raises:
-        InputError: No run can be compared; the message has the reason for each.
+        InputError: No run can be compared. The message contains the reason for every run.
     """
     results: dict[Path, Result] = {}
     names_by_path: dict[Path, str] = {}
@@ -238,13 +238,11 @@ def group_runs(sources: Mapping[str, Path | InputError]) -> Comparison:
 
 
 def _check_is_new(name: str, source: Path | InputError, names_by_path: dict[Path, str]) -> Path:
-    """Return a run's folder; raise InputError if there is none, or the same folder was given before."""
+    """Return a run's folder. Raise `InputError` if there is none, or if an earlier name stands for the same folder."""
     if isinstance(source, InputError):
         raise source
     if (first := names_by_path.setdefault(source.resolve(), name)) != name:
-        raise InputError(
-            f"{name}: found the run that was given as {first}, too; it counts once", code=ErrorCode.DUPLICATE
-        )
+        raise InputError(f"{name}: this is the same run as {first}; it counts once", code=ErrorCode.DUPLICATE)
     return source
 
 
@@ -260,12 +258,12 @@ def _short_names(folders: Sequence[Path]) -> list[str]:
 
 
 def _labels(results: Sequence[Result]) -> list[str]:
-    """Label each run by its method. If methods of one name have different settings, add the settings that differ."""
+    """Label runs by their methods. If methods of the same name have different settings, add those that differ."""
     labels = []
     for result in results:
         label = format_method(result)
         namesakes = [other for other in results if format_method(other) == label]
-        has_settings = all(other.method_settings for other in namesakes)  # older results have the changes only
+        has_settings = all(other.method_settings for other in namesakes)  # older results contain only the changes
         all_settings = [other.method_settings if has_settings else other.method_changes for other in namesakes]
         settings = result.method_settings if has_settings else result.method_changes
         added = [format_change(path, value) for path, value in settings.items() if _differs(path, all_settings)]
@@ -274,7 +272,10 @@ def _labels(results: Sequence[Result]) -> list[str]:
 
 
 def _differs(path: str, settings: Sequence[Mapping[str, object]]) -> bool:
-    """Return whether a setting distinguishes methods: its values differ, or it is an optional part that some lack."""
+    """Return whether a setting distinguishes methods.
+
+    It does if its values differ, or if it belongs to an optional part that some of the methods do not have.
+    """
     values = [method[path] for method in settings if path in method]
     is_optional_part = None in values or path.startswith(CUSTOM_LOSS_PREFIX)
     return any(value != values[0] for value in values) or (is_optional_part and len(values) < len(settings))
@@ -291,7 +292,7 @@ def _check_same_tasks(result: Result, first: Result, name: str) -> None:
 
 
 def _mark_duplicate(run: ComparedRun, previous: Sequence[ComparedRun]) -> ComparedRun:
-    """Mark a run if its group has a run of the same seed and order, because it is not an independent sample."""
+    """Mark a run if its group has another run with the same seed and order, so that it is not averaged with it."""
     by_key = {(other.label, other.order, other.result.seed): other for other in previous}
     while other := by_key.get((run.label, run.order, run.result.seed)):
         mark = f"same seed and order as {other.name}"
@@ -300,7 +301,7 @@ def _mark_duplicate(run: ComparedRun, previous: Sequence[ComparedRun]) -> Compar
 
 
 class _CommonSettings:
-    """The settings that the runs of a comparison should share: for each setting, the value of the first run with it."""
+    """The expected settings of the runs of a comparison: those of the first run that has the setting."""
 
     def __init__(self) -> None:
         self._settings: dict[str, object] = {}
@@ -308,13 +309,13 @@ class _CommonSettings:
         self._model = self._reference = ""
 
     def mark(self, result: Result) -> str:
-        """Return the differences that make a run incomparable with the earlier ones; empty if there are none.
+        """Return the reasons why a run is not comparable with the earlier runs. Call this for all runs in order.
 
         Args:
-            result: The run's result. Call this for the runs in order.
+            result: The run's result.
 
         Returns:
-            The differences, separated by semicolons.
+            The reasons, separated by semicolons; empty if the run is comparable.
         """
         first = self._first = self._first or result
         self._settings = {**result.settings, **self._settings}

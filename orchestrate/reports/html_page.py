@@ -1,6 +1,6 @@
-"""HTML page of a comparison, with Vega-Altair charts, in one file that needs neither a server nor a network.
+"""HTML page of a comparison with Vega-Altair charts. It is a single file that needs neither a server nor a network.
 
-The templates and the charts' data refer to a metric as a figure.
+In the templates and in the data of the charts, a metric is called a figure.
 """
 
 import csv
@@ -19,9 +19,9 @@ from orchestrate.reports.results import ZERO_SHOT
 from orchestrate.reports.tables import DIFFERENCE_NOTE, Row, build_group_table
 from zscl.sequence.layout import LOSSES, stage_folder
 
-MAX_CURVE_POINTS = 60  # of a loss curve
-CHART_HEIGHT = 150  # pixels, of a small chart
-# The filters of every chart: the selections of the page's two lists.
+MAX_CURVE_POINTS = 60  # the maximum number of points of a loss curve
+CHART_HEIGHT = 150  # the height of a small chart in pixels
+# The filters of every chart. The page sets their parameters from its two lists, methods and tasks.
 METHOD_FILTER = "shown_method == null || datum.method == shown_method"
 TASK_FILTER = "shown_task == null || datum.task == shown_task"
 TEXT_COLOUR = "currentColor"  # the page's text colour, which differs between the light and the dark theme
@@ -48,8 +48,8 @@ def build_page(comparison: Comparison, rows: Sequence[Row], baseline: str | None
 
     Args:
         comparison: The comparison.
-        rows: Its rows, of runs and of published results.
-        baseline: The label of the group that differences in the table are from; `None` for no differences.
+        rows: The rows of its runs and of published results.
+        baseline: The label of the baseline for differences; `None` for a table without differences.
 
     Returns:
         The page as HTML.
@@ -85,7 +85,7 @@ def _javascript_bundle() -> str:
 
 
 def _dump_chart(chart: Any) -> str:
-    """Return a chart's specification as JSON that is safe inside a script element."""
+    """Return a chart's specification as JSON that can be embedded in a script element."""
     return json.dumps(chart.configure(**THEME).to_dict()).replace("</", "<\\/")
 
 
@@ -94,7 +94,7 @@ def _row_of(rows: Sequence[Row], run: str) -> Row:
 
 
 def _draw_metrics(comparison: Comparison) -> Any:
-    """Draw the main metrics as bars with their standard deviations, and the zero-shot metrics as lines."""
+    """Draw the main metrics as bars with standard deviations, and the zero-shot metrics as lines."""
     values = []
     for label in comparison.groups:
         for metric in MAIN_METRICS:
@@ -146,7 +146,7 @@ def _zero_shot_percent(comparison: Comparison, metric: str) -> float | None:
 
 
 def _draw_accuracies(comparison: Comparison) -> Any:
-    """Draw the accuracy on each task over the stages, with one line per run and a mark at the task's own stage."""
+    """Draw the accuracy on every task over the stages, with one line per run. A circle marks the task's stage."""
     values = []
     for run in comparison.runs:
         names = [task.name for task in run.result.tasks]
@@ -181,7 +181,7 @@ def _draw_accuracies(comparison: Comparison) -> Any:
 
 
 def _colour_by_method(comparison: Comparison) -> Any:
-    """Return the encoding of methods as colours. A method's colour does not depend on the filters."""
+    """Return the encoding of methods as colours. The filters do not change a method's colour."""
     methods = list(comparison.groups)
     scale = alt.Scale(domain=methods, range=distinct_colours(len(methods)))
     return alt.Color("method:N", sort=None, title=None, scale=scale)
@@ -193,7 +193,7 @@ def _filter_params() -> list[Any]:
 
 
 def _draw_matrices(comparison: Comparison) -> Any:
-    """Draw the accuracy matrix of each run, with frames around the trained cells."""
+    """Draw the accuracy matrix of every run, with a frame around the cells of a stage's own task."""
     values = []
     for run in comparison.runs:
         names = [task.name for task in run.result.tasks]
@@ -234,7 +234,7 @@ def _draw_matrices(comparison: Comparison) -> Any:
 
 
 def _draw_losses(comparison: Comparison) -> Any | None:
-    """Draw the loss curves of every stage, reduced to `MAX_CURVE_POINTS`; `None` if no run has any."""
+    """Draw the loss curves of every stage, with at most `MAX_CURVE_POINTS` points; `None` if no run has a curve."""
     values: list[dict[str, Any]] = []
     for run in comparison.runs:
         for number, task in enumerate(run.result.tasks, start=1):

@@ -1,4 +1,4 @@
-"""Published results of the paper (ICCV 2023) on MTIL, by task order and method: Transfer, Avg and Last in per cent."""
+"""Published results of the paper (ICCV 2023) on MTIL: Transfer, Avg and Last in per cent, by task order and method."""
 
 from collections.abc import Mapping
 

@@ -1,4 +1,4 @@
-"""Results of finished and of running runs, read from their folders, and formatted as text."""
+"""Results of finished and unfinished runs: read them from the runs' folders, and format them as text."""
 
 import json
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from zscl.sequence.layout import ZERO_SHOT as ZERO_SHOT_FILE
 from zscl.sequence.result import ROW_ADVICE, STAGE_ADVICE, AccuracyRow
 
 ZERO_SHOT = "zero-shot"
-CUSTOM_LOSS_PREFIX = "custom_losses."  # of a custom loss among a method's changes
+CUSTOM_LOSS_PREFIX = "custom_losses."  # the prefix of a custom loss in a method's changes
 
 
 def load_result(run: Path) -> Result:
@@ -31,7 +31,7 @@ def load_result(run: Path) -> Result:
         The result.
 
     Raises:
-        InputError: The folder does not exist or has no finished run.
+        InputError: The folder does not exist, or contains no finished run.
     """
     file = run / RESULT
     if not run.is_dir():
@@ -39,7 +39,8 @@ def load_result(run: Path) -> Result:
     if not file.is_file():
         if runs := sorted(file.parent for file in run.glob(f"*/{RESULT}")):
             raise InputError(
-                f"{run}: found {len(runs)} runs in it, expected one, {runs[0]} say, or all: {shell_command(run)}/*",
+                f"{run}: found {len(runs)} runs in this folder, expected one run, for example {runs[0]}, or all of "
+                f"them: {shell_command(run)}/*",
                 code=ErrorCode.UNSUPPORTED,
             )
         finished = len(glob_stages(run, ACCURACY))
@@ -51,16 +52,16 @@ def load_result(run: Path) -> Result:
 
 
 def load_partial_result(run: Path) -> Result:
-    """Read the result of a run, or build that of an unfinished run from its finished stages.
+    """Read the result of a finished run, or build a result from the finished stages of an unfinished run.
 
     Args:
         run: The run's folder.
 
     Returns:
-        The result; for an unfinished run, the matrix has a row for each finished stage.
+        The result. For an unfinished run, the matrix has one row per finished stage.
 
     Raises:
-        InputError: The folder has no run that has finished a stage.
+        InputError: The folder contains no run that has finished a stage.
     """
     if not run.is_dir() or (run / RESULT).is_file() or any(run.glob(f"*/{RESULT}")):
         return load_result(run)
@@ -81,7 +82,7 @@ def load_partial_result(run: Path) -> Result:
 
 @dataclass(frozen=True)
 class _FinishedStages:
-    """The files of an unfinished run: the row of the initial model, the other rows, and the stages' results."""
+    """Contents of an unfinished run's files: the zero-shot row, the other rows, and the stages' results."""
 
     zero_shot: AccuracyRow
     rows: Sequence[AccuracyRow]
@@ -89,7 +90,7 @@ class _FinishedStages:
 
 
 def _read_finished_stages(run: Path, row_files: Sequence[Path], experiment: Experiment) -> _FinishedStages:
-    """Read the rows and the results of the finished stages; raise InputError if one is missing or incomplete."""
+    """Read the rows and results of the finished stages. Raise `InputError` if a file is missing or incomplete."""
     files = [run / ZERO_SHOT_FILE, *row_files]
     try:
         rows = [parse_json(AccuracyRow, file.read_bytes(), file, ROW_ADVICE) for file in files]
@@ -97,13 +98,14 @@ def _read_finished_stages(run: Path, row_files: Sequence[Path], experiment: Expe
         results = [parse_json(StageResult, file.read_bytes(), file, STAGE_ADVICE) for file in result_files]
     except OSError as error:
         raise InputError(
-            f"{run}: found no readable rows ({error}), expected a run's folder", code=ErrorCode.UNREADABLE
+            f"{run}: the results of its stages cannot be read ({error}), expected a run's folder",
+            code=ErrorCode.UNREADABLE,
         ) from error
     for file, row in zip(files, rows, strict=True):
         for task in experiment.tasks:
             if task.name not in row.accuracy:
                 raise InputError(
-                    f"{file}: found no accuracy on the task {task.name!r}, expected one on each; {ROW_ADVICE}",
+                    f"{file}: found no accuracy on the task {task.name!r}, expected one for every task; {ROW_ADVICE}",
                     code=ErrorCode.MISMATCH,
                 )
     return _FinishedStages(rows[0], rows[1:], results)
@@ -150,7 +152,7 @@ def _build_partial_result(experiment: Experiment, stages: _FinishedStages) -> Re
 
 
 def format_method(result: Result) -> str:
-    """Return the method's name; if it is a preset's name, with the changes to the preset in brackets."""
+    """Return the method's name. For a preset, it is followed by the changes to the preset in brackets."""
     changes = format_method_changes(result) if result.method in PRESETS else ""
     return f"{result.method} ({changes})" if changes else result.method
 
@@ -161,7 +163,7 @@ def format_method_changes(result: Result) -> str:
 
 
 def format_change(path: str, value: object) -> str:
-    """Format a change: `distill.image_weight=2.0`, or a custom loss as a call, `spread.Spread(weight=0.5)`."""
+    """Format a changed setting as `distill.image_weight=2.0`, and a custom loss as `spread.Spread(weight=0.5)`."""
     if not path.startswith(CUSTOM_LOSS_PREFIX):
         return f"{path}={json.dumps(value)}"
     settings = json.loads(str(value))
@@ -170,11 +172,11 @@ def format_change(path: str, value: object) -> str:
 
 
 def format_time_breakdown(result: Result, overlapped: bool = False) -> str:
-    """Format, on one line, how much of the main worker's time each part of training and evaluation took.
+    """Format the main worker's time, and the fraction of it for every part of training and evaluation, on one line.
 
     Args:
         result: The run's result.
-        overlapped: Whether the rows were evaluated by other processes, so that their time is not the main worker's.
+        overlapped: Whether other processes evaluated the rows, so that the main worker spent no time on it.
 
     Returns:
         The total in minutes, and the parts in per cent, the largest first.
@@ -185,14 +187,17 @@ def format_time_breakdown(result: Result, overlapped: bool = False) -> str:
             parts[part] = parts.get(part, 0.0) + seconds
     if not overlapped:
         parts["evaluation"] = result.evaluation_seconds
-    total = sum(parts.values()) or 1e-9  # 0 if nothing was trained
+    total = sum(parts.values()) or 1e-9  # the sum is 0 if nothing was trained
     shares = sorted(parts.items(), key=lambda part: -part[1])
     text = f"{total / 60:.1f} min: " + ", ".join(f"{part} {100 * value / total:.0f} %" for part, value in shares)
-    return f"{text}; evaluation, beside it: {result.evaluation_seconds / 60:.1f} min" if overlapped else text
+    return f"{text}; evaluation in parallel: {result.evaluation_seconds / 60:.1f} min" if overlapped else text
 
 
 def build_matrix_columns(result: Result) -> dict[str, list[object]]:
-    """Return the accuracy matrix by columns: the stage's label, and each task; the first row is the zero-shot row."""
+    """Return the columns of the accuracy matrix: the labels of the stages, then one column per task.
+
+    The first row is the zero-shot row.
+    """
     stages = [ZERO_SHOT, *(f"{stage}-{task.name}" for stage, task in enumerate(result.tasks, start=1))]
     rows = [result.zero_shot, *result.accuracy_matrix]
     columns: dict[str, list[object]] = {"after": list(stages)}
@@ -202,12 +207,12 @@ def build_matrix_columns(result: Result) -> dict[str, list[object]]:
 
 
 def format_percent(value: float | None) -> str:
-    """Format a fraction in per cent with one decimal; a dash for `None`."""
+    """Format a fraction in per cent with one decimal, and `None` as a dash."""
     return "–" if value is None else f"{100 * value:.1f}"
 
 
 def format_cell(value: str | float | None) -> str:
-    """Format a table's cell: a text as it is, a fraction in per cent."""
+    """Format a table's cell. Texts are unchanged, fractions are formatted in per cent."""
     return value if isinstance(value, str) else format_percent(value)
 
 
@@ -216,8 +221,8 @@ def format_markdown_table(rows: Sequence[Sequence[str]], text_columns: int) -> s
 
     Args:
         rows: The cells by row; the first row is the header.
-        text_columns: The number of columns on the left that contain texts. The others contain numbers, which are
-            aligned to the right.
+        text_columns: The number of columns on the left that contain texts. The other columns contain numbers, which
+            are aligned to the right.
 
     Returns:
         The table.

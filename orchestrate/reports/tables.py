@@ -18,10 +18,10 @@ from schemas.results import Result
 METRICS = ("transfer", "avg", "last", "learned", "forgetting", "backward_transfer", "forward_transfer")
 SMALLER_IS_BETTER = ("forgetting",)
 DIFFERENCE_NOTE = (
-    "difference from {baseline} over pairs of one seed and order, its 95 % confidence interval (paired t), and the "
-    "sample it is of"
+    "mean difference from {baseline} over pairs of runs with the same seed and task order, its 95 % confidence "
+    "interval (paired t), and the size of the sample"
 )
-NUMBER_WIDTH, MAX_HEADING_WIDTH = 5, 16  # columns of a terminal
+NUMBER_WIDTH, MAX_HEADING_WIDTH = 5, 16  # in columns of the terminal
 COSTS = ("worker_hours", "images_per_second", "peak_memory_megabytes")
 Row = dict[str, str | float | None]
 
@@ -32,13 +32,13 @@ _LATEX_ESCAPES = str.maketrans(
 
 
 def build_run_rows(comparison: Comparison) -> list[Row]:
-    """Build one row per run, and one per distinct zero-shot baseline before the first run that has it.
+    """Build one row per run. The zero-shot results have rows, too, without duplicates, before the first run with them.
 
     Args:
         comparison: The comparison.
 
     Returns:
-        Rows with the metrics, each task's accuracy after the last stage, as fractions, and the costs.
+        Rows with the metrics and the accuracy on every task after the last stage, as fractions, and the costs.
     """
     rows: list[Row] = []
     tasks = comparison.tasks
@@ -48,7 +48,7 @@ def build_run_rows(comparison: Comparison) -> list[Row]:
         zero_shot = _row("", ZERO_SHOT, "", "", result.zero_shot_metrics.model_dump(), zero_shot_tasks)
         final_tasks = dict(zip(names, result.accuracy_matrix[-1], strict=True))
         row = _row(run.name, run.label, str(result.seed), run.order, run.metrics, final_tasks) | _costs(result)
-        # The zero-shot metrics of an unfinished run are over fewer rows, so only the tasks are compared.
+        # The zero-shot metrics of an unfinished run are computed from fewer rows, so only the accuracies are compared.
         is_finished = len(result.accuracy_matrix) == len(result.tasks)
         compared = (*MAIN_METRICS, *tasks) if is_finished else tasks
         baselines = [other for other in rows if not other["run"]]
@@ -80,7 +80,7 @@ def _costs(result: Result) -> dict[str, float]:
 
 
 def build_published_rows(order: str, tasks: Sequence[str]) -> list[Row]:
-    """Build rows of the paper's results on MTIL. The paper has no accuracies of single tasks.
+    """Build rows of the paper's results on MTIL, without accuracies of single tasks.
 
     Args:
         order: The task order, I or II.
@@ -90,7 +90,7 @@ def build_published_rows(order: str, tasks: Sequence[str]) -> list[Row]:
         One row per method.
 
     Raises:
-        InputError: There is no such order.
+        InputError: The order does not exist.
     """
     if order not in MTIL_PUBLISHED:
         raise InputError(
@@ -110,10 +110,10 @@ def build_group_table(comparison: Comparison, baseline: str | None = None) -> li
 
     Args:
         comparison: The comparison.
-        baseline: The label of the group that differences are added from; `None` for no differences.
+        baseline: The label of the baseline for differences; `None` for a table without differences.
 
     Returns:
-        The cells by row; the first row is the header, the second row is the zero-shot baseline.
+        The cells by row. The first row is the header, and the second row contains the zero-shot results.
     """
     header = ["method", "runs", *MAIN_METRICS]
     rows = [[ZERO_SHOT, "", *(format_percent(comparison.zero_shot(metric)) for metric in MAIN_METRICS)]]
@@ -134,7 +134,7 @@ def _format_summary(summary: MeanOverRuns | None) -> str:
 
 
 def _format_difference(difference: Difference | None) -> str:
-    """Format a difference in percentage points, with its interval if there is one, and the size of the sample."""
+    """Format a difference in percentage points, its confidence interval if it has one, and the size of the sample."""
     if difference is None:
         return ""
     unit = difference.unit if difference.size > 1 else difference.unit.removesuffix("s")
@@ -145,20 +145,20 @@ def _format_difference(difference: Difference | None) -> str:
 
 
 def build_terminal_tables(comparison: Comparison, rows: Sequence[Row], baseline: str | None, width: int) -> Group:
-    """Build tables for a terminal: the groups, the runs, and each task's final accuracy with one column per run.
+    """Build tables for a terminal: the groups, the runs, and the final accuracy on every task with one column per run.
 
     Args:
         comparison: The comparison.
-        rows: Its rows, of runs and of published results.
-        baseline: The label of the group that differences are from; `None` for no differences.
-        width: The terminal's width in columns. Runs that do not fit next to each other get several tables.
+        rows: The rows of its runs and of published results.
+        baseline: The label of the baseline for differences; `None` for tables without differences.
+        width: The terminal's width in columns. If not all runs fit next to each other, there are several tables.
 
     Returns:
         The tables.
     """
     tables: list[Any] = []
     header, *body = build_group_table(comparison, baseline)
-    title = "Figures of the accuracy matrix, %"
+    title = "Metrics of the accuracy matrix, %"
     if baseline is not None:
         title += f"; mean ± standard deviation; in brackets: {DIFFERENCE_NOTE.format(baseline=baseline)}"
     has_published = any(not row["order"] and row["run"] for row in rows)
@@ -178,7 +178,7 @@ def build_terminal_tables(comparison: Comparison, rows: Sequence[Row], baseline:
 
 
 def _table(title: str, header: Sequence[str], body: Sequence[Sequence[str]], text_columns: Sequence[str]) -> Table:
-    """Build a table whose numbers are never truncated. Texts are aligned to the left, and wrapped if necessary."""
+    """Build a table in which only texts are wrapped. Texts are aligned to the left, numbers to the right."""
     table = Table(title=title)
     for number, column in enumerate(header):
         is_text = number == 0 or column in text_columns
@@ -198,7 +198,7 @@ def _heading(row: Row) -> str:
 
 
 def _split_by_width(rows: Sequence[Row], width: int) -> Iterator[list[Row]]:
-    """Split rows into parts whose columns fit next to each other."""
+    """Split rows into parts. As columns of a table, the rows of a part fit into the width."""
     part: list[Row] = []
     available = width
     for row in rows:
@@ -216,8 +216,8 @@ def render_markdown(comparison: Comparison, rows: Sequence[Row], baseline: str |
 
     Args:
         comparison: The comparison.
-        rows: Its rows, of runs and of published results.
-        baseline: The label of the group that differences are from; `None` for no differences.
+        rows: The rows of its runs and of published results.
+        baseline: The label of the baseline for differences; `None` for tables without differences.
 
     Returns:
         The document.

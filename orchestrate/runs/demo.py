@@ -13,24 +13,24 @@ from orchestrate.runs import run as running
 from schemas.experiment import Experiment
 from zscl.datasets.synthetic.suites import write_embedded
 
-# The method of each run, by the name of its folder; `None` is the recipe's method.
+# Mapping from the folder name of a run to its method; `None` means the method of the recipe.
 METHODS = {"finetune": "finetune", "zscl": None}
 
 
 def run_demo(
     recipe: Path, folder: Path, overrides: Sequence[str], console: Console, offline: bool = False
 ) -> tuple[list[Path], str]:
-    """Write the suite into a folder and run the recipe on it with both methods.
+    """Write the embedded suite to a folder, and run the recipe on it with each method.
 
     Args:
-        recipe: The demo's recipe.
+        recipe: Recipe of the demo.
         folder: Folder for the data and the runs.
         overrides: Changes of the recipe, `a.b.c=value`.
         console: Console for progress.
         offline: Whether to run without MLflow.
 
     Returns:
-        The runs' folders, and the URI of the MLflow store of runs that are not offline.
+        The folders of the runs, and the tracking URI, which is not used if `offline` is set.
     """
     data = folder / "data"
     content = read_recipe(recipe, overrides)
@@ -48,7 +48,7 @@ def run_demo(
 
 
 def _with_path_in(data: Path, task: Any) -> Any:
-    """Return a task of the recipe, a path or a dictionary, with its folder moved to `data`."""
+    """Return a task of the recipe (a path or a dictionary) with its path changed to the folder in `data`."""
     if isinstance(task, dict):
         return task | {"path": str(data / Path(task["path"]).name)}
     return str(data / Path(task).name)

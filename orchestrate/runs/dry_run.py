@@ -1,4 +1,4 @@
-"""The checks of `zscl run --dry-run`: everything that would make a run fail in its first minute."""
+"""Checks of `zscl run --dry-run`: everything that could make a run fail in its first minute."""
 
 import hashlib
 import os
@@ -30,7 +30,7 @@ from zscl.sequence.object_store import RemoteSync
 from zscl.sequence.resolve import ResolvedExperiment
 
 HASH_SECONDS = 5.0  # time limit for hashing shards, of all tasks together
-TIMEOUT_SECONDS = 20.0  # for the answer of a server or a bucket
+TIMEOUT_SECONDS = 20.0  # time limit for the response of a tracking server or of object storage
 T = TypeVar("T")
 ConnectCluster = Callable[[], Mapping[str, float]]  # connects to a cluster, checks it and returns its resources
 
@@ -54,7 +54,7 @@ class Check:
 
 
 class SkippedError(Exception):
-    """Raised by a check that does not apply; the message is the reason."""
+    """Raised by a check that does not apply. The message gives the reason."""
 
 
 @dataclass
@@ -72,7 +72,7 @@ class Checklist:
 
         Args:
             name: What is checked.
-            check: Returns what was found; raises `SkippedError` or `InputError`.
+            check: Function that returns the details of a passed check, or raises `SkippedError` or `InputError`.
         """
         try:
             self.checks.append(Check(name, "ok", mask(check())))
@@ -83,21 +83,21 @@ class Checklist:
 
     @property
     def lines(self) -> list[str]:
-        """One line for each check."""
+        """One line per check."""
         return list(map(str, self.checks))
 
     def raise_on_failure(self, note: Callable[[str], None]) -> None:
         """Raise an error if any check failed.
 
         Args:
-            note: Receives one line for each check first.
+            note: Called with one line per check before the error is raised.
 
         Raises:
-            InputError: A check failed. The message consists of those of all failed checks.
+            InputError: If a check failed. The message combines the messages of all failed checks.
         """
         failures = [check.detail for check in self.checks if check.status == "failed"]
         if failures:
-            for check in self.checks:  # without the details of failures, which the error's message has
+            for check in self.checks:  # the error's message has the details of failures
                 note(f"{check.name}: failed" if check.status == "failed" else str(check))
             raise InputError("\n".join(dict.fromkeys(failures)), code=ErrorCode.FAILED)
 
@@ -109,10 +109,10 @@ def check_run(resolved: ResolvedExperiment, folder: Path, offline: bool, connect
         resolved: The experiment.
         folder: The run's folder.
         offline: Whether the run is not recorded in MLflow.
-        connect: Connects to the cluster, if the recipe or the environment names one.
+        connect: Function that connects to the cluster, if the recipe or the environment names one.
 
     Returns:
-        The outcomes.
+        The checks and their outcomes.
     """
     checklist = Checklist()
     if (folder / RESULT).is_file():
@@ -128,7 +128,7 @@ def check_run(resolved: ResolvedExperiment, folder: Path, offline: bool, connect
 def add_common_checks(
     checklist: Checklist, resolved: ResolvedExperiment, folder: Path, offline: bool, connect: ConnectCluster
 ) -> None:
-    """Run the checks that a run and a search have in common; for the arguments, see `check_run`."""
+    """Run the checks that runs and searches have in common. The arguments are those of `check_run`."""
     experiment = resolved.experiment
     checklist.add("shards against their manifest", lambda: _check_shards(resolved.tasks))
     checklist.add("folder", lambda: _check_folder(experiment, folder))
@@ -138,7 +138,7 @@ def add_common_checks(
 
 
 def check_disk_space(folder: Path, needed: float) -> str:
-    """Check the free disk space, in megabytes; return it as text."""
+    """Check that the disk has the needed megabytes, and return a text with needed and free space."""
     preflight.check_free_disk(folder, needed)
     return f"{needed:.0f} MB needed, {preflight.megabytes_free(folder):.0f} MB free"
 
@@ -154,7 +154,7 @@ def _check_folder(experiment: Experiment, folder: Path) -> str:
         except Timeout as error:
             raise InputError(owner_message(folder), code=ErrorCode.IN_USE) from error
         except OSError as error:
-            message = f"{lock}: cannot be locked ({error.strerror}), expected a file of this user"
+            message = f"{lock}: cannot be locked ({error.strerror}), expected a file that this user owns"
             raise InputError(message, code=ErrorCode.NOT_WRITABLE) from error
     return f"{folder} can be written"
 
@@ -181,7 +181,7 @@ def _check_cluster(compute: Compute, connect: ConnectCluster) -> str:
 
 
 def _check_tracking(experiment: Experiment, folder: Path, offline: bool) -> str:
-    """Check that the tracking store answers and that its experiment accepts runs; create nothing."""
+    """Check that the tracking store responds and that its experiment accepts runs, without creating anything."""
     if offline:
         raise SkippedError("--offline")
     uri = tracking_uri(experiment, folder)
@@ -193,8 +193,8 @@ def _check_tracking(experiment: Experiment, folder: Path, offline: bool) -> str:
             return f"{mask(uri)} will be made"
         if file.is_dir() or not os.access(file, os.W_OK):
             raise InputError(
-                f"tracking.uri: found {file}, which is not a writable file, expected an SQLite file of this user; "
-                "set tracking.uri to another store, or run with --offline",
+                f"tracking.uri: found {file}, which is not a writable file, expected an SQLite file that this user can "
+                "write; set tracking.uri to another store, or run with --offline",
                 code=ErrorCode.NOT_WRITABLE,
                 field="tracking.uri",
             )
@@ -205,7 +205,7 @@ def _check_tracking(experiment: Experiment, folder: Path, offline: bool) -> str:
 
 
 def _check_shards(tasks: Sequence[TaskFolder]) -> str:
-    """Compare local shards with their manifests: all sizes, and as many SHA-256 as `HASH_SECONDS` allow."""
+    """Compare local shards with their manifests: all sizes, and SHA-256 hashes until `HASH_SECONDS` have passed."""
     deadline = time.monotonic() + HASH_SECONDS
     listed = hashed = without_manifest = 0
     for path in dict.fromkeys(task.path for task in tasks):
@@ -216,10 +216,10 @@ def _check_shards(tasks: Sequence[TaskFolder]) -> str:
         for file, size, expected in shards:
             listed += 1
             if not file.is_file():
-                message = f"{file}: found no such file, expected a shard as {MANIFEST} beside it says"
+                message = f"{file}: found no such file, but {path}/{MANIFEST} lists it"
                 raise InputError(message, code=ErrorCode.NOT_FOUND)
             if file.stat().st_size != size:
-                message = f"{file}: found {file.stat().st_size} bytes, expected {size} as {path}/{MANIFEST} says"
+                message = f"{file}: found {file.stat().st_size} bytes, expected {size} according to {path}/{MANIFEST}"
                 raise InputError(message, code=ErrorCode.MISMATCH)
             digest = _hash_until(deadline, file)
             if digest is None:
@@ -227,13 +227,13 @@ def _check_shards(tasks: Sequence[TaskFolder]) -> str:
             hashed += 1
             if digest != expected:
                 raise InputError(
-                    f"{file}: found the SHA-256 {digest}, expected {expected} as {path}/{MANIFEST} says; copy the "
-                    "shard again, or delete the manifest if you changed the shard",
+                    f"{file}: found the SHA-256 {digest}, expected {expected} according to {path}/{MANIFEST}; copy "
+                    "the shard again, or delete the manifest if you changed the shard",
                     code=ErrorCode.MISMATCH,
                 )
     if not listed:
         raise SkippedError(f"no task has a {MANIFEST}")
-    rest = "" if hashed == listed else f", in {HASH_SECONDS:g} s; `zscl data check` reads them all"
+    rest = "" if hashed == listed else f", in {HASH_SECONDS:g} s; `zscl data check` checks all of them"
     missing = f"; {without_manifest} tasks have no {MANIFEST}" if without_manifest else ""
     return f"the sizes of {listed} shards, the SHA-256 of {hashed}{rest}{missing}"
 
@@ -266,7 +266,7 @@ def _hash_until(deadline: float, file: Path) -> str | None:
 
 
 def _call_with_timeout(function: Callable[[], T]) -> T:
-    """Return the function's result, or raise `TimeoutError`. Its daemon thread ends with the process."""
+    """Call a function in a daemon thread, and return its result, or raise `TimeoutError` after `TIMEOUT_SECONDS`."""
     future: Future[T] = Future()
 
     def call() -> None:
@@ -281,9 +281,9 @@ def _call_with_timeout(function: Callable[[], T]) -> T:
 
 @contextmanager
 def _explain_timeout(field: str, value: str) -> Iterator[None]:
-    """Replace a `TimeoutError` by an `InputError` that names the recipe field and its value."""
+    """Context manager: replace a `TimeoutError` by an `InputError` that names the recipe field and its value."""
     try:
         yield
     except TimeoutError as error:
-        message = f"{field}: {value} did not answer within {TIMEOUT_SECONDS:g} s, expected one that does"
+        message = f"{field}: {value} did not respond within {TIMEOUT_SECONDS:g} s. Check the address and the network"
         raise InputError(message, code=ErrorCode.UNREACHABLE, field=field) from error

@@ -1,4 +1,4 @@
-"""Estimating a run's duration from one minute of training on the recipe's cluster (`zscl run --probe`)."""
+"""Estimate of a run's duration from one minute of training on the recipe's cluster (`zscl run --dry-run --probe`)."""
 
 import tempfile
 import time
@@ -20,39 +20,39 @@ from zscl.sequence.resolve import ResolvedExperiment
 from zscl.sequence.result import AccuracyRow
 from zscl.sequence.stage_cache import SharedWork
 
-PROBE_SECONDS = 60.0  # of training
+PROBE_SECONDS = 60.0  # duration of the training
 
 
 def estimate_run(
     resolved: ResolvedExperiment, folder: Path, console: Console, seconds: float = PROBE_SECONDS
 ) -> dict[str, float]:
-    """Measure throughput: evaluate the initial model and train on the first task for a minute.
+    """Measure throughput by evaluating the initial model and training on the first task, and estimate the duration.
 
-    The teacher's features are computed during training, as in the slowest steps of a run. They stay in the feature
-    cache next to `folder`.
+    The teacher's features are computed during training, as in the slowest steps of a run. They are stored in
+    the feature cache next to `folder`.
 
     Args:
         resolved: The experiment.
         folder: The run's folder; nothing is written into it.
         console: Console for progress.
-        seconds: How long to train.
+        seconds: Duration of the training.
 
     Returns:
         Images per second, and the estimated minutes of the complete run, for training and evaluation.
 
     Raises:
-        InputError: The method trains nothing, or the cluster does not fit.
-        InterruptedRunError: A signal ended the probe.
+        InputError: If the method trains nothing, or the cluster does not have the resources that the recipe requests.
+        InterruptedRunError: If a signal stopped the probe.
     """
     from orchestrate.cluster.connect import check_resources, connect
     from orchestrate.cluster.train_workers import train
 
     experiment = resolved.experiment
     if experiment.method.task_loss is None:
-        message = f"--probe: method '{experiment.method.name}' trains nothing, expected one that does"
+        message = f"--probe: method '{experiment.method.name}' trains nothing, expected a method that trains"
         raise InputError(message, code=ErrorCode.UNSUPPORTED, field="--probe")
     if experiment.compute.storage is not None:
-        message = "--probe: found compute.storage, expected a folder that all nodes see"
+        message = "--probe cannot be used with compute.storage. Use a folder that all nodes see"
         raise InputError(message, code=ErrorCode.UNSUPPORTED, field="--probe")
     compute = experiment.compute.model_copy(update={"teacher_features": "as_met", "evaluation": "inline"})
     # Some methods need the class names of a second task.
@@ -79,7 +79,7 @@ def estimate_run(
         with suppress(InterruptedRunError):  # raised when the time is over
             train(probe, run, on_event, stop_requested, SharedWork(teacher_cache_folder(folder)))
         if stop_requested.signal is not None:
-            message = "the probe was stopped, and gives no estimate; the same command starts a new probe"
+            message = "the probe was stopped before it gave an estimate; the same command starts a new probe"
             raise stop_requested.to_error(message)
         row = AccuracyRow.model_validate_json((run / ZERO_SHOT).read_text())
     training = median(speeds[1:] or speeds)  # the first steps include allocation and compilation

@@ -1,4 +1,4 @@
-"""Checks before a run is started: data, model, prompts, disk space and the run's folder; and the plan of a run."""
+"""Checks before a run starts (data, model, prompts, disk space, folder), and the plan of a run."""
 
 import json
 import shutil
@@ -38,18 +38,18 @@ from zscl.sequence.result import OtherAlgorithmError, check_run_folder, check_sa
 from zscl.sequence.teacher import feature_policy
 from zscl.training.snapshots import LAST_SNAPSHOT, SUFFIX
 
-MAX_SAMPLES_LISTED = 3  # in a message
+MAX_SAMPLES_LISTED = 3  # number of samples in a message
 MAX_VALUE_LENGTH = 60  # characters of a value in a message
-IGNORED_FIELDS = ("name", "compute.", "tracking.")  # they do not change what is computed
+IGNORED_FIELDS = ("name", "compute.", "tracking.")  # these fields do not change the results
 RUN_FILES = (EXPERIMENT, STATE, ZERO_SHOT, partial_row_file(Path(ZERO_SHOT)).name, STAGES_FOLDER, CHECKPOINT)
 
 
 class ModelSummary(NamedTuple):
-    """Facts about an experiment's model.
+    """Size of an experiment's model, and its support of `compute.savings`.
 
     Attributes:
         megabytes: Size of the model on disk, in float32.
-        unpruned_towers: Towers that are computed in full in spite of `compute.savings`.
+        unpruned_towers: Towers that do not support the optimisations of `compute.savings`.
     """
 
     megabytes: float
@@ -57,14 +57,14 @@ class ModelSummary(NamedTuple):
 
 
 def plan(resolved: ResolvedExperiment, folder: Path) -> dict[str, object]:
-    """Describe what a run will do.
+    """Describe in numbers and names what a run will do.
 
     Args:
         resolved: The experiment.
         folder: The run's folder.
 
     Returns:
-        Numbers and names for `zscl run --dry-run`, by name.
+        The plan that `zscl run --dry-run` prints.
     """
     experiment = resolved.experiment
     check_run_folder_is_same(resolved, folder)
@@ -89,19 +89,21 @@ def plan(resolved: ResolvedExperiment, folder: Path) -> dict[str, object]:
 
 
 def check_run_folder_is_same(resolved: ResolvedExperiment, folder: Path) -> None:
-    """Check that a folder is new, empty, or holds a run of this experiment.
+    """Check that a folder does not exist, is empty, or holds a run of this experiment.
 
     Args:
         resolved: The experiment.
-        folder: The run's folder; it may not exist.
+        folder: The run's folder.
 
     Raises:
-        InputError: The folder holds something else, or a damaged file. For a run of another experiment, the message
-            lists the recipe fields that differ.
-        OtherAlgorithmError: The folder holds a run of another version of the algorithm.
+        InputError: If the folder holds anything else, or a file in it is damaged. For a run of another experiment, the
+            message lists the recipe fields that differ.
+        OtherAlgorithmError: If the folder holds a run of another version of the algorithm.
     """
     if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder}: found a file, expected a run's folder, or none yet", code=ErrorCode.MISMATCH)
+        raise InputError(
+            f"{folder}: found a file, expected a run's folder, an empty or a new one", code=ErrorCode.MISMATCH
+        )
     if (folder / SEARCH).is_file():
         message = f"{folder}: found a search, expected a run's folder, an empty or a new one"
         raise InputError(message, code=ErrorCode.OTHER_RUN)
@@ -120,7 +122,7 @@ def check_run_folder_is_same(resolved: ResolvedExperiment, folder: Path) -> None
 
 
 def _describe_differences(experiment: Experiment, folder: Path) -> str:
-    """Return the end of a message about another experiment's folder: the recipe fields that differ."""
+    """Return a text, for the end of an error message, that lists the recipe fields that differ from a folder's run."""
     try:
         recorded = load_experiment(folder / EXPERIMENT)
     except InputError:
@@ -145,7 +147,7 @@ def diff_recipes(first: Any, second: Any, path: str = "") -> dict[str, tuple[str
         path: Dotted path of the value, with a trailing dot; empty for the root.
 
     Returns:
-        Both values as text, by the dotted path of each field that differs.
+        Mapping from the dotted path of each field that differs to both values as text.
     """
     if isinstance(first, dict) and isinstance(second, dict):
         keys: Iterable[Any] = dict.fromkeys([*first, *second])
@@ -158,7 +160,7 @@ def diff_recipes(first: Any, second: Any, path: str = "") -> dict[str, tuple[str
 
 
 def _excerpt_values(first: Any, second: Any) -> tuple[str, str]:
-    """Format two values in one line each; long values are cut around the first difference."""
+    """Format two values in one line each. Long values are cut around the first difference."""
     texts = ["nothing" if value is None else json.dumps(value, ensure_ascii=False) for value in (first, second)]
     shorter, longer = sorted(map(len, texts))
     difference = next((index for index, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), shorter)
@@ -169,7 +171,7 @@ def _excerpt_values(first: Any, second: Any) -> tuple[str, str]:
 
 
 def count_student_images(experiment: Experiment) -> int:
-    """Count the images that the student encodes in all stages: task images and distilled images."""
+    """Count the images that the student encodes in all stages: task images and distillation images."""
     steps, optimisation = sum(map(experiment.stage_steps, experiment.tasks)), experiment.optimisation
     distilled = optimisation.reference_batch_size if experiment.method.distill else 0
     return steps * (optimisation.batch_size + distilled)
@@ -181,14 +183,14 @@ def model_megabytes(resolved: ResolvedExperiment) -> float:
 
 
 def _summarize_model(resolved: ResolvedExperiment) -> ModelSummary:
-    """Load the model, unless it was loaded before, and check that it supports the recipe's savings."""
+    """Load the model if it is not in the cache, and check that it supports the optimisations of the recipe."""
     experiment, compute = resolved.experiment, resolved.experiment.compute
     return _load_summary(experiment.model, resolved.model_digest, compute.savings, compute.gradient_checkpointing)
 
 
 @lru_cache(maxsize=8)
 def _load_summary(model: Model, digest: str, savings: Savings, checkpointing: bool) -> ModelSummary:
-    """Load and summarize a model. `digest` is part of the cache's key: files of the same name may have changed."""
+    """Load and summarize a model. `digest` is part of the cache key, because a file may change and keep its name."""
     clip = load_clip(model)
     network = clip.model
     parameters = sum(tensor.numel() for tensor in network.state_dict().values())
@@ -199,14 +201,14 @@ def _load_summary(model: Model, digest: str, savings: Savings, checkpointing: bo
 
 
 def megabytes_needed(resolved: ResolvedExperiment, folder: Path) -> float:
-    """Estimate what a run will still write: models of stages, snapshots, and two checkpoints of the current stage.
+    """Estimate the disk space that a run still needs for models, snapshots and two checkpoints.
 
-    A checkpoint has the size of four models: weights, two moments and the average. There are two of them while one
+    A checkpoint has the size of four models: weights, two moments and the average. Two checkpoints exist while one
     replaces the other.
 
     Args:
         resolved: The experiment.
-        folder: The run's folder; finished stages in it are not counted.
+        folder: The run's folder. Its finished stages are not counted.
 
     Returns:
         Megabytes.
@@ -231,7 +233,7 @@ def megabytes_free(folder: Path) -> float:
 
 
 def check_disk(resolved: ResolvedExperiment, folder: Path) -> None:
-    """Check that the disk has enough free space for a run; raise an `InputError` if not."""
+    """Check that the disk has enough free space for a run, and raise an `InputError` otherwise."""
     check_free_disk(folder, megabytes_needed(resolved, folder))
 
 
@@ -243,13 +245,13 @@ def check_free_disk(folder: Path, needed: float) -> None:
         needed: Megabytes that will be written.
 
     Raises:
-        InputError: There is less free space.
+        InputError: If the disk has less free space.
     """
     free = megabytes_free(folder)
     if needed > free:
         raise InputError(
-            f"{folder}: found {free:.0f} MB free on its disk, expected {needed:.0f} MB for the stages' models, their "
-            "snapshots if any, and a checkpoint; choose another place with --out",
+            f"{folder}: found {free:.0f} MB free on its disk, expected {needed:.0f} MB for the stages' models, "
+            "snapshots and checkpoints; choose another disk with --out",
             code=ErrorCode.NO_SPACE,
             field="--out",
         )
@@ -269,7 +271,7 @@ def check_output_folders(experiment: Experiment, folder: Path) -> None:
 
 
 def collect_warnings(resolved: ResolvedExperiment) -> list[str]:
-    """List what is allowed but probably a mistake: in the recipe, the prompts, remote shards and unusable samples."""
+    """List probable mistakes in the recipe, the prompts, the use of remote shards, and the samples."""
     return [
         *resolved.experiment.warnings,
         *_prompt_warnings(resolved),
@@ -279,13 +281,13 @@ def collect_warnings(resolved: ResolvedExperiment) -> list[str]:
 
 
 def _full_tasks(resolved: ResolvedExperiment) -> list[TaskFolder]:
-    """List the tasks with all their classes and samples, because a subset of a task has no unusable samples."""
+    """List the tasks with all classes and samples, because a subset of a task contains no unusable samples."""
     tasks = (task.full_task or task.without_shots for task in resolved.tasks)
     return list(dict.fromkeys(tasks))
 
 
 def _sample_warnings(resolved: ResolvedExperiment) -> list[str]:
-    """Warn about unusable samples, keys with dots, and shards that `nshards.txt` does not count."""
+    """Return warnings about unusable samples, keys with dots, and shards that `nshards.txt` does not list."""
     messages = []
     for task in _full_tasks(resolved):
         for split, broken in task.broken_samples.items():
@@ -300,21 +302,21 @@ def _sample_warnings(resolved: ResolvedExperiment) -> list[str]:
 
 
 def _describe_broken(messages: Sequence[str]) -> str:
-    """Summarize unusable samples, of which each has a message."""
+    """Summarize the messages about unusable samples."""
     more = f"; and {len(messages) - MAX_SAMPLES_LISTED} more" if len(messages) > MAX_SAMPLES_LISTED else ""
     samples = format_count(len(messages), "sample")
-    return f"found {samples} to be skipped: {'; '.join(messages[:MAX_SAMPLES_LISTED])}{more}"
+    return f"{samples} will be skipped: {'; '.join(messages[:MAX_SAMPLES_LISTED])}{more}"
 
 
 def _broken_references(resolved: ResolvedExperiment) -> list[str]:
-    """Return a message for each unusable reference image, as far as it can be recognized by its file name."""
+    """Return a message for each reference image that is known to be unusable without decoding it."""
     images = resolved.reference.images if resolved.reference else None
     faulty = images.faulty_samples() if isinstance(images, IndexedSamples) else []
     return [str(sample.as_error()) for sample in faulty]
 
 
 def _prompt_warnings(resolved: ResolvedExperiment) -> list[str]:
-    """Warn about prompts that the model truncates, and about classes with the same tokens."""
+    """Return warnings about prompts that the model truncates, and about classes with equal tokens."""
     import open_clip
 
     tokenizer = open_clip.get_tokenizer(open_clip_name(resolved.experiment.model))
@@ -324,22 +326,22 @@ def _prompt_warnings(resolved: ResolvedExperiment) -> list[str]:
 
 
 def _streaming_warnings(resolved: ResolvedExperiment) -> list[str]:
-    """Warn about remote shards that each of several readers would download completely."""
+    """Return warnings about remote shards that several readers would download in full."""
     compute = resolved.experiment.compute
     readers = compute.workers * max(compute.loader_processes, 1)
     datasets = {f"task '{task.name}'": task.train for task in resolved.tasks}
     if resolved.reference:
         datasets["reference.images"] = resolved.reference.images
     return [
-        f"{name}: found remote shards and {readers} readers (compute.workers x compute.loader_processes), of which "
-        "each streams all of them; with compute.shard_cache they are copied once"
+        f"{name}: each of {readers} readers (compute.workers x compute.loader_processes) streams all remote shards. "
+        "Set compute.shard_cache to download them once"
         for name, samples in datasets.items()
         if readers > 1 and not isinstance(samples, IndexedSamples)
     ]
 
 
 def _feature_policies(resolved: ResolvedExperiment) -> dict[str, str]:
-    """Return, by task, when the teacher's features of the distilled images are computed (see `feature_policy`)."""
+    """Return for each task when the teacher's features of distillation images are computed (see `feature_policy`)."""
     experiment, distill = resolved.experiment, resolved.experiment.method.distill
     if distill is None:
         return {}
@@ -353,7 +355,7 @@ def _feature_policies(resolved: ResolvedExperiment) -> dict[str, str]:
 
 
 def _image_count(samples: object) -> int | None:
-    """Return the number of images; `None` for remote shards, which are not indexed."""
+    """Return the number of images; `None` for remote shards, which have no index."""
     return len(samples) if isinstance(samples, IndexedSamples) else None
 
 
@@ -362,14 +364,14 @@ def prepare(experiment: Experiment, recipe: Path | None = None, root: Path | Non
 
     Args:
         experiment: The experiment.
-        recipe: The file that it was read from.
-        root: Folder that its relative paths are resolved against; default: the current folder.
+        recipe: The recipe's file.
+        root: Folder to which relative paths of the recipe were resolved; default: the current folder.
 
     Returns:
         The resolved experiment.
 
     Raises:
-        InputError: Something that the experiment names is missing or unusable.
+        InputError: If data or a model of the experiment is missing or unusable.
     """
     try:
         return _resolve_and_check(experiment)
@@ -379,7 +381,7 @@ def prepare(experiment: Experiment, recipe: Path | None = None, root: Path | Non
 
 
 def _recipe_folder_hint(experiment: Experiment, recipe_folder: Path, root: Path) -> str:
-    """Return the end of a message, if a missing path exists relative to the recipe's folder."""
+    """Return a hint for the end of an error message, if a missing path exists relative to the recipe's folder."""
     scenario, reference, model = experiment.class_incremental, experiment.reference, experiment.model
     locations = [task.path for task in experiment.tasks]
     locations += [scenario.path, str(scenario.order)] if scenario else []
@@ -391,14 +393,14 @@ def _recipe_folder_hint(experiment: Experiment, recipe_folder: Path, root: Path)
         relative = path.relative_to(root)
         if not _path_exists(path) and _path_exists(recipe_folder / relative):
             return (
-                f"; '{relative}' exists in the recipe's folder, but a recipe's paths are relative to the current "
+                f"; '{relative}' exists in the recipe's folder, but paths in a recipe are relative to the current "
                 f"folder: start the command in {recipe_folder}, or give the absolute path"
             )
     return ""
 
 
 def _path_exists(pattern: Path) -> bool:
-    """Whether a path, or any path that matches a pattern, exists; false for an invalid pattern such as `a**b.tar`."""
+    """Whether a path exists or a pattern matches a path; false for an invalid pattern such as `a**b.tar`."""
     with suppress(OSError, ValueError):
         return pattern.exists() or any(pattern.parent.glob(pattern.name))
     return False

@@ -1,4 +1,4 @@
-"""Progress of a run: a bar with the remaining time in a terminal, and lines in a log."""
+"""Progress of a run: a progress bar with the remaining time on a terminal, and lines in a log."""
 
 import time
 
@@ -31,14 +31,14 @@ SPEED_WINDOW_SECONDS = 1800.0
 
 
 class ProgressBar:
-    """Shows the steps that are done, the total and the remaining time.
+    """Shows the number of finished steps, the total and the remaining time.
 
-    Without a terminal, it prints a line at most every `LOG_INTERVAL_SECONDS`.
+    Without a terminal, it prints at most one line every `LOG_INTERVAL_SECONDS`.
 
     Attributes:
         console: Console on standard error, because standard output is reserved for results.
         total: Number of steps, if it is known.
-        done: Number of steps that are done.
+        done: Number of finished steps.
     """
 
     def __init__(self, console: Console, total: int | None = None) -> None:
@@ -68,13 +68,13 @@ class ProgressBar:
         self._bar.stop()
 
     def update(self, description: str, done: int, total: int | None = None, detail: str = "") -> None:
-        """Show the state of the steps.
+        """Show the number of finished steps.
 
         Args:
-            description: What is in progress.
-            done: Number of steps that are done.
-            total: Number of steps; default: as before.
-            detail: Appended in a log, for example the losses.
+            description: Description of the current work.
+            done: Number of finished steps.
+            total: Total number of steps; default: the previous total.
+            detail: Text that is appended in a log, for example the losses.
         """
         self.done, self.total = done, total or self.total
         self._bar.update(self._task, description=description, completed=done, total=self.total)
@@ -86,7 +86,7 @@ class ProgressBar:
             self.log(text.rstrip())
 
     def update_secondary(self, description: str, done: int, total: int) -> None:
-        """Show other work than the steps, on a second bar until it is done."""
+        """Show the progress of other work on a second bar. The bar is removed when the work is finished."""
         if self._secondary is None:
             self._secondary = self._bar.add_task(description, total=total)
         self._bar.update(self._secondary, completed=done)
@@ -97,13 +97,13 @@ class ProgressBar:
             self.log(f"{description}: {done} of {total}")
 
     def log(self, text: str) -> None:
-        """Print a line, unless a terminal shows the bar."""
+        """Print a line if there is no terminal that shows the bar."""
         self._last_logged = time.monotonic()
         if not self.console.is_interactive:
             self.print(text)
 
     def print(self, text: str) -> None:
-        """Print a line, above the bar in a terminal."""
+        """Print a line. On a terminal, it appears above the bar."""
         self.console.print(text, highlight=False, soft_wrap=True)
 
     def _is_log_due(self) -> bool:
@@ -111,7 +111,7 @@ class ProgressBar:
 
 
 class RunDisplay:
-    """Shows a run's events on a progress bar.
+    """Shows the events of a run on a progress bar.
 
     Attributes:
         bar: The progress bar.
@@ -158,7 +158,7 @@ class RunDisplay:
 
 
 def _describe_usage(event: WorkersUsed) -> str:
-    """Summarize the workers' resource use: the throughput of each, and the largest of the other values."""
+    """Summarize resource use: the throughput of each worker, and the maximum over workers of the other values."""
     images = " + ".join(f"{worker.images_per_second:.0f}" for worker in event.workers)
     waits = 100 * max(worker.loader_wait_share for worker in event.workers)
     memory = max(worker.memory_megabytes for worker in event.workers)

@@ -1,4 +1,4 @@
-"""Running an experiment on Ray: checks, folder, MLflow tracking, progress and training."""
+"""Execution of an experiment on Ray, with checks, MLflow tracking and progress, and its variants and dry run."""
 
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -41,15 +41,15 @@ def prepare_variants(
     """Resolve and check the experiments of a recipe, one after another.
 
     Args:
-        recipe: A recipe, or a table of variants.
+        recipe: A recipe, with or without variants.
         overrides: Changes of the recipe, `a.b.c=value`.
-        variant: Name of one variant of a table; default: all of them.
-        out: The run's folder, or the parent of all runs' folders; default: see `lifecycle.paths.run_folder`.
+        variant: Name of a variant; default: all variants.
+        out: The run's folder, or the parent folder of several runs; default: see `lifecycle.paths.run_folder`.
         seeds: Number of seeds per variant.
         orders: Task orders per variant (see `recipes.variants.expand_seeds_and_orders`).
 
     Yields:
-        Each experiment and its run's folder.
+        Pairs of an experiment and the run's folder.
     """
     experiments = expand_seeds_and_orders(load_variants(recipe, overrides, variant), seeds, orders)
     for name, experiment in experiments.items():
@@ -58,9 +58,9 @@ def prepare_variants(
 
 
 def run_experiment(resolved: ResolvedExperiment, folder: Path, console: Console, offline: bool = False) -> Result:
-    """Run or resume an experiment on Ray. A run that is finished is not repeated.
+    """Run or resume an experiment on Ray. If the run is finished, only load its result.
 
-    An `InterruptedRunError` is raised after a signal; the run can be resumed.
+    If a signal stops the run, an `InterruptedRunError` is raised, and the run can be resumed.
 
     Args:
         resolved: The experiment.
@@ -82,7 +82,7 @@ def run_experiment(resolved: ResolvedExperiment, folder: Path, console: Console,
 
 
 def load_resumable_run(folder: Path, overrides: Sequence[str]) -> Experiment:
-    """Load the experiment of a run's folder.
+    """Load the experiment from a run's folder, in order to resume the run.
 
     Args:
         folder: Folder of a run that was started before.
@@ -92,8 +92,7 @@ def load_resumable_run(folder: Path, overrides: Sequence[str]) -> Experiment:
         The experiment.
 
     Raises:
-        InputError: There is no run, an override would change what is computed, or the recipe had secrets, which are
-            not recorded.
+        InputError: If there is no run, an override would change the results, or the recorded recipe has masked secrets.
     """
     file = folder / EXPERIMENT
     if not file.is_file():
@@ -106,7 +105,7 @@ def load_resumable_run(folder: Path, overrides: Sequence[str]) -> Experiment:
     experiment = load_experiment(file, overrides)
     if MASK in experiment.model_dump_json(exclude={"tracking"}):
         raise InputError(
-            f"{file}: found {MASK} where the recipe has secrets, expected the recipe: "
+            f"{file}: secrets are masked ({MASK}) in this file. Resume with the original recipe: "
             + shell_command("zscl", "run", "RECIPE", "--out", folder),
             code=ErrorCode.MISSING_VALUE,
         )
@@ -116,7 +115,7 @@ def load_resumable_run(folder: Path, overrides: Sequence[str]) -> Experiment:
 def run_embedding(resolved: ResolvedExperiment, folder: Path, console: Console) -> EmbeddingReport:
     """Fill the teacher's feature cache next to a run's folder, on Ray.
 
-    An `InterruptedRunError` is raised after a signal; the features that were computed are in the cache.
+    If a signal stops the work, an `InterruptedRunError` is raised, and the computed features stay in the cache.
 
     Args:
         resolved: The experiment.
@@ -124,10 +123,11 @@ def run_embedding(resolved: ResolvedExperiment, folder: Path, console: Console) 
         console: Console for progress.
 
     Returns:
-        What was computed.
+        A report of the computed features.
 
     Raises:
-        InputError: The cluster does not fit, or the method uses no features that can be computed in advance.
+        InputError: If the cluster does not have the requested resources, or the method uses no features that can be
+            computed in advance.
     """
     from orchestrate.cluster.connect import connect
     from orchestrate.cluster.train_workers import embed
@@ -136,8 +136,7 @@ def run_embedding(resolved: ResolvedExperiment, folder: Path, console: Console) 
     check_embeddable(resolved)
     if experiment.compute.storage is not None:
         raise InputError(
-            "compute.storage: found it in `zscl embed`, expected a folder that all nodes see: nothing else "
-            "lets them share the features",
+            "compute.storage cannot be used with `zscl embed`: the features must be in a folder that all nodes see",
             code=ErrorCode.UNSUPPORTED,
             field="compute.storage",
         )
@@ -150,7 +149,14 @@ def run_embedding(resolved: ResolvedExperiment, folder: Path, console: Console) 
 
 
 def _load_finished(resolved: ResolvedExperiment, folder: Path, console: Console, offline: bool) -> Result | None:
-    """Load the result of a run that is finished, and print that nothing is done; `None` for any other folder."""
+    """Load the result of a finished run, and print that nothing is left to do.
+
+    Returns:
+        The result; `None` if the run is not finished.
+
+    Raises:
+        InputError: If the folder holds another run or its result.
+    """
     preflight.check_run_folder_is_same(resolved, folder)
     if not (folder / RESULT).is_file():
         return None
@@ -164,15 +170,17 @@ def _load_finished(resolved: ResolvedExperiment, folder: Path, console: Console,
     console.print(f"{folder}: finished before, nothing to do", highlight=False)
     if result.method != resolved.experiment.method.name:  # the name is not part of the fingerprint
         console.print(
-            f"{folder}: the recipe calls the method '{resolved.experiment.method.name}', the result keeps the name "
-            f"'{result.method}' that it was computed under",
+            f"{folder}: the recipe calls the method '{resolved.experiment.method.name}', but the result keeps the name "
+            f"'{result.method}' with which it was computed",
             highlight=False,
             soft_wrap=True,
         )
     state = read_state(folder)
-    if not offline and state is not None and state.status != "FINISHED":  # killed after its last step
+    if not offline and state is not None and state.status != "FINISHED":  # the process was killed after its last step
         sync = shell_command("zscl", "sync", folder)
-        console.print(f"MLflow may lack its end; send it with: {sync}", highlight=False, soft_wrap=True)
+        console.print(
+            f"MLflow may lack the last records of this run; send them with: {sync}", highlight=False, soft_wrap=True
+        )
     return result
 
 
@@ -207,9 +215,9 @@ def _start_uploader(resolved: ResolvedExperiment, folder: Path, console: Console
 
 
 def plan_run(resolved: ResolvedExperiment, folder: Path, console: Console, offline: bool = False) -> dict[str, object]:
-    """Describe what a run would do, and check what it needs, without starting it.
+    """Describe a run, and check what it needs, without starting it.
 
-    An `InputError` is raised if the run would fail.
+    If a check fails, an `InputError` is raised.
 
     Args:
         resolved: The experiment.
@@ -218,7 +226,7 @@ def plan_run(resolved: ResolvedExperiment, folder: Path, console: Console, offli
         offline: Whether the run would not be recorded in MLflow.
 
     Returns:
-        The plan, the outcomes of the checks, and the resources of the cluster if one is named.
+        The plan, the outcomes of the checks, and the resources of the cluster if it is specified.
     """
     from orchestrate.runs import dry_run
 
@@ -234,7 +242,7 @@ def plan_run(resolved: ResolvedExperiment, folder: Path, console: Console, offli
 
 
 def connect_cluster(experiment: Experiment, folder: Path, console: Console) -> dict[str, float]:
-    """Connect to the Ray cluster, and check its resources and that all nodes share the run's parent folder.
+    """Connect to the Ray cluster. Check its resources, and that all nodes share the parent folder of the run.
 
     Args:
         experiment: The experiment.
@@ -242,7 +250,7 @@ def connect_cluster(experiment: Experiment, folder: Path, console: Console) -> d
         console: Console for messages.
 
     Returns:
-        The number of nodes, CPUs and GPUs, by name.
+        Mapping from `nodes`, `CPU` and `GPU` to their numbers.
     """
     import ray
 

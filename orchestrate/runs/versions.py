@@ -7,7 +7,7 @@ LIBRARIES = ("torch", "open_clip_torch", "ray", "mlflow", "webdataset", "pydanti
 
 
 def collect_versions() -> dict[str, str]:
-    """Collect the versions that a bug report needs, by name. Only torch is imported, to list the GPUs."""
+    """Collect the versions that a bug report needs. Of the libraries, only torch is imported, to list the GPUs."""
     return {
         "zscl": _version("zscl"),
         "python": platform.python_version(),

@@ -16,7 +16,7 @@ from schemas.search import TASK_ACCURACY_PREFIX, Search
 from zscl.sequence.resolve import ResolvedExperiment
 from zscl.sequence.stage_cache import Averages
 
-MAX_SHARED_AVERAGES = 8  # each is a copy of the trained weights in memory while the first stage is trained
+MAX_SHARED_AVERAGES = 8  # every average needs a copy of the trained weights in memory in the first stage
 MAX_POINTS = 1_000  # combinations of values from which the averages are collected
 UNDEFINED_FOR_ONE_TASK = ("transfer", "forgetting", "backward_transfer", "forward_transfer")
 DATA_FIELDS = (
@@ -62,7 +62,7 @@ class PreparedSearch:
 
 
 def prepare_search(file: Path, overrides: Sequence[str] = ()) -> PreparedSearch:
-    """Read a search's recipe and check the experiment, both ends of each domain, the data and the objectives.
+    """Read a search's recipe and check the experiment, the domains, the data and the objectives.
 
     Args:
         file: The search's recipe.

@@ -80,7 +80,7 @@ class SearchTrial(tune.Trainable):  # type: ignore[misc]
     """A trial of a search. Each Tune step is one stage. A stage starts only when Tune requests its step."""
 
     def setup(self, config: dict[str, Any], context: TrialContext) -> None:
-        """Prepare the trial. It starts in the first step, because Tune may move it to another actor before that.
+        """Prepare the trial. Work starts in the first step, because Tune may move the trial to another actor before.
 
         Args:
             config: The trial's number and its encoded values.

@@ -1,1 +1,1 @@
-"""MLflow: stores, runs, uploads and models."""
+"""MLflow: tracking stores, runs, uploads and models."""

@@ -1,4 +1,4 @@
-"""Attaching files and metrics to a run in MLflow after it has ended: evaluations and comparisons."""
+"""Upload of files and metrics to a run in MLflow after the run has ended, for evaluations and comparisons."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,16 +18,17 @@ def attach_files(
     note: Callable[[str], None],
     metrics: Mapping[str, Mapping[int, float]] | None = None,
 ) -> bool:
-    """Upload files to a run's artifacts, and log metrics, if the run is recorded in its store.
+    """Upload files to a run's artifacts, and log metrics, if the run is recorded in its tracking store.
 
-    Artifacts of the same name are replaced. A failure is not an error, because the files are also on disk.
+    Artifacts of the same name are replaced. If the upload fails, no error is raised, because the files are also on
+    disk.
 
     Args:
         run_folder: The run's folder.
-        files: Files to upload.
-        artifact_path: Folder among the run's artifacts.
-        note: Receives a message if the upload fails.
-        metrics: Values by metric name and step.
+        files: The files to upload.
+        artifact_path: The destination folder in the run's artifacts.
+        note: Called with a message if the upload fails.
+        metrics: The values by metric name and step.
 
     Returns:
         Whether the run is recorded and everything was uploaded.
@@ -49,7 +50,7 @@ def attach_files(
     try:
         store_file = sqlite_file(uri)
         if identity is None or (store_file is not None and not store_file.is_file()):
-            return False  # a copy of a result, or an offline run, whose store `zscl sync` creates
+            return False  # a copy of a result, or an offline run, for which `zscl sync` creates the store
         client = open_client(uri)
         mlflow_experiment = client.get_experiment_by_name(experiment.tracking.experiment)
         if mlflow_experiment is None:
@@ -64,7 +65,7 @@ def attach_files(
                 client.log_artifact(run.info.run_id, str(file), artifact_path)
             else:
                 get_artifact_repository(artifact_uri).log_artifact(str(file), artifact_path)
-        # The run's end time makes logging idempotent: MLflow drops a metric that it has with the same time.
+        # The run's end time makes logging idempotent: MLflow drops a metric if it has one with the same timestamp.
         timestamp = run.info.end_time or run.info.start_time
         points = [
             Metric(name, value, timestamp, step)

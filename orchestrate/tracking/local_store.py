@@ -1,7 +1,7 @@
-"""SQLite tracking stores: the artifact folder next to the database, and its new location after both were moved.
+"""SQLite tracking stores: the artifact folder next to the database, and its location after both are moved.
 
-MLflow records artifact locations as absolute paths: of an experiment, of each run and of each model. After a project's
-folder was moved or copied, MLflow would still read and write at the old paths.
+MLflow records the artifact locations of experiments, runs and models as absolute paths. After a project's folder is
+moved or copied, MLflow would still read and write at the old paths.
 """
 
 import sqlite3
@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 ARTIFACT_FOLDER = "mlflow-artifacts"
-LOCATION_COLUMNS = (  # tables and columns with artifact locations; some versions of MLflow lack some of them
+LOCATION_COLUMNS = (  # the tables and columns with artifact locations; not every version of MLflow has all of them
     ("experiments", "artifact_location"),
     ("runs", "artifact_uri"),
     ("logged_models", "artifact_location"),
@@ -27,16 +27,16 @@ def artifact_folder(file: Path) -> Path:
 
 
 def current_artifact_uri(location: str, file: Path | None) -> str:
-    """Return where artifacts are now, if the store and its artifact folder were moved together.
+    """Return the current URI of artifacts, in case the store and its artifact folder were moved together.
 
     The store itself is not changed.
 
     Args:
-        location: Artifact path or URI, as recorded in the store.
+        location: The artifact path or URI that the store records.
         file: The store's SQLite file; `None` for any other store.
 
     Returns:
-        The URI below the store's present artifact folder, or `location` if it is still valid.
+        A URI in the store's current artifact folder, or `location` if it is still valid.
     """
     recorded = _path(location)
     root = next((parent for parent in recorded.parents if parent.name == ARTIFACT_FOLDER), None)
@@ -46,13 +46,13 @@ def current_artifact_uri(location: str, file: Path | None) -> str:
 
 
 def relocate_artifacts(file: Path) -> None:
-    """Update the artifact locations in a store that was moved: they become paths in the folder next to it.
+    """Update the artifact locations in a store that was moved to paths in the artifact folder next to it.
 
-    Only locations that `zscl` chose are changed, and only if the artifacts were moved, too, or do not exist at the old
-    location any more.
+    Only locations that `zscl` chose are changed, and only if the artifacts were moved with the store, or no longer
+    exist at the old location.
 
     Args:
-        file: The store's SQLite file; it may not exist.
+        file: The store's SQLite file. If it does not exist, nothing is done.
 
     Raises:
         OSError: The store cannot be read or written.
@@ -80,7 +80,7 @@ def _update_locations(connection: sqlite3.Connection, folder: Path) -> None:
 
 
 def _experiment_locations(connection: sqlite3.Connection) -> Iterator[str]:
-    """Yield the local artifact locations of the store's experiments."""
+    """Yield those artifact locations of the store's experiments that are local."""
     if _columns(connection, "experiments"):
         for [location] in connection.execute("SELECT DISTINCT artifact_location FROM experiments"):
             if location and _is_local(location):
@@ -92,13 +92,18 @@ def _columns(connection: sqlite3.Connection, table: str) -> set[str]:
 
 
 def _is_outdated(location: str, folder: Path) -> bool:
-    """Whether a location is that of a store's artifacts before the store was moved to its present folder."""
+    """Return whether a location is the artifact folder of a store before the store was moved.
+
+    Args:
+        location: The recorded artifact location.
+        folder: The store's current artifact folder.
+    """
     recorded = _path(location)
     if recorded.name != ARTIFACT_FOLDER or recorded == folder:
         return False
     try:
         return not recorded.exists() or (folder.exists() and not recorded.samefile(folder))
-    except OSError:  # in a folder of another user: it cannot be decided
+    except OSError:  # the path is not accessible, for example in a folder of another user
         return False
 
 

@@ -1,4 +1,4 @@
-"""Finding runs by folder, by MLflow run ID or by an MLflow search expression."""
+"""Lookup of runs by folder, by MLflow run ID or by an MLflow search expression."""
 
 import atexit
 import os
@@ -23,26 +23,27 @@ if TYPE_CHECKING:
 RUN_ID = re.compile(r"[0-9a-f]{32}")
 SIMILAR_TO_RUN_ID = re.compile(r"[0-9a-fA-F]{20,}")
 MAX_RUNS = 1_000
-DOWNLOAD_PREFIX = "zscl-downloaded-"  # of the name of a temporary folder
+DOWNLOAD_PREFIX = "zscl-downloaded-"  # the prefix of temporary folders
 
 
 def find_runs(names: Sequence[str], where: str | None, uri: str | None) -> dict[str, Path | InputError]:
     """Find the folders of runs.
 
-    A run that is named by its MLflow run ID is in the folder that MLflow has recorded. If that folder is not on this
-    machine, or holds another run now, the run's artifacts are downloaded.
+    For an MLflow run ID, the folder is the one that MLflow records. If this folder is not on this machine, or contains
+    another run, the run's artifacts are downloaded to a temporary folder.
 
     Args:
         names: Folders or MLflow run IDs.
-        where: MLflow search expression. Its runs are appended; the runs of a search include its trials.
+        where: MLflow search expression. The runs that it selects, including trials of searches, are appended.
         uri: Tracking URI; default: MLFLOW_TRACKING_URI, else `runs/mlflow.db`.
 
     Returns:
-        Each run's folder by its name or run ID, in this order. The value is an error for a run that only the
-            expression selected and that has no folder.
+        The folders of the runs, by the names and then by the run IDs that `where` selected. If a run that `where`
+            selected has no folder, the value is an error.
 
     Raises:
-        InputError: No run was asked for, a name does not exist, or the store cannot be reached or searched.
+        InputError: There are neither names nor an expression, a name does not exist, or the store cannot be reached or
+            searched.
     """
     if not names and where is None:
         raise InputError(
@@ -76,8 +77,8 @@ def _existing_folder(name: str) -> Path:
         ) from error
     if SIMILAR_TO_RUN_ID.fullmatch(name):
         raise InputError(
-            f"{name}: found no such folder and no run id, expected a folder, or the 32 digits (0-9, a-f) of a run's id "
-            "in MLflow",
+            f"{name}: found no such folder, and this is not a run id; expected a folder, or a run's id in MLflow with "
+            "32 digits (0-9, a-f)",
             code=ErrorCode.NOT_FOUND,
         )
     raise InputError(
@@ -87,13 +88,13 @@ def _existing_folder(name: str) -> Path:
 
 
 def comparison_folder(folders: Mapping[str, Path | InputError]) -> Path:
-    """Return the default folder of a comparison: next to the first run, named after a hash of the runs in their order.
+    """Return the default folder of a comparison. It depends on the runs and their order.
 
     Args:
         folders: The result of `find_runs`.
 
     Returns:
-        The folder, which may not exist.
+        A folder next to that of the first run. It need not exist.
     """
     local = {
         name: folder
@@ -106,7 +107,7 @@ def comparison_folder(folders: Mapping[str, Path | InputError]) -> Path:
 
 
 class _Store:
-    """A tracking store in which runs are looked up."""
+    """A tracking store in which runs are searched."""
 
     def __init__(self, uri: str | None) -> None:
         from orchestrate.tracking.mlflow_client import open_client
@@ -139,21 +140,21 @@ class _Store:
         if level not in RUN_LEVELS:
             kind = {"search": "a search", "stage": "a single stage"}.get(level, "a run that zscl did not create")
             parent = run.data.tags.get("mlflow.parentRunId")
-            hint = f" (that of its complete run is {parent})" if level == "stage" and parent else ""
+            hint = f"; the id of this stage's run is {parent}" if level == "stage" and parent else ""
             raise InputError(
-                f"{run_id}: found {kind}, expected the id of a run over all its stages{hint}",
+                f"{run_id}: found {kind}, expected the id of a complete run{hint}",
                 code=ErrorCode.UNSUPPORTED,
             )
         return self._folder_of(run)
 
     def search(self, where: str) -> dict[str, Path | InputError]:
-        """Return the folder, or the reason why there is none, of each run that an expression selects."""
+        """Return the folder of every run that an expression selects, or the error if the run has no folder."""
         try:
             runs = self._search(where)
         except self.failures as error:
             reason = mask(" ".join(str(error).split()))
             raise InputError(
-                f"--where: found no expression that MLflow takes ({reason})",
+                f"--where: MLflow does not accept this expression ({reason})",
                 code=ErrorCode.INVALID_VALUE,
                 field="--where",
             ) from error
@@ -166,7 +167,7 @@ class _Store:
                     folders[run.info.run_id] = error
         if not folders:
             raise InputError(
-                f"--where {where}: found no run in {mask(self.uri)}, expected some",
+                f"--where {where}: found no run in {mask(self.uri)}, expected at least one",
                 code=ErrorCode.NOT_FOUND,
                 field="--where",
             )
@@ -180,7 +181,7 @@ class _Store:
         )
 
     def _folder_of(self, run: "Run") -> Path:
-        """Return the run's own folder if it is on this machine, else a folder with its downloaded artifacts."""
+        """Return the run's folder if it is on this machine, else a temporary folder with its artifacts."""
         from orchestrate.tracking.mlflow_client import FINGERPRINT, recorded_start_time
 
         start_time = recorded_start_time(run)
@@ -191,7 +192,7 @@ class _Store:
         return self._download(run)
 
     def _candidates(self, run: "Run") -> Iterator[Path]:
-        """Yield the recorded folder, then the folder of that name next to the store: both may have been moved."""
+        """Yield the recorded folder, then, because the project may have moved, the folder of this name at the store."""
         from orchestrate.tracking.mlflow_client import FOLDER
 
         recorded = Path(run.data.tags.get(FOLDER, "/"))
@@ -200,7 +201,7 @@ class _Store:
             yield self.file.parent / recorded.name
 
     def _download(self, run: "Run") -> Path:
-        """Download what a comparison needs into a temporary folder, which is deleted when the process exits."""
+        """Download the files for a comparison to a temporary folder, which is deleted when the process exits."""
         from mlflow.artifacts import download_artifacts
 
         from orchestrate.tracking.local_store import current_artifact_uri
@@ -219,9 +220,9 @@ class _Store:
         except Exception as error:  # the client libraries of artifact stores raise errors of any type
             reason = mask(" ".join(str(error).split()))
             raise InputError(
-                f"{run_id}: found another run or none in the recorded folder ({next(self._candidates(run))}), and no "
-                f"{RESULT} among the run's artefacts, expected one of the two: give the folder where it is now; a "
-                f"run that is not finished has no {RESULT} yet ({reason})",
+                f"{run_id}: the recorded folder {next(self._candidates(run))} does not contain this run, and its "
+                f"MLflow artifacts contain no {RESULT}. Give the run's current folder, or wait until the run has "
+                f"finished ({reason})",
                 code=ErrorCode.NOT_FOUND,
             ) from error
         return folder

@@ -1,4 +1,4 @@
-"""The MLflow client: opens a store, finds runs by fingerprint and folder, logs metrics and tables, finishes runs."""
+"""MLflow client: open a tracking store, find runs by fingerprint and folder, log metrics and tables, finish runs."""
 
 import getpass
 import json
@@ -12,8 +12,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-# `orchestrate.tracking.uploader` retries with exponential backoff. If MLflow repeated a request whose answer was lost,
-# it would create a second run. The timeout detects a silent server in seconds instead of two minutes.
+# MLflow itself must not retry: if the response to a request was lost, a retry could create a second run. Retries are
+# made by `orchestrate.tracking.uploader`, which searches for the run first. With the timeout, a server that does not
+# answer is detected within seconds instead of two minutes.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 # Standard output is reserved for results.
@@ -37,19 +38,19 @@ from schemas.redaction import mask
 from zscl.runtime.hashing import sha256_of
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)
-# This logger prints the traceback of every attempt at a locked database.
+# This logger would print a traceback for every attempt to open a locked database.
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
 # Tags of a run.
 PARENT = "mlflow.parentRunId"
 FINGERPRINT = "zscl.fingerprint"
-FOLDER = "zscl.folder"  # the run's folder when it was last recorded
+FOLDER = "zscl.folder"  # the run's folder
 JOURNAL_POSITION = "zscl.journal"  # number of journal entries that were sent, and the time of the journal's first entry
-LEVEL = "zscl.level"  # search, trial or sequence, stage
+LEVEL = "zscl.level"  # search, trial, sequence (a run that is not a trial) or stage
 REASON = "zscl.reason"  # why the run failed or was killed
 LOGGED_TABLES = "mlflow.loggedArtifacts"  # artifacts that MLflow's pages show as tables
 ARTIFACTS_MISSING = "zscl.artifacts_missing"  # why the files of a finished run are not in its artifact store yet
-# Tag of an experiment: its page opens with charts for training instead of those for language models.
+# Tag of an experiment. With it, the experiment's page shows charts for training instead of those for language models.
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 
 MAX_VALUE_LENGTH = 6_000  # characters of a parameter or tag
@@ -70,7 +71,7 @@ def open_store(uri: str, experiment: str) -> tuple[MlflowClient, str]:
 
     Raises:
         InputError: The experiment was deleted.
-        MlflowException: The store cannot be used; any other of `store_errors.FAILURES` may be raised, too.
+        MlflowException: The store cannot be used. Any other exception of `store_errors.FAILURES` may be raised, too.
     """
     if uri.partition("://")[0].partition("+")[0] in set(DATABASE_ENGINES) - {"sqlite"}:
         # MLflow itself retries for a hundred seconds if a database does not answer.
@@ -83,12 +84,12 @@ def open_store(uri: str, experiment: str) -> tuple[MlflowClient, str]:
         existing = client.get_experiment_by_name(experiment)
         if existing is not None:
             return client, _active_experiment_id(existing, uri)
-        # An SQLite store has its artifacts in a folder next to it; a server chooses the location itself.
+        # The artifacts of an SQLite store are in a folder next to it. A server chooses the location itself.
         location = None if file is None else artifact_folder(file).as_uri()
         try:
             return client, str(client.create_experiment(experiment, artifact_location=location, tags=EXPERIMENT_TAGS))
         except MlflowException:
-            existing = client.get_experiment_by_name(experiment)  # another process may have created it meanwhile
+            existing = client.get_experiment_by_name(experiment)  # another process may have created it in the meantime
             if existing is None:
                 raise
             return client, _active_experiment_id(existing, uri)
@@ -110,7 +111,7 @@ def _active_experiment_id(experiment: Experiment, uri: str) -> str:
     if experiment.lifecycle_stage == LifecycleStage.DELETED:
         raise InputError(
             f"tracking.experiment: found '{experiment.name}' deleted in the MLflow store at {mask(uri)}, expected an "
-            f"experiment that takes runs; restore it (MLFLOW_TRACKING_URI={mask(uri)} mlflow experiments restore "
+            f"active experiment. Restore it (MLFLOW_TRACKING_URI={mask(uri)} mlflow experiments restore "
             f"--experiment-id {experiment.experiment_id}), or set tracking.experiment to another name",
             code=ErrorCode.REJECTED,
             field="tracking.experiment",
@@ -119,7 +120,7 @@ def _active_experiment_id(experiment: Experiment, uri: str) -> str:
 
 
 def _check_database(uri: str) -> None:
-    """Connect to a database server once, to detect within seconds that it does not answer."""
+    """Connect to a database server once, to detect within seconds whether it answers."""
     url = make_url(uri)
     engine = create_engine(uri, poolclass=NullPool)  # raises if the driver is missing
     port = url.port or DEFAULT_PORTS.get(url.get_backend_name())
@@ -131,19 +132,19 @@ def _check_database(uri: str) -> None:
 def open_client(uri: str) -> MlflowClient:
     """Open a store for reading.
 
-    The store is not changed, even if it was moved: see `local_store.current_artifact_uri`.
+    Artifact locations in a store that was moved are not updated; use `local_store.current_artifact_uri` for them.
 
     Args:
         uri: Tracking URI.
 
     Returns:
-        The client. It may raise one of `store_errors.FAILURES`, here or later.
+        The client. Its methods may raise one of `store_errors.FAILURES`.
     """
     return MlflowClient(tracking_uri=uri)
 
 
 def check_store(uri: str, experiment: str) -> str:
-    """Check that a store answers and that its experiment accepts runs; create nothing.
+    """Check that a store answers and that its experiment accepts runs, without creating anything.
 
     Args:
         uri: Tracking URI.
@@ -161,12 +162,12 @@ def check_store(uri: str, experiment: str) -> str:
         existing = open_client(uri).get_experiment_by_name(experiment)
     if existing is not None:
         _active_experiment_id(existing, uri)
-    return f"experiment '{experiment}' {'will be made' if existing is None else 'is there'}"
+    return f"experiment '{experiment}' {'will be created' if existing is None else 'exists'}"
 
 
 @contextmanager
 def _sqlite_lock(file: Path | None) -> Iterator[None]:
-    """Hold an inter-process lock while an SQLite store is opened: two processes that create it at once break it."""
+    """Context manager: hold an inter-process lock, because two processes must not create an SQLite store at once."""
     if file is None:
         yield
         return
@@ -184,7 +185,7 @@ def search_runs(
 
     Args:
         client: The store.
-        experiment_ids: MLflow experiments to search.
+        experiment_ids: IDs of the MLflow experiments to search.
         fingerprint: Fingerprint of the experiment or search.
         levels: Accepted values of the tag `zscl.level`.
 
@@ -199,23 +200,23 @@ def search_runs(
 def find_run_of_folder(
     runs: Sequence[Run], folder: Path, start_time: int | None, read_start_time: Callable[[Path], int | None]
 ) -> Run | None:
-    """Choose, among runs of one fingerprint, the MLflow run that records the run (or search) in a folder.
+    """Find the MLflow run that records the run or search in a folder.
 
-    A run is identified by its start time, so it is found again after its folder was moved. If the recorded folder still
-    holds a run with that start time, `folder` is a copy of it, and a copy is another run.
+    A run is identified by its start time, so it is found after its folder was moved. If the folder that MLflow records
+    still contains a run with the same start time, `folder` is a copy of it. A copy is treated as another run.
 
     Args:
-        runs: Runs of one fingerprint, level and search, newest first.
-        folder: The run's folder, absolute.
+        runs: The MLflow runs of the same fingerprint, level and search, newest first.
+        folder: The absolute path of the run's folder.
         start_time: Start time of the run in `folder`, in milliseconds; `None` before its first event.
-        read_start_time: Reads the start time of the run in another folder; `None` if it holds none.
+        read_start_time: Function that returns the start time of the run in a folder; `None` if it contains no run.
 
     Returns:
         The MLflow run, or `None` if the run is not recorded yet.
     """
 
     def is_same_folder(recorded: Path) -> bool:
-        """Whether a recorded path is `folder`, perhaps through a symbolic link; an unreadable path is not."""
+        """Return whether a recorded path is `folder` or a symbolic link to it. An inaccessible path is not."""
         try:
             return str(recorded) == mask(str(folder)) or recorded.samefile(folder)
         except OSError:
@@ -232,13 +233,13 @@ def find_run_of_folder(
 
 
 def recorded_start_time(run: Run) -> int | None:
-    """Return the start time of the recorded run or search, in milliseconds, or `None` if it is not recorded yet."""
+    """Return the recorded start time of a run or search in milliseconds; `None` if it is not recorded yet."""
     start_time = run.data.tags.get(JOURNAL_POSITION, "").partition(" since ")[2]
     return int(start_time) if start_time else None
 
 
 def clear_reason(client: MlflowClient, run_id: str) -> None:
-    """Delete the reason why an earlier attempt at a run or search ended."""
+    """Delete the recorded reason why an earlier attempt of a run or search failed or was killed."""
     if REASON in client.get_run(run_id).data.tags:
         client.delete_tag(run_id, REASON)
 
@@ -252,15 +253,15 @@ def finish_run(
 ) -> None:
     """Set a run's status to FINISHED, then upload its files.
 
-    The status is sent first, because the artifact store may be another server, which may not answer. Until the upload
-    has succeeded, the tag `zscl.artifacts_missing` says why the files are missing.
+    The status is sent first, because the artifact store may be another server, which may not answer. Until the files
+    are uploaded, the tag `zscl.artifacts_missing` contains the reason why they are missing.
 
     Args:
         client: The store.
         run: The MLflow run.
-        folder: Folder of the run or search, for the advice how to send the files later.
-        end_time: When the run was finished, in milliseconds; `None` for now.
-        upload_files: Uploads the files; `None` to leave that for later.
+        folder: Folder of the run or search. It is part of the command that uploads the files later.
+        end_time: The time at which the run finished, in milliseconds; `None` for the current time.
+        upload_files: Function that uploads the files; `None` to upload no files.
 
     Raises:
         ArtifactError: The run is finished, but the artifact store did not accept its files.
@@ -282,7 +283,7 @@ def finish_run(
 
 
 def log_table(client: MlflowClient, run_id: str, columns: Mapping[str, Sequence[Any]], file: str) -> None:
-    """Log columns as a table that MLflow's pages show. An earlier table of that name is replaced.
+    """Log a table that MLflow's pages show. An earlier table with the same path is replaced.
 
     Args:
         client: The store.
@@ -290,7 +291,7 @@ def log_table(client: MlflowClient, run_id: str, columns: Mapping[str, Sequence[
         columns: Values by column name.
         file: Artifact path of the table, `….json`.
     """
-    # MLflow's pages read a dot in a column's name as a path. `client.log_table` would append to an earlier table.
+    # MLflow's pages interpret a dot in a column's name as a path. `client.log_table` would append to an earlier table.
     names = [name.replace(".", "/") for name in columns]
     rows = [list(row) for row in zip(*columns.values(), strict=True)]
     client.log_dict(run_id, {"columns": names, "data": rows}, file)
@@ -298,22 +299,22 @@ def log_table(client: MlflowClient, run_id: str, columns: Mapping[str, Sequence[
 
 
 def log_metrics(client: MlflowClient, run_id: str, metrics: Sequence[Metric]) -> None:
-    """Log metrics in batches of the size that MLflow accepts, under valid names."""
+    """Log metrics in batches that MLflow accepts. Names that MLflow does not accept are replaced by `valid_name`."""
     for start in range(0, len(metrics), METRICS_PER_CALL):
         batch = metrics[start : start + METRICS_PER_CALL]
         client.log_batch(run_id, metrics=[Metric(valid_name(m.key), m.value, m.timestamp, m.step) for m in batch])
 
 
 def valid_name(name: str) -> str:
-    """Turn a name into one that MLflow accepts; different names stay different.
+    """Convert a name to one that MLflow accepts. Different names have different results.
 
-    MLflow accepts letters, digits and `_-.: /`, at most 250 characters, and only paths in their shortest form.
+    MLflow accepts at most 250 characters: letters, digits and `_-.: /`. As a path, the name must be normalised.
 
     Args:
         name: The name of a metric or parameter.
 
     Returns:
-        The name itself if it is valid, else a valid form of it with a hash.
+        The name itself if it is valid. Otherwise, invalid characters are replaced, and a hash is appended.
     """
     plain = re.sub(r"[^/\w.\-: ]", "_", name)
     plain = "/".join(part for part in plain.split("/") if part not in ("", ".", ".."))
@@ -323,7 +324,7 @@ def valid_name(name: str) -> str:
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """List the values of nested dictionaries, each with its dotted path."""
+    """Return the values of nested dictionaries as pairs of dotted path and value."""
     rows: list[tuple[str, Any]] = []
     for name, value in tree.items():
         rows += flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
@@ -339,7 +340,7 @@ def provenance_tags() -> dict[str, str]:
 def _user_tags() -> dict[str, str]:
     try:
         return {"mlflow.user": getpass.getuser()}
-    except (OSError, KeyError):  # a container whose user has no name
+    except (OSError, KeyError):  # the user has no name, for example in a container
         return {}
 
 
@@ -352,7 +353,7 @@ def _commit_tags() -> dict[str, str]:
 
 
 def _ray_job_tags() -> dict[str, str]:
-    """Return a tag with the submission ID of this process's Ray job, or else the job ID that Ray assigned."""
+    """Return a tag with the submission ID of this process's Ray job, or without one, with the job ID."""
     if "ray" not in sys.modules or not sys.modules["ray"].is_initialized():
         return {}
     job = sys.modules["ray"].get_runtime_context().get_job_id()

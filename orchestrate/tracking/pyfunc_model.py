@@ -1,7 +1,7 @@
-"""A stage's model for `mlflow.pyfunc.load_model`: images and class names in, probabilities out.
+"""A stage's model for `mlflow.pyfunc.load_model`. It classifies images, given the names of the classes.
 
-MLflow copies this file next to the weights and imports it on the machine that loads the model. It needs only the
-packages in the model's requirements, not zscl.
+MLflow copies this file next to the weights, and imports it on the machine that loads the model. The file only needs the
+packages in the model's requirements. It does not need zscl.
 """
 
 import io
@@ -22,8 +22,8 @@ class ZeroShotClassifier:
     Attributes:
         device: `cuda` or `cpu`.
         model: The open_clip model.
-        transform: Turns an image into the model's input.
-        tokenizer: Turns texts into tokens.
+        transform: The image preprocessing.
+        tokenizer: The tokenizer for class names in templates.
     """
 
     def __init__(self, folder: str) -> None:
@@ -38,11 +38,11 @@ class ZeroShotClassifier:
 
         Args:
             model_input: A table with a column `image`: paths, or the bytes of image files.
-            params: `classes`: class names; `templates`: prompts with `{c}` for the class name, whose text embeddings
-                are averaged per class. Default: those of the stage's task.
+            params: The class names `classes`, and the prompt templates `templates`, in which `{c}` stands for the class
+                name. The text embeddings of a class's prompts are averaged. Both default to those of the stage's task.
 
         Returns:
-            Probabilities, one row per image and one column per class.
+            The probabilities, with one row per image and one column per class.
         """
         classes, templates = list(params["classes"]), list(params["templates"])
         formats = [lambda name, template=template: template.replace("{c}", name) for template in templates]

@@ -1,4 +1,4 @@
-"""Logging each stage's model in MLflow, so that it can be loaded with `mlflow.pyfunc.load_model` and registered."""
+"""Logging of the stages' models in MLflow, so that `mlflow.pyfunc.load_model` can load them."""
 
 import tempfile
 import warnings
@@ -18,7 +18,7 @@ CODE = Path(__file__).with_name("pyfunc_model.py")
 REQUIREMENTS = ("open_clip_torch", "torch", "torchvision", "pandas", "pillow")
 READY = "READY"
 ClassPrompts = tuple[Sequence[str], Sequence[str]]  # class names, prompt templates
-# MLflow recommends an input example with every model; here it would be an image.
+# MLflow recommends an input example with every model. For these models, it would be an image.
 warnings.filterwarnings("ignore", message=".*input example was not provided")
 
 
@@ -30,15 +30,16 @@ def log_model(
     folder: Path,
     load_prompts: Callable[[], ClassPrompts],
 ) -> None:
-    """Log an open_clip folder as the model of a stage's run, unless it is logged already.
+    """Log a stage's model, unless it is logged already.
 
     Args:
         client: The store.
-        experiment_id: MLflow experiment of the run.
-        run_id: The stage's MLflow run.
+        experiment_id: ID of the run's MLflow experiment.
+        run_id: ID of the stage's MLflow run.
         name: Name of the logged model.
         folder: The model's folder, in the format of open_clip's `local-dir:`.
-        load_prompts: Loads the model's default class names and templates. Called only if the model must be logged.
+        load_prompts: Function that loads the model's default class names and templates. It is only called if the model
+            is not logged yet.
     """
     query = f"name = '{name}' AND source_run_id = '{run_id}'"
     models = list(client.search_logged_models([experiment_id], query, max_results=1))
@@ -54,17 +55,17 @@ def log_model(
         save_model(path, folder, load_prompts(), model.model_id)
         client.log_model_artifacts(model.model_id, str(path))
     client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
-    client.finalize_logged_model(model.model_id, READY)  # last, because a model that is ready is not sent again
+    client.finalize_logged_model(model.model_id, READY)  # this is last, because a model that is ready is not sent again
 
 
 def save_model(path: Path, model_folder: Path, prompts: ClassPrompts, model_id: str | None = None) -> None:
     """Write an MLflow model with the flavours `python_function` and `open_clip`.
 
     Args:
-        path: Folder to create.
+        path: The folder to create.
         model_folder: The model's folder, in the format of open_clip's `local-dir:`.
-        prompts: Default class names and templates.
-        model_id: ID of the logged model in MLflow, if there is one.
+        prompts: The default class names and templates.
+        model_id: ID of the logged model in MLflow; `None` if the model is not logged.
     """
     classes, templates = map(list, prompts)
     params: list[Any] = [

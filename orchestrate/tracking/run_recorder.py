@@ -1,10 +1,11 @@
-"""Recording a run in MLflow: a parent run for the sequence, and a child run for each stage.
+"""Recording of a run in MLflow: a parent run for the sequence of tasks, and a child run for each stage.
 
-The names suit MLflow's own compare view: the parent has one series per task, `accuracy/<task>`, against the number of
-trained stages (0 is the zero-shot row); a child has its losses, learning rate and gradient norm against the step.
+The metrics' names suit MLflow's compare view. The parent has one metric per task, `accuracy/<task>`, whose step is the
+number of trained stages (0 is the zero-shot row). The metrics of a child are the losses, the learning rate and the
+gradient norm at each training step.
 
-Sending is idempotent: runs are found again by fingerprint and start time, and MLflow's stores drop a metric that they
-already have with the same timestamp, which is that of the journal entry.
+Sending is idempotent. Runs are found by fingerprint and start time, and MLflow drops a metric if it has the same metric
+with the same timestamp, which is the time of the journal entry.
 """
 
 import json
@@ -57,19 +58,19 @@ MAX_DIGEST_LENGTH = 36  # MLflow's limit for the digest of a dataset
 
 
 class RunRecorder:
-    """Records one run in a store. Every method may raise one of `store_errors.FAILURES`.
+    """Recorder of one run in a tracking store. Every method may raise one of `store_errors.FAILURES`.
 
     Attributes:
         client: The store.
-        experiment: The experiment that is run.
+        experiment: The run's experiment.
         experiment_id: ID of the MLflow experiment.
         folder: The run's folder.
         run_id: ID of the parent run.
         search_run_id: ID of the search's MLflow run, if this run is a trial.
         start_time: Time of the journal's first entry, in milliseconds; `None` while there is none.
-        position: Number of journal entries that the store has.
+        position: Number of journal entries that the store contains.
         status: The parent run's status when it was found or created.
-        is_complete: Whether the store has the run's end and all its files.
+        is_complete: Whether the store contains the final status and all files of the run.
     """
 
     def __init__(
@@ -84,12 +85,12 @@ class RunRecorder:
         """Find the run in the store, or create it.
 
         Args:
-            experiment: The experiment that is run.
+            experiment: The run's experiment.
             fingerprint: The experiment's fingerprint.
-            folder: The run's folder, absolute.
+            folder: The absolute path of the run's folder.
             uri: Tracking URI.
-            start_time: Time of the journal's first entry, in milliseconds, if there is one. It distinguishes the run
-                from an earlier run of the same experiment, whose folder was deleted.
+            start_time: Time of the journal's first entry, in milliseconds; `None` if there is none. It distinguishes
+                the run from an earlier run of the same experiment whose folder was deleted.
             search_run_id: ID of the search's MLflow run, if this run is a trial.
         """
         self.start_time, self.search_run_id = start_time, search_run_id
@@ -119,13 +120,13 @@ class RunRecorder:
         """Send journal entries, then record the new position.
 
         Args:
-            entries: The entries from `position` on; at least one.
+            entries: One or more entries. The first one has the index `position` in the journal.
         """
         for stage, group in groupby(entries, key=_stage_of_steps):
             if stage is None:
                 for entry in group:
                     self._send_event(entry)
-            else:  # consecutive steps of a stage are sent in few calls
+            else:  # send consecutive steps of a stage in few calls
                 metrics = [metric for entry in group for metric in _step_metrics(entry)]
                 log_metrics(self.client, self._stage_run_id(stage, metrics[0].timestamp), metrics)
         self.start_time = self.start_time or entries[0].time
@@ -138,18 +139,18 @@ class RunRecorder:
         Args:
             result: The run's result.
             metric_time: Timestamp of the result's metrics, in milliseconds. It must be the same in every attempt.
-            end_time: When the run was finished, in milliseconds.
+            end_time: The time at which the run finished, in milliseconds.
             files: Whether to upload the run's files, too.
 
         Raises:
-            ArtifactError: Everything is recorded except the files.
+            ArtifactError: The files could not be uploaded. Everything else is recorded.
         """
         values = result.metrics.model_dump() | {
             "zero_shot/transfer": result.zero_shot_metrics.transfer,
             "zero_shot/avg": result.zero_shot_metrics.avg,
         }
         metrics = [Metric(name, value, metric_time, 0) for name, value in values.items() if value is not None]
-        if not result.stages:  # a method without training reports no rows; they are logged for comparisons
+        if not result.stages:  # a method without training reports no events for rows, so they are logged here
             names = [task.name for task in result.tasks]
             for stage, row in enumerate(result.accuracy_matrix, start=1):
                 metrics += _row_metrics(dict(zip(names, row, strict=True)), metric_time, stage)
@@ -162,7 +163,7 @@ class RunRecorder:
         self.is_complete = files
 
     def fail(self, state: RunState) -> None:
-        """Set the status of the parent and of the running stage to FAILED or KILLED, with the reason."""
+        """Set the status of the parent run and of the running stage to FAILED or KILLED, and record the reason."""
         query = f"tags.`{PARENT}` = '{self.run_id}' and attributes.status = 'RUNNING'"
         for stage in self.client.search_runs([self.experiment_id], query):
             self.client.set_terminated(stage.info.run_id, state.status, state.time)
@@ -170,7 +171,7 @@ class RunRecorder:
         self.client.set_terminated(self.run_id, state.status, state.time)
 
     def _log_files(self, result: Result) -> None:
-        """Log recipe, result, accuracy matrix and charts, and the models that could not be logged during the run."""
+        """Log the recipe, the result, the accuracy matrix, charts, and models that are not logged yet."""
         self.client.log_artifact(self.run_id, str(self.folder / EXPERIMENT))
         self.client.log_artifact(self.run_id, str(self.folder / RESULT))
         log_table(self.client, self.run_id, build_matrix_columns(result), "accuracy_matrix.json")
@@ -181,7 +182,7 @@ class RunRecorder:
                 self._log_model(run.info.run_id, trained)
 
     def _log_datasets(self, result: Result) -> None:
-        """Log the datasets, with digests and split families, unless they are logged already."""
+        """Log the datasets with their digests and split families, unless they are logged already."""
         if self.client.get_run(self.run_id).inputs.dataset_inputs:
             return
         context = [InputTag("mlflow.data.context", "training and evaluation")]
@@ -227,7 +228,7 @@ class RunRecorder:
         return self.client.create_run(self.experiment_id, start_time=self.start_time, run_name=name, tags=tags)
 
     def _stage_run_id(self, stage: int, time: int, task: str = "") -> str:
-        """Return the ID of a stage's MLflow run, which is RUNNING then; create the run if it does not exist."""
+        """Return the ID of a stage's MLflow run. Create the run if necessary, and set its status to RUNNING."""
         if stage not in self._stage_run_ids:
             run = self._find_stage_run(stage)
             if run is None:
@@ -258,7 +259,7 @@ class RunRecorder:
                 self._send_row(event, entry.time)
 
     def _log_model(self, run_id: str, trained: StageResult) -> None:
-        """Log a stage's model, if `tracking.models` asks for it and its folder still exists."""
+        """Log a stage's model, if `tracking.models` selects it and its folder still exists."""
         setting, is_last = self.experiment.tracking.models, trained.stage == len(self.experiment.tasks)
         folder = model_folder(self.folder, trained.stage, trained.task)
         is_selected = setting == "all" or (setting == "last" and is_last)
@@ -266,15 +267,15 @@ class RunRecorder:
             return
         from orchestrate.tracking.registered_models import log_model  # takes seconds to import
 
-        # MLflow refuses these characters in a model's name.
+        # MLflow does not accept these characters in a model's name.
         name = re.sub(r"[/:.%\"']", "_", f"{self.folder.name}-{trained.stage}-{trained.task}")
         load_prompts = partial(self._load_prompts, trained.stage)
         log_model(self.client, self.experiment_id, run_id, name, folder, load_prompts)
 
     def _try_log_model(self, run_id: str, trained: StageResult) -> None:
-        """Log a stage's model during the run. After one failure, all models are logged at the end of the run.
+        """Log a stage's model during the run. After one failure, log no more models until the end of the run.
 
-        A store that does not answer may take minutes to fail, and would delay the metrics. The model is on disk anyway.
+        With a store that does not answer, each attempt may take minutes and would delay the metrics.
         """
         if self._model_upload_failed:
             return
@@ -283,12 +284,12 @@ class RunRecorder:
         except Exception as error:  # the client libraries of artifact stores raise errors of any type
             self._model_upload_failed = True
             log.warning(
-                "MLflow did not take the model of stage %d (%s); it is sent again at the end of the run",
+                "MLflow did not accept the model of stage %d (%s); it is sent again at the end of the run",
                 trained.stage, root_cause(error, self.client.tracking_uri),
             )  # fmt: skip
 
     def _load_prompts(self, stage: int) -> tuple[Sequence[str], Sequence[str]]:
-        """Load class names and templates of a stage's task; none if its folder is not readable on this machine."""
+        """Load the class names and templates of a stage's task. Return none if this machine cannot read the task."""
         try:
             task = resolve_tasks(self.experiment)[1][stage - 1]
         except InputError:
@@ -325,7 +326,7 @@ def _step_metrics(entry: JournalEntry) -> list[Metric]:
 
 
 def _usage_metrics(event: WorkersUsed, time: int) -> list[Metric]:
-    """Return each worker's resource use as metrics, under the names of MLflow's own system metrics."""
+    """Return the resource usage of every worker as metrics. Their names are those of MLflow's system metrics."""
     metrics = []
     for rank, worker in enumerate(event.workers):
         values = {
@@ -344,6 +345,6 @@ def _usage_metrics(event: WorkersUsed, time: int) -> list[Metric]:
 
 
 def _row_metrics(accuracy: dict[str, float], time: int, stage: int) -> list[Metric]:
-    """Return a row of the accuracy matrix, and its mean, as metrics at step `stage`."""
+    """Return the accuracies of a row of the matrix, and their mean, as metrics with the step `stage`."""
     metrics = [Metric(f"accuracy/{task}", value, time, stage) for task, value in accuracy.items()]
     return [*metrics, Metric("accuracy_mean", sum(accuracy.values()) / len(accuracy), time, stage)]

@@ -1,4 +1,4 @@
-"""Explanations of MLflow store errors: the cause in one sentence, and what to do about it."""
+"""Error messages for MLflow stores: they contain the cause in one sentence, and advice."""
 
 import re
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from schemas.redaction import mask
 
 FAILURES = (MlflowException, SQLAlchemyError, OSError, ImportError)  # raised if a tracking store cannot be used
 OFFLINE_ADVICE = "; or run with --offline and send everything later with zscl sync"
-MAX_REASON_LENGTH = 600  # characters: a server may answer with a complete HTML page
+MAX_REASON_LENGTH = 600  # in characters, because a server may answer with a complete HTML page
 
 _STATUS = re.compile(r"failed with error code (\d{3})|too many (\d{3}) error responses")
 _SCHEMA = re.compile(r"database schema \(found version (\w+), but expected (\w+)\)")
@@ -27,7 +27,7 @@ _BODY = re.compile(r"Response body: '(.*)'", flags=re.DOTALL)
 _HOST_AND_PORT = re.compile(r"[\w.-]+:\d+(/.*)?")
 _URI, _EXPERIMENT = "tracking.uri", "tracking.experiment"  # recipe fields
 _INVALID = ErrorCode.INVALID_VALUE
-# The package that provides a database driver which SQLAlchemy could not import.
+# The packages that provide database drivers, by the driver's module name.
 _DRIVERS = {
     "psycopg": "zscl[postgres]", "psycopg2": "psycopg2-binary", "pymysql": "pymysql", "MySQLdb": "mysqlclient",
     "pyodbc": "pyodbc", "pymssql": "pymssql",
@@ -35,51 +35,54 @@ _DRIVERS = {
 
 
 class ArtifactError(Exception):
-    """The tracking store accepted metrics and status, but the artifact store did not accept the files.
+    """The artifact store did not accept a run's files, after the tracking store accepted metrics and status.
 
-    The message is written for the user.
+    The message is intended for the user.
     """
 
 
 def artifact_error(uri: str, location: str, error: Exception) -> ArtifactError:
-    """Explain why an artifact store did not accept a file.
+    """Create the error for an artifact store that did not accept a file.
 
     Args:
         uri: Tracking URI.
-        location: The run's artifact URI, as recorded in the tracking store.
+        location: The run's artifact URI, which the tracking store records.
         error: The error that the upload raised.
 
     Returns:
-        An error whose message names the store, the cause and what to do.
+        An error whose message contains the store, the cause and advice.
     """
     scheme = urlsplit(location).scheme
     cause = root_cause(error, uri, location)
     if isinstance(error, ImportError):
-        advice = "install the library that it needs"
+        advice = "install the missing library"
     elif scheme in ("", "file") and uri.startswith(("http://", "https://")):
         advice = (
             "the server returned a path on its own disk: start it with --serve-artifacts and --artifacts-destination, "
             "or mount that path here, writable"
         )
     elif scheme in ("", "file"):
-        advice = "make that folder writable, or set tracking.experiment to a new name, whose files are elsewhere"
+        advice = (
+            "make that folder writable, or set tracking.experiment to the name of a new experiment, whose files are "
+            "in another folder"
+        )
     elif scheme in ("http", "https", "mlflow-artifacts"):
-        advice = "see the server's log, and its --artifacts-destination"
+        advice = "see the server's log, and its option --artifacts-destination"
     else:
         advice = "check its address, and the credentials for it in the environment of this process"
     return ArtifactError(
-        f"the MLflow store at {mask(uri)} has the metrics, but its artefact store at {mask(location)} did not take the "
-        f"files ({cause}); {advice}"
+        f"the MLflow store at {mask(uri)} has the metrics, but its artifact store at {mask(location)} did not accept "
+        f"the files ({cause}); {advice}"
     )
 
 
 def store_error(uri: str, error: Exception, advice: str = "") -> InputError:
-    """Explain why a tracking store could not be used.
+    """Create the error for a tracking store that cannot be used.
 
     Args:
         uri: Tracking URI.
-        error: One of `FAILURES`, or an `InputError`, whose message, code and field are kept.
-        advice: Appended to the message: what else to do.
+        error: One of `FAILURES`, or an `InputError`, of which message, code and field are used.
+        advice: Further advice, which is appended to the message.
 
     Returns:
         An error for the user.
@@ -92,7 +95,7 @@ def store_error(uri: str, error: Exception, advice: str = "") -> InputError:
 
 @contextmanager
 def explain_store_errors(uri: str, advice: str = "") -> Iterator[None]:
-    """Raise an explanation (see `store_error`) in place of any of `FAILURES` that the block raises."""
+    """Context manager: replace any of `FAILURES` that its block raises by an `InputError` (see `store_error`)."""
     try:
         yield
     except (*FAILURES, InputError) as error:
@@ -100,11 +103,11 @@ def explain_store_errors(uri: str, advice: str = "") -> Iterator[None]:
 
 
 def root_cause(error: Exception, *urls: str) -> str:
-    """Describe the innermost cause of an error, in one line, without secrets.
+    """Describe the root cause of an error in one line, without secrets.
 
     Args:
         error: The error.
-        urls: URLs whose passwords may occur alone in the text.
+        urls: URLs whose passwords are masked in the text, even outside a URL.
 
     Returns:
         The cause's type and message.
@@ -135,17 +138,17 @@ def _input_error(code: ErrorCode, field: str, text: str) -> InputError:
 
 
 def _explain_uri(uri: str, error: Exception) -> InputError | None:
-    """Explain an invalid URI or a missing library; `None` if neither is the cause."""
+    """Explain an invalid URI or a missing library. Return `None` if the error has another cause."""
     scheme, shown = uri.partition("://")[0].partition("+")[0], mask(uri)
     if isinstance(error, ModuleNotFoundError) and error.name in _DRIVERS:
         package = _DRIVERS[error.name]
-        text = f"found {shown}, whose driver {error.name} is not installed, expected it: pip install '{package}'"
+        text = f"the driver {error.name} of {shown} is not installed; run: pip install '{package}'"
         return _input_error(ErrorCode.MISSING_PACKAGE, _URI, text)
     if "maintenance mode" in str(error):
         text = (
-            f"found {shown}, a folder of MLflow's file store, which MLflow {version('mlflow')} does not use any more; "
+            f"found {shown}, a folder of MLflow's file store, which MLflow {version('mlflow')} no longer supports; "
             "expected sqlite:///FILE or a server (mlflow migrate-filestore converts a folder; "
-            "MLFLOW_ALLOW_FILE_STORE=true uses it as it is)"
+            "MLFLOW_ALLOW_FILE_STORE=true uses it without conversion)"
         )
         return _input_error(ErrorCode.UNSUPPORTED, _URI, text)
     if scheme in ("http", "https"):
@@ -165,7 +168,7 @@ def _explain_uri(uri: str, error: Exception) -> InputError | None:
 
 
 def _explain_http(uri: str, error: Exception, cause: str) -> InputError:
-    """Explain a failed request to a server: it did not get there, or the server answered with an error."""
+    """Explain a failed request to a server: no server was reached, or the server returned an error."""
     kinds, text = {type(link).__name__ for link in _cause_chain(error)}, str(error)
     host, shown, proxy = urlsplit(uri).hostname, mask(uri), _proxy(uri)
     status = next((int(a or b) for a, b in _STATUS.findall(text)), None)
@@ -183,7 +186,7 @@ def _explain_http(uri: str, error: Exception, cause: str) -> InputError:
     if "SSLError" in kinds:
         message = (
             f"found a server at {shown} whose certificate is not trusted ({cause}), expected "
-            "MLFLOW_TRACKING_SERVER_CERT_PATH to name the file of the authority that signed it"
+            "MLFLOW_TRACKING_SERVER_CERT_PATH to be the certificate file of the authority that signed it"
         )
         return _input_error(ErrorCode.UNREACHABLE, _URI, message)
     through = f" through the proxy {proxy} (NO_PROXY={host} bypasses it)" if proxy else ""
@@ -193,8 +196,8 @@ def _explain_http(uri: str, error: Exception, cause: str) -> InputError:
     )
     if is_other_server or (status is None and "not in a valid JSON format" in text):
         message = (
-            f"found no MLflow server at {shown}{through}, but something else that answers ({status or 200}), expected "
-            "the address of `mlflow server`, with its path prefix if it has one"
+            f"found no MLflow server at {shown}{through}, but another server ({status or 200}), expected the address "
+            "of `mlflow server`, with its path prefix if it has one"
         )
         return _input_error(ErrorCode.UNREACHABLE, _URI, message)
     if status is None:
@@ -204,29 +207,29 @@ def _explain_http(uri: str, error: Exception, cause: str) -> InputError:
 
 
 def _explain_status(status: int, shown: str, host: str | None, text: str) -> InputError:
-    """Explain the HTTP status that an MLflow server answered with."""
+    """Explain the HTTP status that an MLflow server returned."""
     body = _BODY.search(text)
     answer = " ".join((body[1] if body else text).split())[:MAX_REASON_LENGTH]
     field = _URI
     if status == HTTPStatus.UNAUTHORIZED:
         message = (
-            f"found that {shown} requires authentication (401), expected MLFLOW_TRACKING_USERNAME and "
-            "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, with valid values"
+            f"{shown} requires authentication (401), expected valid values of MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD, or of MLFLOW_TRACKING_TOKEN"
         )
     elif status == HTTPStatus.FORBIDDEN and "host header" in text.lower():
         message = (
-            f"found that the server at {shown} refuses requests to the host name {host} (403: {answer}), expected it "
-            f"to be started with --allowed-hosts {host} (or MLFLOW_SERVER_ALLOWED_HOSTS)"
+            f"the server at {shown} rejects requests to the host name {host} (403: {answer}). Start the server with "
+            f"--allowed-hosts {host} (or MLFLOW_SERVER_ALLOWED_HOSTS)"
         )
     elif status == HTTPStatus.FORBIDDEN:
         field = _EXPERIMENT
         message = (
-            f"found no permission to write it at {shown} (403: {answer}), expected an experiment that this user may "
-            "edit (tracking.experiment), or permission from the server's administrator"
+            f"this user may not write the experiment at {shown} (403: {answer}). Set tracking.experiment to an "
+            "experiment that this user may edit, or ask the server's administrator for permission"
         )
     elif status in (HTTPStatus.BAD_REQUEST, HTTPStatus.NOT_FOUND):
         field = "tracking"
-        message = f"found that {shown} refuses a request ({status}: {answer}), expected it to be accepted"
+        message = f"the MLflow server at {shown} rejects a request ({status}: {answer})"
     else:
         name = responses.get(status, "")
         message = f"found a server at {shown} that fails ({status} {name}), expected one that works; see its log"
@@ -234,16 +237,16 @@ def _explain_status(status: int, shown: str, host: str | None, text: str) -> Inp
 
 
 def _explain_database(uri: str, error: Exception, cause: str) -> InputError:
-    """Explain an error of a database, or of MLflow's use of it."""
+    """Explain an error of a database, or of MLflow when it uses the database."""
     shown = mask(uri)
     if schema := _SCHEMA.search(str(error)):
         actual, expected = schema.groups()
         versions = files("mlflow.store.db_migrations") / "versions"
         is_older = any(file.name.startswith(f"{actual}_") for file in versions.iterdir())
         advice = (
-            f"make a copy of it, then: mlflow db upgrade {shown}"
+            f"make a copy of it, then run: mlflow db upgrade {shown}"
             if is_older
-            else f"use the version of MLflow that made it (this is {version('mlflow')}), or another store"
+            else f"use the version of MLflow that created it (this is {version('mlflow')}), or another store"
         )
         message = (
             f"found the database {shown} with the schema {actual} of "
@@ -251,12 +254,10 @@ def _explain_database(uri: str, error: Exception, cause: str) -> InputError:
         )
         return _input_error(ErrorCode.MISMATCH, _URI, message)
     if "xperiment name" in str(error) or "'name' exceeds" in str(error):
-        message = f"found a name that MLflow does not take ({cause}), expected another one"
+        message = f"MLflow does not accept this name ({cause}), expected another name"
         return _input_error(_INVALID, _EXPERIMENT, message)
     if not any(isinstance(link, OSError | ImportError | SQLAlchemyError) for link in _cause_chain(error)):
-        return _input_error(
-            ErrorCode.REJECTED, _URI, f"found that the MLflow store at {shown} refuses a request ({cause})"
-        )
+        return _input_error(ErrorCode.REJECTED, _URI, f"the MLflow store at {shown} rejects a request ({cause})")
     expected = "a server that answers or sqlite:///FILE"
     if uri.startswith("sqlite"):
         expected = "a file that can be read and written"
@@ -267,7 +268,7 @@ def _explain_database(uri: str, error: Exception, cause: str) -> InputError:
 
 
 def _proxy(uri: str) -> str | None:
-    """Return the proxy for requests to a server, without its password; `None` if there is none."""
+    """Return the proxy for requests to a server, with its password masked; `None` if there is no proxy."""
     parts = urlsplit(uri)
     proxy = getproxies().get(parts.scheme)
     return None if proxy is None or proxy_bypass(parts.hostname or "") else mask(proxy)

@@ -1,7 +1,7 @@
-"""Uploading a run's journal to MLflow: in the background while the run is in progress, or afterwards (`zscl sync`).
+"""Upload of a run's journal to MLflow: in the background while the run is in progress, or afterwards (`zscl sync`).
 
-The journal is the source of truth. The store counts the entries that it has, so an upload resumes where the last one
-stopped, and an empty store receives the complete journal.
+The journal is the source of truth. The store records how many of its entries were sent, so an upload resumes where the
+last one stopped, and an empty store receives the complete journal.
 """
 
 import logging
@@ -36,13 +36,13 @@ from zscl.sequence.layout import EXPERIMENT, JOURNAL, RESULT
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 2.0
-RETRY_DELAYS = (1.0, 30.0)  # seconds: the first delay, and the limit up to which it doubles
-FINISH_TIMEOUT = 20.0  # seconds, at the end of a run
-ENTRIES_PER_BATCH = 100  # about two minutes of steps, so that little is sent again after a failure
+RETRY_DELAYS = (1.0, 30.0)  # first and largest delay in seconds; the delay doubles after every failure
+FINISH_TIMEOUT = 20.0  # seconds to wait for the upload at the end of a run
+ENTRIES_PER_BATCH = 100  # entries of about two minutes; a small batch, because it is sent again after a failure
 
 
 class UploadSession:
-    """An upload of a journal into a store. After a failure, open a new session, which reads the position again.
+    """An upload of a journal to a store. After a failure, a new session must be opened.
 
     Attributes:
         folder: The run's folder.
@@ -65,7 +65,7 @@ class UploadSession:
         """Send the new entries in batches.
 
         Yields:
-            After each batch, the number of entries that were sent, and the number of new entries.
+            The number of entries that were sent so far, and the number of new entries, after each batch.
         """
         self._read_journal()
         total = len(self._pending)
@@ -75,7 +75,7 @@ class UploadSession:
             yield total - len(self._pending), total
 
     def finalize(self, files: bool = True) -> str:
-        """Record how the run ended, according to its folder.
+        """Record the final status of the run, which is read from its folder.
 
         Args:
             files: Whether to upload the files of a finished run, too.
@@ -91,8 +91,8 @@ class UploadSession:
             end_time = state.time if state and state.status == "FINISHED" else self._last_time
             self.recorder.finish(load_result(self.folder), self._last_time, end_time, files)
             return "FINISHED"
-        if state is None or state.status == "RUNNING":  # no process works on the run
-            state = RunState(status="KILLED", reason="the process is gone", time=self._last_time)
+        if state is None or state.status == "RUNNING":  # the process was killed before it wrote a final status
+            state = RunState(status="KILLED", reason="the process ended unexpectedly", time=self._last_time)
         self.recorder.fail(state)
         return state.status
 
@@ -103,7 +103,7 @@ class UploadSession:
 
 
 class JournalUploader:
-    """Uploads a run's journal from a background thread while the run is in progress.
+    """Uploader of a run's journal. It uploads from a background thread while the run is in progress.
 
     Attributes:
         folder: The run's folder.
@@ -121,13 +121,13 @@ class JournalUploader:
         """Open the store, find or create the run in it, and start the thread.
 
         Args:
-            experiment: The experiment that is run.
+            experiment: The run's experiment.
             fingerprint: The experiment's fingerprint.
-            folder: The run's folder, absolute.
-            note: Receives a message, in the thread, when the store stops accepting records and when it accepts them
-                again.
-            search_run_id: ID of the search's MLflow run, if this run is a trial. The search has opened the store
-                before, so a store that does not answer is retried.
+            folder: The absolute path of the run's folder.
+            note: Called from the thread with a message when the store stops accepting records, and when it accepts
+                records again.
+            search_run_id: ID of the search's MLflow run, if this run is a trial. The store of a trial is opened in the
+                thread, with retries, because the search has already used it.
 
         Raises:
             InputError: The store cannot be used.
@@ -146,10 +146,10 @@ class JournalUploader:
         self._thread.start()
 
     def end(self, timeout: float = FINISH_TIMEOUT) -> bool:
-        """Upload the rest of the journal, and how the run ended, according to its folder.
+        """Upload the rest of the journal and the final status of the run, which is read from its folder.
 
         Args:
-            timeout: Seconds to wait. After that, `note` receives a message with the command for the rest.
+            timeout: Seconds to wait. After a timeout, `note` is called with the command that uploads the rest.
 
         Returns:
             Whether everything was uploaded.
@@ -160,14 +160,14 @@ class JournalUploader:
             self._cancelled.set()
             reason = f" ({self._failure})" if self._failure != self._reported_failure else ""
             sync = shell_command("zscl", "sync", self.folder)
-            self._note(f"MLflow has not taken everything yet{reason}; later, send the rest with: {sync}")
+            self._note(f"MLflow has not accepted all records yet{reason}; later, send the rest with: {sync}")
         return not self._thread.is_alive()
 
     def _upload(self, session: UploadSession | None) -> None:
-        """Send new entries periodically; after a failure, retry in a new session with exponential backoff."""
+        """Send new entries periodically. After a failure, retry in a new session with exponential backoff."""
         delay, is_failing = RETRY_DELAYS[0], False
         while not self._cancelled.is_set():
-            finishing = self._finishing.is_set()  # before the journal is read, so that no entry is missed
+            finishing = self._finishing.is_set()  # checked before the journal is read, so that no entry is missed
             is_new_session = session is None
             try:
                 session = session or self._open_session()
@@ -178,18 +178,19 @@ class JournalUploader:
                     session.finalize()
             except Exception as error:  # the client libraries of artifact stores raise errors of any type
                 session = None
-                log.debug("MLflow did not take records", exc_info=True)
-                if not is_new_session:  # a run or experiment may have been deleted: opening a session shows the cause
+                log.debug("MLflow did not accept records", exc_info=True)
+                # If a run or an experiment was deleted, only the error of opening a session explains it.
+                if not is_new_session:
                     continue
                 self._failure = self._explain(error)
                 if not is_failing:
-                    reassurance = "" if finishing else ". The run goes on, and its journal keeps them"
-                    self._note(f"MLflow does not take records: {self._failure}{reassurance}")
+                    reassurance = "" if finishing else ". The run continues, and its journal keeps the records"
+                    self._note(f"MLflow does not accept records: {self._failure}{reassurance}")
                     self._reported_failure = self._failure
                 wait, delay, is_failing = delay, min(2 * delay, RETRY_DELAYS[1]), True
             else:
                 if is_failing:
-                    self._note("MLflow takes records again; nothing is lost")
+                    self._note("MLflow accepts records again; nothing is lost")
                 self._failure = ""
                 if finishing:
                     return
@@ -200,7 +201,7 @@ class JournalUploader:
                 self._finishing.wait(wait)
 
     def _explain(self, error: Exception) -> str:
-        """Explain in a sentence why MLflow does not accept records."""
+        """Return the reason why MLflow does not accept records."""
         if isinstance(error, (*FAILURES, InputError)):
             return str(store_error(self._uri, error))
         return str(error) if isinstance(error, ArtifactError) else root_cause(error, self._uri)
@@ -216,18 +217,19 @@ def _open_session(
 
 
 def sync_run(folder: Path, uri: str | None, on_sent: Callable[[int, int], None]) -> SyncReport:
-    """Upload what a store does not have yet of a run that no process works on.
+    """Upload the records and files of a run that a store does not have yet. The run must not be in progress.
 
     Args:
         folder: The run's folder.
-        uri: Tracking URI; default: that of the run.
-        on_sent: Callback for progress: receives the number of entries that were sent, and that are to be sent.
+        uri: Tracking URI; default: the URI of the run.
+        on_sent: Called after each batch with the number of entries that were sent so far, and the number of new
+            entries.
 
     Returns:
-        What was sent.
+        A report of the upload.
 
     Raises:
-        InputError: There is no such run, it is in progress, or its tracking store or artifact store cannot be used.
+        InputError: The run does not exist or is in progress, or its tracking store or artifact store cannot be used.
     """
     try:
         return upload_run(folder, uri, on_sent)
@@ -243,7 +245,7 @@ def upload_run(
     search_run_id: str | None = None,
     files: bool = True,
 ) -> SyncReport:
-    """Upload what a store does not have yet of a run, or of a trial of a search.
+    """Upload the records and files of a run, or of a trial of a search, that a store does not have yet.
 
     Args:
         folder: See `sync_run`.
@@ -253,16 +255,16 @@ def upload_run(
         files: Whether to upload the files of a finished run, too.
 
     Returns:
-        What was sent.
+        A report of the upload.
 
     Raises:
-        ArtifactError: Everything is sent except the files.
-        InputError: There is no such run, it is in progress, or its tracking store cannot be used.
+        ArtifactError: The files could not be uploaded. Everything else is recorded.
+        InputError: The run does not exist or is in progress, or its tracking store cannot be used.
     """
     folder = folder.absolute()
     if not folder.is_dir():
         raise InputError(f"{folder}: found no such folder, expected a run's folder", code=ErrorCode.NOT_FOUND)
-    with run_lock(folder, advice="copy the run to such a folder, and sync the copy"):
+    with run_lock(folder, advice="copy the run to a writable folder, and sync the copy"):
         fingerprint = _read_fingerprint(folder)
         experiment = load_experiment(folder / EXPERIMENT)
         uri = uri or restore_password(tracking_uri(experiment, folder))

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Two hosts that share nothing, made of network and mount namespaces: a folder that one of them does not see is refused,
-# and with object storage a run trains on both. Needs root on Linux, iproute2, s3fs and moto; nothing that it starts can
-# be reached from outside. Takes two minutes; exit code 0 where all of it holds.
+# Test on two simulated hosts (network and mount namespaces) without a shared folder: a run is refused if one host does
+# not see its folder, and with object storage a run trains on both hosts. Needs root on Linux, iproute2, s3fs and moto.
+# Its servers cannot be reached from outside. Takes two minutes; the exit code is 0 if all checks pass.
 set -euo pipefail
 
 root=$(cd "$(dirname "$0")/../.." && pwd)
 export PATH="$root/.venv/bin:$PATH"
-place=$(mktemp -d -t ray-XXXXXX)   # short: Ray's sockets lie in it
+place=$(mktemp -d -t ray-XXXXXX)   # short, because it contains Ray's sockets
 head=zscl-head-$$ other=zscl-other-$$ head_ip=10.213.0.1 other_ip=10.213.0.2
 started=()
 
 end() {
     code=$?
-    for group in "${started[@]}"; do kill -TERM -- "-$group" 2>/dev/null || true; done   # those of setsid, no others
+    for group in "${started[@]}"; do kill -TERM -- "-$group" 2>/dev/null || true; done   # only process groups that this script started
     for group in "${started[@]}"; do
         for _ in $(seq 50); do kill -0 -- "-$group" 2>/dev/null || break; sleep 0.2; done
         kill -KILL -- "-$group" 2>/dev/null || true
@@ -25,7 +25,7 @@ end() {
 }
 trap end EXIT
 fail() { echo "FAILED: $*" >&2; exit 1; }
-until_true() {   # WHAT COMMAND...; the limit only catches what hangs
+until_true() {   # arguments: WHAT COMMAND...; only a hanging process exceeds the limit
     local what=$1; shift
     for _ in $(seq 900); do "$@" > /dev/null 2>&1 && return; sleep 1; done
     fail "waited 900 s in vain until $what"
@@ -43,13 +43,13 @@ export AWS_ENDPOINT_URL="http://$head_ip:5000" AWS_ACCESS_KEY_ID=test AWS_SECRET
 export GLOO_SOCKET_IFNAME=wire RAY_TRAIN_METRICS_ENABLED=0
 zscl data prepare embedded --out "$place/data" > /dev/null 2>&1
 
-on() {   # HOST LOG COMMAND...: a process of a host, with a folder "own" and a temporary folder that no other host sees
+on() {   # arguments: HOST LOG COMMAND...; starts a process with private folders "own" and TMPDIR
     local host=$1 log=$2; shift 2
     setsid ip netns exec "$host" unshare --mount bash -c '
         mount -t tmpfs tmpfs "$1/own" && mkdir "$1/own/tmp" && export TMPDIR="$1/own/tmp" && shift && exec "$@"
     ' - "$place" "$@" > "$place/$log" 2>&1 &
     started+=($!)
-    disown   # or the shell would tell of its end
+    disown   # otherwise, the shell prints a message when it ends
 }
 on "$head" s3.log moto_server -H "$head_ip" -p 5000
 on "$head" head.log ray start --head --block --port=6379 --num-cpus=1 --node-ip-address="$head_ip" \
@@ -67,14 +67,14 @@ method: {preset: zscl, average: {every: 5}}
 optimisation: {steps: 20, warmup_steps: 5, batch_size: 16, reference_batch_size: 16}
 compute: {device: cpu, workers: 2, address: "$head_ip:6379"}
 RECIPE
-# In the head's namespaces, as its own processes are: what it keeps under "own" is there for both.
+# Runs a command in the namespaces of the head, so that it sees the head's folder "own".
 here() { nsenter --net="/run/netns/$head" --mount="/proc/$(cat "$place/inside")/ns/mnt" env TMPDIR="$place/own/tmp" "$@"; }
 pgrep --session "${started[1]}" --full gcs_server | head -n 1 > "$place/inside"
 
 echo "== a folder that the other host does not see is refused"
 code=0; here zscl run "$place/mine.yaml" --out "$place/own/runs/mine" > "$place/refused.log" 2>&1 || code=$?
 [ "$code" = 2 ] || fail "exit code $code, expected 2"
-grep -q "found node $other_ip of the Ray cluster to share no such folder" "$place/refused.log" || fail "it is not named"
+grep -q "node $other_ip does not see this folder" "$place/refused.log" || fail "it is not named"
 
 echo "== with object storage, both train"
 here zscl run "$place/mine.yaml" --out "$place/own/runs/mine" --set compute.storage=s3://bucket/runs > "$place/run.log" 2>&1 \

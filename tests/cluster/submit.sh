@@ -1,23 +1,23 @@
 #!/usr/bin/env bash
-# A job on a cluster of this machine's own, as the README has it: submitted, stopped, submitted again to its end.
-# Starts Ray with a token, and ends only what it started. Takes three minutes; exit code 0 where all of it holds.
+# Test of jobs on a local cluster with the commands of the documents: a job is submitted, stopped, and submitted again.
+# Starts Ray with a token, and ends only its own processes. Takes three minutes; the exit code is 0 if all checks pass.
 set -euo pipefail
 
 root=$(cd "$(dirname "$0")/../.." && pwd)
 export PATH="$root/.venv/bin:$PATH"
-place=$(mktemp -d -t ray-XXXXXX)   # short: Ray's sockets lie in it
+place=$(mktemp -d -t ray-XXXXXX)   # short, because it contains Ray's sockets
 port() { python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
 gcs=$(port) dashboard=$(port)
 
-HOME="$place" ray get-auth-token --generate > /dev/null 2>&1   # a user's own is left alone
+HOME="$place" ray get-auth-token --generate > /dev/null 2>&1   # does not change the user's token
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$place/.ray/auth_token" RAY_USAGE_STATS_ENABLED=0 OMP_NUM_THREADS=1
 setsid ray start --head --block --port="$gcs" --num-cpus=2 --node-ip-address=127.0.0.1 --include-dashboard=true \
     --dashboard-host=127.0.0.1 --dashboard-port="$dashboard" --temp-dir="$place/ray" > "$place/head.log" 2>&1 &
 head=$!
-disown   # or the shell would tell of its end
+disown   # otherwise, the shell prints a message when it ends
 end() {
     code=$?
-    kill -TERM -- "-$head" 2>/dev/null || true   # the process group that setsid made, and nothing else
+    kill -TERM -- "-$head" 2>/dev/null || true   # only the process group that setsid created
     for _ in $(seq 50); do kill -0 -- "-$head" 2>/dev/null || break; sleep 0.2; done
     kill -KILL -- "-$head" 2>/dev/null || true
     [ "$code" = 0 ] || tail -n 20 "$place"/*.log
@@ -28,14 +28,14 @@ trap end EXIT
 export RAY_API_SERVER_ADDRESS="http://127.0.0.1:$dashboard" RAY_ADDRESS="http://127.0.0.1:$dashboard"
 
 fail() { echo "FAILED: $*" >&2; exit 1; }
-until_true() {   # WHAT COMMAND...; the limit only catches what hangs
+until_true() {   # arguments: WHAT COMMAND...; only a hanging process exceeds the limit
     local what=$1; shift
     for _ in $(seq 900); do "$@" > /dev/null 2>&1 && return; sleep 1; done
     fail "waited 900 s in vain until $what"
 }
 until_true "the cluster is up" ray job list
 
-# A user's working directory: a recipe, and something large that is not to be uploaded.
+# A working directory with a recipe, and a large file that must not be uploaded.
 work="$place/work"
 mkdir -p "$work/experiments" "$work/runs"
 cp "$root/.rayignore" "$work/"
@@ -52,7 +52,7 @@ cd "$work"
 run="$place/shared/run"
 
 echo "== submitted with ray job submit, and stopped"
-submit() {   # the cluster's agent comes up later than its list of jobs
+submit() {   # repeated until the cluster's agent is ready, which is later than the job list
     ray job submit --no-wait --submission-id first --working-dir . \
         --runtime-env-json '{"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "900"}}' \
         -- zscl run experiments/mine.yaml --out "$run" > "$place/submit.log" 2>&1
@@ -61,7 +61,7 @@ until_true "the job is taken" submit
 uploaded=$(find "$place/ray" -name "*.zip" -path "*_ray_pkg_*" -size +1000k | head -n 1)
 [ -z "$uploaded" ] || fail "more than a megabyte was uploaded: $uploaded"
 until_true "it trains" grep -q '"event":"checkpoint_written"' "$run/journal.jsonl"
-shown() {   # where Ray says that its nodes' metrics are to be had
+shown() {   # checks that the metrics that Ray exports contain those of the run
     addresses=$(python -c 'import json, sys; print(*(each for group in json.load(open(sys.argv[1])) for each in group["targets"]))' \
         "$place/ray/prom_metrics_service_discovery.json")
     for address in $addresses; do curl --silent --max-time 5 "http://$address/metrics"; done > "$place/metrics.log"

@@ -1,4 +1,4 @@
-"""The embedded suite, whose workers are killed again and again: it comes to the result of a run in peace."""
+"""Test that a run of the embedded suite whose workers are killed repeatedly has the result of an undisturbed run."""
 
 import random
 import time

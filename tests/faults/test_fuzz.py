@@ -1,7 +1,7 @@
-"""Malformed recipes and shards by the hundred: each is read, or refused in one sentence; none is anything else.
+"""Fuzz tests with malformed recipes and shards: every case must be accepted or raise a clear `InputError`.
 
-Every case is made from its number alone, so a failure names all that is needed to see it again. A few of each run
-with the other tests, all of them with `make faults`.
+Every case is generated from its number, so the number in a failure is enough to reproduce it. A few cases run with the
+other tests, and all cases run with `make faults`.
 """
 
 import base64
@@ -40,18 +40,21 @@ from zscl.data.task import TaskFolder
 from zscl.sequence.resolve import resolve
 
 RECIPES, SHARDS = 4_000, 600
-AT_ONCE = {"recipes": 200, "shards": 40}  # cases in one test; the first of each runs with the other tests
-SECONDS = 20.0  # for one case, on a busy machine
+AT_ONCE = {"recipes": 200, "shards": 40}  # cases per test; only the first test of each kind is not marked `faults`
+SECONDS = 20.0  # time limit of one case on a busy machine
 SHOWN = 10
 
 
 class HangError(BaseException):
-    """No `Exception`, which would be taken for what a library raises on foreign bytes."""
+    """Raised when a case exceeds its time limit. It is no `Exception`, so that no library can catch it."""
 
 
 @contextmanager
 def limited(seconds: float) -> Iterator[None]:
-    """Interrupt what takes too long; the timer of pytest-timeout, which has only one, too, goes on afterwards."""
+    """Context manager: raise `HangError` after a time limit.
+
+    pytest-timeout uses the same process timer, so its remaining time is restored afterwards.
+    """
 
     def interrupt(*_: object) -> None:
         raise HangError
@@ -75,7 +78,7 @@ def parts(kind: str, count: int) -> list[Any]:
 
 
 def judge(numbers: range, case: Callable[[int], str | None]) -> None:
-    """Run cases; each gives what is wrong with how it ended, or nothing."""
+    """Run cases, and fail with a list of those that return a problem, raise an exception or take too long."""
     wrong = []
     for number in numbers:
         try:
@@ -91,7 +94,7 @@ def judge(numbers: range, case: Callable[[int], str | None]) -> None:
 
 
 def sentence_of(error: InputError, *names: str) -> str | None:
-    """What is wrong with the sentence of a refusal: it names something, and has no raw text of a machine in it."""
+    """Return what is wrong with an error message, which must contain one of the names and no traceback."""
     sentence = str(error)
     if not any(name in sentence for name in names):
         return f"names none of {names}: {sentence[:300]!r}"
@@ -144,7 +147,7 @@ def yaml_of(tree: Any) -> bytes:
 
 
 def places_in(tree: Any) -> list[tuple[Any, Any]]:
-    """Every (container, key) in a tree."""
+    """Yield every pair of container and key in a tree."""
     found: list[tuple[Any, Any]] = []
     for key in tree if isinstance(tree, dict) else range(len(tree)) if isinstance(tree, list) else ():
         found.append((tree, key))
@@ -153,7 +156,7 @@ def places_in(tree: Any) -> list[tuple[Any, Any]]:
 
 
 def bent(tree: dict[Any, Any], rng: random.Random) -> dict[Any, Any]:
-    """A recipe with one to four of its values changed, taken out or added to."""
+    """Return a recipe with one to four values changed, removed or added."""
     tree = copy.deepcopy(tree)
     for _ in range(rng.choice([1, 1, 1, 2, 4])):
         places = places_in(tree)
@@ -183,7 +186,7 @@ def bent(tree: dict[Any, Any], rng: random.Random) -> dict[Any, Any]:
 
 
 def torn(text: bytes, rng: random.Random) -> bytes:
-    """A recipe with one to four places of its text changed."""
+    """Return the text of a recipe with changes at one to four positions."""
     for _ in range(rng.choice([1, 1, 2, 4])):
         start = rng.randrange(len(text) + 1)
         stop = min(len(text), start + rng.choice([0, 1, 1, 2, 8, 40]))
@@ -208,7 +211,7 @@ def torn(text: bytes, rng: random.Random) -> bytes:
 
 @pytest.fixture
 def good(recipe: Callable[..., dict[str, Any]], tasks: list[str], tmp_path: Path) -> list[dict[str, Any]]:
-    """Valid recipes to begin with; between them they have every section."""
+    """Return valid recipes that together contain every section."""
     plain = recipe()
     spelt_out = tmp_path / "good.yaml"
     spelt_out.write_bytes(yaml_of(plain))
@@ -275,7 +278,7 @@ PAX_HEADERS = [
     {"GNU.sparse.map": "0,1,2"},
     {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": str(2**40)},
 ]  # fmt: skip
-SIZES = [  # of a header: enormous, negative, not a number
+SIZES = [  # values for the size in a header: enormous, negative, not a number
     b"77777777777\0", b"\x80" + b"\0" * 3 + b"\x7f" + b"\xff" * 7, b"\xff" * 12, b"\xff" * 11 + b"\0", b"-0000000001\0",
     b"xxxxxxxxxxx\0", b"\0" * 12, b"00000001000\0",
 ]  # fmt: skip
@@ -289,7 +292,7 @@ def image_of(rng: random.Random, name: str = "PNG") -> bytes:
 
 
 def png(width: int, height: int, pixels: bytes = b"", kind: int = 2, extra: bytes = b"") -> bytes:
-    """A PNG whose header says what it likes."""
+    """Return a PNG file with arbitrary values in its header."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
@@ -305,12 +308,12 @@ def png(width: int, height: int, pixels: bytes = b"", kind: int = 2, extra: byte
 
 
 def bomb(rng: random.Random) -> bytes:
-    """An image that is small until it is decoded."""
+    """Return a small image file that decodes to a huge image."""
     match rng.randrange(5):
         case 0:
             return png(60_000, 60_000, b"\0" * 1_000)
         case 1:
-            return png(30_000, 1, b"\0" * (3 * 30_000 + 1))  # a strip, to be enlarged
+            return png(30_000, 1, b"\0" * (3 * 30_000 + 1))  # a strip; resizing its shorter side enlarges it
         case 2:
             return png(2**31 - 1, 2**31 - 1)
         case 3:
@@ -322,7 +325,7 @@ def bomb(rng: random.Random) -> bytes:
 
 
 class Evil:
-    """Unpickled, it would leave a mark."""
+    """An object whose unpickling has a visible side effect."""
 
     mark = ""
 
@@ -359,7 +362,7 @@ def member(name: str, content: bytes, **fields: Any) -> Member:
 
 
 def bent_samples(rng: random.Random) -> list[Member]:
-    """Samples of four classes, one of them odd."""
+    """Return samples of four classes, one of which is malformed."""
     found: list[Member] = []
     odd = rng.randrange(4)
     for number in range(4):
@@ -434,7 +437,7 @@ def with_checksum(header: bytes) -> bytes:
 
 
 def bent_shard(rng: random.Random) -> bytes:
-    """A shard of four samples, with something wrong in it, or in it as a whole."""
+    """Return a shard with a malformed sample or a malformed file structure."""
     shard = tar_of(bent_samples(rng), rng)
     headers = [place for place in range(0, len(shard) - 512, 512) if shard[place + 257 : place + 262] == b"ustar"]
     place = rng.choice(headers)
@@ -443,10 +446,10 @@ def bent_shard(rng: random.Random) -> bytes:
             return shard[: rng.randrange(len(shard))]
         case 1:
             return shard[:place]
-        case 2:  # flipped bits of a header, whose checksum tells
+        case 2:  # flipped bits of a header, which its checksum detects
             where = place + rng.randrange(512)
             return shard[:where] + bytes([shard[where] ^ (1 << rng.randrange(8))]) + shard[where + 1 :]
-        case 3:  # and with a checksum that agrees
+        case 3:  # flipped bits of a header with a recomputed checksum
             header = bytearray(shard[place : place + 512])
             for _ in range(rng.choice([1, 4])):
                 header[rng.randrange(512)] = rng.randrange(256)
@@ -473,7 +476,7 @@ def bent_shard(rng: random.Random) -> bytes:
 
 
 def decoded(image: Image.Image) -> torch.Tensor:
-    """As open_clip's transform: the shorter side to a size, then the middle."""
+    """Resize the shorter side and crop the centre, like open_clip's transform."""
     scale = 16 / min(image.size)
     resized = image.resize((max(16, round(image.width * scale)), max(16, round(image.height * scale))))
     return torch.tensor(np.asarray(resized)[:16, :16].transpose(2, 0, 1).copy())

@@ -1,4 +1,4 @@
-"""`ray job stop`, on a cluster with a dashboard and a token, and the same job submitted again."""
+"""Test that a job that `ray job stop` ended resumes when it is submitted again, on a cluster with a token."""
 
 import json
 import os
@@ -25,7 +25,10 @@ SCRIPTS = Path(sys.executable).parent
 
 @pytest.fixture
 def ray(tmp_path: Path) -> Iterator[Ray]:
-    """A cluster of its own, with a token: `ray start` takes no loopback address; called, it runs `ray` there."""
+    """Start a cluster with a token, and return a function that runs `ray` commands on it.
+
+    A token is needed because `ray start` does not bind to the loopback interface.
+    """
     with socket.socket() as one, socket.socket() as other:
         for each in (one, other):
             each.bind(("127.0.0.1", 0))
@@ -39,8 +42,8 @@ def ray(tmp_path: Path) -> Iterator[Ray]:
         "RAY_ADDRESS": f"http://127.0.0.1:{dashboard}",
     }
     environment = os.environ | given
-    # A folder of its own: a job connects to the cluster that was last started in its cluster's folder, whichever it is.
-    # A short name: sockets lie in it.
+    # A separate folder, because a job connects to the cluster that was last started in the cluster's folder. Its name
+    # is short, because it contains sockets, and their paths have a maximum length.
     place = tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)
     start = [
         SCRIPTS / "ray", "start", "--head", "--block", f"--port={port}", "--num-cpus=2",
@@ -78,7 +81,7 @@ def test_a_job_is_stopped(ray: Ray, tmp_path: Path, tiny_model: str) -> None:
         str(SCRIPTS / "zscl"), "run", str(recipe), "--out", str(run),
     ]  # fmt: skip
     first = [*submit[:2], "--submission-id=first", *submit[2:]]
-    # A cluster that has just begun has no agent yet that takes jobs, and says so.
+    # A new cluster rejects jobs until its agent has started.
     until(lambda: "submitted successfully" in ray(*first), "the cluster takes the job")
     until(trained(run, 30), "it trains")
     ray("job", "stop", "first")

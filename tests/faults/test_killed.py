@@ -1,4 +1,4 @@
-"""Processes of a run killed, or asked to end: it comes to the numbers of one in peace."""
+"""Tests that a run has the results of an undisturbed run after its processes were killed or stopped by a signal."""
 
 import fcntl
 import os
@@ -36,7 +36,7 @@ Launch = Callable[..., Any]
 TEACHER_FEATURES = "teacher/images-*/features.npy"
 
 
-# In the order in which a run comes to them.
+# In the order in which they occur in a run.
 MOMENTS: dict[str, Callable[[Path], object]] = {
     "computes the teacher's features": lambda run: list(run.parent.glob(TEACHER_FEATURES)),
     "trains": lambda run: (run / CHECKPOINT).is_file(),

@@ -1,4 +1,4 @@
-"""What a run needs is lost: nodes, answers, disks. It comes to the numbers of one in peace."""
+"""Tests that a run has the results of an undisturbed run after the loss of nodes, workers or disk space."""
 
 import shutil
 import signal
@@ -65,7 +65,7 @@ def test_a_worker_hangs(launch: Launch, tmp_path: Path, whole: Path) -> None:
 
 @contextmanager
 def small_disk(folder: Path, megabytes: int) -> Iterator[None]:
-    """A disk of its own under a folder."""
+    """Context manager: mount a small separate disk at a folder."""
     folder.mkdir()
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", folder], capture_output=True, check=False
@@ -86,7 +86,7 @@ def test_the_disk_is_full(launch: Launch, tmp_path: Path, whole: Path) -> None:
     with small_disk(disk, megabytes=64), launch(run="disk/run") as process:
         until(lambda: (disk / "run" / CHECKPOINT).is_file(), "there is a checkpoint")
         free = shutil.disk_usage(disk).free
-        (disk / "ballast").write_bytes(b"\0" * (free - 150_000))  # for the journal, not for a checkpoint
+        (disk / "ballast").write_bytes(b"\0" * (free - 150_000))  # space for the journal, but not for a checkpoint
         journal = disk / "run" / JOURNAL
         until(lambda: "could not be written" in journal.read_text(), "a checkpoint meets the full disk")
         assert "No space left on device" in journal.read_text()

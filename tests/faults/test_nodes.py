@@ -1,4 +1,4 @@
-"""Workers on different nodes: on a folder that all of them see, and with object storage, where they share none."""
+"""Tests of workers on different nodes, with a shared folder, and with object storage but no shared folder."""
 
 import json
 import time
@@ -20,7 +20,7 @@ Launch = Callable[..., Any]
 
 @pytest.fixture(scope="module")
 def cluster(bucket: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A head without CPUs, and two nodes of one CPU with temporary folders of their own."""
+    """Start a cluster of a head node without CPUs and two nodes with one CPU and a separate temporary folder each."""
     head = {"num_cpus": 0, "include_dashboard": False, "node_ip_address": "127.0.0.1"}
     with bind_to_loopback():
         cluster = Cluster(initialize_head=True, head_node_args=head)
@@ -32,12 +32,12 @@ def cluster(bucket: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[C
 
 
 def scratch_of(cluster: Cluster) -> list[list[Path]]:
-    """Folders of runs on each node."""
+    """Return the folders of runs on each node."""
     return [list(scratch.glob("zscl-*/*/run")) for scratch in cluster.scratch]
 
 
 def stored(bucket: Any, run: str) -> Callable[[], bool]:
-    """Whether a run's checkpoint is in storage by now; asked gently, for the server is in this process."""
+    """Return a function that tells whether the checkpoint is in storage. It polls slowly to spare the S3 server."""
 
     def there() -> bool:
         time.sleep(0.1)
@@ -47,7 +47,7 @@ def stored(bucket: Any, run: str) -> Callable[[], bool]:
 
 
 def close(run: Path, whole: Path) -> None:
-    """See that a run came to the numbers of one process, to float tolerance."""
+    """Assert that a run has the results of a run in one process, within float tolerance."""
     found, expected = numbers(run), numbers(whole)
     assert found["accuracy_matrix"] == expected["accuracy_matrix"]
     for ours, theirs in zip(found["stages"], expected["stages"], strict=True):
@@ -73,7 +73,7 @@ def test_workers_on_two_nodes_that_share_nothing(
         assert file.relative_to(run).as_posix() in stored
     assert json.loads(bucket.cat_file("bucket/runs/run/state.json"))["status"] == "FINISHED"
     nodes = scratch_of(cluster)
-    assert [len(runs) for runs in nodes] == [1, 1]  # each worker in a folder of its own
+    assert [len(runs) for runs in nodes] == [1, 1]  # each worker uses a separate folder
     for [folder] in nodes:
         assert (folder / "stages/1-first/model/open_clip_model.safetensors").read_bytes() == (
             run / "stages/1-first/model/open_clip_model.safetensors"
@@ -97,7 +97,7 @@ def test_a_node_is_lost_and_one_is_added(
         ended(process)
     assert starts_of(run) >= 2
     close(run, whole)
-    assert scratch_of(cluster)[-1]  # the new node had its part
+    assert scratch_of(cluster)[-1]  # a worker ran on the new node
 
 
 def test_a_killed_run_goes_on_where_nothing_of_it_is(launch: Launch, tmp_path: Path, whole: Path, bucket: Any) -> None:

@@ -1,4 +1,4 @@
-"""A search whose trials, or whose own process, are killed: it finds what it would have found in peace."""
+"""Tests that a search whose trials or main process are killed has the results of an undisturbed search."""
 
 import json
 import signal
@@ -22,7 +22,7 @@ Launch = Callable[..., Any]
 
 @pytest.fixture(scope="module")
 def search(long_recipe: Path) -> Path:
-    """A grid of four, each of two stages of some seconds."""
+    """Write the recipe of a grid search with four trials of two stages, which take some seconds each."""
     domains = {
         "method.distill.image_weight": {"choice": [0.5, 2.0]},
         "method.average.every": {"choice": [10, 40]},
@@ -52,7 +52,7 @@ def test_a_trial_and_a_search_are_killed(launch: Launch, tmp_path: Path, search:
     look = tmp_path / "look"
     with launch(verb=("search", search, "--out"), run="look") as process:
         until(lambda: any(trained(run, 30)() for run in journals(look)), "a trial trains")
-        processes("Trainable")[0].kill()  # as Tune calls its actors
+        processes("Trainable")[0].kill()  # the name of Tune's actors
         until(lambda: sum(map(starts_of, journals(look))) > len(journals(look)), "that trial is taken up again")
         until(lambda: list(look.glob("trials/*/result.json")), "a trial is finished")
         process.kill()

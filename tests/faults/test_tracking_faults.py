@@ -1,4 +1,4 @@
-"""A real MLflow server that is killed, that loses its answers, or that never comes back, and a database kept locked."""
+"""Tests of MLflow tracking with a server that is killed, loses responses or stays down, and with a locked database."""
 
 import http.client
 import os
@@ -35,12 +35,12 @@ from zscl.sequence.layout import JOURNAL
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(3600)]
 STEPS_A_SECOND = 20
-MOST_SECONDS = 10.0  # of a step that waits for nothing, on however busy a machine
+MOST_SECONDS = 10.0  # maximum duration of a step that does not wait for MLflow, even on a busy machine
 COSTS = {"steps": 1, "images_seen": 1, "train_seconds": 1.0, "images_per_second": 1.0, "merges": 1, "losses": {}}
 
 
 class Server:
-    """`mlflow server`, on a database that outlives it."""
+    """An `mlflow server` process that can be killed and restarted on the same database."""
 
     def __init__(self, database: Path) -> None:
         self.database = database
@@ -85,7 +85,7 @@ def server(tmp_path: Path, empty_store: Path) -> Iterator[Server]:
 
 
 class Training:
-    """Journals stages at a steady pace and notices when a step is late."""
+    """Writes events of stages to a journal at a steady pace, and measures the slowest step."""
 
     def __init__(self, folder: Path) -> None:
         self.journal, self.latest, self.stage, self.taken = Journal(folder / JOURNAL), 0.0, 0, list[int]()
@@ -111,7 +111,7 @@ class Training:
         self.journal(RowMeasured(stage=self.stage, accuracy={"task": 0.5 + self.stage / 100}))
 
     def check(self, uri: str) -> None:
-        """Look at what a store has: all of it, in order, once."""
+        """Assert that a store has every record once and in order."""
         client = MlflowClient(uri)
         at = [client.get_experiment_by_name("zscl").experiment_id]
         [parent] = client.search_runs(at, "tags.`zscl.level` = 'sequence'")
@@ -165,9 +165,9 @@ def test_a_server_that_is_killed_and_started_again_gets_everything_once(
     write_state(tmp_path / "run", "KILLED", "enough")
     assert shipper.end(PATIENCE_SECONDS), said
     assert training.latest < MOST_SECONDS
-    assert len(said) >= 2  # two outages, or one where the second comes before a pause is over
-    assert all("does not take records" in text for text in said[::2])
-    assert all("takes records again" in text for text in said[1::2])
+    assert len(said) >= 2  # two per outage; a second outage before the next retry is not reported
+    assert all("does not accept records" in text for text in said[::2])
+    assert all("accepts records again" in text for text in said[1::2])
     assert capsys.readouterr().out == ""
     training.check(server.uri)
 
@@ -193,7 +193,7 @@ def test_a_server_that_never_comes_back_holds_nobody_up(server: Server, begin: B
 
 
 class _Lossy(BaseHTTPRequestHandler):
-    """Hands every request on, and every third answer to nobody."""
+    """A proxy that forwards every request, and can drop every third response."""
 
     server: Any
 

@@ -38,7 +38,7 @@ NO_WEIGHTS = {"image_weight": 0.0, "text_weight": 0.0}
     ("changes", "code", "field", "content"),
     [
         ({"compute": {"workers": 4, "min_workers": 2, "evaluation": "overlapped"}}, CONFLICT, "compute.evaluation", ""),
-        ({"compute": {"min_workers": 2}}, INVALID, "compute.min_workers", "at most the 1 workers"),
+        ({"compute": {"min_workers": 2}}, INVALID, "compute.min_workers", "at most workers, which is 1"),
         ({"compute": {"storage": "/runs"}}, INVALID, "compute.storage", "expected a URL"),
         ({"compute": {"workers": 7}}, INVALID, "compute.workers", "at most 5"),
         ({"methd": "zscl"}, UNKNOWN, "methd", "did you mean 'method'?"),
@@ -54,8 +54,8 @@ NO_WEIGHTS = {"image_weight": 0.0, "text_weight": 0.0}
         ({"reference": None}, MISSING, "reference", "method.distill"),
         ({"model": "ViT-B-16"}, MISSING, "model.pretrained", "'ViT-B-16'"),
         ({"model": {"name": "embedded", "pretrained": "openai"}}, CONFLICT, "model.pretrained", "'embedded'"),
-        ({"method": {"distill": {}}}, MISSING, "method.task_loss", "found distill"),
-        ({"method": {"preset": "zero-shot", "merge": {}}}, MISSING, "method.task_loss", "found merge"),
+        ({"method": {"distill": {}}}, MISSING, "method.task_loss", "distill cannot be used"),
+        ({"method": {"preset": "zero-shot", "merge": {}}}, MISSING, "method.task_loss", "merge cannot be used"),
         ({"method": {"preset": "icarl", "memory": None}}, MISSING, "method.memory", "exemplars"),
         ({"method": {"preset": "zscl", "memory": {}}}, UNUSED, "method.memory", "exemplars"),
         ({"method": {"preset": "zscl", "train": "text_tower"}}, CONFLICT, "method.train", "image_tower"),
@@ -70,7 +70,7 @@ NO_WEIGHTS = {"image_weight": 0.0, "text_weight": 0.0}
             {"tasks": ["a"], "method": {"preset": "lwf", "distill": {"prompts_of": "others"}}},
             CONFLICT,
             "method.distill.prompts_of",
-            "only one task",
+            "several tasks, found one",
         ),
         (
             zscl(similarity_weight=1.0) | {"optimisation": {"reference_batch_size": 1}},

@@ -42,7 +42,7 @@ def validate(**changes: Any) -> Search:
         ({"sampler": "grid"}, CONFLICT, "trials", "trials is 4"),
         ({"sampler": "grid", "trials": None}, CONFLICT, "domains.method.distill.image_weight", "at most 16"),
         ({"sampler": "nsga2"}, CONFLICT, "sampler", "one objective"),
-        ({"early_stopping": "asha", "objectives": ["last", "avg"]}, CONFLICT, "early_stopping", "several objectives"),
+        ({"early_stopping": "asha", "objectives": ["last", "avg"]}, CONFLICT, "early_stopping", "single objective"),
         ({"early_stopping": "hyperband"}, INVALID, "early_stopping.kind", "'hyperband'"),
         ({"validation_share": 1.0}, INVALID, "validation_share", "less than 1"),
     ],

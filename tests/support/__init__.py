@@ -1,1 +1,1 @@
-"""Helpers of several tests: small data, models, command lines and faults."""
+"""Helpers that several tests use: small data, models, command lines and faults."""

@@ -1,8 +1,8 @@
-"""What a command line left behind."""
+"""Result of a command line that a test ran."""
 
 
 class Command:
-    """What a command line left behind."""
+    """Exit code, standard output and standard error of a command line."""
 
     def __init__(self, code: int, out: str, error: str) -> None:
         self.code, self.out, self.error = code, out, error

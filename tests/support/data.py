@@ -37,7 +37,7 @@ def jpeg(size: int = 64) -> bytes:
 
 
 def coloured_images(count: int, seed: int) -> Iterator[tuple[bytes, int]]:
-    """Yield pairs of image and label, the colours in turn."""
+    """Yield pairs of image and label, with alternating colours."""
     rng = np.random.default_rng(seed)
     for index in range(count):
         label = index % len(COLOURS)
@@ -59,7 +59,7 @@ def make_task(folder: Path, seed: int, train: int = 24, test: int = 10, shard_im
 
 
 def write_tar(file: Path, members: Iterable[tuple[str, bytes]], kind: bytes = tarfile.REGTYPE) -> Path:
-    """Write a tar. With another `kind` of member, a content "->TARGET" makes a link to TARGET."""
+    """Write a tar file. If `kind` is a link type, the content "->TARGET" creates a link to TARGET."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(file, "w") as tar:
         for name, content in members:

@@ -1,7 +1,8 @@
-"""Tiny datasets on disk, each in its source's own format, as torchvision's class reads it without a download.
+"""Tiny datasets on disk in the original formats that torchvision's classes read without a download.
 
-Each function writes one under a root and gives what a conversion has to hold: per split, in torchvision's order, the
-readable class name and, where the source has image files, their bytes. A dataset without an official split is `all`.
+Every function writes a dataset below a root folder, and returns the expected result of its conversion: for each split,
+the samples in torchvision's order, as pairs of the readable class name and the bytes of the image, if the source has
+image files. The split of a dataset without official splits is `all`.
 """
 
 import io
@@ -52,10 +53,10 @@ PETS = (  # noqa: SIM905
 
 
 def jpeg(file: Path) -> bytes:
-    """Write a JPEG like no other."""
+    """Write a JPEG with unique content."""
     stream, shade = io.BytesIO(), next(_shades)
     Image.new("RGB", (8, 8), (shade % 256, shade // 256 % 256, 90)).save(stream, "JPEG")
-    content = stream.getvalue() + shade.to_bytes(4)  # readers ignore what comes behind the end
+    content = stream.getvalue() + shade.to_bytes(4)  # decoders ignore bytes after the end of the image
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(content)
     return content

@@ -1,4 +1,4 @@
-"""Assertions about errors in the user's input."""
+"""Assertions about `InputError`."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,14 +10,14 @@ from schemas.errors import ErrorCode, InputError
 
 @contextmanager
 def refused(code: ErrorCode, field: str | None = None) -> Iterator[pytest.ExceptionInfo[InputError]]:
-    """Expect an `InputError` with this code, and with this field if one is given.
+    """Context manager: assert that the block raises an `InputError` with this code and field.
 
     Args:
         code: The expected code.
         field: The expected field; `None` accepts any.
 
     Yields:
-        The exception's info, for further assertions after the block.
+        The exception info, for more assertions after the block.
     """
     with pytest.raises(InputError) as info:
         yield info

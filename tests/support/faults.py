@@ -1,4 +1,4 @@
-"""What it takes to disturb a run, and to see that it came to the numbers of one that was not."""
+"""Helpers to disturb a run, and to compare its results with those of an undisturbed run."""
 
 import json
 import os
@@ -21,8 +21,8 @@ from zscl.data.tar import write_shards
 from zscl.sequence.journal import JournalReader
 from zscl.sequence.layout import JOURNAL
 
-PATIENCE_SECONDS = 900.0  # that an event may take: only what hangs takes longer, on however busy a machine
-# On the loopback interface, as the cluster of these tests: Ray knows a node by its address alone.
+PATIENCE_SECONDS = 900.0  # maximum time for an event; only a hanging process exceeds it, even on a busy machine
+# Binds to the loopback interface like the cluster of these tests, because Ray identifies a node by its address.
 COMMAND_LINE = """
 from orchestrate.cluster.auth import bind_to_loopback
 from orchestrate.cli.main import main
@@ -34,7 +34,7 @@ TIMED = ("seconds", "images_per_second", "workers", "memory")
 
 
 def numbers(run: Path) -> dict[str, Any]:
-    """What `result.json` says, but for times."""
+    """Return the content of `result.json` without times, speeds, memory and worker statistics."""
     result: dict[str, Any] = json.loads((run / "result.json").read_text())
     for timed in (result, *result["stages"]):
         for name in [name for name in timed if any(part in name for part in TIMED)]:
@@ -43,14 +43,14 @@ def numbers(run: Path) -> dict[str, Any]:
 
 
 def same(first: Path, second: Path) -> None:
-    """See that two runs left the same numbers: result, curves and weights, bit for bit."""
+    """Assert that two runs have the same result, loss curves and weights, bit for bit."""
     assert numbers(first) == numbers(second)
     for file in [*first.glob("stages/*/losses.csv"), *first.glob("stages/*/model/*.safetensors")]:
         assert file.read_bytes() == (second / file.relative_to(first)).read_bytes(), file
 
 
 def recipe_for_faults(folder: Path, model: str, steps: int = 240) -> Path:
-    """Two tasks that take some seconds each to train, to judge and to embed."""
+    """Write a recipe with two tasks. Training, evaluation and teacher features of each task take some seconds."""
     data = folder / "data"
     for seed, name in enumerate(["first", "second"]):
         make_task(data / name, seed, train=60, test=400, shard_images=100)
@@ -65,7 +65,7 @@ def recipe_for_faults(folder: Path, model: str, steps: int = 240) -> Path:
         "optimisation": {
             "steps": steps, "warmup_steps": 20, "batch_size": 16, "reference_batch_size": 16, "learning_rate": 0.001,
         },
-        # Workers stop within milliseconds; on a busy machine the signal may reach them late.
+        # Workers stop within milliseconds, but on a busy machine the signal may reach them late.
         "compute": {"device": "cpu", "checkpoint": {"every_steps": 20}, "grace_seconds": PATIENCE_SECONDS},
     }  # fmt: skip
     YAML(typ="safe").dump(recipe, folder / "recipe.yaml")
@@ -73,7 +73,7 @@ def recipe_for_faults(folder: Path, model: str, steps: int = 240) -> Path:
 
 
 def until(happened: Callable[[], object], what: str) -> None:
-    """Wait for something that may last no longer than milliseconds."""
+    """Wait for a condition, with a short polling interval, because it may hold for a few milliseconds only."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not happened():
         if time.monotonic() > deadline:
@@ -82,7 +82,7 @@ def until(happened: Callable[[], object], what: str) -> None:
 
 
 def trained(run: Path, steps: int) -> Callable[[], bool]:
-    """Whether so many steps, over all stages, are in a run's journal by now."""
+    """Return a function that tells whether the run's journal has this number of steps, summed over stages."""
     reader, found = JournalReader(run / JOURNAL), 0
 
     def enough() -> bool:
@@ -94,12 +94,12 @@ def trained(run: Path, steps: int) -> Callable[[], bool]:
 
 
 def starts_of(run: Path) -> int:
-    """How often a run was begun or taken up."""
+    """Return how often a run was started or resumed."""
     return sum(isinstance(entry.progress, RunStarted) for entry in JournalReader(run / JOURNAL).read_new())
 
 
 def processes(name: str) -> list[psutil.Process]:
-    """Ray's processes of this name, under this process."""
+    """Return the Ray processes with this name among the descendants of this process."""
     found = []
     for process in psutil.Process().children(recursive=True):
         try:
@@ -111,25 +111,25 @@ def processes(name: str) -> list[psutil.Process]:
 
 
 def train_workers() -> list[psutil.Process]:
-    """The processes of Ray Train's worker group."""
+    """Return the processes of Ray Train's worker group."""
     return processes("RayTrainWorker")
 
 
 def a_worker() -> psutil.Process:
-    """One of the worker group, as soon as there is one."""
+    """Wait until the worker group has a process, and return one of its processes."""
     until(train_workers, "there is a worker")
     return train_workers()[0]
 
 
 def add_node(cluster: Any, cpus: int = 2, **variables: str) -> Any:
-    """Give a cluster a node, on the loopback interface, with environment variables of its own."""
+    """Add a node on the loopback interface to a cluster, with additional environment variables."""
     with bind_to_loopback():
         return cluster.add_node(num_cpus=cpus, node_ip_address="127.0.0.1", env_vars=variables or None)
 
 
 @contextmanager
 def started(*arguments: object, folder: Path, **environment: str) -> Iterator[subprocess.Popen[str]]:
-    """Run the command line in a process of its own."""
+    """Context manager: start the command line in a new process, and kill it at the end if it still runs."""
     process = subprocess.Popen(
         [sys.executable, "-c", COMMAND_LINE, *map(str, arguments)],
         cwd=folder,
@@ -147,7 +147,7 @@ def started(*arguments: object, folder: Path, **environment: str) -> Iterator[su
 
 
 def ended(process: subprocess.Popen[str], code: int = 0) -> str:
-    """Wait for a command to end with this code. Returns what it said on standard error."""
+    """Assert that a command ends with this exit code, and return its standard error."""
     out, said = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == code, f"{out}\n{said}"
     return said

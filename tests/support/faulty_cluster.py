@@ -1,4 +1,4 @@
-"""A cluster to disturb, a recipe to run on it, and its run in peace."""
+"""Fixtures for fault tests: a cluster to disturb, a recipe to run on it, and an undisturbed run of the recipe."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +18,7 @@ Launch = Callable[..., Any]
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """A head without CPUs and a node with two."""
+    """Start a cluster of a head node without CPUs and a worker node with two CPUs."""
     head = {"num_cpus": 0, "include_dashboard": False, "node_ip_address": "127.0.0.1"}
     with bind_to_loopback():
         cluster = Cluster(initialize_head=True, head_node_args=head)
@@ -34,7 +34,7 @@ def long_recipe(tmp_path_factory: pytest.TempPathFactory, tiny_model: str) -> Pa
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, long_recipe: Path) -> Path:
-    """The run that nothing happened to, in one plain process."""
+    """Run the recipe undisturbed in one process, and return the run's folder."""
     run = tmp_path_factory.mktemp("whole") / "run"
     run_sequence(recipes.load_experiment(long_recipe), run, device=torch.device("cpu"))
     return run
@@ -42,7 +42,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, long_recipe: Path) -> Path:
 
 @pytest.fixture
 def launch(tmp_path: Path, cluster: Cluster, long_recipe: Path) -> Launch:
-    """Start the command line on the cluster: `run` of the recipe, unless another verb is given."""
+    """Return a function that starts a command on the cluster; the default command runs the recipe."""
 
     def start(*settings: str, verb: tuple[object, ...] = ("run", long_recipe, "--out"), run: str = "run") -> Any:
         given = [part for setting in settings for part in ("--set", setting)]

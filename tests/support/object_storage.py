@@ -1,4 +1,4 @@
-"""An S3 server on this machine, for tests that name this module a plugin."""
+"""Fixture of an S3 server on this machine. Tests load this module with `pytest_plugins`."""
 
 import logging
 import socket
@@ -11,7 +11,7 @@ import pytest
 
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[Any]:
-    """An S3 bucket on the loopback interface, as fsspec finds it through the usual variables."""
+    """Start an S3 server on the loopback interface. Environment variables tell fsspec its address."""
     pytest.importorskip("s3fs", reason="s3fs is not installed; `make install` brings it")
     server = pytest.importorskip("moto.server", reason="moto is not installed; `make install` brings it")
     with socket.socket() as free:

@@ -1,4 +1,4 @@
-"""Small random CLIP models with two layers in each tower, in variations, and prompts for them."""
+"""Small random CLIP models of several architectures, with two layers per tower, and prompts for them."""
 
 from typing import Any
 
@@ -77,7 +77,7 @@ class TransformerV4(nn.Module):
 
 
 def build_small_clip_v4(**settings: Any) -> Any:
-    """Build the same model with the blocks of open_clip 4, whichever version is installed."""
+    """Build the same model with the blocks of open_clip 4, independently of the installed version."""
     model = build_small_clip(**settings)
     model.visual.transformer = TransformerV4(model.visual.transformer)
     text = model if hasattr(model, "transformer") else model.text

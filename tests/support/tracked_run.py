@@ -1,4 +1,4 @@
-"""A run that happens only in its folder, and what MLflow has recorded of it."""
+"""Fake runs for tests of MLflow tracking, and functions that read their records from a store."""
 
 import time
 from collections.abc import Callable
@@ -30,7 +30,7 @@ BEGINNING = (RunStarted(fingerprint="abc"), RowMeasured(stage=0, accuracy={"firs
 
 
 class FakeRun:
-    """A run that writes its journal, state and result, and trains nothing."""
+    """A run that writes its journal, state and result without training."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.messages = folder, list[str]()
@@ -90,7 +90,7 @@ def stage_events(stage: int) -> tuple[Any, ...]:
 
 
 def read_store(uri: str) -> dict[str, dict[str, Any]]:
-    """Everything that a store has of each run, by the run's name, with all values of its metrics."""
+    """Return all records of a store as a mapping from run names, with the full history of every metric."""
     client = MlflowClient(uri)
     records = {}
     for run in client.search_runs([client.get_experiment_by_name("zscl").experiment_id]):
@@ -126,14 +126,14 @@ def wait_until(condition: Callable[[], bool], seconds: float = 300.0) -> None:
 
 
 def sequence_run_ids(store: Path) -> list[str]:
-    """IDs of the parent runs in a store."""
+    """Return the IDs of the parent runs in a store."""
     client = MlflowClient(sqlite_uri(store))
     experiments = [client.get_experiment_by_name("zscl").experiment_id]
     return [run.info.run_id for run in client.search_runs(experiments, f"tags.`{LEVEL}` = 'sequence'")]
 
 
 def record_killed_run(folder: Path, experiment: Experiment, *events: Any) -> str:
-    """Upload a run that emits some events and is killed; return its MLflow run ID."""
+    """Upload a fake run that emits some events and is killed, and return its MLflow run ID."""
     run = FakeRun(folder)
     uploader = run.start_uploader(experiment)
     run.emit(*events)

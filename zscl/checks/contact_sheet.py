@@ -27,7 +27,7 @@ class ContactRow:
 
 
 def contact_rows(scanned: ScannedTask, per_class: int, classes: int, max_edge: int) -> list[ContactRow]:
-    """Select classes, and training images of each class, at even distances.
+    """Select evenly spaced classes, and evenly spaced training images of each class.
 
     Args:
         scanned: The task.

@@ -1,4 +1,4 @@
-"""Messages for problems and warnings of a task's data, from the figures of an inspection."""
+"""Messages about problems and warnings of a task's data, derived from the results of an inspection."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -7,14 +7,14 @@ from schemas.errors import format_count, format_names
 
 
 def class_problems(classnames: ClassNames, splits: Sequence[SplitFinding]) -> Iterator[str]:
-    """Yield problems with classes: a missing name, or no image in a split."""
+    """Yield problems with classes: missing names, and classes without images in a split."""
     for label in classnames.empty:
-        yield f"classnames.txt: found line {label + 1} empty, expected a class name: the line number is the label"
+        yield f"classnames.txt: line {label + 1} is empty, expected a class name, because line numbers are labels"
     for split in splits:
         # A label that neither split uses is a warning. An empty split has its own message.
         missing = [label for label in split.empty_classes if label not in classnames.unused]
         if split.shards and not split.images:
-            yield f"{split.split}: found no sample that can be used, expected some"
+            yield f"{split.split}: found no usable sample, expected at least one"
         elif split.images and missing:
             classes = format_names([classnames.names[label] for label in missing], "class", "classes")
             yield f"{split.split}: found no image of {classes}, expected at least one of each"
@@ -23,7 +23,7 @@ def class_problems(classnames: ClassNames, splits: Sequence[SplitFinding]) -> It
 def template_problems(templates: Templates) -> Iterator[str]:
     """Yield problems with templates that training rejects."""
     for template in templates.without_place:
-        yield f"templates: found {template!r}, expected a {{c}} for the class name in it"
+        yield f"templates: found {template!r}, expected one with {{c}} for the class name"
 
 
 def sample_problems(unreadable: UnreadableSamples, between_splits: Duplicates) -> Iterator[str]:
@@ -33,7 +33,7 @@ def sample_problems(unreadable: UnreadableSamples, between_splits: Duplicates) -
         yield f"found {format_count(unreadable.samples, 'sample')} that cannot be used ({reasons}), expected none"
     if between_splits.pairs:
         images = format_count(between_splits.pairs, "test image")
-        yield f"found {images} among the training images too{_different_labels(between_splits)}, expected none"
+        yield f"found {images} among the training images{_different_labels(between_splits)}, expected none"
 
 
 def task_warnings(
@@ -47,27 +47,27 @@ def task_warnings(
         classnames: The class names.
         templates: The prompt templates.
         within_splits: Duplicates within a split.
-        splits: The figures of the splits.
+        splits: The statistics of the splits.
 
     Yields:
         One message per warning.
     """
     for repeated in classnames.repeated:
         labels = " and ".join(map(str, repeated.labels))
-        yield f"classnames.txt: found {repeated.name!r} for the labels {labels}: no prompt tells them apart"
+        yield f"classnames.txt: found {repeated.name!r} for the labels {labels}; prompts cannot distinguish them"
     if classnames.unused and any(split.images for split in splits):
         classes = format_names([classnames.names[label] for label in classnames.unused], "class", "classes")
-        yield f"classnames.txt: found {classes} of which neither split has an image"
+        yield f"classnames.txt: found {classes} without images in both splits"
     for template in templates.repeated:
         yield f"templates: found {template!r} more than once"
     if within_splits.pairs:
         images = format_count(within_splits.pairs, "image")
-        yield f"found {images} a second time within a split{_different_labels(within_splits)}"
+        yield f"found {images} repeated within a split{_different_labels(within_splits)}"
     extents = [extent for split in splits for extent in (split.width, split.height) if extent]
     if any(extent.min != extent.max for extent in extents):
         yield (
-            f"found images of several sizes, edges from {min(extent.min for extent in extents)} to "
-            f"{max(extent.max for extent in extents)} pixels: training crops and resizes them"
+            f"found images of several sizes (edges from {min(extent.min for extent in extents)} to "
+            f"{max(extent.max for extent in extents)} pixels); training crops and resizes them"
         )
 
 
@@ -78,4 +78,4 @@ def trait_warnings(traits: Mapping[str, int]) -> Iterator[str]:
 
 
 def _different_labels(duplicates: Duplicates) -> str:
-    return f" ({duplicates.of_other_label} under another label)" if duplicates.of_other_label else ""
+    return f" ({duplicates.of_other_label} with another label)" if duplicates.of_other_label else ""

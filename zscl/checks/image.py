@@ -1,4 +1,4 @@
-"""Inspection of one encoded image: its size, format and digest, or why it cannot be decoded."""
+"""Inspection of one encoded image: its size, format and digest, or the reason why it cannot be decoded."""
 
 import hashlib
 import io
@@ -16,10 +16,10 @@ from zscl.data.sample import Fault
 EXIF_ORIENTATION = 0x0112  # EXIF tag
 # Properties of an image that an image viewer shows and training ignores.
 TRAITS: Mapping[str, Callable[[Image.Image], bool]] = {
-    "16 bits a channel, of which the upper 8 are read": lambda image: image.mode.startswith("I"),
+    "16 bits per channel, of which only the upper 8 are used": lambda image: image.mode.startswith("I"),
     "transparency, which is ignored": lambda image: image.has_transparency_data,
     "an EXIF orientation, which is not applied": lambda image: image.getexif().get(EXIF_ORIENTATION, 1) != 1,
-    "several frames, of which the first is read": lambda image: getattr(image, "n_frames", 1) > 1,
+    "several frames, of which only the first is used": lambda image: getattr(image, "n_frames", 1) > 1,
 }
 
 
@@ -75,7 +75,7 @@ def has_image_header(encoded: bytes) -> bool:
 
 def _detail(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return "no image format that PIL knows"  # PIL's own message contains a memory address
+        return "an unknown image format"  # PIL's own message contains a memory address
     return str(error) or type(error).__name__
 
 

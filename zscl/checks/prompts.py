@@ -5,18 +5,18 @@ from typing import Any
 
 from zscl.data.task import TaskFolder
 
-MAX_PROMPTS = 2_000  # the longest prompts of a task, whose tokens are counted
+MAX_PROMPTS = 2_000  # per task; the tokens of shorter prompts are not counted
 MAX_CLASSES = 5  # in a message
-EXTRA_TOKENS = 8  # read after the context length, to see whether a prompt is longer
+EXTRA_TOKENS = 8  # after the context length, to detect longer prompts
 
 
 def prompt_warnings(task: TaskFolder, tokenizer: Any, include_equal_names: bool = True) -> list[str]:
-    """Warn about prompts that the model does not read to their end, and classes that no prompt tells apart.
+    """Return warnings about prompts that exceed the context length, and about classes with equal prompt tokens.
 
     Args:
         task: The task with its class names and templates; the first template is used for training.
         tokenizer: The model's tokenizer.
-        include_equal_names: Whether to warn about classes with the same name, too.
+        include_equal_names: Whether to include warnings about classes with the same name.
 
     Returns:
         One message if prompts are truncated, and one for each group of classes with equal tokens.
@@ -43,8 +43,8 @@ def _truncated_prompts(task: TaskFolder, tokenizer: Any) -> list[str]:
         return []
     more = f" and {len(truncated) - 1} more" if len(truncated) > 1 else ""
     return [
-        f"task '{task.name}': found the prompt {truncated[-1]!r}{more} to have more than the {context_length} tokens "
-        "that the model reads; the rest is cut off"
+        f"task '{task.name}': found prompts of more than {context_length} tokens, which the model truncates: "
+        f"{truncated[-1]!r}{more}"
     ]
 
 
@@ -63,12 +63,12 @@ def _equal_classes_message(task: TaskFolder, labels: Sequence[int]) -> str:
     names = [task.classnames[label] for label in labels]
     if len(set(names)) == 1:
         return (
-            f"task '{task.name}': found {names[0]!r} to be the name of the classes {', '.join(map(str, labels))}; no "
-            "prompt tells them apart"
+            f"task '{task.name}': found the name {names[0]!r} for the classes {', '.join(map(str, labels))}; prompts "
+            "cannot distinguish them"
         )
     classes = ", ".join(f"{name!r} ({label})" for name, label in list(zip(names, labels, strict=True))[:MAX_CLASSES])
     more = f" and {len(labels) - MAX_CLASSES} more" if len(labels) > MAX_CLASSES else ""
     return (
-        f"task '{task.name}': found the classes {classes}{more} to have the same tokens in the prompt "
-        f"{task.templates[0]!r}; the model cannot tell them apart"
+        f"task '{task.name}': found the classes {classes}{more} with the same tokens in the prompt "
+        f"{task.templates[0]!r}; the model cannot distinguish them"
     )

@@ -1,4 +1,4 @@
-"""Inspection of a task folder, sample by sample, before training: figures, problems and warnings.
+"""Inspection of a task folder, sample by sample, before training: statistics, problems and warnings.
 
 Training stops at the first error. The inspection examines every sample, counts all errors and names their locations.
 Images are decoded in the same way as in training, a few at a time; only their digests stay in memory.
@@ -64,7 +64,7 @@ class _SplitStatistics:
 
 @dataclass(frozen=True, slots=True)
 class _Occurrence:
-    """Where an image occurs, and its label if that is valid."""
+    """An occurrence of an image: its shard, its key, and its label if the label is valid."""
 
     shard: ScannedShard
     key: str
@@ -128,7 +128,7 @@ class _TaskStatistics:
         )
 
     def _label(self, sample: Sample) -> int | Fault | None:
-        """Return the label, why it is invalid, or nothing if the sample has another fault anyway."""
+        """Return the label, or a fault if it is invalid, or `None` if the sample has a fault already."""
         if sample.fault is not None:
             return None
         if sample.label is None:
@@ -164,7 +164,7 @@ def inspect_task(scanned: ScannedTask, progress: Progress = no_progress) -> Data
         progress: Callback for progress.
 
     Returns:
-        The figures, problems and warnings.
+        The statistics, problems and warnings.
     """
     statistics = _TaskStatistics(scanned.task)
     total = sum(shard.finding.samples or 0 for shard in scanned.shards)
@@ -177,7 +177,7 @@ def inspect_task(scanned: ScannedTask, progress: Progress = no_progress) -> Data
                 for sample, image in zip(samples, images, strict=True):
                     statistics.add(shard, sample, image)
                 done += len(samples)
-                progress("looking at samples", done, total)
+                progress("checking samples", done, total)
     return _report(scanned, statistics)
 
 
@@ -225,9 +225,12 @@ def _report(scanned: ScannedTask, statistics: _TaskStatistics) -> DatasetReport:
 
 
 def _clip_prompt_warnings(task: TaskFolder) -> list[str]:
-    """Warn about prompts as CLIP's own tokenizer reads them; the model of a later run is not known yet."""
+    """Return warnings about the prompts, for example that they exceed the context length.
+
+    CLIP's own tokenizer is used, because the model is not known yet.
+    """
     messages = prompt_warnings(task, open_clip.get_tokenizer("ViT-B-32"), include_equal_names=False)
-    return [f"{message} (as CLIP's own tokenizer reads them)" for message in messages]
+    return [f"{message} (with CLIP's own tokenizer)" for message in messages]
 
 
 def _split_finding(split: Split, scanned: ScannedTask, statistics: _SplitStatistics) -> SplitFinding:

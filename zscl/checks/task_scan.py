@@ -17,17 +17,17 @@ Progress = Callable[[str, int, int], None]  # activity, done, total
 
 
 def no_progress(activity: str, done: int, total: int) -> None:
-    """Ignore the progress."""
+    """Do nothing with the progress."""
 
 
 @dataclass(frozen=True)
 class ScannedShard:
-    """A shard that nshards.txt promises.
+    """A shard that `nshards.txt` lists; it may be missing.
 
     Attributes:
         split: The split that the shard belongs to.
         samples: The indexed samples, or `None` if the shard is missing or damaged.
-        finding: Figures and problems of the shard.
+        finding: Statistics and problems of the shard.
     """
 
     split: Split
@@ -37,12 +37,12 @@ class ScannedShard:
 
 @dataclass
 class ScannedTask:
-    """A task folder after the scan, with everything in it that can be read.
+    """The readable content of a task folder, and the problems found by the scan.
 
     Attributes:
         task: Class names and templates.
         manifest: The manifest, if there is a valid one.
-        shards: The promised shards, train before test.
+        shards: The shards listed in `nshards.txt`, train before test.
         problems: Messages about errors in the folder, except for those of a shard.
         warnings: Messages about content that may be intended.
     """
@@ -69,16 +69,16 @@ def scan_task(folder: str, progress: Progress = no_progress) -> ScannedTask:
     """
     if "://" in folder:
         raise InputError(
-            f"{folder}: found a remote folder, expected a local one: copy the task here to check it",
+            f"{folder}: found a remote folder, expected a local one; copy the task to this machine to check it",
             code=ErrorCode.UNSUPPORTED,
         )
     if not folder.isprintable():
         raise InputError(
-            f"{printable_name(folder)}: found a path that is no text, expected printable characters",
+            f"{printable_name(folder)}: found a path with unprintable characters, expected printable ones",
             code=ErrorCode.INVALID_VALUE,
         )
     if not Path(folder).is_dir():
-        raise InputError(f"{folder}: found no such folder, expected a task", code=ErrorCode.NOT_FOUND)
+        raise InputError(f"{folder}: found no such folder, expected a task folder", code=ErrorCode.NOT_FOUND)
     classnames = read_lines(f"{folder}/classnames.txt", "class names")
     problems: list[str] = []
     templates: list[str] = []
@@ -100,33 +100,33 @@ def _read_manifest(task: TaskFolder, problems: list[str]) -> Manifest | None:
         return None if text is None else Manifest.model_validate_json(text)
     except (InputError, ValidationError) as error:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-        problems.append(f"{MANIFEST}: found no manifest ({reason}), expected zscl's own, or no such file")
+        problems.append(
+            f"{MANIFEST}: found an invalid manifest ({reason}), expected one written by zscl, or no such file"
+        )
         return None
 
 
 def _scan_shards(scanned: ScannedTask, progress: Progress) -> None:
-    promised: list[tuple[Split, Path]] = []
+    expected: list[tuple[Split, Path]] = []
     for split in SPLITS:
         try:
             files = [Path(shard) for shard in scanned.task.list_expected_shards(split)]
         except InputError as error:
             scanned.problems.append(str(error))
             continue
-        promised += [(split, file) for file in files]
+        expected += [(split, file) for file in files]
         if uncounted := scanned.task.find_extra_shards(split):
             scanned.warnings.append(describe_extra_shards(split, uncounted))
     records = _shard_records(scanned.manifest)
-    for done, (split, file) in enumerate(promised):
-        progress("indexing shards", done, len(promised))
+    for done, (split, file) in enumerate(expected):
+        progress("indexing shards", done, len(expected))
         record = records.pop(_shard_name(split, file), None)
         scanned.shards.append(_scan_shard(split, file, record, scanned.manifest is not None))
     for split in SPLITS:
         shards = [shard.samples for shard in scanned.shards if shard.split == split and shard.samples]
         if keys := [key for samples in shards for key in samples.find_dotted_keys()]:
             scanned.warnings.append(describe_dotted_keys(split, keys))
-    scanned.problems += [
-        f"{MANIFEST}: found {shard} in it, expected only shards that nshards.txt promises" for shard in records
-    ]
+    scanned.problems += [f"{MANIFEST}: found {shard}, expected only shards listed in nshards.txt" for shard in records]
 
 
 def _shard_records(manifest: Manifest | None) -> dict[str, ManifestShard]:
@@ -141,7 +141,7 @@ def _shard_name(split: Split, file: Path) -> str:
 def _scan_shard(split: Split, file: Path, record: ManifestShard | None, has_manifest: bool) -> ScannedShard:
     name = _shard_name(split, file)
     if not file.is_file():
-        problem = f"{name}: found no such file, expected a shard as nshards.txt promises"
+        problem = f"{name}: found no such file, expected a shard listed in nshards.txt"
         return ScannedShard(split, None, ShardFinding(shard=name, samples=None, bytes=None, problems=(problem,)))
     problems: list[str] = []
     samples: IndexedSamples | None = None
@@ -154,7 +154,7 @@ def _scan_shard(split: Split, file: Path, record: ManifestShard | None, has_mani
     if record is not None:
         problems += _manifest_problems(name, file, count, record)
     elif has_manifest:
-        problems.append(f"{name}: found a shard that {MANIFEST} does not know, expected it there")
+        problems.append(f"{name}: found a shard that is not in {MANIFEST}")
     size = file.stat().st_size
     return ScannedShard(split, samples, ShardFinding(shard=name, samples=count, bytes=size, problems=tuple(problems)))
 
@@ -163,9 +163,9 @@ def _manifest_problems(name: str, file: Path, samples: int | None, record: Manif
     """Return the differences between a shard and its record in the manifest."""
     problems, size = [], file.stat().st_size
     if samples is not None and samples != record.samples:
-        problems.append(f"{name}: found {samples} samples, expected {record.samples} as {MANIFEST} says")
+        problems.append(f"{name}: found {samples} samples, expected {record.samples} according to {MANIFEST}")
     if size != record.bytes:
-        problems.append(f"{name}: found {size} bytes, expected {record.bytes} as {MANIFEST} says")
+        problems.append(f"{name}: found {size} bytes, expected {record.bytes} according to {MANIFEST}")
     elif (sha256 := sha256_of_file(file)) != record.sha256:
-        problems.append(f"{name}: found the SHA-256 {sha256}, expected {record.sha256} as {MANIFEST} says")
+        problems.append(f"{name}: found the SHA-256 {sha256}, expected {record.sha256} according to {MANIFEST}")
     return problems

@@ -16,7 +16,7 @@ Label = int | tuple[int, ...]
 GetLabel = Callable[[Sample], Label]
 Decoded = tuple[torch.Tensor, Label]
 
-# Accepted whatever the file's suffix. PIL's other formats start external programs or use decoders with little review.
+# Accepted with any file suffix. Other formats of PIL start external programs or use decoders with little review.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM")
 MAX_ASPECT_RATIO = 100  # longer side by shorter side: resizing a strip of one pixel would need too much memory
 
@@ -74,8 +74,8 @@ class Decoder:
 def decode_image(encoded: bytes) -> Image.Image:
     """Decode all pixels of an image and convert it to RGB.
 
-    Of 16-bit pixels, the upper 8 bits are used; of several frames, the first. Transparency is dropped. The EXIF
-    orientation is ignored.
+    Only the upper 8 bits of 16-bit pixels and only the first of several frames are used. Transparency and the EXIF
+    orientation are ignored.
 
     Args:
         encoded: An image file in one of `IMAGE_FORMATS`.
@@ -85,17 +85,17 @@ def decode_image(encoded: bytes) -> Image.Image:
 
     Raises:
         UnidentifiedImageError: The format is not one of `IMAGE_FORMATS`.
-        ValueError: The aspect ratio exceeds `MAX_ASPECT_RATIO`, or the pixels are of floating point.
-        Exception: Whatever else the decoder raises.
+        ValueError: The aspect ratio exceeds `MAX_ASPECT_RATIO`, or the pixels are floating-point numbers.
+        Exception: Any other error of the decoder.
     """
     with Image.open(io.BytesIO(encoded), formats=IMAGE_FORMATS) as image:
         if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
             raise ValueError(
-                f"found {image.width} x {image.height} pixels, expected no side over {MAX_ASPECT_RATIO} times the other"
+                f"found {image.width} x {image.height} pixels, expected an aspect ratio of at most {MAX_ASPECT_RATIO}"
             )
         if image.mode == "F":
-            raise ValueError("found pixels of floating point, expected whole numbers")
-        if image.mode.startswith("I"):  # 16 bits: `convert` would clip at 255, so that nearly all pixels were white
+            raise ValueError("found floating-point pixels, expected integers")
+        if image.mode.startswith("I"):  # 16 bits: `convert` would clip at 255 and turn nearly all pixels white
             pixels = (np.asarray(image).clip(0, 2**16 - 1) >> 8).astype(np.uint8)
             return Image.fromarray(pixels).convert("RGB")
         return image.convert("RGB")

@@ -23,7 +23,7 @@ IndexRow = tuple[Location, Location, Location]  # of image, label and text
 
 
 class IndexedSamples:
-    """Local samples with random access by one positional read, and a shuffle over the whole dataset.
+    """Local samples with random access. They are shuffled over the whole dataset.
 
     The index takes 72 bytes per sample plus its key: less than 150 MB for ImageNet. A sample with a fault stays in the
     index: it is drawn, reported and counted, but its content is not read.
@@ -79,7 +79,7 @@ class IndexedSamples:
 
         Args:
             positions: Positions in ascending order.
-            seed: Determines the permutations.
+            seed: Seed of the permutations.
 
         Yields:
             The fetcher of each position.
@@ -94,7 +94,7 @@ class IndexedSamples:
                 yield partial(self._fetch, descriptors, int(order[position % len(self)]), (seed, position))
 
     def _fetch(self, descriptors: "_FileDescriptors", number: int, draw: tuple[int, int], attempt: int) -> Sample:
-        """Read sample `number`, or from attempt 1 on a substitute. `draw` is (seed, position)."""
+        """Read sample `number` at attempt 0, or a substitute at later attempts. `draw` is (seed, position)."""
         return self._read(descriptors, number if attempt == 0 else derive_seed(*draw, attempt) % len(self))
 
     def iter_shard(self, index: int = 0, num_shards: int = 1) -> Iterator[Sample]:
@@ -170,7 +170,7 @@ class IndexedSamples:
         return Sample(image or b"", label, text, shard, self._keys[start:end].decode(), index, fault)
 
     def _file_of(self, row: int, file_number: int) -> Path:
-        """Return a row's shard or loose image. `file_number` is its image's; a row with a fault may have none."""
+        """Return the shard or loose image of a row. `file_number` is the file of the image, if the row has one."""
         return self._faults[row][0] if row in self._faults else self.files[file_number]
 
     def _read_member(self, descriptors: "_FileDescriptors", location: list[int]) -> bytes | None:
@@ -208,9 +208,9 @@ class IndexedSamples:
 
 
 def _find_fault(file: Path) -> Fault | None:
-    """Return why a loose file is no readable image, judged by its name; `None` if it may be one."""
+    """Return the fault that the name of a loose image file shows; `None` if it shows no fault."""
     if not file.is_file():
-        return Fault("link", f"found {printable_name(file.name)}, a link to a file that is not there")
+        return Fault("link", f"found {printable_name(file.name)}, a link to a missing file")
     suffix = file.suffix.lower().removeprefix(".")
     if not suffix or suffix in OTHER_IMAGE_SUFFIXES:
         return Fault("unsupported image format", f"found {printable_name(file.name)}, {EXPECTED_SUFFIXES}")
@@ -238,7 +238,7 @@ class _FileDescriptors:
             return retry_io(lambda: self._read(path, offset, size), must_exist=path.parent, description=path)
         except OSError as error:
             raise InputError(
-                f"{path}: cannot be read any more ({error.strerror}), expected a shard", code=ErrorCode.NOT_FOUND
+                f"{path}: can no longer be read ({error.strerror}), expected a shard", code=ErrorCode.NOT_FOUND
             ) from error
 
     def _read(self, path: Path, offset: int, size: int) -> bytes:

@@ -33,7 +33,7 @@ Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]  # images [b, 3, H, W] and
 DecodedStream = Iterator[Decoded | str]  # decoded samples, and messages about skipped ones
 MAX_TEMP_PATH_BYTES = 107 - 32  # the path of a Unix socket has 107 bytes, of which multiprocessing uses up to 32
 PIXEL_BYTES = 4  # Pillow's memory for one RGB pixel
-MIN_SAMPLES_FOR_SHARE = 10_000  # denominator of the share of unusable samples while the dataset's size is unknown
+MIN_SAMPLES_FOR_SHARE = 10_000  # denominator of the fraction of unusable samples while the dataset's size is unknown
 
 
 def _shorten_temp_folder(process: int) -> None:
@@ -47,7 +47,7 @@ def _shorten_temp_folder(process: int) -> None:
 
 @dataclass
 class ReadProgress:
-    """How much of a dataset a worker has read.
+    """A worker's progress in reading a dataset.
 
     Attributes:
         total: Samples in the dataset; `None` if unknown.
@@ -64,13 +64,13 @@ class ReadProgress:
 
 @dataclass(frozen=True)
 class Loader:
-    """Reads batches in loader processes, moves them to the device, and limits the share of unusable samples.
+    """Reads batches in loader processes, moves them to the device, and limits the fraction of unusable samples.
 
     Attributes:
         device: Device of the batches.
         processes: Number of loader processes per worker; 0 loads in the worker itself.
-        labels_on_cpu: Leave the labels on the CPU.
-        max_broken_share: Largest accepted share of unusable samples of a dataset, 0 to 1.
+        labels_on_cpu: Whether labels stay on the CPU.
+        max_broken_share: Largest accepted fraction of unusable samples of a dataset.
         on_skip: Callback for each skipped sample; a repeated sample is reported once.
         broken_samples: Messages about unusable samples of all datasets, without repetitions.
         progress: Progress of each dataset, in the order in which they were started.
@@ -106,7 +106,7 @@ class Loader:
             pin_memory=self.device.type == "cuda",
             prefetch_factor=4 if self.processes else None,
             worker_init_fn=_shorten_temp_folder,
-            generator=torch.Generator(),  # otherwise it draws from the global generator
+            generator=torch.Generator(),  # otherwise the loader draws from the global generator
         )
         restored = self.restored_broken_samples.pop(0) if self.restored_broken_samples else ()
         progress = ReadProgress(total, dict.fromkeys(restored))
@@ -128,7 +128,7 @@ class Loader:
         progress.is_complete = True
 
     def check_broken_across_ranks(self) -> None:
-        """Check the share of unusable samples over all workers.
+        """Check the fraction of unusable samples over all workers.
 
         Collective: every rank must call it, and all ranks raise the same error.
 
@@ -170,7 +170,7 @@ class DecodedImageCache:
     """
 
     def __init__(self) -> None:
-        self._images: dict[str, dict[int, Image.Image]] = {}  # by dataset; the one opened last comes last
+        self._images: dict[str, dict[int, Image.Image]] = {}  # by dataset, in the order of the last access
         self._bytes: Counter[str] = Counter()
         self._readers: Counter[str] = Counter()
 
@@ -190,7 +190,7 @@ class DecodedImageCache:
         Args:
             name: Name of the dataset, which has an open reader.
             sample: A sample of the dataset. Streamed samples are not cached.
-            decoder: Decodes the image.
+            decoder: Decoder of the image.
             budget: Memory for this dataset in bytes.
             total_budget: Memory for all datasets in bytes.
 
@@ -231,7 +231,7 @@ class TrainingImages:
 
     Attributes:
         samples: The dataset.
-        decoder: Decodes and transforms. Random transforms depend on (seed, position) only.
+        decoder: Decoder with its transforms. Random transforms depend only on the seed and the position.
         seed: Seed of this experiment, stage and stream.
         batch_size: Images in a global batch.
         rank_indices: This rank's indices within a global batch.
@@ -250,7 +250,7 @@ class TrainingImages:
     total_cache_bytes: int = 0
 
     def __call__(self) -> DecodedStream:
-        """Iterate over the images of this loader process: of N processes, each decodes every N-th batch."""
+        """Iterate over the images of this loader process. Each of N processes decodes every N-th batch."""
         name = self.samples.layout_digest if isinstance(self.samples, IndexedSamples) else ""
         with _image_cache.open_reader(name):
             for position, fetch in zip(
@@ -278,7 +278,7 @@ class TrainingImages:
             return
         raise InputError(
             f"{fetch(0).shard}: found no usable sample in {MAX_ATTEMPTS} attempts, expected readable images; zscl data "
-            "check lists what is wrong",
+            "check lists the unusable samples",
             code=ErrorCode.BROKEN_SAMPLES,
         )
 
@@ -299,14 +299,14 @@ class TrainingImages:
 
 @dataclass(frozen=True)
 class EvaluationImages:
-    """Decoded images of a dataset, each once over all ranks and their loader processes.
+    """Decoded images of a dataset, divided among all ranks and their loader processes.
 
     Attributes:
         samples: The dataset.
-        decoder: Decodes and transforms.
+        decoder: Decoder with its transforms.
         rank: This worker's rank.
         world_size: Number of workers.
-        total: Number of samples, if `samples` is a subset of the dataset whose share of unusable samples is limited.
+        total: If `samples` is a subset, the number of samples of the full dataset, to which `max_broken_share` refers.
     """
 
     samples: Samples
@@ -340,12 +340,12 @@ def _unknown_count() -> int | None:
 
 @dataclass(frozen=True)
 class BatchedDataset:
-    """Stacks decoded images to batches.
+    """Stacks decoded images into batches.
 
     Attributes:
-        items: Returns the decoded stream.
+        items: Function that returns the decoded stream.
         batch_size: Images in a batch.
-        count: Returns the number of samples in the dataset; `None` if it is not known yet.
+        count: Function that returns the number of samples in the dataset; `None` if it is not known yet.
     """
 
     items: Callable[[], DecodedStream]
@@ -357,8 +357,8 @@ class BatchedDataset:
 
         Yields:
             (images [b, 3, H, W], labels [b], messages about skipped samples, number of samples in the dataset). An
-            `InputError` is yielded instead of raised and ends the stream: PyTorch replaces an error that is raised in
-            a loader process by another with its traceback in the message.
+            `InputError` is yielded as the last item instead of raised, because PyTorch would replace an error of a
+            loader process by another error with a traceback in its message.
         """
         batch: list[Decoded] = []
         skipped: list[str] = []
@@ -379,7 +379,7 @@ class BatchedDataset:
 
 
 def _loader_process() -> tuple[int, int]:
-    """Return the number of this loader process and how many there are."""
+    """Return the index of this loader process and the number of loader processes."""
     info = get_worker_info()
     return (info.id, info.num_workers) if info else (0, 1)
 

@@ -11,7 +11,7 @@ from zscl.runtime.hashing import sha256_of
 
 
 class ReferenceSet:
-    """An opened reference set.
+    """The images and texts of a reference set.
 
     Attributes:
         images: The unlabelled images.
@@ -23,7 +23,7 @@ class ReferenceSet:
 
         Args:
             reference: The reference set of a recipe.
-            shard_cache: Folder that remote shards are downloaded to; `None` streams them.
+            shard_cache: Folder to which remote shards are downloaded. If `None`, remote shards are streamed.
 
         Raises:
             InputError: There are no texts.
@@ -32,14 +32,14 @@ class ReferenceSet:
         self.texts = self._read_texts(reference)[: reference.max_texts]
         if not self.texts:
             raise InputError(
-                f"reference: found no texts in {', '.join(reference.images)}, expected .txt members beside the "
-                "images, a captions.txt in the folder, or reference.texts: FILE",
+                f"reference: found no texts in {', '.join(reference.images)}, expected .txt members next to the "
+                "images, a captions.txt in their folder, or reference.texts: FILE",
                 code=ErrorCode.EMPTY,
                 field="reference.texts",
             )
 
     def _read_texts(self, reference: Reference) -> list[str]:
-        """Read `reference.texts`, else a captions.txt in a folder of images, else the .txt members of the samples."""
+        """Read the texts: from `reference.texts`, or else a captions.txt with the images, or else the .txt members."""
         if reference.texts is not None:
             return list(read_captions(reference.texts, lenient=True))
         for location in reference.images:

@@ -1,4 +1,4 @@
-"""Samples: encoded image, label and text; the `Samples` protocol of a dataset; and a dataset of uniform noise."""
+"""Encoded samples (image, label, text), the `Samples` protocol of datasets, and a dataset of uniform noise."""
 
 import hashlib
 import random
@@ -15,11 +15,11 @@ from zscl.runtime.seeding import derive_seed
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Why a sample cannot be used, as far as file names tell: its content was not decoded.
+    """The reason why a sample cannot be used.
 
     Attributes:
-        reason: Kind of fault, as `zscl data check` counts it.
-        detail: The files found and what was expected.
+        reason: Kind of fault, which `zscl data check` counts.
+        detail: What was found and what was expected.
     """
 
     reason: Reason
@@ -37,7 +37,7 @@ class Sample:
         shard: Path or URL of the shard, or the folder of a loose image.
         key: The sample's key in WebDataset's sense: the file name without its suffix.
         index: Position in its dataset; -1 in a stream, which has no positions.
-        fault: Why the sample cannot be used; `None` if it may be usable.
+        fault: The reason why the sample cannot be used, if its file names show one. Its content is not checked.
     """
 
     image: bytes
@@ -68,7 +68,7 @@ class Sample:
 
 
 def printable_name(name: str) -> str:
-    """Return a file name that text files can hold: invalid UTF-8, line breaks and control characters are escaped."""
+    """Return a file name with invalid UTF-8, line breaks and control characters escaped."""
     text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
@@ -96,17 +96,17 @@ def check_broken_share(message: str, broken_count: int, total: int, max_broken_s
     """Raise an error if too many samples of a dataset cannot be used.
 
     Args:
-        message: Describes one of the unusable samples.
+        message: Description of one of the unusable samples.
         broken_count: Number of unusable samples.
         total: Samples in the dataset.
-        max_broken_share: Largest accepted share of unusable samples, 0 to 1.
+        max_broken_share: Largest accepted fraction of unusable samples.
 
     Raises:
-        InputError: The share of unusable samples is larger.
+        InputError: The fraction of unusable samples is larger than accepted.
     """
     if broken_count > max_broken_share * total:
         raise InputError(
-            f"{message}; found {broken_count} such samples of {total}, expected at most a share of "
+            f"{message}; found {broken_count} unusable samples of {total}, expected at most a fraction of "
             f"{max_broken_share:g} (compute.max_broken_share)",
             code=ErrorCode.BROKEN_SAMPLES,
             field="compute.max_broken_share",
@@ -120,14 +120,14 @@ MAX_ATTEMPTS = 8
 
 
 class Samples(Protocol):
-    """A dataset that is read in an endless shuffled order, or once in its own order."""
+    """Protocol of datasets, which are read in an endless shuffled order, or once in the order of the files."""
 
     def iter_positions(self, positions: Iterable[int], seed: int) -> Iterator[SampleFetcher]:
         """Iterate over positions of the endless shuffled order.
 
         Args:
             positions: Positions in ascending order.
-            seed: Determines the order. A substitute depends on seed and position only.
+            seed: Seed of the order. Substitutes depend only on the seed and the position.
 
         Yields:
             The fetcher of each position. It is valid until the next one is requested.
@@ -141,13 +141,13 @@ class Samples(Protocol):
             num_shards: Number of parts.
 
         Yields:
-            Every `num_shards`-th sample, from sample `index` on.
+            Every `num_shards`-th sample, starting with sample `index`.
         """
 
 
 @dataclass(frozen=True)
 class NoiseSamples:
-    """Endless images of uniform noise. Each image depends on (seed, position) only.
+    """Endless images of uniform noise. An image depends only on the seed and its position.
 
     Attributes:
         size: Height and width in pixels.
@@ -161,7 +161,7 @@ class NoiseSamples:
             yield partial(self._draw, seed, position)
 
     def iter_shard(self, index: int, num_shards: int) -> Iterator[Sample]:
-        """Iterate over one part; see `Samples.iter_shard`. Unlike other datasets, it is endless."""
+        """Iterate over one part; see `Samples.iter_shard`. The part is endless."""
         return (fetch(0) for fetch in self.iter_positions(count(index, num_shards), seed=0))
 
     def _draw(self, seed: int, position: int, attempt: int) -> Sample:

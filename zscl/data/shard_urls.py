@@ -1,4 +1,4 @@
-"""Locations of shards: expands globs, brace ranges, folders and URLs, and opens or downloads what they name.
+"""Expansion of shard locations (globs, brace ranges, folders, URLs), and opening or download of the shards.
 
 Local shards are indexed. Remote shards are downloaded to a cache and indexed, or streamed.
 """
@@ -34,8 +34,8 @@ def open_samples(
 
     Args:
         locations: Paths, globs, brace ranges, URLs and folders.
-        shard_cache: Folder that remote shards are downloaded to once; `None` streams them.
-        literal: Do not expand braces, colons and asterisks. Existing local paths are never expanded.
+        shard_cache: Folder to which remote shards are downloaded. If `None`, remote shards are streamed.
+        literal: Whether braces, colons and asterisks are ordinary characters. Existing local paths are never expanded.
 
     Returns:
         Indexed samples if all shards are local or cached, streamed samples otherwise.
@@ -57,11 +57,11 @@ def open_samples(
 
 
 def _check_has_image(samples: IndexedSamples) -> IndexedSamples:
-    """Return the samples if at least one of them has no fault."""
+    """Return the samples, or raise an error if all of them have a fault."""
     faulty = samples.faulty_samples()
     if len(faulty) == len(samples):
         raise InputError(
-            f"{faulty[0].as_error()}; found no image that can be read beside it, expected at least one",
+            f"{faulty[0].as_error()}; every other image is unreadable as well, expected at least one readable image",
             code=ErrorCode.EMPTY,
         )
     return samples
@@ -79,7 +79,7 @@ def _expand_braces(location: str) -> list[str]:
         return [shard for part in location.split("::") for shard in braceexpand(part)]
     except (ValueError, IndexError, RecursionError) as error:  # unbalanced braces
         raise InputError(
-            f"{location}: found no readable brace range, expected one as in {{0..9}}.tar", code=ErrorCode.INVALID_VALUE
+            f"{location}: found an invalid brace range, expected one such as {{0..9}}.tar", code=ErrorCode.INVALID_VALUE
         ) from error
 
 
@@ -101,17 +101,19 @@ def _max_shard_count(location: str) -> int:
 
 
 def _expand_url(url: str) -> list[str]:
-    is_http = url.startswith(("http://", "https://"))  # there, a question mark begins the query
+    is_http = url.startswith(("http://", "https://"))  # in HTTP URLs, a question mark begins the query
     if not any(mark in (url.partition("?")[0] if is_http else url) for mark in "*?["):
         return [url]
     try:
         urls = [str(file.full_name) for file in fsspec.open_files(url, "rb")]
     except Exception as error:  # each fsspec backend raises its own classes of error
         raise InputError(
-            f"{url}: cannot be listed ({error}), expected shards of that pattern", code=remote_error_code(error)
+            f"{url}: cannot be listed ({error}), expected shards that match the pattern", code=remote_error_code(error)
         ) from error
     if not urls:
-        raise InputError(f"{url}: found no file of that pattern, expected at least one shard", code=ErrorCode.NOT_FOUND)
+        raise InputError(
+            f"{url}: found no file that matches the pattern, expected at least one shard", code=ErrorCode.NOT_FOUND
+        )
     return sorted(urls, key=lambda name: _natural_order(Path(name)))
 
 
@@ -165,7 +167,7 @@ def _match_local_files(path: Path) -> list[Path]:
         files = [file for match in matches for file in (_list_folder(match) if match.is_dir() else [match])]
         if not files:
             raise InputError(
-                f"{path}: found no file of that pattern, expected at least one shard", code=ErrorCode.NOT_FOUND
+                f"{path}: found no file that matches the pattern, expected at least one shard", code=ErrorCode.NOT_FOUND
             )
         return files
     raise InputError(f"{path}: found no such file, expected a shard{did_you_mean_path(path)}", code=ErrorCode.NOT_FOUND)
@@ -181,7 +183,7 @@ def _list_folder(folder: Path) -> list[Path]:
         The files, sorted.
 
     Raises:
-        InputError: There is neither, or the folder holds other data that would be ignored silently.
+        InputError: The folder contains neither, or it contains other data, which would be ignored silently.
     """
     files = list_files(folder)
     all_shards = [file for file in files if file.suffix.lower() == ".tar"]
@@ -190,15 +192,15 @@ def _list_folder(folder: Path) -> list[Path]:
     shards = sorted((file for file in all_shards if file.parent == folder), key=_natural_order)
     if compressed and not images:
         raise InputError(
-            f"{compressed[0]}: found a compressed tar among the data, expected plain .tar shards; unpack it",
+            f"{compressed[0]}: found a compressed tar, expected plain .tar shards; decompress it",
             code=ErrorCode.UNSUPPORTED,
         )
     other = images or [file for file in all_shards if file.parent != folder]
     if all_shards and other:
         raise InputError(
-            f"{folder}: found {(shards or all_shards)[0].relative_to(folder)} and {other[-1].relative_to(folder)} in "
-            "it, expected shards in the folder itself alone, or images alone; to read some of it, give a pattern such "
-            f"as {all_shards[0].parent}/*.tar",
+            f"{folder}: found both {(shards or all_shards)[0].relative_to(folder)} and "
+            f"{other[-1].relative_to(folder)}, expected only .tar shards directly in the folder, or only images. To "
+            f"read part of it, give a pattern such as {all_shards[0].parent}/*.tar",
             code=ErrorCode.CONFLICT,
         )
     if not shards and not images:
@@ -209,7 +211,7 @@ def _list_folder(folder: Path) -> list[Path]:
 
 
 def _is_image(file: Path) -> bool:
-    """Return whether a file is an image by its suffix; without a suffix, by its first bytes."""
+    """Return whether a file is an image, judged by its suffix, or by its first bytes if it has no suffix."""
     if file.suffix or not file.is_file():
         return is_image_name(file.name)
     with file.open("rb") as stream:
@@ -217,5 +219,5 @@ def _is_image(file: Path) -> bool:
 
 
 def _natural_order(path: Path) -> tuple[int, str]:
-    """Sort key: other names alphabetically, then numbered shards by number."""
+    """Return a sort key: numbered shards are sorted by number, after all other names."""
     return (int(path.stem) if path.stem.isdecimal() and len(path.stem) < 20 else -1, path.name)

@@ -15,13 +15,13 @@ from zscl.runtime.seeding import derive_seed
 def hold_out(
     samples: IndexedSamples | StreamedSamples, held_out: HeldOut, path: str, classnames: Sequence[str]
 ) -> tuple[IndexedSamples, IndexedSamples]:
-    """Hold out a random share of each class's images.
+    """Hold out a random fraction of each class's images.
 
-    The draw depends on the seed, each class's label and its number of images only.
+    The choice depends only on the seed, the label of a class and its number of images.
 
     Args:
         samples: A task's training images.
-        held_out: Share and seed.
+        held_out: Fraction and seed.
         path: The task's path, for error messages.
         classnames: Class names in label order.
 
@@ -29,12 +29,12 @@ def hold_out(
         The remaining training images, and the held-out images.
 
     Raises:
-        InputError: The images are remote, a class would have no training image left, or no image would be held out.
+        InputError: The images are remote, a class would have no training image left, or no image is held out.
     """
     if not isinstance(samples, IndexedSamples):
         raise InputError(
-            f"{path}: found remote shards, expected local ones to hold some images out of (evaluation.held_out); "
-            "compute.shard_cache makes them local",
+            f"{path}: found remote shards, expected local shards for evaluation.held_out; to download them, set "
+            "compute.shard_cache",
             code=ErrorCode.UNSUPPORTED,
             field="evaluation.held_out",
         )
@@ -67,14 +67,14 @@ def draw_shots(
 ) -> IndexedSamples:
     """Draw a few random images of each class, for few-shot training.
 
-    The draw depends on the seed, each class's label and its number of usable images only.
+    The choice depends only on the seed, the label of a class and its number of usable images.
 
     Args:
         samples: A task's training images.
         shots: Images per class; a class with fewer images contributes all of them.
         seed: Seed of the draw.
         path: The task's path, for error messages.
-        is_usable: Returns whether a sample can be used; others are not drawn.
+        is_usable: Function that returns whether a sample can be used. Unusable samples are not drawn.
 
     Returns:
         The drawn images.
@@ -84,8 +84,8 @@ def draw_shots(
     """
     if not isinstance(samples, IndexedSamples):
         raise InputError(
-            f"{path}: found remote shards, expected local ones to train on a few images of each class (shots); "
-            "compute.shard_cache makes them local",
+            f"{path}: found remote shards, expected local shards for tasks.shots; to download them, set "
+            "compute.shard_cache",
             code=ErrorCode.UNSUPPORTED,
             field="tasks.shots",
         )

@@ -21,7 +21,7 @@ SHUFFLE_BUFFER = 2_000  # samples in memory while streaming; local samples are s
 
 
 class StreamedSamples:
-    """Remote samples without random access. Shards are shuffled, then samples in a buffer of `SHUFFLE_BUFFER`.
+    """Remote samples without random access. Shards are shuffled, and samples within a buffer of `SHUFFLE_BUFFER`.
 
     The order does not depend on the number of processes: each process reads the whole stream and selects its own
     positions. The bytes read therefore grow with workers x loader processes.
@@ -38,11 +38,11 @@ class StreamedSamples:
     def iter_positions(self, positions: Iterable[int], seed: int) -> Iterator[SampleFetcher]:
         """Iterate over positions; see `Samples.iter_positions`.
 
-        Substitutes are the preceding samples of the stream; at its start, those that follow.
+        Substitutes are the preceding samples of the stream. At the start of the stream, they are the following samples.
 
         Args:
             positions: Positions in ascending order.
-            seed: Determines the order of shards and samples.
+            seed: Seed of the order of shards and samples.
 
         Yields:
             The fetcher of each position.
@@ -61,7 +61,7 @@ class StreamedSamples:
 
     @property
     def digest(self) -> str:
-        """Hash of the masked URLs: the content of remote samples is not known before it is read."""
+        """Hash of the masked URLs. The content of remote samples is unknown before it is read."""
         return sha256_of(*map(mask_urls, self.urls))
 
     def iter_shard(self, index: int = 0, num_shards: int = 1) -> Iterator[Sample]:

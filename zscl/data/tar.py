@@ -1,4 +1,4 @@
-"""Tar shards: list, validate, stream and write their members.
+"""Listing, validation, streaming and writing of tar shards.
 
 A shard is a tar of samples KEY.(jpg|jpeg|png|webp) + KEY.cls or KEY.txt. KEY is everything before the last dot.
 KEY.NAME.json, KEY.NAME.txt and the like are side data of KEY if KEY has an image.
@@ -24,12 +24,12 @@ IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 EXPECTED_SUFFIXES = f"expected one of {', '.join(f'.{suffix}' for suffix in IMAGE_SUFFIXES)}"
 # Members with other suffixes are never read.
 KIND_OF_SUFFIX = {**dict.fromkeys(IMAGE_SUFFIXES, "image"), "cls": "label", "txt": "text"}
-# Images in other formats are never decoded, but users take them for data: they are reported and counted.
+# Images in other formats are never decoded. They are reported and counted, because users expect them to be used.
 OTHER_IMAGE_SUFFIXES = frozenset(
     {"arw", "avif", "bmp", "cr2", "dng", "gif", "heic", "heif", "ico", "jfif", "jp2", "jpe", "jxl", "nef", "pbm", "pgm"}
     | {"pnm", "ppm", "psd", "raw", "svg", "tga", "tif", "tiff"}
 )
-# First bytes of files that users often mistake for shards: what the file is, and what to do.
+# First bytes of files that users often mistake for shards: description of the file, and advice.
 FOREIGN_FILES = {
     b"\x1f\x8b": ("compressed by gzip", "gunzip"),
     b"BZh": ("compressed by bzip2", "bunzip2"),
@@ -42,7 +42,7 @@ FOREIGN_FILES = {
     b"version https://git-lfs": ("a pointer of Git LFS", "git lfs pull"),
     b"<": ("a page of HTML or XML", "download the shard again"),
 }
-MAX_MEMBER_BYTES = 2**28  # a larger member is no image, label or text
+MAX_MEMBER_BYTES = 2**28  # larger members are refused
 MAX_EMPTY_READS = 100
 READ_SIZE = 2**20  # bytes
 T = TypeVar("T")
@@ -90,7 +90,7 @@ class SampleParts(NamedTuple, Generic[T]):
         image: The image's content or location; `None` without an image.
         label: The label's content or location; `None` without a label.
         text: The text's content or location; `None` without a text.
-        fault: Why the members are not a usable sample; `None` if they are.
+        fault: The reason why the members are not a usable sample; `None` if they are usable.
     """
 
     image: T | None
@@ -100,23 +100,23 @@ class SampleParts(NamedTuple, Generic[T]):
 
 
 def is_image_name(name: str) -> bool:
-    """Return whether a file is an image by its suffix, in any format."""
+    """Return whether a file name has the suffix of an image format, supported or not."""
     suffix = name.lower().rpartition(".")[2]
     return suffix in IMAGE_SUFFIXES or suffix in OTHER_IMAGE_SUFFIXES
 
 
 def assemble(members: Sequence[tuple[Member, T]], shard: str) -> SampleParts[T]:
-    """Combine the members of one key to a sample.
+    """Combine the members of one key into a sample.
 
     Args:
         members: Pairs of a member and its content or location.
         shard: Path or URL of the shard.
 
     Returns:
-        The parts. The fault tells whether the image is missing, or a member is ambiguous, a link or of another format.
+        The parts. They have a fault if the image is missing, or a member is ambiguous, a link or in another format.
 
     Raises:
-        InputError: The shard holds a member twice.
+        InputError: The shard contains a member twice.
     """
     parts: dict[str, T] = {}
     names: set[str] = set()
@@ -134,7 +134,7 @@ def assemble(members: Sequence[tuple[Member, T]], shard: str) -> SampleParts[T]:
 
 
 def _find_fault(members: Sequence[Member]) -> Fault | None:
-    """Return why the members of one key are not a usable sample; `None` if they are."""
+    """Return the reason why the members of one key are not a usable sample; `None` if they are usable."""
     by_kind: dict[str | None, list[Member]] = {}
     for member in members:
         by_kind.setdefault(member.kind, []).append(member)
@@ -181,13 +181,13 @@ def list_members(file: Path) -> list[Member]:
         raise
     except Exception as error:  # tarfile raises any class of error on damaged bytes
         raise InputError(
-            f"{file}: found a truncated or broken shard ({summarize_error(error)}), expected a whole tar",
+            f"{file}: found a truncated or damaged shard ({summarize_error(error)}), expected a complete tar",
             code=ErrorCode.UNREADABLE,
         ) from error
     # tarfile reads a shard truncated between two members without an error; only the end mark is missing.
     if file.stat().st_size < end + tarfile.BLOCKSIZE:
         raise InputError(
-            f"{file}: found a shard without its end after {len(members)} members, expected a whole tar",
+            f"{file}: found a shard without its end mark after {len(members)} members, expected a complete tar",
             code=ErrorCode.UNREADABLE,
         )
     if has_trailing_content:
@@ -196,10 +196,10 @@ def list_members(file: Path) -> list[Member]:
 
 
 class CheckedTarStream:
-    """A readable stream of a tar that detects truncated tars and content after the end of the tar.
+    """A readable stream of a tar that detects truncation, and content after the end of the tar.
 
-    It records its length and the position of the last byte that is not zero. It ends after `MAX_EMPTY_READS` reads
-    without data: tarfile skips a member by reading as many bytes as its header claims.
+    It records its length and the position of the last byte that is not zero. It raises an error after
+    `MAX_EMPTY_READS` reads without data, because tarfile skips a member by reading as many bytes as its header claims.
     """
 
     def __init__(self, stream: IO[bytes], url: str) -> None:
@@ -217,7 +217,7 @@ class CheckedTarStream:
 
         Raises:
             EOFError: There were too many reads without data.
-            InputError: The first block is not of a tar.
+            InputError: The first block is not a tar header.
         """
         content = self._stream.read(size)
         if not self._length:
@@ -244,7 +244,7 @@ class CheckedTarStream:
         # tarfile reads a tar truncated between two members without an error; only the end mark is missing.
         if self._length < end + tarfile.BLOCKSIZE:
             raise InputError(
-                f"{self._url}: found no readable shard (it has no end), expected a tar", code=ErrorCode.UNREADABLE
+                f"{self._url}: found a shard without its end mark, expected a complete tar", code=ErrorCode.UNREADABLE
             )
         if self._content_end > end:
             raise InputError(_trailing_content_message(self._url, end), code=ErrorCode.UNREADABLE)
@@ -255,7 +255,7 @@ def read_samples(stream: CheckedTarStream, url: str) -> Iterator[Sample]:
 
     Args:
         stream: The shard.
-        url: Its URL.
+        url: URL of the shard.
 
     Yields:
         The samples, usable or not.
@@ -288,9 +288,9 @@ def read_samples(stream: CheckedTarStream, url: str) -> Iterator[Sample]:
                 continue
             if member.key in done or any(other.kind for other in deferred.get(member.key, ())):
                 raise InputError(
-                    f"{url}: found the members of the sample '{printable_name(member.key)}' apart, expected them one "
-                    "after another in a streamed shard: pack it with tar --sort=name, or let compute.shard_cache "
-                    "copy it",
+                    f"{url}: the members of the sample '{printable_name(member.key)}' are not adjacent, as they must "
+                    "be in a streamed shard. Pack it with tar --sort=name, or set compute.shard_cache to download "
+                    "it",
                     code=ErrorCode.UNSUPPORTED,
                 )
             reader = tar.extractfile(info) if member.is_read else None
@@ -318,16 +318,16 @@ def read_samples(stream: CheckedTarStream, url: str) -> Iterator[Sample]:
 
 
 def is_side_data(members: Sequence[Member], with_image: Container[str]) -> bool:
-    """Return whether the members of one key are side data of another sample: x.metadata.json of x.jpg, for example.
+    """Return whether the members of one key are side data of another sample, as x.metadata.json is of x.jpg.
 
-    Images and labels are never side data, because users take them for samples.
+    Images and labels are never side data, because users expect them to be samples.
 
     Args:
         members: All members of one key.
         with_image: The keys of the shard that have an image.
 
     Returns:
-        `True` if a shorter key of theirs has an image, and none of them is an image or a label.
+        `True` if a shorter form of the key has an image, and no member is an image or a label.
     """
     if any(member.kind in ("image", "label") for member in members):
         return False
@@ -335,7 +335,7 @@ def is_side_data(members: Sequence[Member], with_image: Container[str]) -> bool:
 
 
 def _shorter_keys(key: str) -> list[str]:
-    """Return the key cut at each of the dots in its file name: "a/x.b.c" → ["a/x", "a/x.b"]."""
+    """Return the key truncated at each of the dots in its file name: "a/x.b.c" → ["a/x", "a/x.b"]."""
     folder, slash, name = key.rpartition("/")
     parts = name.split(".")
     return [f"{folder}{slash}{'.'.join(parts[:count])}" for count in range(1, len(parts))]
@@ -353,7 +353,8 @@ def _iter_members(tar: tarfile.TarFile, shard: str) -> Iterator[tuple[Member, ta
         # A crafted size could lead back to an earlier header, which would loop forever.
         if info.offset <= last_offset or info.size < 0:
             raise InputError(
-                f"{shard}: found the size {info.size} of a member, expected a whole tar", code=ErrorCode.UNREADABLE
+                f"{shard}: found a member with the invalid size {info.size}, expected an undamaged tar",
+                code=ErrorCode.UNREADABLE,
             )
         last_offset = info.offset
         folder, slash, name = re.sub(r"^(\.?/)+", "", info.name).rpartition("/")
@@ -369,7 +370,7 @@ def _iter_members(tar: tarfile.TarFile, shard: str) -> Iterator[tuple[Member, ta
         if member.is_read and (info.issparse() or info.size > MAX_MEMBER_BYTES):
             what = "is sparse" if info.issparse() else f"has {info.size} bytes"
             raise InputError(
-                f"{shard}: found the member '{info.name}', which {what}, expected files of at most "
+                f"{shard}: found the member '{info.name}', which {what}, expected regular files of at most "
                 f"{MAX_MEMBER_BYTES} bytes",
                 code=ErrorCode.UNSUPPORTED,
             )
@@ -390,14 +391,14 @@ def _check_is_tar(first_block: bytes, shard: str) -> None:
 
 def _trailing_content_message(shard: str, end: int) -> str:
     return (
-        f"{shard}: found more content behind the end of the tar at byte {end}, expected one whole tar a file: it is "
-        "broken there, or tars were joined by cat, of which only the first would be read; give them as shards of their "
-        "own, or join them with tar --concatenate"
+        f"{shard}: found more content after the end of the tar at byte {end}, expected one tar per file. Either the "
+        "file is damaged there, or several tars were joined with cat, so that only the first would be read. Give them "
+        "as separate shards, or join them with tar --concatenate"
     )
 
 
 def summarize_error(error: Exception) -> str:
-    """Return an error's message on one line, without what WebDataset appends to it."""
+    """Return an error's message on one line, without the arguments that WebDataset appends to it."""
     message = error.args[0] if error.args and isinstance(error.args[0], str) else error
     return " ".join(str(message).split()) or type(error).__name__
 

@@ -1,7 +1,7 @@
 """Task folders in CLIP_benchmark's WebDataset layout: class names, prompt templates, labels, splits and manifest.
 
 <task>/classnames.txt                         one class name per line; line number = label
-<task>/zeroshot_classification_templates.txt  one prompt template per line, `{c}` for the class name; line 0 is trained
+<task>/zeroshot_classification_templates.txt  one prompt template per line with `{c}`; training uses the first
 <task>/train/nshards.txt, 0.tar, 1.tar, …     samples KEY.(jpg|jpeg|png|webp) + KEY.cls
 <task>/test/nshards.txt, 0.tar, …
 <task>/zscl.json                              optional manifest of ZSCL: source, split, counts, sizes and SHA-256
@@ -42,9 +42,7 @@ def read_text(location: str) -> str | None:
     """
     try:
         if "://" not in location and Path(location).exists() and not Path(location).is_file():
-            raise InputError(
-                f"{location}: found no file but a folder or device, expected a text file", code=ErrorCode.UNREADABLE
-            )
+            raise InputError(f"{location}: found a folder or device, expected a text file", code=ErrorCode.UNREADABLE)
         with open_binary(location) as stream:
             return stream.read().decode("utf-8-sig")
     except (FileNotFoundError, NotADirectoryError):
@@ -65,11 +63,11 @@ def read_text(location: str) -> str | None:
 def read_lines(location: str, content: str) -> list[str]:
     r"""Read the lines of a text file, without surrounding whitespace.
 
-    Only \n and \r\n end a line, because line numbers may be labels: Unicode's other line separators are kept.
+    Only \n and \r\n end a line, because line numbers may be labels. Other line separators of Unicode are preserved.
 
     Args:
         location: Path or URL.
-        content: What the lines are, for error messages.
+        content: A plural noun for the lines, for error messages.
 
     Returns:
         The lines, without blank lines at the end.
@@ -79,22 +77,22 @@ def read_lines(location: str, content: str) -> list[str]:
     """
     text = read_text(location)
     if text is None:
-        raise InputError(f"{location}: found no such file, expected {content}, one a line", code=ErrorCode.NOT_FOUND)
+        raise InputError(f"{location}: found no such file, expected {content}, one per line", code=ErrorCode.NOT_FOUND)
     if not text.strip():
-        raise InputError(f"{location}: found an empty file, expected {content}, one a line", code=ErrorCode.EMPTY)
+        raise InputError(f"{location}: found an empty file, expected {content}, one per line", code=ErrorCode.EMPTY)
     lines = [line.strip() for line in text.rstrip().split("\n")]
     for number, line in enumerate(lines, start=1):
         if "\0" in line or "\r" in line:
             character = "a NUL byte" if "\0" in line else "a carriage return within a line"
             raise InputError(
-                f"{location}: found {character} on line {number}, expected {content}, one a line, in UTF-8",
+                f"{location}: found {character} on line {number}, expected {content}, one per line, in UTF-8",
                 code=ErrorCode.UNREADABLE,
             )
     return lines
 
 
 def parse_count(text: str) -> int | None:
-    """Parse a non-negative integer of fewer than 20 ASCII digits; `None` for any other text."""
+    """Parse a non-negative integer of fewer than 20 ASCII digits. Return `None` for any other text."""
     return int(text) if text.isascii() and text.isdecimal() and len(text) < 20 else None
 
 
@@ -107,12 +105,13 @@ class TaskFolder:
         path: Path or URL of the folder.
         classnames: Class names in label order.
         templates: Prompt templates; the first one is used for training.
-        shard_cache: Folder that remote shards are downloaded to; `None` streams them.
-        classes: For a subset of the classes, their labels in the folder; label i of this task is `classes[i]`.
-        full_task: For a subset of the classes, the task with all classes.
-        held_out: Which training images are held out; `None` for none.
+        shard_cache: Folder to which remote shards are downloaded. If `None`, remote shards are streamed.
+        classes: If the task has a subset of the folder's classes, their labels in the folder: label i of the task is
+            label `classes[i]` of the folder.
+        full_task: If the task has a subset of the classes, the task with all classes.
+        held_out: Settings of the held-out training images; `None` if no images are held out.
         shots: Training images per class; `None` for all.
-        shots_seed: Seed of the draw of these images.
+        shots_seed: Seed of the random choice of these images.
     """
 
     name: str
@@ -132,8 +131,8 @@ class TaskFolder:
 
         Args:
             task: The task of a recipe: path and name.
-            shard_cache: Folder that remote shards are downloaded to; `None` streams them.
-            held_out: Which training images are held out; `None` for none.
+            shard_cache: Folder to which remote shards are downloaded. If `None`, remote shards are streamed.
+            held_out: Settings of the held-out training images; `None` if no images are held out.
 
         Returns:
             The task with all classes and all shots.
@@ -145,20 +144,20 @@ class TaskFolder:
         if is_local and not Path(task.path).is_dir():
             suggestion = did_you_mean_path(Path(task.path))
             raise InputError(
-                f"{task.path}: found no such folder, expected a task (task '{task.name}'){suggestion}",
+                f"{task.path}: found no such folder, expected the folder of task '{task.name}'{suggestion}",
                 code=ErrorCode.NOT_FOUND,
             )
         if is_local and not Path(task.path, "classnames.txt").exists():
             raise InputError(
-                f"{task.path}/classnames.txt: found no such file, expected class names, one a line; a folder of images "
-                "becomes a task with: zscl data prepare folder",
+                f"{task.path}/classnames.txt: found no such file, expected class names, one per line; to convert a "
+                "folder of images to a task, use: zscl data prepare folder",
                 code=ErrorCode.NOT_FOUND,
             )
         classnames = read_lines(f"{task.path}/classnames.txt", "class names")
         if "" in classnames:
             raise InputError(
-                f"{task.path}/classnames.txt: found line {classnames.index('') + 1} empty, expected a class name: the "
-                "line number is the label",
+                f"{task.path}/classnames.txt: line {classnames.index('') + 1} is empty, expected a class name, because "
+                "line numbers are labels",
                 code=ErrorCode.INVALID_VALUE,
             )
         file = f"{task.path}/zeroshot_classification_templates.txt"
@@ -166,17 +165,17 @@ class TaskFolder:
         for template in templates:
             if "{c}" not in template:
                 raise InputError(
-                    f"{file}: found the template {template!r}, expected a {{c}} for the class name in it",
+                    f"{file}: found the template {template!r}, expected one with {{c}} for the class name",
                     code=ErrorCode.INVALID_VALUE,
                 )
         return cls(task.name, task.path, tuple(classnames), tuple(templates), shard_cache, held_out=held_out)
 
     def prompts(self, template: str) -> list[str]:
-        """Return the template with each class name, in label order."""
+        """Fill the template with every class name, in label order."""
         return [template.replace("{c}", name) for name in self.classnames]
 
     def subset(self, classes: tuple[int, ...] | None, name: str) -> "TaskFolder":
-        """Return a task of some of the classes, with labels renumbered in the given order.
+        """Return a task of some of the classes, with labels renumbered in the order of `classes`.
 
         Args:
             classes: Labels of the classes; `None` for all.
@@ -193,8 +192,8 @@ class TaskFolder:
         for label in classes:
             if label >= len(self.classnames) or classes.count(label) > 1:
                 raise InputError(
-                    f"{self.path}: found the class {label} in the classes of '{name}', expected each once, of 0 to "
-                    f"{len(self.classnames) - 1}",
+                    f"{self.path}: found the label {label} in the classes of '{name}', expected different labels from "
+                    f"0 to {len(self.classnames) - 1}",
                     code=ErrorCode.INVALID_VALUE,
                     field="tasks.classes",
                 )
@@ -203,14 +202,14 @@ class TaskFolder:
 
     @cached_property
     def train(self) -> IndexedSamples | StreamedSamples:
-        """The training images, without those held out and limited to `shots` per class."""
+        """The training images without the held-out images; at most `shots` images per class."""
         if self.shots is None:
             return self._load_split("train")
         return draw_shots(self.without_shots.train, self.shots, self.shots_seed, self.path, self._is_usable)
 
     @cached_property
     def test(self) -> IndexedSamples | StreamedSamples:
-        """The test images, or the held-out images if the run is evaluated on those."""
+        """The test images, or the held-out images if the run is evaluated on them."""
         return self._load_split("test") if self.shots is None else self.without_shots.test
 
     @cached_property
@@ -225,8 +224,8 @@ class TaskFolder:
         samples = self.full_task.train if split == "train" else self.full_task.test
         if not isinstance(samples, IndexedSamples):
             raise InputError(
-                f"{self.path}: found remote shards, expected local ones to take some classes from; "
-                "compute.shard_cache makes them local",
+                f"{self.path}: found remote shards, expected local shards to select some of the classes; to download "
+                "them, set compute.shard_cache",
                 code=ErrorCode.UNSUPPORTED,
             )
         labels = set(self.classes)
@@ -235,7 +234,7 @@ class TaskFolder:
         ]
         if not positions:
             raise InputError(
-                f"{self.path}/{split}: found no image of the classes of '{self.name}', expected some",
+                f"{self.path}/{split}: found no image of the classes of '{self.name}', expected at least one",
                 code=ErrorCode.EMPTY,
             )
         return samples.subset(positions).reindexed()
@@ -245,7 +244,7 @@ class TaskFolder:
 
     @cached_property
     def _divided_splits(self) -> dict[str, IndexedSamples]:
-        """The training images without those held out as `train`, and the held-out images as `test`."""
+        """The remaining training images as `train`, and the held-out images as `test`."""
         assert self.held_out is not None
         train, held = hold_out(self._open_split("train"), self.held_out, self.path, self.classnames)
         return {"train": train, "test": held}
@@ -275,13 +274,13 @@ class TaskFolder:
             if "://" not in shard and not Path(shard).is_file():
                 file = f"{self.path}/{split}/nshards.txt"
                 raise InputError(
-                    f"{shard}: found no such file, expected {len(shards)} shards as {file} says",
+                    f"{shard}: found no such file, expected {len(shards)} shards according to {file}",
                     code=ErrorCode.NOT_FOUND,
                 )
         return shards
 
     def list_expected_shards(self, split: str) -> list[str]:
-        """List a split's shards as counted by nshards.txt, whether they exist or not.
+        """List a split's shards according to nshards.txt, whether they exist or not.
 
         Args:
             split: `train` or `test`.
@@ -302,7 +301,7 @@ class TaskFolder:
         return [f"{self.path}/{split}/{index}.tar" for index in range(count)]
 
     def list_warnings(self, split: str) -> list[str]:
-        """Return warnings about dotted keys and extra shards, which users may expect to be read differently."""
+        """Return warnings about keys with dots, and about shards beyond the number in nshards.txt."""
         warnings = []
         samples = self.train if split == "train" else self.test
         if isinstance(samples, IndexedSamples) and (keys := samples.find_dotted_keys()):
@@ -312,7 +311,7 @@ class TaskFolder:
         return warnings
 
     def find_extra_shards(self, split: str) -> list[Path]:
-        """Return the shards in a local split's folder that nshards.txt does not count. They are never read."""
+        """Return the shards in a local split's folder beyond the number in nshards.txt. They are never read."""
         if "://" in self.path or not Path(self.path, split, "nshards.txt").is_file():
             return []
         expected = {Path(shard) for shard in self.list_expected_shards(split)}
@@ -331,7 +330,7 @@ class TaskFolder:
             The index into `classnames`.
 
         Raises:
-            BrokenSampleError: The sample has a fault, or its label is missing or not one of the task's.
+            BrokenSampleError: The sample has a fault, or its label is missing or is not a label of the task.
         """
         sample.check()
         if sample.label is None:
@@ -362,7 +361,7 @@ class TaskFolder:
 
     @cached_property
     def broken_samples(self) -> dict[str, list[str]]:
-        """Messages about the unusable samples of each local split, judged by file names and labels."""
+        """Messages about the samples of each local split whose file names or labels make them unusable."""
         messages: dict[str, list[str]] = {}
         for split, samples in self._local_splits.items():
             messages[split] = []
@@ -382,7 +381,7 @@ class TaskFolder:
         """Check all local shards and labels.
 
         Args:
-            max_broken_share: Largest accepted share of unusable samples of a split, 0 to 1.
+            max_broken_share: Largest accepted fraction of unusable samples of a split.
 
         Raises:
             InputError: A shard is missing or damaged, or too many samples are unusable.
@@ -393,7 +392,7 @@ class TaskFolder:
 
     @cached_property
     def digest(self) -> str:
-        """Hash of the task's content: of the manifest's hashes, or else of the samples' names, sizes and labels."""
+        """Hash of the task's content, from the manifest's hashes, or from the samples' names, sizes and labels."""
         if self.full_task is not None:
             return sha256_of(self.full_task.digest, repr(self.classes), "\n".join(self.templates))
         if self.held_out is not None:
@@ -425,7 +424,7 @@ class TaskFolder:
                 file = Path(self.path, split, name)
                 if file.exists() and file.stat().st_size != size:
                     raise InputError(
-                        f"{file}: found {file.stat().st_size} bytes, expected {size} as {MANIFEST} beside it says "
+                        f"{file}: found {file.stat().st_size} bytes, expected {size} according to {MANIFEST} "
                         "(delete that file if you changed the shard)",
                         code=ErrorCode.MISMATCH,
                     )
@@ -434,22 +433,22 @@ class TaskFolder:
             raise
         except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
             raise InputError(
-                f"{self.path}/{MANIFEST}: found no manifest ({error}), expected zscl's own, or no such file",
+                f"{self.path}/{MANIFEST}: found an invalid manifest ({error}), expected zscl's own, or no such file",
                 code=ErrorCode.UNREADABLE,
             ) from error
         return hashes
 
 
 def describe_dotted_keys(split: str, keys: Sequence[str]) -> str:
-    """Return a warning about keys with dots, which other readers of WebDataset cut at the first dot."""
+    """Return a warning about keys with dots, which other WebDataset readers truncate at the first dot."""
     samples = format_names(keys, "sample whose key has a dot", "samples whose keys have dots")
     return (
-        f"{split}: found {samples}: they are read here up to the last dot, each image as a sample of its own; "
-        "WebDataset's own tools cut at the first"
+        f"{split}: found {samples}. Here a key ends at the last dot, so every image is a separate sample; in other "
+        "WebDataset tools it ends at the first dot"
     )
 
 
 def describe_extra_shards(split: str, shards: Sequence[Path]) -> str:
-    """Return a warning about shards that nshards.txt does not count."""
+    """Return a warning about shards beyond the number in nshards.txt."""
     names = format_names([printable_name(file.name) for file in shards], "shard")
-    return f"{split}: found {names} that nshards.txt does not count: never read"
+    return f"{split}: found {names} beyond the number in nshards.txt; extra shards are never read"

@@ -41,17 +41,15 @@ def write_captions(file: Path, folder: Path, column: str | None = None) -> Writt
         column: Name or number (from 1) of the caption column, or key in JSON; detected by default.
 
     Returns:
-        A summary of the captions, which were written now or existed before.
+        A summary of the captions. If `captions.txt` exists with the same captions, it is not written again.
 
     Raises:
-        InputError: The file cannot be read, its format or column is ambiguous, it has no caption, or the folder has
-            other captions.
+        InputError: The file cannot be read, its format or column is ambiguous, it has no caption, or `captions.txt`
+            exists with other captions.
     """
     if not file.is_file():
         kind = "a folder" if file.is_dir() else "no such file"
-        advice = (
-            "; a folder of shards or of images with .txt files is a reference set as it is" if file.is_dir() else ""
-        )
+        advice = "; a folder of shards, or of images with .txt files, needs no conversion" if file.is_dir() else ""
         raise InputError(
             f"{file}: found {kind}, expected a caption file: {CAPTION_FORMATS}{advice}", code=ErrorCode.NOT_FOUND
         )
@@ -66,7 +64,7 @@ def write_captions(file: Path, folder: Path, column: str | None = None) -> Writt
         existing = read_captions(str(path), lenient=True)
         if not all(old == new for old, new in itertools.zip_longest(existing, captions)):
             raise InputError(
-                f"{path}: found other captions there, expected a folder without a captions.txt",
+                f"{path}: the file exists and has other captions, expected a folder without a captions.txt",
                 code=ErrorCode.MISMATCH,
             )
     else:
@@ -78,7 +76,7 @@ def write_captions(file: Path, folder: Path, column: str | None = None) -> Writt
 
 
 def _add_header_if_ambiguous(written: Path, file: Path, first: str) -> None:
-    """Add a header line to captions that a run would not read back unchanged; the header determines their format.
+    """Add a header line if a run would read the captions differently without it. The header determines the format.
 
     Args:
         written: File with one caption per line.
@@ -86,7 +84,7 @@ def _add_header_if_ambiguous(written: Path, file: Path, first: str) -> None:
         first: The first caption.
 
     Raises:
-        InputError: A run would not read the captions with a header either.
+        InputError: A run cannot read the captions with a header either.
     """
     try:
         captions = read_captions(str(written), lenient=True)
@@ -100,8 +98,8 @@ def _add_header_if_ambiguous(written: Path, file: Path, first: str) -> None:
     except InputError as error:
         reason = str(error).replace(f"{written}: ", "").partition("; name it: ")[0]
         raise InputError(
-            f"{file}: {reason}; a run would refuse the captions.txt that is made of it: choose another column with "
-            "--column NAME_OR_NUMBER, or leave these captions out",
+            f"{file}: {reason}; a run cannot read the resulting captions.txt. Choose another column with "
+            "--column NAME_OR_NUMBER, or remove these captions",
             code=error.code,
             field=error.field,
         ) from error

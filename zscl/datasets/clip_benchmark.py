@@ -20,10 +20,10 @@ from zscl.runtime.hashing import sha256_of_file
 
 SPLIT_FAMILY = "clip-benchmark-wds"
 
-# Task -> repository, and how its split differs from that of the published results.
+# Task -> its repository, and a comparison of its split with that of the published results.
 MTIL_COPIES = {
     "Aircraft": ("wds_fgvc_aircraft", "the published split"),
-    "Caltech101": ("wds_vtab-caltech101", "another split, and a class more: the background"),
+    "Caltech101": ("wds_vtab-caltech101", "another split, and an additional class: the background"),
     "CIFAR100": ("wds_vtab-cifar100", "5 000 training images are held out"),
     "DTD": ("wds_vtab-dtd", "probably the published split"),
     "EuroSAT": ("wds_vtab-eurosat", "another split"),
@@ -32,10 +32,10 @@ MTIL_COPIES = {
     "MNIST": ("wds_mnist", "the published split"),
     "OxfordPet": ("wds_vtab-pets", "80 % of the training images"),
     "StanfordCars": ("wds_cars", "the published split"),
-    "SUN397": ("wds_sun397", "a test split alone: the task can be evaluated and not trained"),
+    "SUN397": ("wds_sun397", "only a test split: the task can be evaluated, but not trained"),
 }
 
-# Test sets for the drift of a model; the copies' own class names and templates are used.
+# Test sets for the drift of a model. Class names and templates come from the copies.
 DRIFT_COPIES = {
     "ImageNet": ("wds_imagenet1k", "the validation images"),
     "ImageNetV2": ("wds_imagenetv2", "matched frequency"),
@@ -47,10 +47,10 @@ DRIFT_COPIES = {
 
 
 def fetch(task: str, out: Path) -> PreparedTask:
-    """Download a copy to the task folder `out/task`; an existing one is reused.
+    """Download a copy to the task folder `out/task`. An existing task is reused.
 
-    A task of MTIL gets the class names and templates of the published results. Of ImageNet and its variants, only the
-    test split is downloaded. The next call resumes an interrupted download.
+    MTIL tasks get the class names and templates of the published results. For ImageNet and its variants, only the test
+    split is downloaded. The next call resumes an interrupted download.
 
     Args:
         task: A name in `MTIL_COPIES` or `DRIFT_COPIES`.
@@ -73,7 +73,7 @@ def fetch(task: str, out: Path) -> PreparedTask:
     splits = [split for split in ("train", "test")[not is_mtil :] if (downloaded / split / "nshards.txt").is_file()]
     if "test" not in splits:
         raise InputError(
-            f"{task}: found no test/nshards.txt in clip-benchmark/{repository}, expected a task's layout",
+            f"{task}: found no test/nshards.txt in clip-benchmark/{repository}, expected the layout of a task",
             code=ErrorCode.NOT_FOUND,
         )
     classnames, notes = read_lines(f"{downloaded}/classnames.txt", "class names"), list[str]()
@@ -105,16 +105,18 @@ def _download(task: str, repository: str, folder: Path) -> None:
         )
     except Exception as error:
         raise InputError(
-            f"{task}: cannot download clip-benchmark/{repository} ({one_line(error)}), expected a copy",
+            f"{task}: cannot download clip-benchmark/{repository} ({one_line(error)}); the next call "
+            "resumes the download",
             code=ErrorCode.UNREACHABLE,
         ) from error
 
 
 def _published_classnames(task: str, copied: list[str]) -> tuple[list[str], list[str]]:
-    """Return the class names of the published results in the copy's label order, and a note about changed names."""
+    """Return the published class names in the label order of the copy, and a note about changed names."""
     published = classnames_of(task, copied)
-    changed = [f"'{old}' is '{new}' here" for old, new in zip(copied, published, strict=True) if old != new]
-    return published, [f"{len(changed)} class names are CLIP's: {', '.join(changed[:3])}"] if changed else []
+    changed = [f"'{old}' by '{new}'" for old, new in zip(copied, published, strict=True) if old != new]
+    note = f"{len(changed)} class names are replaced by CLIP's class names: {', '.join(changed[:3])}"
+    return published, [note] if changed else []
 
 
 def _manifest(

@@ -20,7 +20,7 @@ def prepare_folder(images: Path, folder: Path, templates: Sequence[str], seed: i
     """Convert an image folder with one subfolder per class to a task.
 
     Args:
-        images: Contains train/CLASS/* and test/CLASS/*, or CLASS/*, which is split 80/20 at random.
+        images: Folder that contains train/CLASS/* and test/CLASS/*, or only CLASS/*, which is split 80/20 at random.
         folder: Path of the task folder. An existing task of the same files is reused.
         templates: Prompt templates with `{c}`.
         seed: Seed of the random split.
@@ -29,12 +29,12 @@ def prepare_folder(images: Path, folder: Path, templates: Sequence[str], seed: i
         The task, with notes about class names, skipped files and unexpected folders.
 
     Raises:
-        InputError: There are no images, a class has other files only, the classes of the splits differ, a template
-            has no `{c}`, or `folder` holds something else.
+        InputError: A class has no images, the splits have different classes, a template has no `{c}`, or `folder`
+            contains something else.
     """
     for template in templates:
         if "{c}" not in template or len(template.splitlines()) > 1:
-            expected = "one line" if "{c}" in template else "a {c} for the class name in it"
+            expected = "one line" if "{c}" in template else "{c} in place of the class name"
             raise InputError(
                 f"--template: found {template!r}, expected {expected}",
                 code=ErrorCode.INVALID_VALUE,
@@ -46,25 +46,25 @@ def prepare_folder(images: Path, folder: Path, templates: Sequence[str], seed: i
     for name in classnames:
         if classnames.count(name) > 1:
             raise InputError(
-                f"{images}: found two folders for the class '{name}', expected one folder a class",
+                f"{images}: found two folders for the class '{name}', expected one folder per class",
                 code=ErrorCode.DUPLICATE,
             )
     prepared = write_files(folder, classnames, templates, splits, printable_name(str(images)), family)
     notes = [
         _class_names_note(classnames),
         *_nested_folder_notes(images, splits),
-        *_skipped_files_notes(skipped, "without an image in it"),
-        *_skipped_files_notes(_find_stray_images(images, classes), "outside the classes' folders"),
+        *_skipped_files_notes(skipped, "without image content"),
+        *_skipped_files_notes(_find_stray_images(images, classes), "outside the class folders"),
     ]
     return replace(prepared, notes=tuple(notes))
 
 
 def _class_name(images: Path, folder: str) -> str:
-    """Return the class name for the name of a folder; refuse a folder name without printable text."""
+    """Convert the name of a folder to a class name. Refuse a name without printable text."""
     name = " ".join(folder.replace("_", " ").replace("-", " ").splitlines()).strip()
     if not name or not name.replace("\xa0", " ").isprintable():
         raise InputError(
-            f"{images}: found the folder '{printable_name(folder)}', expected one named after its class; rename it",
+            f"{images}: found the folder '{printable_name(folder)}', expected the name of a class; rename the folder",
             code=ErrorCode.INVALID_VALUE,
         )
     return name
@@ -83,8 +83,8 @@ def _nested_folder_notes(images: Path, splits: Mapping[str, Sequence[SourceFile]
             folders = PurePosixPath(file.name).parts[depth - 1 : -1]
             if len(folders) > 1:
                 return [
-                    f"warning: found the folder {folders[1]} in that of the class {folders[0]}, whose images it "
-                    f"joined; if {folders[1]} is a class, pass the folder that contains it"
+                    f"warning: the images in the folder {folders[1]} were added to the class {folders[0]}, "
+                    f"whose folder contains it; if {folders[1]} is a class, pass the folder that contains it"
                 ]
     return []
 
@@ -93,7 +93,7 @@ def _skipped_files_notes(names: Sequence[str], reason: str) -> list[str]:
     if not names:
         return []
     more = ", …" if len(names) > MAX_NAMES else ""
-    return [f"warning: left out {format_count(len(names), 'file')} {reason} ({', '.join(names[:MAX_NAMES])}{more})"]
+    return [f"warning: skipped {format_count(len(names), 'file')} {reason} ({', '.join(names[:MAX_NAMES])}{more})"]
 
 
 def _find_stray_images(images: Path, classes: Sequence[str]) -> list[str]:
@@ -111,15 +111,15 @@ def _find_stray_images(images: Path, classes: Sequence[str]) -> list[str]:
 
 
 def _read_splits(images: Path, seed: int, skipped: list[str]) -> tuple[str, list[str], dict[str, list[SourceFile]]]:
-    """Return an image folder's split family, class folders and files; append files without an image to `skipped`."""
+    """Return the split family, class folders and image files, and append the names of other files to `skipped`."""
     if not images.is_dir():
         raise InputError(
-            f"{images}: found no such folder, expected images sorted into a folder a class", code=ErrorCode.NOT_FOUND
+            f"{images}: found no such folder, expected a folder with one subfolder per class", code=ErrorCode.NOT_FOUND
         )
     splits = [split for split in ("train", "test") if _list_folders(images / split)]
     if len(splits) == 1:
         raise InputError(
-            f"{images}: found {splits[0]}/ alone, expected both train/ and test/, or a folder a class",
+            f"{images}: found only {splits[0]}/, expected both train/ and test/, or one folder per class",
             code=ErrorCode.NOT_FOUND,
         )
     if not splits:
@@ -132,7 +132,7 @@ def _read_splits(images: Path, seed: int, skipped: list[str]) -> tuple[str, list
         [odd, *_] = sorted(set(classes) ^ set(test_classes))
         present, absent = ("train", "test") if odd in classes else ("test", "train")
         raise InputError(
-            f"{images}: found the class '{odd}' in {present}/ and not in {absent}/, expected it in both",
+            f"{images}: found the class '{odd}' in {present}/, but not in {absent}/, expected it in both",
             code=ErrorCode.MISMATCH,
         )
     split_files = {
@@ -154,9 +154,7 @@ def _filter_images(files: Sequence[SourceFile], classes: Sequence[str], skipped:
     labels = {file.label for file in images}
     for label, name in enumerate(classes):
         if label not in labels:
-            raise InputError(
-                f"{name}: found no file with an image in it, expected at least one a class", code=ErrorCode.EMPTY
-            )
+            raise InputError(f"{name}: found no image, expected at least one per class", code=ErrorCode.EMPTY)
     return images
 
 
@@ -170,16 +168,16 @@ def list_class_files(images: Path, folder: Path, classes: Sequence[str], subfold
     """List the image files of a folder with one subfolder per class.
 
     Args:
-        images: The source's root; file names are relative to it.
-        folder: Contains the classes' folders.
-        classes: Names of the classes' folders, in label order.
-        subfolder: Folder of the images within a class's folder.
+        images: Root folder of the source. File names are relative to it.
+        folder: Folder that contains the class folders.
+        classes: Names of the class folders, in label order.
+        subfolder: Path from a class folder to the folder of its images.
 
     Returns:
         The files, ordered by class and path.
 
     Raises:
-        InputError: A class has no image, or shards cannot hold a file's format.
+        InputError: A class has no image, or shards cannot hold the file format of an image.
     """
     files = []
     for label, name in enumerate(classes):
@@ -187,13 +185,13 @@ def list_class_files(images: Path, folder: Path, classes: Sequence[str], subfold
         with convert_errors(f"{class_folder}: cannot be read"):
             paths = list_files(class_folder) if class_folder.is_dir() else []
         if not paths:
-            raise InputError(f"{folder / name}: found no image, expected at least one a class", code=ErrorCode.EMPTY)
+            raise InputError(f"{folder / name}: found no image, expected at least one per class", code=ErrorCode.EMPTY)
         for path in paths:
             image_suffix(str(path))
             files.append(SourceFile(printable_name(path.relative_to(images).as_posix()), label, path.read_bytes))
     if not files:
         raise InputError(
-            f"{folder}: found no folder with images, expected one a class ({', '.join(IMAGE_SUFFIXES)} files)",
+            f"{folder}: found no folder with images, expected one per class ({', '.join(IMAGE_SUFFIXES)} files)",
             code=ErrorCode.EMPTY,
         )
     return files

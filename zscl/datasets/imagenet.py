@@ -1,7 +1,7 @@
 """Conversion of TinyImageNet and ImageNet, or some of its classes, to tasks for class-incremental learning.
 
-Both datasets are folders of image files with one subfolder per WordNet id (`n01440764`). The class names are stored
-elsewhere.
+Both datasets are folders of image files with one subfolder per WordNet id (`n01440764`). The class names come from
+`words.txt` or from open_clip.
 """
 
 from collections.abc import Mapping
@@ -12,15 +12,16 @@ from zscl.data.task import read_lines
 from zscl.datasets.image_folder import list_class_files
 from zscl.datasets.sources import PreparedTask, SourceFile, write_files
 
-TINY_TEMPLATE = "a bad photo of a {c}."  # of the published results
+TINY_TEMPLATE = "a bad photo of a {c}."  # template of the published results
 TEMPLATE = "a good photo of a {c}."
 
 
 def prepare_tinyimagenet(root: Path, folder: Path) -> PreparedTask:
-    """Convert the unpacked `tiny-imagenet-200` to a task; its validation images are the test split.
+    """Convert the unpacked `tiny-imagenet-200` to a task. Its validation images become the test split.
 
     Args:
-        root: Contains wnids.txt, words.txt, train/WNID/images/* and val/images/* with val/val_annotations.txt.
+        root: Folder that contains wnids.txt, words.txt, train/WNID/images/* and val/images/* with
+            val/val_annotations.txt.
         folder: Path of the task folder. An existing task of the same files is reused.
 
     Returns:
@@ -54,10 +55,10 @@ def prepare_tinyimagenet(root: Path, folder: Path) -> PreparedTask:
 
 
 def prepare_imagenet(root: Path, folder: Path, classes: Path | None) -> PreparedTask:
-    """Convert ImageNet-1k, or some of its classes, from the layout of torchvision's ImageNet; val is the test split.
+    """Convert ImageNet-1k, or some of its classes, to a task. Its validation images become the test split.
 
     Args:
-        root: Contains train/WNID/* and val/WNID/*.
+        root: Folder in the layout of torchvision's `ImageNet`: train/WNID/* and val/WNID/*.
         folder: Path of the task folder. An existing task of the same files is reused.
         classes: File with one WordNet id per line in label order, optionally followed by a class name; all classes
             by default.
@@ -72,7 +73,7 @@ def prepare_imagenet(root: Path, folder: Path, classes: Path | None) -> Prepared
     lines = read_lines(str(classes), "WordNet ids") if classes else sorted(clip_names)
     if not lines:
         raise InputError(
-            f"{root}/train: found other folders than ImageNet's thousand classes, expected them, or --classes FILE",
+            f"{root}/train: found other folders than the 1000 classes of ImageNet, expected these, or --classes FILE",
             code=ErrorCode.NOT_FOUND,
         )
     names = dict(line.partition(" ")[::2] for line in lines)
@@ -85,8 +86,8 @@ def prepare_imagenet(root: Path, folder: Path, classes: Path | None) -> Prepared
     for wnid, name in names.items():
         if not name and wnid not in clip_names:
             raise InputError(
-                f"{classes}: found {wnid!r} without a name, expected one after it, as {root}/train has not all of "
-                "ImageNet's thousand classes to determine it",
+                f"{classes}: {wnid!r} has no class name, expected the name after the id. It cannot be looked up, "
+                f"because {root}/train lacks some of the 1000 classes",
                 code=ErrorCode.MISSING_VALUE,
                 field="--classes",
             )
@@ -104,9 +105,9 @@ def prepare_imagenet(root: Path, folder: Path, classes: Path | None) -> Prepared
 
 
 def _clip_names(root: Path) -> Mapping[str, str]:
-    """Return CLIP's class names by WordNet id.
+    """Return a mapping from WordNet ids to CLIP's class names.
 
-    Labels are the alphabetical order of all thousand ids. If a folder is missing, the result is empty.
+    Labels follow the alphabetical order of all 1000 ids. If the folder of a class is missing, the mapping is empty.
     """
     from open_clip import IMAGENET_CLASSNAMES
 
@@ -117,5 +118,7 @@ def _clip_names(root: Path) -> Mapping[str, str]:
 def _first_name(names: str, wnid: str) -> str:
     name = names.partition(",")[0].strip()
     if not name:
-        raise InputError(f"words.txt: found no name for {wnid}, expected one", code=ErrorCode.MISSING_VALUE)
+        raise InputError(
+            f"words.txt: found no name for {wnid}, expected one after the id", code=ErrorCode.MISSING_VALUE
+        )
     return name

@@ -1,7 +1,7 @@
 """Conversion of the eleven MTIL tasks of the published results, read through torchvision's dataset classes.
 
-Splits, class names and templates are those of the published results. `prompts.json` contains CLIP's class names by
-torchvision's class names. torchvision is imported only when it is used.
+Splits, class names and templates are those of the published results. `prompts.json` maps torchvision's class names to
+those of CLIP. torchvision is imported only when it is used.
 """
 
 import io
@@ -105,11 +105,11 @@ class TorchvisionSource:
 
     Attributes:
         dataset: Name of the class in `torchvision.datasets`.
-        folder: Folder that the class expects in its root.
+        folder: Folder that the class expects in its root folder.
         published_counts: Numbers of train and test images in the published results.
-        list_files: Returns a dataset's images, for its root.
-        split_arguments: The class's arguments for train and test; `None` if there is no official split. The paper's
-            80/20 `random_split` is used then.
+        list_files: Returns the images of a dataset, given its root folder.
+        split_arguments: Arguments of the class for train and test. `None` means that there is no official split, so the
+            paper's 80/20 `random_split` is used.
         list_classes: Returns a dataset's class names in label order.
         separators: Characters between the words of a class name.
         is_downloadable: Whether torchvision can download the dataset.
@@ -126,7 +126,7 @@ class TorchvisionSource:
 
     @property
     def split_family(self) -> str:
-        """Name of the split; results are comparable only within a family."""
+        """Name of the split. Results are comparable only if the split families are equal."""
         return "torchvision" if self.split_arguments else f"zscl-seed{SPLIT_SEED}"
 
 
@@ -165,7 +165,7 @@ def classnames_of(task: str, classes: Sequence[str]) -> list[str]:
 
     Args:
         task: A name in `MTIL`.
-        classes: Class names in the source's spelling and order.
+        classes: Class names in the spelling and order of the source.
 
     Returns:
         CLIP's spelling of the names, in the same order.
@@ -179,12 +179,13 @@ def classnames_of(task: str, classes: Sequence[str]) -> list[str]:
 
 
 def prepare(task: str, out: Path, root: Path | None, on_progress: OnProgress = lambda *_: None) -> PreparedTask:
-    """Convert one of torchvision's datasets to the task folder `out/task`; an existing one is reused.
+    """Convert one of torchvision's datasets to the task folder `out/task`. An existing task is reused.
 
     Args:
         task: A name in `MTIL`.
         out: Folder of the tasks.
-        root: Local copy in torchvision's own layout; `None` downloads the dataset and removes it after conversion.
+        root: Local copy in the layout of torchvision. If `None`, the dataset is downloaded, and removed after
+            conversion.
         on_progress: Callback, called every few hundred images.
 
     Returns:
@@ -211,12 +212,12 @@ def prepare(task: str, out: Path, root: Path | None, on_progress: OnProgress = l
 
 
 def check_copies(tasks: Sequence[str], out: Path, root: Path | None) -> None:
-    """Check, before any conversion, that there is a local copy or a download for every task that does not exist yet.
+    """Check before any conversion that every missing task has a local copy or can be downloaded.
 
     Args:
         tasks: Names in `MTIL`.
         out: Folder of the tasks.
-        root: Local copies in torchvision's own layout, if any.
+        root: Folder of local copies in the layout of torchvision, if there are any.
 
     Raises:
         InputError: A folder that torchvision's class expects is missing, or a task needs a local copy.
@@ -227,8 +228,8 @@ def check_copies(tasks: Sequence[str], out: Path, root: Path | None) -> None:
             if not MTIL[task].is_downloadable:
                 prepare_command = shell_command("zscl", "data", "prepare", task, "--out", out, "--root", "FOLDER")
                 raise InputError(
-                    f"{task}: torchvision can no longer download it, expected a local copy: {prepare_command}, where "
-                    f"FOLDER holds {MTIL[task].folder}/",
+                    f"{task}: torchvision can no longer download this dataset, expected a local copy: "
+                    f"{prepare_command}, where FOLDER contains {MTIL[task].folder}/",
                     code=ErrorCode.MISSING_VALUE,
                     field="--root",
                 )
@@ -236,8 +237,8 @@ def check_copies(tasks: Sequence[str], out: Path, root: Path | None) -> None:
     absent = [task for task in missing if not (root / MTIL[task].folder).is_dir()]
     if absent:
         raise InputError(
-            f"--root {root}: found no folder {', '.join(MTIL[task].folder for task in absent)}, expected what "
-            f"torchvision's classes unpack there ({', '.join(absent)})",
+            f"--root {root}: found no folder {', '.join(MTIL[task].folder for task in absent)}, expected "
+            f"the folders that torchvision unpacks for {', '.join(absent)}",
             code=ErrorCode.NOT_FOUND,
             field="--root",
         )
@@ -270,7 +271,7 @@ def _size_notes(source: TorchvisionSource, images: Mapping[str, int]) -> tuple[s
     train, test = source.published_counts
     if (images["train"], images["test"]) == (train, test):
         return ()
-    return (f"not the data of the published numbers, which are from {train} train and {test} test images",)
+    return (f"these are not the images of the published results, which use {train} train and {test} test images",)
 
 
 def _read_splits(task: str, root: Path, download: bool) -> tuple[list[str], dict[str, list[SourceFile]]]:
@@ -286,14 +287,14 @@ def _read_splits(task: str, root: Path, download: bool) -> tuple[list[str], dict
         files = [source.list_files(dataset, root) for dataset in datasets]
     if classes[0] != classes[-1]:
         raise InputError(
-            f"{task}: found other classes in the test split than in the train split, expected the same",
+            f"{task}: the train and test splits have different classes, expected the same classes",
             code=ErrorCode.MISMATCH,
         )
     for file in itertools.chain(*files):
         if not 0 <= file.label < len(classes[0]):
             raise InputError(
-                f"{task}: {file.name} has the label {file.label}, expected 0 to {len(classes[0]) - 1} as there are "
-                f"{len(classes[0])} classes",
+                f"{task}: {file.name} has the label {file.label}, expected 0 to {len(classes[0]) - 1}, because there "
+                f"are {len(classes[0])} classes",
                 code=ErrorCode.MISMATCH,
             )
     if source.split_arguments:

@@ -1,6 +1,6 @@
-"""Conversion of image files from any source to a task folder; an existing folder of the same files is reused.
+"""Conversion of image files from any source to a task folder.
 
-Images that are files at the source are copied byte by byte.
+An existing task of the same files is reused. Image files are copied byte by byte.
 """
 
 import json
@@ -17,14 +17,14 @@ from schemas.errors import ErrorCode, InputError, one_line
 from zscl.data.task import MANIFEST, read_lines
 from zscl.datasets.task_writer import FileList, LabelledImage, write_task
 
-SPLIT_SEED = 42  # of the paper's random splits
+SPLIT_SEED = 42  # seed of the paper's random splits
 
 
 class SourceFile(NamedTuple):
     """An image of a source, which is read on demand.
 
     Attributes:
-        name: Path relative to the source's root.
+        name: Path relative to the root folder of the source.
         label: The label.
         read: Returns the encoded image.
     """
@@ -36,7 +36,7 @@ class SourceFile(NamedTuple):
 
 @dataclass(frozen=True)
 class PreparedTask:
-    """An existing task folder.
+    """A task folder that was written now or existed before.
 
     Attributes:
         name: The task's name.
@@ -78,7 +78,7 @@ def check_name(command: str, name: str, allowed: Sequence[str]) -> str:
 
 
 def random_split(total: int, seed: int = SPLIT_SEED) -> dict[str, list[int]]:
-    """Return the indices of the paper's random 80/20 split of `total` samples, in drawing order."""
+    """Return the sample indices of the paper's random 80/20 split of `total` samples, in the order of the draw."""
     train = int(0.8 * total)
     indices: Any = range(total)
     parts = torch.utils.data.random_split(
@@ -98,7 +98,7 @@ def find_existing_task(folder: Path, split_family: str) -> PreparedTask | None:
         The task, or `None` if the folder is missing or empty.
 
     Raises:
-        InputError: The folder holds a task with another split, or something that is not a task of `zscl data`.
+        InputError: The folder contains a task with another split, or something that `zscl data` did not write.
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
@@ -108,8 +108,8 @@ def find_existing_task(folder: Path, split_family: str) -> PreparedTask | None:
         images = {split: sum(shard["samples"] for shard in shards) for split, shards in manifest["splits"].items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"{folder}: found something that is no task made by zscl data, expected a new folder or one with a "
-            f"{MANIFEST} that names its split",
+            f"{folder}: zscl data did not write this folder, expected a new folder, or a task with a {MANIFEST} "
+            "that names its split",
             code=ErrorCode.MISMATCH,
         ) from error
     if existing_family != split_family:
@@ -129,7 +129,7 @@ def write_files(
     source: str,
     split_family: str,
 ) -> PreparedTask:
-    """Write a task from image files, which are copied byte by byte; reuse an existing task of the same files.
+    """Write a task from image files. An existing task of the same files is reused.
 
     Args:
         folder: Path of the task folder.
@@ -171,7 +171,7 @@ def _check_same_task(
     )
     if manifest.get("file_lists") != hashes or not has_same_texts:
         raise InputError(
-            f"{folder}: found a task of other files, classes or templates, expected a new folder",
+            f"{folder}: found a task with other files, classes or templates, expected a new folder",
             code=ErrorCode.MISMATCH,
         )
 
@@ -199,7 +199,7 @@ def read_images(task: str, files: Sequence[SourceFile], on_image: Callable[[], N
 
 @contextmanager
 def convert_errors(message: str) -> Iterator[None]:
-    """Convert every exception of the block to an `InputError`.
+    """Convert every exception that the block raises to an `InputError`.
 
     Torchvision's dataset classes parse files without checks. Any exception they raise means that the copy is damaged.
 
@@ -218,5 +218,5 @@ def convert_errors(message: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise InputError(
-            f"{message} ({one_line(error)}), expected a whole copy of the dataset", code=ErrorCode.UNREADABLE
+            f"{message} ({one_line(error)}), expected a complete copy of the dataset", code=ErrorCode.UNREADABLE
         ) from error

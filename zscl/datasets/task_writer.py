@@ -1,4 +1,7 @@
-"""Writer of task folders: class names, templates, tar shards and manifest; the same samples give the same bytes."""
+"""Writer of task folders: class names, templates, tar shards and manifest.
+
+The same samples always give the same bytes.
+"""
 
 import hashlib
 import json
@@ -11,7 +14,7 @@ from zscl.data.tar import IMAGE_SUFFIXES, write_shards
 from zscl.data.task import MANIFEST
 from zscl.runtime.atomic_io import atomic_folder, write_text
 
-FILE_NAMES = "files.txt"  # in a split's folder: the source's file name of each sample
+FILE_NAMES = "files.txt"  # in the folder of a split: the original file name of each sample
 
 
 class LabelledImage(NamedTuple):
@@ -20,7 +23,7 @@ class LabelledImage(NamedTuple):
     Attributes:
         image: The encoded image.
         label: The label.
-        name: The file name at the source. Its suffix is written, and the hash of the split covers it.
+        name: The original file name. The sample keeps its suffix, and the hash of the split includes the name.
     """
 
     image: bytes
@@ -29,10 +32,10 @@ class LabelledImage(NamedTuple):
 
 
 class FileList:
-    """SHA-256 over the file names and labels of a split, in order: equal hashes mean equal splits.
+    """The file names of a split, and a SHA-256 hash of its file names and labels. Equal hashes mean equal splits.
 
     Attributes:
-        names: File names at the source. The line number in `files.txt`, from 0, is the sample's key.
+        names: Original file names. The line number of a name in `files.txt`, from 0, is the key of the sample.
     """
 
     def __init__(self) -> None:
@@ -66,14 +69,14 @@ def write_task(
         folder: Path of the task folder.
         classnames: Class names in label order.
         templates: Prompt templates with `{c}`; the first one is used for training.
-        splits: For `train` and `test`, the encoded images with labels, and with file names if there are any.
+        splits: Encoded images of `train` and `test` with their labels, and with their file names if they have any.
         source: Origin of the images, for the manifest.
         suffix: File suffix of images without a name, without the dot.
-        split_family: Name of the split, for the manifest. Results are comparable only within a family.
+        split_family: Name of the split, for the manifest. Results are comparable only if the split families are equal.
         shard_images: Images per shard.
 
     Raises:
-        InputError: A split has no image, a shard cannot hold an image's file format, or a class name or template is
+        InputError: A split has no image, shards cannot hold the file format of an image, or a class name or template is
             not a single line.
     """
     _check_single_lines(folder, "class name", classnames)
@@ -87,7 +90,7 @@ def write_task(
             shards[split] = write_shards(temporary / split, _shard_samples(samples, suffix, files), shard_images)
             if not shards[split]:
                 raise InputError(
-                    f"{folder}: found no image for its {split} split in {source}, expected at least one",
+                    f"{folder}: {source} has no image for the {split} split, expected at least one",
                     code=ErrorCode.EMPTY,
                 )
             write_text(temporary / split / "nshards.txt", f"{len(shards[split])}\n")
@@ -101,11 +104,11 @@ def write_task(
 
 
 def _check_single_lines(folder: Path, kind: str, texts: Sequence[str]) -> None:
-    """Refuse a text that is empty or has several lines: the line number of a class name is its label."""
+    """Refuse texts that are empty or have several lines, because the line number of a class name is its label."""
     for number, text in enumerate(texts):
         if text.splitlines() != [text] or not text.strip() or "\0" in text:
             raise InputError(
-                f"{folder}: found {text!r} as {kind} {number}, expected text on a single line",
+                f"{folder}: {kind} {number} is {text!r}, expected text on a single line",
                 code=ErrorCode.INVALID_VALUE,
             )
 
@@ -137,7 +140,7 @@ def image_suffix(name: str) -> str:
     suffix = Path(name).suffix.lower().removeprefix(".")
     if suffix not in IMAGE_SUFFIXES:
         raise InputError(
-            f"{name}: found no image file that shards hold, expected one of {', '.join(IMAGE_SUFFIXES)}",
+            f"{name}: found a file format that shards cannot hold, expected one of {', '.join(IMAGE_SUFFIXES)}",
             code=ErrorCode.UNSUPPORTED,
         )
     return suffix

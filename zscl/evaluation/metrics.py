@@ -97,7 +97,7 @@ def seen_class_accuracies(matrix: Matrix, image_counts: Sequence[int]) -> list[f
         image_counts: The number of test images of each task.
 
     Returns:
-        After each stage, the accuracy on all test images of the tasks up to this stage.
+        The accuracy after each stage, on all test images of the tasks up to this stage.
     """
     return [
         sum(row[task] * image_counts[task] for task in range(stage)) / sum(image_counts[:stage])
@@ -111,8 +111,8 @@ def compute_metrics(matrix: Matrix, zero_shot: Sequence[float], image_counts: Se
     Args:
         matrix: The accuracy matrix, with a row for each finished stage.
         zero_shot: The initial model's accuracy on every task.
-        image_counts: The number of test images of each task, for class-incremental learning; `None` otherwise. With
-            it, Avg and Last are the mean and the last value of the accuracy over all seen classes.
+        image_counts: The number of test images of each task, for class-incremental learning; `None` otherwise. If
+            given, Avg and Last are the mean and the last value of the accuracy over all seen classes.
 
     Returns:
         The metrics.

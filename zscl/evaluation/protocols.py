@@ -4,8 +4,8 @@ Each test image is encoded once and classified under every protocol:
 
 - task-aware (MTIL): among the classes of its own task;
 - task-agnostic (X-TAIL: Xu et al., Advancing Cross-domain Discriminability in Continual Learning of Vision-Language
-  Models, NeurIPS 2024): among the classes of all tasks. A class name that several tasks have is one class with a prompt
-  of each task.
+  Models, NeurIPS 2024): among the classes of all tasks. If several tasks have the same class name, it is one class with
+  a prompt from each task.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +21,7 @@ from zscl.evaluation.zero_shot import check_has_images, embed_classes
 from zscl.models.clip import Clip, at_least_float32, precision_context
 from zscl.models.load_checks import check_finite
 
-CALIBRATION_BINS = 15  # of the confidence; Guo et al., On Calibration of Modern Neural Networks, ICML 2017
+CALIBRATION_BINS = 15  # intervals of the confidence; Guo et al., On Calibration of Modern Neural Networks, ICML 2017
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,14 @@ class LabelSpace:
 def build_shared_space(
     tasks: Sequence[TaskFolder], embedded: Sequence[torch.Tensor]
 ) -> tuple[LabelSpace, list[torch.Tensor]]:
-    """Build the label space of all tasks. Names that differ in case only are the same class.
+    """Build the label space of all tasks. Names that differ only in case are the same class.
 
     Args:
         tasks: The tasks.
         embedded: The class embeddings of each task, [C of the task, D].
 
     Returns:
-        The label space, and for each task the class in it of each label, [C of the task].
+        The label space, and a tensor for each task that maps its labels to classes of the label space, [C of the task].
     """
     class_of_key: dict[tuple[str, int], int] = {}
     names: list[str] = []
@@ -166,7 +166,7 @@ class EvaluationAccumulator:
 
 
 def _unique_names(names: Sequence[str]) -> list[str]:
-    """Append the label to class names that occur twice: CLIP's names of ImageNet have two classes `crane`."""
+    """Append the label to class names that occur twice, such as `crane` in CLIP's names of ImageNet."""
     return [name if names.count(name) == 1 else f"{name} [{label}]" for label, name in enumerate(names)]
 
 
@@ -187,7 +187,7 @@ def evaluate_tasks(
     Args:
         clip: The model, its tokenizer and its evaluation transform.
         tasks: The tasks, whose classes form the label space of the task-agnostic protocol.
-        suites: Further tasks, on which a drift of the model is monitored. Their classes are in no shared label space.
+        suites: Further tasks, for monitoring drift of the model. Their classes are not part of the shared label space.
         protocols: The protocols for the tasks.
         loader: The data loader, with the model's device.
         templates: `all` or `first` (see `embed_classes`).

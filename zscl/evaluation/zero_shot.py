@@ -60,12 +60,12 @@ def check_has_images(task: TaskFolder, images: int) -> None:
         images: The number of usable test images.
 
     Raises:
-        InputError: There are none.
+        InputError: The task has no usable test image.
     """
     if images == 0:
         raise InputError(
-            f"{task.path}/test: found no usable image, expected images to evaluate '{task.name}' on; "
-            f"{shell_command('zscl', 'data', 'check', task.path)} lists what is wrong",
+            f"{task.path}/test: found no usable image, expected images to evaluate '{task.name}'; "
+            f"{shell_command('zscl', 'data', 'check', task.path)} lists the problems",
             code=ErrorCode.EMPTY,
         )
 
@@ -95,7 +95,7 @@ def embed_classes(
 
 
 def slice_head(embedded: Sequence[torch.Tensor], task: int, last: int) -> torch.Tensor:
-    """Build the head over the classes of all tasks up to `last`, with those of `task` first.
+    """Build the head for the classes of all tasks up to `last`. The classes of `task` come first.
 
     Args:
         embedded: The class embeddings of every task, [C of the task, D].
@@ -109,7 +109,7 @@ def slice_head(embedded: Sequence[torch.Tensor], task: int, last: int) -> torch.
 
 
 def embed_task_classes(clip: Clip, task: TaskFolder, templates: str, device: torch.device) -> torch.Tensor:
-    """Compute the class embeddings of one task; all ranks share the classes. Collective.
+    """Compute the class embeddings of one task. The ranks divide the classes. Collective.
 
     Args:
         clip: The model, in evaluation mode, and its tokenizer.
@@ -123,7 +123,7 @@ def embed_task_classes(clip: Clip, task: TaskFolder, templates: str, device: tor
     used = task.templates if templates == "all" else task.templates[:1]
     formats = [lambda name, template=template: template.replace("{c}", name) for template in used]
     rank_indices = rank_slice(len(task.classnames))
-    # A rank may have no class: it embeds one for the width of its empty tensor.
+    # A rank without classes embeds one class, to get the width of its empty tensor.
     names = [task.classnames[index] for index in rank_indices] or [task.classnames[0]]
     embedded = build_zero_shot_classifier(
         clip.model, clip.tokenizer, names, formats, num_classes_per_batch=CLASS_BATCH_SIZE, device=device
@@ -136,7 +136,7 @@ def embed_task_classes(clip: Clip, task: TaskFolder, templates: str, device: tor
 def count_correct(
     clip: Clip, task: TaskFolder, heads: Sequence[torch.Tensor], loader: Loader, precision: str, batch_size: int
 ) -> tuple[list[int], int]:
-    """Classify every test image once, the ranks sharing the images. Collective.
+    """Classify every test image once. The ranks divide the images. Collective.
 
     Args:
         clip: The model, in evaluation mode, and its evaluation transform.
@@ -150,7 +150,7 @@ def count_correct(
         The number of correct predictions with each head, and the number of images, over all ranks.
 
     Raises:
-        InputError: Features are not finite; raised on all ranks.
+        InputError: Features are not finite. All ranks raise the error.
     """
     images = EvaluationImages(task.test, Decoder(clip.evaluation_transform, task.get_label), rank(), world_size())
     correct, count, is_finite = [0] * len(heads), 0, True

@@ -39,8 +39,8 @@ def import_custom_loss(loss: CustomLoss) -> Callable[..., LossTerm]:
         factory = pkgutil.resolve_name(loss.path)
     except (ImportError, AttributeError, ValueError) as error:
         raise InputError(
-            f"{FIELD}: '{loss.path}' cannot be found ({error}), expected MODULE.NAME of code that is installed, or in "
-            "a folder of PYTHONPATH, on every machine with workers",
+            f"{FIELD}: '{loss.path}' cannot be found ({error}), expected MODULE.NAME of code that is installed or "
+            "in a folder of PYTHONPATH on every machine with workers",
             code=ErrorCode.UNKNOWN_NAME,
             field=FIELD,
         ) from error
@@ -60,8 +60,8 @@ def code_digest(loss: CustomLoss) -> str:
         loss: The recipe's entry.
 
     Returns:
-        The hash of the source of its module, which is part of the run's fingerprint; the hash of the dotted name if
-        there is no source.
+        A hash of the source of its module, or of the dotted name if there is no source. It is part of the run's
+        fingerprint.
 
     Raises:
         InputError: The code does not exist, or does not accept the settings.
@@ -72,7 +72,7 @@ def code_digest(loss: CustomLoss) -> str:
     except (TypeError, ValueError) as error:
         raise InputError(
             f"{FIELD}: '{loss.path}' does not accept these settings ({error}), expected the arguments of its "
-            "signature after the stage",
+            "signature that follow the stage context",
             code=ErrorCode.INVALID_VALUE,
             field=FIELD,
         ) from error
@@ -101,7 +101,7 @@ def build_custom_term(loss: CustomLoss, context: StageContext) -> LossTerm:
     if not callable(term):
         raise InputError(
             f"{FIELD}: '{loss.path}' returns {type(term).__name__}, expected a loss term: a callable that takes "
-            "features and batch, and returns losses by name",
+            "features and batch, and returns a dict of named losses",
             code=ErrorCode.CUSTOM_CODE,
             field=FIELD,
         )
@@ -110,9 +110,9 @@ def build_custom_term(loss: CustomLoss, context: StageContext) -> LossTerm:
 
 @dataclass(frozen=True)
 class CheckedTerm:
-    """A custom loss term whose errors and results become one sentence for the user.
+    """A custom loss term whose results are checked.
 
-    They are user errors (`InputError`), which are not retried.
+    Errors of the term and wrong results are raised as `InputError`, which is not retried, with a one-line message.
 
     Attributes:
         loss: The recipe's entry.
@@ -130,10 +130,10 @@ class CheckedTerm:
             batch: This rank's slice of the batch.
 
         Returns:
-            The term's losses by name.
+            The term's named losses.
 
         Raises:
-            InputError: The term raises an error, or returns something else than scalars by name.
+            InputError: The term raises an error, or does not return a dict of named scalars.
         """
         with _errors_located(self.loss):
             losses = self.term(features, batch)
@@ -142,14 +142,14 @@ class CheckedTerm:
 
 
 def _check_losses(loss: CustomLoss, losses: object, device: torch.device) -> None:
-    """Check that a term returned floating-point scalars by name."""
+    """Check that a term returned a dict of named floating-point scalars."""
     if not isinstance(losses, dict):
         raise _wrong_result(loss, type(losses).__name__)
     for name, value in losses.items():
         if not isinstance(name, str) or not LOSS_NAME.fullmatch(name) or name in RESERVED_NAMES:
             raise InputError(
                 f"{FIELD}: '{loss.path}' returns a loss named {name!r}, expected a name of letters, digits and any of "
-                f"_.:-/ that is none of {', '.join(RESERVED_NAMES)}",
+                f"_.:-/ other than {', '.join(RESERVED_NAMES)}",
                 code=ErrorCode.CUSTOM_CODE,
                 field=FIELD,
             )
@@ -163,8 +163,8 @@ def _check_losses(loss: CustomLoss, losses: object, device: torch.device) -> Non
 
 def _wrong_result(loss: CustomLoss, result: str) -> InputError:
     return InputError(
-        f"{FIELD}: '{loss.path}' returns {result}, expected a dict of losses by name, each a floating-point tensor of "
-        "shape [] on the model's device",
+        f"{FIELD}: '{loss.path}' returns {result}, expected a dict of named losses, which are floating-point tensors "
+        "of shape [] on the model's device",
         code=ErrorCode.CUSTOM_CODE,
         field=FIELD,
     )
@@ -179,7 +179,7 @@ def _errors_located(loss: CustomLoss) -> Iterator[None]:
         raise
     except Exception as error:
         if isinstance(error, RuntimeError) and world_size() > 1:
-            raise  # it may come from a collective because another worker died: then the worker group restarts
+            raise  # another worker may have died during a collective; then the worker group restarts
         frame = traceback.extract_tb(error.__traceback__)[-1]
         raise InputError(
             f"{FIELD}: '{loss.path}' fails in {Path(frame.filename).name}, line {frame.lineno} "

@@ -1,4 +1,4 @@
-"""The texts that a stage distils on, and the teacher's features of them, computed once and cached on disk."""
+"""Distillation texts of a stage, and the teacher's features of them, which are computed once and cached on disk."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ from zscl.runtime.retry import retry_io
 from zscl.runtime.seeding import derive_seed
 
 TEXT_BATCH_SIZE = 512
-READ_TIMEOUT_SECONDS = 20.0  # of retries for a cache file; a run continues without it
+READ_TIMEOUT_SECONDS = 20.0  # limit of retries for reading a cache file; after it, the run continues without the file
 
 
 def distillation_tokens(
@@ -34,7 +34,7 @@ def distillation_tokens(
     reference: ReferenceSet | None,
     seed: int,
 ) -> torch.Tensor:
-    """Tokenize the texts that a stage distils on.
+    """Tokenize the distillation texts of a stage.
 
     Args:
         distill: The recipe's `method.distill`, which selects the texts.
@@ -71,13 +71,13 @@ def draw_random_sentences(tokenizer: Any, count: int, length: int, seed: int) ->
         tokenizer: CLIP's own tokenizer.
         count: N, the number of sentences.
         length: The number of random tokens in a sentence.
-        seed: The experiment's seed, which alone determines the sentences.
+        seed: The experiment's seed, from which the sentences are drawn.
 
     Returns:
         Token ids, [N, L].
 
     Raises:
-        InputError: It is another tokenizer, or the sentences are too long for the model.
+        InputError: The tokenizer is not CLIP's own, or the sentences are too long for the model.
     """
     try:
         start, end, context = tokenizer.sot_token_id, tokenizer.eot_token_id, tokenizer.context_length
@@ -89,8 +89,8 @@ def draw_random_sentences(tokenizer: Any, count: int, length: int, seed: int) ->
         ) from error
     if length + 2 > context:
         raise InputError(
-            f"method.distill.random_length: found {length}, expected at most {context - 2}: the model reads {context} "
-            "tokens with start and end",
+            f"method.distill.random_length: found {length}, expected at most {context - 2}, because the model reads "
+            f"{context} tokens, including the start and end tokens",
             code=ErrorCode.INVALID_VALUE,
             field="method.distill.random_length",
         )
@@ -113,7 +113,7 @@ def embed_texts(
     """Read the teacher's text features from the cache, or compute and cache them. Collective.
 
     The name of the cache file is a hash of the teacher's weights and of the token ids, so another teacher, another
-    tokenizer or other texts use another file. All ranks share the computation. Only rank 0 reads and writes, so the
+    tokenizer or other texts use another file. The ranks divide the computation. Only rank 0 reads and writes, so the
     other ranks need no access to the folder.
 
     Args:
@@ -147,13 +147,13 @@ def embed_texts(
 
 
 def _read_cached(file: Path, count: int, on_note: Callable[[str], None]) -> torch.Tensor | None:
-    """Read a cache file; `None` if it does not exist, cannot be read or is damaged."""
+    """Read a cache file. Return `None` if it does not exist, cannot be read or is damaged."""
     if not file.is_file():
         return None
     try:
         array = retry_io(lambda: np.load(file, allow_pickle=False), READ_TIMEOUT_SECONDS, description=file)
         if not isinstance(array, np.ndarray) or array.dtype.kind != "f" or array.ndim != 2 or len(array) != count:
-            raise ValueError("other numbers than embeddings")
+            raise ValueError("the content is not an array of features")
         return torch.from_numpy(array)
     except OSError as error:
         on_note(f"{file}: cannot be read ({error}); the embeddings are computed again")
@@ -164,7 +164,7 @@ def _read_cached(file: Path, count: int, on_note: Callable[[str], None]) -> torc
 
 
 def _embed_and_gather(teacher: nn.Module, tokens: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Encode all texts, each rank its slice, and return the features [N, D] of all."""
+    """Encode this rank's slice of the texts, and return the features [N, D] of all texts. Collective."""
     embedded = gather(_encode_rank_texts(teacher, tokens, device), len(tokens))
     check_finite(embedded, "the teacher's features of reference texts")
     return embedded

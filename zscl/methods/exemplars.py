@@ -1,8 +1,8 @@
 """Exemplars of earlier tasks (iCaRL): chosen by herding on image features, stored as encoded images.
 
-After each stage, its exemplars are written to the run's folder, the best ones first, as many as any later stage may
-read. The reader decides how many of them it uses (`load_exemplars`), so the memory of a task shrinks without being
-rewritten.
+After each stage, its exemplars are written to the run's folder in the order of their choice. Their number is the
+largest that a later stage reads. `load_exemplars` reads only the first ones, so the memory of a task shrinks without
+rewriting.
 """
 
 import io
@@ -34,7 +34,7 @@ def exemplars_per_class(budget: int, task_count: int, class_count: int) -> int:
     Args:
         budget: The number of images in the memory (`method.memory.budget`).
         task_count: The number of tasks that share the budget evenly.
-        class_count: The number of classes of the task, which share its part evenly.
+        class_count: The number of classes of the task, which share the task's part of the budget evenly.
 
     Returns:
         The number of images for each class, rounded down.
@@ -43,7 +43,7 @@ def exemplars_per_class(budget: int, task_count: int, class_count: int) -> int:
 
 
 def check_budget(budget: int, tasks: Sequence[TaskFolder]) -> None:
-    """Check that every class of every task but the last keeps an exemplar until the last stage.
+    """Check that the budget allows an exemplar for every class of all tasks except the last.
 
     Args:
         budget: The number of images in the memory.
@@ -56,8 +56,8 @@ def check_budget(budget: int, tasks: Sequence[TaskFolder]) -> None:
     for task in remembered:
         if exemplars_per_class(budget, len(remembered), len(task.classnames)) == 0:
             raise InputError(
-                f"method.memory.budget: found {budget}, expected at least {len(remembered) * len(task.classnames)}: "
-                f"{len(remembered)} tasks share it and {task.name} has {len(task.classnames)} classes",
+                f"method.memory.budget: found {budget}, expected at least {len(remembered) * len(task.classnames)}, "
+                f"because {len(remembered)} tasks share it and {task.name} has {len(task.classnames)} classes",
                 code=ErrorCode.INVALID_VALUE,
                 field="method.memory.budget",
             )
@@ -70,10 +70,10 @@ def herd(features: torch.Tensor, count: int) -> list[int]:
 
     Args:
         features: L2-normalised features of one class, [n, D].
-        count: How many rows to choose; all if there are fewer.
+        count: The number of rows to choose. If there are fewer rows, all are chosen.
 
     Returns:
-        Row indices in the order of choice. Any prefix of them is the choice for a smaller `count`.
+        Row indices in the order of choice. A prefix of the list is the result for a smaller `count`.
     """
     target = features.mean(dim=0)
     is_free = torch.ones(len(features), dtype=torch.bool, device=features.device)
@@ -103,8 +103,8 @@ def encode_training_images(
         batch_size: How many images a rank encodes at once.
 
     Returns:
-        L2-normalised features [n, D], labels [n] and indices in the data set [n] of the n usable images, sorted by
-        index; the same on all ranks.
+        L2-normalised features [n, D], labels [n] and indices in the data set [n] of the n usable images. They are
+        sorted by index and equal on all ranks.
     """
     was_training = clip.model.training
     clip.model.eval()
@@ -138,7 +138,7 @@ def choose_exemplars(
         count: How many images of each class to choose.
 
     Returns:
-        (index, label) of each chosen image: first the best image of every class, then the second best, and so on.
+        Pairs (index, label). The best image of every class comes first, then the second best of every class, and so on.
     """
     ranked = []
     for label in labels.unique().tolist():
@@ -153,8 +153,8 @@ def write_exemplars(folder: Path, samples: Samples, chosen: Sequence[tuple[int, 
 
     Args:
         folder: The folder of the shards.
-        samples: The data set that they were chosen from.
-        chosen: (index, label) of each exemplar, in the order in which they are written. The encoded images are copied
+        samples: The data set from which the exemplars were chosen.
+        chosen: Pairs (index, label) in the order in which the exemplars are written. The encoded images are copied
             unchanged.
     """
     chosen_indices = {index for index, _ in chosen}

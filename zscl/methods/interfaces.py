@@ -1,14 +1,14 @@
 """Interfaces of loss terms: `Batch`, `Features`, `Teacher`, `StageContext` and the `LossTerm` protocol.
 
 A loss term is built once per stage from a `StageContext` and called at every training step with the `Features` of the
-global batch and this rank's `Batch`. The training step adds the returned losses and knows nothing of the method.
+global batch and this rank's `Batch`. The training step adds the returned losses and does not depend on the method.
 
 Symbols in tensor shapes:
 
 - B, B': task images and reference images in a global batch, summed over all ranks;
 - b, b': this rank's slice of them. A rank holds a contiguous slice (`zscl.runtime.distributed.rank_slice`), and the
   slices of all ranks in order are the global batch;
-- C: class prompts; N: texts that are distilled on; D: width of the embedding.
+- C: class prompts; N: distillation texts; D: width of the embedding.
 
 A custom loss (recipe field `method.custom_losses`) imports these names from `zscl.extend`. Minimal example, with the
 settings `{weight: 0.5}` in the recipe:
@@ -26,7 +26,7 @@ settings `{weight: 0.5}` in the recipe:
 
         def __call__(self, features: Features, batch: Batch) -> dict[str, torch.Tensor]:
             teacher = self.context.teacher
-            if teacher is None:  # this stage has nothing to distil on
+            if teacher is None:  # no distillation in this stage
                 return {}
             rank_features = teacher.image_features(batch.references, batch.identities)  # [b', D]
             target = gather(rank_features, self.context.reference_batch_size)  # [B', D]
@@ -57,7 +57,7 @@ class Batch:
     Attributes:
         images: Task images, [b, 3, H, W].
         labels: Class indices of the task images, int64, [b]. They index the first rows of `Features.prompts`.
-        references: Reference images (the images that are distilled on), [b', 3, H, W]; `None` if the stage has no
+        references: Reference images (the images used for distillation), [b', 3, H, W]; `None` if the stage has no
             teacher.
         identities: Index in the data set and content hash of each reference image, int64, [b', 2], on the CPU (see
             `zscl.data.sample.Sample.identity`). They are the keys of cached teacher features. `None` if the stage has
@@ -79,9 +79,9 @@ class Features:
 
     Attributes:
         images: Features of the task images, [B, D].
-        prompts: Features of the class prompts, [C, D]: one row for each class of the current task in the order of its
-            labels, in its first template. If the recipe adds classes of earlier tasks or negative texts to the
-            softmax, their rows follow.
+        prompts: Features of the class prompts, [C, D]: one row for each class of the current task in label order, with
+            the task's first template. If the recipe adds classes of earlier tasks or negative texts to the softmax,
+            their rows follow.
         references: Features of the reference images, [B', D]; `None` if the stage has no teacher.
         scale: s = exp(logit_scale), a scalar, which is not trained.
     """
@@ -93,7 +93,7 @@ class Features:
 
 
 class LossTerm(Protocol):
-    """A term of the training objective. Any callable with this signature is one."""
+    """A term of the training objective. Any callable with this signature can be used."""
 
     def __call__(self, features: Features, batch: Batch) -> dict[str, torch.Tensor]:
         """Compute the term for one training step.
@@ -103,22 +103,22 @@ class LossTerm(Protocol):
             batch: This rank's slice of the batch.
 
         Returns:
-            Weighted losses by name, each a floating-point scalar on the model's device. The step minimises their sum
-            with the other terms, and each one is logged under its name. Names must be unique within the method. An
-            empty dict means that the term does not apply at this step.
+            A dict of named, weighted losses, which are floating-point scalars on the model's device. The training step
+            minimises the sum of the losses of all terms, and logs every loss under its name. Names must be unique
+            within the method. An empty dict means that the term does not apply at this step.
         """
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """The frozen model that a stage distils from, through its features.
+    """Access to the features of the frozen model from which a stage distils.
 
     Attributes:
         images: The data set of reference images. The training loop draws `Batch.references` from it.
-        texts: The teacher's L2-normalised features of all texts that are distilled on, [N, D], on the model's device.
-            Computed once; equal on all ranks.
+        texts: The teacher's L2-normalised features of all distillation texts, [N, D], on the model's device. They are
+            computed once and equal on all ranks.
         image_features: Returns the teacher's L2-normalised features, [b', D], of `Batch.references` [b', 3, H, W] and
-            `Batch.identities` [b', 2]. It runs without gradients. Features are read from a cache where possible.
+            `Batch.identities` [b', 2]. It runs without gradients. Cached features are read instead of computed.
     """
 
     images: Samples
@@ -128,19 +128,19 @@ class Teacher:
 
 @dataclass(frozen=True)
 class StageContext:
-    """What a loss term may use of the stage that it is built for. All values are constant for the stage.
+    """Information about a stage for its loss terms. All values are constant during the stage.
 
     Attributes:
-        batch_size: B, the number of task images in a global batch: the second argument of `gather` for tensors with a
-            row for each of `Batch.images`.
-        reference_batch_size: B', the number of reference images in a global batch: the second argument of `gather`
-            for tensors with a row for each of `Batch.references`.
+        batch_size: B, the number of task images in a global batch. It is the second argument of `gather` for tensors
+            with one row per task image.
+        reference_batch_size: B', the number of reference images in a global batch. It is the second argument of
+            `gather` for tensors with one row per reference image.
         trained: The student's trained parameters θ. They change in place at every step. If only used token embeddings
             are trained, the token embedding has a row for each used token.
         start: Copies of the same tensors at the start of the stage, θ₀, in the order of `trained`. Empty if no part
             of the method reads them; available to custom losses.
-        teacher: The teacher; `None` if the method does not distil, or if the stage has no images to distil on (for
-            example exemplars in the first stage).
+        teacher: The teacher; `None` if the method does not distil, or if the stage has no images for distillation (for
+            example, no exemplars in the first stage).
     """
 
     batch_size: int

@@ -25,7 +25,7 @@ def classification(
         prompts: Features of class prompts, [C, D], one row for each class.
         labels: Class indices in 0 … C − 1, [B].
         scale: s = exp(logit_scale), a scalar.
-        label_smoothing: The share of the target probability that is spread over all classes.
+        label_smoothing: The fraction of the target probability that is spread over all classes.
 
     Returns:
         The mean over the images, a scalar.
@@ -87,7 +87,7 @@ def feature_distance(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tens
 class _SquaredDistance(torch.autograd.Function):
     """Σ‖θ − θ₀‖² and its gradient 2(θ − θ₀) with multi-tensor operations.
 
-    The backward pass recomputes the differences, so that they take no memory in between.
+    The backward pass recomputes the differences, so they need not be stored.
     """
 
     @staticmethod

@@ -44,16 +44,16 @@ from zscl.runtime.hashing import sha256_of
 from zscl.runtime.retry import retry_io
 
 FEATURES, CHECKS = "features.npy", "checks.npy"
-OPEN_TIMEOUT_SECONDS = 20.0  # of retries for opening a cache; a run continues without it
-PRECOMPUTE_COVERAGE = 0.9  # a run that reads at least this share of a data set computes all features before training
+OPEN_TIMEOUT_SECONDS = 20.0  # limit of retries for opening a cache; after it, the run continues without the cache
+PRECOMPUTE_COVERAGE = 0.9  # a run that reads at least this fraction of a data set computes all features before training
 EncodeImages = Callable[[torch.Tensor], torch.Tensor]
 
 
 def build_encoder(teacher: Callable[[], nn.Module], precision: str) -> EncodeImages:
     """Build a function that encodes images with a teacher.
 
-    The function does not synchronise with the device. Features are checked for NaN and Inf before they are cached, or
-    through the loss.
+    The function does not synchronise with the device. Features are checked for NaN and Inf before they are cached.
+    Without a cache, the check of the loss detects them.
 
     Args:
         teacher: Returns the frozen model; called with the first images, so that the model may be loaded lazily.
@@ -72,7 +72,7 @@ def build_encoder(teacher: Callable[[], nn.Module], precision: str) -> EncodeIma
 
 
 class FeatureCache:
-    """The features of N images by their indices in the data set.
+    """A cache of the features of N images. A row's index is the index of its image in the data set.
 
     Attributes:
         folder: The folder of the cache.
@@ -180,11 +180,11 @@ def open_feature_cache(
 ) -> FeatureCache | None:
     """Open or create the cache of a teacher's features of a data set. Collective.
 
-    Ranks on nodes without a shared folder have a cache on each node.
+    If nodes share no folder, each node has its own cache.
 
     Args:
         parent: The folder that contains the caches, shared by all ranks of a node.
-        clip: The teacher's transform, and the type of its weights.
+        clip: The model, for the teacher's transform and the type of its weights.
         weights_digest: The digest of the teacher's weights.
         precision: The teacher's precision, `fp32` or `bf16`.
         images: The data set.
@@ -192,7 +192,7 @@ def open_feature_cache(
         on_note: Called with the reason if the cache can neither be opened nor created.
 
     Returns:
-        The cache; `None` on every rank if a rank has none. The cache only saves work: the run continues without it.
+        The cache; `None` on all ranks if one rank has none. The run then continues without a cache.
     """
     transform = re.sub(r" at 0x[0-9a-f]+", "", str(clip.evaluation_transform))  # remove the addresses of functions
     dtype = torch.promote_types(next(clip.model.parameters()).dtype, torch.float32)
@@ -236,7 +236,7 @@ class _DamagedError(Exception):
 
 
 def _open(opening: Callable[[], FeatureCache], folder: Path) -> FeatureCache:
-    """Open a cache; a `_DamagedError` distinguishes damaged files from failing storage."""
+    """Open a cache. Damaged files raise a `_DamagedError`, which distinguishes them from failing storage."""
     try:
         return opening()
     except OSError as error:
@@ -250,7 +250,7 @@ def _open(opening: Callable[[], FeatureCache], folder: Path) -> FeatureCache:
 
 @dataclass
 class CachedFeatures:
-    """Reads features from a cache; missing ones are computed and written to it.
+    """Reads features from a cache, and computes and caches missing features.
 
     Attributes:
         cache: The cache.
@@ -298,8 +298,8 @@ class CachedFeatures:
             clip: The model, for its transform.
             loader: The data loader.
             batch_size: How many images are encoded at once.
-            on_progress: Called with the number of images done on all ranks, extrapolated from this rank, and their
-                total.
+            on_progress: Called with the number of encoded images and the total number of images. The first number is
+                extrapolated from this rank to all ranks.
 
         Returns:
             The number of images whose features were missing.
@@ -332,12 +332,12 @@ class CachedFeatures:
 
 
 def expected_coverage(count: int, draws: Sequence[int]) -> float:
-    """Return the expected share of a data set that is drawn at least once.
+    """Return the expected fraction of a data set that is drawn at least once.
 
     Args:
         count: The number of images in the data set.
-        draws: How many images each stage draws, in its own random order. A stage draws an image again only after it
-            has drawn all of them.
+        draws: The number of images that each stage draws, in its own random order. A stage draws an image again only
+            after it has drawn all images.
 
     Returns:
         1 − Π max(0, 1 − draws / count) over the stages.

@@ -1,7 +1,7 @@
 """The loss terms of a method and their sum, the objective: task loss, distillation and weight consolidation.
 
 `build_objective` builds the terms of an experiment once per stage. Terms whose weight is 0 are not built. Each term
-returns named, weighted losses; the training step adds them and knows nothing of the method.
+returns named, weighted losses. The training step adds the losses and does not depend on the method.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ class Classification:
 
     Attributes:
         batch_size: B, the number of task images in a global batch.
-        label_smoothing: The share of the target probability that is spread over all classes.
+        label_smoothing: The fraction of the target probability that is spread over all classes.
     """
 
     batch_size: int
@@ -42,7 +42,7 @@ class DistillationLoss(Protocol):
     """A loss between the student's and the teacher's features of the same reference images."""
 
     def __call__(self, student: torch.Tensor, teacher: torch.Tensor, scale: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return weighted losses by name for features [B', D] and the scalar `scale`."""
+        """Return named, weighted losses for features [B', D] and the scalar `scale`."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class ContrastiveDistillation:
 
     Student and teacher logits are both s · features · textsᵀ, [B', N], with the teacher's texts. Image distillation
     takes the softmax over the N texts and the mean over the images, text distillation the softmax over the B' images
-    and the mean over the texts. The text tower gets no gradient from either; the authors confirm that this is
-    intended. Both directions are one class because they share the logits.
+    and the mean over the texts. The text tower gets no gradient from these losses; the authors confirm that this is
+    intended. One class computes both directions, because they share the logits.
 
     Attributes:
         texts: The teacher's text features, [N, D].
@@ -67,7 +67,7 @@ class ContrastiveDistillation:
     text_weight: float
 
     def __call__(self, student: torch.Tensor, teacher: torch.Tensor, scale: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return `image_distillation` and `text_distillation`, each if its weight is not 0."""
+        """Return `image_distillation` and `text_distillation`, without losses whose weight is 0."""
         student_logits, teacher_logits = scale * student @ self.texts.T, scale * teacher @ self.texts.T
         named = {}
         if self.image_weight:
@@ -135,7 +135,7 @@ class Distillation:
             self.losses.append(FeatureDistance(settings.feature_weight))
 
     def __call__(self, features: Features, batch: Batch) -> dict[str, torch.Tensor]:
-        """Return the losses of all distillation losses by name."""
+        """Return the named losses of all distillation losses."""
         assert features.references is not None
         assert batch.references is not None
         assert batch.identities is not None
@@ -186,7 +186,7 @@ class Objective:
             batch: This rank's slice of the batch.
 
         Returns:
-            The weighted losses of all terms by name.
+            The named, weighted losses of all terms.
 
         Raises:
             InputError: Two terms return a loss of the same name.

@@ -1,6 +1,6 @@
 """Weight averaging within a stage: last iterate, running mean (SWA, weight ensemble) or exponential moving average.
 
-The averager's model is the result of the stage: it is saved, evaluated, and is the start of the next stage.
+The averager's model is the result of the stage. It is saved and evaluated, and the next stage starts from it.
 """
 
 from collections.abc import Sequence
@@ -57,7 +57,7 @@ class LastIterate:
         """Do nothing."""
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Return an empty state: the student is in the checkpoint already."""
+        """Return an empty state, because the checkpoint already contains the student."""
         return {}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
@@ -67,9 +67,9 @@ class LastIterate:
 class RunningAverage:
     """An average of the stage's start and the weights after steps 0, I, 2I, …, T (eq. 7).
 
-    The mean of kind `mean` is plain: mean ← mean + (θ − mean) / (n + 1). The mean of kind `exponential` is
-    mean ← decay · mean + (1 − decay) · θ. After each merge, a share of the stage's start may be blended in. Only
-    parameters are averaged; buffers are the student's.
+    Kind `mean` updates mean ← mean + (θ − mean) / (n + 1), kind `exponential` updates mean ← decay · mean + (1 − decay)
+    · θ. If `start_share` is set, each merge also interpolates the mean with the stage's start. Only parameters are
+    averaged; buffers are copied from the student.
 
     The authors' loop takes T + 1 steps, and the learning rate of the last one is 0. The weights after step T are
     therefore those after step T − 1, merged once more if I divides T.

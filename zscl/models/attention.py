@@ -1,4 +1,4 @@
-"""Parts of open_clip's transformer blocks (projections, attention, MLP), so that unused rows can be left out."""
+"""Parts of open_clip's transformer blocks (projections, attention, MLP), for towers that skip unused rows."""
 
 from collections.abc import Callable, Sequence
 
@@ -10,11 +10,11 @@ from torch.utils.checkpoint import checkpoint
 
 
 class NotApplicableError(Exception):
-    """The structure of a tower does not allow a saving; the message says why."""
+    """An optimisation of `compute.savings` cannot be used with this tower; the message gives the reason."""
 
 
 def check_attributes(tower: object, *names: str) -> None:
-    """Check that a tower has the attributes that are read from it. Other versions of open_clip may lack some.
+    """Check that a tower has certain attributes, which other versions of open_clip may lack.
 
     Args:
         tower: open_clip's module.
@@ -36,9 +36,9 @@ ATTENTION_PARAMETERS = {"in_proj_weight", "in_proj_bias", "out_proj.weight", "ou
 def extract_blocks(transformer: object) -> Sequence[ResidualAttentionBlock]:
     """Return a transformer's residual attention blocks after checking their structure.
 
-    The check reads the blocks and not the transformer's attributes, because those change between versions of
-    open_clip: version 3 uses `nn.MultiheadAttention`, which has `batch_first`; version 4 has its own attention class,
-    which is always batch-first. The parameters have the same names in both.
+    The check reads only the blocks, because the attributes of the transformer differ between versions of open_clip:
+    version 3 uses `nn.MultiheadAttention`, which has `batch_first`; version 4 has its own attention class, which is
+    always batch-first. The parameters have the same names in both.
 
     Args:
         transformer: open_clip's module with `resblocks`.
@@ -51,17 +51,17 @@ def extract_blocks(transformer: object) -> Sequence[ResidualAttentionBlock]:
     """
     blocks = list(getattr(transformer, "resblocks", []))
     if not blocks:
-        raise NotApplicableError("its transformer is not open_clip's own")
+        raise NotApplicableError("its transformer is not a class of open_clip")
     for block in blocks:
         if type(block) is not ResidualAttentionBlock:
-            raise NotApplicableError(f"it has blocks of another kind ({type(block).__name__})")
+            raise NotApplicableError(f"it has blocks of the unsupported class ({type(block).__name__})")
         if differing := _differing_parts(block):
-            raise NotApplicableError(f"its blocks are built differently ({', '.join(sorted(differing))})")
+            raise NotApplicableError(f"its blocks have a different structure ({', '.join(sorted(differing))})")
     return blocks
 
 
 def _differing_parts(block: ResidualAttentionBlock) -> set[str]:
-    """Return the names of the parts that a block has in addition to, or lacks of, those of a plain block."""
+    """Return the names of a block's additional and missing parts, compared with a plain block."""
     differing = BLOCK_PARTS ^ {name for name, _ in block.named_children()}
     if "attn" in differing:
         return differing
@@ -80,8 +80,9 @@ def _differing_parts(block: ResidualAttentionBlock) -> set[str]:
 def project_qkv(attention: nn.MultiheadAttention, rows: torch.Tensor, parts: slice) -> list[torch.Tensor]:
     """Project rows to queries, keys and values.
 
-    The keys get no bias: it would shift all scores of a query equally, which the softmax ignores. Its gradient is
-    then exactly 0, as in exact arithmetic, and not a rounding error that Adam would scale up to full steps.
+    The bias of the keys is left out. It would shift all scores of a query equally, and the softmax ignores such a
+    shift. The gradient of the bias is then exactly 0. Otherwise it would be a rounding error, which Adam would scale up
+    to full steps.
 
     Args:
         attention: The block's attention module.

@@ -99,11 +99,11 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     except Exception as error:  # safetensors raises exceptions of many kinds
         reason = " ".join(str(error).split())
         raise InputError(
-            f"{file}: found no readable weights, expected a model's ({reason})", code=ErrorCode.UNREADABLE
+            f"{file}: found no readable weights of a model ({reason})", code=ErrorCode.UNREADABLE
         ) from error
     if wrong := describe_differences(model, weights):
         raise InputError(
-            f"{file}: found weights of another architecture, expected the model's own ({wrong})",
+            f"{file}: found weights of another architecture, expected those of the model ({wrong})",
             code=ErrorCode.MISMATCH,
         )
     model.load_state_dict(weights)
@@ -117,14 +117,14 @@ def open_clip_name(model: Model) -> str:
 
 
 def load_clip(model: Model, device: torch.device | str = "cpu") -> Clip:
-    """Load a model with float32 weights, its tokenizer and its image transforms. No code of the model's files is run.
+    """Load a model with float32 weights, its tokenizer and its image transforms.
 
-    Two images and two texts are encoded as a check of the features. Loading onto a GPU disables TF32 for convolutions
-    in the whole process.
+    Code in the model's files is never run. Two images and two texts are encoded as a check of the features. Loading
+    onto a GPU disables TF32 for convolutions in the whole process.
 
     Args:
         model: The recipe's model.
-        device: Where the model is put.
+        device: The device of the model.
 
     Returns:
         The model, in training mode.
@@ -158,7 +158,7 @@ def load_clip(model: Model, device: torch.device | str = "cpu") -> Clip:
             code=ErrorCode.MISMATCH,
             field="model.name",
         ) from error
-    except Exception as error:  # open_clip passes on the exceptions of its sources: any means an unreadable model
+    except Exception as error:  # open_clip raises exceptions of many kinds if it cannot read a model
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(
             f"{description} cannot be loaded, expected an open_clip model ({reason})",
@@ -178,7 +178,7 @@ def load_clip(model: Model, device: torch.device | str = "cpu") -> Clip:
 
 def _create_model(name: str, model: Model, device: torch.device | str, description: str) -> tuple[nn.Module, Any, Any]:
     """Create a model with its weights, and its transforms for training and evaluation."""
-    if name.startswith(HUB_MODEL):  # unlike create_model, this reports why there are no weights
+    if name.startswith(HUB_MODEL):  # this call reports why there are no weights; create_model does not
         open_clip.pretrained.download_pretrained_from_hf(name.removeprefix(HUB_MODEL))
     try:
         network, train_transform, evaluation_transform = open_clip.create_model_and_transforms(
@@ -208,14 +208,14 @@ def _check_safetensors(folder: Path, description: str) -> None:
         )
     if not any(folder.glob("*.safetensors")):
         raise InputError(
-            f"{description}: found no .safetensors in the folder, expected {CONFIG} and {WEIGHTS}",
+            f"{description}: found no .safetensors file in the folder, expected {CONFIG} and {WEIGHTS}",
             code=ErrorCode.NOT_FOUND,
             field="model",
         )
     pickled = sorted(file.name for pattern in ("*.bin", "*.pth") for file in folder.glob(pattern))
     if pickled and not (folder / WEIGHTS).is_file():  # open_clip might load the pickle
         raise InputError(
-            f"{description}: found {pickled[0]} and weights of another name, expected them as {WEIGHTS}",
+            f"{description}: found {pickled[0]}, but no {WEIGHTS}, expected the weights in {WEIGHTS}",
             code=ErrorCode.UNSUPPORTED,
             field="model",
         )
@@ -223,9 +223,9 @@ def _check_safetensors(folder: Path, description: str) -> None:
 
 @contextmanager
 def _weights_only_loading() -> Iterator[None]:
-    """Make every torch.load of the process read tensors only, whatever its arguments and the user's environment are.
+    """Make every `torch.load` of the process read only tensors, regardless of arguments and environment variables.
 
-    open_clip passes `weights_only=True`, but repeats one kind of failed call without it.
+    open_clip passes `weights_only=True`, but retries some failed calls without it.
     """
     before = {name: os.environ.pop(name, None) for name in (WEIGHTS_ONLY, NOT_WEIGHTS_ONLY)}
     os.environ[WEIGHTS_ONLY] = "1"
@@ -237,27 +237,27 @@ def _weights_only_loading() -> Iterator[None]:
 
 
 def _check_no_remote_code(config: Any) -> None:
-    """Refuse a model whose tokenizer would run code of the model's files."""
+    """Refuse a model whose tokenizer would run code from the model's files."""
     if "trust_remote_code" in config.get("text_cfg", {}).get("tokenizer_kwargs", {}):
-        raise ValueError("its configuration asks to run code that comes with it: trust_remote_code")
+        raise ValueError("its configuration sets trust_remote_code, which would run code from the model's files")
 
 
 def weights_digest(model: Model) -> str:
-    """Return the identity of a model's content.
+    """Return a digest that identifies the content of a model.
 
     Args:
         model: The recipe's model.
 
     Returns:
-        A hash of weights and configuration of a local folder; open_clip's name with a hash of a local weights file or
-        with the tag of pretrained weights otherwise.
+        For a local folder, a hash of weights and configuration. For other models, open_clip's name, followed by a hash
+        of a local weights file or by the tag of the pretrained weights.
 
     Raises:
         InputError: The model's files are missing or cannot be read.
     """
     try:
         return _content_digest(model)
-    except OSError as error:  # a name that no file can have, or missing permissions
+    except OSError as error:  # an invalid file name, or missing permissions
         raise InputError(
             f"model: '{model.name}' cannot be loaded, expected readable files ({error})",
             code=ErrorCode.UNREADABLE,
@@ -290,7 +290,7 @@ def _content_digest(model: Model) -> str:
 
 
 def image_size(model: nn.Module) -> tuple[int, int]:
-    """Return height and width, in pixels, of the images that the image tower takes."""
+    """Return the height and width, in pixels, of the image tower's input."""
     visual: Any = model.visual
     height, width = open_clip.utils.to_2tuple(visual.image_size)
     return height, width
@@ -302,18 +302,18 @@ def freeze(model: nn.Module) -> nn.Module:
 
 
 def at_least_float32(features: torch.Tensor) -> torch.Tensor:
-    """Convert features of lower precision, as of a tower under autocast, to float32. float64 stays float64."""
+    """Convert features below float32, for example from autocast, to float32. Features in float64 stay unchanged."""
     return features.to(torch.promote_types(features.dtype, torch.float32))
 
 
 def use_deterministic_kernels(device: torch.device, enabled: bool = True) -> None:
-    """Make training on a GPU bit-reproducible. Changes settings of the whole process.
+    """Make training on a GPU bit-reproducible. The settings apply to the whole process.
 
     By default, the backward passes of attention and of indexing add numbers in an order that differs between runs.
     Training on a CPU is reproducible without these settings.
 
     Args:
-        device: Where the process trains.
+        device: The device on which the process trains.
         enabled: The recipe's `compute.deterministic`.
     """
     if device.type == "cuda" and enabled:

@@ -59,7 +59,7 @@ def check_name(model: Model, description: str) -> None:
 
 
 def _ignore_case(name: str, names: Sequence[str]) -> str:
-    """Return the one of `names` that equals `name` apart from upper and lower case; `name` if there is none."""
+    """Return the element of `names` that equals `name` if case is ignored, or else `name` itself."""
     return next((candidate for candidate in names if candidate.lower() == name.lower()), name)
 
 
@@ -75,13 +75,13 @@ def check_packages(config: Mapping[str, Any] | None, name: str, description: str
         InputError: The package is missing. The message says how to install it.
     """
     text = (config or {}).get("text_cfg") or {}
-    # open_clip itself decides by the name here
+    # open_clip also decides by the name in this case
     is_siglip = "siglip" in name.lower() and not name.startswith((LOCAL_MODEL, HUB_MODEL))
     needs_transformers = text.get("hf_model_name") or text.get("hf_tokenizer_name") or is_siglip
     if needs_transformers and importlib.util.find_spec("transformers") is None:
         raise InputError(
             f"{description}: its {'text tower' if text.get('hf_model_name') else 'tokenizer'} needs the package "
-            "transformers, which is not installed; expected it: pip install 'zscl[hf]'",
+            "transformers, which is not installed; install it with pip install 'zscl[hf]'",
             code=ErrorCode.MISSING_PACKAGE,
             field="model",
         )
@@ -97,7 +97,8 @@ def check_weights_reachable(model: Model, description: str) -> None:
         description: The beginning of the error message, which names the model.
 
     Raises:
-        InputError: Neither is the case. The message says how to copy the weights to a machine without a network.
+        InputError: The weights are not in the cache, and the hub cannot be reached. The message says how to copy the
+            weights to a machine without a network.
     """
     if model.name.startswith(HUB_MODEL):
         repository, files = model.name.removeprefix(HUB_MODEL).partition("@")[0], ["open_clip_config.json"]
@@ -114,7 +115,7 @@ def check_weights_reachable(model: Model, description: str) -> None:
             huggingface_hub.hf_hub_url(repository, files[0]), timeout=HUB_TIMEOUT_SECONDS
         )
     except HfHubHTTPError:
-        return  # the hub answers: open_clip reports what is wrong, or tries another file
+        return  # the hub is reachable: open_clip reports the problem, or tries another file
     except Exception as error:  # the exceptions of the HTTP library, which huggingface_hub has changed before
         arguments = f"'{model.name}'" + (f", pretrained='{model.pretrained}'" if model.pretrained else "")
         raise InputError(
@@ -135,10 +136,10 @@ def describe_differences(network: nn.Module, weights: Mapping[str, Any]) -> str:
 
     Args:
         network: The network.
-        weights: Weights by name, as read from a file.
+        weights: The weights that were read from a file, with their names as keys.
 
     Returns:
-        The missing, unexpected and differently shaped weights by name; empty if the weights fit.
+        The names of missing, unexpected and differently shaped weights; empty if the weights fit.
     """
     expected = {name: list(value.shape) for name, value in network.state_dict().items()}
     actual = {name: list(getattr(value, "shape", [])) for name, value in weights.items()}
@@ -183,7 +184,7 @@ def describe_mismatch(name: str, file: Path) -> str:
             if is_resized or is_scale or key == "logit_bias":
                 weights[key] = expected
         return describe_differences(network, weights)
-    except Exception:  # open_clip's own error describes what is wrong
+    except Exception:  # open_clip's own error describes the problem
         return ""
 
 
@@ -242,8 +243,8 @@ def check_features(
         model.train(was_training)
     if image_features.shape != text_features.shape:
         raise InputError(
-            f"{description}: found features of {image_features.shape[1]} numbers an image and "
-            f"{text_features.shape[1]} a text, expected as many from both towers",
+            f"{description}: found image features of width {image_features.shape[1]} and text features "
+            f"of width {text_features.shape[1]}, expected the same width from both towers",
             code=ErrorCode.MISMATCH,
             field="model",
         )
@@ -256,7 +257,7 @@ def check_features(
 
 
 def _encode(model: Any, encode: str, inputs: torch.Tensor, tower: str) -> torch.Tensor:
-    """Call a tower's method `encode`, check its features, [n, D], and return them."""
+    """Encode inputs with the method `encode` of a model, and return the checked features, [n, D]."""
     expected = f"expected features of shape [{len(inputs)}, D]"
     with _errors_as_input_errors(f"{tower} fails on inputs of shape {list(inputs.shape)}, {expected}"):
         features = getattr(model, encode)(inputs, normalize=True)
@@ -277,12 +278,12 @@ def _encode(model: Any, encode: str, inputs: torch.Tensor, tower: str) -> torch.
 
 
 def _check_token_ids(model: Any, tokens: torch.Tensor, description: str) -> None:
-    """Refuse token ids without an embedding: on a GPU, reading one ends the process."""
+    """Refuse token ids without an embedding. Looking up such an id on a GPU would end the process."""
     embedding = getattr(getattr(model, "text", model), "token_embedding", None)
     if isinstance(embedding, nn.Embedding) and int(tokens.max()) >= embedding.num_embeddings:
         raise InputError(
-            f"{description}: found the token {int(tokens.max())} from its tokenizer and {embedding.num_embeddings} "
-            "token embeddings, expected the tokenizer that the model was trained with",
+            f"{description}: its tokenizer returns the token id {int(tokens.max())}, but the model has "
+            f"{embedding.num_embeddings} token embeddings, expected the tokenizer that the model was trained with",
             code=ErrorCode.MISMATCH,
             field="model",
         )

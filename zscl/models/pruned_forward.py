@@ -1,15 +1,16 @@
-"""The student's forward pass without work that no loss depends on: the same features with less computation.
+"""The student's forward pass without computations that no loss depends on; the features are the same.
 
-Four savings depend on the structure of the model. Each one is used only if the structure allows it and the pruned
-tower reproduces open_clip's features; otherwise open_clip's own forward pass is used:
+Four optimisations (`compute.savings`) depend on the structure of the model. An optimisation is used only if the
+structure allows it and the pruned tower reproduces open_clip's features. Otherwise open_clip's own forward pass is
+used:
 
-- context cut: a causal text tower that pools at the end token ignores all later positions, so prompts are cut there;
+- context cut: a causal text tower that pools at the end token ignores all later positions, so they are dropped;
 - packed prompts: under a causal mask, the hidden states of a prefix that all prompts share are equal, so they are
   computed once, and the rest of the prompts is stored without padding;
 - pooled row: only the pooled token of the last block is read, so that block computes its queries, output projection
   and MLP for one token of each image or prompt;
-- used embeddings: token embeddings that no prompt uses have no gradient in the whole stage, so a stage trains a small
-  table of the used ones and leaves the others unchanged.
+- used embeddings: token embeddings that no prompt uses have no gradient in the whole stage, so only a small table of
+  the used embeddings is trained.
 
 `vision_tower` and `text_tower` implement the pruned towers. This module checks, combines and disables them.
 """
@@ -29,7 +30,7 @@ from zscl.models.text_tower import PackedPrompts, TextTower, UsedEmbeddings, pac
 from zscl.models.vision_tower import ImageTower
 from zscl.runtime.distributed import all_reduce_sum, world_size
 
-TOLERANCE = 1e-5  # the largest difference between normalised features that rounding explains
+TOLERANCE = 1e-5  # the largest difference between normalised features that rounding may cause
 IMAGE_SAVINGS = ("pooled_row",)
 TEXT_SAVINGS = ("context_cut", "packed_prompts", "pooled_row", "used_embeddings")
 
@@ -57,15 +58,16 @@ class PrunedForward(nn.Module):
         """Build the pruned towers and compare their features with open_clip's. Collective.
 
         Args:
-            clip: The open_clip model in training. If used embeddings are trained alone, its token embedding is
-                replaced until `restore_embeddings`.
+            clip: The open_clip model in training. If only the used embeddings are trained, its token embedding is
+                replaced until `restore_embeddings` is called.
             tokens: Token ids of all class prompts, [C, L].
             rank_prompts: The indices of the prompts that this rank encodes.
-            compute: Which savings to use, and how memory is traded for computation.
-            unused_embeddings_constant: Whether token embeddings without a gradient never change (no weight decay).
+            compute: The recipe's `compute`, which selects the optimisations and trades memory for computation.
+            unused_embeddings_constant: Whether token embeddings without a gradient stay constant, because there is no
+                weight decay.
 
         Raises:
-            InputError: A required saving or gradient checkpointing is not possible for the model.
+            InputError: A required optimisation or gradient checkpointing is not possible for the model.
         """
         super().__init__()
         self.clip, self.one_pass, self.images_at_once = clip, compute.savings.one_pass, compute.images_at_once
@@ -113,12 +115,12 @@ class PrunedForward(nn.Module):
         return encoded[: len(images)], encoded[len(images) :], prompts
 
     def restore_embeddings(self, clip: nn.Module) -> None:
-        """Restore the full token embedding of `clip`: the model in training or a copy of it."""
+        """Restore the full token embedding of `clip`, which is the model in training or a copy of it."""
         if self._used is not None:
             self._used.restore(clip)
 
     def named_trained_parameters(self) -> dict[str, torch.Tensor]:
-        """Return the trained parameters by name, detached, with the full token embedding."""
+        """Return the names and detached values of the trained parameters, with the full token embedding."""
         parameters = {
             name: parameter.detach() for name, parameter in self.clip.named_parameters() if parameter.requires_grad
         }
@@ -148,13 +150,13 @@ class PrunedForward(nn.Module):
 
 
 def _pack(tower: TextTower, tokens: torch.Tensor, savings: Savings) -> PackedPrompts:
-    """Pack prompts with the savings that the recipe allows."""
+    """Pack prompts with the optimisations that the recipe allows."""
     cut = savings.context_cut != "never"
     return pack_prompts(tokens, tower.end_positions(tokens), cut=cut, pack=cut and savings.packed_prompts != "never")
 
 
 def _build_image_tower(clip: nn.Module, savings: Savings, checkpointed: bool, notes: list[str]) -> ImageTower | None:
-    """Build the pruned image tower; `None` if it is disabled or does not reproduce the model's features."""
+    """Build the pruned image tower. Return `None` if it is disabled or does not reproduce the model's features."""
     if savings.pooled_row == "never":
         return None
     try:
@@ -172,7 +174,7 @@ def _build_image_tower(clip: nn.Module, savings: Savings, checkpointed: bool, no
 def _build_text_tower(
     clip: nn.Module, tokens: torch.Tensor, savings: Savings, checkpointed: bool, notes: list[str]
 ) -> TextTower | None:
-    """Build the pruned text tower; `None` if it is disabled or does not reproduce the model's features."""
+    """Build the pruned text tower. Return `None` if it is disabled or does not reproduce the model's features."""
     if all(getattr(savings, name) == "never" for name in TEXT_SAVINGS):
         return None
     try:
@@ -188,12 +190,12 @@ def _build_text_tower(
 def _disable_savings(
     names: Sequence[str], savings: Savings, tower: str, reason: NotApplicableError, notes: list[str]
 ) -> None:
-    """Refuse the model if the recipe requires a saving; add a note if only the comparison of features rules it out."""
+    """Refuse the model if the recipe requires one of the optimisations; add a note if the features differ."""
     for name in names:
         if getattr(savings, name) == "always":
             raise InputError(
-                f"compute.savings.{name}: found always, but the model's {tower} tower does not allow it ({reason}), "
-                "expected auto or never",
+                f"compute.savings.{name}=always is not possible with the model's {tower} tower ({reason}). "
+                "Set it to auto or never",
                 code=ErrorCode.UNSUPPORTED,
                 field=f"compute.savings.{name}",
             ) from reason
@@ -214,9 +216,9 @@ def _check_outputs(
     Args:
         clip: The model.
         pruned: The pruned tower.
-        pruned_input: Its input.
+        pruned_input: The input of the pruned tower.
         original: open_clip's method for the same tower.
-        original_input: The same images or prompts as this method takes them.
+        original_input: The same images or prompts, as input of `original`.
 
     Raises:
         OutputsDifferError: The features differ on at least one rank.
@@ -227,7 +229,7 @@ def _check_outputs(
     clip.train(was_training)
     [agreeing] = all_reduce_sum(difference <= TOLERANCE)
     if agreeing < world_size():
-        raise OutputsDifferError(f"its features would differ by {difference:.1g}")
+        raise OutputsDifferError(f"its features differ by {difference:.1g}")
 
 
 def _enable_gradient_checkpointing(clip: nn.Module, tokens: torch.Tensor, image_tower: bool, text_tower: bool) -> None:
@@ -259,7 +261,7 @@ def _enable_gradient_checkpointing(clip: nn.Module, tokens: torch.Tensor, image_
             raise
         except Exception as error:  # a model's code may raise any exception
             raise InputError(
-                f"compute.gradient_checkpointing: found true, but the model's {name} tower cannot do it, expected "
+                f"compute.gradient_checkpointing=true is not possible with the model's {name} tower. Set it to "
                 f"false ({type(error).__name__}: {' '.join(str(error).split())})",
                 code=ErrorCode.UNSUPPORTED,
                 field="compute.gradient_checkpointing",
@@ -273,13 +275,13 @@ def list_unpruned_towers(clip: nn.Module, savings: Savings) -> list[str]:
 
     Args:
         clip: The model.
-        savings: The savings of the recipe.
+        savings: The recipe's `compute.savings`.
 
     Returns:
         One sentence with the reason for each tower that is computed in full.
 
     Raises:
-        InputError: A required saving is not possible for the structure.
+        InputError: A required optimisation is not possible for the structure.
     """
     notes = []
     for name, tower, names in (("image", ImageTower, IMAGE_SAVINGS), ("text", TextTower, TEXT_SAVINGS)):

@@ -1,4 +1,4 @@
-"""The text transformer of CLIP over packed prompts: the common prefix once, no padding, only embeddings in use."""
+"""CLIP's text transformer for packed prompts, without padding and with a single copy of the common prefix."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,8 +25,8 @@ from zscl.models.attention import (
 class PackedPrompts:
     """Token ids of C prompts in R rows: first the prefix that all prompts share, then each prompt's own suffix.
 
-    Rows have no padding. Attention needs a rectangle: suffixes are padded to S slots a prompt with `row_of_slot`, and
-    the result is brought back to rows with `slot_of_row`.
+    Rows have no padding. Attention needs a rectangular tensor: `row_of_slot` pads each suffix to S slots, and
+    `slot_of_row` maps the result back to rows.
 
     Attributes:
         ids: Token ids, [R].
@@ -66,8 +66,8 @@ def pack_prompts(tokens: torch.Tensor, end_positions: torch.Tensor, *, cut: bool
     Args:
         tokens: Token ids, [C, L].
         end_positions: The position of each prompt's end token, [C].
-        cut: Drop the positions after the longest prompt's end.
-        pack: Share the common prefix, and drop the positions after each prompt's own end.
+        cut: Whether to drop the positions after the end of the longest prompt.
+        pack: Whether to share the common prefix, and to drop the positions after the end of each prompt.
 
     Returns:
         The packed prompts.
@@ -106,7 +106,7 @@ class TextTower:
         blocks: The residual attention blocks.
         ln_final: The norm after the last block.
         projection: From width W to D; a module, a matrix [W, D] or `None`.
-        end_token: The id of the end token; `None` for CLIP's own, which is the largest id of a prompt.
+        end_token: The id of the end token; `None` for CLIP's vocabulary, in which the end token has the largest id.
         checkpointed: Whether the blocks use gradient checkpointing.
     """
 
@@ -165,7 +165,7 @@ class TextTower:
 
         Args:
             prompts: C packed prompts.
-            pooled_row: Compute the last block for the end tokens only. The features are the same.
+            pooled_row: Whether to compute the last block only for the end tokens. The features are the same.
 
         Returns:
             L2-normalised features, [C, D].
@@ -191,7 +191,7 @@ def apply_prompt_block(
         block: The block.
         rows: Hidden states, [R, W].
         prompts: The layout of the rows.
-        pooled_row: Compute the output of the end tokens only.
+        pooled_row: Whether to compute only the output of the end tokens.
 
     Returns:
         The block's output, [R, W], or [C, W] with `pooled_row`.
@@ -223,7 +223,7 @@ def _pad(rows: torch.Tensor, prompts: PackedPrompts) -> torch.Tensor:
 
 
 class UsedEmbeddings:
-    """Replaces a model's token embedding by a small table of the rows that some prompts use.
+    """Replaces a model's token embedding by a small table of the rows that the prompts use.
 
     The unused rows have no gradient. Leaving them out saves the memory and time of their optimizer states.
 
@@ -249,13 +249,13 @@ class UsedEmbeddings:
 
     @torch.no_grad()
     def restore(self, clip: nn.Module) -> None:
-        """Put the full table, updated with the trained rows, into `clip`: the model or a copy of it."""
+        """Restore the full table, updated with the trained rows, in `clip`, which is the model or a copy of it."""
         embedding = TextTower.from_clip(clip).token_embedding
         embedding.weight = nn.Parameter(self.full_table(embedding.weight))
 
     @torch.no_grad()
     def full_table(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return a copy of the full table, [vocabulary, W], with `rows` [U, W] in place of the used ones."""
+        """Return a copy of the full table, [vocabulary, W], with `rows` [U, W] in place of the used rows."""
         table = self.full_weight.detach().clone()
         table[self.token_ids] = rows
         return table

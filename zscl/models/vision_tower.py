@@ -25,7 +25,7 @@ def apply_image_block(block: ResidualAttentionBlock, rows: torch.Tensor, pooled_
     Args:
         block: The block.
         rows: Hidden states, [b, tokens, W].
-        pooled_row: Compute the output of the first token (the class token) only.
+        pooled_row: Whether to compute only the output of the first token (the class token).
 
     Returns:
         The block's output, [b, tokens, W], or [b, 1, W] with `pooled_row`.
@@ -63,7 +63,7 @@ class ImageTower:
             The tower, which shares the model's parameters.
 
         Raises:
-            NotApplicableError: The tower reads other tokens of the last block, too, or has another structure.
+            NotApplicableError: The tower also reads other tokens of the last block, or has another structure.
         """
         visual = clip.visual
         if not isinstance(visual, VisionTransformer):

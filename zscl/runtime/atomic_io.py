@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-MAX_TEMPORARY_NAME_BYTES = 200  # of the target's name: a file system allows 255, including prefix and suffix
+MAX_TEMPORARY_NAME_BYTES = 200  # of the target's name; a file system allows 255 with prefix and suffix
 QUARANTINE_PREFIX = "damaged-"
 
 
@@ -68,7 +68,7 @@ def atomic_file(file: Path) -> Iterator[Path]:
 
 
 def _temporary_path(path: Path) -> Path:
-    """Return a random name in the same folder, which no other process on any machine uses."""
+    """Return a random path in the same folder that no other process or machine uses."""
     name = os.fsdecode(os.fsencode(path.name)[:MAX_TEMPORARY_NAME_BYTES])
     return path.with_name(f".{name}.{secrets.token_hex(4)}.partial")
 
@@ -89,7 +89,7 @@ def write_text(file: Path, text: str) -> None:
 
 
 def remove_if_possible(file: Path) -> None:
-    """Remove a file that does no harm if it remains: a missing file and errors of the file system are ignored."""
+    """Remove a file if it exists, and ignore errors of the file system."""
     with suppress(OSError):
         file.unlink(missing_ok=True)
 
@@ -119,7 +119,7 @@ def link_folder(
     Args:
         source: The existing folder.
         target: The folder to create.
-        replacements: The content of files that differ in the target, by name.
+        replacements: New contents, by file name. These files are written instead of linked.
         exclude: Names or patterns of files that are not linked.
     """
     with atomic_folder(target) as temporary:

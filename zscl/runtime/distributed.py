@@ -29,11 +29,11 @@ def barrier() -> None:
 
 
 def rank_slice(total: int, of_rank: int | None = None) -> range:
-    """Divide items among the workers: contiguous slices, whose sizes differ by at most 1.
+    """Return one worker's slice of the items. Slices are contiguous, and their sizes differ by at most 1.
 
     Args:
         total: The number of items.
-        of_rank: The worker's rank; default: this worker's.
+        of_rank: The rank of the worker; default: the calling worker.
 
     Returns:
         The indices of the worker's items.
@@ -74,7 +74,7 @@ def gather_ragged(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _gather_padded(rows: torch.Tensor, counts: list[int]) -> torch.Tensor:
-    """Gather rows, of which each rank has its count, padded to the largest count as all_gather requires."""
+    """Gather `counts[rank]` rows from every rank. Rows are padded, because all_gather needs equal shapes."""
     padded = rows.new_zeros(max(counts), *rows.shape[1:])
     padded[: len(rows)] = rows
     gathered = [torch.empty_like(padded) for _ in counts]
@@ -89,7 +89,7 @@ def all_gather_unique(messages: Iterable[str]) -> list[str]:
         messages: This worker's messages.
 
     Returns:
-        Every message once, sorted, so that the result does not depend on the number of workers.
+        The sorted messages without duplicates, so that the result does not depend on the number of workers.
     """
     if world_size() == 1:
         return sorted(set(messages))
@@ -117,7 +117,7 @@ def broadcast_text(text: str) -> str:
 
 
 class _GatherWithGradient(torch.autograd.Function):
-    """All-gather whose backward returns the local slice times the world size.
+    """All-gather with a gradient: the local slice of the output's gradient, times the world size.
 
     All workers differentiate the same global loss, so the gradient of a worker's rows is complete without
     communication. The factor cancels the division by the world size when DDP averages the parameters' gradients.

@@ -8,8 +8,8 @@ def sha256_of(*contents: bytes | str) -> str:
     """Hash several contents.
 
     Args:
-        *contents: Bytes, or texts, which are encoded in UTF-8. The length of each is hashed too, so that the digest
-            depends on the boundaries between them.
+        *contents: Bytes, or texts, which are encoded in UTF-8. Their lengths are hashed, too, so that the digest
+            depends on the boundaries between the contents.
 
     Returns:
         The SHA-256 digest in hexadecimal digits.

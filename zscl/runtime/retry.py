@@ -41,7 +41,7 @@ TRANSIENT_CLASSES = frozenset(
 
 TRANSIENT_STATUSES = frozenset({408, 425, 429})  # HTTP statuses, in addition to those from 500 to 599
 
-MISSING_FOLDER_ERRNOS = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EEXIST})  # of files on a volume that is unmounted
+MISSING_FOLDER_ERRNOS = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EEXIST})  # on an unmounted volume
 
 
 def is_transient(error: BaseException) -> bool:
@@ -78,9 +78,9 @@ def retry_io(
 
     Args:
         operation: The function to call, possibly several times.
-        timeout: The time until the last retry [s].
-        must_exist: A folder that existed before. If it is missing, its storage is considered to be temporarily
-            unavailable, so that errors about missing files are transient.
+        timeout: The maximum time until the last retry [s].
+        must_exist: A folder that is known to exist. While it is missing, its storage counts as temporarily unavailable,
+            and errors about missing files are retried.
         description: The name of the file or URL in the log, if the error does not contain it.
 
     Returns:
@@ -121,7 +121,7 @@ def _is_folder(path: Path) -> bool:
 
 
 def to_os_error(error: Exception) -> OSError:
-    """Recover the operating system's error from an error that safetensors or PyTorch raised because of it.
+    """Return the `OSError` that caused an error of safetensors or PyTorch.
 
     Args:
         error: An error whose message contains, for example, "(os error 28)", or whose cause is an `OSError`.
@@ -141,7 +141,7 @@ def read_text_if_exists(file: Path, folder: Path) -> str:
 
     Args:
         file: The file, in UTF-8.
-        folder: The folder around the file, which must exist.
+        folder: The folder of the file, which must exist.
 
     Returns:
         The content; a line break for an empty file; an empty text if the file does not exist.

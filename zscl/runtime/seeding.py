@@ -1,4 +1,4 @@
-"""Random seeds that are derived from names."""
+"""Derivation of random seeds from names."""
 
 import hashlib
 

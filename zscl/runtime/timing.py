@@ -17,7 +17,7 @@ P = ParamSpec("P")
 class Clock:
     """Accumulates the wall time that each part of a stage takes in this process.
 
-    GPU kernels run asynchronously: their time may be counted for a later part, which waits for them.
+    GPU kernels run asynchronously. Their time may be added to a later part, which waits for them.
 
     Attributes:
         seconds: The accumulated time by part [s].

@@ -40,7 +40,7 @@ class AsyncMatrixEvaluator(MatrixEvaluator):
     _pending: dict[int, Handle | None] = field(default_factory=dict)
 
     def measure(self, stage: int, clip: Clip) -> None:
-        """Submit the evaluation of a row unless its file exists, and accept the rows that are complete. Collective."""
+        """Submit the evaluation of a row if its file does not exist, and accept complete rows. Collective."""
         row = self.read_row(self.row_file(stage))
         if row is not None:
             self.accept(stage, row)
@@ -80,7 +80,7 @@ class AsyncMatrixEvaluator(MatrixEvaluator):
         Raises:
             StoppedError: A stop was requested.
         """
-        handle = self._pending[stage]  # `None` on all ranks but 0
+        handle = self._pending[stage]  # `None` on all ranks except 0
         is_done = handle is not None and handle.done()
         if handle is not None and is_done:
             handle.result()  # raises if the evaluation failed

@@ -60,7 +60,8 @@ def read_run_identity(run: Path) -> RunIdentity | None:
         except ValidationError:  # an incomplete line of a killed process
             continue
         start_time = entry.time if start_time is None else start_time
-        if isinstance(entry.progress, RunStarted):  # the last one: another run may reuse a folder without results
+        # The last of these entries counts, because another run may reuse a folder without results.
+        if isinstance(entry.progress, RunStarted):
             fingerprint = entry.progress.fingerprint
     return None if start_time is None or fingerprint is None else RunIdentity(fingerprint, start_time)
 
@@ -74,7 +75,7 @@ def read_start_time(run: Path) -> int | None:
 class Journal:
     """Appends events to the journal. Lines that cannot be written are written with the next event.
 
-    Events of temporary interest (a task's accuracy, which is part of a row) are not written.
+    Events that a later event repeats (a task's accuracy, which is part of a row) are not written.
 
     Attributes:
         file: The journal's path.
@@ -94,13 +95,13 @@ class Journal:
         try:
             self._write()
         except OSError:
-            self._buffer = "\n" + self._buffer.lstrip("\n")  # a part of it may be written
+            self._buffer = "\n" + self._buffer.lstrip("\n")  # a part of it may have been written
 
     def flush(self) -> None:
         """Write the buffered lines and flush the file to the disk.
 
         Raises:
-            OSError: Storage fails permanently, or for minutes.
+            OSError: Storage has failed permanently or for minutes.
         """
         retry_io(lambda: self._write(flush=True), must_exist=self.file.parent, description=self.file)
 

@@ -141,21 +141,21 @@ def stage_files(run: Path, name: str) -> list[Path]:
         The files of stages 1, 2, … without gaps.
 
     Raises:
-        InputError: A folder is not named `<number>-<task>`, or a stage before it is missing.
+        InputError: A folder is not named `<number>-<task>`, or an earlier stage is missing.
     """
     files: dict[int, Path] = {}
     for file in run.glob(f"{STAGES_FOLDER}/[!.]*/{name}"):
         number = file.parent.name.partition("-")[0]
         if not (number.isascii() and number.isdecimal()) or int(number) in files:
             raise InputError(
-                f"{file.parent}: found it among the stages, expected one folder <number>-<task> for each",
+                f"{file.parent}: found this folder among the stages, expected one folder <number>-<task> per stage",
                 code=ErrorCode.MISMATCH,
             )
         files[int(number)] = file
     for expected, stage in enumerate(sorted(files), start=1):
         if expected != stage:
             raise InputError(
-                f"{files[stage].parent}: found stage {stage} and no stage {expected}, expected both",
+                f"{files[stage].parent}: found stage {stage}, but no stage {expected}, expected both",
                 code=ErrorCode.NOT_FOUND,
             )
     return [files[stage] for stage in sorted(files)]

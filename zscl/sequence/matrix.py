@@ -1,7 +1,7 @@
 """The accuracy matrix: evaluates the model on every task, row by row, and caches rows and cells in files.
 
-Task-aware, a task's images are classified among the task's own classes. Class-incremental, a single head classifies
-among all classes seen so far.
+In task-aware evaluation, a task's images are classified among the task's own classes. In class-incremental evaluation,
+a single head classifies among all classes seen so far.
 """
 
 import time
@@ -117,7 +117,7 @@ class MatrixEvaluator:
             if broadcast_ints(rank() == 0 and self.stop_requested()) == [1]:
                 raise StoppedError(f"stopped while the row of stage {stage} is measured")
             heads = [embedded[index]]
-            if self.has_single_head:  # all classes seen; the initial model is evaluated with the heads of all stages
+            if self.has_single_head:  # the initial model is evaluated with the heads of all stages
                 last_tasks = range(index, len(self.resolved.tasks)) if stage == 0 else [max(stage - 1, index)]
                 heads = [slice_head(list(embedded.values()), index, last) for last in last_tasks]
             self._measure_cell(stage, clip, self.resolved.tasks[index], heads, row)
@@ -140,7 +140,7 @@ class MatrixEvaluator:
             The row; `None` if there is no file.
 
         Raises:
-            InputError: The file is damaged, or another run's.
+            InputError: The file is damaged, or belongs to another run.
         """
         text = broadcast_text(read_text_if_exists(file, self.folder) if rank() == 0 else "")
         return parse_row(self.resolved, text, file, complete) if text else None
@@ -177,9 +177,9 @@ class MatrixEvaluator:
         is_better = 0 in self.rows_by_stage and accuracy > self.rows_by_stage[0].accuracy[task.name]
         if is_at_chance(accuracy, classes, images) and not is_better:
             self._warn(
-                f"stage {stage} {task.name}: found an accuracy of {100 * accuracy:.1f} on {images} images right after "
-                f"training it, which cannot be told from guessing among {classes} classes ({100 / classes:.1f}); "
-                "look at its losses: more steps or another learning rate may help, or more test images tell more"
+                f"stage {stage} {task.name}: the accuracy right after training is {100 * accuracy:.1f} on {images} "
+                f"images, which is not clearly above guessing among {classes} classes ({100 / classes:.1f}); check the "
+                "losses. More steps or another learning rate may help; more test images give a clearer result"
             )
 
     def _warn(self, message: str) -> None:
@@ -198,7 +198,7 @@ class MatrixEvaluator:
             zero_shot: The zero-shot row.
 
         Returns:
-            One row per stage: accuracy by task.
+            One row per stage, with the tasks as keys.
         """
         names = [task.name for task in self.resolved.tasks]
         return [

@@ -70,7 +70,7 @@ class RemoteSync:
         """Open the storage.
 
         Args:
-            url: The URL of the folder in object storage, as fsspec reads it.
+            url: The fsspec URL of the folder in object storage.
             folder: The local folder; it need not exist.
 
         Raises:
@@ -106,13 +106,13 @@ class RemoteSync:
             reason = mask(one_line(error))
             raise InputError(
                 f"compute.storage: {mask(self.url)} cannot be written ({type(error).__name__}: {reason}), expected "
-                "storage and credentials that can",
+                "storage and credentials that allow writing",
                 code=ErrorCode.NOT_WRITABLE,
                 field="compute.storage",
             ) from error
         if content != b"written":
             raise InputError(
-                f"compute.storage: {mask(self.url)} does not give back what was written to it",
+                f"compute.storage: {mask(self.url)} returns other content than was written to it",
                 code=ErrorCode.MISMATCH,
                 field="compute.storage",
             )
@@ -121,10 +121,11 @@ class RemoteSync:
         """List the files in object storage.
 
         Hidden files and folders, and Ray's folder, are not listed. fsspec's own `exists`, `find` and `walk` return an
-        empty folder if listing fails at any depth, which would delete local files; this method raises instead.
+        empty folder if listing fails at any depth. Local files would then be deleted, so this method raises an error
+        instead.
 
         Returns:
-            The version of each file by its path in the folder; empty if there is no such folder.
+            A mapping from paths in the folder to versions of the files; empty if there is no such folder.
         """
         versions: dict[str, str] = {}
         folders = [self._root]
@@ -132,7 +133,7 @@ class RemoteSync:
             folder = folders.pop()
             try:
                 entries = self._storage.ls(folder, detail=True)
-            except FileNotFoundError:  # it does not exist, or was removed in the meantime
+            except FileNotFoundError:  # the folder does not exist, or was removed in the meantime
                 continue
             for entry in entries:
                 path = entry["name"].rstrip("/")
@@ -149,8 +150,8 @@ class RemoteSync:
         """Download files that have changed in object storage, and delete files that were removed there.
 
         Args:
-            exact: Overwrite or delete local files that differ, even if they changed here. Otherwise local changes
-                stay.
+            exact: Whether to overwrite or delete all local files that differ, even if they have changed locally. By
+                default, local changes stay.
             exclude: Names of files that are not downloaded.
 
         Raises:
@@ -180,7 +181,7 @@ class RemoteSync:
             self._write_manifest(manifest)
 
     def push(self) -> None:
-        """Upload the files that have changed here, after the pending push, and wait.
+        """Wait for the pending push, then upload the files that have changed locally.
 
         Raises:
             OSError: Storage has failed for minutes.
@@ -191,7 +192,7 @@ class RemoteSync:
         """Start a push in the background if the last one is `SYNC_SECONDS` old. Errors are ignored until `push`.
 
         Args:
-            immediately: Start it whatever the age of the last one.
+            immediately: Whether to start the push regardless of the age of the last push.
         """
         is_idle = self._pending_push is None or self._pending_push.done()
         if is_idle and (immediately or time.monotonic() - self._last_push > SYNC_SECONDS):
@@ -226,7 +227,7 @@ class RemoteSync:
         return _remote_version(self._storage.info(path))
 
     def _make_parent(self, path: str) -> None:
-        """Create the parent folder of a local path. In a bucket, a wrong name would create a bucket."""
+        """Create the parent folder of a path in a local file system. In object storage, this could create a bucket."""
         if isinstance(self._storage, LocalFileSystem):
             self._storage.makedirs(self._storage._parent(path), exist_ok=True)
 
@@ -247,7 +248,7 @@ class RemoteSync:
         return True
 
     def _retry(self, operation: Callable[[], T]) -> T:
-        """Access storage with retries. Errors of any client's classes are raised as `OSError`."""
+        """Access storage with retries. Errors of all clients are raised as `OSError`."""
         try:
             return retry_io(operation, description=mask(self.url))
         except OSError:
@@ -269,7 +270,7 @@ class RemoteSync:
                 yield name, _local_version(file)
 
     def _manifest(self) -> dict[str, dict[str, str]]:
-        """Read both versions of each file at its last transfer; empty if there is no manifest."""
+        """Read the local and remote versions of each file at its last transfer; empty if there is no manifest."""
         try:
             manifest: dict[str, dict[str, str]] = json.loads((self.folder / SYNC_MANIFEST).read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
@@ -309,7 +310,8 @@ def pull_periodically(sync: RemoteSync, exclude: Iterable[str], wait_for_stop: C
     Args:
         sync: The synchronisation.
         exclude: Names of files that are not downloaded.
-        wait_for_stop: Waits for so many seconds, and returns whether to stop (`threading.Event.wait`).
+        wait_for_stop: Called with a number of seconds. It waits that long at most, and returns `True` if a stop is
+            requested, as `threading.Event.wait` does.
     """
     while not wait_for_stop(SYNC_SECONDS):
         try:

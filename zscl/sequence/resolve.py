@@ -43,7 +43,7 @@ class ResolvedExperiment:
 
     @property
     def custom_loss_digests(self) -> dict[str, str]:
-        """The first digits of the digest of each custom loss's code, by the name under which results record it."""
+        """The first digits of each custom loss's code digest. Keys are the names of the losses in results."""
         losses = self.experiment.method.custom_losses
         return {f"code of {loss.path}": self.content_digests[loss.path][:8] for loss in losses}
 
@@ -69,8 +69,8 @@ def resolve(experiment: Experiment) -> ResolvedExperiment:
         for task in tasks[:-1]:
             if not isinstance(task.train, IndexedSamples):
                 raise InputError(
-                    f"{task.path}: found remote shards, expected local ones to keep exemplars of (method.memory); "
-                    "compute.shard_cache makes them local",
+                    f"{task.path}: found remote shards, expected local ones, because method.memory stores "
+                    "exemplars of them; set compute.shard_cache to download them",
                     code=ErrorCode.UNSUPPORTED,
                     field="method.memory",
                 )
@@ -149,7 +149,7 @@ def expand_class_incremental(experiment: Experiment, scenario: ClassIncremental,
         raise refusal from error
     if experiment.tasks not in ((), expanded.tasks):  # workers get the expanded experiment
         raise InputError(
-            "tasks: found other stages than class_incremental cuts from its dataset, expected none: leave them out",
+            "tasks: class_incremental defines the tasks, expected no other tasks: remove them",
             code=ErrorCode.CONFLICT,
             field="tasks",
         )
@@ -157,7 +157,7 @@ def expand_class_incremental(experiment: Experiment, scenario: ClassIncremental,
 
 
 def class_order(scenario: ClassIncremental, dataset: TaskFolder) -> Sequence[int]:
-    """Return the order in which classes are learnt: from a seed, or from a file of class names or labels.
+    """Return the order in which classes are learnt, from a seed or from a file of class names or labels.
 
     Class names may be numbers. Lines are read as labels only if all of them are numbers and some are not class names.
 
@@ -183,22 +183,22 @@ def class_order(scenario: ClassIncremental, dataset: TaskFolder) -> Sequence[int
     for number, line in enumerate(lines, start=1):
         if not has_only_labels and dataset.classnames.count(line) > 1:
             raise InputError(
-                f"{scenario.order}: found {line!r} on line {number}, the name of several classes of {dataset.path}, "
-                "expected their labels",
+                f"{scenario.order}: line {number}: {line!r} is the name of several classes of {dataset.path}; "
+                "give labels (numbers) instead",
                 code=ErrorCode.DUPLICATE,
                 field=field,
             )
         if line not in labels:
             raise InputError(
                 f"{scenario.order}: found {line!r} on line {number}, expected the class names of {dataset.path}, or "
-                f"labels from 0 to {count - 1}, one a line{did_you_mean(line, dataset.classnames)}",
+                f"labels from 0 to {count - 1}, one per line{did_you_mean(line, dataset.classnames)}",
                 code=ErrorCode.UNKNOWN_NAME,
                 field=field,
             )
     order = [labels[line] for line in lines]
     if sorted(order) != list(range(count)):
         raise InputError(
-            f"{scenario.order}: found {len(set(order))} classes, expected each of the {count} once",
+            f"{scenario.order}: found {len(set(order))} classes, expected each of the {count} classes once",
             code=ErrorCode.MISMATCH,
             field=field,
         )

@@ -24,8 +24,8 @@ from zscl.sequence.layout import (
 from zscl.sequence.resolve import ResolvedExperiment
 from zscl.sequence.stage_cache import stage_identity
 
-ROW_ADVICE = "remove the file, to have the row measured again"
-STAGE_ADVICE = "remove the stage's folder and those of the stages after it, to have them trained again"
+ROW_ADVICE = "delete the file, and the row is evaluated again"
+STAGE_ADVICE = "delete the folders of this stage and of later stages, and they are trained again"
 
 
 class AccuracyRow(StrictModel):
@@ -33,7 +33,7 @@ class AccuracyRow(StrictModel):
 
     Attributes:
         fingerprint: The run's fingerprint.
-        algorithm: Version of the algorithm; empty in runs that are older than versions.
+        algorithm: Version of the algorithm; empty in runs that are older than version 1.1.
         accuracy: Accuracy in [0, 1] by task.
         images: Number of test images by task.
         under_later_heads: The initial model's accuracies with the heads of later stages, by task (class-incremental).
@@ -55,7 +55,7 @@ class OtherAlgorithmError(InputError):
 
 
 def describe_algorithm(version: str) -> str:
-    """Return the name of a version of the algorithm for messages; an empty version means a run without versions."""
+    """Return the name of a version of the algorithm for messages. Runs before version 1.1 have an empty version."""
     return f"algorithm version {version}" if version else "an algorithm older than version 1.1"
 
 
@@ -77,10 +77,9 @@ def check_same_run(folder: Path, fingerprint: str) -> None:
     if row.accuracy or any(file.is_file() for file in results):
         if row.algorithm != algorithm_version():
             raise OtherAlgorithmError(
-                f"{folder}: found a run that was computed by {describe_algorithm(row.algorithm)}, expected "
-                f"{describe_algorithm(algorithm_version())}, which is what this version of zscl computes: the two may "
-                "give different numbers. Choose another folder; the results there stay as they are, for `zscl "
-                "compare` for example",
+                f"{folder}: found a run of {describe_algorithm(row.algorithm)}, expected "
+                f"{describe_algorithm(algorithm_version())}, which this version of zscl uses. The results may differ. "
+                "Choose another folder. The existing results stay usable, for example for `zscl compare`",
                 code=ErrorCode.OTHER_ALGORITHM,
             )
         raise InputError(
@@ -119,13 +118,14 @@ def parse_row(resolved: ResolvedExperiment, text: str, file: Path, complete: boo
         The row.
 
     Raises:
-        InputError: The content is damaged, or another run's.
+        InputError: The content is damaged, or belongs to another run.
     """
     row = parse_json(AccuracyRow, text, file, ROW_ADVICE)
     if row.fingerprint != resolved.fingerprint:
         raise InputError(
-            f"{file}: found the row of another run (fingerprint {row.fingerprint}), expected {resolved.fingerprint}; "
-            f"if the whole folder was copied from there, remove it, to have the stage done again; else {ROW_ADVICE}",
+            f"{file}: found accuracies of another run (fingerprint {row.fingerprint}), expected "
+            f"{resolved.fingerprint}. If the stage's folder was copied from that run, delete it, and the stage is "
+            f"trained again; otherwise {ROW_ADVICE}",
             code=ErrorCode.OTHER_RUN,
         )
     names = {task.name for task in resolved.tasks}
@@ -137,7 +137,7 @@ def parse_row(resolved: ResolvedExperiment, text: str, file: Path, complete: boo
         )
     if complete and (missing := names - measured):
         raise InputError(
-            f"{file}: found no accuracy on the task {min(missing)!r}, expected one on each; {ROW_ADVICE}",
+            f"{file}: found no accuracy on the task {min(missing)!r}, expected one for every task; {ROW_ADVICE}",
             code=ErrorCode.MISSING_VALUE,
         )
     return row
@@ -156,7 +156,7 @@ def parse_stage_result(resolved: ResolvedExperiment, stage: int, text: str, file
         The stage's result.
 
     Raises:
-        InputError: The content is damaged, or of another run's stage.
+        InputError: The content is damaged, or belongs to another run.
     """
     result = parse_json(StageResult, text, file, STAGE_ADVICE)
     task = resolved.experiment.tasks[stage - 1]
@@ -185,7 +185,7 @@ def check_run_folder(resolved: ResolvedExperiment, folder: Path) -> None:
         folder: The run's folder; it need not exist.
 
     Raises:
-        InputError: A file is damaged or another run's, or the weights of a trained stage are missing.
+        InputError: A file is damaged or belongs to another run, or the weights of a trained stage are missing.
     """
     if not folder.is_dir():
         return
@@ -201,7 +201,7 @@ def check_run_folder(resolved: ResolvedExperiment, folder: Path) -> None:
             weights = row.parent / MODEL_FOLDER / WEIGHTS
             if not is_finished and not weights.is_file():
                 raise InputError(
-                    f"{weights}: found no such file, expected stage {stage}'s weights; {STAGE_ADVICE}",
+                    f"{weights}: found no such file, expected the weights of stage {stage}; {STAGE_ADVICE}",
                     code=ErrorCode.NOT_FOUND,
                 )
 
@@ -212,6 +212,6 @@ def write_json(file: Path, content: BaseModel, within: Path | None = None) -> No
     Args:
         file: The file to write.
         content: The model.
-        within: A folder that exists. While it does not, its storage is considered unavailable.
+        within: A folder that is known to exist. While it is missing, its storage counts as temporarily unavailable.
     """
     retry_io(lambda: write_text(file, content.model_dump_json(indent=1) + "\n"), must_exist=within, description=file)

@@ -61,7 +61,7 @@ from zscl.training.loss_log import NotFiniteError
 from zscl.training.stage import train_stage
 
 Report = Callable[[BaseModel], None]
-LIBRARIES = ("torch", "open_clip_torch", "webdataset")  # whose versions results record
+LIBRARIES = ("torch", "open_clip_torch", "webdataset")  # results record their versions
 TEMPORARY = ".*.partial"  # incomplete files and folders of `zscl.runtime.atomic_io`
 
 
@@ -75,7 +75,9 @@ def run_sequence(
     submit_evaluation: SubmitEvaluation | None = None,
     sync: RemoteSync | None = None,
 ) -> Result:
-    """Run an experiment in a folder, or resume it: stages, rows, cells of a row and steps of a stage.
+    """Run an experiment in a folder, or resume it.
+
+    A resumed run repeats no completed stage, row or cell, and continues training from the last checkpoint.
 
     Collective: every rank of a `torch.distributed` group calls it with equal arguments. Without a group, one process
     does all the work. Rank 0 writes and reports.
@@ -233,12 +235,12 @@ class _Run:
         return stage_folder(self.folder, stage, self.resolved.tasks[stage - 1].name)
 
     def read_training(self, stage: int) -> str:
-        """Read a stage's `training.json` on rank 0 and broadcast it; empty if the stage is not trained. Collective."""
+        """Read a stage's `training.json` on rank 0, if it exists, and broadcast it. Collective."""
         file = self.stage_folder(stage) / TRAINING
         return broadcast_text(read_text_if_exists(file, self.folder) if rank() == 0 else "")
 
     def select_exemplars(self, stage: int, clip: Clip) -> list[tuple[int, int]]:
-        """Choose a stage's exemplars by herding, best first, as many as any later stage reads. Collective."""
+        """Choose as many exemplars of a stage by herding as any later stage reads, best first. Collective."""
         experiment, task = self.resolved.experiment, self.resolved.tasks[stage - 1]
         if experiment.method.memory is None or stage == len(self.resolved.tasks):
             return []
@@ -278,7 +280,7 @@ class _Run:
                 partial(self._write_stage, path, stage, clip, model, exemplars, result, steps)
                 for path, (model, result) in zip(self._result_folders(stage, extra_averages), trained, strict=True)
             ]
-            for write in reversed(writers):  # the run's own stage last
+            for write in reversed(writers):  # the run's own stage is written last
                 retry_io(write, must_exist=self.folder, description=write.args[0])
             if self.cache:
                 self.cache.put(stage, self.stage_folder(stage))
@@ -419,9 +421,9 @@ def _explain_errors(last_good_model: str) -> Iterator[None]:
             raise
         operation = str(error).partition(" does not have")[0]
         raise InputError(
-            f"compute.deterministic: found a model or a loss with an operation that has no deterministic GPU "
-            f"implementation ({operation}), expected compute.deterministic=false for it: results then differ by "
-            "round-off from run to run",
+            f"compute.deterministic: the model or a loss has an operation without a deterministic GPU "
+            f"implementation ({operation}). Set compute.deterministic=false; results then differ by rounding "
+            "errors between runs",
             code=ErrorCode.UNSUPPORTED,
             field="compute.deterministic",
         ) from error

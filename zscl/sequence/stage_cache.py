@@ -1,6 +1,6 @@
 """Cache of trained stages and accuracy rows by content, so that concurrent runs compute what they share only once.
 
-    <key>/            a stage's folder (see `zscl.sequence.layout`), as the run that trained it has written it
+    <key>/            a stage's folder (see `zscl.sequence.layout`), written by the run that trained the stage
     <key>.row.json    the accuracy row of a model
     .<key>.lock       held by the run that computes the entry; other runs wait for it
 
@@ -43,8 +43,9 @@ class SharedWork:
     Attributes:
         teacher_cache: The folder of the teacher's cached features.
         stage_cache: The folder of trained stages; `None` if the run shares none.
-        averages: Averaging settings of the other runs. An average does not influence the steps of its own stage, so
-            runs that differ only in it share the training of the first stage.
+        averages: Averaging settings of the other runs. Averaging does not change the training steps of a stage, so runs
+            that differ only in averaging share the training of stage 1. Later stages start from the averaged weights
+            and differ.
     """
 
     teacher_cache: Path
@@ -74,7 +75,7 @@ class StageCache:
         self._extra_averages = tuple(dict.fromkeys(different)) if method.memory is None else ()
 
     def extra_averages(self, stage: int) -> Averages:
-        """Return the averages that a stage's training also computes; later stages start from a single average."""
+        """Return the averages of other runs that a stage also computes. Only stage 1 has any."""
         return self._extra_averages if stage == 1 else ()
 
     @contextmanager
@@ -101,9 +102,9 @@ class StageCache:
             if is_locked:
                 break
             if stop:
-                raise StoppedError("stopped while another run computes what both need")
+                raise StoppedError("stopped while waiting for another run, which computes a shared stage or row")
             if not is_waiting:
-                on_note("waiting for another run, which computes what both need")
+                on_note("waiting for another run, which computes a shared stage or row")
                 is_waiting = True
         try:
             yield
@@ -131,7 +132,7 @@ class StageCache:
         return bool(is_cached)
 
     def _read_result(self, folder: Path) -> StageResult | None:
-        """Read the result of a cached stage; a damaged entry is renamed."""
+        """Read the result of a cached stage. A damaged entry is renamed and treated as missing."""
         text = read_text_if_exists(folder / TRAINING, self.folder)
         if not text:
             return None
@@ -158,7 +159,7 @@ class StageCache:
         return self.folder / self.model_key(stage, average)
 
     def get_row(self, key: str) -> str:
-        """Return a cached row as JSON, empty if there is none. Collective."""
+        """Return a cached row as JSON, or an empty string if there is none. Collective."""
         return broadcast_text(read_text_if_exists(self._row_file(key), self.folder) if rank() == 0 else "")
 
     def put_row(self, key: str, row: str) -> None:
@@ -169,7 +170,7 @@ class StageCache:
         return self.folder / f"{key}.row.json"
 
     def training_key(self, stage: int) -> str:
-        """Return the content hash of the steps of a stage, which do not depend on the average in the first stage."""
+        """Return the content hash of a stage's training steps. In stage 1, they do not depend on averaging."""
         if stage > 1:
             return self.model_key(stage)
         return _content_key("course", {**self._identity, "method": self._method, "tasks": self._tasks(stage)})
@@ -179,7 +180,7 @@ class StageCache:
 
         Args:
             stage: The stage's number; 0 is the initial model.
-            average: Averaging settings instead of the method's own.
+            average: Averaging settings that replace those of the method.
 
         Returns:
             The key.
@@ -217,7 +218,7 @@ class StageCache:
         return {name: part for name, part in self._identity["method"].items() if name != "average"}
 
     def _tasks(self, stage: int) -> Any:
-        """The tasks up to a stage, or all tasks if the prompts of later ones are distilled on."""
+        """Return the tasks in a stage's identity: tasks 1 to `stage`, or all if distillation uses later prompts."""
         distill, tasks = self.resolved.experiment.method.distill, self._identity["tasks"]
         reads_all = distill is not None and distill.prompts_of != "current"
         return {"stage": stage, "tasks": tasks if reads_all else tasks[:stage]}
@@ -229,7 +230,7 @@ def stage_identity(resolved: ResolvedExperiment, stage: int, *average: Average |
     Args:
         resolved: The experiment.
         stage: The stage's number, from 1.
-        average: Averaging settings instead of the method's own.
+        average: Averaging settings that replace those of the method.
 
     Returns:
         The hash.

@@ -1,4 +1,4 @@
-"""Builds the teacher of each stage: its model, the images and texts to distil on, and its cached features."""
+"""Builds the teacher of each stage: its model, its cached features, and the images and texts for distillation."""
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
@@ -82,7 +82,7 @@ class TeacherBuilder:
             exemplars: The folders of exemplars of the earlier stages.
 
         Returns:
-            The teacher; `None` if the method does not distil, or if there are no images to distil on yet.
+            The teacher; `None` if the method does not distil, or if there are no images for distillation yet.
         """
         experiment, task = self.resolved.experiment, self.resolved.tasks[stage - 1]
         distill = experiment.method.distill
@@ -118,7 +118,7 @@ class TeacherBuilder:
         return Teacher(images, texts, features)
 
     def _select_images(self, task: TaskFolder, clip: Clip, exemplars: Sequence[Path]) -> Samples | None:
-        """Return the images to distil on."""
+        """Return the images for distillation."""
         method = self.resolved.experiment.method
         if method.distill is None:
             return None
@@ -167,8 +167,8 @@ class TeacherBuilder:
 def feature_policy(experiment: Experiment, stage: int, samples: Samples) -> Literal["ahead", "as_met", "never"]:
     """Decide whether and when the teacher's features of the reference images are cached.
 
-    Features are not cached if they cannot be reused: if the teacher belongs to one stage, for exemplars and noise, and
-    for remote images, which have no index.
+    Features are not cached if they cannot be reused. This is the case for a teacher that belongs to one stage, for
+    exemplars, for noise, and for remote images, which have no index.
 
     Args:
         experiment: The experiment.
@@ -208,15 +208,15 @@ def check_embeddable(resolved: ResolvedExperiment) -> IndexedSamples:
     if method.distill is None or method.distill.teacher != "initial" or method.distill.images != "reference":
         raise InputError(
             f"method: '{method.name}' does not distil from the initial model on a reference set, expected a method "
-            "that does (zscl, zscl*): nothing else can be embedded ahead",
+            "that does (zscl, zscl*): only these features can be computed in advance",
             code=ErrorCode.UNSUPPORTED,
             field="method",
         )
     assert reference is not None
     if not isinstance(reference.images, IndexedSamples):
         raise InputError(
-            f"reference.images: found remote shards ({reference.images.urls[0]}), expected local ones: the teacher "
-            "embeds remote images as they are met",
+            f"reference.images: found remote shards ({reference.images.urls[0]}), expected local ones: the features "
+            "of remote images cannot be computed in advance",
             code=ErrorCode.UNSUPPORTED,
             field="reference.images",
         )
@@ -237,10 +237,10 @@ def embed_reference(
         run: The folder of the run that will read the features.
         report: Callback for events, on rank 0.
         device: The device; default: CUDA if available.
-        stop_requested: Not called: a killed process has cached what it has computed.
+        stop_requested: Unused, because a killed process has already cached the features that it has computed.
 
     Returns:
-        What is cached.
+        A summary of the cached features.
 
     Raises:
         InputError: The features cannot be computed before training, or an input is missing or broken.
@@ -255,7 +255,8 @@ def embed_reference(
     assert teacher is not None
     if not isinstance(teacher.image_features, teacher_cache.CachedFeatures):
         raise InputError(
-            f"{folder}: cannot be written, expected a folder with room for the features", code=ErrorCode.NOT_WRITABLE
+            f"{folder}: cannot be written, expected a writable folder with space for the features",
+            code=ErrorCode.NOT_WRITABLE,
         )
     cache = teacher.image_features.cache
     return EmbeddingReport(

@@ -35,7 +35,7 @@ def training_batches(
         clip: The model's image transforms.
         distillation_samples: The reference images; `None` if the stage does not distil.
         loader: Reads and decodes the images.
-        first_step: Steps that are already taken.
+        first_step: Number of completed steps.
 
     Returns:
         The batches from step `first_step` on.

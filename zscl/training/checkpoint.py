@@ -27,19 +27,19 @@ from zscl.runtime.distributed import barrier, broadcast_ints, rank
 from zscl.runtime.retry import retry_io, to_os_error
 
 POLL_SECONDS = 1.0
-RETRY_SECONDS = 30.0  # until the next attempt after a checkpoint that could not be written
+RETRY_SECONDS = 30.0  # delay of the next attempt after a checkpoint could not be written
 State = dict[str, Any]
 
 
 class StoppedError(Exception):
-    """The run stopped on request. Its folder holds what a resume needs."""
+    """The run stopped on request. It can be resumed from its folder."""
 
 
 def read_checkpoint(file: Path | None, stage: int, on_note: Callable[[str], None]) -> State | None:
     """Read the checkpoint of a stage. Collective.
 
-    A file with damaged content is renamed, and the stage starts again with the same results. A file that storage
-    cannot deliver stays, and reading it is retried.
+    A file with damaged content is renamed, and the stage starts again with the same results. If storage fails, the file
+    stays unchanged, and reading is retried.
 
     Args:
         file: The checkpoint; `None` if the run has none.
@@ -50,7 +50,7 @@ def read_checkpoint(file: Path | None, stage: int, on_note: Callable[[str], None
         The state, or `None` if the stage starts at step 0.
 
     Raises:
-        OSError: Storage cannot deliver the file, or the ranks read different checkpoints.
+        OSError: Storage has failed for minutes, or the ranks read different checkpoints.
     """
     state: State | None = None
     if file is not None and file.is_file():
@@ -61,17 +61,17 @@ def read_checkpoint(file: Path | None, stage: int, on_note: Callable[[str], None
             renamed = quarantine(file) if rank() == 0 else None
             suffix = f", and renamed it to {renamed.name}" if renamed else ""
             on_note(f"{file}: found no readable checkpoint ({reason}){suffix}; the stage starts again")
-    if state is not None and state.get("stage") != stage:  # of a stage that is finished
+    if state is not None and state.get("stage") != stage:  # the checkpoint of a finished stage
         state = None
     own_step = state["step"] if state else 0
     [step] = broadcast_ints(own_step)
     if step and own_step != step:
-        raise OSError(f"{file}: found the checkpoint of step {own_step}, the main worker finds that of step {step}")
+        raise OSError(f"{file}: found the checkpoint of step {own_step}, but the main worker found that of step {step}")
     return state if step else None
 
 
 def _read(file: Path) -> State:
-    """Read a checkpoint; torch raises exceptions of several classes if the content is not one."""
+    """Read a checkpoint. If the content is not a checkpoint, torch raises exceptions of several classes."""
     try:
         state: State = torch.load(file, map_location="cpu", weights_only=True)
     except RuntimeError as error:
@@ -82,7 +82,7 @@ def _read(file: Path) -> State:
             raise MemoryError(str(error)) from error
         raise
     if not isinstance(state, dict) or not {"stage", "step", "model"} <= state.keys():
-        raise ValueError("other content than a checkpoint's")
+        raise ValueError("the content is not a checkpoint")
     return state
 
 
@@ -118,9 +118,9 @@ class CheckpointWriter:
         Args:
             file: The checkpoint's path; `None` writes none.
             settings: The recipe's `compute.checkpoint`.
-            report: Callback for events: a checkpoint was written, or could not be.
+            report: Callback for events: a checkpoint was written, or could not be written.
             stop_requested: Returns whether the run should stop; called on rank 0.
-            first_step: Steps that are already taken.
+            first_step: Number of completed steps.
         """
         self.file, self.settings, self.report, self.stop_requested = file, settings, report, stop_requested
         self.next_poll_step = first_step + 1
@@ -134,7 +134,7 @@ class CheckpointWriter:
         """Start writing a checkpoint if one is due, and stop if that was requested. Collective.
 
         Args:
-            step: Steps of the stage that are taken.
+            step: Number of completed steps of the stage.
             state: Returns the state to save; called on every rank.
 
         Raises:
@@ -172,7 +172,7 @@ class CheckpointWriter:
         save = self._is_due and self._pending is None and self.file is not None  # training never waits for storage
         if save:
             self._is_due, self._due_time = False, now + 60 * self.settings.every_minutes
-        # At most twice the last interval: steps may become slower.
+        # The interval at most doubles, because steps may become slower.
         next_poll = step + max(1, min(int(POLL_SECONDS / seconds_per_step), 2 * (step - last_step)))
         if every is not None:
             next_poll = min(next_poll, every * (step // every + 1))
@@ -200,7 +200,9 @@ class CheckpointWriter:
             while cause.__context__ is not None:
                 cause = cause.__context__
             reason = str(cause).strip().partition("\n")[0]
-            return Note(text=f"{subject} could not be written ({reason}); the last one stays, training continues")
+            return Note(
+                text=f"{subject} could not be written ({reason}); the previous one stays, and training continues"
+            )
         return CheckpointWritten(stage=state["stage"], steps=state["step"])
 
 

@@ -19,19 +19,19 @@ Report = Callable[[StepsTaken | Note], None]
 
 
 class NotFiniteError(InputError):
-    """A loss, the gradients or the weights are NaN or Inf. The stage is lost; earlier stages are not."""
+    """A loss, the gradients or the weights are NaN or Inf. The results of earlier stages remain usable."""
 
     def __init__(self, sentence: str) -> None:
         super().__init__(sentence, code=ErrorCode.NOT_FINITE)
 
 
 class LossLog:
-    """Buffers the losses of every step. `flush` reads them from the device, which waits for it, and reports them.
+    """Buffers the losses of every step. `flush` waits for the device, reads the losses and reports them.
 
     Attributes:
         stage: The stage's number, from 1.
         task: The task's name.
-        images_per_step: Images of all ranks in a step.
+        images_per_step: Number of images in a step, summed over all ranks.
         report: Callback for events.
         steps: The losses of all flushed steps.
         spike_warnings: Messages about gradient spikes, at most `MAX_SPIKE_WARNINGS`.
@@ -57,7 +57,7 @@ class LossLog:
         """Restore the steps of a checkpoint and report them again, because the last process may not have done so.
 
         Args:
-            steps: The losses of the steps that are already taken.
+            steps: The losses of the completed steps.
             seconds: The time that these steps took.
         """
         self._started, self._reported = time.perf_counter() - seconds, time.perf_counter()
@@ -71,7 +71,7 @@ class LossLog:
         Args:
             step: The step, from 0.
             learning_rate: The step's learning rate.
-            losses: The losses by name, scalars.
+            losses: The named losses, scalars.
             gradient_norm: The norm of the gradients, a scalar.
         """
         self._pending.append((step, learning_rate, losses, gradient_norm))
@@ -84,7 +84,7 @@ class LossLog:
         """
         if not self._pending:
             return
-        # One read of the device for all steps, whose losses may have different names.
+        # All steps are read from the device at once. Their losses may have different names.
         scalars = [scalar for *_, losses, norm in self._pending for scalar in (*losses.values(), norm)]
         values = iter(torch.stack(scalars).tolist())
         steps = [
@@ -134,15 +134,15 @@ class LossLog:
         for name, value in (losses | {"the gradients' norm": step.gradient_norm}).items():
             if not math.isfinite(value):
                 raise NotFiniteError(
-                    f"stage {self.stage} {self.task}: found {name} {value} at step {step.step}, expected a finite one"
+                    f"stage {self.stage} {self.task}: found {name} {value} at step {step.step}, expected a finite value"
                 )
 
     def _warn_of_spike(self, step: StepLosses) -> None:
         if len(self.spike_warnings) < MAX_SPIKE_WARNINGS:
             self.spike_warnings.append(
                 f"stage {self.stage} {self.task}: the gradients exploded at step {step.step} (norm "
-                f"{step.gradient_norm:.3g}, over {SPIKE_FACTOR} times the steps before it); "
-                "optimisation.max_gradient_norm would clip them"
+                f"{step.gradient_norm:.3g}, over {SPIKE_FACTOR} times the median of the steps before); set "
+                "optimisation.max_gradient_norm to clip gradients"
             )
             self.notify(f"warning: {self.spike_warnings[-1]}")
 

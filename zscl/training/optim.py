@@ -13,15 +13,15 @@ def learning_rate_factor(step: int, warmup_steps: int, steps: int) -> float:
 
     Args:
         step: The step, from 0.
-        warmup_steps: Steps of the warm-up.
-        steps: Steps of the stage.
+        warmup_steps: Number of warm-up steps.
+        steps: Number of steps of the stage.
 
     Returns:
         The factor in [0, 1].
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
-    if step >= steps:  # LambdaLR also computes it after the last step: 0 / 0 if all steps are warm-up
+    if step >= steps:  # LambdaLR calls this after the last step, too; avoids 0 / 0 if all steps are warm-up
         return 0.0
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / (steps - warmup_steps)))
 

@@ -1,4 +1,4 @@
-"""Contrastive pre-training of a small CLIP model in one process, with which the embedded model was made."""
+"""Contrastive pre-training of a small CLIP model in one process, which produced the embedded model."""
 
 import json
 import logging
@@ -39,7 +39,7 @@ class Pretrained:
 
     Attributes:
         folder: The model's open_clip folder.
-        steps: Steps that were taken.
+        steps: Number of steps taken.
         loss: The loss of the last step.
         zero_shot: Zero-shot accuracy in [0, 1] by task.
     """
@@ -177,7 +177,7 @@ def _open_corpus(recipe: Pretraining) -> tuple[IndexedSamples, dict[str, int]]:
     caption_indices = {caption: index for index, caption in enumerate(dict.fromkeys(corpus.iter_texts()))}
     if not caption_indices:
         raise InputError(
-            f"corpus: found no .txt captions in {', '.join(recipe.corpus)}, expected one with each image",
+            f"corpus: found no .txt captions in {', '.join(recipe.corpus)}, expected a caption for each image",
             code=ErrorCode.EMPTY,
             field="corpus",
         )
@@ -185,7 +185,7 @@ def _open_corpus(recipe: Pretraining) -> tuple[IndexedSamples, dict[str, int]]:
 
 
 def _build_transform(recipe: Pretraining, clip: Clip) -> Callable[[Any], torch.Tensor]:
-    """Build the training transform: a random shift of a few pixels, and the evaluation transform."""
+    """Build the training transform: a random shift of a few pixels, followed by the evaluation transform."""
     if recipe.shift_pixels == 0:
         return clip.evaluation_transform
     size = recipe.architecture["vision_cfg"]["image_size"]
@@ -195,7 +195,7 @@ def _build_transform(recipe: Pretraining, clip: Clip) -> Callable[[Any], torch.T
 
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return the optimizer's parameter groups: weight decay for matrices, none for biases, norms and embeddings."""
+    """Return the optimizer's parameter groups: matrices with weight decay; biases, norms and embeddings without it."""
     decayed: list[nn.Parameter] = []
     not_decayed: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():

@@ -1,12 +1,12 @@
 """Weight snapshots during a stage, and their replay with other averaging settings without training.
 
-A stage's folder of snapshots (see `zscl.sequence.layout`) holds:
+A stage's folder of snapshots (see `zscl.sequence.layout`) contains:
 
     <step>.safetensors   the trained parameters after steps 0, N, 2N, … (N: compute.snapshots_every)
     last.safetensors     the trained parameters after the last step
 
-The replay calls the averagers of training (`zscl.methods.weight_averaging`) at the same steps, so that it reproduces
-the method's own average bit for bit.
+The replay calls the averagers (`zscl.methods.weight_averaging`) at the same steps as training, so it reproduces the
+method's own average bit for bit.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -34,8 +34,8 @@ class SnapshotWriter:
     Attributes:
         folder: The stage's folder of snapshots.
         every: The interval in steps.
-        steps: Steps of the stage.
-        weights: Returns the trained parameters by name, in their full shapes.
+        steps: Number of steps of the stage.
+        weights: Returns a dict of the named trained parameters in their full shapes.
     """
 
     def __init__(self, folder: Path, every: int, steps: int, weights: Callable[[], Mapping[str, torch.Tensor]]) -> None:
@@ -76,7 +76,7 @@ def snapshot_interval(folder: Path) -> int:
     steps = sorted(int(file.stem) for file in folder.glob(f"*{SUFFIX}") if file.stem.isdecimal())
     if not steps or not (folder / LAST_SNAPSHOT).is_file():
         raise InputError(
-            f"{folder}: found no snapshots of a whole stage, expected a run with compute.snapshots_every set",
+            f"{folder}: found no snapshots of a complete stage, expected a run with compute.snapshots_every set",
             code=ErrorCode.NOT_FOUND,
             field="compute.snapshots_every",
         )
@@ -96,11 +96,11 @@ def replay_average(
     """Compute the resulting model of a stage with other averaging settings.
 
     Args:
-        model: The stage's start, with `requires_grad` set for its trained parameters. It is changed in place and ends
-            as the last weights of the stage.
+        model: The stage's start, with `requires_grad` set for its trained parameters. It is changed in place and has
+            the last weights of the stage at the end.
         average: The averaging settings; `None` for the last weights.
         folder: The stage's folder of snapshots.
-        steps: Steps of the stage.
+        steps: Number of steps of the stage.
         multi_tensor: Use multi-tensor operations, as in training (`compute.savings`).
 
     Returns:
@@ -112,7 +112,7 @@ def replay_average(
     every = snapshot_interval(folder)
     if average is not None and average.every % every:
         raise InputError(
-            f"--every {average.every}: found snapshots of every {every} steps in {folder}, expected a multiple of that",
+            f"--every {average.every}: {folder} has a snapshot every {every} steps, expected a multiple of {every}",
             code=ErrorCode.INVALID_VALUE,
             field="--every",
         )
@@ -136,7 +136,7 @@ def _load_snapshot(model: nn.Module, file: Path) -> None:
         weights = load_file(file)
         parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         if weights.keys() != parameters.keys():
-            raise ValueError("other parameters than the model trains")
+            raise ValueError("the parameters are not those that the model trains")
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
     except Exception as error:  # safetensors and torch raise exceptions of many classes

@@ -67,21 +67,21 @@ def train_stage(
         snapshots: The folder for snapshots (see `compute.snapshots_every`); `None` writes none.
         stop_requested: Returns whether the run should stop; called on rank 0 about once a second.
         extra_averages: Averaging settings of other runs, evaluated on the same trajectory.
-        identity: Content hash of all inputs of the stage's training. A checkpoint with another one is refused.
+        identity: Content hash of all inputs of the stage's training. A checkpoint with another identity is refused.
 
     Returns:
         The resulting model and the stage's result for the method's own average and for each of the extra averages, in
         this order; and the losses of all steps.
 
     Raises:
-        InputError: The checkpoint is another run's.
+        InputError: The checkpoint belongs to another run.
         NotFiniteError: A loss, the gradients or the weights are NaN or Inf.
         StoppedError: A stop was requested. The checkpoint is written.
     """
     optimisation, model, settings = experiment.optimisation, clip.model, experiment.tasks[stage - 1]
     steps = experiment.stage_steps(settings)
 
-    # Parameters: which are trained, and the forward pass through both towers.
+    # Trained parameters, and the forward pass through both towers.
     model.train()
     select_trained_parameters(model, experiment.method.train)
     tokens = clip.tokenizer([*task.prompts(task.templates[0]), *extra_texts]).to(device)
@@ -122,7 +122,7 @@ def train_stage(
     state = StageState(experiment.seed, stage, model, optimizer, schedule, averagers, log, loader, clock, identity)
     first_step = state.restore(checkpoint)
 
-    # Data, from the first step that is not taken yet.
+    # Data, from the first step to take.
     batches = training_batches(experiment, stage, task, clip, teacher.images if teacher else None, loader, first_step)
     batches = clock.time_iterator("data", batches)
 
@@ -134,7 +134,7 @@ def train_stage(
     StageTrainer(
         state, forward, objective, step_hooks, batches, throughput, checkpoints, optimisation.max_gradient_norm
     ).fit(first_step, steps)
-    optimizer.zero_grad()  # gradients would stay in memory and in every copy of the model
+    optimizer.zero_grad()  # otherwise gradients stay in memory and in every copy of the model
     for module in {model, *(averager.model for averager in averagers)}:
         pruned.restore_embeddings(module)
     return state.results(steps, device), log.steps
@@ -173,7 +173,7 @@ class StageState:
         schedule: The learning-rate schedule.
         averagers: The averager of the method, followed by those of the extra averages.
         log: The losses of all steps.
-        loader: Counts the samples that cannot be used.
+        loader: The data loader, which counts unusable samples.
         clock: Counts the seconds of each part of a step.
         identity: Content hash of all inputs of the stage's training.
     """
@@ -190,7 +190,7 @@ class StageState:
     identity: str = ""
 
     def seed_step(self, step: int) -> None:
-        """Seed torch as a function of the step, so that a checkpoint needs no state of a random generator (dropout)."""
+        """Seed torch as a function of the step, so that checkpoints need no random state (for dropout)."""
         torch.manual_seed(derive_seed(self.seed, self.stage, "step", step, rank()))
 
     def state_dict(self) -> State:
@@ -217,10 +217,10 @@ class StageState:
             checkpoint: The checkpoint's path; `None` if the run has none.
 
         Returns:
-            The number of steps that are already taken.
+            The number of completed steps.
 
         Raises:
-            InputError: The checkpoint is another run's.
+            InputError: The checkpoint belongs to another run.
         """
         notify = self.log.notify
         state = read_checkpoint(checkpoint, self.stage, notify)
@@ -228,13 +228,13 @@ class StageState:
             return 0
         if state.get("identity", self.identity) != self.identity:
             raise InputError(
-                f"{checkpoint}: found the checkpoint of another run's stage (identity {state['identity']}), expected "
+                f"{checkpoint}: found the checkpoint of another run (identity {state['identity']}), expected "
                 f"{self.identity}; remove the file to start the stage again",
                 code=ErrorCode.OTHER_RUN,
             )
         if not is_compatible(state, self.model):
             notify(
-                f"{checkpoint}: found weights of other shapes, from a run with other compute.savings; the stage starts "
+                f"{checkpoint}: found weights of other shapes, written with other compute.savings; the stage starts "
                 "again"
             )
             return 0
@@ -260,7 +260,7 @@ class StageState:
         """Return the resulting model and the stage's result for every averager. Collective.
 
         Args:
-            steps: Steps of the stage.
+            steps: Number of steps of the stage.
             device: The model's device.
 
         Returns:
@@ -292,11 +292,11 @@ class StageTrainer:
         state: The stage's state.
         forward: The student's forward pass.
         objective: The sum of the method's loss terms.
-        step_hooks: Called after every step: averagers and the writer of snapshots.
+        step_hooks: Objects whose `after_step` is called after every step: averagers and the writer of snapshots.
         batches: This rank's batches from the first step on.
         throughput: Reports the use of resources.
         checkpoints: Writes checkpoints and stops on request.
-        max_gradient_norm: The L2 norm to which gradients are clipped; `None`: no clipping.
+        max_gradient_norm: The L2 norm to which gradients are clipped; `None` disables clipping.
     """
 
     state: StageState
@@ -312,8 +312,8 @@ class StageTrainer:
         """Train from `first_step` to the end of the stage. Collective.
 
         Args:
-            first_step: Steps that are already taken.
-            steps: Steps of the stage.
+            first_step: Number of completed steps.
+            steps: Number of steps of the stage.
 
         Raises:
             NotFiniteError: A loss, the gradients or the weights are NaN or Inf.

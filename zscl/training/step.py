@@ -16,7 +16,7 @@ from zscl.runtime.distributed import gather_with_gradient, world_size
 
 @dataclass(frozen=True)
 class GlobalBatchForward:
-    """The student's forward pass: takes this rank's slice of a batch, returns the features of the global batch.
+    """The student's forward pass. It encodes this rank's slice of a batch and returns the features of the global batch.
 
     Attributes:
         towers: The student's towers: (images, reference images) → (image, reference and prompt features).
@@ -54,18 +54,18 @@ def train_step(
     batch: Batch,
     max_gradient_norm: float | None = None,
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Update the student once.
+    """Take one training step: forward pass, losses, backward pass and update of the student.
 
     Args:
-        forward: The student.
+        forward: The student's forward pass.
         objective: The sum of the method's loss terms.
         optimizer: Updates the trained parameters.
         schedule: The learning-rate schedule.
         batch: This rank's slice of the global batch.
-        max_gradient_norm: The L2 norm to which gradients are clipped; `None`: no clipping.
+        max_gradient_norm: The L2 norm to which gradients are clipped; `None` disables clipping.
 
     Returns:
-        The detached losses by name, and the L2 norm of the gradients before clipping.
+        The named, detached losses, and the L2 norm of the gradients before clipping.
     """
     losses = objective(forward(batch), batch)
     optimizer.zero_grad()
@@ -80,5 +80,5 @@ def train_step(
 
 
 def has_sharded_prompts(prompts: int) -> bool:
-    """Return whether the ranks split the class prompts; with fewer prompts than ranks, every rank encodes all."""
+    """Return whether the ranks divide the class prompts. With fewer prompts than ranks, every rank encodes all."""
     return prompts >= world_size()

@@ -13,7 +13,7 @@ REPORT_SECONDS = 10.0
 
 
 class ThroughputMonitor:
-    """Reports what every rank has used since the last report; rank 0 decides when."""
+    """Reports the resources that every rank has used since the last report. Rank 0 decides when to report."""
 
     def __init__(
         self,
@@ -28,11 +28,11 @@ class ThroughputMonitor:
 
         Args:
             stage: The stage's number, from 1.
-            images_per_step: Images of this rank in a step.
+            images_per_step: Number of this rank's images in a step.
             clock: Counts the time that is spent on `data`.
             device: This rank's device.
             report: Callback for the event; it is called on every rank.
-            first_step: Steps that are already taken.
+            first_step: Number of completed steps.
         """
         self.stage, self.images_per_step, self.clock, self.device = stage, images_per_step, clock, device
         self.report = report
@@ -42,7 +42,7 @@ class ThroughputMonitor:
         """Report if the interval has passed. Collective.
 
         Args:
-            step: Steps of the stage that are taken.
+            step: Number of completed steps of the stage.
         """
         [due] = broadcast_ints(int(time.monotonic() - self._start_time >= REPORT_SECONDS) if rank() == 0 else 0)
         if due:
@@ -65,7 +65,7 @@ class ThroughputMonitor:
         self._start_time, self._start_cpu_time = time.monotonic(), time.process_time()
 
     def _measure(self, step: int) -> list[float]:
-        """Measure this rank: images/s, share of time waiting for data, CPU cores, memory and GPU memory in MB."""
+        """Measure this rank: images/s, fraction of time waiting for data, CPU cores, memory and GPU memory in MB."""
         seconds = max(time.monotonic() - self._start_time, 1e-9)
         return [
             (step - self._start_step) * self.images_per_step / seconds,

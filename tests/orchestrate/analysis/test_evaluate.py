@@ -102,16 +102,22 @@ def test_one_model_in_detail(run: Path, zscl: Zscl, tasks: list[str], tmp_path: 
     ("arguments", "sentence"),
     [
         (["RUN", "--stage", "3"], "--stage 3: found 2 trained stages in"),
-        (["RUN", "--stage", "last"], "expected 0 to that or all"),
+        (["RUN", "--stage", "last"], "expected 0 to 2 or all"),
         (["RUN", "--protocol", "task-aware,both"], "--protocol: found 'both', expected task-aware or task-agnostic"),
         (["RUN", "--precision", "fp16"], "--precision: found 'fp16', expected fp32 or bf16"),
-        (["RUN", "--pretrained", "openai"], "--pretrained openai: found it with a run"),
+        (["RUN", "--pretrained", "openai"], "--pretrained openai cannot be used with a run"),
         (["RUN", "--suite", "TASK"], "found two tasks or suites called 'first'"),
-        (["embedded"], "--task: found none for the model 'embedded'"),
-        (["embedded", "--stage", "1", "--task", "TASK"], "which is not a run's folder, expected one that has stages"),
-        (["nothing", "--task", "TASK"], "nothing: found no run's folder, no open_clip folder and no model name"),
+        (["embedded"], "the model 'embedded' needs tasks to be evaluated on"),
+        (
+            ["embedded", "--stage", "1", "--task", "TASK"],
+            "--stage 1 needs the folder of a run, but 'embedded' is not one",
+        ),
+        (
+            ["nothing", "--task", "TASK"],
+            "nothing: expected the folder of a run, an open_clip folder, or an open_clip model name",
+        ),
         (["ViT-B-33", "--pretrained", "openai", "--task", "TASK"], "found no model of that name"),
-        (["embedded", "--task", "missing"], "missing: found no such folder, expected a task"),
+        (["embedded", "--task", "missing"], "missing: found no such folder, expected the folder of task"),
     ],
 )
 def test_invalid_arguments(run: Path, zscl: Zscl, tasks: list[str], arguments: list[str], sentence: str) -> None:
@@ -127,7 +133,7 @@ def test_max_broken_share_is_that_of_the_run(run: Path, zscl: Zscl, tmp_path: Pa
         tar.addfile(tarfile.TarInfo("x.cls"))
     said = zscl("evaluate", run, "--task", task, "--offline")
     assert said.code == 2
-    assert "found 1 such samples of 11, expected at most a share of 0.01" in said.error
+    assert "found 1 unusable samples of 11, expected at most a fraction of 0.01" in said.error
     recipe = run / "experiment.yaml"
     recipe.write_text(recipe.read_text().replace("max_broken_share: 0.01", "max_broken_share: 0.1"))
     said = zscl("evaluate", run, "--task", task, "--offline")
@@ -159,6 +165,6 @@ def test_warnings_about_classes_with_equal_tokens_and_long_prompts(zscl: Zscl, t
     warnings = evaluation(tmp_path / "out").warnings
     assert (said.code, len(warnings)) == (0, 2)
     assert all(f"warning: {sentence}" in said.error for sentence in warnings)
-    assert "found the classes 'A' (0), 'a' (2) to have the same tokens" in said.error
+    assert "found the classes 'A' (0), 'a' (2) with the same tokens" in said.error
     checked = zscl("data", "check", tmp_path / "letters")
-    assert "found the classes 'A' (0), 'a' (2) to have the same tokens" in checked.out
+    assert "found the classes 'A' (0), 'a' (2) with the same tokens" in checked.out

@@ -24,7 +24,7 @@ def test_several_tasks_in_parallel(place: Path, zscl: Zscl) -> None:
     found = zscl("data", "prepare", "DTD", "Food", "--out", "mtil", "--root", "root", "--jobs", 2)
     assert found.code == 0, found.error
     assert f"{place}/mtil/DTD  3 train, 3 test images, split torchvision\n" in found.out
-    assert "  DTD: not the data of the published numbers" in found.out
+    assert "  DTD: these are not the images of the published results" in found.out
     assert "Food: 12 images written" in found.error
     again = zscl("data", "prepare", "Food", "Aircraft", "DTD", "--out", "mtil", "--root", "root", "--jobs", 1, "--json")
     tasks = json.loads(again.out)["tasks"]
@@ -37,12 +37,12 @@ def test_missing_local_copies_are_reported_before_anything_starts(place: Path, z
             TREES[task](place / "root")
     found = zscl("data", "prepare", "mtil", "--out", "mtil", "--root", "root")
     assert (found.code, found.error) == (
-        2, f"error: --root {place}/root: found no folder food-101, SUN397, expected what torchvision's classes unpack "
-        "there (Food, SUN397)\n",
+        2, f"error: --root {place}/root: found no folder food-101, SUN397, expected the folders that torchvision "
+        "unpacks for Food, SUN397\n",
     )  # fmt: skip
     found = zscl("data", "prepare", "mtil", "--out", "mtil")
     assert found.code == 2
-    assert "StanfordCars: torchvision can no longer download it, expected a local copy" in found.error
+    assert "StanfordCars: torchvision can no longer download this dataset, expected a local copy" in found.error
     assert not (place / "mtil").exists()
 
 
@@ -57,7 +57,7 @@ def test_a_broken_copy_does_not_stop_the_other_tasks(jobs: int, place: Path, zsc
     assert found.code == 2
     [sentence] = [line for line in found.error.splitlines() if line.startswith("error: ")]
     assert sentence.startswith("error: DTD: cannot read dtd/dtd/images/")
-    assert sentence.endswith("(nor was Food made)")
+    assert sentence.endswith("(Food failed, too)")
     assert [task.name for task in (place / "mtil").iterdir()] == ["Aircraft"]
 
 
@@ -82,7 +82,7 @@ def test_captions(place: Path, zscl: Zscl) -> None:
     assert json.loads(found.out) == {"file": f"{place}/reference/captions.txt", "captions": 2, **taken}
     (place / "named.csv").write_text("title,caption\na title here,a dog in fog\n")
     assert (
-        "expected one; name it: zscl data prepare captions named.csv --column"
+        "expected exactly one; select it with: zscl data prepare captions named.csv --column"
         in zscl("data", "prepare", "captions", "named.csv", "--out", "named").error
     )
     found = zscl("data", "prepare", "captions", "named.csv", "--out", "named", "--column", "caption")
@@ -117,8 +117,8 @@ def test_fetch_reports_how_a_copy_differs(place: Path, zscl: Zscl, monkeypatch: 
         (["prepare", "folder"], "data prepare: found 'folder', expected 'zscl data prepare folder DIR'"),
         (["prepare", "captions", "a", "b"], "found 'captions a b', expected 'zscl data prepare captions FILE'"),
         (["prepare", "embedded", "Food"], "found 'embedded Food', expected 'zscl data prepare embedded'"),
-        (["prepare", "embedded", "--seed", "1"], "--seed: found it with 'embedded', expected it only with 'folder'"),
-        (["prepare", "folder", "x", "--root", "y"], "--root: found it with 'folder', expected it only with tasks"),
+        (["prepare", "embedded", "--seed", "1"], "--seed cannot be used with 'embedded', only with 'folder'"),
+        (["prepare", "folder", "x", "--root", "y"], "--root cannot be used with 'folder', only with tasks"),
         (["prepare", "folder", "x", "--template", "y"], "--template: found 'y', expected a {c} for the class name"),
         (["prepare", "captions", "none.tsv"], "none.tsv: found no such file, expected a caption file"),
     ],
@@ -150,4 +150,4 @@ def test_a_path_that_is_not_utf_8_is_refused(place: Path, zscl: Zscl) -> None:
     (place / "photos").mkdir()
     for arguments in (("prepare", "folder", place / "photos", "--out", place / "\udcff"), ("check", place / "\udcff")):
         said = zscl("data", *arguments)
-        assert (said.code, "not UTF-8" in said.error) == (2, True), said.error
+        assert (said.code, "expected UTF-8" in said.error) == (2, True), said.error

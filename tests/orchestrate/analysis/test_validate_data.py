@@ -56,7 +56,7 @@ def test_warnings_alone_are_exit_code_0(tmp_path: Path, zscl: Zscl) -> None:
     found = zscl("data", "check", tmp_path / "task")
     assert found.code == 0
     assert "│ train/0.tar │ 0000005 │ train/0.tar │ 0000008 │ 1      │" in found.out
-    assert "warning  found 1 image a second time within a split" in found.out
+    assert "warning  found 1 image repeated within a split" in found.out
 
 
 def test_json_report(task: Path, zscl: Zscl) -> None:
@@ -64,14 +64,14 @@ def test_json_report(task: Path, zscl: Zscl) -> None:
     found = zscl("data", "check", task, "--json")
     assert found.code == 1
     finding = DatasetReport.model_validate_json(found.out)
-    assert finding.problems == ("train/2.tar: found no such file, expected a shard as nshards.txt promises",)
+    assert finding.problems == ("train/2.tar: found no such file, expected a shard listed in nshards.txt",)
     assert json.loads(found.out)["splits"][0]["per_class"] == [5, 5, 4, 4]
 
 
 def test_a_missing_task_is_exit_code_2(tmp_path: Path, zscl: Zscl) -> None:
     found = zscl("data", "check", tmp_path / "nowhere")
     assert (found.code, found.out) == (2, "")
-    assert found.error == f"error: {tmp_path}/nowhere: found no such folder, expected a task\n"
+    assert found.error == f"error: {tmp_path}/nowhere: found no such folder, expected a task folder\n"
 
 
 def test_many_classes_are_not_all_listed_or_drawn(tmp_path: Path, zscl: Zscl) -> None:
@@ -95,8 +95,8 @@ def test_only_long_work_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
         progress("indexing shards", 0, 2)
         progress("indexing shards", 1, 2)
         assert stream.getvalue() == ""
-        progress("looking at samples", 10, 1000)
+        progress("checking samples", 10, 1000)
         clock[0] += BAR_DELAY_SECONDS
-        progress("looking at samples", 500, 1000)
+        progress("checking samples", 500, 1000)
     assert "500/1000" in stream.getvalue()
     assert "indexing" not in stream.getvalue()

@@ -55,13 +55,13 @@ def test_a_wrong_type(refused: Callable[..., str]) -> None:
     ("field", "given", "sentence"),
     [
         ("tasks", "x", "tasks: found 'x', expected a list"),
-        ("optimisation", 5, "optimisation: found 5, expected fields, each with its value"),
+        ("optimisation", 5, "optimisation: found 5, expected a mapping of fields to values"),
         ("method", "zcsl", "did you mean 'zscl'?"),
         ("model", "embeded", "did you mean 'embedded'?"),
         ("model", {"name": "ViT-B-16", "pretrained": "opnai"}, "a file; did you mean 'openai'?"),
-        ("model", "ViT-B16", "found no pretrained for 'ViT-B16', expected the weights that open_clip has for it"),
-        ("model", None, "model: found nothing, expected fields, each with its value"),
-        ("name", "a b", "name: found 'a b', expected nothing but letters, digits and any of _.-"),
+        ("model", "ViT-B16", "found no pretrained for 'ViT-B16', expected the tag of open_clip's weights"),
+        ("model", None, "model: found nothing, expected a mapping of fields to values"),
+        ("name", "a b", "name: found 'a b', expected only letters, digits and any of _.-"),
         ("tasks", [], "tasks: found none, expected at least one"),
         ("method", {"preset": "finetune", "custom_losses": [{"path": "Spread"}]}, "expected MODULE.NAME"),
     ],
@@ -76,7 +76,7 @@ def test_an_output_folder_that_is_not_a_run(place: Path, zscl: Zscl, recipe: Cal
         (place / name).mkdir()
         (place / name / file).write_text("")
     for out, sentence in (
-        ("recipe.yaml", "found a file, expected a run's folder, or none yet"),
+        ("recipe.yaml", "found a file, expected a run's folder, an empty or a new one"),
         ("search", "found a search, expected a run's folder, an empty or a new one"),
         ("photos", "found one.png in it, expected a run's folder, an empty or a new one"),
     ):
@@ -101,7 +101,7 @@ def test_a_recipe_of_another_kind(place: Path, zscl: Zscl) -> None:
 
 def test_a_misspelt_path(refused: Callable[..., str], place: Path) -> None:
     make_task(place / "animals", seed=0)
-    assert f"{place}/animels: found no such folder, expected a task (task 'animels'); did you mean 'animals'?" in (
+    assert f"{place}/animels: found no such folder, expected the folder of task 'animels'; did you mean 'animals'?" in (
         refused(tasks=["animels"])
     )
     (place / "reference").mkdir()
@@ -131,7 +131,7 @@ def test_a_path_relative_to_the_recipe(
         found = zscl(command, f"recipes/{command}.yaml", "--dry-run", "--offline")
         assert found.code == 2
         assert (
-            f"; '{shown}' exists in the recipe's folder, but a recipe's paths are relative to the current folder: "
+            f"; '{shown}' exists in the recipe's folder, but paths in a recipe are relative to the current folder: "
             f"start the command in {beside}, or give the absolute path\n"
         ) in found.error
 

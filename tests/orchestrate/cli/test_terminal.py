@@ -69,7 +69,7 @@ def test_a_name_that_is_not_utf_8_is_refused(monkeypatch: pytest.MonkeyPatch, zs
     for arguments in (("data", "check", odd), ("run", "recipe.yaml", "--out", odd)):
         found = zscl(*arguments)
         assert found.code == 2
-        assert "caf\\xe9, a name with bytes that are not UTF-8, expected UTF-8; rename it (mv)" in found.error
+        assert "caf\\xe9, expected UTF-8; rename it with mv" in found.error
     monkeypatch.chdir(odd)
     assert zscl("run", "recipe.yaml").error.startswith("error: the current folder: found ")
     assert zscl("--help").code == 0
@@ -83,7 +83,7 @@ def test_a_deleted_current_folder(monkeypatch: pytest.MonkeyPatch, zscl: Zscl, t
     found = zscl("run", "recipe.yaml")
     assert (found.code, found.error) == (
         2,
-        "error: the current folder: found it deleted, expected one that exists; cd to another one\n",
+        "error: the current folder was deleted; change to another folder with cd\n",
     )
     monkeypatch.undo()
 

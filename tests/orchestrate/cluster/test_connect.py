@@ -92,8 +92,8 @@ def test_an_address_without_a_cluster_is_refused_quickly(address: str, reason: s
         ("127.0.0.1:x", "it is not HOST:PORT"),
         ("127.0.0.1:99999", "it is not HOST:PORT"),
         ("127.0.0.1:6379/x", "it is not HOST:PORT"),
-        ("http://127.0.0.1:8265", "jobs go to a dashboard: zscl submit --address"),
-        ("redis://127.0.0.1:6379", "redis:// is no address of a GCS"),
+        ("http://127.0.0.1:8265", "to submit a job to a dashboard, use zscl submit --address"),
+        ("redis://127.0.0.1:6379", "redis:// is not the address of a GCS"),
     ],
 )
 def test_a_malformed_address_is_refused(address: str, reason: str) -> None:
@@ -108,7 +108,7 @@ def test_another_server_is_not_a_cluster(monkeypatch: pytest.MonkeyPatch, serve:
     monkeypatch.setattr("orchestrate.cluster.address.RPC_TIMEOUT_SECONDS", 0.5)
     with serve() as address, refused(ErrorCode.UNREACHABLE, "compute.address") as error:  # type: ignore[attr-defined]
         check_gcs(address)
-    assert "something answers there, but not as a Ray GCS does" in str(error.value)
+    assert "the server at this address is not a Ray GCS" in str(error.value)
 
 
 def test_auto_without_a_running_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +120,7 @@ def test_auto_without_a_running_cluster(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "ray/ray_current_cluster").write_text("127.0.0.1:9")
     with refused(ErrorCode.UNREACHABLE, "compute.address") as error:
         check_gcs("auto")
-    assert "at auto, which is 127.0.0.1:9 to Ray " in str(error.value)
+    assert "at auto, which Ray resolves to 127.0.0.1:9 " in str(error.value)
 
 
 def test_a_running_cluster_is_accepted(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:

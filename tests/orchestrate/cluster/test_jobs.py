@@ -82,7 +82,7 @@ def test_rays_environment_variables_replace_the_address(
     assert connect_job_client(None, messages.append).get_address() == f"http://{dashboard}"
     assert messages == []
     assert connect_job_client("http://127.0.0.1:9", messages.append).get_address() == f"http://{dashboard}"
-    assert messages == [f"{variable} is set to http://{dashboard}: Ray's job client takes that, not --address "
+    assert messages == [f"{variable} is set to http://{dashboard}: Ray's job client uses it instead of --address "
                     "http://127.0.0.1:9"]  # fmt: skip
 
 
@@ -135,7 +135,7 @@ def test_a_cluster_is_found_by_its_gcs(
 def test_a_wrong_address_is_refused_with_rays_reason(address: str, reason: str) -> None:
     with refused(ErrorCode.UNREACHABLE, "--address") as error:
         connect_job_client(address, print)
-    assert str(error.value).startswith(f"--address {address}: found no Ray cluster that takes the job")
+    assert str(error.value).startswith(f"--address {address}: found no Ray cluster that accepts the job")
     assert reason in str(error.value)
 
 
@@ -197,7 +197,7 @@ def test_no_cluster_answers(file: Path, tmp_path: Path, zscl: Callable[..., Comm
         free.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{free.getsockname()[1]}"
     result = zscl("submit", file, "--working-dir", tmp_path, "--address", address)
-    assert (result.code, f"--address {address}: found no Ray cluster that takes the job" in result.error) == (2, True)
+    assert (result.code, f"--address {address}: found no Ray cluster that accepts the job" in result.error) == (2, True)
 
 
 def test_the_size_of_the_upload(file: Path, tmp_path: Path) -> None:

@@ -15,12 +15,12 @@ from zscl.runtime.retry import retry_io
 @pytest.mark.parametrize(
     ("number", "file", "sentence"),
     [
-        (errno.ENOSPC, None, "runs/own: No space left on device; make room on its disk, and the same command resumes"),
-        (errno.EACCES, "runs/own/stages", "runs/own/stages: Permission denied; have the folder writable"),
-        (errno.EROFS, "runs/own/stages", "runs/own/stages: Read-only file system; have its disk writable"),
+        (errno.ENOSPC, None, "runs/own: No space left on device; free space on its disk, and the same command resumes"),
+        (errno.EACCES, "runs/own/stages", "runs/own/stages: Permission denied; make the folder writable"),
+        (errno.EROFS, "runs/own/stages", "runs/own/stages: Read-only file system; make its disk writable"),
         (errno.EIO, "runs/own/stages", ""),
-        (errno.EACCES, None, "runs/own: Permission denied; have the folder writable"),
-        (errno.ENOSPC, "/cache/0.tar", "/cache/0.tar: No space left on device; make room on its disk"),
+        (errno.EACCES, None, "runs/own: Permission denied; make the folder writable"),
+        (errno.ENOSPC, "/cache/0.tar", "/cache/0.tar: No space left on device; free space on its disk"),
         # Errors of one machine: another machine can do the work.
         *((number, name, "") for number in (errno.EACCES, errno.EPERM, errno.EROFS) for name in (
             "/cache/0.tar", b"/cache/0.tar", "runs/other/stages", "runs/own-2/stages", "runs/own/../other",

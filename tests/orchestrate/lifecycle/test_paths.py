@@ -48,9 +48,7 @@ def test_every_command_refuses_an_output_folder_that_cannot_be_written(
     result = zscl(verb, *arguments[verb], "--out", "file/out/mine")
     assert (result.code, result.out) == (2, "")
     assert result.error.startswith(f"error: {workdir}/file/out")
-    assert (
-        f"cannot be written ({workdir}/file: is no folder), expected a folder that this user may write" in result.error
-    )
+    assert f"cannot be written ({workdir}/file: is not a folder), expected a folder that this user may" in result.error
     assert "Traceback" not in result.error
 
 
@@ -69,15 +67,15 @@ def test_data_commands_refuse_an_output_that_cannot_be_written(
     result = zscl("data", *arguments)
     assert result.code == 2
     assert "cannot be written (" in result.error
-    assert "is no folder), expected a folder that this user may write; choose another" in result.error
+    assert "is not a folder), expected a folder that this user may write; choose another" in result.error
 
 
 @pytest.mark.parametrize(
     ("folder", "reason"),
     [
         ("/proc/run", "/proc: No such file or directory"),
-        ("link", "is no folder"),
-        ("n" * 250, "a name of 250 bytes, where 200 leave room for files beside it"),
+        ("link", "is not a folder"),
+        ("n" * 250, "a name of 250 bytes; at most 200 leave room for a suffix"),
         ("deep/" * 900, "File name too long"),
     ],
 )
@@ -114,8 +112,8 @@ def test_variables_and_the_home_folder_are_expanded_in_options(
     result = zscl("data", "check", tasks[0], "--picture", "$NOWHERE/a.png")
     assert (result.code, result.error) == (
         2,
-        "error: picture: found '$NOWHERE/a.png', in which the environment variable NOWHERE is not set, expected one "
-        "that is, or the path itself\n",
+        "error: picture: found '$NOWHERE/a.png', but the environment variable NOWHERE is not set; set it, or write "
+        "the path without it\n",
     )
 
 

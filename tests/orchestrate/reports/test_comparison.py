@@ -147,7 +147,7 @@ def test_a_mistyped_run_is_refused_with_a_suggestion(runs: dict[str, Path], zscl
     assert refused.code == 2
     first, second = refused.error.splitlines()
     assert f"{near}: found no such folder, expected a run's folder or its id in MLflow; did you mean 'zscl-" in first
-    assert f"{digits}: found no such folder and no run id, expected a folder, or the 32 digits" in second
+    assert f"{digits}: found no such folder, and this is not a run id; expected a folder, or a run's id" in second
     assert not (tmp_path / "none").exists()
 
 
@@ -179,7 +179,7 @@ def test_incomparable_runs_are_marked_and_not_averaged(
     rows = [row["method"] for row in csv.DictReader((tmp_path / "out/comparison.csv").open()) if not row["run"]]
     assert rows == ["zero-shot", "zero-shot of held"]  # the part's is the first run's
     inside = zscl("compare", runs["finetune-0"].parent, "--out", tmp_path / "none")
-    assert (inside.code, "runs in it, expected one, " in inside.error) == (2, True)
+    assert (inside.code, "runs in this folder, expected one run, " in inside.error) == (2, True)
 
 
 def test_other_training_settings_are_marked(
@@ -260,9 +260,9 @@ def test_runs_are_found_in_mlflow(
         for run in client.search_runs([client.get_run(ids[0]).info.experiment_id], f"tags.`{PARENT}` = '{ids[0]}'")
     )
     refused = zscl("compare", stage, *store)
-    message = f"expected the id of a run over all its stages (that of its complete run is {ids[0]})"
+    message = f"expected the id of a complete run; the id of this stage's run is {ids[0]}"
     assert (refused.code, message in refused.error) == (2, True)
-    for where, sentence in (("tags.x = 'y'", "found no run in"), ("what?", "found no expression that MLflow takes")):
+    for where, sentence in (("tags.x = 'y'", "found no run in"), ("what?", "MLflow does not accept this expression")):
         refused = zscl("compare", "--where", where, *store)
         assert (refused.code, sentence in refused.error) == (2, True)
     assert MlflowClient(f"sqlite:///{root}/mlflow.db").get_run(ids[0]).info.status == "FINISHED"

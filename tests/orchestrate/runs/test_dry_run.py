@@ -75,16 +75,16 @@ def test_a_shard_that_differs_from_its_manifest(
     shard.write_bytes(content.replace(b"IDAT", b"IDAX", 1))
     line = checked(tasks=[str(task)])["shards against their manifest"]
     assert line.startswith(f"failed: {shard}: found the SHA-256 ")
-    assert f"{task}/zscl.json says; copy the shard again, or delete the manifest" in line
+    assert f"{task}/zscl.json; copy the shard again, or delete the manifest" in line
     monkeypatch.setattr(dry_run, "HASH_SECONDS", 0.0)
     line = checked(tasks=[str(task)])["shards against their manifest"]
-    assert line == "ok: the sizes of 5 shards, the SHA-256 of 0, in 0 s; `zscl data check` reads them all"
+    assert line == "ok: the sizes of 5 shards, the SHA-256 of 0, in 0 s; `zscl data check` checks all of them"
     shard.write_bytes(content)
     manifest = json.loads((task / "zscl.json").read_text())
     manifest["splits"]["train"].append({"file": "9.tar", "samples": 1, "bytes": 1, "sha256": ""})
     (task / "zscl.json").write_text(json.dumps(manifest))
     line = checked(tasks=[str(task)])["shards against their manifest"]
-    assert line == f"failed: {task}/train/9.tar: found no such file, expected a shard as zscl.json beside it says"
+    assert line == f"failed: {task}/train/9.tar: found no such file, but {task}/zscl.json lists it"
     (task / "zscl.json").unlink()
     assert checked(tasks=[str(task)])["shards against their manifest"] == "skipped: no task has a zscl.json"
 
@@ -153,17 +153,17 @@ def test_a_store_that_cannot_record_the_run(
     (tmp_path / "words.db").write_text("these are words" * 100)
     shutil.copy(empty_store, tmp_path / "mlflow.db")
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    assert checked(tracking={"uri": uri})["tracking"] == f"ok: {uri}: experiment 'zscl' will be made"
+    assert checked(tracking={"uri": uri})["tracking"] == f"ok: {uri}: experiment 'zscl' will be created"
     client = MlflowClient(uri)
     client.delete_experiment(client.create_experiment("gone"))
     monkeypatch.setattr(dry_run, "TIMEOUT_SECONDS", 2.0)
     for tracking, sentence in (
         ({"uri": f"sqlite:///{tmp_path}/folder.db"}, "folder.db, which is not a writable file"),
         ({"uri": f"sqlite:///{tmp_path}/words.db"}, "tracking.uri: "),
-        ({"uri": f"sqlite:///{tmp_path}/taken/mlflow.db"}, "taken/mlflow-artifacts: cannot be written (is no folder)"),
+        ({"uri": f"sqlite:///{tmp_path}/taken/mlflow.db"}, "mlflow-artifacts: cannot be written (is not a folder)"),
         ({"uri": uri, "experiment": "gone"}, "tracking.experiment: found 'gone' deleted"),
         ({"uri": "http://127.0.0.1:9"}, "tracking.uri: "),
-        ({"uri": f"http://127.0.0.1:{silent_port}"}, "did not answer within 2 s, expected one that does"),
+        ({"uri": f"http://127.0.0.1:{silent_port}"}, "did not respond within 2 s. Check the address and the network"),
         ({"uri": "nothing://at.all"}, "tracking.uri: "),
     ):
         line = checked(tracking=tracking)["tracking"]
@@ -200,7 +200,7 @@ def test_all_failures_are_reported_with_the_list_and_exit_code_2(
         assert [line.partition(": ")[2].partition(" ")[0] for line in checks] == [
             "ok", "ok", "failed", "skipped", "ok", "failed", "ok",
         ]  # fmt: skip
-        assert first.startswith(f"error: {tmp_path}/file: cannot be written (is no folder)")
+        assert first.startswith(f"error: {tmp_path}/file: cannot be written (is not a folder)")
         assert second.startswith(f"tracking.uri: found {tmp_path}, which is not a writable file")
         passed = zscl(*command, "--dry-run", "--out", "runs/mine", "--offline", "--set", "compute.shard_cache=null")
         assert (passed.code, passed.error) == (0, "")

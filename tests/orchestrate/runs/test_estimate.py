@@ -51,7 +51,7 @@ def test_an_interrupted_probe_gives_no_estimate(
     handlers = {name: signal.getsignal(name) for name in WARNING_SIGNALS}
     few = experiment(optimisation={"steps": 1, "warmup_steps": 0, "batch_size": 6, "reference_batch_size": 5})
     try:
-        with pytest.raises(InterruptedRunError, match="the probe was stopped, and gives no estimate") as error:
+        with pytest.raises(InterruptedRunError, match="the probe was stopped before it gave an estimate") as error:
             estimate_run(resolve(few), tmp_path / "runs/mine", Console(stderr=True))
     finally:
         for name, handler in handlers.items():

@@ -56,16 +56,16 @@ def test_truncated_prompts_are_reported(experiment: Make, tmp_path: Path) -> Non
     splits = {split: list(coloured_images(8, 0)) for split in ("train", "test")}
     write_task(tmp_path / "long", ["red", "green", "blue", "yellow"], [long, "{c}"], splits, suffix="png", source="")
     [sentence, equal] = preflight.collect_warnings(resolve(experiment(tasks=[str(tmp_path / "long")])))
-    assert "task 'long': found the prompt 'a picture of a very small" in sentence
-    assert "to have more than the 12 tokens that the model reads" in sentence
-    assert "found the classes 'red' (0), 'green' (1), 'blue' (2), 'yellow' (3) to have the same tokens" in equal
+    assert "the model truncates: 'a picture of a very small" in sentence
+    assert "found prompts of more than 12 tokens, which the model truncates" in sentence
+    assert "found the classes 'red' (0), 'green' (1), 'blue' (2), 'yellow' (3) with the same tokens" in equal
 
 
 def test_classes_with_the_same_name_are_reported(experiment: Make, tmp_path: Path) -> None:
     splits = {split: list(coloured_images(8, 0)) for split in ("train", "test")}
     write_task(tmp_path / "birds", ["crane", "heron", "crane", "owl"], ["a {c}"], splits, suffix="png", source="")
     [sentence] = preflight.collect_warnings(resolve(experiment(tasks=[str(tmp_path / "birds")])))
-    assert sentence == ("task 'birds': found 'crane' to be the name of the classes 0, 2; no prompt tells them apart")
+    assert sentence == ("task 'birds': found the name 'crane' for the classes 0, 2; prompts cannot distinguish them")
 
 
 @pytest.mark.parametrize("class_incremental", [False, True])
@@ -79,7 +79,7 @@ def test_classes_with_the_same_tokens_are_reported(experiment: Make, tmp_path: P
     sentences = preflight.collect_warnings(resolve(experiment(method="finetune", **changes)))
     warnings = [sentence for sentence in sentences if "the same tokens" in sentence]
     assert [sentence.partition("found the ")[2] for sentence in warnings] == [
-        f"classes {classes} to have the same tokens in the prompt 'a {{c}}'; the model cannot tell them apart"
+        f"classes {classes} with the same tokens in the prompt 'a {{c}}'; the model cannot distinguish them"
         for classes in ("'A' (0), 'a' (2)", "'b' (1), 'B' (3)")
     ]
 
@@ -89,7 +89,7 @@ def test_remote_shards_for_several_readers(experiment: Make, bucket: Any, tasks:
     compute = {"device": "cpu", "workers": 2, "loader_processes": 3}
     remote = experiment(tasks=["s3://bucket/task"], compute=compute)
     [sentence] = preflight.collect_warnings(resolve(remote))
-    assert sentence.startswith("task 'task': found remote shards and 6 readers")
+    assert sentence.startswith("task 'task': each of 6 readers")
     assert preflight.collect_warnings(resolve(experiment(tasks=["s3://bucket/task"]))) == []
 
 
@@ -142,21 +142,21 @@ def test_samples_that_would_be_skipped_are_reported(experiment: Make, odd_task: 
     tolerant = experiment(**changes, compute={"device": "cpu", "max_broken_share": 0.1})
     resolved = preflight.prepare(tolerant)
     skipped, dotted, uncounted, references, _ = preflight.collect_warnings(resolved)
-    assert "train: found 1 sample whose key has a dot (v1.0): they are read here up to the last dot" in dotted
-    assert "train: found 1 shard (1.tar) that nshards.txt does not count: never read" in uncounted
-    assert "found 2 samples to be skipped: " in skipped
+    assert "train: found 1 sample whose key has a dot (v1.0). Here a key ends at the last dot" in dotted
+    assert "train: found 1 shard (1.tar) beyond the number in nshards.txt; extra shards are never read" in uncounted
+    assert "2 samples will be skipped: " in skipped
     assert "odd/train/0.tar: sample 'x' cannot be used (unsupported image format: found x.bmp" in skipped
     assert "odd/train/0.tar: sample 'y' has no .cls member, expected its label in y.cls" in skipped
-    assert references.startswith("reference.images: found 1 sample to be skipped: ")
+    assert references.startswith("reference.images: 1 sample will be skipped: ")
     with refused(ErrorCode.BROKEN_SAMPLES, "compute.max_broken_share") as error:
         preflight.prepare(experiment(**changes))
-    assert "found 2 such samples of 24" in str(error.value)
+    assert "found 2 unusable samples of 24" in str(error.value)
 
 
 def test_shots_do_not_hide_unusable_samples(experiment: Make, odd_task: Path) -> None:
     with refused(ErrorCode.BROKEN_SAMPLES, "compute.max_broken_share") as error:
         preflight.prepare(experiment(tasks=[{"path": str(odd_task), "shots": 2}]))
-    assert "found 2 such samples of 24" in str(error.value)
+    assert "found 2 unusable samples of 24" in str(error.value)
 
 
 def test_unusable_reference_images_are_counted(experiment: Make, tmp_path: Path) -> None:

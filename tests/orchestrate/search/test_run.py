@@ -173,7 +173,7 @@ def test_failed_and_stopped_trials_do_not_end_the_search(
         ({"objectives": "accuracy/tenth"}, "found accuracy/tenth, expected accuracy/ and one of first, second, third"),
         ({"trials": 0}, "search.trials: found 0, expected a value greater than 0"),
         ({"validation_share": 0.99}, "evaluation.held_out.share is 0.99, which leaves the class 'red' without"),
-        ({"domains": {"tasks.0.path": {"choice": ["nowhere"]}}}, "nowhere: found no such folder, expected a task"),
+        ({"domains": {"tasks.0.path": {"choice": ["nowhere"]}}}, "nowhere: found no such folder, expected the folder"),
     ],
 )
 def test_errors_are_reported_before_anything_starts(

@@ -51,7 +51,7 @@ def test_a_store_that_was_moved_is_read_without_changes(
     moved = tmp_path_factory.mktemp("elsewhere") / "project"
     folder.parent.rename(moved)
     before, uri = (moved / "mlflow.db").read_bytes(), sqlite_uri(moved / "mlflow.db")
-    assert check_store(uri, "zscl") == "experiment 'zscl' is there"
+    assert check_store(uri, "zscl") == "experiment 'zscl' exists"
     assert find_runs([first], None, uri) == {first: moved / "run"}
     (moved / "run/more.txt").write_text("after")
     assert attach_files(moved / "run", [moved / "run/more.txt"], "notes", print)

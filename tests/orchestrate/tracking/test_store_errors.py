@@ -63,9 +63,9 @@ REBINDING = "Invalid Host header - possible DNS rebinding attack detected"
     ("code", "body", "expected"),
     [
         (401, "You are not authenticated.", "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"),
-        (403, REBINDING, "started with --allowed-hosts 127.0.0.1"),
-        (403, "Permission denied", "tracking.experiment: found no permission"),
-        (403, json.dumps({"error_code": "PERMISSION_DENIED", "message": "no"}), "tracking.experiment: found no permi"),
+        (403, REBINDING, "Start the server with --allowed-hosts 127.0.0.1"),
+        (403, "Permission denied", "tracking.experiment: this user may not write"),
+        (403, json.dumps({"error_code": "PERMISSION_DENIED", "message": "no"}), "tracking.experiment: this user may"),
         (404, "<html>nothing here</html>", "found no MLflow server at"),
         (200, "<html>hello</html>", "found no MLflow server at"),
         (302, "", "found no MLflow server at"),
@@ -114,7 +114,7 @@ def test_requests_that_do_not_reach_the_server(
         ("http://", "expected http://HOST:PORT"),
         ("./mlruns", "mlflow migrate-filestore converts a folder"),
         ("file:///tmp/mlruns", "mlflow migrate-filestore converts a folder"),
-        ("mssql+pyodbc://127.0.0.1/x", "whose driver pyodbc is not installed, expected it: pip install 'pyodbc'"),
+        ("mssql+pyodbc://127.0.0.1/x", "127.0.0.1/x is not installed; run: pip install 'pyodbc'"),
     ],
 )
 def test_uris_of_no_store(uri: str, expected: str) -> None:
@@ -127,7 +127,7 @@ def test_uris_of_no_store(uri: str, expected: str) -> None:
 
 @pytest.mark.parametrize(
     ("version", "expected"),
-    [("bd07f7e963c5", "an older MLflow, expected"), ("ffffffffffff", "use the version of MLflow that made it")],
+    [("bd07f7e963c5", "an older MLflow, expected"), ("ffffffffffff", "use the version of MLflow that created it")],
 )
 def test_a_database_of_another_version(empty_store: Path, tmp_path: Path, version: str, expected: str) -> None:
     file = Path(shutil.copy(empty_store, tmp_path / "mlflow.db"))
@@ -149,7 +149,7 @@ def test_an_experiment_name_that_is_too_long(empty_store: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("location", "uri", "error", "advice"),
     [
-        ("s3://bucket/x", "http://host", ImportError("No module named 'boto3'"), "install the library"),
+        ("s3://bucket/x", "http://host", ImportError("No module named 'boto3'"), "install the missing library"),
         ("s3://bucket/x", "http://host", RuntimeError("Unable to locate credentials"), "the credentials for it"),
         ("/mlruns", "http://host", PermissionError(13, "Permission denied"), "--serve-artifacts"),
         ("file:///x", "sqlite:///x.db", PermissionError(13, "Permission denied"), "make that folder writable"),
@@ -158,7 +158,7 @@ def test_an_experiment_name_that_is_too_long(empty_store: Path, tmp_path: Path) 
 )
 def test_errors_of_the_artifact_store_are_explained(location: str, uri: str, error: Exception, advice: str) -> None:
     sentence = str(artifact_error(uri, location, error))
-    assert f"its artefact store at {location} did not take the files ({type(error).__name__}: " in sentence
+    assert f"its artifact store at {location} did not accept the files ({type(error).__name__}: " in sentence
     assert advice in sentence
 
 

@@ -122,8 +122,8 @@ def test_a_store_that_recovers_receives_everything(
     run.emit(steps(1, 3), trained(1), row(1))
     write_state(folder, "KILLED", "enough")
     assert uploader.end()
-    assert "MLflow does not take records" in run.messages[0]
-    assert "MLflow takes records again" in run.messages[1]
+    assert "MLflow does not accept records" in run.messages[0]
+    assert "MLflow accepts records again" in run.messages[1]
     store = read_store(uri)
     assert [step for step, _ in curve(store["1-first"], "gradient_norm")] == [0, 1, 2, 3]
     assert [step for step, _ in curve(store["run"], "accuracy/first")] == [0, 1]
@@ -171,13 +171,13 @@ def test_a_run_is_finished_even_if_the_artifact_store_fails(folder: Path, experi
     ending = threading.Thread(target=uploader.end, args=[200.0], daemon=True)
     ending.start()
     wait_until(lambda: bool(run.messages), seconds=100.0)
-    assert f"its artefact store at {artifacts}" in run.messages[0]
-    assert "did not take the files (NotADirectoryError" in run.messages[0]
+    assert f"its artifact store at {artifacts}" in run.messages[0]
+    assert "did not accept the files (NotADirectoryError" in run.messages[0]
     assert sequence_run(uri).info.status == "FINISHED"
     assert sequence_run(uri).data.metrics["transfer"] == 0.5
     artifacts.parent.unlink()
     ending.join()
-    assert run.messages[1:] == ["MLflow takes records again; nothing is lost"]
+    assert run.messages[1:] == ["MLflow accepts records again; nothing is lost"]
     assert ARTIFACTS_MISSING not in sequence_run(uri).data.tags
     assert (Path(sequence_run(uri).info.artifact_uri) / "result.json").is_file()
 
@@ -191,10 +191,10 @@ def test_files_that_the_artifact_store_refused_are_synced_later(
     for _ in range(2):
         failed = zscl("sync", folder)
         assert (failed.code, "no reachable" in failed.error) == (2, False)
-        assert f"its artefact store at {artifacts}" in failed.error
+        assert f"its artifact store at {artifacts}" in failed.error
         assert failed.error.rstrip().endswith(f"then repeat: zscl sync {folder}")
         assert sequence_run(uri).info.status == "FINISHED"
-        assert "its artefact store at" in sequence_run(uri).data.tags[ARTIFACTS_MISSING]
+        assert "its artifact store at" in sequence_run(uri).data.tags[ARTIFACTS_MISSING]
     artifacts.parent.unlink()
     assert zscl("sync", folder).code == 0
     assert ARTIFACTS_MISSING not in sequence_run(uri).data.tags

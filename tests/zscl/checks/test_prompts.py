@@ -31,14 +31,14 @@ def test_a_prompt_is_cut_where_it_has_more_tokens_than_the_context() -> None:
     assert prompt_warnings(task("cat", "dog", templates=(fits,)), clip) == []
     [sentence, _] = prompt_warnings(task("cat", "dog", templates=(cut,)), clip)
     assert sentence == (
-        f"task 'mine': found the prompt {cut.replace('{c}', 'dog')!r} and 1 more to have more than the 12 tokens that "
-        "the model reads; the rest is cut off"
+        "task 'mine': found prompts of more than 12 tokens, which the model truncates: "
+        f"{cut.replace('{c}', 'dog')!r} and 1 more"
     )
     [sentence] = prompt_warnings(task("\N{PILE OF POO}" * 12, "dog", templates=("{c}",)), clip)  # few characters
-    assert "more than the 12 tokens" in sentence
+    assert "more than 12 tokens" in sentence
     fits, cut = "the dog sees red and {c}", "the dog sees red and blue {c}"
     assert prompt_warnings(task("cat", "dog", templates=(fits,)), PaddedWithOnes()) == []
-    assert "more than the 6 tokens" in prompt_warnings(task("cat", "dog", templates=(fits, cut)), PaddedWithOnes())[0]
+    assert "more than 6 tokens" in prompt_warnings(task("cat", "dog", templates=(fits, cut)), PaddedWithOnes())[0]
 
 
 def test_classes_are_equal_where_their_tokens_are() -> None:
@@ -46,8 +46,8 @@ def test_classes_are_equal_where_their_tokens_are() -> None:
     assert prompt_warnings(task("cat", "dog", "caf\u00e9"), clip) == []
     for names in (("cat", "Cat"), ("caf\u00e9", "cafe\u0301"), ("two words", "two  words"), ("a\u2028b", "a b")):
         [sentence] = prompt_warnings(task("dog", *names), clip)
-        assert f"found the classes {names[0]!r} (1), {names[1]!r} (2) to have the same tokens" in sentence
+        assert f"found the classes {names[0]!r} (1), {names[1]!r} (2) with the same tokens" in sentence
     assert "'cat' (0), 'cat!' (1)" in prompt_warnings(task("cat", "cat!", "dog"), PaddedWithOnes())[0]
     same = task("crane", "heron", "crane")
     assert prompt_warnings(same, clip, include_equal_names=False) == []
-    assert "found 'crane' to be the name of the classes 0, 2" in prompt_warnings(same, clip)[0]
+    assert "found the name 'crane' for the classes 0, 2" in prompt_warnings(same, clip)[0]

@@ -102,7 +102,7 @@ def test_all_are_counted_and_the_first_are_listed(task: Path) -> None:
     report = inspect(task)
     assert (report.unreadable.samples, len(report.unreadable.first)) == (MAX_LISTED + 5, MAX_LISTED)
     assert report.within_splits.pairs == 0  # unreadable images are not duplicates
-    assert "test: found no sample that can be used, expected some" in report.problems
+    assert "test: found no usable sample, expected at least one" in report.problems
 
 
 def test_duplicates_between_and_within_splits(task: Path) -> None:
@@ -119,8 +119,8 @@ def test_duplicates_between_and_within_splits(task: Path) -> None:
     assert (pair.first.shard, pair.first.key, pair.first.label) == ("train/0.tar", "0000003", 3)
     assert (pair.again.shard, pair.again.key, pair.again.label) == ("train/2.tar", "0000020", 0)
     assert (report.between_splits.of_other_label, report.within_splits.of_other_label) == (0, 1)
-    assert report.problems == ("found 1 test image among the training images too, expected none",)
-    assert report.warnings == ("found 1 image a second time within a split (1 under another label)",)
+    assert report.problems == ("found 1 test image among the training images, expected none",)
+    assert report.warnings == ("found 1 image repeated within a split (1 with another label)",)
 
 
 def change_a_byte(file: Path) -> None:
@@ -149,7 +149,7 @@ def cut_in_half(file: Path) -> None:
     [
         (change_a_byte, ["found the SHA-256"]),
         (add_a_sample, ["found 10 samples, expected 9"]),
-        (cut_in_half, ["found a (truncated or broken shard|shard without its end)", r"found \d+ bytes, expected \d+"]),
+        (cut_in_half, ["found a (truncated or damaged shard|shard without its end)", r"found \d+ bytes, expected \d+"]),
         (Path.unlink, ["found no such file, expected a shard"]),
     ],
 )
@@ -167,16 +167,18 @@ def test_a_changed_shard(task: Path, change: Callable[[Path], None], problems: l
 def test_shards_that_differ_from_the_manifest(task: Path) -> None:
     (task / "train/nshards.txt").write_text("2\n")
     report = inspect(task)
-    assert report.problems == ("zscl.json: found train/2.tar in it, expected only shards that nshards.txt promises",)
-    assert report.warnings == ("train: found 1 shard (2.tar) that nshards.txt does not count: never read",)
+    assert report.problems == ("zscl.json: found train/2.tar, expected only shards listed in nshards.txt",)
+    assert report.warnings == (
+        "train: found 1 shard (2.tar) beyond the number in nshards.txt; extra shards are never read",
+    )
     manifest = json.loads((task / "zscl.json").read_text())
     del manifest["splits"]["train"][1:]
     (task / "zscl.json").write_text(json.dumps(manifest))
     [problem] = inspect(task).problems
-    assert problem == "train/1.tar: found a shard that zscl.json does not know, expected it there"
+    assert problem == "train/1.tar: found a shard that is not in zscl.json"
     (task / "zscl.json").write_text("[]")
     [problem] = inspect(task).problems
-    assert problem.startswith("zscl.json: found no manifest (")
+    assert problem.startswith("zscl.json: found an invalid manifest (")
 
 
 def test_classes_without_images(task: Path) -> None:
@@ -188,7 +190,7 @@ def test_classes_without_images(task: Path) -> None:
     report = inspect(task)
     assert report.classnames.unused == (2,)
     assert report.problems == ()
-    assert report.warnings == ("classnames.txt: found 1 class (blue) of which neither split has an image",)
+    assert report.warnings == ("classnames.txt: found 1 class (blue) without images in both splits",)
 
 
 def test_class_names_and_templates(task: Path) -> None:
@@ -198,11 +200,11 @@ def test_class_names_and_templates(task: Path) -> None:
     assert [repeated.model_dump() for repeated in report.classnames.repeated] == [{"name": "red", "labels": (0, 2)}]
     assert (report.classnames.empty, report.templates.without_place) == ((1,), ("a photo",))
     assert report.problems == (
-        "classnames.txt: found line 2 empty, expected a class name: the line number is the label",
-        "templates: found 'a photo', expected a {c} for the class name in it",
+        "classnames.txt: line 2 is empty, expected a class name, because line numbers are labels",
+        "templates: found 'a photo', expected one with {c} for the class name",
     )
     assert report.warnings == (
-        "classnames.txt: found 'red' for the labels 0 and 2: no prompt tells them apart",
+        "classnames.txt: found 'red' for the labels 0 and 2; prompts cannot distinguish them",
         "templates: found 'a {c}' more than once",
     )
 
@@ -226,7 +228,7 @@ def test_images_of_several_sizes(task: Path) -> None:
     assert report.splits[1].width is not None
     assert report.splits[1].width.model_dump() == {"min": 16, "median": 20, "max": 48}
     assert report.problems == ()
-    assert "several sizes, edges from 16 to 48 pixels" in report.warnings[0]
+    assert "several sizes (edges from 16 to 48 pixels)" in report.warnings[0]
 
 
 def test_contact_rows_have_images_of_each_class(task: Path) -> None:
@@ -283,8 +285,8 @@ def test_image_properties_that_training_ignores_are_warnings(task: Path) -> None
     report = inspect(task)
     assert report.problems == ()
     assert sorted(report.warnings) == [
-        "found 1 image with 16 bits a channel, of which the upper 8 are read",
+        "found 1 image with 16 bits per channel, of which only the upper 8 are used",
         "found 1 image with an EXIF orientation, which is not applied",
-        "found 1 image with several frames, of which the first is read",
+        "found 1 image with several frames, of which only the first is used",
         "found 1 image with transparency, which is ignored",
     ]

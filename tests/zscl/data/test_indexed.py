@@ -44,4 +44,4 @@ def test_missing_shards_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("zscl.data.indexed.retry_io", partial(retry_io, timeout=0.2))
     with refused(ErrorCode.NOT_FOUND) as error:
         list(samples.iter_shard(0, 1))
-    assert "train/0.tar: cannot be read any more (No such file" in str(error.value)
+    assert "train/0.tar: can no longer be read (No such file" in str(error.value)

@@ -183,7 +183,9 @@ def test_too_many_broken_samples_end_the_stream_by_name(tmp_path: Path, processe
     images = EvaluationImages(samples, Decoder(ToTensor(), label_of), 0, 1)
     with refused(ErrorCode.BROKEN_SAMPLES, "compute.max_broken_share") as error:
         list(images.iter_batches(4, tolerant_loader(0.04, processes)[0]))
-    assert re.match(r".*\.tar: sample '00000\d\d' is no readable image .* found 2 such samples of 40", str(error.value))
+    assert re.match(
+        r".*\.tar: sample '00000\d\d' is no readable image .* found 2 unusable samples of 40", str(error.value)
+    )
     assert len([n for _, labels in images.iter_batches(4, tolerant_loader(0.05, processes)[0]) for n in labels]) == 38
 
 
@@ -250,7 +252,7 @@ def test_training_accepts_a_share_of_broken_samples(tmp_path: Path) -> None:
         if is_refused:
             with refused(ErrorCode.BROKEN_SAMPLES, "compute.max_broken_share") as error:
                 list(islice(read, 8))
-            assert "found 3 such samples of 20, expected at most a share of 0.14" in str(error.value)
+            assert "found 3 unusable samples of 20, expected at most a fraction of 0.14" in str(error.value)
         else:
             assert len(list(islice(read, 8))) == 8
 
@@ -305,7 +307,7 @@ def test_a_set_of_unknown_size_is_judged_by_what_was_drawn_so_far(
     if is_refused:
         with refused(ErrorCode.BROKEN_SAMPLES, "compute.max_broken_share") as error:
             next(read)
-        assert "one is broken; found 1 such samples of 7" in str(error.value)
+        assert "one is broken; found 1 unusable samples of 7" in str(error.value)
     else:
         assert len(next(read)[0]) == 3
 
@@ -338,7 +340,7 @@ def test_an_image_may_be_long_to_a_limit() -> None:
             assert decode_image(encoded.getvalue()).size == (length, 1)
         else:
             with pytest.raises(
-                ValueError, match=rf"found {length} x 1 pixels, expected no side over {MAX_ASPECT_RATIO}"
+                ValueError, match=rf"found {length} x 1 pixels, expected an aspect ratio of at most {MAX_ASPECT_RATIO}"
             ):
                 decode_image(encoded.getvalue())
 
@@ -365,7 +367,7 @@ def test_of_16_bits_the_upper_8_are_seen(form: str) -> None:
 def test_pixels_of_floating_point_are_refused() -> None:
     encoded = io.BytesIO()
     Image.fromarray(np.ones((4, 4), dtype=np.float32)).save(encoded, "PPM")
-    with pytest.raises(ValueError, match="found pixels of floating point, expected whole numbers"):
+    with pytest.raises(ValueError, match="found floating-point pixels, expected integers"):
         decode_image(encoded.getvalue())
 
 
@@ -390,7 +392,7 @@ def test_a_part_of_a_set_is_judged_by_its_own_size(tmp_path: Path) -> None:
     ):
         with refused(ErrorCode.BROKEN_SAMPLES, "compute.max_broken_share") as error:
             list(islice(images, 8))
-        assert "found 1 such samples of 10," in str(error.value)
+        assert "found 1 unusable samples of 10," in str(error.value)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -404,7 +406,7 @@ def test_a_small_stream_is_judged_by_its_own_size(training: bool, tmp_path: Path
         batches = EvaluationImages(samples, Decoder(ToTensor(), label_of), 0, 1).iter_batches(4, loader)
     with refused(ErrorCode.BROKEN_SAMPLES, "compute.max_broken_share") as error:
         read_all(batches, loader)
-    assert "found 2 such samples of 40," in str(error.value)
+    assert "found 2 unusable samples of 40," in str(error.value)
 
 
 def read_all(batches: Iterator[tuple[torch.Tensor, torch.Tensor]], loader: Loader) -> None:
@@ -434,7 +436,7 @@ def test_two_workers_refuse_what_one_refuses(tmp_path: Path) -> None:
     first, second = ((tmp_path / f"{rank}.txt").read_text() for rank in range(2))
     assert first == second
     assert first.startswith("19 images; ")
-    assert "found 2 such samples of 40, expected at most a share of 0.04" in first
+    assert "found 2 unusable samples of 40, expected at most a fraction of 0.04" in first
 
 
 def test_what_was_broken_before_an_interruption_counts(tmp_path: Path) -> None:
@@ -443,4 +445,4 @@ def test_what_was_broken_before_an_interruption_counts(tmp_path: Path) -> None:
     loader.restored_broken_samples.append(["another sample"])
     with refused(ErrorCode.BROKEN_SAMPLES, "compute.max_broken_share") as error:
         list(EvaluationImages(samples, Decoder(ToTensor(), label_of), 0, 1).iter_batches(4, loader))
-    assert "found 2 such samples of 40" in str(error.value)
+    assert "found 2 unusable samples of 40" in str(error.value)

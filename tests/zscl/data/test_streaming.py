@@ -26,4 +26,4 @@ def test_a_remote_shard_cut_between_two_samples_is_named(shards: list[str]) -> N
     samples = StreamedSamples([f"file://{path}" for path in shards])
     with refused(ErrorCode.UNREADABLE) as error:
         list(samples.iter_shard())
-    assert "0.tar: found no readable shard (it has no end)" in str(error.value)
+    assert "0.tar: found a shard without its end mark" in str(error.value)

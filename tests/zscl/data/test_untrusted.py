@@ -281,4 +281,4 @@ def test_images_that_start_programs_or_fill_memory_are_broken_samples(tmp_path: 
         (tmp_path / name).write_bytes(content)
     messages = [str(item) for item in EvaluationImages(open_samples([str(tmp_path)]), decoder, 0, 1)()]
     assert f"found {len(postscript)} bytes of no known format" in messages[0]
-    assert "found 20000 x 1 pixels, expected no side over 100 times the other" in messages[1]
+    assert "found 20000 x 1 pixels, expected an aspect ratio of at most 100" in messages[1]

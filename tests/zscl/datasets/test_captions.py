@@ -285,5 +285,5 @@ def test_captions_that_a_run_would_refuse_are_refused_when_they_are_written(tmp_
     (tmp_path / "source.json").write_text(json.dumps(records))
     with refused(ErrorCode.UNSUPPORTED) as error:
         write_captions(tmp_path / "source.json", tmp_path / "set")
-    assert "a run would refuse" in str(error.value)
+    assert "a run cannot read the resulting" in str(error.value)
     assert not list((tmp_path / "set").iterdir())

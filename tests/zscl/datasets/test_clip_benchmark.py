@@ -73,7 +73,7 @@ def test_a_copy_keeps_its_own_label_order(tmp_path: Path, hub: dict[str, Callabl
     hub["clip-benchmark/wds_vtab-caltech101"] = copy_of(["accordion", "airplane", "background", "off-center face"])
     fetched = fetch("Caltech101", tmp_path)
     assert open_task(tmp_path / "Caltech101").classnames == ("accordion", "airplane", "background", "off-center face")
-    assert "a class more: the background" in fetched.notes[0]
+    assert "an additional class: the background" in fetched.notes[0]
 
 
 def test_a_drift_copy_keeps_its_texts_and_has_only_a_test_split(

@@ -44,7 +44,7 @@ def test_unexpected_content_is_noted(tmp_path: Path) -> None:
     classes, folders, unreadable = prepared.notes
     assert classes == "2 classes, named after their folders: colours, others"
     assert "in that of the class" in folders
-    assert unreadable == "warning: left out 1 file without an image in it (others/blue/broken.png)"
+    assert unreadable == "warning: skipped 1 file without image content (others/blue/broken.png)"
     names = [line for split in ("train", "test") for line in (tmp_path / "task" / split / "files.txt").open()]
     assert len(names) == 16
 
@@ -122,8 +122,7 @@ def test_images_outside_the_class_folders_are_noted(tmp_path: Path) -> None:
     (tmp_path / "photos/README").write_text("words")
     notes = prepare_folder(tmp_path / "photos", tmp_path / "task", ["{c}"]).notes
     assert any(
-        note.startswith("warning: left out 5 files outside the classes' folders (train/stray.png, val/")
-        for note in notes
+        note.startswith("warning: skipped 5 files outside the class folders (train/stray.png, val/") for note in notes
     )
 
 

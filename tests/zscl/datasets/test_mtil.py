@@ -68,7 +68,7 @@ def test_converts(task: str, tmp_path: Path, unchecked: None) -> None:
     assert manifest["source"] == f"torchvision {MTIL[task].dataset}"
     assert all(len(sha) == 64 for sha in manifest["file_lists"].values())
     assert set(manifest["file_lists"]) == {"train", "test"}
-    assert "not the data of the published numbers" in prepared.notes[0]
+    assert "not the images of the published results" in prepared.notes[0]
     assert prepare(task, tmp_path / "out", tmp_path / "root").kept
 
 

@@ -190,7 +190,7 @@ def test_the_former_name_of_the_field_is_accepted(module: Path, experiment: Make
 def test_a_name_without_a_module(experiment: Make) -> None:
     with pytest.raises(ValidationError, match=r"expected MODULE\.NAME"):
         with_losses(experiment, "pull")
-    with pytest.raises(ValidationError, match="found custom_losses without task_loss"):
+    with pytest.raises(ValidationError, match="without task_loss, custom_losses cannot be used"):
         with_losses(experiment, "losses_of_mine.pull", preset="zero-shot")
 
 

@@ -106,7 +106,7 @@ def test_unusable_weights_and_features_are_refused(changes: Any, code: ErrorCode
         ({"text": {"output_tokens": True}, "custom_text": True}, ErrorCode.UNSUPPORTED, "text tower fails on inputs"),
         ({"text": {"pool_type": "none"}}, ErrorCode.UNSUPPORTED, "text tower returns torch.float32 of shape [2, 12,"),
         ({"text": {"pool_type": "first"}}, ErrorCode.UNSUPPORTED, "text tower returns the same features"),
-        ({"text": {"vocab_size": 1000}}, ErrorCode.MISMATCH, "token 49407 from its tokenizer and 1000"),
+        ({"text": {"vocab_size": 1000}}, ErrorCode.MISMATCH, "token id 49407, but the model has 1000"),
     ],
 )
 def test_features_of_another_shape_are_refused(
@@ -155,7 +155,7 @@ def test_towers_of_different_widths_are_refused(folder: Path, monkeypatch: pytes
     narrow = Clip(Narrow(), clip.tokenizer, clip.train_transform, clip.evaluation_transform, {})
     with refused(ErrorCode.MISMATCH, "model") as error:
         model_checks.check_features(narrow.model, narrow.tokenizer, narrow.evaluation_transform, "it", CPU)
-    assert "8 numbers an image and 4 a text" in str(error.value)
+    assert "width 8 and text features of width 4" in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def test_the_order_comes_from_a_seed_or_a_file(incremental: Make, tasks: list[st
     ("scenario", "sentence"),
     [
         ({"first": 5}, "class_incremental.first: found 5, expected at most 4 classes"),
-        ({"template": "no place"}, "found the template 'no place', expected a {c}"),
+        ({"template": "no place"}, "found the template 'no place', expected one with {c}"),
         ({"path": "/no/such/folder"}, "/no/such/folder: found no such folder"),
     ],
 )
@@ -104,7 +104,7 @@ def test_a_wrong_scenario_is_refused(incremental: Make, scenario: dict[str, Any]
 
 
 def test_tasks_and_scenario_do_not_go_together(experiment: Make, tasks: list[str]) -> None:
-    with pytest.raises(ValueError, match="found 'second' with class_incremental, expected one or the other"):
+    with pytest.raises(ValueError, match="tasks cannot be used with class_incremental"):
         experiment(tasks=[tasks[1]], class_incremental=tasks[0])
     with pytest.raises(ValueError, match="tasks: found none, expected at least one"):
         experiment(tasks=[])
@@ -239,8 +239,8 @@ def test_a_task_may_have_some_classes_of_a_folder(experiment: Make, tasks: list[
     assert [two.get_label(sample) for sample in two.test.iter_shard(0, 1)] == [1, 0, 1, 0, 1]
     assert len(other.classnames) == 4
     for classes, words in (
-        ([4], "found the class 4"),
-        ([1, 1], "found the class 1"),
+        ([4], "found the label 4"),
+        ([1, 1], "found the label 1"),
     ):
         wrong = experiment(tasks=[{"path": tasks[0], "classes": classes}])
         with refused(ErrorCode.INVALID_VALUE, "tasks.classes") as error:
@@ -311,7 +311,7 @@ def test_class_names_that_are_numbers_are_names_in_an_order(tmp_path: Path) -> N
     assert of_crane(["2", "0", "1"]) == [2, 0, 1]
     with refused(ErrorCode.DUPLICATE, "class_incremental.order") as error:
         of_crane(["crane", "heron"])
-    assert "found 'crane' on line 1, the name of several classes" in str(error.value)
+    assert "line 1: 'crane' is the name of several classes" in str(error.value)
     with refused(ErrorCode.UNKNOWN_NAME, "class_incremental.order") as error:
         of_crane(["2", "hern"])
     assert "did you mean 'heron'" in str(error.value)

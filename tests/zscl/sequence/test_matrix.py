@@ -67,10 +67,10 @@ def test_rows_of_another_version_of_the_algorithm_are_refused(
     found = "algorithm version 0.9" if recorded else "an algorithm older than version 1.1"
     with refused(ErrorCode.OTHER_ALGORITHM) as error:
         run_sequence(made, tmp_path, device=CPU)
-    assert f"computed by {found}, expected algorithm version {algorithm_version()}" in str(error.value)
+    assert f"found a run of {found}, expected algorithm version {algorithm_version()}" in str(error.value)
     with refused(ErrorCode.OTHER_ALGORITHM) as error:  # the command line, too: not "the data is another"
         check_run_folder_is_same(resolve(made), tmp_path)
-    assert str(error.value).endswith("for `zscl compare` for example")
+    assert str(error.value).endswith("for example for `zscl compare`")
 
 
 @pytest.mark.fault("A task at chance level right after its training", "A warning in the result")
@@ -85,7 +85,7 @@ def test_a_stage_at_chance_gives_a_warning(experiment: Make, tmp_path: Path) -> 
     assert [sentence.split(":")[0] for sentence in result.warnings] == [
         f"stage {('first', 'second', 'third').index(task) + 1} {task}" for task in guessed
     ]
-    assert "which cannot be told from guessing among 4 classes (25.0)" in result.warnings[0]
+    assert "which is not clearly above guessing among 4 classes (25.0)" in result.warnings[0]
     assert f"warning: {result.warnings[0]}" in [each.text for each in said if isinstance(each, Note)]
 
 

@@ -318,4 +318,4 @@ def test_broken_samples_are_skipped_counted_and_named_in_the_result(
     assert any("skipped" in line and "test/0.tar: sample '0000000'" in line for line in said)
     with refused(ErrorCode.BROKEN_SAMPLES, "compute.max_broken_share") as error:
         run_sequence(experiment(tasks=[str(task)]), tmp_path / "strict", device=CPU)
-    assert "found 1 such samples of 20" in str(error.value)
+    assert "found 1 unusable samples of 20" in str(error.value)

@@ -142,7 +142,7 @@ def test_a_run_waits_for_the_lock_and_can_be_stopped(experiment: Make, tmp_path:
         run_sequence(
             experiment(), tmp_path / "run", hear, CPU, lambda: any("waiting" in note for note in notes), shared
         )
-    assert "waiting for another run, which computes what both need" in notes
+    assert "waiting for another run, which computes a shared stage or row" in notes
     assert run(experiment(), tmp_path / "run", shared)[1] == [1, 2, 3]
 
 

@@ -39,7 +39,7 @@ def test_a_diverging_run_names_the_step_and_the_last_good_model(experiment: Make
     with refused(ErrorCode.NOT_FINITE) as error:
         run_sequence(made, tmp_path, device=CPU)
     sentence = str(error.value)
-    assert sentence.startswith("stage 1 first: found the loss classification nan at step 1, expected a finite one")
+    assert sentence.startswith("stage 1 first: found the loss classification nan at step 1, expected a finite value")
     assert f"the last good model is the initial one, {made.model.name}" in sentence
     assert "a lower optimisation.learning_rate or optimisation.max_gradient_norm may help" in sentence
     assert not list(tmp_path.glob("stages/*/model"))
@@ -96,8 +96,8 @@ def test_a_gradient_spike_is_reported() -> None:
     made.flush()
     [sentence] = made.spike_warnings
     assert sentence == (
-        f"stage 2 birds: the gradients exploded at step {SPIKE_WINDOW + 1} (norm 310, over 100 times the steps before "
-        "it); optimisation.max_gradient_norm would clip them"
+        f"stage 2 birds: the gradients exploded at step {SPIKE_WINDOW + 1} (norm 310, over 100 times the median of the "
+        "steps before); set optimisation.max_gradient_norm to clip gradients"
     )
     assert [each.text for each in said if isinstance(each, Note)] == [f"warning: {sentence}"]
     steps = [step for each in said if isinstance(each, StepsTaken) for step in each.steps]

@@ -42,7 +42,7 @@ def classify_value(value: str) -> str:
 
 
 def classify_values(values: Sequence[str]) -> str:
-    """Return the kind of more than half of the values; `text` if there is none."""
+    """Return the kind of more than half of the values, or `text` if no kind has a majority."""
     kind, count = Counter(map(classify_value, values)).most_common(1)[0] if values else ("text", 1)
     return kind if count > len(values) / 2 else "text"
 
@@ -88,8 +88,8 @@ class CaptionSource:
             return matches[0]
         hint = did_you_mean(self.column, names) if self.column else ""
         raise InputError(
-            f"{self.location}: found {len(matches)} {what} that are called like captions, of "
-            f"{', '.join(map(repr, names))}, expected one{hint}; {self.advice}",
+            f"{self.location}: {len(matches)} of these {what} could hold captions by their names: "
+            f"{', '.join(map(repr, names))}, expected exactly one{hint}; {self.advice}",
             code=ErrorCode.UNKNOWN_NAME,
             field="--column",
         )
@@ -114,5 +114,5 @@ class CaptionSource:
 
     @property
     def advice(self) -> str:
-        """The end of an error message: how to name the column."""
-        return f"name it: zscl data prepare captions {self.location} --column NAME_OR_NUMBER --out FOLDER"
+        """The end of an error message: the command that selects the column."""
+        return f"select it with: zscl data prepare captions {self.location} --column NAME_OR_NUMBER --out FOLDER"

@@ -1,4 +1,6 @@
-"""Reading of caption files: detects the format and the caption column, and refuses files whose captions are in doubt.
+"""Reading of caption files, with detection of the format and the caption column.
+
+A file is refused if its captions cannot be identified with certainty.
 
 Formats: one caption per line; a table with columns separated by tabs, commas, semicolons or bars, with or without a
 header; JSON (COCO annotations, lists, a mapping of images to captions) and JSON lines. A file may be compressed with
@@ -16,20 +18,20 @@ from zscl.data.captions.json_records import parse_record, read_json
 from zscl.data.captions.tables import detect_delimiter, read_table
 from zscl.data.captions.text_file import iter_lines, open_text
 
-ONE_PER_LINE = "one a line"  # `Captions.origin` of a file without a header
-SAMPLE_SIZE = 1_000  # lines that the format is detected from
+ONE_PER_LINE = "one per line"  # `Captions.origin` of a file without a header
+SAMPLE_SIZE = 1_000  # lines from which the format is detected
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass
 class Captions:
-    """The captions of a file, to be iterated over once.
+    """The captions of a file. They can be iterated over once.
 
     Attributes:
         origin: Format and column of the captions, as shown to the user.
-        values: The captions as they are in the file.
-        count: Number of captions so far.
-        empty: Number of skipped records without a caption so far.
+        values: The unprocessed captions.
+        count: Number of captions that were read so far.
+        empty: Number of records without a caption that were skipped so far.
     """
 
     origin: str
@@ -62,7 +64,7 @@ def read_captions(location: str, column: str | None = None, lenient: bool = Fals
         The captions. Iterating over them may raise the same errors.
 
     Raises:
-        InputError: The file cannot be read, or its captions are in doubt.
+        InputError: The file cannot be read, or its captions cannot be identified with certainty.
     """
     source = CaptionSource(location, column, lenient or column is not None)
     with open_text(location) as stream:

@@ -9,7 +9,7 @@ from schemas.errors import ErrorCode, InputError
 from zscl.data.captions.columns import CAPTION_NAMES, CaptionSource, normalize_name
 from zscl.data.captions.text_file import CAPTION_FORMATS, iter_lines, open_text
 
-SAMPLE_SIZE = 1_000  # records that the key is detected from
+SAMPLE_SIZE = 1_000  # records from which the key is detected
 
 
 def read_json(source: CaptionSource, is_lines: bool) -> tuple[str, Iterator[str | None]]:
@@ -34,7 +34,7 @@ def read_json(source: CaptionSource, is_lines: bool) -> tuple[str, Iterator[str 
 
 
 def parse_record(line: str) -> Any:
-    """Parse a JSON object, list or string; `None` if the text is not valid JSON or another value."""
+    """Parse a JSON object, list or string. Return `None` for other values and for invalid JSON."""
     if not line.lstrip().startswith(("{", "[", '"')):
         return None
     try:
@@ -77,8 +77,8 @@ def _read_records(source: CaptionSource) -> tuple[Iterator[Any], str]:
     if not lists and value and len(texts) == len(value):
         return iter(texts), "values of a JSON object"
     raise InputError(
-        f"{source.location}: found {len(lists)} lists of captions in JSON (its keys: {', '.join(map(repr, value))}), "
-        f"expected one; {source.advice}",
+        f"{source.location}: found {len(lists)} lists of captions in JSON (keys: {', '.join(map(repr, value))}), "
+        f"expected exactly one; {source.advice}",
         code=ErrorCode.MISSING_VALUE,
         field="--column",
     )

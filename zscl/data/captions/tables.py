@@ -18,11 +18,11 @@ from zscl.data.captions.columns import (
 from zscl.data.captions.text_file import iter_rows
 
 DELIMITERS = {"\t": "tab", ",": "comma", ";": "semicolon", "|": "bar"}
-SAMPLE_SIZE = 1_000  # rows that the columns are detected from
+SAMPLE_SIZE = 1_000  # rows from which the columns are detected
 
 
 def detect_delimiter(lines: Sequence[str], name: str, column: str | None) -> str | None:
-    """Detect what separates the columns.
+    """Detect the delimiter of the columns.
 
     Args:
         lines: The first lines that are not blank.
@@ -91,7 +91,7 @@ def _is_quoted(location: str, delimiter: str) -> bool:
 
 
 def _has_header(source: CaptionSource, sample: Sequence[Sequence[str]]) -> bool:
-    """Return whether the first row names the columns."""
+    """Return whether the first row contains the names of the columns."""
     first, body = sample[0], sample[1:]
     names = {normalize_name(cell) for cell in first}
     is_named = source.column is not None and not source.column.isdecimal()
@@ -106,11 +106,12 @@ def _has_header(source: CaptionSource, sample: Sequence[Sequence[str]]) -> bool:
 
 
 def _find_column_index(source: CaptionSource, names: Sequence[str], body: Sequence[Sequence[str]], width: int) -> int:
-    """Return the index of the caption column: by number, by name, or as the only column of text."""
+    """Return the index of the caption column, selected by its number, by its name, or as the only text column."""
     if source.column is not None and source.column.isdecimal() and source.column not in names:
         if not 1 <= int(source.column) <= width:
             raise InputError(
-                f"--column {source.column}: found {width} columns in {source.location}, expected one of them",
+                f"--column {source.column}: found {width} columns in {source.location}, expected a number from 1 to "
+                f"{width}",
                 code=ErrorCode.INVALID_VALUE,
                 field="--column",
             )
@@ -129,8 +130,8 @@ def _find_column_index(source: CaptionSource, names: Sequence[str], body: Sequen
         return candidates[0]
     shown = "; ".join(f"{index + 1}: {cells[0].strip()[:40]!r}" for index, cells in enumerate(columns) if cells)
     raise InputError(
-        f"{source.location}: found {len(candidates)} columns that look like captions, of {width} ({shown}), expected "
-        f"one; {source.advice}",
+        f"{source.location}: {len(candidates)} of {width} columns look like captions ({shown}), expected exactly one; "
+        f"{source.advice}",
         code=ErrorCode.MISSING_VALUE,
         field="--column",
     )
@@ -142,7 +143,7 @@ def _iter_cells(location: str, rows: Iterator[tuple[int, list[str]]], index: int
         if len(row) <= index or any(cell.strip() for cell in row[width:]):
             raise InputError(
                 f"{location}: found {len(row)} columns on line {number}, expected {width} as in other lines; in "
-                "CSV, a caption that holds a separator is quoted",
+                "CSV, put captions that contain a separator in quotes",
                 code=ErrorCode.UNREADABLE,
             )
         yield row[index]

@@ -15,14 +15,14 @@ import fsspec
 
 from schemas.errors import ErrorCode, InputError
 
-CAPTION_FORMATS = "one caption a line, or TSV, CSV, JSON or JSON lines"
+CAPTION_FORMATS = "one caption per line, or TSV, CSV, JSON or JSON lines"
 BINARY_FORMATS = (  # offset, first bytes, what the file is and what to do
     (0, b"PAR1", "a Parquet file, expected text: write its caption column as CSV first (pandas.read_parquet, to_csv)"),
     (0, b"PK\x03\x04", "a zip archive, expected text: unpack it first"),
     (0, b"\x28\xb5\x2f\xfd", "a zstd file, expected text: decompress it first"),
     (0, b"\xff\xfe", "UTF-16, expected UTF-8: convert it first (iconv -f UTF-16 -t UTF-8)"),
     (0, b"\xfe\xff", "UTF-16, expected UTF-8: convert it first (iconv -f UTF-16 -t UTF-8)"),
-    (257, b"ustar", "a tar, expected text: a reference set reads the .txt members of its shards as they are"),
+    (257, b"ustar", "a tar, expected text: a reference set reads the .txt members of its shards directly"),
 )
 DECOMPRESSORS: Mapping[bytes, Callable[[Any], Any]] = {
     b"\x1f\x8b": gzip.open,
@@ -32,7 +32,7 @@ DECOMPRESSORS: Mapping[bytes, Callable[[Any], Any]] = {
 
 
 def open_binary(location: str) -> AbstractContextManager[IO[bytes]]:
-    """Open a local or remote file. Local paths bypass fsspec, which would parse `::` in a path as a chain of URLs."""
+    """Open a local or remote file. Local paths bypass fsspec, because it parses `::` in a path as a chain of URLs."""
     if "://" not in location:
         return Path(location).open("rb")
     remote: AbstractContextManager[IO[bytes]] = fsspec.open(location, "rb")
@@ -72,7 +72,7 @@ def open_text(location: str, newline: str = "\n") -> Iterator[TextIO]:
         ) from error
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
         raise InputError(
-            f"{location}: found a broken compressed file ({error}), expected a whole one", code=ErrorCode.UNREADABLE
+            f"{location}: found a damaged compressed file ({error}), expected a complete one", code=ErrorCode.UNREADABLE
         ) from error
     except FileNotFoundError as error:
         raise InputError(

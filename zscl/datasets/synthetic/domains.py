@@ -56,10 +56,11 @@ class Domain:
     Attributes:
         name: The task's name.
         classnames: Class names in label order.
-        templates: Prompt templates with `{c}`; the first one is used for training, all for evaluation.
+        templates: Prompt templates with `{c}`; the first one is used for training, all of them are used for evaluation.
         captions: Caption templates per style with `{c}` and optionally `{colour}` and `{background}`.
         draw: Renders a picture of a label in a style.
-        corpus_weight: Relative share of the corpus. Fine strokes take longer to learn than colours.
+        corpus_weight: Relative frequency in the corpus. It is higher for domains with fine strokes, because these take
+            longer to learn than colours.
     """
 
     name: str
@@ -87,7 +88,7 @@ _DIGITS: Sequence[tuple[Array, ...]] = (  # the strokes of each digit
 def _draw_digit(label: int, style: Style, rng: np.random.Generator) -> Picture:
     from matplotlib import get_data_path
 
-    if style == "task":  # pen strokes, scanned at 8 x 8 as scikit-learn's digits are
+    if style == "task":  # pen strokes at 8 x 8 pixels, as in scikit-learn's scanned digits
         canvas = Canvas(solid(0.0), rng, max_rotation=10, size=(0.75, 0.95))
         breadth, slant, width = rng.uniform(0.7, 1.1), rng.uniform(-0.25, 0.1), rng.uniform(4, 6.5)
         canvas.transform = np.array([[breadth, 0], [slant, 1]]) @ canvas.transform
@@ -209,7 +210,7 @@ _LAND = ("coastline", "crop fields", "desert", "forest", "highway",
 def _draw_land(label: int, style: Style, rng: np.random.Generator) -> Picture:
     u, v = grid(rng.uniform(0, 360), 1.0, (rng.uniform(-0.3, 0.3), rng.uniform(-0.3, 0.3)))
     scene = _land(_LAND[label], u, v, rng) * (0.85 + 0.3 * smooth_noise(rng, 6)[..., None]) * rng.uniform(0.8, 1.2)
-    if style == "task":  # false colours as in near-infrared, in which plants are red, and haze
+    if style == "task":  # haze, and the false colours of near-infrared images, in which plants are red
         scene = blend(scene[..., [1, 0, 2]], np.array([0.75, 0.78, 0.82]), np.array(rng.uniform(0.35, 0.65)))
     return Picture(downsample_with_noise(scene, 0.05 if style == "web" else 0.07, rng))
 
@@ -249,13 +250,13 @@ def _land(kind: str, u: Array, v: Array, rng: np.random.Generator) -> Array:
 
 
 def _cells(u: Array, v: Array, pitch: float, colours: Sequence[Array], rng: np.random.Generator) -> Array:
-    """Paint a grid of cells, each in a random one of the colours."""
+    """Paint a grid of cells. Each cell has a random colour of `colours`."""
     chosen = np.array(colours)[rng.integers(len(colours), size=(16, 16))]
     return chosen[(u // pitch).astype(np.int64) % 16, (v // pitch).astype(np.int64) % 16]
 
 
 def _inside(u: Array, v: Array, pitch: float, share: float) -> Mask:
-    """Return the mask of the middle `share` of each cell's width and height."""
+    """Return the mask of the middle part of each cell, which covers the fraction `share` of its width and height."""
     return (abs(u / pitch % 1 - 0.5) < share / 2) & (abs(v / pitch % 1 - 0.5) < share / 2)
 
 

@@ -1,11 +1,12 @@
 """A small multi-domain benchmark of 32 x 32 pictures, rendered from seeds without any download.
 
 The benchmark has six domains, 64 classes and two styles. The captioned corpus, on which a small CLIP is pre-trained,
-and the reference set use the *web* style. Tasks use the *task* style. The gap between the styles leaves zero-shot
-accuracy good but improvable, as for a real CLIP on real tasks. The digits task contains scikit-learn's real
+and the reference set use the *web* style. Tasks use the *task* style. Because of the gap between the styles, zero-shot
+accuracy is good but can be improved, as for a real CLIP on real tasks. The digits task contains scikit-learn's real
 handwritten digits.
 
-Every picture is a pure function of (seed, stream, index), so streams can be cut, resumed or read in any order.
+Every picture is a pure function of (seed, stream, index), so samples can be generated in any order, and generation can
+stop and resume.
 """
 
 import zlib
@@ -22,7 +23,7 @@ TASK_SIZES: Mapping[Split, int] = {"train": 400, "test": 300}
 
 
 def task_samples(domain: str, split: Split, count: int | None, seed: int) -> Iterator[tuple[bytes, int]]:
-    """Render one split of a task, with the classes in turn.
+    """Render one split of a task. The labels cycle through the classes.
 
     Args:
         domain: Name of the domain.
@@ -44,7 +45,7 @@ def task_samples(domain: str, split: Split, count: int | None, seed: int) -> Ite
 
 
 def captioned_samples(count: int, seed: int, task_style_share: float) -> Iterator[tuple[bytes, str]]:
-    """Render captioned pictures of all domains. No picture of a task occurs among them.
+    """Render captioned pictures of all domains. They differ from the pictures of all tasks.
 
     Args:
         count: Number of pictures.
@@ -66,14 +67,14 @@ def captioned_samples(count: int, seed: int, task_style_share: float) -> Iterato
 
 
 def _real_digits(split: Split, count: int, seed: int) -> Iterator[tuple[bytes, int]]:
-    """Yield scikit-learn's handwritten digits, shuffled by the seed: 1200 for train, 597 for test."""
+    """Yield scikit-learn's handwritten digits, shuffled with the seed. Train has 1200 images, test has 597."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     train, test = np.split(_rng(seed, "digits", 0).permutation(len(digits.target)), [1200])
     chosen = train if split == "train" else test
     if count > len(chosen):
-        raise ValueError(f"digits has {len(chosen)} {split} images, {count} were asked for")
+        raise ValueError(f"digits has {len(chosen)} {split} images, expected at least {count}")
     for index in chosen[:count]:
         yield encode_png(enlarge_digit(digits.images[index] / 16)), int(digits.target[index])
 

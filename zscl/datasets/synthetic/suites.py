@@ -16,15 +16,15 @@ TASK_SEED, CORPUS_SEED, REFERENCE_SEED = 0, 1, 2
 
 
 def write_embedded(folder: Path, corpus: bool, report: Callable[[str], None]) -> list[Path]:
-    """Write the embedded suite; existing tasks and sets are reused.
+    """Write the embedded suite. Existing tasks and sets are reused.
 
     Args:
         folder: Folder of the tasks and sets.
-        corpus: Whether to write the corpus on which the suite's model was pre-trained, too.
+        corpus: Whether to also write the corpus on which the embedded model was pre-trained.
         report: Callback for messages.
 
     Returns:
-        The folders: first the tasks, then the reference set, then the corpus.
+        The folders of the tasks, of the reference set and of the corpus, in this order.
     """
     folders = []
     for name, domain in domains.DOMAINS.items():
