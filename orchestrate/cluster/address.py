@@ -88,7 +88,7 @@ def _check_gcs(address: str) -> None:
 
 
 def _resolve(address: str) -> str:
-    """Return the address that Ray connects to. Ray replaces `auto` by a running cluster, and localhost by an IP."""
+    """Return the address that Ray connects to: for `auto`, that of a running cluster; for localhost, the node's IP."""
     from ray._private.services import canonicalize_bootstrap_address
 
     if address != "auto":

@@ -15,7 +15,8 @@ from zscl.sequence.object_store import RemoteSync, node_local_sync
 from zscl.sequence.run import measure_row
 from zscl.training.checkpoint import StoppedError
 
-MAX_RETRIES = 3  # of a task whose process or node died; a retry does not repeat accuracies that were already measured
+# The number of retries of a task whose process or node died. A retry does not measure the same accuracies again.
+MAX_RETRIES = 3
 
 
 class EvaluationTask:

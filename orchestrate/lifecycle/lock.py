@@ -44,7 +44,7 @@ def run_lock(
     note: Callable[[str], None] = lambda text: None,
     advice: str = "choose another folder with --out",
 ) -> Iterator[None]:
-    """Hold the lock on a run's folder.
+    """Context manager: hold the lock on a run's folder.
 
     Args:
         folder: The run's folder; it need not exist.

@@ -94,7 +94,7 @@ def _check_name_lengths(folder: Path) -> None:
         if len(os.fsencode(part)) > MAX_NAME_BYTES:
             raise OSError(
                 errno.ENAMETOOLONG,
-                f"a name of {len(os.fsencode(part))} bytes; at most {MAX_NAME_BYTES} leave room for a suffix",
+                f"a name of {len(os.fsencode(part))} bytes; the limit is {MAX_NAME_BYTES} bytes",
             )
     with suppress(FileNotFoundError, NotADirectoryError):
         os.lstat(folder)

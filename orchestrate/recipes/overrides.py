@@ -71,7 +71,7 @@ def _child(node: Any, key: str, source: str, path: str) -> Any:
         child = {section.main_field: child}
     elif not isinstance(child, dict | list):
         raise InputError(
-            f"{source}{path}: found the value {child!r}, expected a section to set a field of",
+            f"{source}{path}: found the value {child!r}, expected a section with fields",
             code=ErrorCode.INVALID_VALUE,
             field=path,
         )

@@ -53,7 +53,7 @@ class ComparedRun:
 
     @property
     def metrics(self) -> dict[str, float | None]:
-        """The metrics of the accuracy matrix, as fractions. `learned` is the mean accuracy just after training."""
+        """The metrics, as fractions, by name. `learned` is the mean of the accuracies on each task after its stage."""
         matrix = self.result.accuracy_matrix
         learned = fmean(row[stage] for stage, row in enumerate(matrix))
         return {**self.result.metrics.model_dump(), "learned": learned}
@@ -88,7 +88,7 @@ class Difference:
             values, because the variance is unknown.
         pairs: The number of pairs.
         size: The size of the sample.
-        unit: What the values of the sample belong to: `seeds` or `orders`.
+        unit: The unit of the sample: `seeds` or `orders`.
     """
 
     mean: float
@@ -100,7 +100,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs that were compared, and the runs that could not be compared.
+    """The runs of a comparison, and the runs that are excluded from it.
 
     Attributes:
         runs: The compared runs, in the user's order.
@@ -247,7 +247,7 @@ def _check_is_new(name: str, source: Path | InputError, names_by_path: dict[Path
 
 
 def _short_names(folders: Sequence[Path]) -> list[str]:
-    """Name each run by its folder, with as many parent folders as make the name unique."""
+    """Return a unique name for every run: the name of its folder, with parent folders if necessary."""
 
     def name(folder: Path, depth: int = 1) -> str:
         parts = folder.parts[-depth:]

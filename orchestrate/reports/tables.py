@@ -32,7 +32,7 @@ _LATEX_ESCAPES = str.maketrans(
 
 
 def build_run_rows(comparison: Comparison) -> list[Row]:
-    """Build one row per run. The zero-shot results have rows, too, without duplicates, before the first run with them.
+    """Build one row per run, and one row per distinct zero-shot result before the first run with this result.
 
     Args:
         comparison: The comparison.
@@ -254,7 +254,7 @@ def render_latex(comparison: Comparison) -> str:
         if summary is None:
             return "--"
         value = f"{100 * summary.mean:.1f}"
-        value = f"\\textbf{{{value}}}" if value == f"{100 * best[metric]:.1f}" else value  # compared as rounded
+        value = f"\\textbf{{{value}}}" if value == f"{100 * best[metric]:.1f}" else value  # rounded values are compared
         return value + ("" if summary.deviation is None else f" {{\\small $\\pm$ {100 * summary.deviation:.1f}}}")
 
     rows = [[escape_latex(label), *(format_mean(label, metric) for metric in MAIN_METRICS)] for label in groups]

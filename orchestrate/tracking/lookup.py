@@ -192,7 +192,7 @@ class _Store:
         return self._download(run)
 
     def _candidates(self, run: "Run") -> Iterator[Path]:
-        """Yield the recorded folder, then, because the project may have moved, the folder of this name at the store."""
+        """Yield the recorded folder, then the folder of the same name next to the store, in case both were moved."""
         from orchestrate.tracking.mlflow_client import FOLDER
 
         recorded = Path(run.data.tags.get(FOLDER, "/"))

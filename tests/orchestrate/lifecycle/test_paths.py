@@ -75,7 +75,7 @@ def test_data_commands_refuse_an_output_that_cannot_be_written(
     [
         ("/proc/run", "/proc: No such file or directory"),
         ("link", "is not a folder"),
-        ("n" * 250, "a name of 250 bytes; at most 200 leave room for a suffix"),
+        ("n" * 250, "a name of 250 bytes; the limit is 200 bytes"),
         ("deep/" * 900, "File name too long"),
     ],
 )
