@@ -16,5 +16,5 @@ FEATURES_VERSION = 1
 
 
 def algorithm_version() -> str:
-    """Return both versions as `ALGORITHM.FEATURES`, the form used in results and messages."""
+    """Return both versions as `ALGORITHM_VERSION.FEATURES_VERSION`, for example `1.1`, as in results and messages."""
     return f"{ALGORITHM_VERSION}.{FEATURES_VERSION}"

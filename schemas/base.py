@@ -26,7 +26,10 @@ from schemas.errors import MAX_NAME_BYTES, MAX_PATH_BYTES, MAX_PROBLEMS, ErrorCo
 
 
 class StrictModel(BaseModel):
-    """Immutable base model that refuses unknown fields and does not convert types. NaN is written to JSON as `NaN`."""
+    """Base of all models: instances are immutable, and unknown fields and values of a wrong type are refused.
+
+    NaN is refused, too, unless a field allows it. It is written to JSON as `NaN`.
+    """
 
     model_config = ConfigDict(
         strict=True, frozen=True, extra="forbid", allow_inf_nan=False, ser_json_inf_nan="constants"
@@ -44,7 +47,9 @@ class StrictModel(BaseModel):
 
 
 class ShorthandModel(StrictModel):
-    """Base class of sections that a recipe may write as a plain string. The string sets the main field.
+    """Base class of recipe sections that may be written as a plain string. The string sets the main field.
+
+    For example, `model: embedded` means `model: {name: embedded}`.
 
     Attributes:
         main_field: The name of the field that the string sets.
@@ -59,7 +64,7 @@ class ShorthandModel(StrictModel):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        """Allow a plain string of `main_field`'s allowed values in the JSON schema, in place of the section."""
+        """Allow a plain string in the JSON schema in place of the mapping, with the values that `main_field` allows."""
         reference = handler(core)
         section = handler.resolve_ref_schema(reference)
         main = section["properties"][cls.main_field]
@@ -86,18 +91,18 @@ def _unknown_field_message(field: str, model: type[BaseModel]) -> str:
 
 
 def _sections(info: FieldInfo) -> list[type[BaseModel]]:
-    """Return the models that the value of a field may be an instance of."""
+    """Return the pydantic model classes that a field's type annotation allows."""
     annotations = (info.annotation, *get_args(info.annotation)) if get_origin(info.annotation) is not tuple else ()
     return [option for option in annotations if isinstance(option, type) and issubclass(option, BaseModel)]
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem of a failed validation.
+    """One problem that the validation of a model found.
 
     Attributes:
-        field: The dotted path of the wrong field; empty if the problem concerns the model as a whole.
-        message: The field, what was found and what was expected, on one line.
+        field: The dotted path of the wrong field; empty if the problem concerns several fields of the top-level model.
+        message: The message for the user, on one line: the field, what was found and what was expected.
         code: The kind of mistake.
     """
 
@@ -107,14 +112,14 @@ class Problem:
 
 
 def list_problems(error: ValidationError) -> list[Problem]:
-    """Return the problems of a failed validation, in the order of the fields.
+    """Convert the errors of a failed validation to problems, in the order of the fields.
 
     Args:
         error: The error that pydantic raised.
 
     Returns:
-        All problems. Pydantic also reports a list as too short when its items are invalid; that second error is left
-        out.
+        All problems. If a list has invalid items, pydantic also reports that the list is too short; that report is
+        omitted.
     """
     details = error.errors(include_url=False)
     locations = [detail["loc"] for detail in details]
@@ -130,7 +135,7 @@ def list_problems(error: ValidationError) -> list[Problem]:
 
 
 def explain(error: ValidationError) -> str:
-    """Return the message of a failed validation: one line per problem, at most `MAX_PROBLEMS` of them."""
+    """Format the message for a failed validation: one line per problem. At most `MAX_PROBLEMS` problems are listed."""
     problems = list_problems(error)
     lines = list(dict.fromkeys(problem.message for problem in problems[:MAX_PROBLEMS]))
     more = [f"and {len(problems) - MAX_PROBLEMS} more problems"] if len(problems) > MAX_PROBLEMS else []
@@ -142,11 +147,11 @@ def input_error(error: ValidationError, message: str = "", field: str = "") -> I
 
     Args:
         error: The error that pydantic raised.
-        message: The message to use instead of `explain(error)`.
-        field: The recipe field or option to name instead of the field of the first problem.
+        message: The message of the new error; default: `explain(error)`.
+        field: The recipe field or command-line option that is wrong; default: the field of the first problem.
 
     Returns:
-        An error with the code and the field of the first problem, to be raised `from error`.
+        An error with the code of the first problem. The caller raises it `from error`.
     """
     first = list_problems(error)[0]
     return InputError(message or explain(error), code=first.code, field=field or first.field or None)
@@ -159,10 +164,10 @@ def parse_json(schema: type[Schema], text: str | bytes, source: object, advice: 
     """Parse JSON that this program has written.
 
     Args:
-        schema: The model of the content.
+        schema: The pydantic model class of the content.
         text: The JSON.
-        source: The file or object that contains the JSON, for the error message.
-        advice: The advice to the user if the JSON is damaged, for the error message.
+        source: The file or object that contains the JSON; named in the error message.
+        advice: What the user can do if the JSON is damaged; appended to the error message.
 
     Returns:
         The validated content.
@@ -182,7 +187,11 @@ def parse_json(schema: type[Schema], text: str | bytes, source: object, advice: 
 
 
 def _raised_error(detail: Any) -> InputError | None:
-    """Return the `InputError` that a validator raised, if the problem comes from one."""
+    """Return the `InputError` that a validator raised; `None` if pydantic itself found the error.
+
+    Args:
+        detail: One item of `ValidationError.errors()`.
+    """
     raised = detail.get("ctx", {}).get("error")
     return raised if isinstance(raised, InputError) else None
 
@@ -245,7 +254,7 @@ _repr.maxlevel = 3
 
 
 def _shorten(value: object) -> str:
-    """Return the representation of a value, shortened for a message."""
+    """Return the `repr` of a value, shortened for a message."""
     return _repr.repr(value)
 
 
@@ -257,7 +266,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 def string_to_list(value: Any) -> Any:
-    """Convert a single string to a list, for fields that accept one or several strings."""
+    """Convert a string to a list of one string, for fields that accept both. Other values are returned unchanged."""
     return [value] if isinstance(value, str) else value
 
 
@@ -267,11 +276,10 @@ _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})", flags=re.ASCI
 def expand_path(location: str, root: Path | None = None) -> str:
     """Expand `~` and environment variables (`$NAME`, `${NAME}`) in a path.
 
-    A path that exists as it is written is not changed. In a URL, variables that are set are expanded; all others
-    remain as they are.
+    If a path with `$` exists literally, it is returned unchanged. In a URL, variables that are not set are preserved.
 
     Args:
-        location: A path, a pattern of paths, or a URL.
+        location: A path, a glob pattern, or a URL.
         root: The folder that relative paths are relative to; default: the current folder.
 
     Returns:
@@ -304,15 +312,16 @@ def resolve_location(location: str, info: ValidationInfo) -> str:
     """Validate a path or URL, expand it, and make a relative path absolute.
 
     Args:
-        location: A path, a pattern of paths, or a URL.
+        location: A path, a glob pattern, or a URL.
         info: Pydantic's information about the validation. Its context may contain `root`, the folder that relative
-            paths are relative to. Without a root, nothing is expanded.
+            paths are relative to. Without `root`, the location is validated and returned unchanged.
 
     Returns:
         The URL, or the absolute path.
 
     Raises:
-        ValueError: The path is empty, too long for a file system, or has unprintable characters.
+        ValueError: The path is empty, too long for a file system, or has unprintable characters, or it cannot be
+            expanded.
     """
     if not location.strip():
         raise ValueError("found an empty path, expected a file, a folder or a URL")

@@ -154,7 +154,7 @@ class Compute(StrictModel):
 
 
 def _expand_store_path(uri: str) -> str:
-    """Expand `~` and variables in the path of a local store. Other URIs may contain `$` in a password."""
+    """Expand `~` and variables in an sqlite or file URI. Others are unchanged: a password in them may contain `$`."""
     scheme, separator, path = uri.partition(":///")
     return f"{scheme}{separator}{expand_path(path)}" if separator and scheme in ("sqlite", "file") else uri
 

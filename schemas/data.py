@@ -139,7 +139,7 @@ class Reference(ShorthandModel):
 
 
 def check_task_names(tasks: tuple[Task, ...]) -> None:
-    """Check that names are unique and not reserved, because rows, stages and metrics are named after tasks.
+    """Check that tasks' names are unique and not reserved, because folders, columns and metrics are named after them.
 
     Args:
         tasks: The tasks of a recipe.

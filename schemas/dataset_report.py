@@ -24,7 +24,7 @@ Reason = Literal[
 
 
 class ManifestShard(BaseModel):
-    """A shard in a manifest. Unknown fields, which later versions may add, are ignored."""
+    """The entry for one shard in a manifest. Unknown fields, which later versions may add, are ignored."""
 
     file: str
     samples: NonNegativeInt
@@ -33,13 +33,13 @@ class ManifestShard(BaseModel):
 
 
 class Manifest(BaseModel):
-    """The content of `zscl.json` that is checked. Unknown fields, which later versions may add, are ignored."""
+    """The fields of `zscl.json` that are validated. Unknown fields, which later versions may add, are ignored."""
 
     splits: dict[str, list[ManifestShard]]
 
 
 class PixelRange(StrictModel):
-    """Minimum, median and maximum of a number of pixels."""
+    """Minimum, median and maximum of the widths or heights of images, in pixels."""
 
     min: PositiveInt
     median: PositiveInt
@@ -47,7 +47,7 @@ class PixelRange(StrictModel):
 
 
 class SplitFinding(StrictModel):
-    """Statistics of a split. An image counts if it can be decoded and its label is in the class list."""
+    """Statistics of a split. Only images that can be decoded and whose label is in the class list are counted."""
 
     split: Split
     shards: NonNegativeInt = Field(description="Number of shards according to nshards.txt")
@@ -62,7 +62,7 @@ class SplitFinding(StrictModel):
 
 
 class ShardFinding(StrictModel):
-    """The size and the problems of a shard."""
+    """The number of samples, the size and the problems of a shard."""
 
     shard: str = Field(description="Path relative to the task's folder, as in all fields named shard")
     samples: NonNegativeInt | None = Field(description="None if the shard is missing or damaged")
@@ -80,7 +80,7 @@ class UnreadableSample(StrictModel):
 
 
 class UnreadableSamples(StrictModel):
-    """The samples that training cannot use: their number, the reasons and the first of them."""
+    """The samples that training cannot use: their number, the reasons and the first samples."""
 
     samples: NonNegativeInt
     reasons: dict[Reason, int] = Field(description="Samples by reason; a sample may count for several reasons")
@@ -103,7 +103,10 @@ class DuplicatePair(StrictModel):
 
 
 class Duplicates(StrictModel):
-    """Repeated images. Each is paired with the first image that has the same bytes; train comes before test."""
+    """Repeated images.
+
+    Each repeated image is paired with the first image that has the same bytes, in the order train, test.
+    """
 
     pairs: NonNegativeInt
     of_other_label: NonNegativeInt = Field(description="Pairs with different labels")
@@ -111,14 +114,14 @@ class Duplicates(StrictModel):
 
 
 class RepeatedName(StrictModel):
-    """A class name that several labels share."""
+    """A class name that occurs for several labels."""
 
     name: str
     labels: TupleOf[NonNegativeInt]
 
 
 class ClassNames(StrictModel):
-    """Comparison of `classnames.txt` with the labels."""
+    """The class names in `classnames.txt`, with repeated names and labels without a name or without images."""
 
     names: TupleOf[str]
     repeated: TupleOf[RepeatedName]
@@ -127,7 +130,7 @@ class ClassNames(StrictModel):
 
 
 class Templates(StrictModel):
-    """The content of `zeroshot_classification_templates.txt`."""
+    """The templates in `zeroshot_classification_templates.txt`, with those that are repeated or invalid."""
 
     templates: TupleOf[str]
     repeated: TupleOf[str]

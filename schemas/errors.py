@@ -54,16 +54,16 @@ class InputError(ValueError):
 
     Attributes:
         code: The kind of mistake.
-        field: The recipe's field or the option that is wrong, if there is one.
+        field: The recipe field or command-line option that is wrong; `None` if the error concerns neither.
     """
 
     def __init__(self, message: str, *, code: ErrorCode = ErrorCode.INVALID_VALUE, field: str | None = None) -> None:
-        """Mask and clean the message.
+        """Mask secrets in the message and replace control characters.
 
         Args:
             message: The message; it may have several lines.
             code: The kind of mistake.
-            field: The recipe's field or the option that is wrong.
+            field: The recipe field or command-line option that is wrong.
         """
         self.code, self.field = code, field
         printable = "".join(
@@ -74,7 +74,7 @@ class InputError(ValueError):
 
 
 def _shorten_line(line: str) -> str:
-    """Replace the middle of a line by … if the line is longer than `MAX_LINE_LENGTH`."""
+    """Replace the middle of a line with … if the line is longer than `MAX_LINE_LENGTH`."""
     if len(line) <= MAX_LINE_LENGTH:
         return line
     return f"{line[: MAX_LINE_LENGTH * 2 // 3]} … {line[-MAX_LINE_LENGTH // 3 :]}"
@@ -83,8 +83,7 @@ def _shorten_line(line: str) -> str:
 class InterruptedRunError(BaseException):
     """A signal stopped the run. The command line prints how to resume and exits with 128 + the signal's number.
 
-    It derives from BaseException, as KeyboardInterrupt does, so that code that catches the errors of a decoder or a
-    library does not catch it.
+    The class derives from BaseException, like KeyboardInterrupt, so that `except Exception` does not catch it.
 
     Attributes:
         exit_code: The exit code of the process.
@@ -96,24 +95,24 @@ class InterruptedRunError(BaseException):
 
 
 def shell_command(*words: object) -> str:
-    """Format a command so that a user can paste it into a shell: quoted, without secrets."""
+    """Format a command so that a user can paste it into a shell. Words are quoted, and secrets are masked."""
     return shlex.join(mask(str(word)) for word in words)
 
 
 def one_line(error: object) -> str:
-    """Format an error's message as one line. An empty message is replaced by the name of the error's class."""
+    """Format an error's message as one line. If the message is empty, return the name of the error's class."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:
-    """Format a suggestion as the end of a message.
+    """Format a suggestion for a misspelt name, to be appended to a message.
 
     Args:
         name: The name that does not exist.
         candidates: The names that exist.
 
     Returns:
-        `; did you mean 'CANDIDATE'?`; an empty string if no candidate is similar.
+        The text `; did you mean 'CANDIDATE'?`, or an empty string if no candidate is similar.
     """
     nearest = get_close_matches(name, candidates, n=1)
     return f"; did you mean '{nearest[0]}'?" if nearest else ""
@@ -123,12 +122,12 @@ MAX_LISTED = 5  # names in a message
 
 
 def format_names(names: Sequence[str], singular: str, plural: str = "") -> str:
-    """Format the number of names and the first of them: `7 classes (a, b, c, d, e, …)`.
+    """Format the number of names and the first `MAX_LISTED` names: `7 classes (a, b, c, d, e, …)`.
 
     Args:
         names: The names.
-        singular: The noun for one of them.
-        plural: The noun for several; default: `singular` with an s.
+        singular: The noun in the singular.
+        plural: The noun in the plural; default: `singular` with an s.
 
     Returns:
         A phrase for a message.
@@ -138,5 +137,5 @@ def format_names(names: Sequence[str], singular: str, plural: str = "") -> str:
 
 
 def format_count(number: int, singular: str, plural: str = "") -> str:
-    """Format a number and its noun: `1 shard`, `2 shards`. The default plural is `singular` with an s."""
+    """Format a number with a noun: `1 shard`, `2 shards`. The default plural is `singular` with an s."""
     return f"{number} {singular if number == 1 else plural or singular + 's'}"

@@ -20,7 +20,7 @@ class ConfusionCount(StrictModel):
 
 
 class ConfidenceBin(StrictModel):
-    """One bin of the calibration error: the images whose confidence is in one interval of [0, 1]."""
+    """One bin of the expected calibration error: the images whose confidence is in one of equal intervals of [0, 1]."""
 
     images: NonNegativeInt
     confidence: float = Field(description="Mean confidence; 0 without images")
@@ -48,7 +48,7 @@ class TaskEvaluation(StrictModel):
 
 
 class ModelEvaluation(StrictModel):
-    """Evaluation of one model on all tasks and suites."""
+    """Evaluation of one model on all tasks and suites (additional tasks, each evaluated among its own classes)."""
 
     model: RedactedStr
     stage: NonNegativeInt | None = Field(None, description="Stage of a run; 0 is the initial model")
@@ -57,7 +57,7 @@ class ModelEvaluation(StrictModel):
 
 
 class EvaluationReport(StrictModel):
-    """The content of `evaluation.json`."""
+    """The content of `evaluation.json`, which `zscl evaluate` writes."""
 
     tasks: TupleOf[str] = Field(description="Tasks whose classes form the label space of the task-agnostic protocol")
     suites: TupleOf[str] = Field(description="Additional tasks, each evaluated among its own classes")
@@ -74,9 +74,10 @@ class EvaluationReport(StrictModel):
 
 
 class ReplayedAverage(StrictModel):
-    """Accuracy of a stage's model for one averaging setting and one interpolation weight of the anchor model.
+    """Accuracy of a stage's model after its weight averaging is recomputed from snapshots.
 
-    Accuracies are fractions.
+    The average is recomputed with one averaging setting, and the result is interpolated with the anchor model by one
+    weight. Accuracies are fractions.
     """
 
     kind: Literal["none", "mean", "exponential"]
@@ -92,7 +93,7 @@ class ReplayedAverage(StrictModel):
 
 
 class ReplayedAverages(StrictModel):
-    """The content of `averages.json`."""
+    """The content of `averages.json`, which `zscl average` writes: the recomputed averages of one stage."""
 
     stage: PositiveInt
     task: str

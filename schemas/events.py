@@ -1,4 +1,4 @@
-"""Events of a run, as recorded in its journal and sent to the driver."""
+"""Events of a run, as recorded in its file `journal.jsonl` and sent to the driver process."""
 
 from typing import Annotated, Literal
 
@@ -18,7 +18,7 @@ class StageStarted(StrictModel):
 
 
 class StepsTaken(StrictModel):
-    """The training steps since the previous event of this kind. The numbers cover all workers."""
+    """The training steps since the previous `StepsTaken` event. Losses and throughput cover all workers."""
 
     event: Literal["steps_taken"] = "steps_taken"
     stage: int
@@ -28,7 +28,7 @@ class StepsTaken(StrictModel):
 
 
 class WorkerUse(StrictModel):
-    """The resource usage of one worker since the previous event of this kind."""
+    """The resource usage of one worker since the previous `WorkersUsed` event."""
 
     images_per_second: float = Field(description="Throughput of this worker, task and distillation images")
     loader_wait_share: float = Field(description="Fraction of the time spent waiting for images to be read and decoded")
@@ -38,7 +38,7 @@ class WorkerUse(StrictModel):
 
 
 class WorkersUsed(StrictModel):
-    """The resource usage of every worker since the previous event of this kind, in the order of their ranks."""
+    """The resource usage of every worker since the previous `WorkersUsed` event, in the order of the ranks."""
 
     event: Literal["workers_used"] = "workers_used"
     stage: int
@@ -54,7 +54,7 @@ class StageTrained(StrictModel):
 
 
 class TaskEvaluated(StrictModel):
-    """One cell of the accuracy matrix was measured; stage 0 is the zero-shot row."""
+    """The accuracy of one stage's model on one task was measured; stage 0 is the initial (zero-shot) model."""
 
     event: Literal["task_evaluated"] = "task_evaluated"
     stage: NonNegativeInt
@@ -64,7 +64,7 @@ class TaskEvaluated(StrictModel):
 
 
 class RowMeasured(StrictModel):
-    """A row of the accuracy matrix is complete and on disk; stage 0 is the zero-shot row."""
+    """The accuracy of one stage's model on all tasks is on disk; stage 0 is the initial (zero-shot) model."""
 
     event: Literal["row_measured"] = "row_measured"
     stage: NonNegativeInt

@@ -229,7 +229,7 @@ class Experiment(StrictModel):
         ]
 
     def stage_steps(self, task: Task) -> int:
-        """Return the number of optimizer steps of the task's stage; 0 without a task loss."""
+        """Return the number of optimizer steps in the task's stage; 0 if the method has no task loss."""
         return (task.steps or self.optimisation.steps) if self.method.task_loss else 0
 
     def stage_warmup(self, task: Task) -> int:
@@ -245,9 +245,10 @@ class Experiment(StrictModel):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Training settings other than those of the method, by dotted path. Comparisons of methods hold them constant.
+        """Training settings outside the section `method`, by dotted path.
 
-        Settings that this method does not use are excluded.
+        Methods are comparable only if these settings are equal. Settings that the recipe's method does not use are
+        excluded.
         """
         if self.method.task_loss is None:
             return {}
@@ -264,10 +265,10 @@ class Experiment(StrictModel):
         return settings
 
     def fingerprint(self, digests: Mapping[str, str]) -> str:
-        """Return a hash of everything that the results depend on. Name, `compute` and `tracking` are excluded.
+        """Return a hash of everything that the results depend on, see `identity`.
 
         Args:
-            digests: Content hashes of the inputs, see `identity`.
+            digests: The content hash of each input, by its location in the recipe, as in `identity`.
 
         Returns:
             16 hexadecimal digits.
@@ -276,16 +277,17 @@ class Experiment(StrictModel):
         return hashlib.sha256(identity.encode()).hexdigest()[:16]
 
     def identity(self, digests: Mapping[str, str]) -> dict[str, Any]:
-        """Return everything that the results depend on, with the version of the algorithm.
+        """Return everything that the results depend on: settings, content hashes of inputs and algorithm version.
 
-        The method's name and settings that the method does not use are excluded.
+        The experiment's name, the method's name, `compute`, `tracking` and settings that the method does not use are
+        excluded.
 
         Args:
-            digests: The content hash of each input, by its location in the recipe: a task's path, the model's name, a
-                custom loss's path, and "reference" for the reference set.
+            digests: The content hash of each input. The keys are the tasks' paths, the model's name, the dotted names
+                of custom losses, and "reference" for the reference set.
 
         Returns:
-            A tree that can be written as JSON.
+            Nested dicts and lists that can be written as JSON.
         """
         identity = self.model_dump(mode="json", exclude={"name", "compute", "tracking"})
         identity["algorithm"] = algorithm_version()

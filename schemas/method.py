@@ -1,7 +1,7 @@
 """The recipe section `method`: a composition of losses, weight averaging and exemplars, or a named preset of them.
 
 method: zscl                                      # a preset
-method: {preset: zscl, average: {every: 50}}      # a preset with changes; `null` removes a part
+method: {preset: zscl, average: {every: 50}}      # a preset with changes; `average: null` removes the averaging
 method: {name: mine, task_loss: {}, distill: {}}  # a composition without a preset
 """
 
@@ -31,7 +31,7 @@ def check_setting_used(part: StrictModel, field: str, is_used: bool, requirement
         part: The section that has the setting.
         field: The setting's name.
         is_used: Whether the setting has an effect.
-        requirement: The setting that must be in the recipe, too, for the message.
+        requirement: What the recipe must also set for this setting to take effect; used in the error message.
 
     Raises:
         InputError: The setting has no effect, and differs from its default.
@@ -273,7 +273,7 @@ class Method(ShorthandModel):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All settings except the name and the preset, by dotted path. A part that is not used is `None`."""
+        """All settings except the name and the preset, by dotted path. A part that the method lacks is `None`."""
         return _flatten_difference(self._dump(), {})
 
     @property
@@ -284,14 +284,17 @@ class Method(ShorthandModel):
         return _flatten_difference(self._dump(), Method.model_validate(self.preset).model_dump())
 
     def _dump(self) -> dict[str, Any]:
-        """Dump all settings except the name and the preset; custom losses become a mapping of path to settings."""
+        """Return all settings except the name and the preset as nested dicts.
+
+        `custom_losses` is a dict from each loss's dotted name to its settings in JSON.
+        """
         dumped = self.model_dump(mode="json", exclude={"name", "preset"})
         dumped["custom_losses"] = {loss.path: json.dumps(loss.settings) for loss in self.custom_losses}
         return dumped
 
 
 def _rename_further_losses(data: dict[str, Any]) -> dict[str, Any]:
-    """Accept the former name of `custom_losses`, with a warning if the setting is used."""
+    """Rename `further_losses`, the former name of `custom_losses`. Warn if it contains losses."""
     if "further_losses" not in data or "custom_losses" in data:
         return data
     if data["further_losses"]:
@@ -300,7 +303,10 @@ def _rename_further_losses(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _override_part(preset: Mapping[str, Any], value: Any) -> Any:
-    """Override the preset's fields of a part. A value that is not a mapping, such as `null`, replaces the part."""
+    """Return a part's fields in the preset, overridden by those in the recipe.
+
+    A `value` that is not a mapping, such as `None`, is returned in place of the fields.
+    """
     return {**preset, **value} if isinstance(value, Mapping) else value
 
 
@@ -309,7 +315,7 @@ def _without_empty_name(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _flatten_difference(settings: dict[str, Any], base: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the settings that differ from `base`, flattened to dotted paths."""
+    """Return the settings that differ from `base`, by dotted path. Both arguments are nested dicts."""
     differences: dict[str, Any] = {}
     for key, value in settings.items():
         base_value = base.get(key)

@@ -8,7 +8,7 @@ from schemas.base import Location, Share, StrictModel, TupleOf
 
 
 class Preprocess(StrictModel):
-    """Image preprocessing of the model, with the names of open_clip's settings."""
+    """Image preprocessing of the model. The fields have the names and meanings of open_clip's settings."""
 
     mean: Annotated[tuple[float, float, float], Field(strict=False)]
     std: Annotated[tuple[float, float, float], Field(strict=False)]
@@ -17,7 +17,7 @@ class Preprocess(StrictModel):
 
 
 class Pretraining(StrictModel):
-    """Settings of contrastive pre-training. Image-text pairs of a batch that have the same caption are positives."""
+    """Settings of contrastive pre-training. Image-text pairs of a batch are positives if their captions are equal."""
 
     name: str = Field("", pattern=r"^[A-Za-z0-9_.-]*$", description="Default: the recipe's file name")
     architecture: dict[str, Any] = Field(description="open_clip model_cfg: embed_dim, vision_cfg, text_cfg")

@@ -1,7 +1,7 @@
 """Masking of secrets (passwords, tokens, signatures) in messages, files and records.
 
 Three kinds of secrets are masked: the password in a URL, the query parameters that sign or authorise a URL, and the
-values of environment variables whose names end with one of SECRET_VARIABLES. Text that may be a secret is masked.
+values of environment variables whose names end with one of SECRET_VARIABLES. In case of doubt, text is masked.
 """
 
 import os
@@ -38,7 +38,7 @@ def mask(text: str, *urls: str) -> str:
 
     Args:
         text: Any text.
-        urls: URLs whose passwords may occur in the text outside the URL, for example in a library's error message.
+        urls: URLs whose passwords are masked wherever they occur in the text, even without the rest of the URL.
 
     Returns:
         The text with `***` in place of each secret.
@@ -49,14 +49,14 @@ def mask(text: str, *urls: str) -> str:
 
 
 def mask_urls(text: str) -> str:
-    """Mask the secrets in a text's URLs. The result does not depend on the environment variables of the process."""
+    """Mask the secrets in the URLs of a text. Values of environment variables are not masked."""
     text = _PASSWORD.sub(rf"\g<1>{MASK}@", text)
     text = _LONE_TOKEN.sub(rf"\g<1>{MASK}@", text)
     return _PARAMETER.sub(_mask_parameter, text)
 
 
 def mask_tree(content: T) -> T:
-    """Mask every string of a tree of dicts, lists and tuples."""
+    """Mask the secrets in every string value of nested dicts, lists and tuples. Keys are not masked."""
     result: Any = content
     if isinstance(content, str):
         result = mask(content)

@@ -33,7 +33,7 @@ class Metrics(StrictModel):
 
 
 class StageResult(StrictModel):
-    """One finished stage: its cost, final losses and warnings."""
+    """One finished stage: its time and memory, final losses and warnings."""
 
     stage: int = Field(ge=1)
     task: str
@@ -57,7 +57,7 @@ class StageResult(StrictModel):
 
 
 class TaskSummary(StrictModel):
-    """A task of a result: its name, path, content hash and number of test images."""
+    """A task in a run's result: its name, path, content hash and number of test images."""
 
     name: str
     path: RedactedStr
@@ -70,7 +70,7 @@ class TaskSummary(StrictModel):
 
 
 def _rename_further_losses(settings: Any) -> Any:
-    """Replace the former name of `method.custom_losses`, which results of earlier versions contain."""
+    """Rename the keys of `further_losses`, the former name of `custom_losses`, in results of earlier versions."""
     if not isinstance(settings, dict):
         return settings
     former = "further_losses."
@@ -84,7 +84,7 @@ _CUSTOM_LOSSES = BeforeValidator(_rename_further_losses)
 
 
 class Result(StrictModel):
-    """The content of `result.json`: everything that a comparison of runs reads."""
+    """The content of `result.json`: the results of a run, and all information that a comparison of runs needs."""
 
     name: str
     method: str
@@ -131,7 +131,7 @@ class Result(StrictModel):
 
 
 class EmbeddingReport(StrictModel):
-    """The teacher's cached features of the reference set."""
+    """Location and size of the teacher's cached features of the reference set."""
 
     folder: str = Field(description="Folder of the cached image features")
     images: NonNegativeInt

@@ -20,7 +20,7 @@ IntPair = Annotated[tuple[int, int], Field(strict=False)]
 
 
 class Domain(StrictModel):
-    """The search space of one recipe field. Exactly one of the settings must be given."""
+    """The search space of one recipe field. Exactly one of the settings must be set."""
 
     uniform: FloatPair | None = Field(None, description="[low, high]: any number between them")
     log_uniform: FloatPair | None = Field(
@@ -82,12 +82,12 @@ class Domain(StrictModel):
 
     @staticmethod
     def encode(value: Any) -> str | int | float | bool | None:
-        """Encode a value for a sampler. Scalars are not changed; lists and mappings become JSON."""
+        """Encode a value for a sampler, which accepts only scalars. Lists and mappings are converted to JSON."""
         is_scalar = value is None or isinstance(value, str | int | float | bool)
         return value if is_scalar else _to_json(value)
 
     def decode(self, code: Any) -> Any:
-        """Return the value that a sampler's suggestion encodes."""
+        """Return the value of the domain for a sampler's suggestion; the inverse of `encode`."""
         for value in self.choice or ():
             if self.encode(value) == code and type(self.encode(value)) is type(code):
                 return value
@@ -100,7 +100,11 @@ class Domain(StrictModel):
 
 
 class EarlyStopping(ShorthandModel):
-    """Early stopping of trials. A rung is a finished stage. A plain string in place of the section is the kind."""
+    """Early stopping of trials.
+
+    Trials are compared after each finished stage, which is a rung in the terms of ASHA. A plain string in place of the
+    section is the kind.
+    """
 
     main_field: ClassVar[str] = "kind"
 
@@ -113,7 +117,7 @@ class EarlyStopping(ShorthandModel):
 
 
 class Search(StrictModel):
-    """Domains, objectives and sampler of a search."""
+    """The recipe section `search`: domains, objectives, sampler and number of trials."""
 
     domains: dict[str, Domain] = Field(min_length=1, description="Search spaces, by dotted recipe field")
     objectives: Annotated[TupleOf[str], BeforeValidator(string_to_list, json_schema_input_type=str | list[str])] = (
@@ -216,8 +220,8 @@ class Search(StrictModel):
         """Return a hash of the search and its experiment.
 
         Args:
-            experiment_fingerprint: The fingerprint of the experiment without a trial's values, evaluated on the
-                held-out images.
+            experiment_fingerprint: The fingerprint of the experiment in which no domain's value is set, and which is
+                evaluated on held-out images.
 
         Returns:
             16 hexadecimal digits.
@@ -232,15 +236,15 @@ def optimisation_direction(objective: str) -> Literal["min", "max"]:
 
 
 def objective_values(names: Sequence[str], metrics: Metrics, row: Mapping[str, float]) -> dict[str, float]:
-    """Look up the values of objectives.
+    """Return the values of a search's objectives after a stage.
 
     Args:
-        names: The objectives.
-        metrics: The metrics of the accuracy matrix so far. An undefined metric counts as 0.
-        row: The last row of the matrix, by task.
+        names: The names of the objectives: metrics, or `accuracy/TASK`.
+        metrics: The metrics of the accuracy matrix after the stage. An undefined metric counts as 0.
+        row: The accuracy of the stage's model by task.
 
     Returns:
-        The values, by objective.
+        The value of each objective, by name.
     """
     return {
         name: row[name.removeprefix(TASK_ACCURACY_PREFIX)]
@@ -255,7 +259,7 @@ def _to_json(value: Any) -> str:
 
 
 class Trial(StrictModel):
-    """One trial of a search."""
+    """One trial of a search: its values, status and results."""
 
     number: PositiveInt
     values: dict[str, Any] = Field(description="Values, by dotted recipe field")
@@ -274,7 +278,7 @@ class Trial(StrictModel):
 
 
 class StageTrainings(StrictModel):
-    """Counts of a search's stage trainings, by outcome."""
+    """Numbers of stages in a search, by outcome: trained, reused, read, stopped or failed."""
 
     asked: NonNegativeInt = Field(description="Number of trials times number of stages")
     run: NonNegativeInt
@@ -315,7 +319,7 @@ class TrialStarted(StrictModel):
 
 
 class TrialEnded(StrictModel):
-    """A trial ends."""
+    """A trial ends, for the reason in `status`."""
 
     event: Literal["trial_ended"] = "trial_ended"
     status: Literal["finished", "read", "stopped", "failed", "interrupted"]

@@ -1,4 +1,4 @@
-"""Comparison of runs (`zscl compare`): tables on the terminal, files, and an HTML page for MLflow."""
+"""Comparison of runs (`zscl compare`): tables on the terminal, output files, and an HTML page for MLflow."""
 
 import csv
 import io
@@ -35,21 +35,22 @@ def compare_runs(
     baseline: str | None = None,
     note: Callable[[str], None] | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
-    """Compare runs: print tables, write files, and attach the HTML page to the runs in MLflow.
+    """Compare runs: print tables, write the comparison to files, and attach its HTML page to the runs in MLflow.
 
     Args:
-        runs: Mapping from the name that the user gave to the run's folder, or to the error that occurred in finding it.
+        runs: Mapping from each run's name, as entered by the user, to the run's folder, or to the error that occurred
+            when the run was looked up.
         folder: Output folder.
         console: Console for the tables; `None` to print none.
         published: Task order of MTIL, I or II, whose published results are added to the tables.
-        baseline: Label of the method to which the others are compared; default: `Comparison.default_baseline`.
+        baseline: Label of the method to which the other methods are compared; default: `Comparison.default_baseline`.
         note: Called with a message if an MLflow store does not accept the page. If `None`, no page is attached.
 
     Returns:
-        The comparison as a JSON dictionary, and lines for people that list the written files.
+        The comparison as a JSON dictionary, and lines of text about excluded runs, the baseline and the written files.
 
     Raises:
-        InputError: If no run can be compared, or the baseline or the published order does not exist.
+        InputError: No run can be compared, or the baseline or the published order does not exist.
     """
     comparison = group_runs(runs)
     labels = list(comparison.groups)
@@ -86,7 +87,7 @@ def compare_runs(
 
 
 def _groups(comparison: Comparison, baseline: str | None) -> dict[str, Any]:
-    """Convert the groups of runs to a JSON dictionary."""
+    """Convert the groups of runs, one per method, to a JSON dictionary."""
     groups: dict[str, Any] = {}
     for label, runs in comparison.groups.items():
         figures: dict[str, Any] = {}
@@ -100,7 +101,7 @@ def _groups(comparison: Comparison, baseline: str | None) -> dict[str, Any]:
 
 
 def _difference(difference: Difference | None) -> dict[str, Any]:
-    """Convert a difference to a JSON dictionary. `None` means that no pair of runs can be compared."""
+    """Convert a difference of two methods to a JSON dictionary. `None` means that no pair of runs can be compared."""
     if difference is None:
         return {"difference": None, "interval": None, "pairs": 0}
     return {"difference" if name == "mean" else name: value for name, value in asdict(difference).items()}
@@ -111,9 +112,9 @@ def write_comparison(comparison: Comparison, rows: Sequence[Row], folder: Path, 
 
     Args:
         comparison: The comparison.
-        rows: The rows of the main table.
+        rows: The rows of the main table, one per run or published result.
         folder: Output folder.
-        baseline: Label of the method to which the others are compared.
+        baseline: Label of the method to which the other methods are compared; `None` for no comparison with a baseline.
 
     Returns:
         Mapping from the kind of file to the written file.

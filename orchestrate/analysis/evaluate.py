@@ -1,4 +1,4 @@
-"""Evaluation of models (`zscl evaluate`): any model or stages of a run, on any tasks, task-aware and task-agnostic."""
+"""Evaluation (`zscl evaluate`) of a model or a run's stages on any tasks, among one task's classes or all classes."""
 
 import csv
 import io
@@ -48,11 +48,13 @@ class EvaluationOptions:
     """Options of an evaluation.
 
     Attributes:
-        protocols: Evaluation protocols.
-        templates: Prompt templates to average, `all` or `first`. `None` means the setting of the run, or else `all`.
-        precision: `fp32` or `bf16`. `None` means the setting of the run, or else `fp32`.
+        protocols: Evaluation protocols, `task-aware` (among the classes of one task) or `task-agnostic` (among the
+            classes of all tasks).
+        templates: Prompt templates whose embeddings are averaged, `all` or `first`. `None` means the run's setting, or
+            `all` for a model without a run.
+        precision: `fp32` or `bf16`. `None` means the run's setting, or `fp32` for a model without a run.
         batch_size: Images per batch.
-        loader_processes: Number of processes that read and decode images; if 0, the main process does it.
+        loader_processes: Number of processes that read and decode images. 0 means that the main process does it.
     """
 
     protocols: tuple[Protocol, ...] = PROTOCOLS
@@ -65,20 +67,20 @@ class EvaluationOptions:
 def parse_options(
     protocols: str, templates: str | None, precision: str | None, batch_size: int, loader_processes: int
 ) -> EvaluationOptions:
-    """Parse and check the options of the command line.
+    """Parse and check the options of `zscl evaluate`.
 
     Args:
         protocols: Names of protocols, separated by commas.
-        templates: `all`, `first` or `None`.
-        precision: `fp32`, `bf16` or `None`.
+        templates: Prompt templates whose embeddings are averaged, `all` or `first`; `None` if not set.
+        precision: `fp32` or `bf16`; `None` if not set.
         batch_size: Images per batch.
-        loader_processes: Number of processes that read and decode images.
+        loader_processes: Number of processes that read and decode images. 0 means that the main process does it.
 
     Returns:
         The options.
 
     Raises:
-        InputError: If an option has an unknown value.
+        InputError: An option has an unknown value.
     """
     chosen = tuple(protocol for protocol in PROTOCOLS if protocol in protocols.split(","))
     unknown = [name for name in protocols.split(",") if name not in PROTOCOLS]
@@ -101,11 +103,12 @@ class EvaluationTarget:
     """The models and the tasks of an evaluation.
 
     Attributes:
-        models: Pairs of stage and model. The stage is `None` for a model that does not belong to a run.
-        tasks: The tasks. All their classes form the label space of the task-agnostic protocol.
-        suites: Additional tasks, each evaluated among its own classes.
+        models: Pairs of a stage's number and the stage's model. The number is `None` for a model that does not belong
+            to a run.
+        tasks: The tasks. In the task-agnostic protocol, an image may be classified as any class of these tasks.
+        suites: Additional tasks. Their images are always classified among the classes of the task itself.
         run: The run's folder, if the models belong to a run.
-        experiment: The run's experiment.
+        experiment: The run's experiment, if the models belong to a run.
         uses_run_tasks: Whether the tasks are those of the run.
         is_complete: Whether all stages of the run are evaluated on all tasks of the run.
     """
@@ -125,7 +128,7 @@ class EvaluationTarget:
         return held_out is not None and held_out.judged_on == "held_out"
 
     def label(self, stage: int | None, model: Model) -> str:
-        """Return the name of a model for tables, such as `2-flowers` for a stage of a run."""
+        """Return the name of a model in tables, for example `2-flowers` for stage 2 of a run."""
         if stage is None:
             return model.name if model.pretrained is None else f"{model.name}, {model.pretrained}"
         return f"{stage}-{Path(model.name).parent.name.partition('-')[2]}" if stage else ZERO_SHOT
@@ -134,20 +137,20 @@ class EvaluationTarget:
 def resolve_target(
     what: str, pretrained: str | None, stage: str | None, tasks: Sequence[str], suites: Sequence[str]
 ) -> EvaluationTarget:
-    """Resolve the command's arguments to models and tasks.
+    """Find the models and the tasks that the arguments of `zscl evaluate` specify.
 
     Args:
-        what: Folder of a run, folder of a model, or open_clip model name.
-        pretrained: Tag of open_clip weights, or a weights file, for an open_clip model name.
-        stage: Stage of a run, from 0 (the initial model), or `all`; default: the last trained stage.
-        tasks: Folders of tasks; default: the tasks of the run.
-        suites: Folders of additional tasks.
+        what: Folder of a run, folder of a model, or name of an open_clip model.
+        pretrained: Tag of open_clip weights, or a weights file, if `what` is the name of an open_clip model.
+        stage: Number of the run's stage, where 0 is the initial model, or `all`; default: the last trained stage.
+        tasks: Folders of tasks; if empty, the tasks of the run are used.
+        suites: Folders of additional tasks, whose images are classified only among the classes of the task itself.
 
     Returns:
         The models and the tasks.
 
     Raises:
-        InputError: If the run, the stage, the model or a task does not exist.
+        InputError: The run, the stage, the model or a task does not exist, or the arguments contradict each other.
     """
     folder = Path(what).expanduser().absolute()
     suite_folders = tuple(map(_open_task, suites))
@@ -187,7 +190,7 @@ def _select_stages(models: Sequence[tuple[int, Model]], stage: str | None, run: 
 
 
 def _resolve_model(what: str, folder: Path, pretrained: str | None, stage: str | None, tasks: Sequence[str]) -> Model:
-    """Resolve a model that does not belong to a run."""
+    """Find a model that does not belong to a run, from the arguments of `resolve_target`."""
     if stage is not None:
         raise InputError(
             f"--stage {stage} needs the folder of a run, but '{what}' is not one",
@@ -232,10 +235,11 @@ def evaluate_models(target: EvaluationTarget, options: EvaluationOptions, consol
         console: Console for progress and warnings.
 
     Returns:
-        The evaluation of each model, with metrics of the accuracy matrix if the target is complete.
+        The evaluation of each model. If all stages of a run are evaluated on its tasks, the metrics of the accuracy
+        matrix are included.
 
     Raises:
-        InputError: If a model or a shard cannot be read, a task has no usable image, or two tasks have the same name.
+        InputError: A model or a shard cannot be read, a task has no usable image, or two tasks have the same name.
     """
     all_tasks = (*target.tasks, *target.suites)
     _check_names_are_unique(all_tasks)
@@ -315,13 +319,13 @@ def _metrics(models: Sequence[ModelEvaluation], target: EvaluationTarget, protoc
 
 
 def build_evaluation_tables(report: EvaluationReport) -> Group:
-    """Format an evaluation, one table per protocol.
+    """Format an evaluation as tables, one per protocol.
 
     Args:
         report: The evaluation.
 
     Returns:
-        Tables with one row per task for a single model, and one row per model for several models.
+        The tables. They have one row per task if there is a single model, and one row per model otherwise.
     """
     protocols = list(dict.fromkeys(task.protocol for task in report.models[0].judged))
     if len(report.models) == 1:
@@ -365,7 +369,7 @@ def _model_table(report: EvaluationReport, protocol: Protocol) -> Table:
 
 
 def write_evaluation(report: EvaluationReport, folder: Path) -> dict[str, str]:
-    """Write an evaluation as JSON and CSV (fractions), with charts of the last model.
+    """Write an evaluation as JSON and CSV (accuracies as fractions), with charts for the last model.
 
     Args:
         report: The evaluation.
@@ -408,7 +412,7 @@ def _to_csv(rows: Sequence[Sequence[object]]) -> str:
 
 
 def _draw_calibration(model: ModelEvaluation) -> Figure:
-    """Draw accuracy against confidence, one chart per task. An overconfident model is below the diagonal."""
+    """Draw accuracy against confidence, one chart per task. An overconfident model's curve is below the diagonal."""
     names = list(dict.fromkeys(task.task for task in model.judged))
     figure, charts = _subplots(names, f"{model.model}: accuracy against confidence")
     for axes, name in zip(charts, names, strict=True):
@@ -425,7 +429,7 @@ def _draw_calibration(model: ModelEvaluation) -> Figure:
 
 
 def _draw_confusions(model: ModelEvaluation) -> Figure:
-    """Draw the confusion matrix of each task among its own classes. Each row sums to 1."""
+    """Draw one confusion matrix per task, task-aware if that protocol was used. Each row sums to 1."""
     tasks = [task for task in model.judged if task.protocol == "task-aware"] or list(model.judged)
     figure, charts = _subplots([task.task for task in tasks], f"{model.model}: true class (row), predicted (column)")
     for axes, task in zip(charts, tasks, strict=True):
@@ -462,20 +466,20 @@ def record_evaluation(
     files: Sequence[str],
     note: Callable[[str], None],
 ) -> bool:
-    """Record an evaluation in the MLflow run of its models: the files, and the accuracies of each protocol by stage.
+    """Record an evaluation in the MLflow run to which the models belong: its files, and the accuracies of each stage.
 
-    Accuracies are recorded only if the run was evaluated on its own tasks with its own settings. Otherwise, values with
-    the same metric name could not be compared.
+    Accuracies are recorded only if the models were evaluated on the run's tasks with the run's settings. Otherwise,
+    values with the same metric name could not be compared.
 
     Args:
         report: The evaluation.
-        target: The models, which belong to a run, and the tasks.
+        target: The evaluated models and tasks. The models must belong to a run.
         options: Options of the evaluation.
         files: The files to attach.
-        note: Called with a message if the store does not accept the evaluation.
+        note: Called with a message if the MLflow store does not accept the evaluation.
 
     Returns:
-        Whether the store accepted everything.
+        Whether the store accepted all files and accuracies.
     """
     assert target.run is not None
     series: dict[str, dict[int, float]] = {}

@@ -79,14 +79,14 @@ def export_model(run: Path, stage: int | None, out: Path) -> Path:
 
     Args:
         run: Folder of a finished run.
-        stage: Stage, from 1; default: the last.
-        out: Output folder; it must be empty or not exist.
+        stage: Number of the stage, from 1; default: the last stage.
+        out: Output folder. It must be empty or must not exist.
 
     Returns:
         The output folder.
 
     Raises:
-        InputError: If the run or the stage does not exist, its weights were deleted, or `out` is not empty.
+        InputError: The run or the stage does not exist, the stage's weights were deleted, or `out` is not empty.
     """
     result = load_result(run)
     stages = len(result.stages)

@@ -1,4 +1,4 @@
-"""Preparation of data (`zscl data prepare`, `zscl data fetch`): choice of the source, parallel tasks, progress bars."""
+"""Preparation of data (`zscl data prepare`, `zscl data fetch`): choice of the source, parallel work, progress bars."""
 
 import multiprocessing
 import os
@@ -43,20 +43,21 @@ Outcome = PreparedTask | InputError
 def prepare_data(
     names: Sequence[str], out: Path, options: Mapping[str, Any], console: Console
 ) -> tuple[dict[str, Any], list[str]]:
-    """Prepare tasks or a reference set.
+    """Prepare tasks or a reference set from a source of data.
 
     Args:
-        names: Names of tasks, or `mtil`; or the name of another source and its argument.
+        names: Names of MTIL's tasks, or `mtil` for all of them; or the name of another source (see `SOURCES`), followed
+            by its argument.
         out: Output folder.
-        options: Mapping from names to values of the command's options, without options that were not set.
+        options: Mapping from the command's options that were set to their values.
         console: Console for progress.
 
     Returns:
-        The prepared data as a JSON dictionary, and lines for people.
+        The prepared data as a JSON dictionary and as lines of text.
 
     Raises:
-        InputError: If a name is unknown, an option does not belong to the source, or the source has unexpected content.
-        InterruptedRunError: If a signal such as Ctrl-C stopped the work.
+        InputError: A name is unknown, an option does not belong to the source, or the source has unexpected content.
+        InterruptedRunError: A signal such as Ctrl-C stopped the work.
     """
     if not str(out).isprintable():
         raise InputError(
@@ -93,20 +94,21 @@ def prepare_data(
 def fetch_tasks(
     names: Sequence[str], out: Path, jobs: int | None, console: Console
 ) -> tuple[dict[str, Any], list[str]]:
-    """Download CLIP_benchmark's copies of tasks.
+    """Download tasks from the copies that CLIP_benchmark publishes.
 
     Args:
-        names: Names of tasks, or `mtil`.
+        names: Names of tasks, or `mtil` for all tasks of MTIL.
         out: Output folder.
-        jobs: Number of tasks in parallel; default: one per CPU core.
+        jobs: Number of tasks to download in parallel; default: one per CPU core.
         console: Console for progress.
 
     Returns:
-        The downloaded tasks with their differences from the published data, as a JSON dictionary, and lines for people.
+        The downloaded tasks, with notes on how they differ from the published data, as a JSON dictionary and as lines
+        of text.
 
     Raises:
-        InputError: If a name is unknown, or a copy cannot be downloaded or is damaged.
-        InterruptedRunError: If a signal such as Ctrl-C stopped the work.
+        InputError: A name is unknown, or a copy cannot be downloaded or is damaged.
+        InterruptedRunError: A signal such as Ctrl-C stopped the work.
     """
     tasks = expand_task_names("data fetch", names, clip_benchmark.DRIFT_COPIES)
     return _describe_tasks(run_tasks(_fetch_task, tasks, (out,), jobs, console))
@@ -118,13 +120,13 @@ def expand_task_names(command: str, names: Sequence[str], others: Collection[str
     Args:
         command: Name of the command, for error messages.
         names: Names that the user gave.
-        others: Other allowed names.
+        others: Names that are allowed in addition to `mtil` and the tasks of MTIL.
 
     Returns:
         The names of the tasks.
 
     Raises:
-        InputError: If a name is unknown.
+        InputError: A name is unknown.
     """
     allowed = [*MTIL, ALL_TASKS, *others]
     tasks = [task for name in names for task in (MTIL if check_name(command, name, allowed) == ALL_TASKS else [name])]
@@ -132,7 +134,7 @@ def expand_task_names(command: str, names: Sequence[str], others: Collection[str
 
 
 def _describe_captions(written: WrittenCaptions, out: Path) -> tuple[dict[str, Any], list[str]]:
-    """Describe the written captions. The first ones are shown, so that the user sees whether the column is right."""
+    """Describe the written captions. The first captions are included, so that the user can check the chosen column."""
     empty = f", {written.empty} empty ones left out" if written.empty else ""
     lines = [f"{out}/captions.txt  {written.captions} captions: {written.origin}{empty}; the first:"]
     return {"file": f"{out}/captions.txt", **asdict(written)}, [*lines, *(f"  {text}" for text in written.first)]
@@ -195,22 +197,22 @@ def run_tasks(
     jobs: int | None,
     console: Console,
 ) -> list[PreparedTask]:
-    """Call a function for every task, in up to `jobs` processes.
+    """Call a function once for every task, in several processes.
 
     Args:
         work: The function. Its first argument is the task's name.
         tasks: Names of the tasks.
-        arguments: The other arguments of the function.
-        jobs: Number of processes; default: one per CPU core.
+        arguments: The function's arguments after the task's name.
+        jobs: Maximum number of processes; default: one per CPU core.
         console: Console for progress.
 
     Returns:
         The prepared tasks, in the order of `tasks`.
 
     Raises:
-        InputError: If a task failed. It is raised after all other tasks have finished, with the message of the first
+        InputError: A task failed. The error is raised when all other tasks have ended. Its message is that of the first
             failed task.
-        InterruptedRunError: If a signal such as Ctrl-C stopped the work. Finished tasks are kept.
+        InterruptedRunError: A signal such as Ctrl-C stopped the work. Finished tasks are kept.
     """
     jobs = min(jobs or os.cpu_count() or 1, len(tasks))
     with _TaskBars(console) as bars:
@@ -295,7 +297,7 @@ class _TaskBars:
         self._progress.stop()
 
     def put(self, progress: tuple[str, int, int]) -> None:
-        """Show the progress of a task, given as its name, the number of written images, and the total."""
+        """Show the progress of a task: a tuple of its name, the number of written images, and the total number."""
         task, done, total = progress
         if task not in self._bars:
             self._bars[task] = self._progress.add_task(task, total=total)

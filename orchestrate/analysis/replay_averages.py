@@ -1,4 +1,4 @@
-"""Replay of weight averages (`zscl average`): evaluates other averages and interpolations from a stage's snapshots."""
+"""Weight averages recomputed from the snapshots of a stage and evaluated, without training (`zscl average`)."""
 
 import csv
 import dataclasses
@@ -40,10 +40,10 @@ AVERAGE_KINDS: tuple[str, ...] = get_args(Average.model_fields["kind"].annotatio
 
 @dataclass(frozen=True)
 class AverageGrid:
-    """The combinations of averaging settings and interpolation weights to evaluate.
+    """The settings to evaluate: every averaging setting is combined with every interpolation weight.
 
     Attributes:
-        averages: Averaging settings. `None` means the last weights, without averaging.
+        averages: Averaging settings. `None` means that the weights after the last step are used, without averaging.
         shares: Interpolation weights of the anchor model, from 0 (only the average) to 1 (only the anchor).
         anchor: The anchor model, `stage_start` or `initial`.
     """
@@ -54,20 +54,21 @@ class AverageGrid:
 
 
 def parse_grid(every: str, kinds: str, decay: float, shares: str, anchor: str) -> AverageGrid:
-    """Parse and check the options of the command line.
+    """Parse and check the options of `zscl average`.
 
     Args:
         every: Averaging intervals in steps, separated by commas.
-        kinds: Kinds of averages, separated by commas.
+        kinds: Kinds of averages, separated by commas: `mean`, `exponential`, `none` (the weights after the last step).
         decay: Decay of the exponential average.
         shares: Interpolation weights of the anchor model, separated by commas.
-        anchor: `stage_start` or `initial`.
+        anchor: The anchor model: `stage_start` (the model at the start of the stage) or `initial` (the initial model of
+            the run).
 
     Returns:
-        The grid, without duplicates.
+        The settings, without duplicates.
 
     Raises:
-        InputError: If a value is not allowed.
+        InputError: An option has an invalid value.
     """
     averages: list[Average | None] = []
     for kind in kinds.split(","):
@@ -91,7 +92,7 @@ def parse_grid(every: str, kinds: str, decay: float, shares: str, anchor: str) -
 
 
 def _validate(schema: type[Setting], settings: dict[str, Any], source: str, option: str) -> Setting:
-    """Validate settings against a schema. The error message names the options that set them."""
+    """Validate settings against a pydantic model. Error messages begin with `source`, which names the options."""
     try:
         return schema.model_validate(settings)
     except ValidationError as error:
@@ -130,9 +131,9 @@ class ReplayedStage:
         run: The run's folder.
         experiment: The run's experiment.
         tasks: The run's tasks.
-        number: The stage, from 1.
+        number: Number of the stage, from 1.
         start: The model at the start of the stage.
-        every: Steps between two snapshots.
+        every: Interval between two snapshots, in steps.
         device: Device for the evaluation.
     """
 
@@ -150,13 +151,13 @@ class ReplayedStage:
 
         Args:
             run: The run's folder.
-            number: The stage, from 1; default: the last one with snapshots.
+            number: Number of the stage, from 1; default: the last stage with snapshots.
 
         Returns:
             The stage.
 
         Raises:
-            InputError: If the run or the stage does not exist, or the stage has no snapshots.
+            InputError: The run or the stage does not exist, or the stage has no snapshots.
         """
         if not (run / EXPERIMENT).is_file():
             raise InputError(f"{run}: found no {EXPERIMENT}, expected the folder of a run", code=ErrorCode.NOT_FOUND)
@@ -182,7 +183,7 @@ class ReplayedStage:
             grid: The settings to check.
 
         Raises:
-            InputError: If an averaging interval is no multiple of the snapshot interval.
+            InputError: An averaging interval is not a multiple of the snapshot interval.
         """
         for average in grid.averages:
             if average is not None and average.every % self.every:
@@ -194,13 +195,13 @@ class ReplayedStage:
                 )
 
     def replay(self, average: Average | None) -> tuple[Clip, int]:
-        """Compute the model of the stage with another averaging setting.
+        """Compute the model that the stage would have produced with another averaging setting.
 
         Args:
-            average: The averaging setting; `None` for the last weights.
+            average: The averaging setting; `None` for the weights after the last step.
 
         Returns:
-            The model, and the number of models in the average.
+            The model, and the number of models that were averaged.
         """
         clip = load_clip(self.start, self.device)
         select_trained_parameters(clip.model, self.experiment.method.train)
@@ -214,7 +215,7 @@ class ReplayedStage:
         return dataclasses.replace(clip, model=model), merges
 
     def evaluate(self, clip: Clip) -> dict[str, float]:
-        """Evaluate a model on all tasks, with the settings of the run's accuracy matrix.
+        """Evaluate a model on all tasks of the run, with the same settings as the run's accuracy matrix.
 
         Args:
             clip: The model.
@@ -235,7 +236,7 @@ class ReplayedStage:
         return accuracy
 
     def is_run_setting(self, average: Average | None, share: float, anchor: str) -> bool:
-        """Whether these are the settings of the run itself."""
+        """Whether averaging setting, interpolation weight and anchor model are those with which the run was trained."""
         method = self.experiment.method
         merge = (method.merge.share, method.merge.anchor) if method.merge else (0.0, anchor)
         return (average, share, anchor) == (method.average, *merge)
@@ -243,14 +244,14 @@ class ReplayedStage:
     def evaluate_average(
         self, average: Average | None, share: float, anchor: str, merges: int, clip: Clip
     ) -> ReplayedAverage:
-        """Evaluate a model that was computed with these settings.
+        """Evaluate a model that was computed by averaging and interpolation, on all tasks of the run.
 
         Args:
-            average: The averaging setting; `None` for the last weights.
+            average: The averaging setting; `None` for the weights after the last step.
             share: Interpolation weight of the anchor model.
             anchor: The anchor model, `stage_start` or `initial`.
-            merges: Number of models in the average.
-            clip: The computed model.
+            merges: Number of models that were averaged.
+            clip: The model.
 
         Returns:
             The settings and the accuracies of the model.
@@ -273,18 +274,18 @@ class ReplayedStage:
 
 
 def replay_grid(stage: ReplayedStage, grid: AverageGrid, console: Console) -> ReplayedAverages:
-    """Evaluate the model of a stage with every setting of a grid, on all tasks of the run.
+    """Compute the model of a stage with every setting of a grid, and evaluate it on all tasks of the run.
 
     Args:
         stage: The stage.
-        grid: The settings.
+        grid: The averaging settings and interpolation weights.
         console: Console for progress.
 
     Returns:
-        The accuracies for every setting, and those at the start of the stage.
+        The accuracies of the model for every setting, and of the model at the start of the stage.
 
     Raises:
-        InputError: If a snapshot or a model cannot be read.
+        InputError: A snapshot or a model cannot be read.
     """
     anchor = load_clip(stage.experiment.model if grid.anchor == "initial" else stage.start, stage.device).model
     replayed: list[ReplayedAverage] = []
@@ -320,10 +321,10 @@ def describe_average(average: ReplayedAverage) -> str:
 
 
 def build_averages_table(averages: ReplayedAverages) -> Table:
-    """Format the accuracies as a table with one row per setting. The setting of the run itself is marked.
+    """Format accuracies as a table with one row per setting. The setting with which the run was trained is marked.
 
     Args:
-        averages: The accuracies.
+        averages: The accuracies for each setting.
 
     Returns:
         The table.
@@ -340,10 +341,10 @@ def build_averages_table(averages: ReplayedAverages) -> Table:
 
 
 def write_averages(averages: ReplayedAverages, folder: Path) -> dict[str, str]:
-    """Write the accuracies as JSON, CSV (fractions) and a chart.
+    """Write accuracies as JSON, as CSV (fractions) and as a chart.
 
     Args:
-        averages: The accuracies.
+        averages: The accuracies for each setting.
         folder: Output folder.
 
     Returns:
@@ -363,7 +364,7 @@ def write_averages(averages: ReplayedAverages, folder: Path) -> dict[str, str]:
 
 
 def _draw(averages: ReplayedAverages) -> Figure:
-    """Draw accuracy against the averaging interval, and accuracy on the trained task against that on other tasks."""
+    """Draw accuracy against averaging interval, and accuracy on other tasks against accuracy on the stage's task."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     by_interval, trade_off = figure.subplots(1, 2)
     _draw_intervals(by_interval, averages)

@@ -30,7 +30,7 @@ BACKGROUND = "#ececec"
 
 
 def check_task(folder: str, picture: Path | None, per_class: int, console: Console) -> DatasetReport:
-    """Check every sample of a task, and draw a contact sheet.
+    """Check every sample of a task, and optionally draw a contact sheet.
 
     Args:
         folder: The task's folder or URL.
@@ -39,10 +39,10 @@ def check_task(folder: str, picture: Path | None, per_class: int, console: Conso
         console: Console for progress.
 
     Returns:
-        The report.
+        The report on the task's samples, classes and problems.
 
     Raises:
-        InputError: If the folder does not contain a task.
+        InputError: The folder does not contain a task.
     """
     with delayed_progress_bars(console) as progress:
         scanned = scan_task(folder, progress)
@@ -54,13 +54,13 @@ def check_task(folder: str, picture: Path | None, per_class: int, console: Conso
 
 @contextmanager
 def delayed_progress_bars(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """Context manager: show a progress bar for each kind of work that takes longer than `BAR_DELAY_SECONDS`.
+    """Context manager: show a progress bar for each phase of the work that takes longer than `BAR_DELAY_SECONDS`.
 
     Args:
         console: Console for the progress bars.
 
     Yields:
-        A callback for progress. Its arguments are the kind of work, the number of finished items, and the total.
+        A callback for progress. Its arguments are the name of the phase, the number of finished items, and the total.
     """
     started: dict[str, float] = {}
     bars: dict[str, ProgressBar] = {}
@@ -81,7 +81,7 @@ def delayed_progress_bars(console: Console) -> Iterator[Callable[[str, int, int]
 
 
 def print_report(report: DatasetReport, console: Console) -> None:
-    """Print a report: tables, problems and warnings, and their numbers.
+    """Print a report: its tables, its problems and warnings, and the number of problems and warnings.
 
     Args:
         report: The report.
@@ -199,8 +199,8 @@ def write_contact_sheet(scanned: ScannedTask, report: DatasetReport, per_class: 
     """Write a contact sheet of a task as PNG.
 
     Args:
-        scanned: The task.
-        report: The task's report.
+        scanned: The scanned task, whose images are shown.
+        report: The task's report, for the title.
         per_class: Number of images per class.
         file: The PNG file.
     """
@@ -214,7 +214,9 @@ def write_contact_sheet(scanned: ScannedTask, report: DatasetReport, per_class: 
 
 
 def draw_contact_sheet(title: str, rows: Sequence[ContactRow], per_class: int) -> Figure:
-    """Draw a contact sheet: a few images of each class under its prompt. Classes run from top to bottom in columns.
+    """Draw a contact sheet: for each class, its prompt and a few images under it.
+
+    The classes are arranged in columns, from top to bottom.
 
     Args:
         title: Title of the sheet.

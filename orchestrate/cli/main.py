@@ -50,7 +50,7 @@ PATH_ERRNOS = (
 def expand_path_arguments(command: Callable[..., None]) -> Callable[..., None]:
     """Wrap a command so that `~` and environment variables in its path arguments are expanded.
 
-    A shell does not expand them everywhere, for example not in `--out=~/runs`.
+    A shell does not expand `~` in every position, for example not in `--out=~/runs`.
 
     Args:
         command: The command's function.
@@ -130,7 +130,7 @@ def _explain_path_errors() -> Iterator[None]:
 
 
 def main() -> None:
-    """Run the command line. An `InputError` is printed without a traceback, and the exit code is 2."""
+    """Run the command line. After an `InputError`, print its message without a traceback, and exit with code 2."""
     terminal.use_utf8_mode()
     terminal.replace_unencodable_characters()
     with tolerate_closed_streams():

@@ -35,7 +35,7 @@ def print_result(content: dict[str, Any], as_json: bool, lines: list[str]) -> No
     Args:
         content: The result as a JSON dictionary.
         as_json: Whether to print `content` instead of `lines`.
-        lines: The result for people.
+        lines: The result as lines of text for people.
     """
     if as_json:
         print(json.dumps(content, indent=1))
@@ -55,7 +55,7 @@ def print_note(text: str) -> None:
 
 
 def combine_results(contents: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
-    """Combine the JSON results of runs: return a single result unchanged, and several ones as a list under `name`."""
+    """Combine the JSON results of several runs as a list under the key `name`. Return a single result unchanged."""
     return contents[0] if len(contents) == 1 else {name: list(contents)}
 
 
@@ -70,15 +70,18 @@ def compare_and_print(
     """Compare runs, and print the tables if the result is not printed as JSON.
 
     Args:
-        runs: Mapping from the name that the user gave to the run's folder, or to the error that occurred in finding it.
+        runs: Mapping from each run's name, as entered by the user, to the run's folder, or to the error that occurred
+            when the run was looked up.
         folder: Output folder.
         as_json: Whether the command prints its result as JSON.
         offline: Whether to write nothing to MLflow.
         published: Task order of MTIL, I or II, whose published results are added to the tables.
-        baseline: Label of the method to which the others are compared.
+        baseline: Label of the method to which the other methods are compared; for the default, see
+            `orchestrate.analysis.compare.compare_runs`.
 
     Returns:
-        The comparison as a JSON dictionary, and lines for people (see `orchestrate.analysis.compare`).
+        The comparison as a JSON dictionary, and lines of text for people (see
+        `orchestrate.analysis.compare.compare_runs`).
     """
     from orchestrate.analysis.compare import compare_runs
 

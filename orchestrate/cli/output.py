@@ -1,4 +1,4 @@
-"""Standard output and standard error that tolerate a closed terminal or pipe, so that a run continues."""
+"""Wrappers of standard output and standard error, so that a run continues when its terminal or pipe is closed."""
 
 import errno
 import os
@@ -11,14 +11,14 @@ CLOSED_ERRNOS = (errno.EPIPE, errno.EIO, errno.ENXIO)  # a pipe without a reader
 
 
 class TolerantStream:
-    """A text stream that discards its output when the terminal or the reader of the pipe is gone."""
+    """A text stream that discards its output after its terminal was closed or the reader of its pipe has exited."""
 
     def __init__(self, stream: TextIO, optional: bool) -> None:
         """Wrap a stream.
 
         Args:
             stream: The stream to write to.
-            optional: Whether to discard output after other errors, too, such as a full disk.
+            optional: Whether to discard output after any error of the operating system, for example a full disk.
         """
         self._stream, self._optional = stream, optional
 
@@ -43,7 +43,7 @@ class TolerantStream:
             self.write(line)
 
     def flush(self) -> None:
-        """Flush the stream, or discard its buffer."""
+        """Flush the stream, or discard the content of its buffer."""
         try:
             self._stream.flush()
         except OSError as error:
@@ -54,7 +54,7 @@ class TolerantStream:
 
     def _drop(self, error: OSError) -> None:
         if error.errno in CLOSED_ERRNOS:
-            # Redirect the descriptor as well, for the rest of the buffer and for libraries that write to it directly.
+            # Redirect the file descriptor: Python flushes its buffer to it at exit, and libraries write to it directly.
             with suppress(OSError, ValueError), open(os.devnull, "wb") as null:  # noqa: PTH123
                 os.dup2(null.fileno(), self._stream.fileno())
         elif not self._optional:
@@ -63,7 +63,7 @@ class TolerantStream:
 
 @contextmanager
 def tolerate_closed_streams() -> Iterator[None]:
-    """Context manager: discard output to standard output and standard error when the terminal or reader is gone."""
+    """Context manager: discard standard output and standard error after the terminal or pipe is closed."""
     with ExitStack() as stack:
         if sys.stdout is not None:
             output: Any = TolerantStream(sys.stdout, optional=False)

@@ -105,7 +105,7 @@ def _check_probe(probe: bool, dry_run: bool) -> None:
 def summarize_run(
     experiment: "Experiment", folder: Path, result: "Result", offline: bool
 ) -> tuple[dict[str, Any], list[str]]:
-    """Summarize a finished run: its metrics, and the locations of its files.
+    """Summarize a finished run: its metrics, its duration, and the locations of its files.
 
     Args:
         experiment: The run's experiment.
@@ -114,7 +114,7 @@ def summarize_run(
         offline: Whether the run was not recorded in MLflow.
 
     Returns:
-        The summary as a JSON dictionary, and lines for people.
+        The summary as a JSON dictionary, and as lines of text for people.
     """
     from orchestrate.lifecycle.paths import browse_command, tracking_uri
     from orchestrate.reports.results import format_percent, format_time_breakdown

@@ -32,7 +32,7 @@ def use_utf8_mode() -> None:
 
 
 def replace_unencodable_characters() -> None:
-    """Configure standard output and standard error to replace characters that their encoding does not have."""
+    """Configure standard output and standard error to replace characters that their encoding cannot represent."""
     codecs.register_error(ERROR_HANDLER, _replace)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -51,10 +51,10 @@ def _replace(error: UnicodeError) -> tuple[str, int]:
 
 
 def check_names_are_utf8() -> None:
-    """Check that the arguments and the current folder are UTF-8, because JSON and SQLite cannot store other names.
+    """Check that the command's arguments and the current folder's name are UTF-8; JSON and SQLite store no other names.
 
     Raises:
-        InputError: If the current folder was deleted, or its name or an argument is not UTF-8.
+        InputError: The current folder was deleted, or its name or an argument is not UTF-8.
     """
     try:
         current = str(Path.cwd())
@@ -75,7 +75,7 @@ def check_names_are_utf8() -> None:
 
 
 def create_stderr_console() -> Console:
-    """Create the console for progress and notes. Markup and emoji codes are disabled, so names print unchanged."""
+    """Create the console for progress and notes. Markup and emoji codes are disabled, so that names print unchanged."""
     return Console(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 

@@ -1,6 +1,7 @@
 """Address of a Ray cluster: read it from the configuration, and check with short timeouts that a GCS answers there.
 
-A GCS (global control service) is the head process of a cluster. Ray itself would wait for minutes or forever.
+The GCS (global control service) is the main process of a Ray cluster. If it does not answer, Ray itself would wait for
+minutes or forever.
 """
 
 import os
@@ -26,10 +27,11 @@ def cluster_address(compute: Compute) -> str | None:
     """Return the address of the cluster to connect to, according to the rules of `ray.init`.
 
     Args:
-        compute: The recipe's section `compute`. RAY_ADDRESS is used if it has no address or `auto`.
+        compute: The recipe's section `compute`. If its field `address` is empty or `auto`, the environment variable
+            RAY_ADDRESS is used.
 
     Returns:
-        `auto`, HOST:PORT or a URL; `None` to start a local cluster.
+        `auto`, HOST:PORT or a URL; `None` if a local cluster is to be started.
     """
     address = compute.address
     if address in (None, "", "auto"):
@@ -41,9 +43,9 @@ class _GcsError(Exception):
     """No GCS answers at an address.
 
     Attributes:
-        reason: The part of the message after the address.
-        code: The error's code.
-        hint: The end of the message.
+        reason: Why the address is rejected. In the message for the user, this text follows the address.
+        code: The code of the `InputError` for the user.
+        hint: Advice, which ends the message for the user.
     """
 
     def __init__(self, reason: str, code: ErrorCode = ErrorCode.UNREACHABLE, hint: str = "") -> None:
@@ -59,7 +61,7 @@ def check_gcs(address: str, field: str = "compute.address") -> None:
         field: The recipe field or environment variable that contains the address.
 
     Raises:
-        InputError: The address is malformed, or no GCS answers there.
+        InputError: The address is malformed, or no GCS answers at the address.
     """
     try:
         _check_gcs(address)
@@ -88,7 +90,17 @@ def _check_gcs(address: str) -> None:
 
 
 def _resolve(address: str) -> str:
-    """Return the address that Ray connects to: for `auto`, that of a running cluster; for localhost, the node's IP."""
+    """Return the HOST:PORT that Ray connects to.
+
+    Args:
+        address: `auto` for the cluster that runs on this machine, or HOST:PORT.
+
+    Returns:
+        The address, in which Ray has replaced localhost by this machine's IP address.
+
+    Raises:
+        _GcsError: No cluster runs on this machine, or the address is malformed.
+    """
     from ray._private.services import canonicalize_bootstrap_address
 
     if address != "auto":
@@ -119,7 +131,7 @@ def _call_gcs(target: str, alias: str) -> None:
 
     Args:
         target: The address, HOST:PORT.
-        alias: The part of the error message about the address that Ray connects to.
+        alias: Text for the error message if `target` differs from the configured address; otherwise empty.
 
     Raises:
         _GcsError: No GCS answers.

@@ -1,8 +1,9 @@
 """Access control for Ray: token authentication, and local clusters that listen on the loopback interface only.
 
 Ray executes any code that it receives on its ports, so everybody who can reach a cluster without a token controls it.
-Ray creates a token for a cluster that it starts, but makes the token readable by all users of the machine. It sends no
-token to a cluster that it joins. On Linux, Ray listens on every interface, whatever address is configured.
+Ray creates a token for a cluster that it starts, but makes the token readable by all users of the machine. When Ray
+joins a running cluster, it sends no token by default. On Linux, Ray listens on every interface, whatever address is
+configured.
 """
 
 import os
@@ -19,12 +20,12 @@ OWNER_ONLY = 0o600
 
 
 def enable_token_auth(starts_cluster: bool) -> None:
-    """Enable Ray's token authentication if there is a token. Create a token if this process starts the cluster.
+    """Enable Ray's token authentication if there is a token. To start a cluster, create a token if there is none.
 
-    If RAY_AUTH_MODE is set to another mode, do nothing. Call this function before Ray is used.
+    If RAY_AUTH_MODE is set to another mode than `token`, do nothing. This function must be called before Ray is used.
 
     Args:
-        starts_cluster: Whether this process starts the cluster, rather than joins one.
+        starts_cluster: `True` if this process starts a cluster, `False` if it joins a running cluster.
     """
     mode = os.environ.get(MODE_VARIABLE, "token").lower()
     if mode != "token":
@@ -41,9 +42,9 @@ def enable_token_auth(starts_cluster: bool) -> None:
 
 @contextmanager
 def bind_to_loopback() -> Iterator[None]:
-    """Context manager: all processes of a Ray cluster that its block starts listen on the loopback interface only.
+    """Context manager: a Ray cluster that is started inside the context listens on the loopback interface only.
 
-    On macOS and Windows, this is Ray's default. On Linux, it must be enabled.
+    On macOS and Windows, this is Ray's default. On Linux, Ray otherwise listens on every interface.
     """
     previous = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False
@@ -54,7 +55,7 @@ def bind_to_loopback() -> Iterator[None]:
 
 
 def has_token() -> bool:
-    """Return whether there is a token, in the environment or in the token file."""
+    """Return whether there is a Ray token, in the environment or in a readable token file."""
     return bool(os.environ.get("RAY_AUTH_TOKEN")) or _is_readable(token_path())
 
 
@@ -71,7 +72,7 @@ def _is_readable(file: Path | None) -> bool:
 
 
 def _create_token() -> None:
-    """Create a token in the token file. If the file cannot be written, set the token in the environment instead."""
+    """Create a Ray token and write it to the token file. If this fails, store the token in the environment instead."""
     token, file = secrets.token_hex(32), token_path()
     try:
         if file is None:

@@ -1,6 +1,7 @@
 """Event channel of a run: a Ray actor that transports the workers' events and the request to stop.
 
-It is a separate module, because the actor's process imports it, and should not import torch and open_clip.
+The process of the actor imports this module, so the module must not import torch and open_clip, which are slow to
+import.
 """
 
 import asyncio
@@ -19,13 +20,13 @@ from schemas.errors import InputError
 
 log = logging.getLogger(__name__)
 
-DRAIN_SECONDS = 10.0  # the time to consume the last events
+DRAIN_SECONDS = 10.0  # how long to wait on exit for the remaining events
 SEARCH_NAMESPACE = "zscl-searches"  # Ray's namespace for the channels of searches
 _END = "end"
 
 
 class RunChannel:
-    """Ray actor that forwards events to the driver, and the request to stop to the workers."""
+    """Ray actor that transports the workers' events to the driver, and the driver's request to stop to the workers."""
 
     def __init__(self) -> None:
         self._events: asyncio.Queue[str] = asyncio.Queue()
@@ -37,11 +38,11 @@ class RunChannel:
         await self._events.put(event)
 
     async def get(self) -> str:
-        """Wait for the next event."""
+        """Wait for the next event and return it."""
         return await self._events.get()
 
     async def report_input_error(self, error: InputError) -> None:
-        """Store an error in the user's input. Workers are not restarted after it, because they would fail again."""
+        """Store an error in the user's input that a worker found. The driver then does not restart the workers."""
         self._input_error = error
 
     async def input_error(self) -> InputError | None:
@@ -49,19 +50,19 @@ class RunChannel:
         return self._input_error
 
     async def request_stop(self) -> None:
-        """Request the workers to stop at the next checkpoint."""
+        """Store the request that the workers stop at the next checkpoint. They poll `stop_requested`."""
         self._stop_requested = True
 
     async def stop_requested(self) -> bool:
-        """Return whether the workers should stop."""
+        """Return whether `request_stop` was called."""
         return self._stop_requested
 
 
 def create_channel(search: str | None = None) -> Any:
-    """Create a channel whose actor runs on this node.
+    """Create a channel whose actor runs on the Ray node of this process.
 
     Args:
-        search: The name of the search that uses the channel, for `list_running_searches`; `None` for a run.
+        search: The name of the search that uses the channel; `None` for a run. `list_running_searches` returns it.
 
     Returns:
         The handle of a `RunChannel` actor.
@@ -85,7 +86,7 @@ def consume_events(channel: Any, on_event: Callable[[str], None]) -> Iterator[No
 
     Args:
         channel: The handle of a `RunChannel` actor.
-        on_event: The callback. It receives the event as it was sent.
+        on_event: Called with each event: the string that was passed to `RunChannel.put`.
     """
 
     def consume() -> None:

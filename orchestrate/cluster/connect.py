@@ -33,7 +33,7 @@ MALLOC_SETTINGS = {
 # temporary folder's path, for example /ray/session_2026-01-31_23-59-59_123456_4194304/sockets/plasma_store
 MAX_TEMP_BYTES = 107 - 68 if sys.platform == "linux" else 103 - 68
 MAX_PID_DIGITS = 7
-NODE_CHECK_SECONDS = 60.0  # the time for a node to start a process and answer
+NODE_CHECK_SECONDS = 60.0  # how long to wait until a node has started a process and answered
 
 
 def has_cluster_address(compute: Compute) -> bool:
@@ -46,10 +46,10 @@ def connect(compute: Compute, note: Callable[[str], None]) -> None:
 
     Args:
         compute: The recipe's section `compute`.
-        note: Called with a message about the action.
+        note: Called with a message for the user before this process connects or starts a cluster.
 
     Raises:
-        InputError: There is no cluster at the address, or a local one cannot be started.
+        InputError: No cluster answers at the configured address, or a local cluster cannot be started.
     """
     if ray.is_initialized():
         return
@@ -63,7 +63,7 @@ def connect(compute: Compute, note: Callable[[str], None]) -> None:
 
 
 def _join(address: str, compute: Compute, note: Callable[[str], None]) -> None:
-    """Connect to a running cluster. Raise `InputError` if no cluster answers, or if it rejects this process."""
+    """Connect to a running cluster. Raise `InputError` if none answers, or if the cluster rejects this process."""
     note("connecting to the Ray cluster")
     field = "compute.address" if compute.address == address else ADDRESS_VARIABLE
     check_gcs(address, field)
@@ -81,7 +81,7 @@ def _join(address: str, compute: Compute, note: Callable[[str], None]) -> None:
 
 
 def _start_local(note: Callable[[str], None]) -> None:
-    """Start a cluster on this machine. Raise `InputError` if Ray cannot write its files."""
+    """Start a Ray cluster on this machine. Raise `InputError` if Ray cannot write its files."""
     from joblib import cpu_count  # respects CPU affinity and the limits of a container
 
     cores, folder = cpu_count(), ray_temp_folder()
@@ -113,15 +113,16 @@ def _start_local(note: Callable[[str], None]) -> None:
 
 
 def ray_temp_folder() -> str:
-    """Return the folder for the files of a local Ray. Its path must be short, because it contains Unix sockets.
+    """Return the folder for the files of a local Ray cluster.
 
-    As in Ray, it is the subfolder `ray` of RAY_TMPDIR or TMPDIR. If TMPDIR is too long or not writable, /tmp is used.
+    As in Ray, this is the subfolder `ray` of RAY_TMPDIR or TMPDIR. The path must be short, because Ray creates Unix
+    sockets in the folder. If the path in TMPDIR is too long or not writable, /tmp is used instead.
 
     Returns:
         An absolute path.
 
     Raises:
-        InputError: RAY_TMPDIR is too long.
+        InputError: The path in RAY_TMPDIR is too long.
     """
     ray_tmpdir, tmpdir = os.environ.get("RAY_TMPDIR"), os.environ.get("TMPDIR") or "/tmp"
     if ray_tmpdir:
@@ -141,7 +142,7 @@ def ray_temp_folder() -> str:
 
 
 def count_concurrent_runs(compute: Compute) -> int:
-    """Return how many runs of this size fit into the cluster at once. Raise `InputError` if not even one fits."""
+    """Return how many runs with these settings the cluster can run at once. Raise `InputError` if it is too small."""
     required = {"CPU": compute.workers * compute.cpus_per_worker}
     if check_resources(compute):
         required["GPU"] = compute.workers * compute.gpus_per_worker
@@ -150,7 +151,7 @@ def count_concurrent_runs(compute: Compute) -> int:
 
 
 def local_resources() -> dict[str, float]:
-    """Return the CPUs and GPUs of the connected cluster. Without a connection, return those of this machine."""
+    """Return the numbers of CPUs and GPUs of the connected cluster or, without a connection, of this machine."""
     if ray.is_initialized():
         return {kind: ray.cluster_resources().get(kind, 0.0) for kind in ("CPU", "GPU")}
     from joblib import cpu_count
@@ -159,14 +160,15 @@ def local_resources() -> dict[str, float]:
 
 
 def check_resources(compute: Compute, cluster: Mapping[str, float] | None = None) -> bool:
-    """Check that the cluster has the resources of the workers, and return whether they use GPUs.
+    """Check that a cluster has enough resources for a run's workers, and return whether the workers use GPUs.
 
     Args:
-        compute: The recipe's section `compute`. If it has `min_workers`, only this number of workers must fit.
-        cluster: The cluster's resources; default: those of the connected cluster.
+        compute: The recipe's section `compute`. If `min_workers` is set, the cluster must have the resources for this
+            number of workers, otherwise for `workers`.
+        cluster: The cluster's resources, by Ray's names `CPU` and `GPU`; default: those of the connected cluster.
 
     Returns:
-        Whether the workers get GPUs.
+        Whether the workers use GPUs.
 
     Raises:
         InputError: The cluster has too few CPUs or GPUs.
@@ -196,13 +198,15 @@ def check_resources(compute: Compute, cluster: Mapping[str, float] | None = None
 
 
 def check_shared_folder(folder: Path) -> None:
-    """Check that all nodes with CPUs see a folder. Each node writes a file, which this process must see.
+    """Check that all nodes of the cluster that have CPUs share a folder.
+
+    Each node creates a file in the folder, and this process checks that the file exists.
 
     Args:
         folder: The run's folder.
 
     Raises:
-        InputError: A node does not see the folder.
+        InputError: A node does not share the folder with this machine.
     """
     nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0.0) > 0]
     this_node = current_node_id()
@@ -241,7 +245,7 @@ def current_node_id() -> str:
 
 
 def _get_answer(reference: Any) -> str | None:
-    """Return the result of `_touch`, or the reason why the task failed; `None` after a timeout."""
+    """Wait for a Ray task that calls `_touch`. Return its result or its error as text; `None` after a timeout."""
     try:
         return str(ray.get(reference, timeout=NODE_CHECK_SECONDS))
     except ray.exceptions.GetTimeoutError:
@@ -251,7 +255,7 @@ def _get_answer(reference: Any) -> str | None:
 
 
 def _touch(file: Path) -> str:
-    """Create a file. Return an empty string, or the reason for a failure."""
+    """Create an empty file. Return an empty string, or the reason why it could not be created."""
     try:
         file.touch()
     except OSError as error:

@@ -15,27 +15,27 @@ from zscl.sequence.object_store import RemoteSync, node_local_sync
 from zscl.sequence.run import measure_row
 from zscl.training.checkpoint import StoppedError
 
-# The number of retries of a task whose process or node died. A retry does not measure the same accuracies again.
+# The number of retries of a task whose process or node died. A retry skips accuracies that are stored already.
 MAX_RETRIES = 3
 
 
 class EvaluationTask:
-    """The handle of a running evaluation task."""
+    """Handle of a Ray task that evaluates one stage's model on all tasks."""
 
     def __init__(self, reference: Any, sync: RemoteSync | None) -> None:
         self._reference, self._sync = reference, sync
 
     def done(self) -> bool:
-        """Return whether the task has ended."""
+        """Return whether the Ray task has ended."""
         return bool(ray.wait([self._reference], timeout=0)[0])
 
     def result(self) -> None:
-        """Wait until the task has ended and its row is in the run's folder.
+        """Wait until the Ray task has ended and the accuracies that it measured are in the run's folder.
 
         Raises:
-            InputError: The data of a task or the stage's model is missing or broken.
+            InputError: A dataset or the stage's model is missing or broken.
             RayTaskError: The Ray task failed with another error.
-            StoppedError: A stop of the run was requested.
+            StoppedError: The Ray task stopped because a stop of the run was requested.
         """
         try:
             ray.get(self._reference)
@@ -51,17 +51,19 @@ class EvaluationTask:
 def build_submitter(
     experiment: Experiment, folder: Path, use_gpu: bool, channel: Any, sync: RemoteSync | None
 ) -> SubmitEvaluation:
-    """Build the function that submits the evaluation of a row as a Ray task with the resources of a worker.
+    """Build the function that submits a Ray task that evaluates one stage's model on all tasks.
+
+    The accuracies are one row of the accuracy matrix. The Ray task requests the same resources as a training worker.
 
     Args:
         experiment: The run's experiment.
         folder: The run's folder.
         use_gpu: Whether the workers have GPUs.
-        channel: The run's channel, for the request to stop.
-        sync: The sync of the run's folder with object storage; `None` if all nodes share the folder.
+        channel: The handle of the run's `RunChannel` actor, from which the Ray task reads a request to stop.
+        sync: Copies the run's folder to and from object storage; `None` if all nodes share the folder.
 
     Returns:
-        A function that takes the stage's number and returns the task's handle.
+        A function that takes the stage's number (0 for the initial model) and returns the Ray task's handle.
     """
     task = ray.remote(_evaluate_row).options(
         num_cpus=experiment.compute.cpus_per_worker,
@@ -80,7 +82,17 @@ def build_submitter(
 
 
 def _evaluate_row(recipe: str, folder: Path, stage: int, use_gpu: bool, channel: Any, url: str | None) -> None:
-    """Evaluate a row in this process. If `url` is given, pull the run's folder before, and push it afterwards."""
+    """Evaluate one stage's model on all tasks. This function is called in the process of the Ray task.
+
+    Args:
+        recipe: The run's experiment as JSON.
+        folder: The run's folder, if all nodes share it.
+        stage: The stage's number.
+        use_gpu: Whether to use a GPU.
+        channel: The handle of the run's `RunChannel` actor.
+        url: The URL of the run's folder in object storage. The folder is downloaded from this URL before the
+            evaluation and uploaded afterwards. `None` if all nodes share the folder.
+    """
     sync = node_local_sync(url) if url else None
     if sync:
         folder = sync.folder

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
-# Ray's client uses the first of these that is set, even if it is called with an address.
+# Ray's job client uses the first of these environment variables that is set, even if an address is passed to it.
 ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 HEADERS_VARIABLE = "RAY_JOB_HEADERS"
 CONNECT_TIMEOUT_SECONDS = 90.0  # Ray's own timeout is 40 seconds for a GCS; it has none for a dashboard
@@ -36,7 +36,7 @@ class Job:
     Attributes:
         id: Ray's submission ID.
         address: The address of the cluster's dashboard.
-        entrypoint: The job's command.
+        entrypoint: The shell command that the job runs.
     """
 
     id: str
@@ -45,13 +45,13 @@ class Job:
 
 
 def build_entrypoint(recipe: Path, overrides: Sequence[str], out: str | None, working_dir: Path) -> str:
-    """Build the command that the job runs in a copy of the working directory.
+    """Build the command `zscl run` that a job runs in a copy of the working directory.
 
     Args:
-        recipe: The recipe.
-        overrides: Overrides `a.b.c=value`.
+        recipe: The path of the recipe.
+        overrides: Changes to the recipe, each of the form `a.b.c=value`.
         out: The run's folder on the cluster; `None` for the default.
-        working_dir: The working directory, which must contain the recipe.
+        working_dir: The directory that Ray copies to the cluster. It must contain the recipe.
 
     Returns:
         The command, quoted for a shell.
@@ -73,7 +73,7 @@ def build_entrypoint(recipe: Path, overrides: Sequence[str], out: str | None, wo
 
 
 def measure_upload_megabytes(working_dir: Path) -> float:
-    """Return the size of the package that Ray uploads of a working directory, without the ignored files."""
+    """Return the size of the package that Ray creates from a working directory, without ignored files, to upload it."""
     from ray._private.runtime_env.packaging import create_package
 
     with tempfile.TemporaryDirectory() as folder:
@@ -86,14 +86,15 @@ def connect_job_client(address: str | None, note: Callable[[str], None]) -> "Job
     """Connect Ray's job client to a cluster.
 
     Args:
-        address: An address that `JobSubmissionClient` accepts. Ray's environment variables take precedence.
-        note: Called with a message if an environment variable replaces the address.
+        address: An address that `JobSubmissionClient` accepts. The environment variables `ADDRESS_VARIABLES` take
+            precedence.
+        note: Called with a message if an environment variable takes precedence over `address`.
 
     Returns:
         The client.
 
     Raises:
-        InputError: No cluster is at the address, or it does not answer within `CONNECT_TIMEOUT_SECONDS`.
+        InputError: No cluster answers at the address within `CONNECT_TIMEOUT_SECONDS`, or it rejects the client.
     """
     enable_token_auth(starts_cluster=False)
     from ray.exceptions import RayError
@@ -142,7 +143,8 @@ def _read_headers() -> dict[str, str] | None:
 def _certificates(address: str) -> str | bool:
     """Return the file of CA certificates for Ray's client, or `True` for the default.
 
-    Ray's client ignores these environment variables when it follows a job's output.
+    The path of this file is in REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE. Ray's client ignores these environment variables
+    when it follows a job's output.
     """
     file = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
     return file if file and address.startswith("https://") else True
@@ -160,20 +162,21 @@ def _connection_message(subject: str, error: BaseException) -> str:
 def submit_job(
     command: str, working_dir: Path, address: str | None, grace_seconds: float, note: Callable[[str], None]
 ) -> tuple[Job, Callable[[IO[str]], int]]:
-    """Submit a command as a job.
+    """Submit a command to a Ray cluster as a job.
 
     Args:
         command: The command, quoted for a shell.
         working_dir: The directory to upload. Files that .gitignore or .rayignore exclude are not uploaded.
         address: The cluster's address; see `connect_job_client`.
-        grace_seconds: The time that the run needs to stop.
-        note: Called with a message if an environment variable replaces the address.
+        grace_seconds: The maximum time in seconds that the run needs to stop after a request.
+        note: Called with a message if an environment variable takes precedence over `address`.
 
     Returns:
-        The job, and a function that copies the job's output to a stream until the job ends. It returns an exit code.
+        The job, and a function that copies the job's output to a stream until the job ends, and returns an exit code
+            for the job's final status.
 
     Raises:
-        InputError: No cluster is at the address, or it does not accept the job.
+        InputError: No cluster answers at the address, or the cluster does not accept the job.
     """
     from ray.exceptions import RayError
 
@@ -190,7 +193,7 @@ def submit_job(
 
 
 def _follow(client: "JobSubmissionClient", job: Job, output: IO[str]) -> int:
-    """Copy a job's output to a stream until the job ends, and return an exit code."""
+    """Copy a job's output to a stream until the job ends, and return an exit code for its final status."""
     logs = shell_command("ray", "job", "logs", "--follow", "--address", job.address, job.id)
 
     async def tail() -> None:

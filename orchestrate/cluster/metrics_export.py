@@ -21,7 +21,9 @@ def _gauge(name: str) -> Gauge:
 
 
 def export_usage(run: str, usage: WorkersUsed) -> None:
-    """Set the gauges `ray_zscl_…`, with the tags `run` and `worker`. The main worker calls this for all workers.
+    """Set the gauges of all workers. The main worker calls this function.
+
+    In Prometheus, the gauges have names that begin with `ray_zscl_`, and the tags `run` and `worker`.
 
     Args:
         run: The name of the run's folder.

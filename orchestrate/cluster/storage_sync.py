@@ -9,7 +9,7 @@ from schemas.experiment import Experiment
 from zscl.sequence.layout import CHECKPOINT
 from zscl.sequence.object_store import RemoteSync, pull_periodically, storage_url
 
-NOT_PULLED = (CHECKPOINT,)  # it is large, and only the workers need it
+NOT_PULLED = (CHECKPOINT,)  # the checkpoint is large, and only the workers need it
 BackgroundPull = Callable[[], AbstractContextManager[None]]
 
 
@@ -21,20 +21,20 @@ def remote_folder_url(experiment: Experiment, folder: Path) -> str | None:
 
 @contextmanager
 def synced_folder(experiment: Experiment, folder: Path) -> Iterator[BackgroundPull]:
-    """Context manager: pull a run's folder from object storage on entry, and push it on exit.
+    """Context manager: download a run's folder from object storage on entry, and upload it on exit.
 
-    Without `compute.storage`, do nothing.
+    If the recipe does not set `compute.storage`, do nothing.
 
     Args:
         experiment: The run's experiment.
         folder: The run's folder on this machine.
 
     Yields:
-        A function that returns a context manager. While its block runs, a thread periodically pulls the files that the
-        workers push. On exit, the remaining files are pulled.
+        A function that returns a second context manager, for the time in which the workers run. Inside that context, a
+        thread periodically downloads the files that the workers upload. On exit, the remaining files are downloaded.
 
     Raises:
-        InputError: The storage cannot be written.
+        InputError: The object storage cannot be written to.
     """
     url = remote_folder_url(experiment, folder)
     if url is None:

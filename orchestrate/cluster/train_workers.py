@@ -1,8 +1,8 @@
 """Training of one experiment on a group of Ray Train workers: start, restart, stop and result of the group.
 
 One worker group trains all stages of the run. The run's folder contains the checkpoint (see `zscl.sequence.run`), from
-which a restarted worker group, or a later start of the same run, resumes. No checkpoints are reported to Ray. So a run
-does not depend on when Ray commits them, and it also survives a failure of Ray's controller.
+which a restarted worker group, or a later start of the same run, resumes. Checkpoints are not reported to Ray Train. So
+a run does not depend on when Ray Train stores them, and it survives a failure of Ray Train's controller.
 """
 
 import errno
@@ -56,13 +56,13 @@ PERMANENT_ERRORS = {
         (errno.EPERM, "make the folder writable for the workers"),
     )
 }
-# Outside the run's folder, these errors may affect only one machine, so workers on another machine may succeed.
+# These errors are permanent only in the run's folder. For a file in another folder, another machine may succeed.
 FOLDER_ERRORS = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
 NO_SPACE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT})
 CONTROLLER_RETRIES = 3  # Ray's default has no limit
 HEALTH_CHECK_TIMEOUT = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
 START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
-NODE_RECOVERY_SECONDS = 600  # the time for a lost node to return, in every attempt of the controller
+NODE_RECOVERY_SECONDS = 600  # how long each attempt to start the workers waits for a lost node to return
 OnEvent = Callable[[BaseModel], None]
 _run_event: TypeAdapter[Any] = TypeAdapter(RunEvent)
 _STOPPED = "stopped: "  # the prefix of the message that a worker sends when it has stopped
@@ -76,11 +76,11 @@ class WorkerJob:
     """The function that the workers of a group call, and its arguments.
 
     Attributes:
-        work: A key of `WORK`.
+        work: The function's key in `WORK`.
         experiment: The run's experiment.
         folder: The run's folder.
-        channel: The run's channel.
-        arguments: Further keyword arguments of the function.
+        channel: The handle of the run's `RunChannel` actor.
+        arguments: Keyword arguments that only this function takes. The other arguments are the same for all of `WORK`.
     """
 
     work: str
@@ -104,9 +104,9 @@ def train(
         experiment: The experiment.
         folder: The run's folder.
         on_event: Called with each event, in a thread of this process.
-        stop_request: The request to stop. It is polled; once it is true, the workers are requested to stop.
-        shared: The caches that are shared with other runs.
-        grace_seconds: The time for the workers to stop; default: `compute.grace_seconds`.
+        stop_request: Becomes true when a signal arrives. It is polled, and the workers are then requested to stop.
+        shared: The caches that are shared with other runs; `None` without shared caches.
+        grace_seconds: How long to wait for the workers to stop after a signal; default: `compute.grace_seconds`.
 
     Returns:
         The run's result.
@@ -143,13 +143,13 @@ def _run_on_workers(
     """Call a function of `WORK` on every worker of a group.
 
     Args:
-        work: A key of `WORK`.
+        work: The function's key in `WORK`.
         experiment: The run's experiment.
         folder: The run's folder.
         on_event: Called with each event, in a thread of this process.
-        stop_request: The request to stop. It is polled; once it is true, the workers are requested to stop.
-        grace_seconds: The time for the workers to stop.
-        arguments: Further keyword arguments of the function.
+        stop_request: Becomes true when a signal arrives. It is polled, and the workers are then requested to stop.
+        grace_seconds: How long to wait for the workers to stop after a signal.
+        arguments: Keyword arguments that only this function takes. The other arguments are the same for all of `WORK`.
 
     Returns:
         The function's result on the main worker, as JSON.
@@ -182,7 +182,21 @@ def _set_result(future: "Future[str]", function: Callable[[], str]) -> None:
 def _wait_for_result(
     result: "Future[str]", channel: Any, stopped: "Future[str]", stop_request: StopRequest, grace_seconds: float
 ) -> str:
-    """Wait for the result. After a signal, wait `grace_seconds` for a checkpoint, then raise InterruptedRunError."""
+    """Wait for the result of the workers, or for a signal. After a signal, request the workers to stop.
+
+    Args:
+        result: The future of the result.
+        channel: The handle of the run's `RunChannel` actor.
+        stopped: The future of a worker's message that it has stopped after a checkpoint.
+        stop_request: Becomes true when a signal arrives.
+        grace_seconds: How long to wait for the workers to stop after a signal.
+
+    Returns:
+        The result as JSON.
+
+    Raises:
+        InterruptedRunError: A signal arrived before the result.
+    """
     while not stop_request and not result.done():
         wait([result], timeout=0.1)
     if not result.done():
@@ -201,7 +215,7 @@ def _wait_for_result(
 
 
 def _fit_with_restarts(job: WorkerJob, use_gpu: bool) -> str:
-    """Run worker groups until one returns a result. Restart a failed group only if it has made progress."""
+    """Run a worker group and return its result. Restart a failed group if it made progress (see `_read_progress`)."""
     while True:
         progress = _read_progress(job.experiment, job.folder)
         try:
@@ -270,7 +284,7 @@ def _build_trainer(job: WorkerJob, use_gpu: bool) -> TorchTrainer:
 
 
 def _ray_storage(experiment: Experiment, folder: Path) -> dict[str, Any]:
-    """Return the settings for the files that Ray itself writes for a worker group. All nodes must see these files."""
+    """Return the settings of `RunConfig` for the folder of Ray Train's own files. All nodes must see this folder."""
     url = remote_folder_url(experiment, folder)
     if url is None:
         return {"storage_path": str(folder / RAY_FOLDER)}
@@ -286,7 +300,7 @@ def storage_error_advice(error: OSError, folder: Path) -> str:
 
     Args:
         error: The error that a worker raised.
-        folder: The run's folder. The message names it if the error has no file name (for example a full disk).
+        folder: The run's folder. The message names it if the error has no file name (for example if the disk is full).
 
     Returns:
         The message; empty for an error that may not occur again.
@@ -305,8 +319,8 @@ def _is_error_in(folder: Path, error: OSError) -> bool:
 class EventLogHandler(logging.Handler):
     """Log handler that reports a worker's warnings, for example about retries of storage, as events of the run.
 
-    Forked loader processes inherit the handler. In these, warnings are written to standard error, which Ray logs,
-    because calls of Ray's client never return in a forked process.
+    The data loader's processes, which are forked, inherit the handler. In forked processes, calls to Ray hang, so
+    warnings are written to standard error, which Ray logs.
     """
 
     def __init__(self, report: OnEvent) -> None:
@@ -315,7 +329,7 @@ class EventLogHandler(logging.Handler):
         self._process = os.getpid()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Report a log record."""
+        """Report a log record as an event. In a forked process, write it to standard error."""
         if os.getpid() != self._process:
             if logging.lastResort:
                 logging.lastResort.handle(record)
@@ -325,7 +339,18 @@ class EventLogHandler(logging.Handler):
 
 
 def _train_loop_per_worker(config: dict[str, Any]) -> str:
-    """Run the job on a worker. Return the result as JSON, or "" if the group was stopped or the input is invalid."""
+    """Call the job's function. Ray Train calls this function on every worker.
+
+    Args:
+        config: The job; see `train_loop_config` in `_build_trainer`.
+
+    Returns:
+        The result as JSON; empty if the workers were stopped, or if a worker has already found invalid input.
+
+    Raises:
+        InputError: The user's input is invalid. The error is also reported to the channel.
+        OSError: The storage failed.
+    """
     channel, folder = config["channel"], config["folder"]
 
     def report(event: BaseModel) -> None:
@@ -372,10 +397,10 @@ def _train_loop_per_worker(config: dict[str, Any]) -> str:
 def _synced_node_folder(storage: str | None) -> Iterator[RemoteSync | None]:
     """Context manager: download a run's folder from object storage to this node on entry.
 
-    On exit, the main worker uploads it.
+    On exit, the main worker uploads the folder.
 
     Yields:
-        The sync of the folder; `None` without object storage.
+        The object that copies the folder to and from object storage; `None` if no storage is configured.
     """
     if storage is None:
         yield None

@@ -1,7 +1,8 @@
 """Inter-process lock on a run's folder, and the file that records which process holds the lock.
 
-The lock is a file lock of the operating system (`flock`). The system releases it when the process ends, whatever the
-reason. The owner file is used for messages only. If it exists without a lock, its process was killed.
+The lock is a file lock of the operating system (`flock`). The system releases it when the process ends for any reason.
+The owner file records which process holds the lock; it is used for messages only. If the file exists and the lock is
+free, the process that wrote the file was killed.
 """
 
 import os
@@ -48,14 +49,14 @@ def run_lock(
 
     Args:
         folder: The run's folder; it need not exist.
-        note: Called with a message if the previous process was killed while it held the lock.
+        note: Called with a message if a previous process was killed while it held the lock.
         advice: The advice in the error message if the folder cannot be written.
 
     Raises:
         InputError: Another process holds the lock, or the folder cannot be written.
     """
     check_writable(folder, advice)
-    check_writable(folder.parent, advice)  # it contains the lock
+    check_writable(folder.parent, advice)  # the parent folder contains the lock file
     folder.parent.mkdir(parents=True, exist_ok=True)
     file = owner_file(folder)
     try:

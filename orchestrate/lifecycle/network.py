@@ -1,6 +1,6 @@
 """Connection test of a TCP port, with a short timeout.
 
-It is used before client libraries that may wait for minutes or forever.
+Use it before calling a client library that may wait for a connection for minutes or forever.
 """
 
 import socket

@@ -15,7 +15,7 @@ from schemas.experiment import Experiment
 from schemas.redaction import MASK, mask
 
 SQLITE_PREFIX = "sqlite:///"
-RUN_LEVELS = ("sequence", "trial")  # the tag `zscl.level` of MLflow runs that have a run's folder
+RUN_LEVELS = ("sequence", "trial")  # values of the tag `zscl.level` of MLflow runs that have a run's folder
 # The limit for a folder's name. It leaves room for the longer names of lock files and temporary files next to a folder.
 MAX_NAME_BYTES = 200
 # The files in a search's folder: recipe, identity, result, and the recipe of the chosen trial.
@@ -23,13 +23,16 @@ SEARCH, FINGERPRINT, SEARCH_RESULT, CHOSEN_RECIPE = "search.yaml", "fingerprint"
 
 
 def run_folder(experiment: Experiment, fingerprint: str, out: Path | None, name: str) -> Path:
-    """Return the folder of a run. The default contains the fingerprint, so that the same experiment is resumed.
+    """Return the folder of a run.
+
+    The name of the default folder contains the fingerprint, so that the same experiment uses the same folder again and
+    is resumed.
 
     Args:
         experiment: The run's experiment.
         fingerprint: The experiment's fingerprint.
         out: The folder that the user chose; `None` for the default.
-        name: The name of the run's subfolder in `out`; empty if `out` is for a single run.
+        name: The name of the run's subfolder in `out`; empty if `out` itself is the run's folder.
 
     Returns:
         An absolute path.
@@ -109,16 +112,17 @@ def _check_existing(folder: Path) -> None:
 
 
 def tracking_uri(experiment: Experiment, folder: Path) -> str:
-    """Return the tracking URI: that of the recipe, else MLFLOW_TRACKING_URI, else an SQLite file.
+    """Return MLflow's tracking URI.
 
-    The SQLite file is next to the run's folder.
+    It is `tracking.uri` of the recipe; without that, the environment variable MLFLOW_TRACKING_URI; without both, an
+    SQLite file next to the run's folder.
     """
     configured = experiment.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
     return configured or sqlite_uri(folder.parent / "mlflow.db")
 
 
 def sqlite_uri(file: Path) -> str:
-    """Return the tracking URI of an SQLite file. The characters `%` and `?` are quoted."""
+    """Return the tracking URI of an SQLite file. The characters `%` and `?` are percent-encoded."""
     path = str(file)
     quoted = path.replace("%", "%25").replace("?", "%3F")
     # For `sqlite:///…`, MLflow would create the parent folder of the quoted path. For `sqlite+pysqlite:///…` it does
@@ -150,7 +154,7 @@ def restore_password(uri: str) -> str:
     """Remove a masked password from a tracking URI, if MLflow can read the password from the environment.
 
     Args:
-        uri: The tracking URI of a written recipe, in which passwords are masked.
+        uri: A tracking URI from a recipe that zscl has written, in which passwords are masked.
 
     Returns:
         The URI without user and password. A URI without a masked password is returned unchanged.
@@ -173,7 +177,7 @@ def restore_password(uri: str) -> str:
 
 
 def browse_command(uri: str) -> str:
-    """Return the address of a tracking server, or the command that shows another store in a browser."""
+    """Return the URL of a tracking server; for other tracking stores, the command that shows them in a browser."""
     if uri.startswith(("http://", "https://")):
         return mask(uri)
     mlflow = "mlflow" if shutil.which("mlflow") else str(Path(sys.executable).parent / "mlflow")

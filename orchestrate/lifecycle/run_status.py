@@ -1,4 +1,4 @@
-"""Status of a run or a search: running, finished, failed or killed, with the reason. It is a file in the folder."""
+"""Status of a run or a search: running, finished, failed or killed, with the reason. It is stored in a file."""
 
 import time
 from collections.abc import Iterator
@@ -53,8 +53,8 @@ def record_outcome(folder: Path, recorder: Recorder | None) -> Iterator[None]:
 
     Args:
         folder: The folder of the run or search.
-        recorder: The uploader of the run or search; `None` if offline. It is ended after the block, with a short
-            timeout after a signal.
+        recorder: Uploads records of the run or search to MLflow; `None` if nothing is uploaded. Its `end` is called
+            after the block, with a short timeout if the process was stopped by a signal.
     """
     killed = False
     try:

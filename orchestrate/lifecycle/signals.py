@@ -19,7 +19,7 @@ WARNING_SIGNALS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopRequest:
-    """A request to stop this process. It is true after a signal or a call of `request`.
+    """Records whether this process should stop. The object is true after a signal or after `request` was called.
 
     Attributes:
         signal: The number of the first signal; `None` if no signal has arrived.
@@ -37,7 +37,7 @@ class StopRequest:
         self._requested = True
 
     def to_error(self, message: str) -> InterruptedRunError:
-        """Return the error that ends the command. Its exit code is that of the signal (without one, of SIGINT)."""
+        """Return the error that ends the command. Its exit code is 128 plus the signal's number (default: SIGINT's)."""
         return InterruptedRunError(message, exit_code=128 + (self.signal or signal.SIGINT))
 
     def handle(self, number: int, frame: FrameType | None) -> None:
@@ -55,7 +55,7 @@ def _handled_signals() -> list[signal.Signals]:
 
 
 def _ignore_warning_signals() -> None:
-    """Ignore further warning signals, because the process is already stopping."""
+    """Ignore all later warning signals, because the process is already stopping."""
     for number in WARNING_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -63,7 +63,7 @@ def _ignore_warning_signals() -> None:
 def exit_on_signals() -> None:
     """Install signal handlers that raise `InterruptedRunError`.
 
-    They replace Ray's handlers, which exit with code 15, and Python's handlers, which print no message.
+    The new handlers replace Ray's, which exit with code 15, and Python's, which print no message.
     """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -81,7 +81,7 @@ def exit_on_signals() -> None:
 def handle_signals() -> Iterator[StopRequest]:
     """Context manager: turn signals into a stop request. Outside the main thread, no signal is handled.
 
-    Enter it after Ray is started, because Ray installs its own handlers.
+    Enter the context after Ray is started, because Ray installs its own handlers.
 
     Yields:
         The stop request.
@@ -102,9 +102,12 @@ def handle_signals() -> Iterator[StopRequest]:
 
 @contextmanager
 def defer_warning_signals() -> Iterator[None]:
-    """Context manager: block SIGHUP, SIGUSR1 and SIGUSR2. Child processes that it starts never receive them.
+    """Context manager: block SIGHUP, SIGUSR1 and SIGUSR2 in the current thread.
 
-    These signals are sent to every process of a terminal or a batch job. Without the block, Ray's processes and the
+    Child processes started inside the context inherit the block and never receive these signals. The current process
+    receives a signal that was sent to it inside the context when the context exits.
+
+    The signals are sent to every process of a terminal or a batch job. Without the block, Ray's processes and the
     workers would end before a checkpoint is written.
     """
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, WARNING_SIGNALS)

@@ -10,8 +10,8 @@ from schemas.errors import ErrorCode, InputError
 from schemas.experiment import Model
 from schemas.method import Method
 
-# Sections that a recipe may abbreviate to a string. Before one of their fields is set, the string is replaced by a
-# mapping.
+# Sections that a recipe may abbreviate to a string. Before a field of such a section is set, the string is replaced by
+# a mapping.
 SHORTHAND_SECTIONS: Mapping[str, type[ShorthandModel]] = {
     "method": Method,
     "model": Model,
@@ -39,13 +39,14 @@ def apply_override(content: dict[str, Any], override: str) -> None:
 
 
 def set_field(content: dict[str, Any], path: str, value: Any, source: str) -> None:
-    """Set the field at a dotted path, and create the sections that are missing on this path.
+    """Set the field at a dotted path, and create the sections of the path that do not exist.
 
     Args:
         content: The recipe's fields; changed in place.
         path: The dotted path. Numbers in it are indices of lists.
         value: The new value.
-        source: The place where the user wrote the path, for error messages. It ends with the path.
+        source: The beginning of error messages: the option or the recipe's field that contains the path. It ends with
+            the path.
 
     Raises:
         InputError: A part of the path is neither a section nor a valid index.
@@ -61,7 +62,7 @@ def set_field(content: dict[str, Any], path: str, value: Any, source: str) -> No
 
 
 def _child(node: Any, key: str, source: str, path: str) -> Any:
-    """Return the section or list under a key. Create it if it is missing, and expand a shorthand string."""
+    """Return the section or list under a key. Create a missing section; replace an abbreviated one by a mapping."""
     index: Any = _list_index(node, key, source + path, path) if isinstance(node, list) else key
     child = node[index] if isinstance(node, list) else node.get(index)
     section = SHORTHAND_SECTIONS.get("tasks" if isinstance(node, list) else key)

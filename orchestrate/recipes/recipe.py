@@ -174,11 +174,11 @@ def build_trial_experiment(
 
     Args:
         search: The search. It sets the fraction of held-out images and the folder for relative paths.
-        content: The fields of the experiment that the search varies.
-        values: The trial's values by dotted path.
+        content: The recipe's fields of the experiment that the search varies.
+        values: The trial's value of each varied field, by the field's dotted path.
         file: The search's recipe, for error messages.
-        judged_on: The images on which the trial is evaluated (`evaluation.held_out.judged_on`). If `None`, the trial
-            trains on all training images and is evaluated on the test images.
+        judged_on: The images on which the trial is evaluated (`evaluation.held_out.judged_on`). If `None`, no training
+            images are held out, and the trial is evaluated on the test images.
 
     Returns:
         The validated experiment.
@@ -246,7 +246,8 @@ def parse_recipe(
         file: The recipe, for error messages.
         root: The folder for relative paths; default: the current folder.
         overrides: The overrides that were applied.
-        as_written: Whether the fields are those in the file, so that errors can contain the line and the column.
+        as_written: Whether all fields except those in `overrides` are as in the file, so that errors can contain their
+            line and column.
 
     Returns:
         The validated content.
@@ -308,7 +309,7 @@ def _format_position(tree: Node | None, field: str) -> str:
 
 
 def _find_override(line: str, overrides: Sequence[str]) -> str | None:
-    """Return the option `--set …` that set the field of a message's line; `None` if no override set it."""
+    """Return the option `--set …` that set the field named in a line of an error message; `None` if there is none."""
     field = _field_of(line)
     for override in reversed(overrides):
         path = override.partition("=")[0]
@@ -318,7 +319,7 @@ def _find_override(line: str, overrides: Sequence[str]) -> str | None:
 
 
 def write_experiment(experiment: Experiment, file: Path) -> None:
-    """Write an experiment as a recipe with all defaults. `load_experiment` returns an equal experiment from it."""
+    """Write an experiment as a recipe with all defaults, from which `load_experiment` reads an equal experiment."""
     write_text(file, dump_yaml(to_recipe(experiment)))
 
 
@@ -327,5 +328,5 @@ def to_recipe(experiment: Experiment) -> dict[str, Any]:
     content = experiment.model_dump(mode="json")
     content["optimisation"]["warmup_steps"] = experiment.warmup_steps
     if experiment.class_incremental is not None:
-        del content["tasks"]  # they are derived from class_incremental
+        del content["tasks"]  # the tasks are derived from class_incremental
     return mask_tree(content)

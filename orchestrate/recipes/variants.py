@@ -1,4 +1,4 @@
-"""Variants of a recipe, seeds and task orders: build several experiments from one recipe."""
+"""Build several experiments from one recipe: variants of the recipe, seeds and task orders."""
 
 import random
 import re
@@ -36,18 +36,19 @@ def load_variants(file: Path, overrides: Sequence[str] = (), variant: str | None
     """Read a recipe that is a single experiment or a table of variants.
 
     A table has two fields: `base` is the recipe to vary, and `variants` maps each variant's name to the fields that
-    differ from the base, by dotted path. Overrides are applied to every variant, after its own fields.
+    differ from the base, by dotted path. Overrides are applied to every variant, after the fields of the variant.
 
     Args:
         file: The recipe.
         overrides: Overrides `a.b.c=value`, applied in order.
-        variant: The name of a variant, or `all`; `None` for a single experiment.
+        variant: The name of a variant, or `all`; `None` if the recipe is a single experiment.
 
     Returns:
-        The selected experiments by variant. The key of a single experiment is "".
+        The selected experiments by the variant's name. The key of a single experiment is "".
 
     Raises:
-        InputError: The file or an override cannot be read, a recipe is invalid, or the variant does not exist.
+        InputError: The file or an override cannot be read, a recipe is invalid, the variant does not exist, or no
+            variant is named.
     """
     content = read_yaml(file)
     if "variants" not in content:
@@ -74,7 +75,7 @@ def load_variants(file: Path, overrides: Sequence[str] = (), variant: str | None
 
 
 def _read_rows(table: Mapping[str, Any], file: Path) -> dict[str, Any]:
-    """Return the changed fields of each variant, by the variant's name. Check the table's fields and the names."""
+    """Return the changed fields of each variant by the variant's name; check the table's fields and these names."""
     if table.keys() != {"base", "variants"} or not isinstance(table["variants"], dict):
         raise InputError(
             f"{file}: found the fields {', '.join(map(str, table))}, expected only base, and variants: a mapping of "
@@ -118,13 +119,13 @@ def expand_seeds_and_orders(experiments: Mapping[str, Experiment], seeds: int, o
     """Build every experiment with every task order and every seed.
 
     Args:
-        experiments: The experiments by variant. The key of a single experiment is "".
-        seeds: The number of consecutive seeds. The first one is the seed in the recipe.
-        orders: The task orders, separated by commas: `given`, `reversed`, MTIL's `I` and `II`, or `random:N` for N
-            random orders. An empty text means the order in the recipe.
+        experiments: The experiments by the variant's name. The key of a single experiment is "".
+        seeds: The number of consecutive seeds. The first seed is that of the recipe.
+        orders: The task orders, separated by commas: `given` (the order in the recipe), `reversed`, `I` and `II` (the
+            orders of the MTIL benchmark), or `random:N` for N random orders. Empty is the same as `given`.
 
     Returns:
-        The experiments by names that are composed of the variant, the order and the seed.
+        The experiments by name. A name consists of the variant, the order and the seed, as far as they vary.
 
     Raises:
         InputError: An order does not exist, or the recipe's tasks are not those of MTIL.

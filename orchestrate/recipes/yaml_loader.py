@@ -84,7 +84,7 @@ class _YamlError(Exception):
 
     Attributes:
         reason: The reason, which the error message contains in brackets.
-        expected: The end of the error message, after the reason.
+        expected: What was expected instead; appended to the error message after the reason.
     """
 
     def __init__(self, reason: str, expected: str = "") -> None:
@@ -93,12 +93,14 @@ class _YamlError(Exception):
 
 
 def parse_yaml(text: str, message: str, field: str | None = None) -> Any:
-    """Parse a YAML document into plain values. Tags that create objects and aliases that multiply the size are errors.
+    """Parse a YAML document into plain values.
+
+    Tags that create objects are errors, and so are aliases that expand to too many values.
 
     Args:
         text: The document.
         message: The beginning of the error message.
-        field: The recipe field whose value is the document, for the error.
+        field: The recipe's field whose value is the document, for `InputError.field`; `None` for a complete recipe.
 
     Returns:
         A dict, list, text, number, date or None.
@@ -143,7 +145,7 @@ def _check_and_count(node: Node | None, counts: dict[int, int]) -> int:
 
     Args:
         node: The node; `None` for an empty document.
-        counts: The counts of the nodes that were visited before, by `id`. The count is -1 while a node is being
+        counts: The number of values of each node that was visited before, by `id(node)`; -1 for a node that is being
             counted.
 
     Returns:
@@ -192,7 +194,7 @@ def _odd_space_message(line: int, column: int, character: str) -> str:
 
 
 def _check_flow_mapping(node: MappingNode) -> None:
-    """Raise `_YamlError` for a decimal comma, or a colon without a space, which YAML parses as a field in `{…}`."""
+    """Raise `_YamlError` if `{…}` has a decimal comma, or a colon without a space: YAML reads both as extra fields."""
     previous = ""
     for key, value in node.value:
         if isinstance(key, ScalarNode) and isinstance(value, ScalarNode) and value.value == "" and not value.style:

@@ -27,7 +27,7 @@ LEGEND_CHARACTERS_PER_INCH, LEGEND_HANDLE_CHARACTERS, LEGEND_LINE_INCHES = 12, 8
 def draw_matrix(result: Result) -> Figure:
     """Draw a heat map of the accuracy matrix, with the zero-shot row on top.
 
-    In the row of a stage, the cell of the task that the stage trained has a frame.
+    Every other row contains the accuracies after one stage. A frame marks the task on which the stage trained.
 
     Args:
         result: The run's result.
@@ -61,11 +61,12 @@ def _frame(column: int, row: int) -> Patch:
 def draw_accuracies(*results: Result, labels: Sequence[str] = ()) -> Figure:
     """Draw the accuracy on every task over the stages, with one line per run.
 
-    In the panel of a task, a vertical line marks the stage that trains the task.
+    In the panel of a task, a vertical line marks the stage that trained on the task, and a horizontal line marks the
+    zero-shot accuracy.
 
     Args:
         results: The results of the runs.
-        labels: The labels of the runs; default: method and seed.
+        labels: The runs' labels in the legend; default: the method and the seed of each run.
 
     Returns:
         The figure, with one panel per task.
@@ -117,8 +118,8 @@ def draw_comparison(results: Sequence[Result], labels: Sequence[str], zero_shot:
 
     Args:
         results: The results of the runs.
-        labels: The labels of the runs.
-        zero_shot: The initial model's metrics by name, as fractions.
+        labels: The runs' labels, in the order of `results`.
+        zero_shot: The initial model's metrics by name, as fractions; `None` for an undefined metric.
 
     Returns:
         The figure, with one panel per metric.
@@ -144,7 +145,7 @@ def draw_comparison(results: Sequence[Result], labels: Sequence[str], zero_shot:
 
 
 def distinct_colours(count: int) -> list[str]:
-    """Return `count` distinct colours as hexadecimal codes."""
+    """Return `count` distinct colours as hexadecimal codes, for example `#0072B2`."""
     if count <= len(PALETTE):
         return PALETTE[:count]
     return [to_hex(colormaps["turbo"](0.05 + 0.9 * number / (count - 1))) for number in range(count)]

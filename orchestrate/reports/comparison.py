@@ -1,7 +1,8 @@
 """Comparison of runs: groups of runs with the same method, means, paired differences, confidence intervals.
 
-The runs of a group may differ in seed and task order. A run that differs from the first run in settings, data or model
-gets a mark, which puts it into a separate group, so that only comparable runs are averaged.
+The runs of a group may differ in seed and task order. A run whose settings, data or model differ from those of the
+first run gets a mark: a text with the differences. Runs with different marks are in different groups, so that only
+comparable runs are averaged.
 """
 
 import json
@@ -28,10 +29,10 @@ class ComparedRun:
     """A run in a comparison.
 
     Attributes:
-        name: The folder's name. It contains parent folders if the folders of several runs have the same name.
+        name: The folder's name. If the folders of several runs have the same name, parent folders precede it.
         folder: The run's folder.
         result: The run's result.
-        method: The method's name. It contains the settings that differ if several methods have the same name.
+        method: The method's name. If runs with the same method have different settings, these settings follow.
         mark: The reasons why the run is not comparable with the earlier runs; empty if it is comparable.
     """
 
@@ -53,7 +54,10 @@ class ComparedRun:
 
     @property
     def metrics(self) -> dict[str, float | None]:
-        """The metrics, as fractions, by name. `learned` is the mean of the accuracies on each task after its stage."""
+        """The metrics by name, as fractions.
+
+        `learned` is a mean over the tasks: the accuracy on every task directly after the stage that trained on it.
+        """
         matrix = self.result.accuracy_matrix
         learned = fmean(row[stage] for stage, row in enumerate(matrix))
         return {**self.result.metrics.model_dump(), "learned": learned}
@@ -64,7 +68,7 @@ class MeanOverRuns:
     """The mean of a metric over a group's runs.
 
     Attributes:
-        mean: The mean.
+        mean: The mean of the metric.
         deviation: The sample standard deviation, with the divisor n - 1; `None` for a single run.
         runs: The number of runs, n.
     """
@@ -76,19 +80,20 @@ class MeanOverRuns:
 
 @dataclass(frozen=True)
 class Difference:
-    """The mean paired difference of a metric between a group and a baseline.
+    """The mean difference of a metric between a group and a baseline group, over pairs of runs.
 
-    Both runs of a pair have the same seed and task order. Pairs with the same seed are not independent of each other,
-    and neither are pairs with the same order. So the differences are averaged per seed if there are at least as many
-    seeds as orders, and otherwise per order. These averages are the sample.
+    A pair consists of a run of the group and a run of the baseline with the same seed and task order. Pairs with the
+    same seed are not independent of each other, and neither are pairs with the same order. So the differences are
+    averaged per seed if there are at least as many seeds as orders, and otherwise per order. The sample consists of
+    these averages.
 
     Attributes:
         mean: The mean of the sample.
-        interval: The 95 % confidence interval of the mean (paired t). It is `None` if the sample has one value or equal
+        interval: The 95 % confidence interval of the mean (paired t); `None` if the sample has one value or equal
             values, because the variance is unknown.
         pairs: The number of pairs.
-        size: The size of the sample.
-        unit: The unit of the sample: `seeds` or `orders`.
+        size: The number of averages in the sample.
+        unit: `seeds` if the differences are averaged per seed, `orders` if they are averaged per order.
     """
 
     mean: float
@@ -104,7 +109,7 @@ class Comparison:
 
     Attributes:
         runs: The compared runs, in the user's order.
-        excluded: The reasons why runs are excluded, by the name that the user gave.
+        excluded: For every excluded run, the reason, by the folder or run ID that the user entered.
     """
 
     runs: tuple[ComparedRun, ...]
@@ -112,7 +117,7 @@ class Comparison:
 
     @property
     def groups(self) -> dict[str, list[ComparedRun]]:
-        """The runs by the label of their group, in the user's order."""
+        """The groups: lists of runs by the label of the group, in the user's order."""
         groups: dict[str, list[ComparedRun]] = {}
         for run in self.runs:
             groups.setdefault(run.label, []).append(run)
@@ -132,22 +137,25 @@ class Comparison:
         return next((label for label in DEFAULT_BASELINES if label in labels), labels[0])
 
     def summary(self, label: str, metric: str) -> MeanOverRuns | None:
-        """Return the mean of a metric over a group; `None` if it is undefined, for example for a single task."""
+        """Return the mean of a metric over the runs of a group; `None` if no run has the metric."""
         values = [run.metrics[metric] for run in self.groups[label]]
         return summarize([value for value in values if value is not None])
 
     def zero_shot(self, metric: str) -> float | None:
-        """Return the initial model's metric: the mean over the runs without a mark. Their task orders may differ."""
+        """Return a metric of the initial model; `None` if it is undefined.
+
+        A metric may depend on the task order, so it is averaged over all runs without a mark.
+        """
         runs = [run for run in self.runs if not run.mark] or self.runs[:1]
         values = [getattr(run.result.zero_shot_metrics, metric) for run in runs]
         return None if None in values else fmean(values)
 
     def difference(self, label: str, baseline: str, metric: str) -> Difference | None:
-        """Compute the paired difference between a group and a baseline.
+        """Compute the mean paired difference of a metric between a group and a baseline group.
 
         Args:
             label: The group's label.
-            baseline: The baseline's label.
+            baseline: The label of the baseline group.
             metric: The metric's name.
 
         Returns:
@@ -168,14 +176,14 @@ class Comparison:
 
 
 def summarize(values: Sequence[float]) -> MeanOverRuns | None:
-    """Compute the mean and the sample standard deviation. Return `None` if there are no values."""
+    """Compute the mean and the sample standard deviation of values. Return `None` if there are no values."""
     if not values:
         return None
     return MeanOverRuns(fmean(values), stdev(values) if len(values) > 1 else None, len(values))
 
 
 def _mean_by_key(items: Iterator[tuple[Hashable, float]]) -> list[float]:
-    """Return the mean of the values of each key."""
+    """Return one mean per key, over the values with this key."""
     values: dict[Hashable, list[float]] = {}
     for key, value in items:
         values.setdefault(key, []).append(value)
@@ -185,13 +193,14 @@ def _mean_by_key(items: Iterator[tuple[Hashable, float]]) -> list[float]:
 def paired_interval(differences: Sequence[float]) -> tuple[float, float] | None:
     """Compute the 95 % confidence interval of the mean of independent paired differences.
 
-    It is the paired t interval, as in `scipy.stats.ttest_rel`. It is exact if the differences are normally distributed.
+    This is the paired t interval of `scipy.stats.ttest_rel`. It is exact if the differences are normally distributed.
 
     Args:
         differences: One difference per pair.
 
     Returns:
-        The ends of the interval; `None` for fewer than two pairs, for equal differences, or for infinite or NaN values.
+        The lower and the upper end of the interval; `None` for fewer than two pairs, for equal differences, or for
+            infinite or NaN values.
     """
     if not all(map(math.isfinite, differences)):
         return None
@@ -202,10 +211,11 @@ def paired_interval(differences: Sequence[float]) -> tuple[float, float] | None:
 
 
 def group_runs(sources: Mapping[str, Path | InputError]) -> Comparison:
-    """Read runs and group those that can be compared with the first run.
+    """Read the results of runs, and build the comparison of all runs that have the same tasks as the first one.
 
     Args:
-        sources: The runs' folders by the name that the user gave. The value is an error if the run has no folder.
+        sources: The runs' folders by the folder or run ID that the user entered. An error is stored instead of the
+            folder if the folder was not found.
 
     Returns:
         The comparison.
@@ -238,7 +248,19 @@ def group_runs(sources: Mapping[str, Path | InputError]) -> Comparison:
 
 
 def _check_is_new(name: str, source: Path | InputError, names_by_path: dict[Path, str]) -> Path:
-    """Return a run's folder. Raise `InputError` if there is none, or if an earlier name stands for the same folder."""
+    """Return the folder of a run of the user's list.
+
+    Args:
+        name: The folder or run ID that the user entered.
+        source: The run's folder, or the error if the folder was not found.
+        names_by_path: The names of the earlier runs by their folders. This run is added.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: The folder does not exist, or another name in the list already refers to it.
+    """
     if isinstance(source, InputError):
         raise source
     if (first := names_by_path.setdefault(source.resolve(), name)) != name:
@@ -247,7 +269,7 @@ def _check_is_new(name: str, source: Path | InputError, names_by_path: dict[Path
 
 
 def _short_names(folders: Sequence[Path]) -> list[str]:
-    """Return a unique name for every run: the name of its folder, with parent folders if necessary."""
+    """Return a unique name for every folder: its name, preceded by as many parent folders as necessary."""
 
     def name(folder: Path, depth: int = 1) -> str:
         parts = folder.parts[-depth:]
@@ -258,12 +280,12 @@ def _short_names(folders: Sequence[Path]) -> list[str]:
 
 
 def _labels(results: Sequence[Result]) -> list[str]:
-    """Label runs by their methods. If methods of the same name have different settings, add those that differ."""
+    """Return a label for every run: the method, and the settings in which runs with the same method differ."""
     labels = []
     for result in results:
         label = format_method(result)
         namesakes = [other for other in results if format_method(other) == label]
-        has_settings = all(other.method_settings for other in namesakes)  # older results contain only the changes
+        has_settings = all(other.method_settings for other in namesakes)  # old results contain only the changes
         all_settings = [other.method_settings if has_settings else other.method_changes for other in namesakes]
         settings = result.method_settings if has_settings else result.method_changes
         added = [format_change(path, value) for path, value in settings.items() if _differs(path, all_settings)]
@@ -272,9 +294,13 @@ def _labels(results: Sequence[Result]) -> list[str]:
 
 
 def _differs(path: str, settings: Sequence[Mapping[str, object]]) -> bool:
-    """Return whether a setting distinguishes methods.
+    """Return whether methods differ in a setting.
 
-    It does if its values differ, or if it belongs to an optional part that some of the methods do not have.
+    They also differ if the setting belongs to an optional part, such as a custom loss, that only some methods have.
+
+    Args:
+        path: The setting's dotted path.
+        settings: The settings of every method by path.
     """
     values = [method[path] for method in settings if path in method]
     is_optional_part = None in values or path.startswith(CUSTOM_LOSS_PREFIX)
@@ -292,7 +318,10 @@ def _check_same_tasks(result: Result, first: Result, name: str) -> None:
 
 
 def _mark_duplicate(run: ComparedRun, previous: Sequence[ComparedRun]) -> ComparedRun:
-    """Mark a run if its group has another run with the same seed and order, so that it is not averaged with it."""
+    """Return the run with a mark if an earlier run of its group has the same seed and task order.
+
+    The mark puts the run into a separate group, so that the same result is not averaged twice.
+    """
     by_key = {(other.label, other.order, other.result.seed): other for other in previous}
     while other := by_key.get((run.label, run.order, run.result.seed)):
         mark = f"same seed and order as {other.name}"
@@ -301,7 +330,7 @@ def _mark_duplicate(run: ComparedRun, previous: Sequence[ComparedRun]) -> Compar
 
 
 class _CommonSettings:
-    """The expected settings of the runs of a comparison: those of the first run that has the setting."""
+    """The settings that all runs of a comparison should have. Every setting is taken from the first run that has it."""
 
     def __init__(self) -> None:
         self._settings: dict[str, object] = {}
@@ -309,7 +338,9 @@ class _CommonSettings:
         self._model = self._reference = ""
 
     def mark(self, result: Result) -> str:
-        """Return the reasons why a run is not comparable with the earlier runs. Call this for all runs in order.
+        """Return the reasons why a run is not comparable with the earlier runs.
+
+        This method must be called once for every run, in the order of the comparison.
 
         Args:
             result: The run's result.

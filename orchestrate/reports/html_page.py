@@ -1,6 +1,6 @@
 """HTML page of a comparison with Vega-Altair charts. It is a single file that needs neither a server nor a network.
 
-In the templates and in the data of the charts, a metric is called a figure.
+The page's template and the data of the charts use the name `figure` for a metric.
 """
 
 import csv
@@ -21,7 +21,7 @@ from zscl.sequence.layout import LOSSES, stage_folder
 
 MAX_CURVE_POINTS = 60  # the maximum number of points of a loss curve
 CHART_HEIGHT = 150  # the height of a small chart in pixels
-# The filters of every chart. The page sets their parameters from its two lists, methods and tasks.
+# Filters for the charts. The page sets `shown_method` and `shown_task` when the user selects a method or a task.
 METHOD_FILTER = "shown_method == null || datum.method == shown_method"
 TASK_FILTER = "shown_task == null || datum.task == shown_task"
 TEXT_COLOUR = "currentColor"  # the page's text colour, which differs between the light and the dark theme
@@ -44,12 +44,13 @@ THEME = {
 
 
 def build_page(comparison: Comparison, rows: Sequence[Row], baseline: str | None) -> str:
-    """Build the page.
+    """Build the HTML page of a comparison.
 
     Args:
         comparison: The comparison.
-        rows: The rows of its runs and of published results.
-        baseline: The label of the baseline for differences; `None` for a table without differences.
+        rows: The table rows of the runs (`build_run_rows`) and of published results (`build_published_rows`).
+        baseline: The label of the group with which the other groups are compared; `None` for a table without
+            differences.
 
     Returns:
         The page as HTML.
@@ -146,7 +147,13 @@ def _zero_shot_percent(comparison: Comparison, metric: str) -> float | None:
 
 
 def _draw_accuracies(comparison: Comparison) -> Any:
-    """Draw the accuracy on every task over the stages, with one line per run. A circle marks the task's stage."""
+    """Draw the accuracy on every task over the stages, with one line per run.
+
+    A circle marks the stage that trained on the task.
+
+    Returns:
+        The chart, with one panel per task.
+    """
     values = []
     for run in comparison.runs:
         names = [task.name for task in run.result.tasks]
@@ -181,19 +188,19 @@ def _draw_accuracies(comparison: Comparison) -> Any:
 
 
 def _colour_by_method(comparison: Comparison) -> Any:
-    """Return the encoding of methods as colours. The filters do not change a method's colour."""
+    """Return the Altair encoding that colours marks by method. A method has the same colour in all charts."""
     methods = list(comparison.groups)
     scale = alt.Scale(domain=methods, range=distinct_colours(len(methods)))
     return alt.Color("method:N", sort=None, title=None, scale=scale)
 
 
 def _filter_params() -> list[Any]:
-    """Return the parameters for the selected method and task, which the page sets in all charts."""
+    """Return the Vega parameters `shown_method` and `shown_task`, which the page sets in all charts."""
     return [alt.param(name=name, value=None) for name in ("shown_method", "shown_task")]
 
 
 def _draw_matrices(comparison: Comparison) -> Any:
-    """Draw the accuracy matrix of every run, with a frame around the cells of a stage's own task."""
+    """Draw the accuracy matrix of every run. In the row of a stage, a frame marks the task that it trained on."""
     values = []
     for run in comparison.runs:
         names = [task.name for task in run.result.tasks]
@@ -234,7 +241,11 @@ def _draw_matrices(comparison: Comparison) -> Any:
 
 
 def _draw_losses(comparison: Comparison) -> Any | None:
-    """Draw the loss curves of every stage, with at most `MAX_CURVE_POINTS` points; `None` if no run has a curve."""
+    """Draw the loss curves of every stage.
+
+    Returns:
+        The chart, whose curves have at most `MAX_CURVE_POINTS` points; `None` if no run has a curve.
+    """
     values: list[dict[str, Any]] = []
     for run in comparison.runs:
         for number, task in enumerate(run.result.tasks, start=1):

@@ -18,7 +18,7 @@ from zscl.sequence.layout import ZERO_SHOT as ZERO_SHOT_FILE
 from zscl.sequence.result import ROW_ADVICE, STAGE_ADVICE, AccuracyRow
 
 ZERO_SHOT = "zero-shot"
-CUSTOM_LOSS_PREFIX = "custom_losses."  # the prefix of a custom loss in a method's changes
+CUSTOM_LOSS_PREFIX = "custom_losses."  # begins the path of a custom loss in `method_changes`
 
 
 def load_result(run: Path) -> Result:
@@ -58,10 +58,10 @@ def load_partial_result(run: Path) -> Result:
         run: The run's folder.
 
     Returns:
-        The result. For an unfinished run, the matrix has one row per finished stage.
+        The result. For an unfinished run, the accuracy matrix has one row per finished stage.
 
     Raises:
-        InputError: The folder contains no run that has finished a stage.
+        InputError: The folder contains no run that has finished a stage, or an unfinished class-incremental run.
     """
     if not run.is_dir() or (run / RESULT).is_file() or any(run.glob(f"*/{RESULT}")):
         return load_result(run)
@@ -82,7 +82,13 @@ def load_partial_result(run: Path) -> Result:
 
 @dataclass(frozen=True)
 class _FinishedStages:
-    """Contents of an unfinished run's files: the zero-shot row, the other rows, and the stages' results."""
+    """The results in the folder of an unfinished run.
+
+    Attributes:
+        zero_shot: The accuracies of the initial model on all tasks.
+        rows: The accuracies on all tasks after every finished stage.
+        results: The training results of the finished stages.
+    """
 
     zero_shot: AccuracyRow
     rows: Sequence[AccuracyRow]
@@ -90,7 +96,19 @@ class _FinishedStages:
 
 
 def _read_finished_stages(run: Path, row_files: Sequence[Path], experiment: Experiment) -> _FinishedStages:
-    """Read the rows and results of the finished stages. Raise `InputError` if a file is missing or incomplete."""
+    """Read the accuracies and the training results of a run's finished stages.
+
+    Args:
+        run: The run's folder.
+        row_files: The files with the accuracies after each stage.
+        experiment: The run's experiment.
+
+    Returns:
+        The contents of the files.
+
+    Raises:
+        InputError: A file is missing or incomplete.
+    """
     files = [run / ZERO_SHOT_FILE, *row_files]
     try:
         rows = [parse_json(AccuracyRow, file.read_bytes(), file, ROW_ADVICE) for file in files]
@@ -172,14 +190,14 @@ def format_change(path: str, value: object) -> str:
 
 
 def format_time_breakdown(result: Result, overlapped: bool = False) -> str:
-    """Format the main worker's time, and the fraction of it for every part of training and evaluation, on one line.
+    """Format on one line how the main worker's time was divided between evaluation and the parts of training.
 
     Args:
         result: The run's result.
-        overlapped: Whether other processes evaluated the rows, so that the main worker spent no time on it.
+        overlapped: Whether other processes evaluated the models, so that the main worker spent no time on evaluation.
 
     Returns:
-        The total in minutes, and the parts in per cent, the largest first.
+        The total time in minutes, and every part in per cent of it, the largest part first.
     """
     parts: dict[str, float] = {}
     for stage in result.stages:
@@ -194,9 +212,10 @@ def format_time_breakdown(result: Result, overlapped: bool = False) -> str:
 
 
 def build_matrix_columns(result: Result) -> dict[str, list[object]]:
-    """Return the columns of the accuracy matrix: the labels of the stages, then one column per task.
+    """Return the accuracy matrix as the columns of a table, by column name.
 
-    The first row is the zero-shot row.
+    The first column contains the labels of the stages. Every other column contains the accuracies on one task, starting
+    with the zero-shot accuracy.
     """
     stages = [ZERO_SHOT, *(f"{stage}-{task.name}" for stage, task in enumerate(result.tasks, start=1))]
     rows = [result.zero_shot, *result.accuracy_matrix]
@@ -212,7 +231,7 @@ def format_percent(value: float | None) -> str:
 
 
 def format_cell(value: str | float | None) -> str:
-    """Format a table's cell. Texts are unchanged, fractions are formatted in per cent."""
+    """Format the value of a table's cell. Texts are unchanged, and fractions are formatted in per cent."""
     return value if isinstance(value, str) else format_percent(value)
 
 

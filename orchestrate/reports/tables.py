@@ -32,13 +32,15 @@ _LATEX_ESCAPES = str.maketrans(
 
 
 def build_run_rows(comparison: Comparison) -> list[Row]:
-    """Build one row per run, and one row per distinct zero-shot result before the first run with this result.
+    """Build the table rows of a comparison: one per run, and one per initial model (zero-shot).
+
+    Runs with the same zero-shot results share one zero-shot row, which precedes the first of these runs.
 
     Args:
         comparison: The comparison.
 
     Returns:
-        Rows with the metrics and the accuracy on every task after the last stage, as fractions, and the costs.
+        Rows with the metrics and the final accuracy on every task, as fractions, and with the training costs.
     """
     rows: list[Row] = []
     tasks = comparison.tasks
@@ -48,7 +50,7 @@ def build_run_rows(comparison: Comparison) -> list[Row]:
         zero_shot = _row("", ZERO_SHOT, "", "", result.zero_shot_metrics.model_dump(), zero_shot_tasks)
         final_tasks = dict(zip(names, result.accuracy_matrix[-1], strict=True))
         row = _row(run.name, run.label, str(result.seed), run.order, run.metrics, final_tasks) | _costs(result)
-        # The zero-shot metrics of an unfinished run are computed from fewer rows, so only the accuracies are compared.
+        # The zero-shot metrics of an unfinished run cover fewer stages, so only the accuracies are compared.
         is_finished = len(result.accuracy_matrix) == len(result.tasks)
         compared = (*MAIN_METRICS, *tasks) if is_finished else tasks
         baselines = [other for other in rows if not other["run"]]
@@ -80,17 +82,17 @@ def _costs(result: Result) -> dict[str, float]:
 
 
 def build_published_rows(order: str, tasks: Sequence[str]) -> list[Row]:
-    """Build rows of the paper's results on MTIL, without accuracies of single tasks.
+    """Build table rows with the paper's published results on MTIL. They contain no accuracies on single tasks.
 
     Args:
-        order: The task order, I or II.
+        order: The paper's name of the task order: `I` or `II`.
         tasks: The names of the comparison's tasks.
 
     Returns:
         One row per method.
 
     Raises:
-        InputError: The order does not exist.
+        InputError: The paper has no task order of this name.
     """
     if order not in MTIL_PUBLISHED:
         raise InputError(
@@ -106,14 +108,16 @@ def build_published_rows(order: str, tasks: Sequence[str]) -> list[Row]:
 
 
 def build_group_table(comparison: Comparison, baseline: str | None = None) -> list[list[str]]:
-    """Format the groups' metrics as mean ± standard deviation in per cent.
+    """Build a table with one row per group and the main metrics as mean ± standard deviation in per cent.
 
     Args:
         comparison: The comparison.
-        baseline: The label of the baseline for differences; `None` for a table without differences.
+        baseline: The label of the group with which the other groups are compared; `None` for a table without
+            differences.
 
     Returns:
-        The cells by row. The first row is the header, and the second row contains the zero-shot results.
+        The formatted cells of every row. The first row is the header, and the second row contains the zero-shot
+            results.
     """
     header = ["method", "runs", *MAIN_METRICS]
     rows = [[ZERO_SHOT, "", *(format_percent(comparison.zero_shot(metric)) for metric in MAIN_METRICS)]]
@@ -134,7 +138,7 @@ def _format_summary(summary: MeanOverRuns | None) -> str:
 
 
 def _format_difference(difference: Difference | None) -> str:
-    """Format a difference in percentage points, its confidence interval if it has one, and the size of the sample."""
+    """Format a difference in percentage points, its confidence interval if there is one, and the sample's size."""
     if difference is None:
         return ""
     unit = difference.unit if difference.size > 1 else difference.unit.removesuffix("s")
@@ -149,9 +153,11 @@ def build_terminal_tables(comparison: Comparison, rows: Sequence[Row], baseline:
 
     Args:
         comparison: The comparison.
-        rows: The rows of its runs and of published results.
-        baseline: The label of the baseline for differences; `None` for tables without differences.
-        width: The terminal's width in columns. If not all runs fit next to each other, there are several tables.
+        rows: The table rows of the runs (`build_run_rows`) and of published results (`build_published_rows`).
+        baseline: The label of the group with which the other groups are compared; `None` for tables without
+            differences.
+        width: The terminal's width in characters. If the columns of all runs do not fit, the accuracies are split into
+            several tables.
 
     Returns:
         The tables.
@@ -198,7 +204,15 @@ def _heading(row: Row) -> str:
 
 
 def _split_by_width(rows: Sequence[Row], width: int) -> Iterator[list[Row]]:
-    """Split rows into parts. As columns of a table, the rows of a part fit into the width."""
+    """Split the rows of runs into parts for several tables with one column per run.
+
+    Args:
+        rows: The rows of the runs.
+        width: The maximum total width of a table's columns, in characters.
+
+    Yields:
+        The rows of one table.
+    """
     part: list[Row] = []
     available = width
     for row in rows:
@@ -216,11 +230,12 @@ def render_markdown(comparison: Comparison, rows: Sequence[Row], baseline: str |
 
     Args:
         comparison: The comparison.
-        rows: The rows of its runs and of published results.
-        baseline: The label of the baseline for differences; `None` for tables without differences.
+        rows: The table rows of the runs (`build_run_rows`) and of published results (`build_published_rows`).
+        baseline: The label of the group with which the other groups are compared; `None` for tables without
+            differences.
 
     Returns:
-        The document.
+        The Markdown text.
     """
     columns = [name for name in rows[0] if name not in ("order", *COSTS)]
     runs = [columns, *([format_cell(row.get(column)) for column in columns] for row in rows)]

@@ -20,17 +20,17 @@ METHODS = {"finetune": "finetune", "zscl": None}
 def run_demo(
     recipe: Path, folder: Path, overrides: Sequence[str], console: Console, offline: bool = False
 ) -> tuple[list[Path], str]:
-    """Write the embedded suite to a folder, and run the recipe on it with each method.
+    """Write the embedded suite of synthetic tasks to a folder, and run the recipe on it with each method in `METHODS`.
 
     Args:
-        recipe: Recipe of the demo.
-        folder: Folder for the data and the runs.
-        overrides: Changes of the recipe, `a.b.c=value`.
+        recipe: Recipe of the embedded suite.
+        folder: Folder in which the data and the runs are written.
+        overrides: Changes to fields of the recipe, `a.b.c=value`.
         console: Console for progress.
         offline: Whether to run without MLflow.
 
     Returns:
-        The folders of the runs, and the tracking URI, which is not used if `offline` is set.
+        The folders of the runs, and the MLflow tracking URI. The runs do not use the URI if `offline` is set.
     """
     data = folder / "data"
     content = read_recipe(recipe, overrides)
@@ -48,7 +48,7 @@ def run_demo(
 
 
 def _with_path_in(data: Path, task: Any) -> Any:
-    """Return a task of the recipe (a path or a dictionary) with its path changed to the folder in `data`."""
+    """Return a task of the recipe, a path or a dictionary, with the parent folder of its path replaced by `data`."""
     if isinstance(task, dict):
         return task | {"path": str(data / Path(task["path"]).name)}
     return str(data / Path(task).name)

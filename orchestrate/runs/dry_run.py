@@ -32,7 +32,7 @@ from zscl.sequence.resolve import ResolvedExperiment
 HASH_SECONDS = 5.0  # time limit for hashing shards, of all tasks together
 TIMEOUT_SECONDS = 20.0  # time limit for the response of a tracking server or of object storage
 T = TypeVar("T")
-ConnectCluster = Callable[[], Mapping[str, float]]  # connects to a cluster, checks it and returns its resources
+ConnectCluster = Callable[[], Mapping[str, float]]  # connects to a Ray cluster, checks it and returns its resources
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class Check:
     """The outcome of one check.
 
     Attributes:
-        name: What was checked.
-        status: Whether the check passed.
-        detail: What was found, the reason for skipping, or the error message.
+        name: Name of the check, for example `disk`.
+        status: Whether the check passed, failed, or was skipped because it does not apply.
+        detail: For a passed check, the result; for a skipped check, the reason; for a failed check, the error message.
     """
 
     name: str
@@ -71,8 +71,9 @@ class Checklist:
         """Run a check and append its outcome.
 
         Args:
-            name: What is checked.
-            check: Function that returns the details of a passed check, or raises `SkippedError` or `InputError`.
+            name: Name of the check, for example `disk`.
+            check: Function that performs the check and returns the result as text. It raises `SkippedError` if the
+                check does not apply, and `InputError` if the check fails.
         """
         try:
             self.checks.append(Check(name, "ok", mask(check())))
@@ -83,17 +84,17 @@ class Checklist:
 
     @property
     def lines(self) -> list[str]:
-        """One line per check."""
+        """The outcomes as text, one line per check."""
         return list(map(str, self.checks))
 
     def raise_on_failure(self, note: Callable[[str], None]) -> None:
         """Raise an error if any check failed.
 
         Args:
-            note: Called with one line per check before the error is raised.
+            note: If a check failed, called with one line per check before the error is raised.
 
         Raises:
-            InputError: If a check failed. The message combines the messages of all failed checks.
+            InputError: A check failed. The message contains the messages of all failed checks.
         """
         failures = [check.detail for check in self.checks if check.status == "failed"]
         if failures:
@@ -103,13 +104,14 @@ class Checklist:
 
 
 def check_run(resolved: ResolvedExperiment, folder: Path, offline: bool, connect: ConnectCluster) -> Checklist:
-    """Check everything that a run needs in addition to what `preflight.prepare` has checked.
+    """Check what a run needs and `preflight.prepare` has not checked: shards, folders, disk, cluster and tracking.
 
     Args:
         resolved: The experiment.
         folder: The run's folder.
-        offline: Whether the run is not recorded in MLflow.
-        connect: Function that connects to the cluster, if the recipe or the environment names one.
+        offline: Whether the run would not be recorded in MLflow.
+        connect: Function that connects to the Ray cluster. It is called only if the recipe or the environment names a
+            cluster.
 
     Returns:
         The checks and their outcomes.
@@ -128,7 +130,16 @@ def check_run(resolved: ResolvedExperiment, folder: Path, offline: bool, connect
 def add_common_checks(
     checklist: Checklist, resolved: ResolvedExperiment, folder: Path, offline: bool, connect: ConnectCluster
 ) -> None:
-    """Run the checks that runs and searches have in common. The arguments are those of `check_run`."""
+    """Run the checks that runs and searches have in common.
+
+    Args:
+        checklist: The checklist to which the outcomes are appended.
+        resolved: The experiment.
+        folder: Folder of the run or the search.
+        offline: Whether nothing would be recorded in MLflow.
+        connect: Function that connects to the Ray cluster. It is called only if the recipe or the environment names a
+            cluster.
+    """
     experiment = resolved.experiment
     checklist.add("shards against their manifest", lambda: _check_shards(resolved.tasks))
     checklist.add("folder", lambda: _check_folder(experiment, folder))
@@ -138,7 +149,7 @@ def add_common_checks(
 
 
 def check_disk_space(folder: Path, needed: float) -> str:
-    """Check that the disk has the needed megabytes, and return a text with needed and free space."""
+    """Check that the disk has the needed megabytes free. Return a text that states the needed and the free space."""
     preflight.check_free_disk(folder, needed)
     return f"{needed:.0f} MB needed, {preflight.megabytes_free(folder):.0f} MB free"
 
@@ -160,7 +171,7 @@ def _check_folder(experiment: Experiment, folder: Path) -> str:
 
 
 def _check_storage(experiment: Experiment, folder: Path) -> str:
-    """Check that object storage can be written and read."""
+    """Check that the run's folder in object storage can be written and read."""
     url = remote_folder_url(experiment, folder)
     if url is None:
         raise SkippedError("no compute.storage")
@@ -170,7 +181,7 @@ def _check_storage(experiment: Experiment, folder: Path) -> str:
 
 
 def _check_cluster(compute: Compute, connect: ConnectCluster) -> str:
-    """Check that the workers fit on the cluster, or on this machine if no cluster is named."""
+    """Check that the cluster has the resources for the workers. If no cluster is named, check this machine instead."""
     from orchestrate.cluster.connect import check_resources, has_cluster_address, local_resources
 
     if has_cluster_address(compute):
@@ -181,7 +192,7 @@ def _check_cluster(compute: Compute, connect: ConnectCluster) -> str:
 
 
 def _check_tracking(experiment: Experiment, folder: Path, offline: bool) -> str:
-    """Check that the tracking store responds and that its experiment accepts runs, without creating anything."""
+    """Check that the MLflow store responds and that the experiment in it accepts runs. Create nothing."""
     if offline:
         raise SkippedError("--offline")
     uri = tracking_uri(experiment, folder)
@@ -205,7 +216,7 @@ def _check_tracking(experiment: Experiment, folder: Path, offline: bool) -> str:
 
 
 def _check_shards(tasks: Sequence[TaskFolder]) -> str:
-    """Compare local shards with their manifests: all sizes, and SHA-256 hashes until `HASH_SECONDS` have passed."""
+    """Compare local shards with their tasks' manifests: all sizes, and hashes until `HASH_SECONDS` have passed."""
     deadline = time.monotonic() + HASH_SECONDS
     listed = hashed = without_manifest = 0
     for path in dict.fromkeys(task.path for task in tasks):
@@ -266,7 +277,7 @@ def _hash_until(deadline: float, file: Path) -> str | None:
 
 
 def _call_with_timeout(function: Callable[[], T]) -> T:
-    """Call a function in a daemon thread, and return its result, or raise `TimeoutError` after `TIMEOUT_SECONDS`."""
+    """Call a function in a daemon thread and return its result. Raise `TimeoutError` after `TIMEOUT_SECONDS`."""
     future: Future[T] = Future()
 
     def call() -> None:

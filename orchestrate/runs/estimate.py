@@ -28,21 +28,23 @@ def estimate_run(
 ) -> dict[str, float]:
     """Measure throughput by evaluating the initial model and training on the first task, and estimate the duration.
 
-    The teacher's features are computed during training, as in the slowest steps of a run. They are stored in
-    the feature cache next to `folder`.
+    The teacher's features that are not in the feature cache next to `folder` are computed during training, as in the
+    slowest steps of a run, and are stored in the cache.
 
     Args:
         resolved: The experiment.
         folder: The run's folder; nothing is written into it.
         console: Console for progress.
-        seconds: Duration of the training.
+        seconds: Duration of the training, in seconds.
 
     Returns:
-        Images per second, and the estimated minutes of the complete run, for training and evaluation.
+        Mapping from `training_images_per_second`, `evaluation_images_per_second`, `training_minutes` and
+        `evaluation_minutes` to their values. The minutes are those of the complete run.
 
     Raises:
-        InputError: If the method trains nothing, or the cluster does not have the resources that the recipe requests.
-        InterruptedRunError: If a signal stopped the probe.
+        InputError: The method trains nothing, the recipe sets `compute.storage`, or the cluster does not have the
+            resources that the recipe requests.
+        InterruptedRunError: A signal stopped the probe.
     """
     from orchestrate.cluster.connect import check_resources, connect
     from orchestrate.cluster.train_workers import train

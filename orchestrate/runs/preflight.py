@@ -45,11 +45,12 @@ RUN_FILES = (EXPERIMENT, STATE, ZERO_SHOT, partial_row_file(Path(ZERO_SHOT)).nam
 
 
 class ModelSummary(NamedTuple):
-    """Size of an experiment's model, and its support of `compute.savings`.
+    """The size of an experiment's model, and the parts of the model that do not support `compute.savings`.
 
     Attributes:
         megabytes: Size of the model on disk, in float32.
-        unpruned_towers: Towers that do not support the optimisations of `compute.savings`.
+        unpruned_towers: Names of the towers (image or text encoder) that do not support the optimisations of
+            `compute.savings`.
     """
 
     megabytes: float
@@ -57,14 +58,14 @@ class ModelSummary(NamedTuple):
 
 
 def plan(resolved: ResolvedExperiment, folder: Path) -> dict[str, object]:
-    """Describe in numbers and names what a run will do.
+    """Describe what a run will do: its stages, images, steps, workers and disk space.
 
     Args:
         resolved: The experiment.
         folder: The run's folder.
 
     Returns:
-        The plan that `zscl run --dry-run` prints.
+        The plan, as `zscl run --dry-run` prints it.
     """
     experiment = resolved.experiment
     check_run_folder_is_same(resolved, folder)
@@ -96,9 +97,9 @@ def check_run_folder_is_same(resolved: ResolvedExperiment, folder: Path) -> None
         folder: The run's folder.
 
     Raises:
-        InputError: If the folder holds anything else, or a file in it is damaged. For a run of another experiment, the
-            message lists the recipe fields that differ.
-        OtherAlgorithmError: If the folder holds a run of another version of the algorithm.
+        InputError: The folder holds another run or other files, or a file of the run is damaged. For a run of another
+            experiment, the message lists the recipe fields that differ.
+        OtherAlgorithmError: The folder holds a run of another version of the algorithm.
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(
@@ -122,7 +123,7 @@ def check_run_folder_is_same(resolved: ResolvedExperiment, folder: Path) -> None
 
 
 def _describe_differences(experiment: Experiment, folder: Path) -> str:
-    """Return a text, for the end of an error message, that lists the recipe fields that differ from a folder's run."""
+    """List the recipe fields in which an experiment differs from the run in a folder, for an error message."""
     try:
         recorded = load_experiment(folder / EXPERIMENT)
     except InputError:
@@ -143,11 +144,12 @@ def diff_recipes(first: Any, second: Any, path: str = "") -> dict[str, tuple[str
 
     Args:
         first: A value of the first recipe: a dictionary, a list or a scalar.
-        second: The value of the second recipe.
-        path: Dotted path of the value, with a trailing dot; empty for the root.
+        second: The value at the same path in the second recipe.
+        path: Dotted path of the two values in their recipes, with a trailing dot; empty for the complete recipes.
 
     Returns:
-        Mapping from the dotted path of each field that differs to both values as text.
+        Mapping from the dotted path of each field that differs to its value in the first and in the second recipe, as
+        text.
     """
     if isinstance(first, dict) and isinstance(second, dict):
         keys: Iterable[Any] = dict.fromkeys([*first, *second])
@@ -160,7 +162,7 @@ def diff_recipes(first: Any, second: Any, path: str = "") -> dict[str, tuple[str
 
 
 def _excerpt_values(first: Any, second: Any) -> tuple[str, str]:
-    """Format two values in one line each. Long values are cut around the first difference."""
+    """Format two values as one line of text each. Long values are cut around the first difference."""
     texts = ["nothing" if value is None else json.dumps(value, ensure_ascii=False) for value in (first, second)]
     shorter, longer = sorted(map(len, texts))
     difference = next((index for index, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), shorter)
@@ -183,14 +185,14 @@ def model_megabytes(resolved: ResolvedExperiment) -> float:
 
 
 def _summarize_model(resolved: ResolvedExperiment) -> ModelSummary:
-    """Load the model if it is not in the cache, and check that it supports the optimisations of the recipe."""
+    """Summarize the experiment's model, and check that it supports gradient checkpointing if the recipe sets it."""
     experiment, compute = resolved.experiment, resolved.experiment.compute
     return _load_summary(experiment.model, resolved.model_digest, compute.savings, compute.gradient_checkpointing)
 
 
 @lru_cache(maxsize=8)
 def _load_summary(model: Model, digest: str, savings: Savings, checkpointing: bool) -> ModelSummary:
-    """Load and summarize a model. `digest` is part of the cache key, because a file may change and keep its name."""
+    """Summarize a model. `digest` is in the cache key because a file's content may change under the same name."""
     clip = load_clip(model)
     network = clip.model
     parameters = sum(tensor.numel() for tensor in network.state_dict().values())
@@ -203,15 +205,15 @@ def _load_summary(model: Model, digest: str, savings: Savings, checkpointing: bo
 def megabytes_needed(resolved: ResolvedExperiment, folder: Path) -> float:
     """Estimate the disk space that a run still needs for models, snapshots and two checkpoints.
 
-    A checkpoint has the size of four models: weights, two moments and the average. Two checkpoints exist while one
-    replaces the other.
+    A checkpoint has the size of four models: the weights, the optimizer's two moments, and the average of the weights.
+    While a new checkpoint replaces the previous one, both exist.
 
     Args:
         resolved: The experiment.
-        folder: The run's folder. Its finished stages are not counted.
+        folder: The run's folder. Stages that are finished in it need no more space.
 
     Returns:
-        Megabytes.
+        The needed disk space, in megabytes.
     """
     experiment = resolved.experiment
     model, interval = model_megabytes(resolved), experiment.compute.snapshots_every
@@ -233,7 +235,7 @@ def megabytes_free(folder: Path) -> float:
 
 
 def check_disk(resolved: ResolvedExperiment, folder: Path) -> None:
-    """Check that the disk has enough free space for a run, and raise an `InputError` otherwise."""
+    """Raise an `InputError` if the disk does not have enough free space for a run."""
     check_free_disk(folder, megabytes_needed(resolved, folder))
 
 
@@ -241,11 +243,11 @@ def check_free_disk(folder: Path, needed: float) -> None:
     """Check that the disk has enough free space.
 
     Args:
-        folder: Folder on the disk.
+        folder: A folder on the disk, which may not exist yet.
         needed: Megabytes that will be written.
 
     Raises:
-        InputError: If the disk has less free space.
+        InputError: The disk has less free space than `needed`.
     """
     free = megabytes_free(folder)
     if needed > free:
@@ -271,7 +273,7 @@ def check_output_folders(experiment: Experiment, folder: Path) -> None:
 
 
 def collect_warnings(resolved: ResolvedExperiment) -> list[str]:
-    """List probable mistakes in the recipe, the prompts, the use of remote shards, and the samples."""
+    """Return warnings about probable mistakes in the recipe, the prompts, the use of remote shards, and the samples."""
     return [
         *resolved.experiment.warnings,
         *_prompt_warnings(resolved),
@@ -281,7 +283,7 @@ def collect_warnings(resolved: ResolvedExperiment) -> list[str]:
 
 
 def _full_tasks(resolved: ResolvedExperiment) -> list[TaskFolder]:
-    """List the tasks with all classes and samples, because a subset of a task contains no unusable samples."""
+    """Return the tasks with all their classes and samples, because a subset of a task lists no unusable samples."""
     tasks = (task.full_task or task.without_shots for task in resolved.tasks)
     return list(dict.fromkeys(tasks))
 
@@ -302,21 +304,21 @@ def _sample_warnings(resolved: ResolvedExperiment) -> list[str]:
 
 
 def _describe_broken(messages: Sequence[str]) -> str:
-    """Summarize the messages about unusable samples."""
+    """Summarize messages about unusable samples, one message per sample, in one text."""
     more = f"; and {len(messages) - MAX_SAMPLES_LISTED} more" if len(messages) > MAX_SAMPLES_LISTED else ""
     samples = format_count(len(messages), "sample")
     return f"{samples} will be skipped: {'; '.join(messages[:MAX_SAMPLES_LISTED])}{more}"
 
 
 def _broken_references(resolved: ResolvedExperiment) -> list[str]:
-    """Return a message for each reference image that is known to be unusable without decoding it."""
+    """Return a message for each reference image that is unusable, as far as this is known before images are decoded."""
     images = resolved.reference.images if resolved.reference else None
     faulty = images.faulty_samples() if isinstance(images, IndexedSamples) else []
     return [str(sample.as_error()) for sample in faulty]
 
 
 def _prompt_warnings(resolved: ResolvedExperiment) -> list[str]:
-    """Return warnings about prompts that the model truncates, and about classes with equal tokens."""
+    """Return warnings about prompts that the model truncates, and about classes whose prompts have equal tokens."""
     import open_clip
 
     tokenizer = open_clip.get_tokenizer(open_clip_name(resolved.experiment.model))
@@ -326,7 +328,7 @@ def _prompt_warnings(resolved: ResolvedExperiment) -> list[str]:
 
 
 def _streaming_warnings(resolved: ResolvedExperiment) -> list[str]:
-    """Return warnings about remote shards that several readers would download in full."""
+    """Return warnings about datasets in remote shards, if each of several processes would download all the shards."""
     compute = resolved.experiment.compute
     readers = compute.workers * max(compute.loader_processes, 1)
     datasets = {f"task '{task.name}'": task.train for task in resolved.tasks}
@@ -341,7 +343,7 @@ def _streaming_warnings(resolved: ResolvedExperiment) -> list[str]:
 
 
 def _feature_policies(resolved: ResolvedExperiment) -> dict[str, str]:
-    """Return for each task when the teacher's features of distillation images are computed (see `feature_policy`)."""
+    """Map each task's name to the policy for computing the teacher's features in its stage (see `feature_policy`)."""
     experiment, distill = resolved.experiment, resolved.experiment.method.distill
     if distill is None:
         return {}
@@ -355,7 +357,7 @@ def _feature_policies(resolved: ResolvedExperiment) -> dict[str, str]:
 
 
 def _image_count(samples: object) -> int | None:
-    """Return the number of images; `None` for remote shards, which have no index."""
+    """Return the number of images in a dataset; `None` for remote shards, which have no index."""
     return len(samples) if isinstance(samples, IndexedSamples) else None
 
 
@@ -364,14 +366,14 @@ def prepare(experiment: Experiment, recipe: Path | None = None, root: Path | Non
 
     Args:
         experiment: The experiment.
-        recipe: The recipe's file.
-        root: Folder to which relative paths of the recipe were resolved; default: the current folder.
+        recipe: The recipe's file, for a hint in the error message if a path of the recipe does not exist.
+        root: Folder to which the recipe's relative paths were resolved, for the same hint; default: the current folder.
 
     Returns:
         The resolved experiment.
 
     Raises:
-        InputError: If data or a model of the experiment is missing or unusable.
+        InputError: The data or the model of the experiment is missing or unusable.
     """
     try:
         return _resolve_and_check(experiment)
@@ -381,7 +383,7 @@ def prepare(experiment: Experiment, recipe: Path | None = None, root: Path | Non
 
 
 def _recipe_folder_hint(experiment: Experiment, recipe_folder: Path, root: Path) -> str:
-    """Return a hint for the end of an error message, if a missing path exists relative to the recipe's folder."""
+    """Return a hint for an error message if a missing path exists relative to the recipe's folder; empty otherwise."""
     scenario, reference, model = experiment.class_incremental, experiment.reference, experiment.model
     locations = [task.path for task in experiment.tasks]
     locations += [scenario.path, str(scenario.order)] if scenario else []
@@ -400,7 +402,7 @@ def _recipe_folder_hint(experiment: Experiment, recipe_folder: Path, root: Path)
 
 
 def _path_exists(pattern: Path) -> bool:
-    """Whether a path exists or a pattern matches a path; false for an invalid pattern such as `a**b.tar`."""
+    """Whether a path exists or a pattern matches an existing path. No path matches an invalid pattern (`a**b.tar`)."""
     with suppress(OSError, ValueError):
         return pattern.exists() or any(pattern.parent.glob(pattern.name))
     return False

@@ -1,4 +1,4 @@
-"""Progress of a run: a progress bar with the remaining time on a terminal, and lines in a log."""
+"""Progress of a run: a progress bar with the remaining time on a terminal, or lines of text in a log."""
 
 import time
 
@@ -31,13 +31,13 @@ SPEED_WINDOW_SECONDS = 1800.0
 
 
 class ProgressBar:
-    """Shows the number of finished steps, the total and the remaining time.
+    """Shows the number of finished steps, the total number and the remaining time.
 
-    Without a terminal, it prints at most one line every `LOG_INTERVAL_SECONDS`.
+    If the console is not a terminal, at most one line of text is printed every `LOG_INTERVAL_SECONDS`.
 
     Attributes:
-        console: Console on standard error, because standard output is reserved for results.
-        total: Number of steps, if it is known.
+        console: The console. It writes to standard error, because standard output is reserved for results.
+        total: Total number of steps; `None` if it is not known.
         done: Number of finished steps.
     """
 
@@ -74,7 +74,7 @@ class ProgressBar:
             description: Description of the current work.
             done: Number of finished steps.
             total: Total number of steps; default: the previous total.
-            detail: Text that is appended in a log, for example the losses.
+            detail: Text that is appended to the line in a log but not shown on a terminal, for example the losses.
         """
         self.done, self.total = done, total or self.total
         self._bar.update(self._task, description=description, completed=done, total=self.total)
@@ -86,7 +86,7 @@ class ProgressBar:
             self.log(text.rstrip())
 
     def update_secondary(self, description: str, done: int, total: int) -> None:
-        """Show the progress of other work on a second bar. The bar is removed when the work is finished."""
+        """Show the progress of concurrent work on a second bar, until the work is finished."""
         if self._secondary is None:
             self._secondary = self._bar.add_task(description, total=total)
         self._bar.update(self._secondary, completed=done)
@@ -97,13 +97,13 @@ class ProgressBar:
             self.log(f"{description}: {done} of {total}")
 
     def log(self, text: str) -> None:
-        """Print a line if there is no terminal that shows the bar."""
+        """Print a line if the console is not a terminal, which would show the bar instead."""
         self._last_logged = time.monotonic()
         if not self.console.is_interactive:
             self.print(text)
 
     def print(self, text: str) -> None:
-        """Print a line. On a terminal, it appears above the bar."""
+        """Print a line. On a terminal, the line appears above the bar."""
         self.console.print(text, highlight=False, soft_wrap=True)
 
     def _is_log_due(self) -> bool:
@@ -124,7 +124,7 @@ class RunDisplay:
         self._usage = ""
 
     def __call__(self, event: BaseModel) -> None:
-        """Show an event."""
+        """Show an event of the run."""
         match event:
             case Note():
                 self.bar.print(event.text)
@@ -158,7 +158,7 @@ class RunDisplay:
 
 
 def _describe_usage(event: WorkersUsed) -> str:
-    """Summarize resource use: the throughput of each worker, and the maximum over workers of the other values."""
+    """Summarize resource use: throughput by worker, and the maximum over workers of loader waits and memory use."""
     images = " + ".join(f"{worker.images_per_second:.0f}" for worker in event.workers)
     waits = 100 * max(worker.loader_wait_share for worker in event.workers)
     memory = max(worker.memory_megabytes for worker in event.workers)
@@ -169,5 +169,5 @@ def _describe_usage(event: WorkersUsed) -> str:
 
 
 def format_value(value: object) -> str:
-    """Format a value for display: a float with three significant digits."""
+    """Format a value for display. A float gets three significant digits."""
     return f"{value:.3g}" if isinstance(value, float) else str(value)

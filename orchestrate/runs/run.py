@@ -1,4 +1,4 @@
-"""Execution of an experiment on Ray, with checks, MLflow tracking and progress, and its variants and dry run."""
+"""Execution of an experiment on Ray: checks, MLflow tracking, progress display, variants of a recipe, and dry run."""
 
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -38,15 +38,16 @@ def prepare_variants(
     seeds: int = 1,
     orders: str = "",
 ) -> Iterator[tuple[ResolvedExperiment, Path]]:
-    """Resolve and check the experiments of a recipe, one after another.
+    """Resolve and check the experiments of a recipe: one for each variant, seed and task order.
 
     Args:
         recipe: A recipe, with or without variants.
-        overrides: Changes of the recipe, `a.b.c=value`.
+        overrides: Changes to fields of the recipe, `a.b.c=value`.
         variant: Name of a variant; default: all variants.
-        out: The run's folder, or the parent folder of several runs; default: see `lifecycle.paths.run_folder`.
-        seeds: Number of seeds per variant.
-        orders: Task orders per variant (see `recipes.variants.expand_seeds_and_orders`).
+        out: The run's folder, or the parent folder of several runs; for the default, see `lifecycle.paths.run_folder`.
+        seeds: Number of seeds with which each variant is run.
+        orders: Task orders, separated by commas, with which each variant is run (see
+            `recipes.variants.expand_seeds_and_orders`).
 
     Yields:
         Pairs of an experiment and the run's folder.
@@ -60,7 +61,7 @@ def prepare_variants(
 def run_experiment(resolved: ResolvedExperiment, folder: Path, console: Console, offline: bool = False) -> Result:
     """Run or resume an experiment on Ray. If the run is finished, only load its result.
 
-    If a signal stops the run, an `InterruptedRunError` is raised, and the run can be resumed.
+    If a signal stops the run, an `InterruptedRunError` is raised. The run can be resumed later.
 
     Args:
         resolved: The experiment.
@@ -82,17 +83,18 @@ def run_experiment(resolved: ResolvedExperiment, folder: Path, console: Console,
 
 
 def load_resumable_run(folder: Path, overrides: Sequence[str]) -> Experiment:
-    """Load the experiment from a run's folder, in order to resume the run.
+    """Load the experiment that is recorded in a run's folder, in order to resume the run.
 
     Args:
         folder: Folder of a run that was started before.
-        overrides: Changes of the recipe, `a.b.c=value`, of compute and tracking only.
+        overrides: Changes to fields of the recipe, `a.b.c=value`. Only fields of `compute` and `tracking` are allowed.
 
     Returns:
         The experiment.
 
     Raises:
-        InputError: If there is no run, an override would change the results, or the recorded recipe has masked secrets.
+        InputError: The folder holds no run, an override changes another field, or the recorded recipe contains masked
+            secrets.
     """
     file = folder / EXPERIMENT
     if not file.is_file():
@@ -115,19 +117,19 @@ def load_resumable_run(folder: Path, overrides: Sequence[str]) -> Experiment:
 def run_embedding(resolved: ResolvedExperiment, folder: Path, console: Console) -> EmbeddingReport:
     """Fill the teacher's feature cache next to a run's folder, on Ray.
 
-    If a signal stops the work, an `InterruptedRunError` is raised, and the computed features stay in the cache.
+    If a signal stops the work, an `InterruptedRunError` is raised. Features computed until then stay in the cache.
 
     Args:
         resolved: The experiment.
-        folder: The run's folder; nothing is written into it.
+        folder: The run's folder. The cache is next to it, and nothing is written into it.
         console: Console for progress.
 
     Returns:
-        A report of the computed features.
+        The number of embedded images and texts, and the location and size of their features.
 
     Raises:
-        InputError: If the cluster does not have the requested resources, or the method uses no features that can be
-            computed in advance.
+        InputError: The recipe sets `compute.storage`, the cluster does not have the requested resources, or the method
+            uses no features that can be computed in advance.
     """
     from orchestrate.cluster.connect import connect
     from orchestrate.cluster.train_workers import embed
@@ -149,13 +151,13 @@ def run_embedding(resolved: ResolvedExperiment, folder: Path, console: Console) 
 
 
 def _load_finished(resolved: ResolvedExperiment, folder: Path, console: Console, offline: bool) -> Result | None:
-    """Load the result of a finished run, and print that nothing is left to do.
+    """Load the result of a run if the run is finished, and print that there is nothing to do.
 
     Returns:
         The result; `None` if the run is not finished.
 
     Raises:
-        InputError: If the folder holds another run or its result.
+        InputError: The folder holds another run, or the result of another run.
     """
     preflight.check_run_folder_is_same(resolved, folder)
     if not (folder / RESULT).is_file():
@@ -215,7 +217,7 @@ def _start_uploader(resolved: ResolvedExperiment, folder: Path, console: Console
 
 
 def plan_run(resolved: ResolvedExperiment, folder: Path, console: Console, offline: bool = False) -> dict[str, object]:
-    """Describe a run, and check what it needs, without starting it.
+    """Describe a run and check its requirements, without starting the run.
 
     If a check fails, an `InputError` is raised.
 
@@ -226,7 +228,7 @@ def plan_run(resolved: ResolvedExperiment, folder: Path, console: Console, offli
         offline: Whether the run would not be recorded in MLflow.
 
     Returns:
-        The plan, the outcomes of the checks, and the resources of the cluster if it is specified.
+        The plan, the outcomes of the checks, and, if a cluster is specified, its resources.
     """
     from orchestrate.runs import dry_run
 
@@ -250,7 +252,7 @@ def connect_cluster(experiment: Experiment, folder: Path, console: Console) -> d
         console: Console for messages.
 
     Returns:
-        Mapping from `nodes`, `CPU` and `GPU` to their numbers.
+        Mapping from `nodes`, `CPU` and `GPU` to their number in the cluster.
     """
     import ray
 

@@ -11,10 +11,11 @@ def check_search(prepared: PreparedSearch, folder: Path, offline: bool, connect:
     """Check everything that could stop a search at its start.
 
     Args:
-        prepared: The search. Its recipe, data and model have been checked already.
+        prepared: The search. `prepare_search` has checked its recipe, data and model.
         folder: The search's folder.
-        offline: Whether the search runs without MLflow.
-        connect: Function that connects to the cluster, if the recipe or the environment names one.
+        offline: Whether the search would run without MLflow.
+        connect: Function that connects to the Ray cluster. It is called only if the recipe or the environment names a
+            cluster.
 
     Returns:
         The checks and their outcomes.

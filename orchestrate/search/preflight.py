@@ -29,16 +29,16 @@ DATA_FIELDS = (
 
 @dataclass(frozen=True)
 class PreparedSearch:
-    """A search whose recipe, data and model were checked.
+    """A search with a valid recipe, valid data and a usable model (see `prepare_search`).
 
     Attributes:
         search: The section `search` of the recipe.
-        content: The unchecked recipe of the experiment, without the values of a trial.
+        content: The content of the experiment's recipe, before a trial's values are inserted.
         file: The recipe's file.
-        base: The experiment of the recipe without the values of a trial, evaluated on held-out images.
+        base: The experiment that the recipe defines without a trial's values, evaluated on held-out training images.
         fingerprint: The search's fingerprint.
-        averages: Averaging settings of all trials, if trials that differ only in averaging can share the training of
-            the first stage; empty otherwise.
+        averages: The averaging settings that occur in the trials. Trials that differ only in averaging share the
+            training of the first stage. Empty if no trials can share it.
     """
 
     search: Search
@@ -55,7 +55,7 @@ class PreparedSearch:
 
     @property
     def trial_count(self) -> int:
-        """The number of trials: that of the recipe, or the number of combinations of a grid."""
+        """The number of trials: the recipe's setting, or the number of combinations of values in a grid."""
         if self.search.trials is not None:
             return self.search.trials
         return math.prod(len(domain.values or ()) for domain in self.search.domains.values())
@@ -66,13 +66,13 @@ def prepare_search(file: Path, overrides: Sequence[str] = ()) -> PreparedSearch:
 
     Args:
         file: The search's recipe.
-        overrides: Overrides of the recipe's fields, `a.b.c=value`.
+        overrides: Changes to fields of the recipe, `a.b.c=value`.
 
     Returns:
         The checked search.
 
     Raises:
-        InputError: If the recipe or the data are invalid, or a setting is not supported in a search.
+        InputError: The recipe or the data are invalid, or a setting is not supported in a search.
     """
     search, content = load_search(file, overrides)
     experiment = build_trial_experiment(search, content, {}, file)
@@ -99,10 +99,13 @@ def prepare_search(file: Path, overrides: Sequence[str] = ()) -> PreparedSearch:
 
 
 def _check_points(search: Search, content: Mapping[str, Any], file: Path) -> None:
-    """Check every combination of a grid; for other samplers, check the bounds or choices of each domain.
+    """Check that the recipe is valid with the values of trials.
+
+    For a grid, every combination of values is checked. For other samplers, the bounds or choices of each domain are
+    checked separately.
 
     Raises:
-        InputError: If combinations are invalid. The message lists the error of every invalid combination.
+        InputError: The recipe is invalid with some of the values. The message lists all errors.
     """
     if search.sampler == "grid":
         values = [[(path, value) for value in domain.values or ()] for path, domain in search.domains.items()]
@@ -127,13 +130,14 @@ def load_resumable_search(folder: Path, overrides: Sequence[str]) -> PreparedSea
 
     Args:
         folder: The search's folder.
-        overrides: Overrides of fields of `compute` and `tracking`.
+        overrides: Changes to fields of the recipe, `a.b.c=value`. Only fields of `compute` and `tracking` are allowed.
 
     Returns:
         The checked search.
 
     Raises:
-        InputError: If an override would change the search itself, or the recipe or the data are invalid.
+        InputError: An override changes another field, the recipe or the data are invalid, or the recipe contains masked
+            secrets.
     """
     for override in overrides:
         if not override.startswith(("compute.", "tracking.")):
@@ -173,10 +177,10 @@ def _check_objectives(search: Search, base: ResolvedExperiment, file: Path) -> N
 
 
 def _shared_averages(search: Search, content: Mapping[str, Any], file: Path) -> Averages:
-    """Return the averaging settings of the trials, if they are few and trials can differ in averaging only.
+    """Collect the averaging settings that occur in the trials, so that trials can share the first stage's training.
 
     Returns:
-        The settings; empty if trials cannot share the first stage.
+        The settings; empty if there are more than `MAX_SHARED_AVERAGES`, or if trials cannot differ only in averaging.
     """
     values = [domain.values for domain in search.domains.values()]
     if None in values or not any(path.split(".")[0] == "method" for path in search.domains):
@@ -197,7 +201,7 @@ def search_folder(prepared: PreparedSearch, out: Path | None) -> Path:
 
     Args:
         prepared: The search.
-        out: The folder that the user chose; default: `runs/NAME-FINGERPRINT`.
+        out: The folder that the user chose; default: `runs/NAME-FINGERPRINT` in the current folder.
 
     Returns:
         The folder, which may not exist yet.
@@ -213,14 +217,14 @@ def estimate_total_model_megabytes(prepared: PreparedSearch) -> float:
 
 
 def plan_search(prepared: PreparedSearch, folder: Path) -> dict[str, object]:
-    """Describe in numbers what a search will do.
+    """Describe what a search will do: its trials, stages, steps, images and disk space.
 
     Args:
         prepared: The search.
         folder: The search's folder.
 
     Returns:
-        The plan that `zscl search --dry-run` prints.
+        The plan, as `zscl search --dry-run` prints it.
     """
     experiment, trials = prepared.base.experiment, prepared.trial_count
     steps = sum(map(experiment.stage_steps, experiment.tasks))

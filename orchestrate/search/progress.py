@@ -33,7 +33,7 @@ class SearchDisplay:
         self._best: tuple[float, int] | None = None  # utility and number of the best trial
 
     def __call__(self, trial_event: TrialEvent) -> None:
-        """Show a trial's event."""
+        """Show an event of a trial, or of the evaluation of the chosen trial on the test images (trial number 0)."""
         number, event = trial_event.trial, trial_event.news
         if number == 0:
             self._show_test_row(event)

@@ -23,14 +23,14 @@ RELIABLE_TRIALS = 10  # the importance of fields is reliable from this number of
 
 
 def build_trial_columns(result: SearchResult) -> dict[str, list[Any]]:
-    """Arrange the trials in columns.
+    """Arrange the trials of a search in the columns of a table.
 
     Args:
         result: The search's result.
 
     Returns:
-        Mapping from a column's name to its cells: number, status, finished stages, values, objectives as fractions, and
-        a note.
+        Mapping from a column's name to its cells, one per trial. The columns are the trial's number, its status, the
+        number of finished stages, one column per searched field, one per objective (as fractions), and a note.
     """
     trials = result.trials
     columns: dict[str, list[Any]] = {
@@ -55,13 +55,14 @@ def _note(result: SearchResult, trial: Trial) -> str:
 
 
 def build_terminal_tables(result: SearchResult) -> Group:
-    """Format the table of trials, with the chosen trial in bold, and a summary of the search.
+    """Format a table of the trials, with the chosen trial in bold, and a summary of the search.
 
     Args:
         result: The search's result.
 
     Returns:
-        The table, followed by lines of text: importance of fields, stage trainings, and the chosen trial.
+        The table, followed by lines of text: the importance of each searched field, the number of stage trainings, and
+        the test results of the chosen trial.
     """
     columns = build_trial_columns(result)
     table = Table(title="Trials, evaluated on held-out training images, %")
@@ -99,12 +100,14 @@ def _format_value(value: Any) -> str:
 
 
 def draw_trials(search: Search, trials: Sequence[Trial], folder: Path) -> list[Path]:
-    """Draw charts of the finished trials with Optuna: parallel coordinates, and the Pareto front of 2 or 3 objectives.
+    """Draw charts of the finished trials with Optuna: parallel coordinates, and the Pareto front.
+
+    The Pareto front is drawn only for searches with two or three objectives.
 
     Args:
         search: The search.
         trials: All trials.
-        folder: Folder for the charts.
+        folder: Output folder for the charts.
 
     Returns:
         The written PNG files; empty if fewer than two trials finished.
@@ -154,5 +157,5 @@ def _short_path(path: str) -> str:
 
 
 def _value(index: int, trial: Any) -> float:
-    """Return the objective at an index of an Optuna trial."""
+    """Return the value of an objective in an Optuna trial, by the objective's index."""
     return float(trial.values[index])

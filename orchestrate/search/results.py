@@ -1,4 +1,4 @@
-"""Results of a search: conversion of Ray Tune's results to trials, the Pareto front, and counts of stage trainings."""
+"""Results of a search: conversion of Ray Tune's results to trials, Pareto front, and counts of stage trainings."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ def build_trials(grid: "ResultGrid", search: Search) -> list[Trial]:
         search: The search.
 
     Returns:
-        The trials, in the order in which they were suggested.
+        The trials, in the order in which the sampler suggested them.
     """
     from orchestrate.search.samplers import TRIAL_NUMBER
     from orchestrate.search.trial import STAGES_DONE
@@ -90,16 +90,19 @@ def select_pareto_front(trials: Sequence[Trial], objectives: Sequence[str]) -> l
 
 
 def compute_utility(objectives: Mapping[str, float]) -> float:
-    """Average the objectives of a trial, which are all on the scale of accuracies. Negate objectives to minimise."""
+    """Compute the mean of a trial's objectives, all fractions. Objectives that are minimised count negatively."""
     return fmean(value if optimisation_direction(name) == "max" else -value for name, value in objectives.items())
 
 
 def count_stage_trainings(trials: Sequence[Trial], stages: int) -> StageTrainings:
-    """Count the stages of all trials by outcome: trained, shared, read, stopped early or failed.
+    """Count the stages of all trials by origin.
+
+    A stage was trained, was shared by another trial, was read from a trial that had finished before, or was not
+    trained because its trial was stopped early or failed.
 
     Args:
         trials: All trials.
-        stages: Number of stages of a trial.
+        stages: Number of stages that a complete trial has.
 
     Returns:
         The counts.

@@ -1,14 +1,14 @@
 """Hyperparameter search: runs trials on Ray Tune, chooses the best one, and evaluates it on the test images.
 
 Trials are evaluated on held-out training images. Only the chosen trial is evaluated on the test images, once, at the
-end. The search's folder is its own checkpoint:
+end. A search resumes from the files in its folder:
 
-    search.yaml      the recipe of the search and its experiment
+    search.yaml      the recipe of the search, including its experiment
     trials/          one run folder per trial, named by fingerprint (see `orchestrate.search.trial`)
     stages/          trained stages that trials share (see `zscl.sequence.stage_cache`)
     tune/            Ray Tune's state: its trials, and the state of the sampler
     chosen.yaml      the chosen recipe, ready for `zscl run`
-    test/            the chosen trial's models, evaluated on the test images
+    test/            run folder of the chosen trial's models, evaluated on the test images
     search.json      the result; the search is finished if this file exists
 """
 
@@ -81,7 +81,7 @@ T = TypeVar("T")
 
 
 def run_search(prepared: PreparedSearch, folder: Path, console: Console, offline: bool = False) -> SearchResult:
-    """Run or resume a search on Ray Tune. If the search is finished, only read its result.
+    """Run or resume a search on Ray Tune. If the search is finished, only load its result.
 
     Args:
         prepared: The checked search.
@@ -93,9 +93,9 @@ def run_search(prepared: PreparedSearch, folder: Path, console: Console, offline
         The search's result.
 
     Raises:
-        InputError: If the cluster or the tracking store cannot be used, the folder is in use or holds other results, or
-            no trial finished.
-        InterruptedRunError: If a signal stopped the search, which can be resumed.
+        InputError: The cluster or the tracking store cannot be used, another process uses the folder, the folder holds
+            other results, or no trial finished.
+        InterruptedRunError: A signal stopped the search. The search can be resumed.
     """
     check_same_search(prepared, folder)
     if (folder / SEARCH_RESULT).is_file():
@@ -106,14 +106,14 @@ def run_search(prepared: PreparedSearch, folder: Path, console: Console, offline
 
 
 def check_same_search(prepared: PreparedSearch, folder: Path) -> None:
-    """Check that a folder is empty or holds this search.
+    """Check that a search can run in a folder: that the folder holds this search, or neither a search nor a run.
 
     Args:
         prepared: The checked search.
         folder: The search's folder.
 
     Raises:
-        InputError: If the folder holds another search, a run, or results of another version of the algorithm.
+        InputError: The folder holds another search, a run, or results of another version of the algorithm.
     """
     if (folder / FINGERPRINT).is_file():
         identity = read_search_identity(folder)
@@ -234,21 +234,22 @@ def _run_trials(prepared: PreparedSearch, context: "TrialContext", slots: int) -
 
 
 def _wait_for(work: Callable[[], T], channel: Any, stop_request: StopRequest, all_stopped: Callable[[], bool]) -> T:
-    """Call a function in a thread, and wait for its result or a signal.
+    """Call a function in another thread, and wait until the function returns or a signal arrives.
 
-    A thread is used because Ray would handle signals itself in the main thread.
+    In the main thread, Ray would handle the signals itself.
 
     Args:
         work: The function.
-        channel: Handle of the channel that tells trials to stop.
-        stop_request: Set by signals.
-        all_stopped: Function that returns whether no trial is running.
+        channel: Handle of the `RunChannel` actor, through which the trials are requested to stop.
+        stop_request: The request that a signal sets.
+        all_stopped: Function that returns whether all trials have stopped.
 
     Returns:
         The function's result.
 
     Raises:
-        InterruptedRunError: If a signal came. It is raised when the trials have stopped or `GRACE_SECONDS` have passed.
+        InterruptedRunError: A signal arrived. The error is raised when all trials have stopped, at the latest after
+            `GRACE_SECONDS`.
     """
     answer: Future[T] = Future()
 
@@ -282,15 +283,15 @@ def _conclude(
     Args:
         trials: All trials.
         prepared: The checked search.
-        context: Context of the trials.
-        stop_request: Set by signals.
+        context: The context that all trials share.
+        stop_request: The request that a signal sets.
         started: Value of `time.monotonic()` at the start of the search.
 
     Returns:
         The search's result.
 
     Raises:
-        InputError: If no trial finished.
+        InputError: No trial finished.
     """
     from orchestrate.search.report import draw_trials
     from orchestrate.search.samplers import compute_importance

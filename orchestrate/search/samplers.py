@@ -1,7 +1,6 @@
-"""Samplers and schedulers of a search.
+"""Samplers and schedulers of a search: Optuna suggests trials, and Ray Tune stops unpromising ones.
 
-Optuna suggests trials, and Ray Tune stops unpromising ones. Suggestions depend only on the seed and on the results of
-earlier batches of trials.
+Suggestions depend only on the seed and on the results of earlier batches of trials.
 """
 
 import itertools
@@ -36,8 +35,8 @@ MEDIAN_MIN_TRIALS = 3  # number of trials that must reach a stage before a trial
 class OptunaSearcher(OptunaSearch):  # type: ignore[misc]
     """Suggests trials in batches: a batch starts when all trials of the previous batch have ended.
 
-    Results of a batch are passed to Optuna in the order of suggestion, so suggestions do not depend on the order in
-    which trials finish. Values are encoded by `Domain.encode`.
+    Results of a batch are passed to Optuna in the order in which its trials were suggested. Therefore, suggestions do
+    not depend on the order in which trials finish. Suggested values are encoded as by `Domain.encode`.
     """
 
     def __init__(self, search: Search) -> None:
@@ -61,8 +60,8 @@ class OptunaSearcher(OptunaSearch):  # type: ignore[misc]
             trial_id: Ray Tune's id of the trial.
 
         Returns:
-            Mapping from paths to encoded values, with the trial's number; `None` while trials of the previous batch are
-            running.
+            Mapping from the path of each searched field to its encoded value, and from `TRIAL_NUMBER` to the trial's
+            number. `None` while trials of the previous batch are running.
         """
         if len(self._order) % self._batch == 0 and len(self._results) < len(self._order):
             return None
@@ -71,7 +70,7 @@ class OptunaSearcher(OptunaSearch):  # type: ignore[misc]
         return {**values, TRIAL_NUMBER: len(self._order)}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Ignore the report of a stage, which only the scheduler uses."""
+        """Do nothing: only the scheduler uses the reports that a trial sends after each stage."""
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Record the result of a trial. When a batch is complete, pass its results to Optuna.
@@ -79,7 +78,7 @@ class OptunaSearcher(OptunaSearch):  # type: ignore[misc]
         Args:
             trial_id: Ray Tune's id of the trial.
             result: The trial's last report.
-            error: Whether the trial failed. Optuna gets no values of a failed trial.
+            error: Whether the trial failed. Optuna is informed of the failure, without values of the objectives.
         """
         names = self.metric if isinstance(self.metric, list) else [self.metric]
         values = [float((result or {}).get(name, math.nan)) for name in names]
@@ -93,7 +92,7 @@ class OptunaSearcher(OptunaSearch):  # type: ignore[misc]
 
 
 def to_distribution(domain: Domain) -> BaseDistribution:
-    """Convert a domain to an Optuna distribution."""
+    """Convert the domain of a searched field to an Optuna distribution of encoded values."""
     if domain.choice is not None:
         return CategoricalDistribution(domain.encoded_choices)
     low, high = domain.values_to_check
@@ -114,7 +113,7 @@ def build_sampler(search: Search) -> BaseSampler:
 
 
 def list_grid_points(search: Search) -> list[dict[str, Any]]:
-    """Return every combination of encoded values of the domains. The value of the last path varies fastest."""
+    """Return all combinations of the domains' encoded values by field path. The last field's value varies fastest."""
     values = [list(domain.encoded_choices or domain.values or ()) for domain in search.domains.values()]
     return [dict(zip(search.domains, point, strict=True)) for point in itertools.product(*values)]
 
@@ -124,8 +123,8 @@ def build_scheduler(search: Search, stages: int, time_attr: str) -> TrialSchedul
 
     Args:
         search: The search.
-        stages: Number of stages of a trial.
-        time_attr: Key of the number of finished stages in a trial's report.
+        stages: Number of stages that a complete trial has.
+        time_attr: Key of a trial's report that contains the number of finished stages.
 
     Returns:
         The scheduler; `None` if the search has no early stopping.
@@ -145,14 +144,14 @@ def build_scheduler(search: Search, stages: int, time_attr: str) -> TrialSchedul
 
 
 def build_study(search: Search, trials: Sequence[Trial]) -> optuna.Study:
-    """Build an Optuna study of the finished trials, for charts and importances.
+    """Build an Optuna study of the finished trials, for charts and for the importance of fields.
 
     Args:
         search: The search.
         trials: All trials.
 
     Returns:
-        The study, with objectives in per cent.
+        The study. The values of the objectives are in per cent.
     """
     directions = {"min": StudyDirection.MINIMIZE, "max": StudyDirection.MAXIMIZE}
     study = optuna.create_study(directions=[directions[optimisation_direction(name)] for name in search.objectives])
@@ -169,14 +168,18 @@ def build_study(search: Search, trials: Sequence[Trial]) -> optuna.Study:
 
 
 def compute_importance(search: Search, trials: Sequence[Trial]) -> dict[str, float]:
-    """Compute the fraction of the mean objective's variance that each path explains, with Optuna's fANOVA.
+    """Compute the importance of each searched field with Optuna's fANOVA.
+
+    The importance is the fraction of the variance of the mean objective that the field explains. Objectives that are
+    minimised count negatively in the mean.
 
     Args:
         search: The search.
         trials: All trials; only finished ones are used.
 
     Returns:
-        Mapping from paths to fractions of the variance; empty if all finished trials have the same mean objective.
+        Mapping from the path of each searched field to its importance; empty if all finished trials have the same mean
+        objective.
     """
     study = build_study(search, trials)
     signs = [1.0 if optimisation_direction(name) == "max" else -1.0 for name in search.objectives]

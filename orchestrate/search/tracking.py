@@ -1,7 +1,7 @@
-"""Recording of a search in MLflow: the search is a parent run, trials are its child runs, and stages are theirs.
+"""Recording of a search in MLflow: a search is a parent run, trials are child runs, stages are children of trials.
 
-Trials are uploaded from their journals, like other runs. The result of the search is recorded in the parent run at the
-end.
+The records of a trial are uploaded from the journal in the trial's folder, as for a run outside a search. At the end,
+the result of the search is recorded in the parent run.
 """
 
 import threading
@@ -61,7 +61,7 @@ TRIAL_TIMEOUT = 120.0  # seconds to upload the remaining records of a trial that
 
 
 def _read_start_time(folder: Path) -> int | None:
-    """Return the recorded start time of the search in a folder, in milliseconds; `None` if there is none."""
+    """Return the start time of the search in a folder, in Unix milliseconds; `None` if none is recorded."""
     if not (folder / paths.FINGERPRINT).is_file():
         return None
     return paths.read_search_identity(folder).started_ms
@@ -76,12 +76,12 @@ class SearchRecorder:
     """
 
     def __init__(self, search: Search, experiment: str, identity: paths.SearchIdentity, folder: Path, uri: str) -> None:
-        """Find or create the MLflow run of the search.
+        """Find the MLflow run of the search, or create it.
 
         Args:
             search: The search.
             experiment: Name of the MLflow experiment.
-            identity: The search's identity.
+            identity: Fingerprint, algorithm version and start time of the search, by which its MLflow run is found.
             folder: The search's folder, absolute.
             uri: Tracking URI.
         """
@@ -116,17 +116,19 @@ class SearchRecorder:
         clear_reason(self.client, self.run_id)
 
     def finalize(self, folder: Path, files: bool = True) -> str:
-        """Record the status of the search from its folder, and the result of a finished search.
+        """Read the search's status from its folder and record it in the tracking store.
+
+        The result of a finished search is recorded as well.
 
         Args:
             folder: The search's folder.
             files: Whether to upload the files of a finished search as artifacts.
 
         Returns:
-            The status: FINISHED, FAILED or KILLED.
+            The status of the search: FINISHED, FAILED or KILLED.
 
         Raises:
-            ArtifactError: If the artifact store did not accept the files. The status is recorded nevertheless.
+            ArtifactError: The artifact store did not accept the files. The status is recorded nevertheless.
         """
         state = read_state(folder)
         if (folder / paths.SEARCH_RESULT).is_file():
@@ -147,7 +149,7 @@ class SearchRecorder:
             files: Whether to upload the table, the recipes and the charts as artifacts.
 
         Raises:
-            ArtifactError: If the artifact store did not accept the files. Everything else is recorded nevertheless.
+            ArtifactError: The artifact store did not accept the files. Everything else is recorded nevertheless.
         """
         state = read_state(folder)
         end_time = state.time if state and state.status == "FINISHED" else 0
@@ -178,7 +180,7 @@ class SearchRecorder:
 
 
 class SearchUploader:
-    """Uploads a search and its trials in background threads. Only `end` waits for the uploads."""
+    """Uploads records of a search and its trials to MLflow in background threads. Only `end` waits for the uploads."""
 
     def __init__(
         self, prepared: "PreparedSearch", folder: Path, note: Callable[[str], None], identity: paths.SearchIdentity
@@ -189,10 +191,10 @@ class SearchUploader:
             prepared: The checked search.
             folder: The search's folder, absolute.
             note: Called with messages about the store, from any thread.
-            identity: The search's identity.
+            identity: Fingerprint, algorithm version and start time of the search, by which its MLflow run is found.
 
         Raises:
-            InputError: If the store cannot be reached.
+            InputError: The store cannot be reached.
         """
         self._prepared, self._folder, self._note = prepared, folder, note
         experiment = prepared.base.experiment
@@ -206,7 +208,7 @@ class SearchUploader:
         self._end_threads: list[threading.Thread] = []
 
     def __call__(self, trial_event: TrialEvent) -> None:
-        """Start the uploader of a trial when the trial starts, and end it when the trial ends."""
+        """Start a background upload when a trial starts, and end it when the trial ends. Other events are ignored."""
         number = trial_event.trial
         match trial_event.news:
             case TrialStarted(values=values, fingerprint=fingerprint, folder=folder) if number > 0:
@@ -226,10 +228,11 @@ class SearchUploader:
                 self._end_threads.append(thread)
 
     def end(self, timeout: float | None = None) -> None:
-        """Upload the remaining records of all trials, then record the outcome of the search from its folder.
+        """Upload the remaining records of all trials, then record the outcome of the search.
 
         Args:
-            timeout: Seconds to wait for the uploads; the default grows with the number of unfinished uploads.
+            timeout: Maximum time to wait for the uploads, in seconds. The default is proportional to the number
+                of unfinished uploads plus one.
         """
         waiting = len(self._uploaders) + sum(thread.is_alive() for thread in self._end_threads)
         timeout = FINISH_TIMEOUT * (1 + waiting) if timeout is None else timeout
@@ -255,14 +258,15 @@ def sync_search(folder: Path, uri: str | None, on_sent: Callable[[str, int, int]
 
     Args:
         folder: The search's folder, absolute.
-        uri: Tracking URI; default: the one of the search's recipe.
-        on_sent: Called with the name of the trial, the number of entries sent, and the number of entries to send.
+        uri: Tracking URI; default: the URI in the search's recipe.
+        on_sent: Called during the upload with the name of a trial's folder, the number of its journal entries that were
+            sent, and the total number to send.
 
     Returns:
-        The number of entries sent, and the status of the search.
+        The number of journal entries sent, and the status of the search.
 
     Raises:
-        InputError: If a process is running the search, or the store or its artifact store cannot be reached.
+        InputError: A process is running the search, or the store or its artifact store cannot be reached.
     """
     with run_lock(folder, advice="copy the run to such a folder, and sync the copy"):
         search, content = load_search(folder / paths.SEARCH)

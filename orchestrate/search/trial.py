@@ -1,7 +1,8 @@
-"""A trial of a hyperparameter search: a Ray Tune actor that runs the sequence and reports after every stage.
+"""A trial of a hyperparameter search: a Ray Tune actor that trains the sequence of tasks and reports after every stage.
 
-The folder of a trial is a run's folder whose name is the fingerprint. A finished trial is read, and a killed one is
-resumed. With one worker, the sequence runs in the actor itself; with several, the actor starts them with Ray Train.
+The folder of a trial is a run's folder whose name is the trial's fingerprint. The result of a finished trial is read
+from its folder, and a killed trial is resumed. With one worker, the actor itself trains; with several, the actor starts
+the workers with Ray Train.
 """
 
 import queue
@@ -41,7 +42,7 @@ from zscl.sequence.run import run_sequence
 from zscl.sequence.stage_cache import Averages, SharedWork
 from zscl.training.checkpoint import StoppedError
 
-STAGES_DONE = "stages_done"  # key in a report; Tune uses it as the time of a trial
+STAGES_DONE = "stages_done"  # key of a report; Tune uses its value as the time of the trial
 POLL_SECONDS = 0.5
 WORKERS_STOP_SECONDS = 300.0  # grace period in which the workers of a stopped trial must stop
 
@@ -52,10 +53,11 @@ class TrialContext:
 
     Attributes:
         search: The search.
-        content: The experiment's recipe, without the trial's values.
+        content: The content of the experiment's recipe, before a trial's values are inserted.
         file: The recipe's file, for error messages.
         folder: The search's folder.
-        averages: Averaging settings of the trials that share the training of the first stage.
+        averages: The averaging settings that occur in the trials. Trials that differ only in averaging share the
+            training of the first stage. Empty if no trials can share it.
         channel: Handle of the `RunChannel` actor that forwards events to the main process of the search.
     """
 
@@ -68,33 +70,37 @@ class TrialContext:
 
     @property
     def shared(self) -> SharedWork:
-        """The work that trials share: trained stages of the search, and teacher features of runs in sibling folders."""
+        """The caches that trials share: trained stages of this search, and features that the teacher computed."""
         return SharedWork(teacher_cache_folder(self.folder), stage_cache_folder(self.folder), self.averages)
 
     def trial_folder(self, fingerprint: str) -> Path:
-        """Return the folder of the trial with this fingerprint."""
+        """Return the folder of a trial from the trial's fingerprint."""
         return self.folder / "trials" / fingerprint
 
 
 class SearchTrial(tune.Trainable):  # type: ignore[misc]
-    """A trial of a search. Each Tune step is one stage. A stage starts only when Tune requests its step."""
+    """A trial of a search as a Ray Tune trainable. Each step of the trainable is one stage of the trial.
+
+    A stage starts only when Tune requests the step.
+    """
 
     def setup(self, config: dict[str, Any], context: TrialContext) -> None:
-        """Prepare the trial. Work starts in the first step, because Tune may move the trial to another actor before.
+        """Prepare the trial. Training starts in `step`, because Tune may move the trial to another actor before that.
 
         Args:
-            config: The trial's number and its encoded values.
-            context: The context of all trials.
+            config: Mapping from `TRIAL_NUMBER` to the trial's number, and from field paths to encoded values.
+            context: The context that all trials share.
         """
         self._context, self._reported = context, False
         self._thread: threading.Thread | None = None
         self._reset(config)
 
     def step(self) -> dict[str, Any]:
-        """Wait for the next finished stage.
+        """Let the trial continue, and wait until its next stage or the trial is finished.
 
         Returns:
-            The report of the trial: objectives over the finished stages, the number of finished stages, and the status.
+            The trial's report to Tune. It contains the objectives over the finished stages, the number of
+            finished stages, and the status.
         """
         if self._thread is None:
             self._thread = threading.Thread(target=self._run_in_thread, name="sequence", daemon=True)
@@ -123,7 +129,7 @@ class SearchTrial(tune.Trainable):  # type: ignore[misc]
         """Reuse this process, with its imports and decoded images, for another trial.
 
         Args:
-            new_config: Number and encoded values of the new trial.
+            new_config: The new trial's configuration, as in `setup`.
 
         Returns:
             Always `True`: the actor can be reused.
@@ -147,7 +153,7 @@ class SearchTrial(tune.Trainable):  # type: ignore[misc]
     # ------------------------------------------------------------------------------------------ in the thread
 
     def _run_in_thread(self) -> None:
-        """Run the sequence, and report its result or its error to Tune."""
+        """Run the trial, and report its result or its error to Tune."""
         try:
             self._report_result(self._run())
         except InputError as error:  # a retry would raise it again
@@ -195,12 +201,13 @@ class SearchTrial(tune.Trainable):  # type: ignore[misc]
 
     @contextmanager
     def _trial_lock(self, folder: Path) -> Iterator[None]:
-        """Hold the lock of the trial's folder.
+        """Context manager: hold the lock of the trial's folder.
 
-        A sampler may suggest the same values twice. The second trial waits until the first one has finished.
+        A sampler may suggest the same values for two trials, which then have the same folder. The second trial waits
+        until the first one has finished.
 
         Raises:
-            StoppedError: If the trial is stopped while it waits.
+            StoppedError: The trial was stopped while it waited for the lock.
         """
         lock = FileLock(lock_file(folder))
         while not try_acquire(lock, POLL_SECONDS):
@@ -212,7 +219,7 @@ class SearchTrial(tune.Trainable):  # type: ignore[misc]
             lock.release()
 
     def _link_from_other_search(self, folder: Path) -> None:
-        """Link a finished trial with the same fingerprint from a search in a sibling folder, if there is one."""
+        """If a search in a sibling folder has finished a trial with this fingerprint, link its files into `folder`."""
         searches = self._context.folder.parent
         for finished in sorted(searches.glob(f"*/trials/{folder.name}/{RESULT}")):
             link_folder(finished.parent, folder)
@@ -226,7 +233,7 @@ class SearchTrial(tune.Trainable):  # type: ignore[misc]
             return train(experiment, folder, self._on_event, stop_request, shared, grace_seconds=WORKERS_STOP_SECONDS)
 
     def _on_event(self, event: BaseModel) -> None:
-        """Forward an event. When a stage has been evaluated, report to Tune and wait until the trial may continue."""
+        """Forward an event to the search. After a stage, report to Tune and wait until the trial may continue."""
         self._send(event)
         if isinstance(event, StageTrained):
             self._shared_stages += event.result.shared
@@ -272,7 +279,7 @@ class SearchTrial(tune.Trainable):  # type: ignore[misc]
         }
 
     def _objectives(self) -> dict[str, float]:
-        """Compute the objectives over the finished stages; empty if there are none."""
+        """Compute the objectives over the finished stages. Return an empty dictionary if no stage is finished."""
         if not self._rows:
             return {}
         tasks = self._resolved.tasks
@@ -294,9 +301,10 @@ class SearchTrial(tune.Trainable):  # type: ignore[misc]
 
 
 class StopPoller(StopRequest):
-    """A stop request that a background thread sets by polling while the `with` block runs.
+    """A stop request that a background thread updates while the `with` block runs.
 
-    A poll may be a slow remote call. Code that reads the request, such as `train`, does not wait for it.
+    The thread repeatedly calls a function that returns whether to stop. The function may be a slow remote call. Code
+    that reads the stop request, such as `train`, does not wait for this call.
     """
 
     def __init__(self, stop_requested: Callable[[], bool]) -> None:
@@ -314,7 +322,7 @@ class StopPoller(StopRequest):
         self._thread.join()
 
     def poll(self) -> None:
-        """Poll once. If the channel does not exist any more, the search has ended, so the trial stops, too."""
+        """Call the function once. An error of Ray means that the search has ended, and also sets the stop request."""
         try:
             stop = self._stop_requested()
         except ray.exceptions.RayError:
@@ -328,12 +336,12 @@ class StopPoller(StopRequest):
 
 
 def evaluate_on_test(experiment: Experiment, folder: Path, context: TrialContext) -> Result:
-    """Evaluate trained stages on the test images, on the cluster. The main process of the search calls this.
+    """Evaluate the trained stages of a trial on the test images, on the cluster. Called in the search's main process.
 
     Args:
-        experiment: The trial's experiment, evaluated on the test images.
+        experiment: The trial's experiment, changed so that it is evaluated on the test images.
         folder: The run's folder with the trained stages.
-        context: The search's context.
+        context: The context that all trials share.
 
     Returns:
         The run's result on the test images.

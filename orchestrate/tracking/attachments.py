@@ -18,7 +18,7 @@ def attach_files(
     note: Callable[[str], None],
     metrics: Mapping[str, Mapping[int, float]] | None = None,
 ) -> bool:
-    """Upload files to a run's artifacts, and log metrics, if the run is recorded in its tracking store.
+    """Upload files and log metrics to the MLflow run of a run, if MLflow has a record of the run.
 
     Artifacts of the same name are replaced. If the upload fails, no error is raised, because the files are also on
     disk.
@@ -28,10 +28,10 @@ def attach_files(
         files: The files to upload.
         artifact_path: The destination folder in the run's artifacts.
         note: Called with a message if the upload fails.
-        metrics: The values by metric name and step.
+        metrics: The metrics to log: by metric name, a mapping from step to value; `None` to log no metrics.
 
     Returns:
-        Whether the run is recorded and everything was uploaded.
+        Whether MLflow has a record of the run, and everything was uploaded.
     """
     try:
         experiment = load_experiment(run_folder / EXPERIMENT)
@@ -65,7 +65,7 @@ def attach_files(
                 client.log_artifact(run.info.run_id, str(file), artifact_path)
             else:
                 get_artifact_repository(artifact_uri).log_artifact(str(file), artifact_path)
-        # The run's end time makes logging idempotent: MLflow drops a metric if it has one with the same timestamp.
+        # With the same timestamp in every upload, logging is idempotent: MLflow drops a metric that it already has.
         timestamp = run.info.end_time or run.info.start_time
         points = [
             Metric(name, value, timestamp, step)

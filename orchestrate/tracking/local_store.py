@@ -27,16 +27,16 @@ def artifact_folder(file: Path) -> Path:
 
 
 def current_artifact_uri(location: str, file: Path | None) -> str:
-    """Return the current URI of artifacts, in case the store and its artifact folder were moved together.
+    """Return the current location of artifacts, even if their store and its artifact folder were moved together.
 
-    The store itself is not changed.
+    The location that the store records is not changed.
 
     Args:
         location: The artifact path or URI that the store records.
         file: The store's SQLite file; `None` for any other store.
 
     Returns:
-        A URI in the store's current artifact folder, or `location` if it is still valid.
+        A URI in the store's current artifact folder, or `location` if the artifacts were not moved.
     """
     recorded = _path(location)
     root = next((parent for parent in recorded.parents if parent.name == ARTIFACT_FOLDER), None)
@@ -46,10 +46,10 @@ def current_artifact_uri(location: str, file: Path | None) -> str:
 
 
 def relocate_artifacts(file: Path) -> None:
-    """Update the artifact locations in a store that was moved to paths in the artifact folder next to it.
+    """Update the artifact locations that an SQLite store records, if it was moved together with its artifact folder.
 
-    Only locations that `zscl` chose are changed, and only if the artifacts were moved with the store, or no longer
-    exist at the old location.
+    A location is changed only if `zscl` chose it, and if the artifacts were moved with the store, or no longer exist at
+    the old location.
 
     Args:
         file: The store's SQLite file. If it does not exist, nothing is done.
@@ -80,7 +80,7 @@ def _update_locations(connection: sqlite3.Connection, folder: Path) -> None:
 
 
 def _experiment_locations(connection: sqlite3.Connection) -> Iterator[str]:
-    """Yield those artifact locations of the store's experiments that are local."""
+    """Yield the local artifact locations that a store records for its experiments. Remote locations are omitted."""
     if _columns(connection, "experiments"):
         for [location] in connection.execute("SELECT DISTINCT artifact_location FROM experiments"):
             if location and _is_local(location):
@@ -92,7 +92,7 @@ def _columns(connection: sqlite3.Connection, table: str) -> set[str]:
 
 
 def _is_outdated(location: str, folder: Path) -> bool:
-    """Return whether a location is the artifact folder of a store before the store was moved.
+    """Return whether a recorded location is the artifact folder that a store had before the store was moved.
 
     Args:
         location: The recorded artifact location.

@@ -34,12 +34,12 @@ def find_runs(names: Sequence[str], where: str | None, uri: str | None) -> dict[
 
     Args:
         names: Folders or MLflow run IDs.
-        where: MLflow search expression. The runs that it selects, including trials of searches, are appended.
+        where: MLflow search expression. The selected runs, including trials of searches, are appended to `names`.
         uri: Tracking URI; default: MLFLOW_TRACKING_URI, else `runs/mlflow.db`.
 
     Returns:
-        The folders of the runs, by the names and then by the run IDs that `where` selected. If a run that `where`
-            selected has no folder, the value is an error.
+        The folders by name, then by the run ID of every run that `where` selects. If no folder can be found or
+            downloaded for a selected run, the value is an error.
 
     Raises:
         InputError: There are neither names nor an expression, a name does not exist, or the store cannot be reached or
@@ -88,13 +88,13 @@ def _existing_folder(name: str) -> Path:
 
 
 def comparison_folder(folders: Mapping[str, Path | InputError]) -> Path:
-    """Return the default folder of a comparison. It depends on the runs and their order.
+    """Return the default output folder of a comparison. Its name is a hash of the runs in their order.
 
     Args:
         folders: The result of `find_runs`.
 
     Returns:
-        A folder next to that of the first run. It need not exist.
+        A folder next to the folder of the first run. The returned folder need not exist.
     """
     local = {
         name: folder
@@ -107,7 +107,7 @@ def comparison_folder(folders: Mapping[str, Path | InputError]) -> Path:
 
 
 class _Store:
-    """A tracking store in which runs are searched."""
+    """A tracking store, in which runs are looked up by run ID or by search expression."""
 
     def __init__(self, uri: str | None) -> None:
         from orchestrate.tracking.mlflow_client import open_client
@@ -148,7 +148,7 @@ class _Store:
         return self._folder_of(run)
 
     def search(self, where: str) -> dict[str, Path | InputError]:
-        """Return the folder of every run that an expression selects, or the error if the run has no folder."""
+        """Return the folder of every run that an expression selects, or an error if the folder cannot be found."""
         try:
             runs = self._search(where)
         except self.failures as error:
@@ -181,7 +181,7 @@ class _Store:
         )
 
     def _folder_of(self, run: "Run") -> Path:
-        """Return the run's folder if it is on this machine, else a temporary folder with its artifacts."""
+        """Return the run's folder if it is on this machine, or a temporary folder with the run's artifacts."""
         from orchestrate.tracking.mlflow_client import FINGERPRINT, recorded_start_time
 
         start_time = recorded_start_time(run)
@@ -192,7 +192,12 @@ class _Store:
         return self._download(run)
 
     def _candidates(self, run: "Run") -> Iterator[Path]:
-        """Yield the recorded folder, then the folder of the same name next to the store, in case both were moved."""
+        """Yield the folders that may contain a run.
+
+        Yields:
+            The folder that MLflow records, then the folder of the same name next to an SQLite store. The run is in the
+            second folder if it was moved together with the store.
+        """
         from orchestrate.tracking.mlflow_client import FOLDER
 
         recorded = Path(run.data.tags.get(FOLDER, "/"))
@@ -201,7 +206,7 @@ class _Store:
             yield self.file.parent / recorded.name
 
     def _download(self, run: "Run") -> Path:
-        """Download the files for a comparison to a temporary folder, which is deleted when the process exits."""
+        """Download the files that a comparison needs to a temporary folder, which is deleted when the process exits."""
         from mlflow.artifacts import download_artifacts
 
         from orchestrate.tracking.local_store import current_artifact_uri

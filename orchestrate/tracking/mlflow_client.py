@@ -71,7 +71,7 @@ def open_store(uri: str, experiment: str) -> tuple[MlflowClient, str]:
 
     Raises:
         InputError: The experiment was deleted.
-        MlflowException: The store cannot be used. Any other exception of `store_errors.FAILURES` may be raised, too.
+        MlflowException: The store cannot be used. In this case, any of `store_errors.FAILURES` may be raised.
     """
     if uri.partition("://")[0].partition("+")[0] in set(DATABASE_ENGINES) - {"sqlite"}:
         # MLflow itself retries for a hundred seconds if a database does not answer.
@@ -96,7 +96,7 @@ def open_store(uri: str, experiment: str) -> tuple[MlflowClient, str]:
 
 
 def _active_experiment_id(experiment: Experiment, uri: str) -> str:
-    """Return an experiment's ID.
+    """Return the ID of an MLflow experiment that was not deleted.
 
     Args:
         experiment: The experiment.
@@ -132,7 +132,8 @@ def _check_database(uri: str) -> None:
 def open_client(uri: str) -> MlflowClient:
     """Open a store for reading.
 
-    Artifact locations in a store that was moved are not updated; use `local_store.current_artifact_uri` for them.
+    The artifact locations that a store records are wrong after the store was moved. They are not updated; use
+    `local_store.current_artifact_uri` to convert them.
 
     Args:
         uri: Tracking URI.
@@ -144,14 +145,14 @@ def open_client(uri: str) -> MlflowClient:
 
 
 def check_store(uri: str, experiment: str) -> str:
-    """Check that a store answers and that its experiment accepts runs, without creating anything.
+    """Check that a store answers and that an experiment in it was not deleted. Nothing is created.
 
     Args:
         uri: Tracking URI.
         experiment: Name of the experiment.
 
     Returns:
-        A message about the experiment.
+        A message for the user that says whether the experiment exists.
 
     Raises:
         InputError: The store does not answer, or the experiment was deleted.
@@ -167,7 +168,14 @@ def check_store(uri: str, experiment: str) -> str:
 
 @contextmanager
 def _sqlite_lock(file: Path | None) -> Iterator[None]:
-    """Context manager: hold an inter-process lock, because two processes must not create an SQLite store at once."""
+    """Context manager: hold an inter-process lock, so that two processes do not create an SQLite store at once.
+
+    Args:
+        file: The store's SQLite file; `None` for any other store, which needs no lock.
+
+    Raises:
+        OSError: The path is a folder, or the lock file cannot be created.
+    """
     if file is None:
         yield
         return
@@ -186,7 +194,7 @@ def search_runs(
     Args:
         client: The store.
         experiment_ids: IDs of the MLflow experiments to search.
-        fingerprint: Fingerprint of the experiment or search.
+        fingerprint: Value of the tag `zscl.fingerprint`: the fingerprint of the runs' experiment or of a search.
         levels: Accepted values of the tag `zscl.level`.
 
     Returns:
@@ -202,11 +210,12 @@ def find_run_of_folder(
 ) -> Run | None:
     """Find the MLflow run that records the run or search in a folder.
 
-    A run is identified by its start time, so it is found after its folder was moved. If the folder that MLflow records
-    still contains a run with the same start time, `folder` is a copy of it. A copy is treated as another run.
+    A run is identified by its start time, so its MLflow run is found even after the run's folder was moved. If the
+    folder that MLflow records still contains a run with this start time, `folder` is a copy of that folder. A copy is
+    treated as a separate run.
 
     Args:
-        runs: The MLflow runs of the same fingerprint, level and search, newest first.
+        runs: The MLflow runs that have the fingerprint, level and search of the run in `folder`, newest first.
         folder: The absolute path of the run's folder.
         start_time: Start time of the run in `folder`, in milliseconds; `None` before its first event.
         read_start_time: Function that returns the start time of the run in a folder; `None` if it contains no run.
@@ -216,7 +225,7 @@ def find_run_of_folder(
     """
 
     def is_same_folder(recorded: Path) -> bool:
-        """Return whether a recorded path is `folder` or a symbolic link to it. An inaccessible path is not."""
+        """Return whether a recorded path refers to `folder`. Return `False` if the path cannot be accessed."""
         try:
             return str(recorded) == mask(str(folder)) or recorded.samefile(folder)
         except OSError:
@@ -233,13 +242,13 @@ def find_run_of_folder(
 
 
 def recorded_start_time(run: Run) -> int | None:
-    """Return the recorded start time of a run or search in milliseconds; `None` if it is not recorded yet."""
+    """Return the start time that MLflow records for a run or search, in milliseconds; `None` without a record."""
     start_time = run.data.tags.get(JOURNAL_POSITION, "").partition(" since ")[2]
     return int(start_time) if start_time else None
 
 
 def clear_reason(client: MlflowClient, run_id: str) -> None:
-    """Delete the recorded reason why an earlier attempt of a run or search failed or was killed."""
+    """Delete the tag with the reason why an earlier attempt of a run or search failed or was killed."""
     if REASON in client.get_run(run_id).data.tags:
         client.delete_tag(run_id, REASON)
 
@@ -251,7 +260,7 @@ def finish_run(
     end_time: int | None,
     upload_files: Callable[[], None] | None,
 ) -> None:
-    """Set a run's status to FINISHED, then upload its files.
+    """Set the status of an MLflow run to FINISHED, then upload the run's files.
 
     The status is sent first, because the artifact store may be another server, which may not answer. Until the files
     are uploaded, the tag `zscl.artifacts_missing` contains the reason why they are missing.
@@ -259,12 +268,12 @@ def finish_run(
     Args:
         client: The store.
         run: The MLflow run.
-        folder: Folder of the run or search. It is part of the command that uploads the files later.
+        folder: Folder of the run or search. The tag names the command that uploads the files of this folder later.
         end_time: The time at which the run finished, in milliseconds; `None` for the current time.
         upload_files: Function that uploads the files; `None` to upload no files.
 
     Raises:
-        ArtifactError: The run is finished, but the artifact store did not accept its files.
+        ArtifactError: The status was set, but the artifact store did not accept the files.
     """
     run_id = run.info.run_id
     clear_reason(client, run_id)
@@ -287,9 +296,9 @@ def log_table(client: MlflowClient, run_id: str, columns: Mapping[str, Sequence[
 
     Args:
         client: The store.
-        run_id: The MLflow run.
+        run_id: ID of the MLflow run.
         columns: Values by column name.
-        file: Artifact path of the table, `….json`.
+        file: Artifact path of the table, which ends with `.json`.
     """
     # MLflow's pages interpret a dot in a column's name as a path. `client.log_table` would append to an earlier table.
     names = [name.replace(".", "/") for name in columns]
@@ -306,9 +315,9 @@ def log_metrics(client: MlflowClient, run_id: str, metrics: Sequence[Metric]) ->
 
 
 def valid_name(name: str) -> str:
-    """Convert a name to one that MLflow accepts. Different names have different results.
+    """Convert a name to a name that MLflow accepts. Different names are converted to different names.
 
-    MLflow accepts at most 250 characters: letters, digits and `_-.: /`. As a path, the name must be normalised.
+    MLflow accepts at most 250 characters: letters, digits and `_-.: /`. A name with `/` must be a normalised path.
 
     Args:
         name: The name of a metric or parameter.
@@ -324,7 +333,7 @@ def valid_name(name: str) -> str:
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Return the values of nested dictionaries as pairs of dotted path and value."""
+    """Return the values in nested dictionaries, each as a pair of its keys, joined by dots, and the value."""
     rows: list[tuple[str, Any]] = []
     for name, value in tree.items():
         rows += flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
@@ -332,7 +341,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def provenance_tags() -> dict[str, str]:
-    """Return tags with the user, the version of zscl, the git commit and the Ray job."""
+    """Return MLflow tags with the user, the version of zscl, the git commit and the Ray job, if they are known."""
     source = {"mlflow.source.name": f"zscl {version('zscl')}", "mlflow.source.type": "JOB"}
     return {**_user_tags(), **source, **_commit_tags(), **_ray_job_tags()}
 
@@ -345,7 +354,7 @@ def _user_tags() -> dict[str, str]:
 
 
 def _commit_tags() -> dict[str, str]:
-    """Return a tag with the commit of the current folder, if it belongs to a git repository."""
+    """Return a tag with the current git commit, if the current folder belongs to a git repository."""
     try:
         return {"mlflow.source.git.commit": Repo(Path.cwd(), search_parent_directories=True).head.commit.hexsha}
     except (GitError, ValueError, OSError):
@@ -353,7 +362,7 @@ def _commit_tags() -> dict[str, str]:
 
 
 def _ray_job_tags() -> dict[str, str]:
-    """Return a tag with the submission ID of this process's Ray job, or without one, with the job ID."""
+    """Return a tag with the submission ID of this process's Ray job, or with the job ID if it was not submitted."""
     if "ray" not in sys.modules or not sys.modules["ray"].is_initialized():
         return {}
     job = sys.modules["ray"].get_runtime_context().get_job_id()

@@ -23,7 +23,7 @@ class ZeroShotClassifier:
         device: `cuda` or `cpu`.
         model: The open_clip model.
         transform: The image preprocessing.
-        tokenizer: The tokenizer for class names in templates.
+        tokenizer: The tokenizer for the prompts (templates with class names).
     """
 
     def __init__(self, folder: str) -> None:
@@ -39,7 +39,8 @@ class ZeroShotClassifier:
         Args:
             model_input: A table with a column `image`: paths, or the bytes of image files.
             params: The class names `classes`, and the prompt templates `templates`, in which `{c}` stands for the class
-                name. The text embeddings of a class's prompts are averaged. Both default to those of the stage's task.
+                name. The text embeddings of a class's prompts are averaged. The defaults of both parameters
+                are those of the task on which the stage trained.
 
         Returns:
             The probabilities, with one row per image and one column per class.

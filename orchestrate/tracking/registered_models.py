@@ -30,7 +30,7 @@ def log_model(
     folder: Path,
     load_prompts: Callable[[], ClassPrompts],
 ) -> None:
-    """Log a stage's model, unless it is logged already.
+    """Log a stage's model in MLflow, unless MLflow already has the model.
 
     Args:
         client: The store.
@@ -38,8 +38,8 @@ def log_model(
         run_id: ID of the stage's MLflow run.
         name: Name of the logged model.
         folder: The model's folder, in the format of open_clip's `local-dir:`.
-        load_prompts: Function that loads the model's default class names and templates. It is only called if the model
-            is not logged yet.
+        load_prompts: Function that loads the model's default class names and templates. It is only called if MLflow
+            does not have the model yet.
     """
     query = f"name = '{name}' AND source_run_id = '{run_id}'"
     models = list(client.search_logged_models([experiment_id], query, max_results=1))
@@ -59,13 +59,13 @@ def log_model(
 
 
 def save_model(path: Path, model_folder: Path, prompts: ClassPrompts, model_id: str | None = None) -> None:
-    """Write an MLflow model with the flavours `python_function` and `open_clip`.
+    """Save a stage's model in MLflow's format, with the flavours `python_function` and `open_clip`.
 
     Args:
         path: The folder to create.
         model_folder: The model's folder, in the format of open_clip's `local-dir:`.
         prompts: The default class names and templates.
-        model_id: ID of the logged model in MLflow; `None` if the model is not logged.
+        model_id: ID of the model in MLflow; `None` if the model is only saved to the folder.
     """
     classes, templates = map(list, prompts)
     params: list[Any] = [

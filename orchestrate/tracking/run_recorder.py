@@ -1,11 +1,11 @@
 """Recording of a run in MLflow: a parent run for the sequence of tasks, and a child run for each stage.
 
-The metrics' names suit MLflow's compare view. The parent has one metric per task, `accuracy/<task>`, whose step is the
-number of trained stages (0 is the zero-shot row). The metrics of a child are the losses, the learning rate and the
-gradient norm at each training step.
+The metrics' names suit MLflow's compare view. The parent run has one metric per task, `accuracy/<task>`, whose step is
+the number of trained stages (0 for the zero-shot accuracy). The metrics of a child run are the losses, the learning
+rate and the gradient norm at each training step.
 
-Sending is idempotent. Runs are found by fingerprint and start time, and MLflow drops a metric if it has the same metric
-with the same timestamp, which is the time of the journal entry.
+Sending a journal entry again has no effect. Runs are found by fingerprint and start time, and MLflow drops a metric
+that it already has with the same timestamp. The timestamp of a metric is the time of its journal entry.
 """
 
 import json
@@ -66,10 +66,10 @@ class RunRecorder:
         experiment_id: ID of the MLflow experiment.
         folder: The run's folder.
         run_id: ID of the parent run.
-        search_run_id: ID of the search's MLflow run, if this run is a trial.
+        search_run_id: ID of the search's MLflow run; `None` if this run is not a trial of a search.
         start_time: Time of the journal's first entry, in milliseconds; `None` while there is none.
-        position: Number of journal entries that the store contains.
-        status: The parent run's status when it was found or created.
+        position: Number of entries of the run's journal that the store already contains.
+        status: The status of the parent run in MLflow when this object was created.
         is_complete: Whether the store contains the final status and all files of the run.
     """
 
@@ -91,7 +91,7 @@ class RunRecorder:
             uri: Tracking URI.
             start_time: Time of the journal's first entry, in milliseconds; `None` if there is none. It distinguishes
                 the run from an earlier run of the same experiment whose folder was deleted.
-            search_run_id: ID of the search's MLflow run, if this run is a trial.
+            search_run_id: ID of the search's MLflow run; `None` if this run is not a trial of a search.
         """
         self.start_time, self.search_run_id = start_time, search_run_id
         self.experiment, self.folder = experiment, folder
@@ -112,15 +112,15 @@ class RunRecorder:
             self.client.log_batch(self.run_id, params=params)
 
     def resume(self) -> None:
-        """Set the run's status to RUNNING."""
+        """Set the run's status to RUNNING, and delete the reason for an earlier failure."""
         self.client.update_run(self.run_id, status="RUNNING")
         clear_reason(self.client, self.run_id)
 
     def send(self, entries: Sequence[JournalEntry]) -> None:
-        """Send journal entries, then record the new position.
+        """Send journal entries to the store, then record in it how many entries it contains.
 
         Args:
-            entries: One or more entries. The first one has the index `position` in the journal.
+            entries: One or more consecutive entries of the journal, starting at the index `position`.
         """
         for stage, group in groupby(entries, key=_stage_of_steps):
             if stage is None:
@@ -140,7 +140,7 @@ class RunRecorder:
             result: The run's result.
             metric_time: Timestamp of the result's metrics, in milliseconds. It must be the same in every attempt.
             end_time: The time at which the run finished, in milliseconds.
-            files: Whether to upload the run's files, too.
+            files: Whether to upload the run's files.
 
         Raises:
             ArtifactError: The files could not be uploaded. Everything else is recorded.
@@ -259,7 +259,7 @@ class RunRecorder:
                 self._send_row(event, entry.time)
 
     def _log_model(self, run_id: str, trained: StageResult) -> None:
-        """Log a stage's model, if `tracking.models` selects it and its folder still exists."""
+        """Log a stage's model, if `tracking.models` selects the stage and the model's folder still exists."""
         setting, is_last = self.experiment.tracking.models, trained.stage == len(self.experiment.tasks)
         folder = model_folder(self.folder, trained.stage, trained.task)
         is_selected = setting == "all" or (setting == "last" and is_last)
@@ -275,7 +275,7 @@ class RunRecorder:
     def _try_log_model(self, run_id: str, trained: StageResult) -> None:
         """Log a stage's model during the run. After one failure, log no more models until the end of the run.
 
-        With a store that does not answer, each attempt may take minutes and would delay the metrics.
+        If the artifact store does not answer, each attempt may take minutes, which would delay the metrics.
         """
         if self._model_upload_failed:
             return
@@ -289,7 +289,7 @@ class RunRecorder:
             )  # fmt: skip
 
     def _load_prompts(self, stage: int) -> tuple[Sequence[str], Sequence[str]]:
-        """Load the class names and templates of a stage's task. Return none if this machine cannot read the task."""
+        """Load the class names and templates of a stage's task. Return empty tuples if the task is unreadable."""
         try:
             task = resolve_tasks(self.experiment)[1][stage - 1]
         except InputError:
@@ -326,7 +326,7 @@ def _step_metrics(entry: JournalEntry) -> list[Metric]:
 
 
 def _usage_metrics(event: WorkersUsed, time: int) -> list[Metric]:
-    """Return the resource usage of every worker as metrics. Their names are those of MLflow's system metrics."""
+    """Return the resource usage of every worker as metrics with the names of MLflow's system metrics."""
     metrics = []
     for rank, worker in enumerate(event.workers):
         values = {
@@ -345,6 +345,6 @@ def _usage_metrics(event: WorkersUsed, time: int) -> list[Metric]:
 
 
 def _row_metrics(accuracy: dict[str, float], time: int, stage: int) -> list[Metric]:
-    """Return the accuracies of a row of the matrix, and their mean, as metrics with the step `stage`."""
+    """Return the accuracies on all tasks after a stage, and their mean, as metrics whose step is the stage."""
     metrics = [Metric(f"accuracy/{task}", value, time, stage) for task, value in accuracy.items()]
     return [*metrics, Metric("accuracy_mean", sum(accuracy.values()) / len(accuracy), time, stage)]

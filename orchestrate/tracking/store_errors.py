@@ -81,8 +81,8 @@ def store_error(uri: str, error: Exception, advice: str = "") -> InputError:
 
     Args:
         uri: Tracking URI.
-        error: One of `FAILURES`, or an `InputError`, of which message, code and field are used.
-        advice: Further advice, which is appended to the message.
+        error: An exception of a type in `FAILURES`, or an `InputError`, whose message, code and field are copied.
+        advice: Text that is appended to the message, including its leading punctuation.
 
     Returns:
         An error for the user.
@@ -95,7 +95,7 @@ def store_error(uri: str, error: Exception, advice: str = "") -> InputError:
 
 @contextmanager
 def explain_store_errors(uri: str, advice: str = "") -> Iterator[None]:
-    """Context manager: replace any of `FAILURES` that its block raises by an `InputError` (see `store_error`)."""
+    """Context manager: convert exceptions of the types in `FAILURES` to an `InputError` (see `store_error`)."""
     try:
         yield
     except (*FAILURES, InputError) as error:
@@ -107,7 +107,7 @@ def root_cause(error: Exception, *urls: str) -> str:
 
     Args:
         error: The error.
-        urls: URLs whose passwords are masked in the text, even outside a URL.
+        urls: URLs with passwords. These passwords are masked wherever they occur in the text.
 
     Returns:
         The cause's type and message.

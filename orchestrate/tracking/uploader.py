@@ -1,7 +1,7 @@
 """Upload of a run's journal to MLflow: in the background while the run is in progress, or afterwards (`zscl sync`).
 
 The journal is the source of truth. The store records how many of its entries were sent, so an upload resumes where the
-last one stopped, and an empty store receives the complete journal.
+previous upload stopped, and an empty store receives the complete journal.
 """
 
 import logging
@@ -38,15 +38,15 @@ log = logging.getLogger(__name__)
 POLL_SECONDS = 2.0
 RETRY_DELAYS = (1.0, 30.0)  # first and largest delay in seconds; the delay doubles after every failure
 FINISH_TIMEOUT = 20.0  # seconds to wait for the upload at the end of a run
-ENTRIES_PER_BATCH = 100  # entries of about two minutes; a small batch, because it is sent again after a failure
+ENTRIES_PER_BATCH = 100  # about two minutes of a run; small, because a batch is sent again after a failure
 
 
 class UploadSession:
-    """An upload of a journal to a store. After a failure, a new session must be opened.
+    """An upload of a run's journal to a tracking store. To retry after an exception, a new session must be created.
 
     Attributes:
         folder: The run's folder.
-        recorder: Records the run in the store.
+        recorder: The recorder of the run in the store.
     """
 
     def __init__(
@@ -62,10 +62,10 @@ class UploadSession:
         del self._pending[: self.recorder.position]
 
     def send(self) -> Iterator[tuple[int, int]]:
-        """Send the new entries in batches.
+        """Send the journal entries that the store does not contain yet, in batches.
 
         Yields:
-            The number of entries that were sent so far, and the number of new entries, after each batch.
+            After each batch, the number of entries that were sent so far, and the total number of entries to send.
         """
         self._read_journal()
         total = len(self._pending)
@@ -75,10 +75,10 @@ class UploadSession:
             yield total - len(self._pending), total
 
     def finalize(self, files: bool = True) -> str:
-        """Record the final status of the run, which is read from its folder.
+        """Read the run's status from its folder, and record it in the tracking store as the final status.
 
         Args:
-            files: Whether to upload the files of a finished run, too.
+            files: Whether to upload the files of a finished run.
 
         Returns:
             The run's status.
@@ -107,7 +107,7 @@ class JournalUploader:
 
     Attributes:
         folder: The run's folder.
-        run_id: ID of the MLflow run; not set for a trial of a search.
+        run_id: ID of the MLflow run. A trial of a search does not have this attribute.
     """
 
     def __init__(
@@ -124,10 +124,10 @@ class JournalUploader:
             experiment: The run's experiment.
             fingerprint: The experiment's fingerprint.
             folder: The absolute path of the run's folder.
-            note: Called from the thread with a message when the store stops accepting records, and when it accepts
-                records again.
-            search_run_id: ID of the search's MLflow run, if this run is a trial. The store of a trial is opened in the
-                thread, with retries, because the search has already used it.
+            note: Called with a message for the user when the store stops accepting records, and when it accepts
+                records again. The background thread makes these calls.
+            search_run_id: ID of the search's MLflow run; `None` if this run is not a trial of a search. For a trial,
+                the thread opens the store and retries after a failure, because the search has already used the store.
 
         Raises:
             InputError: The store cannot be used.
@@ -146,7 +146,7 @@ class JournalUploader:
         self._thread.start()
 
     def end(self, timeout: float = FINISH_TIMEOUT) -> bool:
-        """Upload the rest of the journal and the final status of the run, which is read from its folder.
+        """Upload the remaining journal entries and the run's final status, which is read from the run's folder.
 
         Args:
             timeout: Seconds to wait. After a timeout, `note` is called with the command that uploads the rest.
@@ -221,12 +221,12 @@ def sync_run(folder: Path, uri: str | None, on_sent: Callable[[int, int], None])
 
     Args:
         folder: The run's folder.
-        uri: Tracking URI; default: the URI of the run.
-        on_sent: Called after each batch with the number of entries that were sent so far, and the number of new
-            entries.
+        uri: Tracking URI; default: the URI in the run's recipe.
+        on_sent: Called after each batch of journal entries with the number of entries that were sent so far, and the
+            total number of entries to send.
 
     Returns:
-        A report of the upload.
+        The run's folder and status, the tracking URI, and the number of journal entries that were sent.
 
     Raises:
         InputError: The run does not exist or is in progress, or its tracking store or artifact store cannot be used.
@@ -251,11 +251,11 @@ def upload_run(
         folder: See `sync_run`.
         uri: See `sync_run`.
         on_sent: See `sync_run`.
-        search_run_id: ID of the search's MLflow run, if this run is a trial.
-        files: Whether to upload the files of a finished run, too.
+        search_run_id: ID of the search's MLflow run; `None` if this run is not a trial of a search.
+        files: Whether to upload the files of a finished run.
 
     Returns:
-        A report of the upload.
+        The run's folder and status, the tracking URI, and the number of journal entries that were sent.
 
     Raises:
         ArtifactError: The files could not be uploaded. Everything else is recorded.

@@ -1,4 +1,4 @@
-"""Selection of example images of each class, scaled down for a contact sheet."""
+"""Selection of example images of each class for a contact sheet, an overview of small images."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from zscl.data.task import parse_count
 
 @dataclass(frozen=True)
 class ContactRow:
-    """A class and a few of its training images.
+    """One row of a contact sheet: a class and a few of its training images.
 
     Attributes:
         prompt: The first template, filled with the class name.
@@ -27,10 +27,10 @@ class ContactRow:
 
 
 def contact_rows(scanned: ScannedTask, per_class: int, classes: int, max_edge: int) -> list[ContactRow]:
-    """Select evenly spaced classes, and evenly spaced training images of each class.
+    """Select classes at equal intervals in label order, and training images of each class at equal intervals.
 
     Args:
-        scanned: The task.
+        scanned: The scanned task folder.
         per_class: Maximum number of images of a class.
         classes: Maximum number of classes.
         max_edge: Maximum width and height of a thumbnail in pixels.
@@ -58,7 +58,7 @@ def contact_rows(scanned: ScannedTask, per_class: int, classes: int, max_edge: i
 
 
 def _chunks(positions: Sequence[int], count: int) -> list[Sequence[int]]:
-    """Divide a sequence into at most `count` chunks of about the same length, none of them empty."""
+    """Divide a sequence into at most `count` chunks of about equal length. No chunk is empty."""
     count = min(count, len(positions))
     return [
         positions[chunk * len(positions) // count : (chunk + 1) * len(positions) // count] for chunk in range(count)
@@ -66,7 +66,7 @@ def _chunks(positions: Sequence[int], count: int) -> list[Sequence[int]]:
 
 
 def _thumbnails(candidates: Sequence[tuple[IndexedSamples, int]], count: int, max_edge: int) -> Iterator[Image.Image]:
-    """Yield the first readable image of each of `count` chunks of the candidates."""
+    """Divide the candidates into `count` chunks, and yield a thumbnail of the first readable image of each chunk."""
     for chunk in _chunks(range(len(candidates)), count):
         for position in chunk:
             samples, index = candidates[position]

@@ -1,4 +1,4 @@
-"""Messages about problems and warnings of a task's data, derived from the results of an inspection."""
+"""Messages about problems in a task's data, and warnings, derived from the statistics of the dataset report."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -7,7 +7,7 @@ from schemas.errors import format_count, format_names
 
 
 def class_problems(classnames: ClassNames, splits: Sequence[SplitFinding]) -> Iterator[str]:
-    """Yield problems with classes: missing names, and classes without images in a split."""
+    """Yield a message for each problem with classes: a missing name, or classes without images in a split."""
     for label in classnames.empty:
         yield f"classnames.txt: line {label + 1} is empty, expected a class name, because line numbers are labels"
     for split in splits:
@@ -21,13 +21,13 @@ def class_problems(classnames: ClassNames, splits: Sequence[SplitFinding]) -> It
 
 
 def template_problems(templates: Templates) -> Iterator[str]:
-    """Yield problems with templates that training rejects."""
+    """Yield a message for each template that training rejects, because it has no `{c}`."""
     for template in templates.without_place:
         yield f"templates: found {template!r}, expected one with {{c}} for the class name"
 
 
 def sample_problems(unreadable: UnreadableSamples, between_splits: Duplicates) -> Iterator[str]:
-    """Yield problems with samples: those that training cannot use, and test images that are also training images."""
+    """Yield messages about samples that training cannot use, and about test images that are also training images."""
     if unreadable.samples:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in unreadable.reasons.items())
         yield f"found {format_count(unreadable.samples, 'sample')} that cannot be used ({reasons}), expected none"
@@ -46,7 +46,7 @@ def task_warnings(
     Args:
         classnames: The class names.
         templates: The prompt templates.
-        within_splits: Duplicates within a split.
+        within_splits: Images that occur more than once in the same split.
         splits: The statistics of the splits.
 
     Yields:

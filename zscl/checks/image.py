@@ -32,8 +32,8 @@ class ImageFacts:
         height: Height in pixels.
         format: PIL's name of the file format, such as "PNG".
         mode: PIL's mode, such as "RGB".
-        digest: BLAKE2b digest of the encoded bytes; equal digests mean duplicate images.
-        traits: Keys of `TRAITS` that hold for the image.
+        digest: BLAKE2b digest of the encoded bytes. Images with equal digests are duplicates.
+        traits: The descriptions in `TRAITS` that apply to the image.
     """
 
     width: int
@@ -51,7 +51,7 @@ def inspect_image(encoded: bytes) -> ImageFacts | Fault:
         encoded: The content of the image file.
 
     Returns:
-        The facts, or the fault if the image cannot be decoded.
+        The facts about the image, or the fault if it cannot be decoded.
     """
     try:
         with Image.open(io.BytesIO(encoded), formats=IMAGE_FORMATS) as image:
@@ -65,7 +65,7 @@ def inspect_image(encoded: bytes) -> ImageFacts | Fault:
 
 
 def has_image_header(encoded: bytes) -> bool:
-    """Return whether the content begins like an image that training can decode; the pixels are not decoded."""
+    """Return whether a file's content has the header of a supported image format. The pixels are not decoded."""
     try:
         with Image.open(io.BytesIO(encoded), formats=IMAGE_FORMATS):
             return True
@@ -91,7 +91,7 @@ def _reason(error: Exception) -> Reason:
 
 @contextmanager
 def suppress_decoder_warnings() -> Iterator[None]:
-    """Suppress PIL's warnings about odd metadata and large images; such images are decoded nevertheless."""
+    """Suppress PIL's warnings about invalid metadata and large images. Such images can still be decoded."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -14,12 +14,12 @@ def prompt_warnings(task: TaskFolder, tokenizer: Any, include_equal_names: bool 
     """Return warnings about prompts that exceed the context length, and about classes with equal prompt tokens.
 
     Args:
-        task: The task with its class names and templates; the first template is used for training.
+        task: The task. All templates are checked for truncation, and the first template for equal tokens.
         tokenizer: The model's tokenizer.
         include_equal_names: Whether to include warnings about classes with the same name.
 
     Returns:
-        One message if prompts are truncated, and one for each group of classes with equal tokens.
+        One message if prompts are truncated, and one message for each group of classes whose prompts have equal tokens.
     """
     if not task.templates:
         return []

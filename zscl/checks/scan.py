@@ -1,6 +1,6 @@
 """Inspection of a task folder, sample by sample, before training: statistics, problems and warnings.
 
-Training stops at the first error. The inspection examines every sample, counts all errors and names their locations.
+Training stops at the first error. The inspection examines every sample, counts all errors, and lists the first ones.
 Images are decoded in the same way as in training, a few at a time; only their digests stay in memory.
 """
 
@@ -64,7 +64,7 @@ class _SplitStatistics:
 
 @dataclass(frozen=True, slots=True)
 class _Occurrence:
-    """An occurrence of an image: its shard, its key, and its label if the label is valid."""
+    """An occurrence of an image: its shard, key and label. An invalid label is `None`."""
 
     shard: ScannedShard
     key: str
@@ -128,7 +128,7 @@ class _TaskStatistics:
         )
 
     def _label(self, sample: Sample) -> int | Fault | None:
-        """Return the label, or a fault if it is invalid, or `None` if the sample has a fault already."""
+        """Return the sample's label, or a fault if the label is invalid, or `None` if `sample.fault` is set."""
         if sample.fault is not None:
             return None
         if sample.label is None:
@@ -161,7 +161,7 @@ def inspect_task(scanned: ScannedTask, progress: Progress = no_progress) -> Data
 
     Args:
         scanned: The task with its indexed shards.
-        progress: Callback for progress.
+        progress: Callback that receives the activity, the number of samples done and the total number of samples.
 
     Returns:
         The statistics, problems and warnings.
@@ -225,9 +225,9 @@ def _report(scanned: ScannedTask, statistics: _TaskStatistics) -> DatasetReport:
 
 
 def _clip_prompt_warnings(task: TaskFolder) -> list[str]:
-    """Return warnings about the prompts, for example that they exceed the context length.
+    """Return warnings about prompts that exceed the context length, and about classes with equal prompt tokens.
 
-    CLIP's own tokenizer is used, because the model is not known yet.
+    CLIP's original tokenizer is used, because the dataset is checked without a model.
     """
     messages = prompt_warnings(task, open_clip.get_tokenizer("ViT-B-32"), include_equal_names=False)
     return [f"{message} (with CLIP's own tokenizer)" for message in messages]
@@ -250,7 +250,7 @@ def _split_finding(split: Split, scanned: ScannedTask, statistics: _SplitStatist
 
 
 def _pixel_range(pixels: Counter[int]) -> PixelRange | None:
-    """Return the minimum, the lower median and the maximum of a histogram."""
+    """Return the minimum, the lower median and the maximum of a histogram of sizes; `None` if it is empty."""
     if not pixels:
         return None
     median_rank, rank = (pixels.total() - 1) // 2, 0

@@ -17,7 +17,7 @@ Progress = Callable[[str, int, int], None]  # activity, done, total
 
 
 def no_progress(activity: str, done: int, total: int) -> None:
-    """Do nothing with the progress."""
+    """Ignore the progress: the default callback."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,10 @@ class ScannedTask:
     """The readable content of a task folder, and the problems found by the scan.
 
     Attributes:
-        task: Class names and templates.
-        manifest: The manifest, if there is a valid one.
+        task: The task with its class names and templates.
+        manifest: The manifest; `None` if there is no manifest or it is invalid.
         shards: The shards listed in `nshards.txt`, train before test.
-        problems: Messages about errors in the folder, except for those of a shard.
+        problems: Messages about errors in the folder. Errors in a shard are in the shard's `finding`.
         warnings: Messages about content that may be intended.
     """
 
@@ -59,10 +59,10 @@ def scan_task(folder: str, progress: Progress = no_progress) -> ScannedTask:
 
     Args:
         folder: Path of the task folder.
-        progress: Callback for progress.
+        progress: Callback that receives the activity, the number of shards done and the total number of shards.
 
     Returns:
-        The readable content, with all problems.
+        The readable content of the folder, and messages about all problems.
 
     Raises:
         InputError: The folder is not a local task folder with class names.
@@ -160,7 +160,7 @@ def _scan_shard(split: Split, file: Path, record: ManifestShard | None, has_mani
 
 
 def _manifest_problems(name: str, file: Path, samples: int | None, record: ManifestShard) -> list[str]:
-    """Return the differences between a shard and its record in the manifest."""
+    """Return messages about differences between a shard and its entry in the manifest."""
     problems, size = [], file.stat().st_size
     if samples is not None and samples != record.samples:
         problems.append(f"{name}: found {samples} samples, expected {record.samples} according to {MANIFEST}")

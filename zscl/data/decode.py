@@ -1,4 +1,4 @@
-"""Decoding of encoded images to RGB, and the decoder from encoded samples to (tensor, label)."""
+"""Decoding of image files to RGB, and of samples to pairs of an image tensor and a label."""
 
 import io
 from collections.abc import Callable
@@ -23,11 +23,11 @@ MAX_ASPECT_RATIO = 100  # longer side by shorter side: resizing a strip of one p
 
 @dataclass(frozen=True)
 class Decoder:
-    """Decodes an encoded sample to (image [3, H, W], label).
+    """Decodes a sample to (image [3, H, W], label).
 
     Attributes:
-        transform: Converts a PIL image to a tensor [3, H, W].
-        get_label: Returns a sample's label.
+        transform: Function that converts a PIL image to a tensor [3, H, W].
+        get_label: Function that returns the label of a sample.
     """
 
     transform: Transform
@@ -74,11 +74,11 @@ class Decoder:
 def decode_image(encoded: bytes) -> Image.Image:
     """Decode all pixels of an image and convert it to RGB.
 
-    Only the upper 8 bits of 16-bit pixels and only the first of several frames are used. Transparency and the EXIF
-    orientation are ignored.
+    Of 16-bit pixels, only the upper 8 bits are used. Of several frames, only the first is used. Transparency and the
+    EXIF orientation are ignored.
 
     Args:
-        encoded: An image file in one of `IMAGE_FORMATS`.
+        encoded: The content of an image file in one of `IMAGE_FORMATS`.
 
     Returns:
         The RGB image.

@@ -1,4 +1,4 @@
-"""Local samples in tar shards and loose image files, indexed by byte offsets for random access."""
+"""Local samples in tar shards and separate image files, indexed by byte offsets for random access."""
 
 import itertools
 import os
@@ -25,12 +25,12 @@ IndexRow = tuple[Location, Location, Location]  # of image, label and text
 class IndexedSamples:
     """Local samples with random access. They are shuffled over the whole dataset.
 
-    The index takes 72 bytes per sample plus its key: less than 150 MB for ImageNet. A sample with a fault stays in the
-    index: it is drawn, reported and counted, but its content is not read.
+    For each sample, the index needs 72 bytes and the bytes of the key: less than 150 MB for ImageNet. The index
+    includes samples with a fault, so that they are reported and counted. Their content is not used.
 
     Attributes:
-        files: Shards and loose files that hold members.
-        table: Location of each member, as (file, offset, size) [samples, 3 kinds of member, 3].
+        files: All files with content: shards, separate image files and their .txt files.
+        table: Location of image, label and text of each sample, as (index into `files`, offset, size) [samples, 3, 3].
         indices: `Sample.index` of each sample [samples].
     """
 
@@ -59,7 +59,7 @@ class IndexedSamples:
         return len(self.table)
 
     def subset(self, positions: Sequence[int]) -> "IndexedSamples":
-        """Return the samples at these positions, in this order. Their `Sample.index` does not change."""
+        """Return a dataset of the samples at some positions, in this order. Each `Sample.index` is unchanged."""
         selected = copy(self)
         selected.__dict__.pop("digest", None)
         chosen = list(positions)
@@ -67,22 +67,23 @@ class IndexedSamples:
         return selected
 
     def reindexed(self) -> "IndexedSamples":
-        """Return the same samples with `Sample.index` counted from 0."""
+        """Return a dataset of the same samples, with `Sample.index` renumbered from 0."""
         renumbered = copy(self)
         renumbered.indices = torch.arange(len(self))
         return renumbered
 
     def iter_positions(self, positions: Iterable[int], seed: int) -> Iterator[SampleFetcher]:
-        """Iterate over positions; see `Samples.iter_positions`.
+        """Iterate over positions of the shuffled dataset; see `Samples.iter_positions`.
 
-        Each epoch is a separate permutation of all samples. Substitutes are drawn from all samples.
+        Each epoch is a new random permutation of all samples. A sample that cannot be used is replaced by a random
+        sample of the dataset.
 
         Args:
             positions: Positions in ascending order.
             seed: Seed of the permutations.
 
         Yields:
-            The fetcher of each position.
+            For each position, a function that loads its sample.
         """
         epoch, order = -1, torch.empty(0)
         with _FileDescriptors() as descriptors:
@@ -94,17 +95,17 @@ class IndexedSamples:
                 yield partial(self._fetch, descriptors, int(order[position % len(self)]), (seed, position))
 
     def _fetch(self, descriptors: "_FileDescriptors", number: int, draw: tuple[int, int], attempt: int) -> Sample:
-        """Read sample `number` at attempt 0, or a substitute at later attempts. `draw` is (seed, position)."""
+        """Read sample `number` if `attempt` is 0, else a random sample. `draw` is (seed, position)."""
         return self._read(descriptors, number if attempt == 0 else derive_seed(*draw, attempt) % len(self))
 
     def iter_shard(self, index: int = 0, num_shards: int = 1) -> Iterator[Sample]:
-        """Iterate over one part; see `Samples.iter_shard`."""
+        """Iterate once over part `index` of `num_shards` parts, without shuffling; see `Samples.iter_shard`."""
         with _FileDescriptors() as descriptors:
             for number in range(index, len(self), num_shards):
                 yield self._read(descriptors, number)
 
     def iter_texts(self) -> Iterator[str]:
-        """Iterate over the .txt members of usable samples, in order."""
+        """Iterate over the texts of the .txt members of usable samples, in the order of the dataset."""
         with _FileDescriptors() as descriptors:
             for locations, row in zip(self.table.tolist(), self._rows.tolist(), strict=True):
                 location = locations[MEMBER_KINDS.index("text")]
@@ -113,7 +114,7 @@ class IndexedSamples:
                     yield decode_text(text)
 
     def iter_labels(self) -> Iterator[Sample]:
-        """Iterate over all samples without reading images and texts, in order."""
+        """Iterate over all samples in the order of the dataset, without reading images and texts."""
         with _FileDescriptors() as descriptors:
             for locations, row, index in zip(
                 self.table.tolist(), self._rows.tolist(), self.indices.tolist(), strict=True
@@ -121,7 +122,7 @@ class IndexedSamples:
                 yield self._to_sample(descriptors, locations, row, index, ("label",))
 
     def faulty_samples(self) -> list[Sample]:
-        """Return the samples with a fault, without their content."""
+        """Return the samples that have a fault, without reading their content."""
         if not self._faults:
             return []
         numbers = [number for number, row in enumerate(self._rows.tolist()) if row in self._faults]
@@ -129,7 +130,7 @@ class IndexedSamples:
             return [self._read(descriptors, number, ()) for number in numbers]
 
     def find_dotted_keys(self) -> list[str]:
-        """Return the keys in shards that contain a dot. WebDataset's own reader ends a key at the first dot."""
+        """Return the keys in shards that contain a dot. Other WebDataset readers truncate them at the first dot."""
         ends = self._key_ends.tolist()
         dotted = []
         for file_number, row in zip(self.table[:, 0, 0].tolist(), self._rows.tolist(), strict=True):
@@ -140,12 +141,12 @@ class IndexedSamples:
 
     @property
     def layout_digest(self) -> str:
-        """Hash of the members' locations. It identifies the samples on this machine without reading them."""
+        """Hash of file paths, offsets and sizes. It identifies the dataset on this machine; no sample is read."""
         return sha256_of(self.table.numpy().tobytes(), self.indices.numpy().tobytes(), *map(os.fsencode, self.files))
 
     @cached_property
     def digest(self) -> str:
-        """Hash of names, locations, sizes and labels. It identifies the samples without reading the images."""
+        """Hash of the samples' file names, keys, labels, offsets and sizes. The content of the images is not read."""
         names = (
             os.fsencode(Path(sample.shard).name) + f" {sample.key} ".encode() + (sample.label or b"")
             for sample in self.iter_labels()
@@ -159,7 +160,7 @@ class IndexedSamples:
     def _to_sample(
         self, descriptors: "_FileDescriptors", locations: list[list[int]], row: int, index: int, kinds: Sequence[str]
     ) -> Sample:
-        """Return a sample with the members of these kinds."""
+        """Build the sample at a row of the index. Only members of `kinds` are read."""
         image, label, text = (
             self._read_member(descriptors, location) if kind in kinds else None
             for kind, location in zip(MEMBER_KINDS, locations, strict=True)
@@ -170,7 +171,7 @@ class IndexedSamples:
         return Sample(image or b"", label, text, shard, self._keys[start:end].decode(), index, fault)
 
     def _file_of(self, row: int, file_number: int) -> Path:
-        """Return the shard or loose image of a row. `file_number` is the file of the image, if the row has one."""
+        """Return the shard or image file of a row. `file_number` is the index of the image's file in `files`, or -1."""
         return self._faults[row][0] if row in self._faults else self.files[file_number]
 
     def _read_member(self, descriptors: "_FileDescriptors", location: list[int]) -> bytes | None:
@@ -178,7 +179,7 @@ class IndexedSamples:
         return None if file_number < 0 else descriptors.read(self.files[file_number], offset, size)
 
     def _index_file(self, file: Path) -> Iterator[tuple[str, IndexRow, Fault | None]]:
-        """Yield key, locations and fault of each sample of a shard, or of a loose image."""
+        """Yield the key, the locations and the fault of each sample in a shard, or of a single image file."""
         if file.suffix.lower() == ".tar":
             yield from self._index_tar(file)
             return
@@ -208,7 +209,7 @@ class IndexedSamples:
 
 
 def _find_fault(file: Path) -> Fault | None:
-    """Return the fault that the name of a loose image file shows; `None` if it shows no fault."""
+    """Return the fault of an image file outside shards that its path and suffix show; `None` if they show no fault."""
     if not file.is_file():
         return Fault("link", f"found {printable_name(file.name)}, a link to a missing file")
     suffix = file.suffix.lower().removeprefix(".")
@@ -218,7 +219,7 @@ def _find_fault(file: Path) -> Fault | None:
 
 
 class _FileDescriptors:
-    """Keeps the descriptors of up to `LIMIT` files open; opening another one closes the oldest."""
+    """Context manager that reads from files and keeps up to `LIMIT` of them open. The oldest is closed first."""
 
     LIMIT = 64
 
@@ -233,7 +234,7 @@ class _FileDescriptors:
             os.close(descriptor)
 
     def read(self, path: Path, offset: int, size: int) -> bytes:
-        """Read `size` bytes at `offset`; transient errors are retried."""
+        """Read `size` bytes of a file at `offset`. Reads that fail with transient errors are retried."""
         try:
             return retry_io(lambda: self._read(path, offset, size), must_exist=path.parent, description=path)
         except OSError as error:

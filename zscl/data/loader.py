@@ -2,7 +2,7 @@
 
 A training stream is endless and a pure function of (seed, position): a global batch holds the same images with the same
 augmentation for any number of workers and loader processes, and after any resume. An unusable sample is skipped and
-reported; while training, a substitute takes its place. Too many unusable samples stop the run.
+reported; in training, another sample replaces it. Too many unusable samples stop the run.
 """
 
 import os
@@ -37,9 +37,9 @@ MIN_SAMPLES_FOR_SHARE = 10_000  # denominator of the fraction of unusable sample
 
 
 def _shorten_temp_folder(process: int) -> None:
-    """Place a loader process's sockets in /tmp if the path of the temporary folder is too long for them.
+    """Create a loader process's sockets in /tmp if the path of the temporary folder is too long for a socket.
 
-    Otherwise batches are lost: multiprocessing only prints the error.
+    Otherwise batches would be lost, because multiprocessing prints the error but does not raise it.
     """
     if len(os.fsencode(tempfile.gettempdir())) > MAX_TEMP_PATH_BYTES:
         tempfile.tempdir = "/tmp"
@@ -50,10 +50,10 @@ class ReadProgress:
     """A worker's progress in reading a dataset.
 
     Attributes:
-        total: Samples in the dataset; `None` if unknown.
-        broken_samples: Messages about unusable samples, without repetitions.
-        samples_read: Samples read, with repetitions.
-        is_complete: Whether each sample was read once.
+        total: Number of samples in the dataset; `None` if unknown.
+        broken_samples: Messages about unusable samples, without repetitions; a dict used as an ordered set.
+        samples_read: Number of samples read. A sample that is read several times is counted each time.
+        is_complete: Whether the worker has read all samples of its part. Training streams never end.
     """
 
     total: int | None
@@ -71,10 +71,11 @@ class Loader:
         processes: Number of loader processes per worker; 0 loads in the worker itself.
         labels_on_cpu: Whether labels stay on the CPU.
         max_broken_share: Largest accepted fraction of unusable samples of a dataset.
-        on_skip: Callback for each skipped sample; a repeated sample is reported once.
-        broken_samples: Messages about unusable samples of all datasets, without repetitions.
-        progress: Progress of each dataset, in the order in which they were started.
-        restored_broken_samples: Messages about unusable samples from before a resume, one list per dataset.
+        on_skip: Callback that receives a message for each skipped sample, once per sample.
+        broken_samples: Messages about unusable samples of all datasets, without repetitions; an ordered set.
+        progress: Progress of each dataset, in the order in which reading started.
+        restored_broken_samples: Messages about unusable samples that were found before the run was interrupted and
+            resumed, one list for each dataset that will be read.
     """
 
     device: torch.device
@@ -90,8 +91,8 @@ class Loader:
         """Read batches and move them to the device.
 
         Args:
-            batches: The dataset.
-            total: Samples in the dataset; `None` if unknown.
+            batches: The batched dataset.
+            total: Number of samples in the dataset; `None` if unknown.
 
         Yields:
             Images [b, 3, H, W] and labels [b].
@@ -130,7 +131,7 @@ class Loader:
     def check_broken_across_ranks(self) -> None:
         """Check the fraction of unusable samples over all workers.
 
-        Collective: every rank must call it, and all ranks raise the same error.
+        All ranks must call this, and all ranks raise the same error.
 
         Raises:
             InputError: Too many samples of a dataset are unusable.
@@ -166,7 +167,8 @@ class Loader:
 class DecodedImageCache:
     """In-memory cache of decoded images by content, shared by the stages and runs of this process.
 
-    When the total budget is exceeded, datasets without an open reader are evicted in LRU order.
+    If an image would exceed the memory budget of all datasets, other datasets are evicted, least recently used first.
+    A dataset that is being read is not evicted.
     """
 
     def __init__(self) -> None:
@@ -176,7 +178,7 @@ class DecodedImageCache:
 
     @contextmanager
     def open_reader(self, name: str) -> Iterator[None]:
-        """Protect a dataset's images from eviction while the block runs."""
+        """Protect a dataset's images from eviction during the `with` block."""
         self._images[name] = self._images.pop(name, {})
         self._readers[name] += 1
         try:
@@ -188,7 +190,7 @@ class DecodedImageCache:
         """Return a sample's cached image, or decode it and add it to the cache if it fits.
 
         Args:
-            name: Name of the dataset, which has an open reader.
+            name: Name of the dataset. `open_reader(name)` must be active.
             sample: A sample of the dataset. Streamed samples are not cached.
             decoder: Decoder of the image.
             budget: Memory for this dataset in bytes.
@@ -213,7 +215,7 @@ class DecodedImageCache:
         return image
 
     def _evict(self, size: int, budget: int) -> bool:
-        """Evict datasets until `size` bytes fit into the budget; return whether they fit."""
+        """Evict datasets until `size` more bytes fit into the budget. Return whether they fit."""
         while self._bytes.total() + size > budget:
             idle = next((name for name in self._images if not self._readers[name]), None)
             if idle is None:
@@ -227,17 +229,17 @@ _image_cache = DecodedImageCache()
 
 @dataclass(frozen=True)
 class TrainingImages:
-    """Endless stream of decoded training images: one rank's part of each global batch, from `first_step` on.
+    """Endless stream of decoded training images: one rank's part of each global batch, starting at `first_step`.
 
     Attributes:
         samples: The dataset.
         decoder: Decoder with its transforms. Random transforms depend only on the seed and the position.
-        seed: Seed of this experiment, stage and stream.
+        seed: Seed of the order and of the augmentation, derived from the experiment, the stage and the stream.
         batch_size: Images in a global batch.
         rank_indices: This rank's indices within a global batch.
-        first_step: Steps already taken.
-        cache_bytes: Memory for this dataset's decoded images, in bytes over all loader processes.
-        total_cache_bytes: Memory for the decoded images of all datasets, if larger than `cache_bytes`.
+        first_step: Step at which the stream starts: the number of steps already taken.
+        cache_bytes: Memory for this dataset's decoded images, in bytes, all loader processes together.
+        total_cache_bytes: Memory for the decoded images of all datasets, in bytes; at least `cache_bytes` is used.
     """
 
     samples: Samples
@@ -259,7 +261,7 @@ class TrainingImages:
                 yield from self._decode(position, fetch, name)
 
     def _decode(self, position: int, fetch: SampleFetcher, name: str) -> DecodedStream:
-        """Yield messages about unusable samples at this position, then the decoded sample or its substitute."""
+        """Yield the decoded sample at a position; if it is unusable, yield a message, and try other samples instead."""
         _, processes = _loader_process()
         budget, total = self.cache_bytes // processes, max(self.cache_bytes, self.total_cache_bytes) // processes
         for attempt in range(MAX_ATTEMPTS):
@@ -289,7 +291,7 @@ class TrainingImages:
             yield from range(start + self.rank_indices.start, start + self.rank_indices.stop)
 
     def iter_batches(self, loader: Loader) -> Batches:
-        """Return an iterator over images [b, 3, H, W] and labels [b]; the b of all ranks add up to `batch_size`."""
+        """Return an iterator over images [b, 3, H, W] and labels [b]. The sum of b over all ranks is `batch_size`."""
         return loader(BatchedDataset(self, len(self.rank_indices), self.count), self.count())
 
     def count(self) -> int | None:
@@ -356,9 +358,9 @@ class BatchedDataset:
         """Iterate over batches.
 
         Yields:
-            (images [b, 3, H, W], labels [b], messages about skipped samples, number of samples in the dataset). An
-            `InputError` is yielded as the last item instead of raised, because PyTorch would replace an error of a
-            loader process by another error with a traceback in its message.
+            (images [b, 3, H, W], labels [b], messages about skipped samples, number of samples in the dataset). If an
+            `InputError` occurs, it is yielded as the last item and not raised, because PyTorch would replace an error
+            raised in a loader process with another error that has a traceback in its message.
         """
         batch: list[Decoded] = []
         skipped: list[str] = []
@@ -385,7 +387,7 @@ def _loader_process() -> tuple[int, int]:
 
 
 def _count_samples(samples: Samples) -> int | None:
-    """Return the number of samples; `None` for endless samples and for a stream that was not read to its end."""
+    """Return the number of samples; `None` for endless samples, and for a stream that was never read to its end."""
     if isinstance(samples, IndexedSamples):
         return len(samples)
     return samples.count if isinstance(samples, StreamedSamples) else None

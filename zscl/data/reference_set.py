@@ -11,22 +11,22 @@ from zscl.runtime.hashing import sha256_of
 
 
 class ReferenceSet:
-    """The images and texts of a reference set.
+    """The images and texts of a reference set for distillation.
 
     Attributes:
         images: The unlabelled images.
-        texts: The texts, at most `reference.max_texts`.
+        texts: The first `reference.max_texts` texts.
     """
 
     def __init__(self, reference: Reference, shard_cache: str | None = None) -> None:
         """Open the images and read the texts.
 
         Args:
-            reference: The reference set of a recipe.
+            reference: The recipe's section `reference`: locations of the images and texts.
             shard_cache: Folder to which remote shards are downloaded. If `None`, remote shards are streamed.
 
         Raises:
-            InputError: There are no texts.
+            InputError: The images or texts cannot be read, or there are none.
         """
         self.images = open_samples(reference.images, shard_cache)
         self.texts = self._read_texts(reference)[: reference.max_texts]
@@ -39,7 +39,7 @@ class ReferenceSet:
             )
 
     def _read_texts(self, reference: Reference) -> list[str]:
-        """Read the texts: from `reference.texts`, or else a captions.txt with the images, or else the .txt members."""
+        """Read `reference.texts`, or else captions.txt in the folder of the images, or else the .txt members."""
         if reference.texts is not None:
             return list(read_captions(reference.texts, lenient=True))
         for location in reference.images:

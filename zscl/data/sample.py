@@ -18,7 +18,7 @@ class Fault:
     """The reason why a sample cannot be used.
 
     Attributes:
-        reason: Kind of fault, which `zscl data check` counts.
+        reason: Kind of fault. `zscl data check` reports the number of samples for each kind.
         detail: What was found and what was expected.
     """
 
@@ -32,12 +32,13 @@ class Sample:
 
     Attributes:
         image: Encoded image; empty if it was not read.
-        label: Content of the .cls member.
-        text: Content of the .txt member.
-        shard: Path or URL of the shard, or the folder of a loose image.
+        label: Content of the .cls member; `None` if there is none.
+        text: Content of the .txt member; `None` if there is none.
+        shard: Path or URL of the shard; for an image file outside shards, the path of its folder.
         key: The sample's key in WebDataset's sense: the file name without its suffix.
-        index: Position in its dataset; -1 in a stream, which has no positions.
-        fault: The reason why the sample cannot be used, if its file names show one. Its content is not checked.
+        index: Index in the dataset; -1 for a streamed sample.
+        fault: The reason why the sample cannot be used, as far as its file names show; `None` if they show no fault.
+            The content is not checked.
     """
 
     image: bytes
@@ -58,7 +59,7 @@ class Sample:
             raise self.as_error()
 
     def as_error(self) -> "BrokenSampleError":
-        """Return the error that `check` raises."""
+        """Return the error that `check` raises for a sample with a fault."""
         why = f"{self.fault.reason}: {self.fault.detail}" if self.fault else "no fault"
         return BrokenSampleError(f"{self.shard}: sample '{self.key}' cannot be used ({why})")
 
@@ -76,17 +77,17 @@ def printable_name(name: str) -> str:
 
 
 def decode_label(member: bytes | None) -> str:
-    """Return the text of a .cls member; empty if there is none."""
+    """Decode the content of a .cls member; return an empty text for `None`."""
     return (member or b"").decode("ascii", errors="replace").strip()
 
 
 def decode_text(member: bytes | None) -> str:
-    """Return the text of a .txt member; empty if there is none."""
+    """Decode the content of a .txt member; return an empty text for `None`."""
     return (member or b"").decode("utf-8", errors="replace").strip()
 
 
 class BrokenSampleError(InputError):
-    """A sample that cannot be used. The message names its shard and key."""
+    """A sample cannot be used. The message names its shard and key."""
 
     def __init__(self, message: str, *, code: ErrorCode = ErrorCode.BROKEN_SAMPLES, field: str | None = None) -> None:
         super().__init__(message, code=code, field=field)
@@ -98,7 +99,7 @@ def check_broken_share(message: str, broken_count: int, total: int, max_broken_s
     Args:
         message: Description of one of the unusable samples.
         broken_count: Number of unusable samples.
-        total: Samples in the dataset.
+        total: Number of samples in the dataset.
         max_broken_share: Largest accepted fraction of unusable samples.
 
     Raises:
@@ -113,41 +114,41 @@ def check_broken_share(message: str, broken_count: int, total: int, max_broken_s
         )
 
 
-# Returns the sample of one position. The argument counts attempts from 0: if the sample is unusable, the next attempt
-# returns a substitute.
+# Function that loads the sample at one position. Its argument is the number of the attempt, from 0. Attempt 0 loads the
+# sample itself. If that sample cannot be used, the caller tries the next attempts, which load other samples instead.
 SampleFetcher = Callable[[int], Sample]
 MAX_ATTEMPTS = 8
 
 
 class Samples(Protocol):
-    """Protocol of datasets, which are read in an endless shuffled order, or once in the order of the files."""
+    """Protocol of datasets that can be read in an endless shuffled order, or once in the order of their files."""
 
     def iter_positions(self, positions: Iterable[int], seed: int) -> Iterator[SampleFetcher]:
         """Iterate over positions of the endless shuffled order.
 
         Args:
             positions: Positions in ascending order.
-            seed: Seed of the order. Substitutes depend only on the seed and the position.
+            seed: Seed of the order. The samples that replace unusable samples depend only on the seed and the position.
 
         Yields:
-            The fetcher of each position. It is valid until the next one is requested.
+            For each position, a function that loads its sample. It must be called before the next item is requested.
         """
 
     def iter_shard(self, index: int, num_shards: int) -> Iterator[Sample]:
-        """Iterate once over one of `num_shards` disjoint parts of the dataset.
+        """Iterate once over part `index` of `num_shards` disjoint parts of the dataset; each process reads one part.
 
         Args:
             index: Number of the part, from 0.
             num_shards: Number of parts.
 
         Yields:
-            Every `num_shards`-th sample, starting with sample `index`.
+            Every `num_shards`-th sample of the dataset, starting with sample `index`.
         """
 
 
 @dataclass(frozen=True)
 class NoiseSamples:
-    """Endless images of uniform noise. An image depends only on the seed and its position.
+    """Infinite dataset of images of uniform noise. An image depends only on the seed and its position.
 
     Attributes:
         size: Height and width in pixels.
@@ -156,12 +157,12 @@ class NoiseSamples:
     size: tuple[int, int]
 
     def iter_positions(self, positions: Iterable[int], seed: int) -> Iterator[SampleFetcher]:
-        """Iterate over positions; see `Samples.iter_positions`."""
+        """Iterate over positions of the dataset; see `Samples.iter_positions`. Every sample can be used."""
         for position in positions:
             yield partial(self._draw, seed, position)
 
     def iter_shard(self, index: int, num_shards: int) -> Iterator[Sample]:
-        """Iterate over one part; see `Samples.iter_shard`. The part is endless."""
+        """Iterate over part `index` of `num_shards` parts, without end; see `Samples.iter_shard`."""
         return (fetch(0) for fetch in self.iter_positions(count(index, num_shards), seed=0))
 
     def _draw(self, seed: int, position: int, attempt: int) -> Sample:

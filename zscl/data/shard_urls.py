@@ -35,7 +35,8 @@ def open_samples(
     Args:
         locations: Paths, globs, brace ranges, URLs and folders.
         shard_cache: Folder to which remote shards are downloaded. If `None`, remote shards are streamed.
-        literal: Whether braces, colons and asterisks are ordinary characters. Existing local paths are never expanded.
+        literal: Whether all locations are plain paths or URLs, in which braces, `::` and asterisks are ordinary
+            characters. If `False`, they are expanded, except in existing local paths.
 
     Returns:
         Indexed samples if all shards are local or cached, streamed samples otherwise.
@@ -68,7 +69,7 @@ def _check_has_image(samples: IndexedSamples) -> IndexedSamples:
 
 
 def _expand_braces(location: str) -> list[str]:
-    """Expand brace ranges, and split at `::`. An existing local path is returned unchanged."""
+    """Split a location at `::` and expand its brace ranges. An existing local path is returned unchanged."""
     if "://" not in location and os.path.lexists(location):
         return [location]
     if _max_shard_count(location) > MAX_SHARDS:
@@ -84,7 +85,7 @@ def _expand_braces(location: str) -> list[str]:
 
 
 def _max_shard_count(location: str) -> int:
-    """Return an upper bound of the number of shards. Counting them by expansion could take forever."""
+    """Return an upper bound of the number of shards in a location, because its expansion could take forever."""
     bound, commas = 1, []
     for character in location:
         if character == "{":
@@ -118,14 +119,14 @@ def _expand_url(url: str) -> list[str]:
 
 
 def download_to_cache(url: str, shard_cache: str) -> Path:
-    """Download a remote shard to the cache, atomically. A cached copy of the same size is reused.
+    """Download a remote shard to the cache, atomically. If the cache has a copy of the same size, the copy is reused.
 
     Args:
-        url: URL of the shard. Credentials in it do not change the name of the copy.
+        url: URL of the shard. The name of the cached copy does not depend on credentials in the URL.
         shard_cache: Folder of the cache.
 
     Returns:
-        Path of the copy.
+        Path of the cached copy.
 
     Raises:
         InputError: The shard cannot be read.
@@ -174,16 +175,17 @@ def _match_local_files(path: Path) -> list[Path]:
 
 
 def _list_folder(folder: Path) -> list[Path]:
-    """List the shards directly in a folder, or the images in it at any depth.
+    """List the shards directly in a folder, or the images in the folder and its subfolders.
 
     Args:
         folder: The folder.
 
     Returns:
-        The files, sorted.
+        The paths of the shards or images, sorted.
 
     Raises:
-        InputError: The folder contains neither, or it contains other data, which would be ignored silently.
+        InputError: The folder contains no shards and no images, or it contains data that would be ignored: both shards
+            and images, shards in subfolders, or compressed shards.
     """
     files = list_files(folder)
     all_shards = [file for file in files if file.suffix.lower() == ".tar"]
@@ -211,7 +213,7 @@ def _list_folder(folder: Path) -> list[Path]:
 
 
 def _is_image(file: Path) -> bool:
-    """Return whether a file is an image, judged by its suffix, or by its first bytes if it has no suffix."""
+    """Return whether a file is an image according to its suffix, or, without a suffix, to its first bytes."""
     if file.suffix or not file.is_file():
         return is_image_name(file.name)
     with file.open("rb") as stream:
@@ -219,5 +221,5 @@ def _is_image(file: Path) -> bool:
 
 
 def _natural_order(path: Path) -> tuple[int, str]:
-    """Return a sort key: numbered shards are sorted by number, after all other names."""
+    """Return a sort key: shards with numbers as names are sorted by number, after all other names."""
     return (int(path.stem) if path.stem.isdecimal() and len(path.stem) < 20 else -1, path.name)

@@ -17,11 +17,11 @@ def hold_out(
 ) -> tuple[IndexedSamples, IndexedSamples]:
     """Hold out a random fraction of each class's images.
 
-    The choice depends only on the seed, the label of a class and its number of images.
+    The images drawn from a class depend only on the seed, the label and the number of the class's usable images.
 
     Args:
         samples: A task's training images.
-        held_out: Fraction and seed.
+        held_out: The recipe's settings: fraction and seed.
         path: The task's path, for error messages.
         classnames: Class names in label order.
 
@@ -67,7 +67,7 @@ def draw_shots(
 ) -> IndexedSamples:
     """Draw a few random images of each class, for few-shot training.
 
-    The choice depends only on the seed, the label of a class and its number of usable images.
+    The images drawn from a class depend only on the seed, the label and the number of the class's usable images.
 
     Args:
         samples: A task's training images.
@@ -98,7 +98,7 @@ def draw_shots(
 def _group_by_label(
     samples: IndexedSamples, is_usable: Callable[[Sample], bool] = lambda sample: sample.fault is None
 ) -> dict[str, list[int]]:
-    """Return the positions of the usable samples of each label, in order."""
+    """Return the positions of the usable samples in ascending order, by the text of their label."""
     by_label: defaultdict[str, list[int]] = defaultdict(list)
     for position, sample in enumerate(samples.iter_labels()):
         if is_usable(sample):

@@ -21,10 +21,10 @@ SHUFFLE_BUFFER = 2_000  # samples in memory while streaming; local samples are s
 
 
 class StreamedSamples:
-    """Remote samples without random access. Shards are shuffled, and samples within a buffer of `SHUFFLE_BUFFER`.
+    """Remote samples without random access. Shards are shuffled; then samples are shuffled in a buffer.
 
     The order does not depend on the number of processes: each process reads the whole stream and selects its own
-    positions. The bytes read therefore grow with workers x loader processes.
+    positions. The number of bytes read is therefore proportional to workers x loader processes.
 
     Attributes:
         urls: URLs of the shards.
@@ -36,16 +36,17 @@ class StreamedSamples:
         self.count: int | None = None
 
     def iter_positions(self, positions: Iterable[int], seed: int) -> Iterator[SampleFetcher]:
-        """Iterate over positions; see `Samples.iter_positions`.
+        """Iterate over positions of the shuffled stream; see `Samples.iter_positions`.
 
-        Substitutes are the preceding samples of the stream. At the start of the stream, they are the following samples.
+        A sample that cannot be used is replaced by a preceding sample of the stream, or near the start of the stream by
+        one of its first `MAX_ATTEMPTS` samples.
 
         Args:
             positions: Positions in ascending order.
             seed: Seed of the order of shards and samples.
 
         Yields:
-            The fetcher of each position.
+            For each position, a function that loads its sample.
         """
         stream = itertools.chain.from_iterable(self._iter_epoch(seed, epoch) for epoch in itertools.count())
         first = list(itertools.islice(stream, MAX_ATTEMPTS))
@@ -61,15 +62,15 @@ class StreamedSamples:
 
     @property
     def digest(self) -> str:
-        """Hash of the masked URLs. The content of remote samples is unknown before it is read."""
+        """Hash of the URLs, with secrets masked. The content is not hashed, because it would have to be downloaded."""
         return sha256_of(*map(mask_urls, self.urls))
 
     def iter_shard(self, index: int = 0, num_shards: int = 1) -> Iterator[Sample]:
-        """Iterate over one part; see `Samples.iter_shard`."""
+        """Iterate once over part `index` of `num_shards` parts, without shuffling; see `Samples.iter_shard`."""
         return itertools.islice(self._count(_stream_samples(self.urls)), index, None, num_shards)
 
     def iter_texts(self) -> Iterator[str]:
-        """Iterate over the .txt members of usable samples, in order."""
+        """Iterate over the texts of the .txt members of usable samples, in the order of the shards."""
         for sample in _stream_samples(self.urls):
             if sample.fault is None and sample.text is not None:
                 yield decode_text(sample.text)
@@ -104,7 +105,7 @@ def _open_url(url: str) -> IO[bytes]:
 
 
 def remote_error_code(error: Exception) -> ErrorCode:
-    """Return the code for an error of an fsspec backend."""
+    """Return the `ErrorCode` for an error that an fsspec backend raised."""
     return ErrorCode.NOT_FOUND if isinstance(error, FileNotFoundError) else ErrorCode.UNREACHABLE
 
 

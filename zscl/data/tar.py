@@ -1,7 +1,7 @@
 """Listing, validation, streaming and writing of tar shards.
 
 A shard is a tar of samples KEY.(jpg|jpeg|png|webp) + KEY.cls or KEY.txt. KEY is everything before the last dot.
-KEY.NAME.json, KEY.NAME.txt and the like are side data of KEY if KEY has an image.
+If the sample KEY has an image, members such as KEY.NAME.json and KEY.NAME.txt are metadata of that sample.
 Only image, label and text members are read, and nothing is unpickled.
 """
 
@@ -53,8 +53,8 @@ class Member(NamedTuple):
 
     Attributes:
         name: Name in the tar, with folders.
-        key: The name before the last dot, without a leading "./".
-        suffix: The name after the last dot, in lower case; empty without a dot.
+        key: The part of the name before the last dot, with folders, without a leading "./".
+        suffix: The part of the name after the last dot, in lower case; empty without a dot.
         offset: Position of the content in the tar, in bytes.
         size: Size of the content in bytes.
         link_target: Target of a link; `None` for a regular file.
@@ -84,7 +84,7 @@ class Member(NamedTuple):
 
 
 class SampleParts(NamedTuple, Generic[T]):
-    """Image, label and text of a sample.
+    """Image, label and text of a sample. `T` is the type of the content or of its location.
 
     Attributes:
         image: The image's content or location; `None` without an image.
@@ -106,17 +106,18 @@ def is_image_name(name: str) -> bool:
 
 
 def assemble(members: Sequence[tuple[Member, T]], shard: str) -> SampleParts[T]:
-    """Combine the members of one key into a sample.
+    """Combine the members that have the same key to a sample.
 
     Args:
-        members: Pairs of a member and its content or location.
+        members: All members with the key, each with its content or location.
         shard: Path or URL of the shard.
 
     Returns:
-        The parts. They have a fault if the image is missing, or a member is ambiguous, a link or in another format.
+        The parts of the sample. The fault is set if the image is missing or in an unsupported format, if there are
+        several images, labels or texts, or if a member is a link.
 
     Raises:
-        InputError: The shard contains a member twice.
+        InputError: The shard contains two members with the same name.
     """
     parts: dict[str, T] = {}
     names: set[str] = set()
@@ -134,7 +135,7 @@ def assemble(members: Sequence[tuple[Member, T]], shard: str) -> SampleParts[T]:
 
 
 def _find_fault(members: Sequence[Member]) -> Fault | None:
-    """Return the reason why the members of one key are not a usable sample; `None` if they are usable."""
+    """Return the reason why the members with one key are not a usable sample; `None` if they are usable."""
     by_kind: dict[str | None, list[Member]] = {}
     for member in members:
         by_kind.setdefault(member.kind, []).append(member)
@@ -162,10 +163,10 @@ def list_members(file: Path) -> list[Member]:
         file: The shard.
 
     Returns:
-        The members in the order of the tar, without folders, hidden files and WebDataset's own metadata.
+        The members in the order of the tar, without folders, hidden files and WebDataset's metadata.
 
     Raises:
-        InputError: The shard is compressed, truncated, damaged or followed by other content, or a member to be read
+        InputError: The shard is compressed, truncated, damaged or followed by other content, or an image, label or text
             is sparse or too large.
     """
     try:
@@ -198,8 +199,9 @@ def list_members(file: Path) -> list[Member]:
 class CheckedTarStream:
     """A readable stream of a tar that detects truncation, and content after the end of the tar.
 
-    It records its length and the position of the last byte that is not zero. It raises an error after
-    `MAX_EMPTY_READS` reads without data, because tarfile skips a member by reading as many bytes as its header claims.
+    The class records the number of bytes read and the position after the last byte that is not zero. It raises an error
+    after `MAX_EMPTY_READS` reads without data: otherwise, tarfile would try to read all bytes that the header of a
+    truncated member announces.
     """
 
     def __init__(self, stream: IO[bytes], url: str) -> None:
@@ -254,23 +256,23 @@ def read_samples(stream: CheckedTarStream, url: str) -> Iterator[Sample]:
     """Read the samples of a streamed shard, in the order of the tar.
 
     Args:
-        stream: The shard.
+        stream: The content of the shard.
         url: URL of the shard.
 
     Yields:
-        The samples, usable or not.
+        All samples, also those with a fault.
 
     Raises:
         InputError: The members of a sample are not adjacent, there is no sample, or the tar is damaged or truncated.
     """
     group: list[tuple[Member, bytes]] = []  # the members of the current sample
-    texts: dict[str, list[tuple[Member, bytes]]] = {}  # KEY.….txt: of the sample KEY, or of a sample that follows
+    texts: dict[str, list[tuple[Member, bytes]]] = {}  # KEY.NAME.txt: metadata of KEY, or text of the sample KEY.NAME
     deferred: dict[str, list[Member]] = {}  # members without content that may belong to a later sample
     done: set[str] = set()
     with_image: set[str] = set()
 
     def close(group: Sequence[tuple[Member, bytes]]) -> Iterator[Sample]:
-        """Yield a complete group. A group of texts KEY.….txt is deferred: it may be side data of a later sample."""
+        """Yield the sample of a complete group. Defer texts KEY.NAME.txt: they may be metadata of a later sample."""
         members = [member for member, _ in group]
         key = members[0].key
         if "." in key.rpartition("/")[2] and all(member.kind == "text" for member in members):
@@ -318,16 +320,17 @@ def read_samples(stream: CheckedTarStream, url: str) -> Iterator[Sample]:
 
 
 def is_side_data(members: Sequence[Member], with_image: Container[str]) -> bool:
-    """Return whether the members of one key are side data of another sample, as x.metadata.json is of x.jpg.
+    """Return whether the members with one key are metadata of another sample.
 
-    Images and labels are never side data, because users expect them to be samples.
+    For example, x.metadata.json belongs to x.jpg. Images and labels are never metadata, because users expect them to be
+    samples.
 
     Args:
-        members: All members of one key.
+        members: All members of the shard with one key.
         with_image: The keys of the shard that have an image.
 
     Returns:
-        `True` if a shorter form of the key has an image, and no member is an image or a label.
+        `True` if a prefix of the key, cut at a dot, has an image, and no member is an image or a label.
     """
     if any(member.kind in ("image", "label") for member in members):
         return False
@@ -335,7 +338,7 @@ def is_side_data(members: Sequence[Member], with_image: Container[str]) -> bool:
 
 
 def _shorter_keys(key: str) -> list[str]:
-    """Return the key truncated at each of the dots in its file name: "a/x.b.c" → ["a/x", "a/x.b"]."""
+    """Return the prefixes of a key, cut at each dot in its file name: "a/x.b.c" → ["a/x", "a/x.b"]."""
     folder, slash, name = key.rpartition("/")
     parts = name.split(".")
     return [f"{folder}{slash}{'.'.join(parts[:count])}" for count in range(1, len(parts))]
@@ -347,7 +350,7 @@ def _to_sample(group: Sequence[tuple[Member, bytes]], url: str) -> Sample:
 
 
 def _iter_members(tar: tarfile.TarFile, shard: str) -> Iterator[tuple[Member, tarfile.TarInfo]]:
-    """Iterate over the members that may belong to samples, and check the headers of those that will be read."""
+    """Iterate over the members that may belong to samples. Check the headers of images, labels and texts."""
     last_offset = -1
     for info in tar:
         # A crafted size could lead back to an earlier header, which would loop forever.
@@ -378,7 +381,7 @@ def _iter_members(tar: tarfile.TarFile, shard: str) -> Iterator[tuple[Member, ta
 
 
 def _check_is_tar(first_block: bytes, shard: str) -> None:
-    """Raise an error if a file begins like one of `FOREIGN_FILES` and has no valid tar header."""
+    """Raise an error if a file begins with a magic number in `FOREIGN_FILES` and has no valid tar header."""
     for magic, (what, advice) in FOREIGN_FILES.items():
         if first_block.startswith(magic):
             with suppress(tarfile.TarError):  # a tar begins with a member's name, which may equal a magic number
@@ -398,21 +401,21 @@ def _trailing_content_message(shard: str, end: int) -> str:
 
 
 def summarize_error(error: Exception) -> str:
-    """Return an error's message on one line, without the arguments that WebDataset appends to it."""
+    """Return an error's message on one line, without the arguments that WebDataset adds to the exception."""
     message = error.args[0] if error.args and isinstance(error.args[0], str) else error
     return " ".join(str(message).split()) or type(error).__name__
 
 
 def write_shards(folder: Path, samples: Iterable[Mapping[str, bytes]], shard_images: int) -> list[dict[str, object]]:
-    """Write samples to 0.tar, 1.tar, …. Equal samples give identical bytes.
+    """Write samples to the shards 0.tar, 1.tar, …. Equal samples give identical files.
 
     Args:
         folder: Folder of the shards; it is created if necessary.
-        samples: Mappings of suffix to content.
+        samples: The samples. Each is a mapping from the suffixes of its members to their contents.
         shard_images: Samples per shard.
 
     Returns:
-        File name, number of samples, size in bytes and SHA-256 of each shard.
+        The manifest's entry for each shard: file name, number of samples, size in bytes and SHA-256.
     """
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[dict[str, object]] = []

@@ -92,13 +92,13 @@ def read_lines(location: str, content: str) -> list[str]:
 
 
 def parse_count(text: str) -> int | None:
-    """Parse a non-negative integer of fewer than 20 ASCII digits. Return `None` for any other text."""
+    """Parse a text of fewer than 20 ASCII digits to an integer. Return `None` for any other text."""
     return int(text) if text.isascii() and text.isdecimal() and len(text) < 20 else None
 
 
 @dataclass(frozen=True)
 class TaskFolder:
-    """A task with its class names and templates. Its shards are opened on first use.
+    """A task: class names, prompt templates, and training and test images. The shards are opened on first use.
 
     Attributes:
         name: Name of the task.
@@ -106,12 +106,12 @@ class TaskFolder:
         classnames: Class names in label order.
         templates: Prompt templates; the first one is used for training.
         shard_cache: Folder to which remote shards are downloaded. If `None`, remote shards are streamed.
-        classes: If the task has a subset of the folder's classes, their labels in the folder: label i of the task is
-            label `classes[i]` of the folder.
-        full_task: If the task has a subset of the classes, the task with all classes.
+        classes: The folder's labels of the task's classes, if the task has only some of the folder's classes: label i
+            of the task is label `classes[i]` of the folder. `None` if the task has all classes.
+        full_task: The task with all classes of the folder, if this task has only some of them; else `None`.
         held_out: Settings of the held-out training images; `None` if no images are held out.
-        shots: Training images per class; `None` for all.
-        shots_seed: Seed of the random choice of these images.
+        shots: Maximum number of training images per class, for few-shot training; `None` for all.
+        shots_seed: Seed of the random choice of the `shots` images.
     """
 
     name: str
@@ -130,12 +130,12 @@ class TaskFolder:
         """Read a task's class names and templates.
 
         Args:
-            task: The task of a recipe: path and name.
+            task: The task in the recipe; only its path and name are used.
             shard_cache: Folder to which remote shards are downloaded. If `None`, remote shards are streamed.
             held_out: Settings of the held-out training images; `None` if no images are held out.
 
         Returns:
-            The task with all classes and all shots.
+            The task with all classes and all training images that are not held out.
 
         Raises:
             InputError: The folder or one of its files is missing, a class name is empty, or a template has no `{c}`.
@@ -175,10 +175,10 @@ class TaskFolder:
         return [template.replace("{c}", name) for name in self.classnames]
 
     def subset(self, classes: tuple[int, ...] | None, name: str) -> "TaskFolder":
-        """Return a task of some of the classes, with labels renumbered in the order of `classes`.
+        """Return a task with some of the classes. Its labels are numbered from 0 in the order of `classes`.
 
         Args:
-            classes: Labels of the classes; `None` for all.
+            classes: This task's labels of the classes to select; `None` for all.
             name: Name of the new task.
 
         Returns:
@@ -214,7 +214,7 @@ class TaskFolder:
 
     @cached_property
     def without_shots(self) -> "TaskFolder":
-        """The task with all training images. It is cached, so that shards are indexed once for both tasks."""
+        """The same task with `shots=None`. It is cached, so that its shards are indexed only once."""
         return self if self.shots is None else replace(self, shots=None)
 
     def _load_split(self, split: str) -> IndexedSamples | StreamedSamples:
@@ -244,21 +244,21 @@ class TaskFolder:
 
     @cached_property
     def _divided_splits(self) -> dict[str, IndexedSamples]:
-        """The remaining training images as `train`, and the held-out images as `test`."""
+        """The training images that are not held out as `train`, and the held-out images as `test`."""
         assert self.held_out is not None
         train, held = hold_out(self._open_split("train"), self.held_out, self.path, self.classnames)
         return {"train": train, "test": held}
 
     @cached_property
     def label_texts(self) -> dict[str, list[str]]:
-        """The content of the .cls members of each local split, in order."""
+        """The content of the .cls members of all samples, in order, for each split whose shards are local."""
         return {
             split: [decode_label(sample.label) for sample in samples.iter_labels()]
             for split, samples in self._local_splits.items()
         }
 
     def list_shards(self, split: str) -> list[str]:
-        """List a split's shards, and check that local ones exist.
+        """List the shards of a split, and check that local shards exist.
 
         Args:
             split: `train` or `test`.
@@ -280,7 +280,7 @@ class TaskFolder:
         return shards
 
     def list_expected_shards(self, split: str) -> list[str]:
-        """List a split's shards according to nshards.txt, whether they exist or not.
+        """List the shards that a split has according to nshards.txt, whether they exist or not.
 
         Args:
             split: `train` or `test`.
@@ -301,7 +301,7 @@ class TaskFolder:
         return [f"{self.path}/{split}/{index}.tar" for index in range(count)]
 
     def list_warnings(self, split: str) -> list[str]:
-        """Return warnings about keys with dots, and about shards beyond the number in nshards.txt."""
+        """Return warnings about a split: keys that contain a dot, and shards beyond the number in nshards.txt."""
         warnings = []
         samples = self.train if split == "train" else self.test
         if isinstance(samples, IndexedSamples) and (keys := samples.find_dotted_keys()):
@@ -311,7 +311,7 @@ class TaskFolder:
         return warnings
 
     def find_extra_shards(self, split: str) -> list[Path]:
-        """Return the shards in a local split's folder beyond the number in nshards.txt. They are never read."""
+        """Return the shards in a local split's folder that nshards.txt does not count. They are never read."""
         if "://" in self.path or not Path(self.path, split, "nshards.txt").is_file():
             return []
         expected = {Path(shard) for shard in self.list_expected_shards(split)}
@@ -361,7 +361,7 @@ class TaskFolder:
 
     @cached_property
     def broken_samples(self) -> dict[str, list[str]]:
-        """Messages about the samples of each local split whose file names or labels make them unusable."""
+        """Messages about samples whose file names or labels make them unusable, for each split with local shards."""
         messages: dict[str, list[str]] = {}
         for split, samples in self._local_splits.items():
             messages[split] = []
@@ -381,7 +381,7 @@ class TaskFolder:
         """Check all local shards and labels.
 
         Args:
-            max_broken_share: Largest accepted fraction of unusable samples of a split.
+            max_broken_share: Largest accepted fraction of unusable samples in a split.
 
         Raises:
             InputError: A shard is missing or damaged, or too many samples are unusable.
@@ -392,7 +392,11 @@ class TaskFolder:
 
     @cached_property
     def digest(self) -> str:
-        """Hash of the task's content, from the manifest's hashes, or from the samples' names, sizes and labels."""
+        """Hash of class names, templates and images.
+
+        Images are represented by the SHA-256 of each shard in the manifest. Without a manifest, they are represented by
+        the names, sizes and labels of the samples.
+        """
         if self.full_task is not None:
             return sha256_of(self.full_task.digest, repr(self.classes), "\n".join(self.templates))
         if self.held_out is not None:
@@ -406,7 +410,7 @@ class TaskFolder:
 
     @property
     def split_family(self) -> str:
-        """Name of the train/test split in the manifest; empty without a manifest."""
+        """How the data was split into train and test, according to the manifest; empty without a manifest."""
         manifest = read_text(f"{self.path}/{MANIFEST}")
         try:
             return str(json.loads(manifest or "{}").get("split_family", ""))
@@ -440,7 +444,7 @@ class TaskFolder:
 
 
 def describe_dotted_keys(split: str, keys: Sequence[str]) -> str:
-    """Return a warning about keys with dots, which other WebDataset readers truncate at the first dot."""
+    """Format a warning about keys with dots, which other WebDataset readers truncate at the first dot."""
     samples = format_names(keys, "sample whose key has a dot", "samples whose keys have dots")
     return (
         f"{split}: found {samples}. Here a key ends at the last dot, so every image is a separate sample; in other "
@@ -449,6 +453,6 @@ def describe_dotted_keys(split: str, keys: Sequence[str]) -> str:
 
 
 def describe_extra_shards(split: str, shards: Sequence[Path]) -> str:
-    """Return a warning about shards beyond the number in nshards.txt."""
+    """Format a warning about shards that are not read, because they are beyond the number in nshards.txt."""
     names = format_names([printable_name(file.name) for file in shards], "shard")
     return f"{split}: found {names} beyond the number in nshards.txt; extra shards are never read"

@@ -15,12 +15,12 @@ HEADER = b"caption\n"  # every line after it is a caption
 
 @dataclass(frozen=True)
 class WrittenCaptions:
-    """Summary of a written captions.txt.
+    """Summary of a `captions.txt` that was just written or already had the same captions.
 
     Attributes:
         captions: Number of captions.
-        origin: The format and the column that they were read from.
-        first: The first captions.
+        origin: The format of the caption file, with the column or key of the captions.
+        first: The first captions, as a preview for the user.
         empty: Number of records without a caption; they are skipped.
     """
 
@@ -37,7 +37,7 @@ def write_captions(file: Path, folder: Path, column: str | None = None) -> Writt
 
     Args:
         file: A file in one of the formats of `zscl.data.captions.formats`.
-        folder: Folder of the reference set.
+        folder: Folder of the reference set, in which `captions.txt` is written.
         column: Name or number (from 1) of the caption column, or key in JSON; detected by default.
 
     Returns:
@@ -76,7 +76,9 @@ def write_captions(file: Path, folder: Path, column: str | None = None) -> Writt
 
 
 def _add_header_if_ambiguous(written: Path, file: Path, first: str) -> None:
-    """Add a header line if a run would read the captions differently without it. The header determines the format.
+    """Add a header line if a run would otherwise detect another format and read other captions.
+
+    A run detects the format of `captions.txt` from its content.
 
     Args:
         written: File with one caption per line.
@@ -84,7 +86,7 @@ def _add_header_if_ambiguous(written: Path, file: Path, first: str) -> None:
         first: The first caption.
 
     Raises:
-        InputError: A run cannot read the captions with a header either.
+        InputError: A run cannot read the captions, even with a header.
     """
     try:
         captions = read_captions(str(written), lenient=True)

@@ -1,6 +1,6 @@
 """Download of ready-made tasks in the WebDataset layout from the Hugging Face Hub (`clip-benchmark/wds_*`).
 
-The splits of some copies differ from those of the published results.
+The splits of some of these tasks differ from those of the published results.
 """
 
 import json
@@ -20,7 +20,7 @@ from zscl.runtime.hashing import sha256_of_file
 
 SPLIT_FAMILY = "clip-benchmark-wds"
 
-# Task -> its repository, and a comparison of its split with that of the published results.
+# Task -> its repository, and how the repository's split compares with the split of the published results.
 MTIL_COPIES = {
     "Aircraft": ("wds_fgvc_aircraft", "the published split"),
     "Caltech101": ("wds_vtab-caltech101", "another split, and an additional class: the background"),
@@ -35,7 +35,7 @@ MTIL_COPIES = {
     "SUN397": ("wds_sun397", "only a test split: the task can be evaluated, but not trained"),
 }
 
-# Test sets for the drift of a model. Class names and templates come from the copies.
+# Test sets that measure the drift of a model. Their class names and templates are those of the repositories.
 DRIFT_COPIES = {
     "ImageNet": ("wds_imagenet1k", "the validation images"),
     "ImageNetV2": ("wds_imagenetv2", "matched frequency"),
@@ -47,10 +47,10 @@ DRIFT_COPIES = {
 
 
 def fetch(task: str, out: Path) -> PreparedTask:
-    """Download a copy to the task folder `out/task`. An existing task is reused.
+    """Download a task to the folder `out/task`. An existing task is reused.
 
     MTIL tasks get the class names and templates of the published results. For ImageNet and its variants, only the test
-    split is downloaded. The next call resumes an interrupted download.
+    split is downloaded. If the download is interrupted, the next call resumes it.
 
     Args:
         task: A name in `MTIL_COPIES` or `DRIFT_COPIES`.
@@ -60,7 +60,7 @@ def fetch(task: str, out: Path) -> PreparedTask:
         The downloaded or existing task.
 
     Raises:
-        InputError: The copy cannot be downloaded, its shards are damaged, or something else exists at `out/task`.
+        InputError: The task cannot be downloaded, its shards are damaged, or `out/task` exists with other content.
     """
     folder = out / task
     repository, difference = (MTIL_COPIES | DRIFT_COPIES)[task]
@@ -112,7 +112,7 @@ def _download(task: str, repository: str, folder: Path) -> None:
 
 
 def _published_classnames(task: str, copied: list[str]) -> tuple[list[str], list[str]]:
-    """Return the published class names in the label order of the copy, and a note about changed names."""
+    """Return the published class names in the label order of `copied`, and a note about the names that differ."""
     published = classnames_of(task, copied)
     changed = [f"'{old}' by '{new}'" for old, new in zip(copied, published, strict=True) if old != new]
     note = f"{len(changed)} class names are replaced by CLIP's class names: {', '.join(changed[:3])}"
@@ -122,7 +122,7 @@ def _published_classnames(task: str, copied: list[str]) -> tuple[list[str], list
 def _manifest(
     task: str, downloaded: Path, splits: list[str], classnames: list[str], repository: str
 ) -> tuple[dict[str, int], str]:
-    """Check every shard and label, and return the number of images per split and the manifest."""
+    """Check every shard and label of a download, and return the number of images per split and the manifest."""
     task_folder = TaskFolder(task, str(downloaded), tuple(classnames), ())
     images: dict[str, int] = {}
     shards: dict[str, list[dict[str, object]]] = {}

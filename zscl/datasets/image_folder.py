@@ -20,8 +20,9 @@ def prepare_folder(images: Path, folder: Path, templates: Sequence[str], seed: i
     """Convert an image folder with one subfolder per class to a task.
 
     Args:
-        images: Folder that contains train/CLASS/* and test/CLASS/*, or only CLASS/*, which is split 80/20 at random.
-        folder: Path of the task folder. An existing task of the same files is reused.
+        images: Folder that contains train/CLASS/* and test/CLASS/*, or only CLASS/*. In the second case, the images are
+            split 80/20 at random.
+        folder: Path of the task folder. An existing task built from the same files is reused.
         templates: Prompt templates with `{c}`.
         seed: Seed of the random split.
 
@@ -60,7 +61,7 @@ def prepare_folder(images: Path, folder: Path, templates: Sequence[str], seed: i
 
 
 def _class_name(images: Path, folder: str) -> str:
-    """Convert the name of a folder to a class name. Refuse a name without printable text."""
+    """Convert the name of a class's folder to a class name. Refuse a name without printable text."""
     name = " ".join(folder.replace("_", " ").replace("-", " ").splitlines()).strip()
     if not name or not name.replace("\xa0", " ").isprintable():
         raise InputError(
@@ -76,7 +77,7 @@ def _class_names_note(classnames: Sequence[str]) -> str:
 
 
 def _nested_folder_notes(images: Path, splits: Mapping[str, Sequence[SourceFile]]) -> list[str]:
-    """Warn if a class's folder contains folders, which may be the intended classes."""
+    """Return a warning if a class's folder has subfolders, because these may be the intended classes."""
     depth = 2 if (images / "train").is_dir() and (images / "test").is_dir() else 1
     for files in splits.values():
         for file in files:
@@ -111,7 +112,7 @@ def _find_stray_images(images: Path, classes: Sequence[str]) -> list[str]:
 
 
 def _read_splits(images: Path, seed: int, skipped: list[str]) -> tuple[str, list[str], dict[str, list[SourceFile]]]:
-    """Return the split family, class folders and image files, and append the names of other files to `skipped`."""
+    """Return the split family, class folders and image files. Append the names of non-image files to `skipped`."""
     if not images.is_dir():
         raise InputError(
             f"{images}: found no such folder, expected a folder with one subfolder per class", code=ErrorCode.NOT_FOUND
@@ -142,7 +143,7 @@ def _read_splits(images: Path, seed: int, skipped: list[str]) -> tuple[str, list
 
 
 def _filter_images(files: Sequence[SourceFile], classes: Sequence[str], skipped: list[str]) -> list[SourceFile]:
-    """Return the files with an image header, and append the names of the others to `skipped`."""
+    """Return the files with an image header. Append the names of the remaining files to `skipped`."""
     images = []
     for file in files:
         with convert_errors(f"{file.name}: cannot be read"):
@@ -168,16 +169,16 @@ def list_class_files(images: Path, folder: Path, classes: Sequence[str], subfold
     """List the image files of a folder with one subfolder per class.
 
     Args:
-        images: Root folder of the source. File names are relative to it.
+        images: Root folder of the dataset. The names in the result are relative to this folder.
         folder: Folder that contains the class folders.
         classes: Names of the class folders, in label order.
-        subfolder: Path from a class folder to the folder of its images.
+        subfolder: Subfolder of each class folder that contains the images; empty if the class folder contains them.
 
     Returns:
         The files, ordered by class and path.
 
     Raises:
-        InputError: A class has no image, or shards cannot hold the file format of an image.
+        InputError: A class has no image, or the file format of an image is not supported in shards.
     """
     files = []
     for label, name in enumerate(classes):

@@ -17,18 +17,18 @@ TEMPLATE = "a good photo of a {c}."
 
 
 def prepare_tinyimagenet(root: Path, folder: Path) -> PreparedTask:
-    """Convert the unpacked `tiny-imagenet-200` to a task. Its validation images become the test split.
+    """Convert the unpacked `tiny-imagenet-200` to a task. The validation images become the test split.
 
     Args:
         root: Folder that contains wnids.txt, words.txt, train/WNID/images/* and val/images/* with
             val/val_annotations.txt.
-        folder: Path of the task folder. An existing task of the same files is reused.
+        folder: Path of the task folder. An existing task built from the same files is reused.
 
     Returns:
         The written or existing task.
 
     Raises:
-        InputError: A file is missing, the files contradict each other, or `folder` holds something else.
+        InputError: A file is missing, the files contradict each other, or `folder` exists with other content.
     """
     wnids = sorted(read_lines(f"{root}/wnids.txt", "WordNet ids"))
     words = dict(line.partition("\t")[::2] for line in read_lines(f"{root}/words.txt", "WordNet ids and their names"))
@@ -55,11 +55,11 @@ def prepare_tinyimagenet(root: Path, folder: Path) -> PreparedTask:
 
 
 def prepare_imagenet(root: Path, folder: Path, classes: Path | None) -> PreparedTask:
-    """Convert ImageNet-1k, or some of its classes, to a task. Its validation images become the test split.
+    """Convert ImageNet-1k, or some of its classes, to a task. The validation images become the test split.
 
     Args:
         root: Folder in the layout of torchvision's `ImageNet`: train/WNID/* and val/WNID/*.
-        folder: Path of the task folder. An existing task of the same files is reused.
+        folder: Path of the task folder. An existing task built from the same files is reused.
         classes: File with one WordNet id per line in label order, optionally followed by a class name; all classes
             by default.
 
@@ -67,7 +67,7 @@ def prepare_imagenet(root: Path, folder: Path, classes: Path | None) -> Prepared
         The written or existing task.
 
     Raises:
-        InputError: A class has no folder or no name, or `folder` holds something else.
+        InputError: A class has no folder or no name, or `folder` exists with other content.
     """
     clip_names = _clip_names(root)
     lines = read_lines(str(classes), "WordNet ids") if classes else sorted(clip_names)
@@ -107,7 +107,8 @@ def prepare_imagenet(root: Path, folder: Path, classes: Path | None) -> Prepared
 def _clip_names(root: Path) -> Mapping[str, str]:
     """Return a mapping from WordNet ids to CLIP's class names.
 
-    Labels follow the alphabetical order of all 1000 ids. If the folder of a class is missing, the mapping is empty.
+    The ids are the names of the class folders. CLIP's class names follow the alphabetical order of all 1000 ids, so the
+    mapping is empty if a class folder is missing.
     """
     from open_clip import IMAGENET_CLASSNAMES
 

@@ -1,7 +1,7 @@
 """Conversion of the eleven MTIL tasks of the published results, read through torchvision's dataset classes.
 
 Splits, class names and templates are those of the published results. `prompts.json` maps torchvision's class names to
-those of CLIP. torchvision is imported only when it is used.
+those of CLIP. torchvision is imported on first use.
 """
 
 import io
@@ -105,13 +105,13 @@ class TorchvisionSource:
 
     Attributes:
         dataset: Name of the class in `torchvision.datasets`.
-        folder: Folder that the class expects in its root folder.
+        folder: Name of the folder, inside the root folder, from which the class reads the dataset.
         published_counts: Numbers of train and test images in the published results.
-        list_files: Returns the images of a dataset, given its root folder.
+        list_files: Returns the image files of an instance of the class, given the instance and its root folder.
         split_arguments: Arguments of the class for train and test. `None` means that there is no official split, so the
             paper's 80/20 `random_split` is used.
-        list_classes: Returns a dataset's class names in label order.
-        separators: Characters between the words of a class name.
+        list_classes: Returns the class names of an instance of the class, in label order.
+        separators: Characters between the words of a class name, which are replaced by spaces.
         is_downloadable: Whether torchvision can download the dataset.
     """
 
@@ -161,14 +161,14 @@ def templates_of(task: str) -> list[str]:
 
 
 def classnames_of(task: str, classes: Sequence[str]) -> list[str]:
-    """Return the class names of the published results.
+    """Convert the class names of a source to CLIP's spelling, which the published results use.
 
     Args:
         task: A name in `MTIL`.
         classes: Class names in the spelling and order of the source.
 
     Returns:
-        CLIP's spelling of the names, in the same order.
+        The converted names, in the same order.
     """
     names = _prompts()[task].get("names", {})
     spaces = str.maketrans(dict.fromkeys(MTIL[task].separators, " "))
@@ -184,15 +184,15 @@ def prepare(task: str, out: Path, root: Path | None, on_progress: OnProgress = l
     Args:
         task: A name in `MTIL`.
         out: Folder of the tasks.
-        root: Local copy in the layout of torchvision. If `None`, the dataset is downloaded, and removed after
-            conversion.
-        on_progress: Callback, called every few hundred images.
+        root: Folder of a local copy in torchvision's layout. If `None`, the dataset is downloaded, and the download is
+            removed after conversion.
+        on_progress: Called every few hundred images.
 
     Returns:
         The written or existing task.
 
     Raises:
-        InputError: The copy is missing or damaged, the download fails, or something else exists at `out/task`.
+        InputError: The local copy is missing or damaged, the download fails, or `out/task` exists with other content.
     """
     source, folder = MTIL[task], out / task
     existing = find_existing_task(folder, source.split_family)
@@ -212,12 +212,12 @@ def prepare(task: str, out: Path, root: Path | None, on_progress: OnProgress = l
 
 
 def check_copies(tasks: Sequence[str], out: Path, root: Path | None) -> None:
-    """Check before any conversion that every missing task has a local copy or can be downloaded.
+    """Check that every task without a task folder has a local copy of its dataset or can be downloaded.
 
     Args:
         tasks: Names in `MTIL`.
         out: Folder of the tasks.
-        root: Folder of local copies in the layout of torchvision, if there are any.
+        root: Folder of local copies in torchvision's layout; `None` if the datasets are downloaded.
 
     Raises:
         InputError: A folder that torchvision's class expects is missing, or a task needs a local copy.

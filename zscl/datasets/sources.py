@@ -1,6 +1,6 @@
 """Conversion of image files from any source to a task folder.
 
-An existing task of the same files is reused. Image files are copied byte by byte.
+An existing task built from the same files is reused. Image files are copied byte by byte.
 """
 
 import json
@@ -21,10 +21,10 @@ SPLIT_SEED = 42  # seed of the paper's random splits
 
 
 class SourceFile(NamedTuple):
-    """An image of a source, which is read on demand.
+    """An image of a dataset, read on demand.
 
     Attributes:
-        name: Path relative to the root folder of the source.
+        name: Path relative to the root folder of the dataset, or a unique name if the image is not a file.
         label: The label.
         read: Returns the encoded image.
     """
@@ -36,13 +36,13 @@ class SourceFile(NamedTuple):
 
 @dataclass(frozen=True)
 class PreparedTask:
-    """A task folder that was written now or existed before.
+    """Summary of a task folder that was just written or already existed.
 
     Attributes:
         name: The task's name.
         folder: Path of the task folder.
         images: Number of images per split.
-        split_family: Name of the split.
+        split_family: Name of the split. Results are comparable only if the split families are equal.
         kept: Whether the folder existed before.
         notes: Messages for the user.
     """
@@ -78,7 +78,7 @@ def check_name(command: str, name: str, allowed: Sequence[str]) -> str:
 
 
 def random_split(total: int, seed: int = SPLIT_SEED) -> dict[str, list[int]]:
-    """Return the sample indices of the paper's random 80/20 split of `total` samples, in the order of the draw."""
+    """Split `total` samples at random, 80/20 as in the paper, and return the indices of both splits as drawn."""
     train = int(0.8 * total)
     indices: Any = range(total)
     parts = torch.utils.data.random_split(
@@ -88,14 +88,14 @@ def random_split(total: int, seed: int = SPLIT_SEED) -> dict[str, list[int]]:
 
 
 def find_existing_task(folder: Path, split_family: str) -> PreparedTask | None:
-    """Return the task that exists in a folder, if there is one.
+    """Return a summary of the task in a folder, if the folder contains one.
 
     Args:
         folder: Path of the task folder.
-        split_family: The expected split.
+        split_family: The expected name of the split.
 
     Returns:
-        The task, or `None` if the folder is missing or empty.
+        The summary, or `None` if the folder is missing or empty.
 
     Raises:
         InputError: The folder contains a task with another split, or something that `zscl data` did not write.
@@ -129,7 +129,7 @@ def write_files(
     source: str,
     split_family: str,
 ) -> PreparedTask:
-    """Write a task from image files. An existing task of the same files is reused.
+    """Write a task from image files. An existing task built from the same files is reused.
 
     Args:
         folder: Path of the task folder.
@@ -143,7 +143,7 @@ def write_files(
         The written or existing task.
 
     Raises:
-        InputError: A file cannot be read, or `folder` holds something else.
+        InputError: A file cannot be read, or `folder` exists with other content.
     """
     existing = find_existing_task(folder, split_family)
     if existing is not None:
@@ -182,7 +182,7 @@ def read_images(task: str, files: Sequence[SourceFile], on_image: Callable[[], N
     Args:
         task: The task's name, for messages.
         files: The image files.
-        on_image: Callback, called after each image.
+        on_image: Called after each image.
 
     Yields:
         The encoded images.
@@ -199,9 +199,10 @@ def read_images(task: str, files: Sequence[SourceFile], on_image: Callable[[], N
 
 @contextmanager
 def convert_errors(message: str) -> Iterator[None]:
-    """Convert every exception that the block raises to an `InputError`.
+    """Convert every exception raised in the `with` block to an `InputError`.
 
-    Torchvision's dataset classes parse files without checks. Any exception they raise means that the copy is damaged.
+    torchvision's dataset classes parse files without checks. Any exception from them means that the local copy of the
+    dataset is damaged.
 
     Args:
         message: The beginning of the error message.
@@ -210,7 +211,7 @@ def convert_errors(message: str) -> Iterator[None]:
         Nothing.
 
     Raises:
-        InputError: The block raised an exception.
+        InputError: The `with` block raised an exception.
     """
     try:
         yield

@@ -1,6 +1,6 @@
 """Writer of task folders: class names, templates, tar shards and manifest.
 
-The same samples always give the same bytes.
+Files written from the same samples are always byte-identical.
 """
 
 import hashlib
@@ -23,7 +23,8 @@ class LabelledImage(NamedTuple):
     Attributes:
         image: The encoded image.
         label: The label.
-        name: The original file name. The sample keeps its suffix, and the hash of the split includes the name.
+        name: The original file name. Its suffix is also the suffix of the image in the shard, and the hash of the split
+            includes the name.
     """
 
     image: bytes
@@ -35,7 +36,8 @@ class FileList:
     """The file names of a split, and a SHA-256 hash of its file names and labels. Equal hashes mean equal splits.
 
     Attributes:
-        names: Original file names. The line number of a name in `files.txt`, from 0, is the key of the sample.
+        names: Original file names, which are written to `files.txt`, one per line. The line number, counted from 0, is
+            the key of the sample in the shards.
     """
 
     def __init__(self) -> None:
@@ -71,13 +73,13 @@ def write_task(
         templates: Prompt templates with `{c}`; the first one is used for training.
         splits: Encoded images of `train` and `test` with their labels, and with their file names if they have any.
         source: Origin of the images, for the manifest.
-        suffix: File suffix of images without a name, without the dot.
+        suffix: File suffix, without the dot, of images that have no file name.
         split_family: Name of the split, for the manifest. Results are comparable only if the split families are equal.
         shard_images: Images per shard.
 
     Raises:
-        InputError: A split has no image, shards cannot hold the file format of an image, or a class name or template is
-            not a single line.
+        InputError: A split has no image, the file format of an image is not supported in shards, or a class name or
+            template is not a single line.
     """
     _check_single_lines(folder, "class name", classnames)
     _check_single_lines(folder, "template", templates)
@@ -104,7 +106,7 @@ def write_task(
 
 
 def _check_single_lines(folder: Path, kind: str, texts: Sequence[str]) -> None:
-    """Refuse texts that are empty or have several lines, because the line number of a class name is its label."""
+    """Refuse texts that are empty or have several lines, because the task's text files hold one text per line."""
     for number, text in enumerate(texts):
         if text.splitlines() != [text] or not text.strip() or "\0" in text:
             raise InputError(
@@ -135,7 +137,7 @@ def image_suffix(name: str) -> str:
         The suffix in lower case, without the dot.
 
     Raises:
-        InputError: Shards cannot hold this file format. Images are never re-encoded.
+        InputError: The file format is not supported in shards. Images are never converted to another format.
     """
     suffix = Path(name).suffix.lower().removeprefix(".")
     if suffix not in IMAGE_SUFFIXES:

@@ -1,7 +1,7 @@
 """Metrics of continual learning from an accuracy matrix: Transfer, Avg, Last, forgetting, BWT and FWT.
 
-A[j, i] is the accuracy on task i after stage j, as a fraction. The matrix of an unfinished sequence has fewer rows than
-tasks; its metrics are computed from the existing rows.
+A[j, i] is the accuracy on task i after stage j, as a fraction: one row for each stage, one column for each task. In an
+unfinished sequence, the metrics are computed from the rows of the finished stages.
 """
 
 import math
@@ -14,23 +14,23 @@ Matrix = Sequence[Sequence[float]]
 
 
 def transfer(matrix: Matrix) -> float | None:
-    """Return the mean over tasks i ≥ 2 of mean_{j < i} A[j, i] (Transfer); `None` for a single task."""
+    """Return Transfer: the mean of mean_{j < i} A[j, i] over all tasks i ≥ 2; `None` for a single task."""
     before = [[row[task] for row in matrix[:task]] for task in range(1, len(matrix[0]))]
     return fmean(map(fmean, before)) if before else None
 
 
 def average(matrix: Matrix) -> float:
-    """Return the mean of the whole matrix (Avg)."""
+    """Return Avg: the mean of all entries of the matrix."""
     return fmean(map(fmean, matrix))
 
 
 def last(matrix: Matrix) -> float:
-    """Return the mean of the last row (Last)."""
+    """Return Last: the mean of the last row of the matrix."""
     return fmean(matrix[-1])
 
 
 def forgetting(matrix: Matrix) -> float | None:
-    """Return the mean over trained tasks i except the last of max_j A[j, i] − A[last, i].
+    """Return the forgetting: the mean of max_j A[j, i] − A[last, i] over all trained tasks i except the last one.
 
     Args:
         matrix: The accuracy matrix.
@@ -43,7 +43,7 @@ def forgetting(matrix: Matrix) -> float | None:
 
 
 def backward_transfer(matrix: Matrix) -> float | None:
-    """Return the mean over trained tasks i except the last of A[last, i] − A[i, i] (BWT).
+    """Return BWT: the mean of A[last, i] − A[i, i] over all trained tasks i except the last one.
 
     Lopez-Paz & Ranzato, Gradient Episodic Memory for Continual Learning, NeurIPS 2017.
 
@@ -58,9 +58,10 @@ def backward_transfer(matrix: Matrix) -> float | None:
 
 
 def forward_transfer(matrix: Matrix, zero_shot: Sequence[float]) -> float | None:
-    """Return the mean over tasks i ≥ 2 of A[i − 1, i] − zero_shot[i] (FWT).
+    """Return FWT: the mean of A[i − 1, i] − zero_shot[i] over all tasks i ≥ 2.
 
-    Lopez-Paz & Ranzato, NeurIPS 2017, with the zero-shot accuracy in place of a random initialisation.
+    Lopez-Paz & Ranzato, NeurIPS 2017, except that the accuracy of a randomly initialised model is replaced by the
+    zero-shot accuracy.
 
     Args:
         matrix: The accuracy matrix.
@@ -75,7 +76,7 @@ def forward_transfer(matrix: Matrix, zero_shot: Sequence[float]) -> float | None
 
 
 def is_at_chance(accuracy: float, classes: int, images: int) -> bool:
-    """Return whether an accuracy is at most two standard deviations above that of guessing.
+    """Return whether an accuracy is at most two standard deviations above the expected accuracy of random guessing.
 
     Args:
         accuracy: The accuracy as a fraction.
@@ -93,7 +94,7 @@ def seen_class_accuracies(matrix: Matrix, image_counts: Sequence[int]) -> list[f
     """Compute the accuracy over all classes seen so far, for class-incremental learning.
 
     Args:
-        matrix: The accuracy matrix of a single head over all seen classes.
+        matrix: The accuracy matrix, measured by classifying each image among all classes seen so far.
         image_counts: The number of test images of each task.
 
     Returns:

@@ -29,8 +29,8 @@ class LabelSpace:
     """The C classes among which an image is classified.
 
     Attributes:
-        embeddings: L2-normalised class embeddings, [R, D], with one or more rows for each class.
-        class_of_row: The class of each row, [R].
+        embeddings: R L2-normalised class embeddings, [R, D]: one or more rows for each class.
+        class_of_row: The index of each row's class, [R].
         names: The names of the C classes.
     """
 
@@ -39,7 +39,7 @@ class LabelSpace:
     names: tuple[str, ...]
 
     def similarities(self, features: torch.Tensor) -> torch.Tensor:
-        """Compute the cosine similarity of images to the nearest row of each class.
+        """Compute the cosine similarity of each image to each class: the highest similarity to one of its embeddings.
 
         Args:
             features: L2-normalised image features, [b, D].
@@ -57,7 +57,7 @@ class LabelSpace:
 def build_shared_space(
     tasks: Sequence[TaskFolder], embedded: Sequence[torch.Tensor]
 ) -> tuple[LabelSpace, list[torch.Tensor]]:
-    """Build the label space of all tasks. Names that differ only in case are the same class.
+    """Build one label space from the classes of all tasks. Names that differ only in case are the same class.
 
     Args:
         tasks: The tasks.
@@ -126,7 +126,7 @@ class EvaluationAccumulator:
 
         Args:
             task: The task whose images were added.
-            protocol: The protocol of the label space.
+            protocol: The evaluation protocol, recorded in the result.
 
         Returns:
             The metrics.
@@ -166,7 +166,7 @@ class EvaluationAccumulator:
 
 
 def _unique_names(names: Sequence[str]) -> list[str]:
-    """Append the label to class names that occur twice, such as `crane` in CLIP's names of ImageNet."""
+    """Append its label to each class name that occurs twice, such as `crane` in CLIP's class names of ImageNet."""
     return [name if names.count(name) == 1 else f"{name} [{label}]" for label, name in enumerate(names)]
 
 
@@ -182,12 +182,13 @@ def evaluate_tasks(
     batch_size: int = 256,
     on_images: Callable[[int], None] = lambda images: None,
 ) -> Iterator[TaskEvaluation]:
-    """Evaluate `clip.model` on tasks under several protocols, and on suites under the task-aware protocol.
+    """Evaluate `clip.model` on tasks under several protocols, and on additional tasks under the task-aware protocol.
 
     Args:
         clip: The model, its tokenizer and its evaluation transform.
         tasks: The tasks, whose classes form the label space of the task-agnostic protocol.
-        suites: Further tasks, for monitoring drift of the model. Their classes are not part of the shared label space.
+        suites: Additional tasks that measure the drift of the model. Their classes are not part of the task-agnostic
+            label space.
         protocols: The protocols for the tasks.
         loader: The data loader, with the model's device.
         templates: `all` or `first` (see `embed_classes`).

@@ -25,14 +25,15 @@ def compute_accuracies(
     precision: str = "fp32",
     batch_size: int = 256,
 ) -> tuple[list[float], int]:
-    """Compute the top-1 accuracy of `clip.model` on a task's test images with one or more heads. Collective.
+    """Compute the top-1 accuracy of `clip.model` on a task's test images. All ranks must call this.
 
-    Each image is encoded once. The predicted class is the row of a head with the highest cosine similarity.
+    A head is a matrix of class embeddings; an image is classified as the row with the highest cosine similarity. Each
+    image is encoded once and classified with every head.
 
     Args:
         clip: The model and its evaluation transform.
         task: The task.
-        heads: Matrices of class embeddings, [C or more, D], whose first C rows are the task's own classes.
+        heads: One or more heads, [C or more, D]. The first C rows are the classes of the task, in label order.
         loader: The data loader, with the model's device.
         precision: `fp32` or `bf16`.
         batch_size: How many images a rank encodes at once.
@@ -73,13 +74,13 @@ def check_has_images(task: TaskFolder, images: int) -> None:
 def embed_classes(
     clip: Clip, tasks: Sequence[TaskFolder], templates: str, precision: str, device: torch.device
 ) -> list[torch.Tensor]:
-    """Compute the class embeddings of tasks in evaluation mode. Collective.
+    """Compute the class embeddings of tasks in evaluation mode. All ranks must call this.
 
     Args:
         clip: The model and its tokenizer.
         tasks: The tasks.
-        templates: `all` or `first`. A class embedding is the normalised mean of the class's normalised prompt
-            features, one prompt for each template.
+        templates: Which of a task's templates are used, `all` or `first`. Each template gives one prompt for a class. A
+            class embedding is the normalised mean of the normalised features of the class's prompts.
         precision: `fp32` or `bf16`.
         device: The model's device.
 
@@ -95,7 +96,7 @@ def embed_classes(
 
 
 def slice_head(embedded: Sequence[torch.Tensor], task: int, last: int) -> torch.Tensor:
-    """Build the head for the classes of all tasks up to `last`. The classes of `task` come first.
+    """Build the head (matrix of class embeddings) for all tasks up to `last`. The classes of `task` come first.
 
     Args:
         embedded: The class embeddings of every task, [C of the task, D].
@@ -109,7 +110,7 @@ def slice_head(embedded: Sequence[torch.Tensor], task: int, last: int) -> torch.
 
 
 def embed_task_classes(clip: Clip, task: TaskFolder, templates: str, device: torch.device) -> torch.Tensor:
-    """Compute the class embeddings of one task. The ranks divide the classes. Collective.
+    """Compute the class embeddings of one task. The ranks divide the classes. All ranks must call this.
 
     Args:
         clip: The model, in evaluation mode, and its tokenizer.
@@ -136,7 +137,7 @@ def embed_task_classes(clip: Clip, task: TaskFolder, templates: str, device: tor
 def count_correct(
     clip: Clip, task: TaskFolder, heads: Sequence[torch.Tensor], loader: Loader, precision: str, batch_size: int
 ) -> tuple[list[int], int]:
-    """Classify every test image once. The ranks divide the images. Collective.
+    """Classify every test image once. The ranks divide the images. All ranks must call this.
 
     Args:
         clip: The model, in evaluation mode, and its evaluation transform.

@@ -24,13 +24,13 @@ RESERVED_NAMES = ("step", "learning_rate", "gradient_norm")  # the other columns
 
 
 def import_custom_loss(loss: CustomLoss) -> Callable[..., LossTerm]:
-    """Import the class or function that a recipe names.
+    """Import the class or function of a custom loss.
 
     Args:
-        loss: The recipe's entry.
+        loss: The entry of `method.custom_losses` in the recipe.
 
     Returns:
-        The class or function. Called with a `StageContext` and the settings, it returns a loss term.
+        The class or function, which takes a `StageContext` and the settings and returns a loss term.
 
     Raises:
         InputError: The module or name does not exist, or is not callable.
@@ -54,14 +54,14 @@ def import_custom_loss(loss: CustomLoss) -> Callable[..., LossTerm]:
 
 
 def code_digest(loss: CustomLoss) -> str:
-    """Hash the source code of a custom loss, and check that it accepts its settings.
+    """Hash the source code of a custom loss, and check that the code accepts the settings in the recipe.
 
     Args:
-        loss: The recipe's entry.
+        loss: The entry of `method.custom_losses` in the recipe.
 
     Returns:
-        A hash of the source of its module, or of the dotted name if there is no source. It is part of the run's
-        fingerprint.
+        A hash of the source code of the module, or of the dotted name if there is no source code. The hash is part of
+        the run's fingerprint.
 
     Raises:
         InputError: The code does not exist, or does not accept the settings.
@@ -79,7 +79,7 @@ def code_digest(loss: CustomLoss) -> str:
     module = inspect.getmodule(factory)
     try:
         return sha256_of(inspect.getsource(module) if module else loss.path)
-    except (OSError, TypeError):  # compiled code, or a definition of an interactive session
+    except (OSError, TypeError):  # compiled code, or code from an interactive session
         return sha256_of(loss.path)
 
 
@@ -87,11 +87,11 @@ def build_custom_term(loss: CustomLoss, context: StageContext) -> LossTerm:
     """Build the loss term of a custom loss for one stage.
 
     Args:
-        loss: The recipe's entry.
-        context: The stage.
+        loss: The entry of `method.custom_losses` in the recipe.
+        context: Information about the stage, which is passed to the custom code.
 
     Returns:
-        The term, whose results are checked at every call.
+        The term, with a check of its result at every call.
 
     Raises:
         InputError: The code raises an error, or does not return a callable.
@@ -112,10 +112,11 @@ def build_custom_term(loss: CustomLoss, context: StageContext) -> LossTerm:
 class CheckedTerm:
     """A custom loss term whose results are checked.
 
-    Errors of the term and wrong results are raised as `InputError`, which is not retried, with a one-line message.
+    If the term raises an error or returns a wrong result, an `InputError` with a one-line message is raised. An
+    `InputError` is not retried.
 
     Attributes:
-        loss: The recipe's entry.
+        loss: The entry of `method.custom_losses` in the recipe.
         term: The term.
     """
 
@@ -127,7 +128,7 @@ class CheckedTerm:
 
         Args:
             features: The student's features of the global batch.
-            batch: This rank's slice of the batch.
+            batch: This rank's slice of the global batch.
 
         Returns:
             The term's named losses.

@@ -41,7 +41,7 @@ def distillation_tokens(
         clip: The model, for its tokenizer.
         task: The stage's task.
         tasks: All tasks of the sequence.
-        reference: The reference set; required for the texts `reference`.
+        reference: The reference set; required if `method.distill.texts` is `reference`.
         seed: The experiment's seed, for random sentences.
 
     Returns:
@@ -110,7 +110,7 @@ def embed_texts(
     device: torch.device,
     on_note: Callable[[str], None],
 ) -> torch.Tensor:
-    """Read the teacher's text features from the cache, or compute and cache them. Collective.
+    """Read the teacher's text features from the cache, or compute and cache them. All ranks must call this.
 
     The name of the cache file is a hash of the teacher's weights and of the token ids, so another teacher, another
     tokenizer or other texts use another file. The ranks divide the computation. Only rank 0 reads and writes, so the
@@ -118,7 +118,7 @@ def embed_texts(
 
     Args:
         tokens: Token ids, [N, L].
-        teacher: Returns the frozen model; called only if features are computed.
+        teacher: Returns the frozen teacher model; called only if features are computed.
         folder: The folder of the cache.
         weights_digest: The digest of the teacher's weights; `None` for a teacher that only one stage uses, whose
             features are not cached.
@@ -132,7 +132,7 @@ def embed_texts(
         return _embed_and_gather(teacher(), tokens, device)
     file = folder / f"texts-{sha256_of(str(FEATURES_VERSION), weights_digest, tokens.numpy().tobytes())[:24]}.npy"
     cached = _read_cached(file, len(tokens), on_note) if rank() == 0 else None
-    [is_cached] = all_reduce_sum(cached is not None)  # rank 0's answer, for all ranks
+    [is_cached] = all_reduce_sum(cached is not None)  # all ranks use rank 0's value
     if is_cached:
         return broadcast_tensor(cached.to(device) if cached is not None else None, like=torch.empty(0, device=device))
     on_note(f"Teacher embeds {len(tokens)} reference texts, once")
@@ -164,7 +164,7 @@ def _read_cached(file: Path, count: int, on_note: Callable[[str], None]) -> torc
 
 
 def _embed_and_gather(teacher: nn.Module, tokens: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Encode this rank's slice of the texts, and return the features [N, D] of all texts. Collective."""
+    """Encode this rank's slice of the texts, and return the features [N, D] of all texts. All ranks must call this."""
     embedded = gather(_encode_rank_texts(teacher, tokens, device), len(tokens))
     check_finite(embedded, "the teacher's features of reference texts")
     return embedded

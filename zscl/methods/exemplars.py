@@ -1,8 +1,8 @@
 """Exemplars of earlier tasks (iCaRL): chosen by herding on image features, stored as encoded images.
 
-After each stage, its exemplars are written to the run's folder in the order of their choice. Their number is the
-largest that a later stage reads. `load_exemplars` reads only the first ones, so the memory of a task shrinks without
-rewriting.
+After each stage, exemplars of its task are written to the run's folder in the order in which they were chosen. The more
+tasks share the memory, the fewer exemplars of each task are used: `load_exemplars` then reads fewer of the written
+exemplars, so the files need not be rewritten.
 """
 
 import io
@@ -43,7 +43,7 @@ def exemplars_per_class(budget: int, task_count: int, class_count: int) -> int:
 
 
 def check_budget(budget: int, tasks: Sequence[TaskFolder]) -> None:
-    """Check that the budget allows an exemplar for every class of all tasks except the last.
+    """Check that the budget allows at least one exemplar for every class of all tasks except the last.
 
     Args:
         budget: The number of images in the memory.
@@ -64,16 +64,16 @@ def check_budget(budget: int, tasks: Sequence[TaskFolder]) -> None:
 
 
 def herd(features: torch.Tensor, count: int) -> list[int]:
-    """Choose rows one by one so that the mean of the chosen rows stays closest to the mean of all rows.
+    """Choose images one by one so that their mean feature stays closest to the mean feature of all images.
 
     Algorithm 4 of Rebuffi et al., iCaRL: Incremental Classifier and Representation Learning, CVPR 2017.
 
     Args:
         features: L2-normalised features of one class, [n, D].
-        count: The number of rows to choose. If there are fewer rows, all are chosen.
+        count: The number of images to choose. If there are fewer images, all are chosen.
 
     Returns:
-        Row indices in the order of choice. A prefix of the list is the result for a smaller `count`.
+        Indices of rows of `features` in the order of choice. For a smaller `count`, the list is a prefix of this list.
     """
     target = features.mean(dim=0)
     is_free = torch.ones(len(features), dtype=torch.bool, device=features.device)
@@ -91,7 +91,7 @@ def herd(features: torch.Tensor, count: int) -> list[int]:
 def encode_training_images(
     clip: Clip, task: TaskFolder, loader: Loader, precision: str, batch_size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Encode a task's training images with the evaluation transform. Collective.
+    """Encode a task's training images with the evaluation transform. All ranks must call this.
 
     Unusable images are skipped.
 
@@ -133,12 +133,13 @@ def choose_exemplars(
 
     Args:
         features: L2-normalised features of a task's training images, [n, D].
-        labels: Their labels, [n].
-        indices: Their indices in the data set, [n].
+        labels: The labels of the images, [n].
+        indices: The indices of the images in the data set, [n].
         count: How many images of each class to choose.
 
     Returns:
-        Pairs (index, label). The best image of every class comes first, then the second best of every class, and so on.
+        Pairs (index in the data set, label). The image that herding chose first for each class comes first, then the
+        second image of each class, and so on.
     """
     ranked = []
     for label in labels.unique().tolist():
@@ -154,8 +155,8 @@ def write_exemplars(folder: Path, samples: Samples, chosen: Sequence[tuple[int, 
     Args:
         folder: The folder of the shards.
         samples: The data set from which the exemplars were chosen.
-        chosen: Pairs (index, label) in the order in which the exemplars are written. The encoded images are copied
-            unchanged.
+        chosen: Pairs (index in the data set, label) in the order in which the exemplars are written. The encoded images
+            are copied unchanged.
     """
     chosen_indices = {index for index, _ in chosen}
     images = {sample.index: sample.image for sample in samples.iter_shard(0, 1) if sample.index in chosen_indices}
@@ -172,8 +173,9 @@ def load_exemplars(folders: Sequence[Path], budget: int) -> IndexedSamples | Non
     """Load the exemplars of earlier stages within the budget.
 
     Args:
-        folders: The exemplars of each earlier stage, as written by `write_exemplars`.
-        budget: The number of images in the memory. The stages share it evenly, and so do the classes of each stage.
+        folders: For each earlier stage, the folder that `write_exemplars` wrote.
+        budget: The number of images in the memory. Each stage gets an equal share of the budget, and each class an
+            equal share of its stage's images.
 
     Returns:
         The exemplars; `None` if there is no earlier stage.

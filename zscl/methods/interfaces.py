@@ -100,7 +100,7 @@ class LossTerm(Protocol):
 
         Args:
             features: The student's features of the global batch.
-            batch: This rank's slice of the batch.
+            batch: This rank's slice of the global batch.
 
         Returns:
             A dict of named, weighted losses, which are floating-point scalars on the model's device. The training step
@@ -135,10 +135,10 @@ class StageContext:
             with one row per task image.
         reference_batch_size: B', the number of reference images in a global batch. It is the second argument of
             `gather` for tensors with one row per reference image.
-        trained: The student's trained parameters θ. They change in place at every step. If only used token embeddings
-            are trained, the token embedding has a row for each used token.
-        start: Copies of the same tensors at the start of the stage, θ₀, in the order of `trained`. Empty if no part
-            of the method reads them; available to custom losses.
+        trained: The student's trained parameters θ, which are updated in place at every step. If only the embeddings of
+            tokens that occur in the class prompts are trained, the token embedding has one row for each such token.
+        start: Copies of the trained parameters at the start of the stage, θ₀, in the order of `trained`. Empty if no
+            part of the method needs them. If the method has custom losses, they are always available.
         teacher: The teacher; `None` if the method does not distil, or if the stage has no images for distillation (for
             example, no exemplars in the first stage).
     """

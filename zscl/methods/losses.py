@@ -36,13 +36,14 @@ def classification(
 def distillation(student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float) -> torch.Tensor:
     """Compute T² · CE(softmax(teacher / T), softmax(student / T)) (eq. 3).
 
-    This is a cross-entropy and not a KL divergence: it includes the teacher's entropy, which is a constant. Image
-    distillation passes logits [B', N] of images against texts, text distillation their transpose [N, B'].
+    This is a cross-entropy and not a KL divergence: it includes the teacher's entropy, which is a constant. For image
+    distillation, the logits [B', N] are the similarities of images to texts. Text distillation uses the transpose,
+    [N, B'].
 
     Args:
-        student_logits: [rows, choices]. The softmax runs over the choices.
-        teacher_logits: [rows, choices].
-        temperature: T.
+        student_logits: The student's logits, [rows, choices]. The softmax runs over the choices.
+        teacher_logits: The teacher's logits, [rows, choices].
+        temperature: The softmax temperature T.
 
     Returns:
         The mean over the rows, a scalar.
@@ -54,7 +55,7 @@ def distillation(student_logits: torch.Tensor, teacher_logits: torch.Tensor, tem
 def similarity_distillation(
     student: torch.Tensor, teacher: torch.Tensor, scale: torch.Tensor, temperature: float
 ) -> torch.Tensor:
-    """Compute `distillation` of each image's similarities to all other images.
+    """Compute the loss `distillation` for the similarities of each image to all other images.
 
     The logits are s · features · featuresᵀ without the diagonal.
 
@@ -62,7 +63,7 @@ def similarity_distillation(
         student: The student's image features, [B', D], with B' ≥ 2.
         teacher: The teacher's image features, [B', D].
         scale: s = exp(logit_scale), a scalar.
-        temperature: T.
+        temperature: The softmax temperature T.
 
     Returns:
         The mean over the images, a scalar.
@@ -80,7 +81,7 @@ def _without_diagonal(square: torch.Tensor) -> torch.Tensor:
 
 
 def feature_distance(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Return the mean squared error over all entries of two feature matrices [B', D]."""
+    """Return the mean squared error between the entries of two feature matrices [B', D]."""
     return F.mse_loss(student, teacher)
 
 
@@ -109,9 +110,9 @@ def squared_distance(
     """Compute Σ‖θ − θ₀‖² over all parameters, without the factor ½ (eq. 6).
 
     Args:
-        parameters: θ.
-        anchors: θ₀, tensors of the same shapes.
-        multi_tensor: Process all tensors with multi-tensor operations instead of one after another.
+        parameters: θ, the current values of the parameters.
+        anchors: θ₀, reference values of the same shapes.
+        multi_tensor: Whether to process all tensors with multi-tensor operations instead of one after another.
 
     Returns:
         The sum, a scalar.

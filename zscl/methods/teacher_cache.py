@@ -5,10 +5,10 @@ A cache is a folder with two memory-mapped files, filled during training or befo
     features.npy  [N, D]  the features of each image, in the order of the data set
     checks.npy    [N, 2]  for each row: the content hash of its image (0 if the row is empty), and a checksum
 
-A row is used only if both numbers match the requested image and the features that were read. A changed image or a row
-that was only half written when a machine failed is therefore never used. The folder's name is a hash of everything
-else that the features depend on: the version of the computation (`schemas.algorithm`), the teacher's weights and
-transform, the precision, and the layout of the data set.
+A row is used only if its content hash matches the requested image and its checksum matches the features that were read.
+Therefore, features of an image that has changed, and rows that were only half written when a machine failed, are never
+used. The folder's name is a hash of everything else that the features depend on: the version of the computation
+(`schemas.algorithm`), the teacher's weights and transform, the precision, and the layout of the data set.
 """
 
 import errno
@@ -52,11 +52,12 @@ EncodeImages = Callable[[torch.Tensor], torch.Tensor]
 def build_encoder(teacher: Callable[[], nn.Module], precision: str) -> EncodeImages:
     """Build a function that encodes images with a teacher.
 
-    The function does not synchronise with the device. Features are checked for NaN and Inf before they are cached.
-    Without a cache, the check of the loss detects them.
+    The function does not check the features for NaN and Inf, because the check would have to wait for the device.
+    Features are checked before they are cached. Without a cache, the check of the loss detects NaN and Inf.
 
     Args:
-        teacher: Returns the frozen model; called with the first images, so that the model may be loaded lazily.
+        teacher: Returns the frozen teacher model. It is not called before the first images are encoded, so the model
+            can be loaded lazily.
         precision: `fp32` or `bf16`.
 
     Returns:
@@ -72,23 +73,23 @@ def build_encoder(teacher: Callable[[], nn.Module], precision: str) -> EncodeIma
 
 
 class FeatureCache:
-    """A cache of the features of N images. A row's index is the index of its image in the data set.
+    """A cache of the features of N images. The index of a row is the index of its image in the data set.
 
     Attributes:
         folder: The folder of the cache.
     """
 
     def __init__(self, folder: Path, count: int, width: int, dtype: torch.dtype) -> None:
-        """Open a cache. If there is none, create an empty one, whose files are sparse.
+        """Open a cache. If the folder does not exist, create an empty cache with sparse files.
 
         Args:
             folder: The folder of the cache.
-            count: N.
-            width: D.
+            count: N, the number of images.
+            width: D, the width of the features.
             dtype: The type of the features.
 
         Raises:
-            ValueError: The files have other shapes.
+            ValueError: The arrays in the files have other shapes.
         """
         self.folder = folder
         if not folder.is_dir():
@@ -117,10 +118,10 @@ class FeatureCache:
 
         Args:
             identities: Index and content hash of each image, [b, 2].
-            features: [b, D].
+            features: The features of the images, [b, D].
 
         Raises:
-            OSError: The disk is full or not available. (A write through the memory map would end the process.)
+            OSError: The disk is full or not available. A write through the memory map would instead end the process.
         """
         for name, array, rows in (
             (FEATURES, self._features, features.numpy()),
@@ -178,7 +179,7 @@ def open_feature_cache(
     width: int,
     on_note: Callable[[str], None],
 ) -> FeatureCache | None:
-    """Open or create the cache of a teacher's features of a data set. Collective.
+    """Open or create the cache of a teacher's features of a data set. All ranks must call this.
 
     If nodes share no folder, each node has its own cache.
 
@@ -188,11 +189,11 @@ def open_feature_cache(
         weights_digest: The digest of the teacher's weights.
         precision: The teacher's precision, `fp32` or `bf16`.
         images: The data set.
-        width: D.
+        width: D, the width of the features.
         on_note: Called with the reason if the cache can neither be opened nor created.
 
     Returns:
-        The cache; `None` on all ranks if one rank has none. The run then continues without a cache.
+        The cache. If one rank has no cache, the result is `None` on all ranks, and the run continues without a cache.
     """
     transform = re.sub(r" at 0x[0-9a-f]+", "", str(clip.evaluation_transform))  # remove the addresses of functions
     dtype = torch.promote_types(next(clip.model.parameters()).dtype, torch.float32)
@@ -208,7 +209,7 @@ def open_feature_cache(
 def _open_or_replace(
     folder: Path, count: int, width: int, dtype: torch.dtype, on_note: Callable[[str], None]
 ) -> FeatureCache | None:
-    """Open a cache. A damaged one is renamed and replaced by an empty one; nothing is deleted."""
+    """Open or create a cache. Rename a damaged cache and create an empty one. Return `None` if the storage fails."""
     # A cache is damaged only if its files were read and have the wrong content, or if one of them is missing. If the
     # storage fails, the cache stays as it is and is not used.
     opening = partial(FeatureCache, folder, count, width, dtype)
@@ -236,7 +237,7 @@ class _DamagedError(Exception):
 
 
 def _open(opening: Callable[[], FeatureCache], folder: Path) -> FeatureCache:
-    """Open a cache. Damaged files raise a `_DamagedError`, which distinguishes them from failing storage."""
+    """Call `opening`, which opens the cache in `folder`. Raise a `_DamagedError` only for damaged files."""
     try:
         return opening()
     except OSError as error:
@@ -267,7 +268,7 @@ class CachedFeatures:
         """Return the features of images.
 
         Args:
-            images: [b, 3, H, W].
+            images: Transformed images, [b, 3, H, W].
             identities: Index and content hash of each image, [b, 2], on the CPU.
 
         Returns:
@@ -291,15 +292,15 @@ class CachedFeatures:
         batch_size: int,
         on_progress: Callable[[int, int], None],
     ) -> int:
-        """Compute and cache all missing features. Each rank takes a contiguous part of the data set. Collective.
+        """Compute and cache all missing features. The ranks divide the images. All ranks must call this.
 
         Args:
             images: The data set.
             clip: The model, for its transform.
             loader: The data loader.
             batch_size: How many images are encoded at once.
-            on_progress: Called with the number of encoded images and the total number of images. The first number is
-                extrapolated from this rank to all ranks.
+            on_progress: Called with the number of images that all ranks have encoded, extrapolated from this rank, and
+                the number of images whose features were missing.
 
         Returns:
             The number of images whose features were missing.
@@ -336,8 +337,8 @@ def expected_coverage(count: int, draws: Sequence[int]) -> float:
 
     Args:
         count: The number of images in the data set.
-        draws: The number of images that each stage draws, in its own random order. A stage draws an image again only
-            after it has drawn all images.
+        draws: The number of images that each stage draws. Each stage has its own random order, and draws an image again
+            only after it has drawn all images.
 
     Returns:
         1 − Π max(0, 1 − draws / count) over the stages.

@@ -32,7 +32,7 @@ class Classification:
     label_smoothing: float
 
     def __call__(self, features: Features, batch: Batch) -> dict[str, torch.Tensor]:
-        """Return `classification` (see `losses.classification`)."""
+        """Return the loss `classification` (see `losses.classification`)."""
         labels = gather(batch.labels, self.batch_size)
         loss = losses.classification(features.images, features.prompts, labels, features.scale, self.label_smoothing)
         return {"classification": loss}
@@ -42,7 +42,13 @@ class DistillationLoss(Protocol):
     """A loss between the student's and the teacher's features of the same reference images."""
 
     def __call__(self, student: torch.Tensor, teacher: torch.Tensor, scale: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return named, weighted losses for features [B', D] and the scalar `scale`."""
+        """Return named, weighted losses for the features [B', D] of student and teacher.
+
+        Args:
+            student: The student's features of the reference images, [B', D].
+            teacher: The teacher's features of the same images, [B', D].
+            scale: s = exp(logit_scale), a scalar.
+        """
 
 
 @dataclass(frozen=True)
@@ -51,12 +57,12 @@ class ContrastiveDistillation:
 
     Student and teacher logits are both s · features · textsᵀ, [B', N], with the teacher's texts. Image distillation
     takes the softmax over the N texts and the mean over the images, text distillation the softmax over the B' images
-    and the mean over the texts. The text tower gets no gradient from these losses; the authors confirm that this is
-    intended. One class computes both directions, because they share the logits.
+    and the mean over the texts. The student's text tower gets no gradient from these losses; the authors confirm
+    that this is intended. One class computes both losses, because they share the logits.
 
     Attributes:
         texts: The teacher's text features, [N, D].
-        temperature: T.
+        temperature: The softmax temperature T.
         image_weight: Weight of image distillation.
         text_weight: Weight of text distillation.
     """
@@ -67,7 +73,7 @@ class ContrastiveDistillation:
     text_weight: float
 
     def __call__(self, student: torch.Tensor, teacher: torch.Tensor, scale: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return `image_distillation` and `text_distillation`, without losses whose weight is 0."""
+        """Return the losses `image_distillation` and `text_distillation`. A loss whose weight is 0 is left out."""
         student_logits, teacher_logits = scale * student @ self.texts.T, scale * teacher @ self.texts.T
         named = {}
         if self.image_weight:
@@ -84,7 +90,7 @@ class SimilarityDistillation:
     """Distillation of the similarities of the reference images to each other.
 
     Attributes:
-        temperature: T.
+        temperature: The softmax temperature T.
         weight: Weight of the loss.
     """
 
@@ -92,7 +98,7 @@ class SimilarityDistillation:
     weight: float
 
     def __call__(self, student: torch.Tensor, teacher: torch.Tensor, scale: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return `similarity_distillation` (see `losses.similarity_distillation`)."""
+        """Return the loss `similarity_distillation` (see `losses.similarity_distillation`)."""
         loss = losses.similarity_distillation(student, teacher, scale, self.temperature)
         return {"similarity_distillation": self.weight * loss}
 
@@ -108,7 +114,7 @@ class FeatureDistance:
     weight: float
 
     def __call__(self, student: torch.Tensor, teacher: torch.Tensor, scale: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return `feature_distance` (see `losses.feature_distance`)."""
+        """Return the loss `feature_distance` (see `losses.feature_distance`)."""
         return {"feature_distance": self.weight * losses.feature_distance(student, teacher)}
 
 
@@ -148,13 +154,13 @@ class Distillation:
 
 @dataclass(frozen=True)
 class Consolidation:
-    """Weight consolidation (eq. 6): the squared distance of the weights to those at the start of the stage.
+    """Weight consolidation (eq. 6): the squared distance between the weights and the weights at the start of the stage.
 
     Attributes:
         parameters: The trained parameters θ.
-        anchors: The weights at the start of the stage θ₀, tensors of the same shapes.
+        anchors: The values of the parameters at the start of the stage, θ₀.
         weight: Weight of the loss.
-        multi_tensor: Process all tensors with multi-tensor operations instead of one after another.
+        multi_tensor: Whether to process all tensors with multi-tensor operations instead of one after another.
     """
 
     parameters: Sequence[torch.Tensor]
@@ -163,7 +169,7 @@ class Consolidation:
     multi_tensor: bool = True
 
     def __call__(self, features: Features, batch: Batch) -> dict[str, torch.Tensor]:
-        """Return `consolidation` (see `losses.squared_distance`)."""
+        """Return the loss `consolidation` (see `losses.squared_distance`)."""
         distance = losses.squared_distance(self.parameters, self.anchors, self.multi_tensor)
         return {"consolidation": self.weight * distance}
 
@@ -173,7 +179,7 @@ class Objective:
     """All loss terms of a method for one stage.
 
     Attributes:
-        terms: The terms in the order of the method's parts; custom losses come last.
+        terms: The terms: task loss, distillation, weight consolidation, custom losses.
     """
 
     terms: Sequence[LossTerm]
@@ -183,7 +189,7 @@ class Objective:
 
         Args:
             features: The student's features of the global batch.
-            batch: This rank's slice of the batch.
+            batch: This rank's slice of the global batch.
 
         Returns:
             The named, weighted losses of all terms.
@@ -209,7 +215,7 @@ def build_objective(experiment: Experiment, context: StageContext) -> Objective:
 
     Args:
         experiment: The experiment.
-        context: The stage that the terms are built for.
+        context: Information about the stage.
 
     Returns:
         The objective. It has no distillation term if the stage has no teacher.

@@ -20,7 +20,7 @@ from schemas.method import Average
 
 
 class WeightAverager(Protocol):
-    """Follows the student through a stage and provides the stage's resulting model."""
+    """Averages the student's weights during a stage and provides the model that results from the stage."""
 
     @property
     def merges(self) -> int:
@@ -31,13 +31,13 @@ class WeightAverager(Protocol):
 
     @property
     def model(self) -> nn.Module:
-        """The model to save, evaluate and start the next stage from."""
+        """The result of the stage, which is saved and evaluated and from which the next stage starts."""
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Return the state that a checkpoint holds in addition to the student."""
+        """Return the averager's state for a checkpoint. The student's weights are stored separately."""
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Restore the state of a checkpoint."""
+        """Restore the averager's state from a checkpoint."""
 
 
 class LastIterate:
@@ -65,14 +65,15 @@ class LastIterate:
 
 
 class RunningAverage:
-    """An average of the stage's start and the weights after steps 0, I, 2I, …, T (eq. 7).
+    """An average of the weights at the start of the stage and after steps 0, I, 2I, …, at most T (eq. 7).
 
+    I is `settings.every`, T the last step, θ the student's weights, and n the number of models in the average.
     Kind `mean` updates mean ← mean + (θ − mean) / (n + 1), kind `exponential` updates mean ← decay · mean + (1 − decay)
-    · θ. If `start_share` is set, each merge also interpolates the mean with the stage's start. Only parameters are
-    averaged; buffers are copied from the student.
+    · θ. If `start_share` is set, the mean is also interpolated with the weights at the start of the stage after each
+    update. Only parameters are averaged; buffers are copied from the student.
 
-    The authors' loop takes T + 1 steps, and the learning rate of the last one is 0. The weights after step T are
-    therefore those after step T − 1, merged once more if I divides T.
+    The authors' training loop takes T + 1 steps, and the learning rate of the last step is 0. The weights after step T
+    are therefore the same as after step T − 1. If T is a multiple of I, they are added to the average once more.
 
     Attributes:
         student: The model in training.
@@ -89,7 +90,7 @@ class RunningAverage:
         self.average.update_parameters(student)
 
     def after_step(self, step: int) -> None:
-        """Merge the student if `step` is a multiple of the interval."""
+        """Add the student's weights to the average if `step` is a multiple of `settings.every`."""
         if step % self.settings.every == 0:
             self.average.update_parameters(self.student)
             if self.settings.start_share:
@@ -111,12 +112,12 @@ class RunningAverage:
         return dict(self.average.state_dict())
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Restore the state of a checkpoint."""
+        """Restore the averager's state from a checkpoint."""
         self.average.load_state_dict(state)
 
 
 def _build_averaged_model(student: nn.Module, settings: Average, multi_tensor: bool) -> AveragedModel:
-    """Build a copy of the student that averages models, with multi-tensor operations or tensor by tensor."""
+    """Build PyTorch's `AveragedModel` of the student, with multi-tensor operations or tensor by tensor."""
     is_exponential = settings.kind == "exponential"
     if multi_tensor:
         merge = get_ema_multi_avg_fn(settings.decay) if is_exponential else get_swa_multi_avg_fn()
@@ -133,7 +134,7 @@ def build_averager(
         average: The recipe's `method.average`; `None` for no averaging.
         student: The model in training.
         start: The trained parameters at the start of the stage; read if `average.start_share` is not 0.
-        multi_tensor: Merge all tensors with multi-tensor operations instead of one after another.
+        multi_tensor: Whether to average all tensors with multi-tensor operations instead of one after another.
 
     Returns:
         The averager.
@@ -148,5 +149,5 @@ def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 @torch.no_grad()
 def interpolate(weights: Sequence[torch.Tensor], anchor: Sequence[torch.Tensor], share: float) -> None:
-    """Interpolate in place: θ ← (1 − share) · θ + share · anchor."""
+    """Interpolate the weights θ in place: θ ← (1 − share) · θ + share · anchor."""
     torch._foreach_lerp_(list(weights), list(anchor), share)

@@ -10,14 +10,14 @@ from torch.utils.checkpoint import checkpoint
 
 
 class NotApplicableError(Exception):
-    """An optimisation of `compute.savings` cannot be used with this tower; the message gives the reason."""
+    """An optimisation of `compute.savings` cannot be used with a model's tower; the message gives the reason."""
 
 
 def check_attributes(tower: object, *names: str) -> None:
     """Check that a tower has certain attributes, which other versions of open_clip may lack.
 
     Args:
-        tower: open_clip's module.
+        tower: open_clip's module for images or texts.
         *names: The names of the attributes.
 
     Raises:
@@ -27,8 +27,8 @@ def check_attributes(tower: object, *names: str) -> None:
         raise NotApplicableError(f"this version of open_clip has no {', '.join(missing)} in its {type(tower).__name__}")
 
 
-# The parts of a plain block. The functions below would ignore any other part (a norm of the queries, a scale of the
-# heads, a norm of the context).
+# The parts of a block that the functions below compute. They would ignore any other part (a norm of the queries, a
+# scale of the heads, a norm of the context).
 BLOCK_PARTS = {"ln_1", "attn", "ls_1", "ln_2", "mlp", "ls_2"}
 ATTENTION_PARAMETERS = {"in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias"}
 
@@ -61,7 +61,7 @@ def extract_blocks(transformer: object) -> Sequence[ResidualAttentionBlock]:
 
 
 def _differing_parts(block: ResidualAttentionBlock) -> set[str]:
-    """Return the names of a block's additional and missing parts, compared with a plain block."""
+    """Return the names of parts that distinguish a block from one with `BLOCK_PARTS` and `ATTENTION_PARAMETERS`."""
     differing = BLOCK_PARTS ^ {name for name, _ in block.named_children()}
     if "attn" in differing:
         return differing
@@ -78,19 +78,19 @@ def _differing_parts(block: ResidualAttentionBlock) -> set[str]:
 
 
 def project_qkv(attention: nn.MultiheadAttention, rows: torch.Tensor, parts: slice) -> list[torch.Tensor]:
-    """Project rows to queries, keys and values.
+    """Project hidden states to queries, keys and values.
 
     The bias of the keys is left out. It would shift all scores of a query equally, and the softmax ignores such a
-    shift. The gradient of the bias is then exactly 0. Otherwise it would be a rounding error, which Adam would scale up
-    to full steps.
+    shift. If the bias is left out, its gradient is exactly 0. Otherwise, its gradient would be a rounding error, which
+    Adam would scale up to full steps.
 
     Args:
         attention: The block's attention module.
         rows: Normalised hidden states, [..., W].
-        parts: Which projections to compute, out of queries (0), keys (1) and values (2).
+        parts: The range of projections to compute: 0 is the queries, 1 the keys and 2 the values.
 
     Returns:
-        One tensor [..., heads, W / heads] for each part.
+        One tensor [..., heads, W / heads] for each projection.
     """
     width = rows.shape[-1]
     selected = slice(parts.start * width, parts.stop * width)
@@ -106,9 +106,9 @@ def attend(
     """Compute multi-head scaled dot-product attention.
 
     Args:
-        queries: [n, q, heads, W / heads].
-        keys: [n, k, heads, W / heads].
-        values: [n, k, heads, W / heads].
+        queries: The q queries of each of n sequences, [n, q, heads, W / heads].
+        keys: The k keys of each sequence, [n, k, heads, W / heads].
+        values: The value of each key, [n, k, heads, W / heads].
         mask: `True` where a query may attend to a key, broadcastable to [n, heads, q, k].
 
     Returns:
@@ -123,8 +123,8 @@ def finish_block(block: ResidualAttentionBlock, rows: torch.Tensor, attended: to
 
     Args:
         block: The block.
-        rows: The block's input, [..., W].
-        attended: The output of `attend` for the same rows, [..., W].
+        rows: The hidden states at the block's input, [..., W].
+        attended: The output of `attend` for these hidden states, [..., W].
 
     Returns:
         The block's output, [..., W].

@@ -47,9 +47,9 @@ class Clip:
 
     Attributes:
         model: open_clip's model.
-        tokenizer: Returns token ids, [n, L], of n texts.
-        train_transform: Returns a tensor, [3, H, W], of an image, with random augmentation.
-        evaluation_transform: Returns a tensor, [3, H, W], of an image; deterministic.
+        tokenizer: Converts n texts to token ids, [n, L].
+        train_transform: Converts an image to a tensor, [3, H, W], with random augmentation.
+        evaluation_transform: Converts an image to a tensor, [3, H, W], without random augmentation.
         config: open_clip's model configuration.
     """
 
@@ -119,15 +119,15 @@ def open_clip_name(model: Model) -> str:
 def load_clip(model: Model, device: torch.device | str = "cpu") -> Clip:
     """Load a model with float32 weights, its tokenizer and its image transforms.
 
-    Code in the model's files is never run. Two images and two texts are encoded as a check of the features. Loading
-    onto a GPU disables TF32 for convolutions in the whole process.
+    Code in the model's files is never run. To check the features, two images and two texts are encoded. Loading onto a
+    GPU disables TF32 for convolutions in the whole process.
 
     Args:
         model: The recipe's model.
         device: The device of the model.
 
     Returns:
-        The model, in training mode.
+        The model, in training mode, with its tokenizer and transforms.
 
     Raises:
         InputError: open_clip does not know the model, its weights are missing, unreadable or of another architecture,
@@ -177,7 +177,7 @@ def load_clip(model: Model, device: torch.device | str = "cpu") -> Clip:
 
 
 def _create_model(name: str, model: Model, device: torch.device | str, description: str) -> tuple[nn.Module, Any, Any]:
-    """Create a model with its weights, and its transforms for training and evaluation."""
+    """Create a model, load its weights, and return the model and its transforms for training and evaluation."""
     if name.startswith(HUB_MODEL):  # this call reports why there are no weights; create_model does not
         open_clip.pretrained.download_pretrained_from_hf(name.removeprefix(HUB_MODEL))
     try:
@@ -199,7 +199,7 @@ def _create_model(name: str, model: Model, device: torch.device | str, descripti
 
 
 def _check_safetensors(folder: Path, description: str) -> None:
-    """Refuse a folder whose weights are not safetensors."""
+    """Refuse a folder whose weights are not in safetensors files."""
     if not folder.is_dir():
         raise InputError(
             f"{description}: found no such folder, expected an open_clip folder{did_you_mean_path(folder)}",
@@ -249,8 +249,8 @@ def weights_digest(model: Model) -> str:
         model: The recipe's model.
 
     Returns:
-        For a local folder, a hash of weights and configuration. For other models, open_clip's name, followed by a hash
-        of a local weights file or by the tag of the pretrained weights.
+        For a local folder, a hash of weights and configuration. For any other model, open_clip's name of the model,
+        followed by the hash of the local weights file or the tag of the pretrained weights.
 
     Raises:
         InputError: The model's files are missing or cannot be read.
@@ -302,14 +302,14 @@ def freeze(model: nn.Module) -> nn.Module:
 
 
 def at_least_float32(features: torch.Tensor) -> torch.Tensor:
-    """Convert features below float32, for example from autocast, to float32. Features in float64 stay unchanged."""
+    """Convert features of lower precision than float32, such as autocast's, to float32. Keep float64 unchanged."""
     return features.to(torch.promote_types(features.dtype, torch.float32))
 
 
 def use_deterministic_kernels(device: torch.device, enabled: bool = True) -> None:
     """Make training on a GPU bit-reproducible. The settings apply to the whole process.
 
-    By default, the backward passes of attention and of indexing add numbers in an order that differs between runs.
+    By default, the backward passes of attention and indexing sum numbers in an order that differs between runs.
     Training on a CPU is reproducible without these settings.
 
     Args:
@@ -328,5 +328,5 @@ def has_no_deterministic_kernel(error: RuntimeError) -> bool:
 
 
 def precision_context(precision: str, device: torch.device) -> AbstractContextManager[object]:
-    """Return an autocast context for `bf16`, and a context without effect for `fp32`."""
+    """Return an autocast context for `bf16`, and a no-op context for `fp32`."""
     return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()

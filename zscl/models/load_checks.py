@@ -67,7 +67,7 @@ def check_packages(config: Mapping[str, Any] | None, name: str, description: str
     """Check that the package transformers is installed if the model's tokenizer or text tower needs it.
 
     Args:
-        config: open_clip's configuration of the model, if it has one.
+        config: open_clip's configuration of the model; `None` if there is none.
         name: open_clip's name of the model.
         description: The beginning of the error message, which names the model.
 
@@ -75,7 +75,7 @@ def check_packages(config: Mapping[str, Any] | None, name: str, description: str
         InputError: The package is missing. The message says how to install it.
     """
     text = (config or {}).get("text_cfg") or {}
-    # open_clip also decides by the name in this case
+    # open_clip recognises SigLIP's tokenizer by the model's name
     is_siglip = "siglip" in name.lower() and not name.startswith((LOCAL_MODEL, HUB_MODEL))
     needs_transformers = text.get("hf_model_name") or text.get("hf_tokenizer_name") or is_siglip
     if needs_transformers and importlib.util.find_spec("transformers") is None:
@@ -90,7 +90,7 @@ def check_packages(config: Mapping[str, Any] | None, name: str, description: str
 def check_weights_reachable(model: Model, description: str) -> None:
     """Check that the weights are in the local cache or that the Hugging Face hub can be reached.
 
-    Without this check, huggingface_hub retries for a minute.
+    Without this check, huggingface_hub would retry for a minute before it reports an unreachable hub.
 
     Args:
         model: The recipe's model.
@@ -199,7 +199,7 @@ def check_features(
     description: str,
     device: torch.device | str,
 ) -> None:
-    """Check the weights of a model and its features of two images and two texts.
+    """Check the weights of a model, and the features that it computes for two images and two texts.
 
     Args:
         model: open_clip's model.
@@ -209,8 +209,8 @@ def check_features(
         device: The model's device.
 
     Raises:
-        InputError: Weights or features are not finite, features are not of shape [n, D] with one D for both towers, or
-            a tower raises an error.
+        InputError: Weights or features are not finite, features do not have shape [n, D] with the same D for images and
+            texts, different inputs have the same features, or the model's code raises an error.
     """
     not_finite = [
         name

@@ -12,7 +12,8 @@ used:
 - used embeddings: token embeddings that no prompt uses have no gradient in the whole stage, so only a small table of
   the used embeddings is trained.
 
-`vision_tower` and `text_tower` implement the pruned towers. This module checks, combines and disables them.
+`vision_tower` and `text_tower` implement the pruned towers. This module checks the pruned towers, combines them, and
+disables those that cannot be used.
 """
 
 from collections.abc import Callable, Sequence
@@ -40,11 +41,11 @@ class OutputsDifferError(NotApplicableError):
 
 
 class PrunedForward(nn.Module):
-    """Both towers of the student in one forward pass, as `DistributedDataParallel` requires.
+    """The student's image and text towers in one module, because `DistributedDataParallel` needs one forward pass.
 
     Attributes:
         clip: The model in training.
-        notes: Sentences for the user about towers that are computed in full.
+        notes: Messages for the user: which towers are computed without optimisations, and why.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class PrunedForward(nn.Module):
         compute: Compute,
         unused_embeddings_constant: bool,
     ) -> None:
-        """Build the pruned towers and compare their features with open_clip's. Collective.
+        """Build the pruned towers and compare their features with open_clip's. All ranks must call this.
 
         Args:
             clip: The open_clip model in training. If only the used embeddings are trained, its token embedding is
@@ -63,11 +64,11 @@ class PrunedForward(nn.Module):
             tokens: Token ids of all class prompts, [C, L].
             rank_prompts: The indices of the prompts that this rank encodes.
             compute: The recipe's `compute`, which selects the optimisations and trades memory for computation.
-            unused_embeddings_constant: Whether token embeddings without a gradient stay constant, because there is no
-                weight decay.
+            unused_embeddings_constant: Whether training leaves token embeddings without a gradient unchanged, as is the
+                case if there is no weight decay.
 
         Raises:
-            InputError: A required optimisation or gradient checkpointing is not possible for the model.
+            InputError: The recipe requires an optimisation or gradient checkpointing that the model does not support.
         """
         super().__init__()
         self.clip, self.one_pass, self.images_at_once = clip, compute.savings.one_pass, compute.images_at_once
@@ -115,12 +116,18 @@ class PrunedForward(nn.Module):
         return encoded[: len(images)], encoded[len(images) :], prompts
 
     def restore_embeddings(self, clip: nn.Module) -> None:
-        """Restore the full token embedding of `clip`, which is the model in training or a copy of it."""
+        """Replace the small table of used token embeddings by the full table, updated with the trained embeddings.
+
+        If the model has no small table, nothing is changed.
+
+        Args:
+            clip: The model in training or a copy of it, changed in place.
+        """
         if self._used is not None:
             self._used.restore(clip)
 
     def named_trained_parameters(self) -> dict[str, torch.Tensor]:
-        """Return the names and detached values of the trained parameters, with the full token embedding."""
+        """Return the trained parameters by name, detached. The token embedding is always the full table."""
         parameters = {
             name: parameter.detach() for name, parameter in self.clip.named_parameters() if parameter.requires_grad
         }
@@ -131,7 +138,7 @@ class PrunedForward(nn.Module):
         return parameters
 
     def _encode_in_parts(self, images: torch.Tensor) -> torch.Tensor:
-        """Encode at most `images_at_once` images in one pass."""
+        """Encode images in parts of at most `images_at_once` images."""
         if self.images_at_once is None or len(images) <= self.images_at_once:
             return self._encode_images(images)
         # The backward pass recomputes the activations of each part: less memory, the same features and losses.
@@ -156,7 +163,7 @@ def _pack(tower: TextTower, tokens: torch.Tensor, savings: Savings) -> PackedPro
 
 
 def _build_image_tower(clip: nn.Module, savings: Savings, checkpointed: bool, notes: list[str]) -> ImageTower | None:
-    """Build the pruned image tower. Return `None` if it is disabled or does not reproduce the model's features."""
+    """Build the pruned image tower. Return `None` if the recipe disables it or the features are not reproduced."""
     if savings.pooled_row == "never":
         return None
     try:
@@ -174,7 +181,7 @@ def _build_image_tower(clip: nn.Module, savings: Savings, checkpointed: bool, no
 def _build_text_tower(
     clip: nn.Module, tokens: torch.Tensor, savings: Savings, checkpointed: bool, notes: list[str]
 ) -> TextTower | None:
-    """Build the pruned text tower. Return `None` if it is disabled or does not reproduce the model's features."""
+    """Build the pruned text tower. Return `None` if the recipe disables it or the features are not reproduced."""
     if all(getattr(savings, name) == "never" for name in TEXT_SAVINGS):
         return None
     try:
@@ -190,7 +197,18 @@ def _build_text_tower(
 def _disable_savings(
     names: Sequence[str], savings: Savings, tower: str, reason: NotApplicableError, notes: list[str]
 ) -> None:
-    """Refuse the model if the recipe requires one of the optimisations; add a note if the features differ."""
+    """Handle a tower that cannot be pruned. Add a note if the reason is that its features differ from open_clip's.
+
+    Args:
+        names: The optimisations of the tower.
+        savings: The recipe's `compute.savings`.
+        tower: "image" or "text".
+        reason: The reason why the tower cannot be pruned.
+        notes: The list to which the note is appended.
+
+    Raises:
+        InputError: The recipe requires one of the optimisations.
+    """
     for name in names:
         if getattr(savings, name) == "always":
             raise InputError(
@@ -211,7 +229,7 @@ def _check_outputs(
     original: Callable[..., torch.Tensor],
     original_input: object,
 ) -> None:
-    """Check on every rank that a pruned tower reproduces open_clip's features. Collective.
+    """Check on every rank that a pruned tower reproduces open_clip's features. All ranks must call this.
 
     Args:
         clip: The model.
@@ -233,13 +251,13 @@ def _check_outputs(
 
 
 def _enable_gradient_checkpointing(clip: nn.Module, tokens: torch.Tensor, image_tower: bool, text_tower: bool) -> None:
-    """Enable open_clip's gradient checkpointing, and run one forward and backward pass of its towers as a check.
+    """Enable open_clip's gradient checkpointing, and check it with one forward and backward pass of open_clip's towers.
 
     Args:
         clip: The model.
         tokens: Token ids of one prompt, [1, L].
-        image_tower: Whether open_clip's image tower is used.
-        text_tower: Whether open_clip's text tower is used.
+        image_tower: Whether images are encoded by open_clip's image tower instead of a pruned one.
+        text_tower: Whether texts are encoded by open_clip's text tower instead of a pruned one.
 
     Raises:
         InputError: The model does not support gradient checkpointing.
@@ -281,7 +299,7 @@ def list_unpruned_towers(clip: nn.Module, savings: Savings) -> list[str]:
         One sentence with the reason for each tower that is computed in full.
 
     Raises:
-        InputError: A required optimisation is not possible for the structure.
+        InputError: The recipe requires an optimisation that the model's structure does not allow.
     """
     notes = []
     for name, tower, names in (("image", ImageTower, IMAGE_SAVINGS), ("text", TextTower, TEXT_SAVINGS)):

@@ -23,18 +23,19 @@ from zscl.models.attention import (
 
 @dataclass(frozen=True)
 class PackedPrompts:
-    """Token ids of C prompts in R rows: first the prefix that all prompts share, then each prompt's own suffix.
+    """Token ids of C prompts, concatenated without padding to R rows, one row for each token.
 
-    Rows have no padding. Attention needs a rectangular tensor: `row_of_slot` pads each suffix to S slots, and
-    `slot_of_row` maps the result back to rows.
+    The first P rows are the prefix that all prompts share. They are followed by the rest of each prompt, its suffix.
+    Attention needs a rectangular tensor: `row_of_slot` pads each suffix to S slots, and `slot_of_row` maps the result
+    back to rows.
 
     Attributes:
         ids: Token ids, [R].
         positions: The position of each row in its prompt, [R].
         prefix_length: P, the number of rows of the common prefix; 0 if nothing is shared.
         row_of_slot: The row in each slot of a suffix, [C, S]. Slots after a suffix's end repeat its last row.
-        slot_of_row: The inverse map: the slot of each suffix row as an index into C · S, [R − P].
-        end_slots: The slot of each prompt's end token, [C].
+        slot_of_row: The inverse map: for each suffix row, its index among the C · S slots of all suffixes, [R − P].
+        end_slots: The slot of each prompt's end token within the prompt's suffix, [C].
     """
 
     ids: torch.Tensor
@@ -50,12 +51,12 @@ class PackedPrompts:
         return self.row_of_slot.gather(1, self.end_slots[:, None]).flatten()
 
     def causal_mask(self) -> torch.Tensor:
-        """Return which keys the slots of a suffix may attend to, [S, P + S]."""
+        """Return a mask of the keys (P prefix rows, S suffix slots) that each suffix slot may attend to, [S, P + S]."""
         slots, prefix = self.row_of_slot.shape[1], self.prefix_length
         return torch.ones(slots, prefix + slots, dtype=torch.bool, device=self.ids.device).tril(prefix)
 
     def end_mask(self) -> torch.Tensor:
-        """Return which keys each prompt's end token may attend to, [C, 1, 1, P + S]."""
+        """Return a mask of the keys that each prompt's end token may attend to, [C, 1, 1, P + S]."""
         keys = torch.arange(self.prefix_length + self.row_of_slot.shape[1], device=self.ids.device)
         return (keys <= self.prefix_length + self.end_slots[:, None])[:, None, None]
 
@@ -67,7 +68,7 @@ def pack_prompts(tokens: torch.Tensor, end_positions: torch.Tensor, *, cut: bool
         tokens: Token ids, [C, L].
         end_positions: The position of each prompt's end token, [C].
         cut: Whether to drop the positions after the end of the longest prompt.
-        pack: Whether to share the common prefix, and to drop the positions after the end of each prompt.
+        pack: Whether to store the common prefix only once, and to drop the positions after the end of each prompt.
 
     Returns:
         The packed prompts.
@@ -102,10 +103,10 @@ class TextTower:
 
     Attributes:
         token_embedding: The table of token embeddings.
-        positional_embedding: [L, W].
+        positional_embedding: The positional embeddings, [L, W].
         blocks: The residual attention blocks.
         ln_final: The norm after the last block.
-        projection: From width W to D; a module, a matrix [W, D] or `None`.
+        projection: The projection from width W to D: a module, a matrix [W, D], or `None` for no projection.
         end_token: The id of the end token; `None` for CLIP's vocabulary, in which the end token has the largest id.
         checkpointed: Whether the blocks use gradient checkpointing.
     """
@@ -130,7 +131,7 @@ class TextTower:
             The tower, which shares the model's parameters.
 
         Raises:
-            NotApplicableError: Features depend on tokens after the end token, or the tower has another structure.
+            NotApplicableError: Features depend on tokens after the end token, or the structure is not supported.
         """
         model: Any = clip
         text: Any = getattr(clip, "text", model)  # open_clip's `CLIP` holds the modules of the text tower itself
@@ -190,7 +191,7 @@ def apply_prompt_block(
     Args:
         block: The block.
         rows: Hidden states, [R, W].
-        prompts: The layout of the rows.
+        prompts: The packed prompts to which the rows belong.
         pooled_row: Whether to compute only the output of the end tokens.
 
     Returns:
@@ -217,26 +218,27 @@ def apply_prompt_block(
 
 
 def _pad(rows: torch.Tensor, prompts: PackedPrompts) -> torch.Tensor:
-    """Arrange the suffixes' rows [R, ...] in padded slots [C, S, ...]."""
+    """Select the rows of the suffixes from all rows [R, ...], and arrange them in padded slots [C, S, ...]."""
     padded: torch.Tensor = rows.index_select(0, prompts.row_of_slot.flatten()).unflatten(0, prompts.row_of_slot.shape)
     return padded
 
 
 class UsedEmbeddings:
-    """Replaces a model's token embedding by a small table of the rows that the prompts use.
+    """Replaces a model's token embedding by a small table with the embeddings of the tokens that occur in the prompts.
 
-    The unused rows have no gradient. Leaving them out saves the memory and time of their optimizer states.
+    All other embeddings have no gradient. Leaving them out saves the memory and time of their optimizer states.
 
     Attributes:
         full_weight: The original table, [vocabulary, W].
-        token_ids: The ids of the rows in the small table, [U], sorted.
+        token_ids: The sorted ids of the U tokens that occur in the prompts, [U]. Row i of the small table is the
+            embedding of the token `token_ids[i]`.
     """
 
     def __init__(self, clip: nn.Module, tokens: torch.Tensor) -> None:
-        """Replace the token embedding in place.
+        """Replace the token embedding of a model by the small table.
 
         Args:
-            clip: open_clip's model.
+            clip: open_clip's model, changed in place.
             tokens: The token ids of all prompts, [C, L].
         """
         embedding = TextTower.from_clip(clip).token_embedding
@@ -249,13 +251,17 @@ class UsedEmbeddings:
 
     @torch.no_grad()
     def restore(self, clip: nn.Module) -> None:
-        """Restore the full table, updated with the trained rows, in `clip`, which is the model or a copy of it."""
+        """Replace the small table by the full table, updated with the trained embeddings.
+
+        Args:
+            clip: The model in training or a copy of it, changed in place.
+        """
         embedding = TextTower.from_clip(clip).token_embedding
         embedding.weight = nn.Parameter(self.full_table(embedding.weight))
 
     @torch.no_grad()
     def full_table(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return a copy of the full table, [vocabulary, W], with `rows` [U, W] in place of the used rows."""
+        """Return a copy of the full table, [vocabulary, W], in which `rows` [U, W] replace the rows `token_ids`."""
         table = self.full_weight.detach().clone()
         table[self.token_ids] = rows
         return table

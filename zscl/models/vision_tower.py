@@ -42,8 +42,8 @@ class ImageTower:
     """A forward pass of an open_clip vision transformer that pools the class token.
 
     Attributes:
-        visual: open_clip's module; its parameters are used, not copied.
-        blocks: Its residual attention blocks.
+        visual: open_clip's vision transformer. Its parameters are shared, not copied.
+        blocks: The residual attention blocks of `visual`.
         checkpointed: Whether the blocks use gradient checkpointing.
     """
 
@@ -63,7 +63,8 @@ class ImageTower:
             The tower, which shares the model's parameters.
 
         Raises:
-            NotApplicableError: The tower also reads other tokens of the last block, or has another structure.
+            NotApplicableError: Features depend on more than the class token of the last block, or the structure is not
+                supported.
         """
         visual = clip.visual
         if not isinstance(visual, VisionTransformer):
@@ -79,7 +80,7 @@ class ImageTower:
         """Encode images.
 
         Args:
-            images: [b, 3, H, W].
+            images: Transformed images, [b, 3, H, W].
 
         Returns:
             L2-normalised features, [b, D].

@@ -1,4 +1,4 @@
-"""Atomic writes of files and folders, links to folders, and quarantine of damaged files."""
+"""Atomic writes of files and folders, hard-linked copies of folders, and quarantine of damaged files."""
 
 import os
 import secrets
@@ -15,7 +15,7 @@ QUARANTINE_PREFIX = "damaged-"
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Write a folder atomically: other processes see the old folder, or the complete new one.
 
-    The old folder is renamed first, and deleted only after the new one has replaced it.
+    An existing folder is renamed first, and deleted only after the new folder has its name.
 
     Args:
         folder: The folder to create or to replace.
@@ -68,7 +68,7 @@ def atomic_file(file: Path) -> Iterator[Path]:
 
 
 def _temporary_path(path: Path) -> Path:
-    """Return a random path in the same folder that no other process or machine uses."""
+    """Return a path with a random name in the folder of `path`, so that no other process or machine uses it."""
     name = os.fsdecode(os.fsencode(path.name)[:MAX_TEMPORARY_NAME_BYTES])
     return path.with_name(f".{name}.{secrets.token_hex(4)}.partial")
 
@@ -114,13 +114,13 @@ def quarantine(path: Path) -> Path | None:
 def link_folder(
     source: Path, target: Path, replacements: Mapping[str, str] | None = None, exclude: Sequence[str] = ()
 ) -> None:
-    """Create a folder of hard links to another folder's files, atomically; files are copied if links are unsupported.
+    """Copy a folder atomically, with hard links instead of copied files. Files are copied if links are unsupported.
 
     Args:
         source: The existing folder.
         target: The folder to create.
-        replacements: New contents, by file name. These files are written instead of linked.
-        exclude: Names or patterns of files that are not linked.
+        replacements: New contents, by file name. The files with these names are written instead of linked.
+        exclude: Names or glob patterns of files that are omitted.
     """
     with atomic_folder(target) as temporary:
         ignore = shutil.ignore_patterns(*exclude)

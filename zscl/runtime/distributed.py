@@ -1,7 +1,7 @@
-"""Collective operations of torch.distributed; without a process group, they act as for a single worker.
+"""Collective operations of torch.distributed. Without a process group, they behave as with a single worker.
 
 All workers compute the same loss on the global batch from gathered features, so the results do not depend on the number
-of workers. Every rank must call a collective operation. The operations need a process group only if there are
+of workers. All ranks must call a collective operation. The operations need a process group only if there are
 several workers.
 """
 
@@ -29,7 +29,7 @@ def barrier() -> None:
 
 
 def rank_slice(total: int, of_rank: int | None = None) -> range:
-    """Return one worker's slice of the items. Slices are contiguous, and their sizes differ by at most 1.
+    """Divide items among the workers in contiguous slices, whose sizes differ by at most 1. Return one slice.
 
     Args:
         total: The number of items.
@@ -43,11 +43,11 @@ def rank_slice(total: int, of_rank: int | None = None) -> range:
 
 
 def gather(rows: torch.Tensor, total: int) -> torch.Tensor:
-    """Concatenate the workers' rows on all workers, without gradient.
+    """Concatenate the rows of all workers, and return them on every worker, without gradient.
 
     Args:
-        rows: The rows of this worker's `rank_slice(total)` [b, …].
-        total: The number of rows of all workers.
+        rows: This worker's rows, whose indices are `rank_slice(total)` [b, …].
+        total: The number of rows of all workers together.
 
     Returns:
         All rows, in the order of the ranks [total, …].
@@ -58,7 +58,7 @@ def gather(rows: torch.Tensor, total: int) -> torch.Tensor:
 
 
 def gather_ragged(rows: torch.Tensor) -> torch.Tensor:
-    """Concatenate the workers' rows on all workers, for any number of rows per worker.
+    """Concatenate the rows of all workers, and return them on every worker, for any number of rows per worker.
 
     Args:
         rows: This worker's rows [b, …].
@@ -74,7 +74,7 @@ def gather_ragged(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _gather_padded(rows: torch.Tensor, counts: list[int]) -> torch.Tensor:
-    """Gather `counts[rank]` rows from every rank. Rows are padded, because all_gather needs equal shapes."""
+    """Gather `counts[rank]` rows from each rank. Rows are padded for all_gather, which needs equal shapes."""
     padded = rows.new_zeros(max(counts), *rows.shape[1:])
     padded[: len(rows)] = rows
     gathered = [torch.empty_like(padded) for _ in counts]
@@ -83,7 +83,7 @@ def _gather_padded(rows: torch.Tensor, counts: list[int]) -> torch.Tensor:
 
 
 def all_gather_unique(messages: Iterable[str]) -> list[str]:
-    """Collect the messages of all workers on all workers.
+    """Collect the messages of all workers, and return them on every worker.
 
     Args:
         messages: This worker's messages.
@@ -117,10 +117,11 @@ def broadcast_text(text: str) -> str:
 
 
 class _GatherWithGradient(torch.autograd.Function):
-    """All-gather with a gradient: the local slice of the output's gradient, times the world size.
+    """All-gather with a gradient.
 
-    All workers differentiate the same global loss, so the gradient of a worker's rows is complete without
-    communication. The factor cancels the division by the world size when DDP averages the parameters' gradients.
+    The gradient of a worker's rows is its slice of the output's gradient, times the world size. All workers
+    differentiate the same global loss, so the slice is complete without communication. The factor cancels the division
+    by the world size when DDP averages the parameters' gradients.
     """
 
     @staticmethod
@@ -135,13 +136,13 @@ class _GatherWithGradient(torch.autograd.Function):
 
 
 def gather_with_gradient(rows: torch.Tensor, total: int) -> torch.Tensor:
-    """Concatenate the workers' rows on all workers, with a gradient for this worker's rows.
+    """Concatenate the rows of all workers, and return them on every worker, with a gradient for this worker's rows.
 
     The gradient assumes that all workers compute the same loss from the gathered rows.
 
     Args:
-        rows: The rows of this worker's `rank_slice(total)` [b, …].
-        total: The number of rows of all workers.
+        rows: This worker's rows, whose indices are `rank_slice(total)` [b, …].
+        total: The number of rows of all workers together.
 
     Returns:
         All rows, in the order of the ranks [total, …].
@@ -152,7 +153,7 @@ def gather_with_gradient(rows: torch.Tensor, total: int) -> torch.Tensor:
 
 
 def all_reduce_sum(*numbers: float) -> list[float]:
-    """Sum each number over the workers, in float64."""
+    """Sum each number over all workers in float64, and return the sums on every worker."""
     if world_size() == 1:
         return list(numbers)
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
@@ -165,8 +166,8 @@ def broadcast_tensor(rows: torch.Tensor | None, like: torch.Tensor) -> torch.Ten
     """Return rank 0's matrix on all workers.
 
     Args:
-        rows: The matrix [n, d]; used only on rank 0, may be `None` elsewhere.
-        like: A tensor with the matrix's dtype and device.
+        rows: On rank 0, the matrix [n, d]. On other ranks, the value is not used and may be `None`.
+        like: A tensor with the dtype and the device of the matrix.
 
     Returns:
         Rank 0's matrix [n, d].

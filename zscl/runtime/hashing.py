@@ -5,14 +5,14 @@ from pathlib import Path
 
 
 def sha256_of(*contents: bytes | str) -> str:
-    """Hash several contents.
+    """Return one SHA-256 digest of several contents.
 
     Args:
-        *contents: Bytes, or texts, which are encoded in UTF-8. Their lengths are hashed, too, so that the digest
-            depends on the boundaries between the contents.
+        *contents: Bytes, or texts, which are encoded in UTF-8. The length of each content is hashed, too, so that the
+            digest depends on the boundaries between the contents.
 
     Returns:
-        The SHA-256 digest in hexadecimal digits.
+        The digest in hexadecimal digits.
     """
     total = hashlib.sha256()
     for content in contents:

@@ -10,13 +10,13 @@ SYSTEM_FILES = frozenset({"thumbs.db", "desktop.ini"})  # Windows; the system fi
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether a file is hidden or created by the operating system: `.DS_Store`, `._*`, `Thumbs.db`, ….
+    """Return whether a file is hidden or created by the operating system, such as `.DS_Store`, `._*` or `Thumbs.db`.
 
     Args:
-        name: The file's name, or its path in a folder or tar file. Files in hidden folders are hidden.
+        name: The file's name, or its path relative to a folder or in a tar file.
 
     Returns:
-        Whether the file should be ignored.
+        `True` if the file should be ignored. This includes all files in hidden folders.
     """
     parts = [part for part in name.split("/") if part not in ("", ".", "..")]
     return not parts or parts[-1].lower() in SYSTEM_FILES or any(part[0] == "." or part == "__MACOSX" for part in parts)
@@ -48,13 +48,13 @@ def _iter_files(folder: Path, parents: tuple[Path, ...]) -> Iterator[Path]:
 
 
 def did_you_mean_path(path: Path) -> str:
-    """Format a suggestion for a path that does not exist: an entry of its folder with a similar name.
+    """Format a suggestion for a path that does not exist: a similar name in the same folder.
 
     Args:
         path: The path that does not exist.
 
     Returns:
-        The end of a message, see `did_you_mean`; empty if there is no similar name.
+        The text `; did you mean 'NAME'?`, to be appended to a message; empty if no name is similar.
     """
     with suppress(OSError):
         return did_you_mean(path.name, [sibling.name for sibling in path.parent.iterdir()])

@@ -48,10 +48,10 @@ def is_transient(error: BaseException) -> bool:
     """Return whether a retry may succeed without any change by the user.
 
     A full disk (ENOSPC) and an exceeded quota (EDQUOT) are not transient: somebody has to free space, which rarely
-    happens within minutes. The run can be resumed from its last checkpoint afterwards.
+    happens within minutes. Afterwards, the user can resume the run from its last checkpoint.
 
     Args:
-        error: The error of a storage operation.
+        error: The error that a storage operation raised.
 
     Returns:
         `True` for errors of a connection, of a server, or of a device that may recover.
@@ -77,17 +77,17 @@ def retry_io(
     Each retry is logged. The pauses double from 0.1 s to at most 5 s.
 
     Args:
-        operation: The function to call, possibly several times.
-        timeout: The maximum time until the last retry [s].
-        must_exist: A folder that is known to exist. While it is missing, its storage counts as temporarily unavailable,
-            and errors about missing files are retried.
-        description: The name of the file or URL in the log, if the error does not contain it.
+        operation: The function to call. It may be called several times.
+        timeout: The maximum time from the first call to the last retry [s].
+        must_exist: A folder that is known to exist. If it is missing, its storage is regarded as temporarily
+            unavailable, and errors about missing files are retried.
+        description: The file or URL, which is added to the log message if the error does not contain it.
 
     Returns:
         The result of the operation.
 
     Raises:
-        Exception: The operation's error, if it is not transient, or if the timeout has elapsed.
+        Exception: The operation failed with an error that is not transient, or the timeout has elapsed.
     """
     start, pause = time.monotonic(), 0.1
     while True:
@@ -121,13 +121,13 @@ def _is_folder(path: Path) -> bool:
 
 
 def to_os_error(error: Exception) -> OSError:
-    """Return the `OSError` that caused an error of safetensors or PyTorch.
+    """Return the `OSError` that caused an error raised by safetensors or PyTorch.
 
     Args:
-        error: An error whose message contains, for example, "(os error 28)", or whose cause is an `OSError`.
+        error: The error. Its cause is an `OSError`, or its message contains an error number, as in "(os error 28)".
 
     Returns:
-        The `OSError`, without an `errno` if the error does not contain one.
+        The `OSError`. Its `errno` is `None` if the message contains no number.
     """
     cause = error.__cause__ or error.__context__
     if isinstance(cause, OSError):

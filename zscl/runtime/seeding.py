@@ -4,10 +4,11 @@ import hashlib
 
 
 def derive_seed(*names: object) -> int:
-    """Hash any names to a seed that does not depend on the process or platform.
+    """Derive a random seed from values, as a hash that is the same in all processes and on all platforms.
 
     Args:
-        *names: Values whose representations identify the use, such as the recipe's seed, the stage and a purpose.
+        *names: Values that identify what the seed is used for, such as the recipe's seed, the stage and a purpose. The
+            `repr` of the values is hashed.
 
     Returns:
         A seed of 56 bits.

@@ -17,7 +17,7 @@ P = ParamSpec("P")
 class Clock:
     """Accumulates the wall time that each part of a stage takes in this process.
 
-    GPU kernels run asynchronously. Their time may be added to a later part, which waits for them.
+    GPU kernels run asynchronously. Their time may be added to a later part that waits for them.
 
     Attributes:
         seconds: The accumulated time by part [s].
@@ -28,7 +28,7 @@ class Clock:
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
-        """Add the time of a block to a part."""
+        """Add the wall time of the `with` block to a part."""
         start = time.perf_counter()
         try:
             yield
@@ -39,11 +39,11 @@ class Clock:
         """Wrap an iterator so that the time to fetch each item is added to a part.
 
         Args:
-            part: The part.
-            items: The iterator.
+            part: The name of the part.
+            items: The iterator to wrap.
 
         Yields:
-            The items of the iterator.
+            The items of the wrapped iterator.
         """
         while True:
             with self(part):
@@ -57,8 +57,8 @@ class Clock:
         """Wrap a function so that the time of each call is added to a part.
 
         Args:
-            part: The part.
-            function: The function.
+            part: The name of the part.
+            function: The function to wrap.
 
         Returns:
             The wrapped function.
@@ -72,7 +72,7 @@ class Clock:
 
 
 def resident_megabytes() -> float:
-    """Return the resident memory of this process [MB]; its peak if the system has no /proc."""
+    """Return the current resident memory of this process [MB], or the peak if the system has no /proc."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except OSError:
@@ -81,7 +81,7 @@ def resident_megabytes() -> float:
 
 
 def peak_memory_megabytes(device: torch.device) -> float:
-    """Return the peak memory of this process [MB]: allocated on a GPU, or resident in main memory."""
+    """Return the peak memory of this process [MB]: memory allocated on a GPU, or else resident main memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3  # in kilobytes on Linux

@@ -16,13 +16,13 @@ POLL_SECONDS = 0.5
 
 
 class Handle(Protocol):
-    """A task in another process, such as a `concurrent.futures.Future`."""
+    """A computation in another process, such as a `concurrent.futures.Future`."""
 
     def done(self) -> bool:
-        """Return whether the task has ended."""
+        """Return whether the computation has ended."""
 
     def result(self) -> object:
-        """Wait for the end of the task, and raise its exception if it failed."""
+        """Wait until the computation has ended, and raise its exception if it failed."""
 
 
 SubmitEvaluation = Callable[[int], Handle]
@@ -30,7 +30,9 @@ SubmitEvaluation = Callable[[int], Handle]
 
 @dataclass
 class AsyncMatrixEvaluator(MatrixEvaluator):
-    """Evaluates rows in other processes. Training is at most `MAX_PENDING_ROWS` rows ahead.
+    """Evaluates the rows of the accuracy matrix in other processes. One row holds the accuracies after one stage.
+
+    Training waits while more than `MAX_PENDING_ROWS` rows are not evaluated yet.
 
     Attributes:
         submit: Starts the evaluation of a stage's row, which writes the row's file; called on rank 0.
@@ -40,7 +42,10 @@ class AsyncMatrixEvaluator(MatrixEvaluator):
     _pending: dict[int, Handle | None] = field(default_factory=dict)
 
     def measure(self, stage: int, clip: Clip) -> None:
-        """Submit the evaluation of a row if its file does not exist, and accept complete rows. Collective."""
+        """Start the evaluation of a stage's row if its file does not exist, and add complete rows to the matrix.
+
+        All ranks must call this.
+        """
         row = self.read_row(self.row_file(stage))
         if row is not None:
             self.accept(stage, row)
@@ -50,12 +55,12 @@ class AsyncMatrixEvaluator(MatrixEvaluator):
         self._collect(max_pending=MAX_PENDING_ROWS)
 
     def rows(self) -> list[AccuracyRow]:
-        """Wait for all rows and return them in the order of their stages. Collective."""
+        """Wait for all rows and return them in the order of their stages. All ranks must call this."""
         self._collect(max_pending=0)
         return super().rows()
 
     def _collect(self, max_pending: int) -> None:
-        """Accept complete rows in order, and wait until at most `max_pending` rows are pending."""
+        """Add complete rows to the matrix in order, and wait until at most `max_pending` rows are not complete."""
         for stage in list(self._pending):
             while not self._is_complete(stage):
                 if len(self._pending) <= max_pending:
@@ -69,13 +74,13 @@ class AsyncMatrixEvaluator(MatrixEvaluator):
             self.accept(stage, row)
 
     def _is_complete(self, stage: int) -> bool:
-        """Return whether the evaluation of a row has ended; equal on all ranks.
+        """Return whether the evaluation of a row has ended.
 
         Args:
             stage: The row's stage.
 
         Returns:
-            Whether it has ended.
+            The same answer on all ranks.
 
         Raises:
             StoppedError: A stop was requested.

@@ -1,7 +1,7 @@
 """The journal of a run: its events, one JSON object per line, in the run's folder.
 
-Rank 0 writes the journal, so that events survive the process that displays the run and the tracking server. A resumed
-run reports some events again; `JournalReader` skips these repetitions.
+Rank 0 writes the journal, so that no event is lost if the tracking server or the process that displays the run fails. A
+resumed run reports some events again; `JournalReader` skips these repetitions.
 """
 
 import os
@@ -73,9 +73,9 @@ def read_start_time(run: Path) -> int | None:
 
 
 class Journal:
-    """Appends events to the journal. Lines that cannot be written are written with the next event.
+    """Appends events to the journal. Events that cannot be written are kept in memory and written with the next event.
 
-    Events that a later event repeats (a task's accuracy, which is part of a row) are not written.
+    Events of progress within a longer computation (`TaskEvaluated`, `ImagesEmbedded`) are not written.
 
     Attributes:
         file: The journal's path.
@@ -87,7 +87,7 @@ class Journal:
         self._buffer = "\n" if file.is_file() and file.stat().st_size else ""
 
     def __call__(self, event: BaseModel) -> None:
-        """Append an event."""
+        """Append an event to the journal."""
         if isinstance(event, TaskEvaluated | ImagesEmbedded):
             return
         entry = JournalEntry.model_validate({"time": time.time_ns() // 1_000_000, "progress": event})
@@ -95,13 +95,13 @@ class Journal:
         try:
             self._write()
         except OSError:
-            self._buffer = "\n" + self._buffer.lstrip("\n")  # a part of it may have been written
+            self._buffer = "\n" + self._buffer.lstrip("\n")  # a part of the buffer may have been written
 
     def flush(self) -> None:
-        """Write the buffered lines and flush the file to the disk.
+        """Write the events that are kept in memory, and flush the file to the disk.
 
         Raises:
-            OSError: Storage has failed permanently or for minutes.
+            OSError: Storage has failed permanently or for several minutes.
         """
         retry_io(lambda: self._write(flush=True), must_exist=self.file.parent, description=self.file)
 
@@ -116,7 +116,7 @@ class Journal:
 
 
 class JournalReader:
-    """Reads a journal that may still grow: every event once and in order.
+    """Reads a journal to which a run may still append. It returns every event once and in order.
 
     Attributes:
         file: The journal's path.
@@ -132,10 +132,10 @@ class JournalReader:
         """Read the entries that were written since the last call.
 
         Returns:
-            The new entries; none if there is no journal yet.
+            The new entries; empty if there is no journal yet.
 
         Raises:
-            OSError: Storage fails.
+            OSError: The journal cannot be read.
         """
         if not self.file.is_file():
             return []
@@ -155,7 +155,7 @@ class JournalReader:
         return entries
 
     def _remove_repetition(self, entry: JournalEntry) -> JournalEntry | None:
-        """Return an entry without the steps that were read before; `None` if nothing is new."""
+        """Return an entry without the steps that were read before; `None` if it contains nothing new."""
         event: BaseModel = entry.progress
         match event:
             case StepsTaken():

@@ -1,25 +1,26 @@
 """File names and paths in a run's folder, each defined once.
 
-All files but the journal are written atomically. Work whose file exists is not repeated when a run resumes:
+All files except the journal are written atomically. When a run resumes, a result whose file exists is not computed
+again:
 
     experiment.yaml                     the recipe with every default written out
     state.json                          whether the run is running, finished, failed or killed
     journal.jsonl                       the run's events, one JSON object per line (see `zscl.sequence.journal`)
     checkpoint.pt                       the state of the stage in training (see `zscl.training.checkpoint`)
-    zero_shot.json                      the accuracy row of the initial model
+    zero_shot.json                      the accuracy row of the initial model: its accuracy on every task
     stages/<k>-<task>/model/            the resulting model of stage k (from 1), an open_clip folder
     stages/<k>-<task>/exemplars/        the exemplars of stage k, best first, for methods with a memory
     stages/<k>-<task>/losses.csv        the losses of every step
-    stages/<k>-<task>/training.json     the stage's result; the stage is trained if it exists
-    stages/<k>-<task>/accuracy.json     the accuracy row after the stage; the stage is finished if it exists
-    *.part.json                         an incomplete accuracy row
+    stages/<k>-<task>/training.json     the stage's result; the stage is trained if this file exists
+    stages/<k>-<task>/accuracy.json     the accuracy row after stage k; the stage is finished if this file exists
+    *.part.json                         an incomplete accuracy row: some tasks are not evaluated yet
     snapshots/<k>-<task>/               weights during stage k (`compute.snapshots_every`)
-    result.json                         the run's result; the run is finished if it exists
+    result.json                         the run's result; the run is finished if this file exists
     ray/                                Ray Train's storage
 
-The folder `teacher` next to the run's folder holds the teacher's cached features, which runs share.
+The folder `teacher` next to the run's folder holds the teacher's cached features, which several runs share.
 
-This module imports nothing heavy, so that every package can use it.
+This module does not import torch, so that every package can import it quickly.
 """
 
 from pathlib import Path
@@ -58,7 +59,7 @@ def stages_folder(run: Path) -> Path:
 
 
 def stage_folder(run: Path, stage: int, task: str) -> Path:
-    """Return the folder of a trained stage.
+    """Return the folder of a trained stage in a run's folder.
 
     Args:
         run: The run's folder.
@@ -87,7 +88,7 @@ def snapshots_folder(run: Path, stage: int, task: str) -> Path:
 
 
 def row_file(run: Path, stage: int, task: str = "") -> Path:
-    """Return the file of an accuracy row.
+    """Return the file of a row of the accuracy matrix, which holds the accuracies of one stage's model on every task.
 
     Args:
         run: The run's folder.
@@ -101,7 +102,7 @@ def row_file(run: Path, stage: int, task: str = "") -> Path:
 
 
 def partial_row_file(row: Path) -> Path:
-    """Return the file of an incomplete row, which is removed when the row is complete."""
+    """Return the file of an incomplete row from the row's file; it is removed when the row is complete."""
     return row.with_suffix(".part.json")
 
 
@@ -126,22 +127,22 @@ def owner_file(run: Path) -> Path:
 
 
 def glob_stages(run: Path, pattern: str) -> list[Path]:
-    """List the files in all stage folders whose names match a pattern, in no particular order."""
+    """List the files whose names match a pattern in the folders of all stages, in no particular order."""
     return list(run.glob(f"{STAGES_FOLDER}/*/{pattern}"))
 
 
 def stage_files(run: Path, name: str) -> list[Path]:
-    """List one file of every stage that has it, in the order of the stages.
+    """List the files with one name in the folders of all stages, in the order of the stages.
 
     Args:
         run: The run's folder.
-        name: The file's name in a stage's folder.
+        name: The name of the file in each stage's folder.
 
     Returns:
-        The files of stages 1, 2, … without gaps.
+        The files of stages 1, 2, … without gaps; later stages need not have the file.
 
     Raises:
-        InputError: A folder is not named `<number>-<task>`, or an earlier stage is missing.
+        InputError: A folder is not named `<number>-<task>`, or a stage before the last one does not have the file.
     """
     files: dict[int, Path] = {}
     for file in run.glob(f"{STAGES_FOLDER}/[!.]*/{name}"):

@@ -1,4 +1,6 @@
-"""The accuracy matrix: evaluates the model on every task, row by row, and caches rows and cells in files.
+"""The accuracy matrix: a row holds the accuracies of the model after one stage on every task.
+
+Complete rows are saved in files, and so is an incomplete row after each task, so that evaluation can resume.
 
 In task-aware evaluation, a task's images are classified among the task's own classes. In class-incremental evaluation,
 a single head classifies among all classes seen so far.
@@ -42,9 +44,9 @@ class MatrixEvaluator:
         report: Callback for events.
         device: The device to evaluate on.
         stop_requested: Returns whether the run should stop; called on rank 0 between cells.
-        cache: Rows that runs share; `None` if the run shares none.
-        seconds: The time that the evaluation of all rows took, including rows before an interruption.
-        warnings: Messages about stages that probably failed.
+        cache: The cache of rows that several runs share; `None` if this run shares none.
+        seconds: The time that the evaluation of all rows took, including rows that an interrupted process evaluated.
+        warnings: Warnings about stages after which the accuracy is at chance.
         rows_by_stage: The complete rows; stage 0 is the initial model.
     """
 
@@ -59,7 +61,9 @@ class MatrixEvaluator:
     rows_by_stage: dict[int, AccuracyRow] = field(default_factory=dict)
 
     def measure(self, stage: int, clip: Clip) -> None:
-        """Evaluate the model on every task, or read the row from its file or the cache. Collective.
+        """Evaluate a stage's model on every task, or read the stage's row from its file or the cache.
+
+        All ranks must call this.
 
         Args:
             stage: The row's stage; 0 is the initial model.
@@ -76,11 +80,11 @@ class MatrixEvaluator:
         return row_file(self.folder, stage, self.resolved.tasks[stage - 1].name)
 
     def rows(self) -> list[AccuracyRow]:
-        """Return the rows in the order of their stages."""
+        """Return the complete rows in the order of their stages."""
         return [self.rows_by_stage[stage] for stage in sorted(self.rows_by_stage)]
 
     def accept(self, stage: int, row: AccuracyRow) -> None:
-        """Add a complete row whose file is written, and report it."""
+        """Add a complete row, which is already saved in its file, to the matrix, and report it."""
         if rank() == 0:
             remove_if_possible(partial_row_file(self.row_file(stage)))
         self.seconds += row.seconds
@@ -106,7 +110,7 @@ class MatrixEvaluator:
             return row
 
     def _measure_row(self, stage: int, clip: Clip, file: Path) -> AccuracyRow:
-        """Evaluate the cells that are missing in the partial row, and write the complete row."""
+        """Evaluate the model on the tasks that are missing in the incomplete row's file, and write the complete row."""
         row = self.read_row(partial_row_file(file), complete=False) or AccuracyRow(
             fingerprint=self.resolved.fingerprint, algorithm=algorithm_version(), accuracy={}, images={}, seconds=0.0
         )
@@ -130,11 +134,13 @@ class MatrixEvaluator:
         return row
 
     def read_row(self, file: Path, complete: bool = True) -> AccuracyRow | None:
-        """Read a row's file on rank 0 and broadcast it, so that all ranks take the same decisions. Collective.
+        """Read a row's file on rank 0 and broadcast it, so that all ranks take the same decisions.
+
+        All ranks must call this.
 
         Args:
             file: The row's file.
-            complete: Whether the row must have all tasks.
+            complete: Whether the row must contain all tasks.
 
         Returns:
             The row; `None` if there is no file.
@@ -146,7 +152,7 @@ class MatrixEvaluator:
         return parse_row(self.resolved, text, file, complete) if text else None
 
     def _embed_classes(self, clip: Clip, indices: list[int]) -> dict[int, torch.Tensor]:
-        """Compute the class embeddings of some tasks; with a single head, those of all tasks."""
+        """Compute the class embeddings of the tasks at `indices` (with a single head, of all tasks), by index."""
         experiment, tasks = self.resolved.experiment, self.resolved.tasks
         indices = list(range(len(tasks))) if self.has_single_head else indices
         precision, templates = experiment.optimisation.precision, experiment.evaluation.templates
@@ -156,7 +162,7 @@ class MatrixEvaluator:
     def _measure_cell(
         self, stage: int, clip: Clip, task: TaskFolder, heads: list[torch.Tensor], row: AccuracyRow
     ) -> None:
-        """Evaluate the model on one task, and add the result to the row."""
+        """Evaluate the model on one task with the given heads (class embeddings), and add the accuracies to the row."""
         experiment = self.resolved.experiment
         loader = build_loader(experiment.compute, self.device, self.report)
         precision, batch_size = experiment.optimisation.precision, experiment.compute.evaluation_batch_size
@@ -169,7 +175,7 @@ class MatrixEvaluator:
         self.report(TaskEvaluated(stage=stage, task=task.name, accuracy=accuracy[0], images=images))
 
     def _warn_if_at_chance(self, stage: int, row: AccuracyRow) -> None:
-        """Warn if the accuracy right after training a task is at chance and not better than the initial model's."""
+        """Warn if the accuracy right after training a task is at chance and not above that of the initial model."""
         tasks = self.resolved.tasks
         task = tasks[stage - 1]
         classes = sum(len(seen.classnames) for seen in (tasks[:stage] if self.has_single_head else [task]))
@@ -192,10 +198,10 @@ class MatrixEvaluator:
         return self.resolved.experiment.class_incremental is not None
 
     def zero_shot_rows(self, zero_shot: AccuracyRow) -> list[dict[str, float]]:
-        """Compute the matrix of the initial model: its accuracies after each stage, with the heads of that stage.
+        """Compute the accuracy matrix of a run without training: the initial model with the heads of each stage.
 
         Args:
-            zero_shot: The zero-shot row.
+            zero_shot: The row of the initial model.
 
         Returns:
             One row per stage, with the tasks as keys.

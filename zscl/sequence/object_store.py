@@ -1,8 +1,8 @@
 """Synchronisation of a run's folder with object storage, for clusters whose nodes share no file system.
 
-Every node works in a local folder. Files that a rank writes are pushed, files that other ranks need are pulled. Every
-file is transferred as a whole. Files whose existence means that others are complete (see `zscl.sequence.layout`) are
-transferred last.
+Every node works in a local folder. Files that a rank writes are uploaded (pushed). Files that other ranks have written
+are downloaded (pulled). A file whose existence means that other files are complete (see `zscl.sequence.layout`) is
+transferred after them.
 """
 
 import json
@@ -39,18 +39,20 @@ VERSION_KEYS = (
 
 
 def storage_url(storage: str, folder: Path) -> str:
-    """Return the URL of a run's folder in object storage; the folder keeps its name."""
+    """Return the URL of a run's folder in object storage: `storage`, followed by the name of the folder."""
     return f"{storage.rstrip('/')}/{folder.name}"
 
 
 def node_local_sync(url: str) -> "RemoteSync":
-    """Build the synchronisation of a temporary folder that all ranks on this machine share.
+    """Build an object that synchronises a run's folder in object storage with a temporary folder on this machine.
+
+    All ranks on this machine share the temporary folder.
 
     Args:
         url: The URL of the run's folder in object storage.
 
     Returns:
-        The synchronisation.
+        The synchronisation object.
     """
     return RemoteSync(url, Path(tempfile.gettempdir()) / f"zscl-{os.getuid()}" / sha256_of(url)[:16] / "run")
 
@@ -58,8 +60,9 @@ def node_local_sync(url: str) -> "RemoteSync":
 class RemoteSync:
     """Synchronises a local folder with a folder in object storage.
 
-    A hidden manifest in the local folder holds the local and the remote version of each file at the last transfer.
-    Comparison with it shows which side has changed. The manifest survives a killed process.
+    A hidden file in the local folder, the manifest, holds the local and the remote version of each file at its last
+    transfer. If a version differs from the manifest, the file has changed since then. The manifest stays valid if the
+    process is killed.
 
     Attributes:
         url: The URL of the folder in object storage.
@@ -67,7 +70,7 @@ class RemoteSync:
     """
 
     def __init__(self, url: str, folder: Path) -> None:
-        """Open the storage.
+        """Open the object storage.
 
         Args:
             url: The fsspec URL of the folder in object storage.
@@ -91,10 +94,10 @@ class RemoteSync:
         self._last_push = time.monotonic()
 
     def check(self) -> None:
-        """Write, read and delete a file in object storage.
+        """Check that files can be written, read and deleted in object storage.
 
         Raises:
-            InputError: One of these operations fails.
+            InputError: A file cannot be written, read or deleted.
         """
         path = f"{self._root}/.writable"
         try:
@@ -120,12 +123,11 @@ class RemoteSync:
     def list_remote(self) -> dict[str, str]:
         """List the files in object storage.
 
-        Hidden files and folders, and Ray's folder, are not listed. fsspec's own `exists`, `find` and `walk` return an
-        empty folder if listing fails at any depth. Local files would then be deleted, so this method raises an error
-        instead.
+        Hidden files and folders, and Ray's folder, are not listed. If a folder cannot be listed, fsspec's `exists`,
+        `find` and `walk` treat it as empty, and its local files would be deleted. This method raises an error instead.
 
         Returns:
-            A mapping from paths in the folder to versions of the files; empty if there is no such folder.
+            The version of each file by its path relative to the folder; empty if the folder does not exist.
         """
         versions: dict[str, str] = {}
         folders = [self._root]
@@ -147,15 +149,15 @@ class RemoteSync:
         return versions
 
     def pull(self, exact: bool = False, exclude: Iterable[str] = ()) -> None:
-        """Download files that have changed in object storage, and delete files that were removed there.
+        """Download files that have changed in object storage, and delete local files that were removed from there.
 
         Args:
             exact: Whether to overwrite or delete all local files that differ, even if they have changed locally. By
-                default, local changes stay.
+                default, files that have changed locally stay.
             exclude: Names of files that are not downloaded.
 
         Raises:
-            OSError: Storage has failed for minutes.
+            OSError: Storage has failed for several minutes.
         """
         with self._lock():
             manifest, remote = self._manifest(), self._retry(self.list_remote)
@@ -181,18 +183,20 @@ class RemoteSync:
             self._write_manifest(manifest)
 
     def push(self) -> None:
-        """Wait for the pending push, then upload the files that have changed locally.
+        """Upload the files that have changed locally, delete those that were removed locally, and wait for the end.
 
         Raises:
-            OSError: Storage has failed for minutes.
+            OSError: Storage has failed for several minutes.
         """
         self._thread.submit(self._push).result()
 
     def push_async(self, immediately: bool = False) -> None:
-        """Start a push in the background if the last one is `SYNC_SECONDS` old. Errors are ignored until `push`.
+        """Start a push in the background if none is running and the last one is more than `SYNC_SECONDS` old.
+
+        Errors are ignored, because the next push uploads the same files again.
 
         Args:
-            immediately: Whether to start the push regardless of the age of the last push.
+            immediately: Whether to start a push even if the last one is more recent.
         """
         is_idle = self._pending_push is None or self._pending_push.done()
         if is_idle and (immediately or time.monotonic() - self._last_push > SYNC_SECONDS):
@@ -227,7 +231,7 @@ class RemoteSync:
         return _remote_version(self._storage.info(path))
 
     def _make_parent(self, path: str) -> None:
-        """Create the parent folder of a path in a local file system. In object storage, this could create a bucket."""
+        """Create the parent folder of a path in a local file system. In other storage, this could create a bucket."""
         if isinstance(self._storage, LocalFileSystem):
             self._storage.makedirs(self._storage._parent(path), exist_ok=True)
 
@@ -236,7 +240,7 @@ class RemoteSync:
             self._storage.rm_file(f"{self._root}/{name}")
 
     def _download(self, name: str, file: Path) -> bool:
-        """Download a file; return whether it exists, because another process may have removed it."""
+        """Download a file. Return `False` if another process has removed the file from object storage."""
         path = f"{self._root}/{name}"
         try:
             with atomic_file(file) as temporary:
@@ -248,7 +252,7 @@ class RemoteSync:
         return True
 
     def _retry(self, operation: Callable[[], T]) -> T:
-        """Access storage with retries. Errors of all clients are raised as `OSError`."""
+        """Run an operation on storage with retries. Errors of all storage clients are raised as `OSError`."""
         try:
             return retry_io(operation, description=mask(self.url))
         except OSError:
@@ -282,7 +286,7 @@ class RemoteSync:
 
 
 def _is_excluded(name: str) -> bool:
-    """Return whether a file is never transferred: temporary, hidden and quarantined files, locks, Ray's folder."""
+    """Return whether a file is never transferred: temporary, hidden and damaged files, locks, and Ray's folder."""
     patterns = ("*/.*", f"*/{QUARANTINE_PREFIX}*", f"/{RAY_FOLDER}/*")
     return any(fnmatch(f"/{name}", pattern) for pattern in patterns)
 
@@ -305,10 +309,10 @@ def _remote_version(entry: Mapping[str, Any]) -> str:
 
 
 def pull_periodically(sync: RemoteSync, exclude: Iterable[str], wait_for_stop: Callable[[float], bool]) -> None:
-    """Pull every `SYNC_SECONDS` until a stop is requested. Errors of storage are ignored.
+    """Download changed files every `SYNC_SECONDS` until a stop is requested. Errors of storage are ignored.
 
     Args:
-        sync: The synchronisation.
+        sync: Synchronises the local folder with object storage.
         exclude: Names of files that are not downloaded.
         wait_for_stop: Called with a number of seconds. It waits that long at most, and returns `True` if a stop is
             requested, as `threading.Event.wait` does.

@@ -1,4 +1,4 @@
-"""Resolves an experiment: opens its data, expands class-incremental stages and computes the fingerprint."""
+"""Resolves an experiment: opens its data, splits a class-incremental dataset into tasks, computes the fingerprint."""
 
 import itertools
 import math
@@ -23,15 +23,15 @@ from zscl.runtime.seeding import derive_seed
 
 @dataclass(frozen=True)
 class ResolvedExperiment:
-    """An experiment with opened data and a fingerprint. All its stages are explicit.
+    """An experiment with opened data and a fingerprint.
 
     Attributes:
-        experiment: The experiment, with class-incremental stages expanded to tasks.
+        experiment: The experiment. A class-incremental dataset is split into one task per stage.
         tasks: The tasks in order.
         reference: The reference set; `None` if the method needs none.
         model_digest: Digest of the initial model's weights.
         content_digests: Digest of the content at each path, URL or model name (see `Experiment.identity`).
-        fingerprint: Identifies the experiment and all its inputs.
+        fingerprint: Hash of the experiment and the content of all its inputs.
     """
 
     experiment: Experiment
@@ -43,13 +43,13 @@ class ResolvedExperiment:
 
     @property
     def custom_loss_digests(self) -> dict[str, str]:
-        """The first digits of each custom loss's code digest. Keys are the names of the losses in results."""
+        """The first 8 digits of the digest of each custom loss's code, by the name of the setting in results."""
         losses = self.experiment.method.custom_losses
         return {f"code of {loss.path}": self.content_digests[loss.path][:8] for loss in losses}
 
 
 def resolve(experiment: Experiment) -> ResolvedExperiment:
-    """Open all inputs of an experiment, expand class-incremental stages and compute the fingerprint.
+    """Open all inputs of an experiment, split a class-incremental dataset into tasks and compute the fingerprint.
 
     Args:
         experiment: The experiment.
@@ -89,7 +89,8 @@ def resolve_tasks(experiment: Experiment) -> tuple[Experiment, tuple[TaskFolder,
         experiment: The experiment.
 
     Returns:
-        The experiment with class-incremental stages expanded, its tasks in order, and the task folder of each path.
+        The experiment, in which a class-incremental dataset is split into one task per stage; its tasks in order; and
+        the opened folders by path.
 
     Raises:
         InputError: A task, class name or template is missing or broken.
@@ -124,8 +125,8 @@ def expand_class_incremental(experiment: Experiment, scenario: ClassIncremental,
         The experiment with explicit tasks.
 
     Raises:
-        InputError: The dataset has fewer classes than the first stage, the class order does not match it, or the
-            experiment has other tasks.
+        InputError: The dataset has fewer classes than the first stage needs, the class order does not match the
+            dataset, or the recipe also has other tasks.
     """
     order = class_order(scenario, dataset)
     if scenario.first > len(order):
@@ -159,14 +160,15 @@ def expand_class_incremental(experiment: Experiment, scenario: ClassIncremental,
 def class_order(scenario: ClassIncremental, dataset: TaskFolder) -> Sequence[int]:
     """Return the order in which classes are learnt, from a seed or from a file of class names or labels.
 
-    Class names may be numbers. Lines are read as labels only if all of them are numbers and some are not class names.
+    Class names may be numbers, as labels are. The lines of a file are read as labels only if all lines are numbers and
+    some of them are not class names.
 
     Args:
         scenario: The recipe's `class_incremental`.
         dataset: The dataset with all classes.
 
     Returns:
-        The labels in order.
+        The labels of all classes in this order.
 
     Raises:
         InputError: The file does not name every class exactly once.

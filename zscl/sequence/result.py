@@ -29,7 +29,9 @@ STAGE_ADVICE = "delete the folders of this stage and of later stages, and they a
 
 
 class AccuracyRow(StrictModel):
-    """A row of the accuracy matrix (`zero_shot.json`, `accuracy.json`).
+    """A row of the accuracy matrix: the accuracies of one stage's model on every task.
+
+    It is the content of `zero_shot.json` and `accuracy.json`.
 
     Attributes:
         fingerprint: The run's fingerprint.
@@ -60,7 +62,7 @@ def describe_algorithm(version: str) -> str:
 
 
 def check_same_run(folder: Path, fingerprint: str) -> None:
-    """Check that a folder holds no other run. A run without any result may be replaced.
+    """Check that a folder holds no results of another run. A run without any result may be replaced.
 
     Args:
         folder: The run's folder.
@@ -90,7 +92,7 @@ def check_same_run(folder: Path, fingerprint: str) -> None:
 
 
 def write_run_marker(folder: Path, fingerprint: str) -> None:
-    """Write the run's fingerprint into an empty folder, as a zero-shot row without cells."""
+    """Record which run uses a folder: write a zero-shot row with the run's fingerprint, but without accuracies."""
     row = _first_row(folder)
     if row is None or row.fingerprint != fingerprint:
         write_json(
@@ -100,19 +102,19 @@ def write_run_marker(folder: Path, fingerprint: str) -> None:
 
 
 def _first_row(folder: Path) -> AccuracyRow | None:
-    """Read the zero-shot row, complete or partial."""
+    """Read the complete or incomplete zero-shot row of a run; `None` if there is none."""
     files = [file for file in (folder / ZERO_SHOT, partial_row_file(folder / ZERO_SHOT)) if file.is_file()]
     return parse_json(AccuracyRow, read_text_if_exists(files[0], folder), files[0], ROW_ADVICE) if files else None
 
 
 def parse_row(resolved: ResolvedExperiment, text: str, file: Path, complete: bool = True) -> AccuracyRow:
-    """Parse and check a row of a run.
+    """Parse a row of a run's accuracy matrix, and check that it belongs to the run.
 
     Args:
         resolved: The run's experiment.
         text: The file's content.
         file: The file, for messages.
-        complete: Whether the row must have all tasks.
+        complete: Whether the row must contain all tasks.
 
     Returns:
         The row.
@@ -144,7 +146,7 @@ def parse_row(resolved: ResolvedExperiment, text: str, file: Path, complete: boo
 
 
 def parse_stage_result(resolved: ResolvedExperiment, stage: int, text: str, file: Path) -> StageResult:
-    """Parse and check the result of a stage of a run.
+    """Parse the result of a run's stage, and check that it belongs to the run.
 
     Args:
         resolved: The run's experiment.
@@ -207,11 +209,12 @@ def check_run_folder(resolved: ResolvedExperiment, folder: Path) -> None:
 
 
 def write_json(file: Path, content: BaseModel, within: Path | None = None) -> None:
-    """Write a model as JSON, atomically and with retries.
+    """Write a pydantic model as JSON, atomically and with retries.
 
     Args:
         file: The file to write.
-        content: The model.
-        within: A folder that is known to exist. While it is missing, its storage counts as temporarily unavailable.
+        content: The pydantic model.
+        within: A folder that exists unless its storage is temporarily unavailable. While it is missing, writing is
+            retried.
     """
     retry_io(lambda: write_text(file, content.model_dump_json(indent=1) + "\n"), must_exist=within, description=file)

@@ -1,7 +1,7 @@
 """Runs a sequence of stages: trains each stage, evaluates the model after it, and writes the run's result.
 
-A run's folder is its checkpoint. Every file in it is written atomically, and work whose file exists is not repeated.
-`zscl.sequence.layout` describes the files.
+A run can be resumed from its folder: every result is written to a file, atomically, and a result whose file exists is
+not computed again. `zscl.sequence.layout` describes the files.
 """
 
 import csv
@@ -77,21 +77,22 @@ def run_sequence(
 ) -> Result:
     """Run an experiment in a folder, or resume it.
 
-    A resumed run repeats no completed stage, row or cell, and continues training from the last checkpoint.
+    A resumed run does not repeat completed stages and evaluations, and continues training from the last checkpoint.
 
-    Collective: every rank of a `torch.distributed` group calls it with equal arguments. Without a group, one process
-    does all the work. Rank 0 writes and reports.
+    All ranks of a `torch.distributed` process group must call this with equal arguments. Without a process group, the
+    current process does all the work. Rank 0 writes files and reports events.
 
     Args:
-        experiment: The experiment, resolved or not.
+        experiment: The experiment. It is resolved first, unless it is a `ResolvedExperiment`.
         folder: The run's folder, visible to all ranks unless `sync` is given.
         report: Callback for events (see `schemas.events`), on rank 0.
         device: The device; default: CUDA if available.
         stop_requested: Returns whether the run should stop; called on rank 0, about once a second during training.
-        shared: Caches that the run shares with other runs; default: the teacher's features.
-        submit_evaluation: Starts the evaluation of a stage's row in another process (see `measure_row`), while
-            training continues; default: rows are evaluated between the stages.
-        sync: Synchronises the folder between nodes; the caller pulls before the run and pushes after it.
+        shared: Caches that the run shares with other runs; default: only the cache of the teacher's features.
+        submit_evaluation: Starts the evaluation of a stage's model on all tasks in another process (see
+            `measure_row`), while training continues; default: this process evaluates the model after each stage.
+        sync: Synchronises the folder between nodes. The caller calls `sync.pull` before the run and `sync.push` after
+            it.
 
     Returns:
         The run's result.
@@ -99,7 +100,7 @@ def run_sequence(
     Raises:
         InputError: An input is missing or broken, or the folder holds another run.
         StoppedError: A stop was requested. The next call resumes the run.
-        OSError: Storage has failed for minutes.
+        OSError: Storage has failed for several minutes.
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     resolved = experiment if isinstance(experiment, ResolvedExperiment) else resolve(experiment)
@@ -136,14 +137,16 @@ def run_sequence(
 def measure_row(
     experiment: Experiment, folder: Path, stage: int, device: torch.device, stop_requested: Callable[[], bool]
 ) -> None:
-    """Evaluate one row of a run that another process trains. Cells that are evaluated already are not repeated.
+    """Evaluate one stage's model of a run that another process trains, on all tasks (a row of the accuracy matrix).
+
+    Tasks that are already evaluated are skipped.
 
     Args:
         experiment: The run's experiment.
         folder: The run's folder, which has the stage's model.
         stage: The row's stage; 0 is the initial model.
         device: The device to evaluate on.
-        stop_requested: Returns whether to stop; called between cells.
+        stop_requested: Returns whether to stop; called before each task.
 
     Raises:
         InputError: A task or the model is missing or broken.
@@ -155,7 +158,7 @@ def measure_row(
 
 
 def start_model(resolved: ResolvedExperiment, folder: Path, stage: int) -> Model:
-    """Return the model that a stage starts from: the initial model, or the result of the stage before."""
+    """Return the model from which a stage starts: the initial model, or the resulting model of the previous stage."""
     if stage == 1:
         return resolved.experiment.model
     return Model(name=f"{LOCAL_MODEL}{model_folder(folder, stage - 1, resolved.tasks[stage - 2].name)}")
@@ -163,21 +166,21 @@ def start_model(resolved: ResolvedExperiment, folder: Path, stage: int) -> Model
 
 @dataclass
 class _Run:
-    """The state that the stages of a run share.
+    """The settings and objects that all stages of a run use.
 
     Attributes:
         resolved: The experiment.
         folder: The run's folder.
         on_event: The caller's callback for events.
-        device: The device.
+        device: The device to train and evaluate on.
         stop_requested: Returns whether the run should stop.
         shared: Caches that the run shares with other runs.
-        submit_evaluation: Starts the evaluation of a row in another process, if rows are evaluated there.
-        sync: Synchronises the folder between nodes, if they share no file system.
+        submit_evaluation: Starts the evaluation of a stage's model in another process; `None` to evaluate in this one.
+        sync: Synchronises the folder between nodes; `None` if they share a file system.
         journal: Writes the journal.
-        cache: Trained stages and rows that runs share, if they share any.
-        evaluator: Evaluates the rows.
-        teacher_builder: Builds the teachers.
+        cache: The cache of trained stages and accuracy rows; `None` if this run shares none.
+        evaluator: Evaluates the rows of the accuracy matrix.
+        teacher_builder: Builds the teacher of each stage.
     """
 
     resolved: ResolvedExperiment
@@ -202,7 +205,7 @@ class _Run:
         self.teacher_builder = TeacherBuilder(self.resolved, self.shared.teacher_cache, self.device, self.report)
 
     def report(self, event: BaseModel) -> None:
-        """Write an event to the journal and pass it to the caller, on rank 0."""
+        """Write an event to the journal and pass it to the caller's callback, on rank 0."""
         if rank() == 0:
             self.journal(event)
             self.on_event(event)
@@ -219,7 +222,7 @@ class _Run:
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else remove_if_possible(path)
 
     def extra_texts(self, stage: int) -> list[str]:
-        """Return the texts that join the softmax of a stage's task loss: earlier class prompts, negative texts."""
+        """Return the additional classes of a stage's task loss: class prompts of earlier tasks, and negative texts."""
         experiment, loss = self.resolved.experiment, self.resolved.experiment.method.task_loss
         assert loss is not None
         earlier = self.resolved.tasks[: stage - 1] if loss.earlier_names else ()
@@ -235,12 +238,22 @@ class _Run:
         return stage_folder(self.folder, stage, self.resolved.tasks[stage - 1].name)
 
     def read_training(self, stage: int) -> str:
-        """Read a stage's `training.json` on rank 0, if it exists, and broadcast it. Collective."""
+        """Read a stage's `training.json` on rank 0, if it exists, and broadcast it. All ranks must call this."""
         file = self.stage_folder(stage) / TRAINING
         return broadcast_text(read_text_if_exists(file, self.folder) if rank() == 0 else "")
 
     def select_exemplars(self, stage: int, clip: Clip) -> list[tuple[int, int]]:
-        """Choose as many exemplars of a stage by herding as any later stage reads, best first. Collective."""
+        """Choose the exemplars of a stage's task by herding, best first, as many as a later stage can use at most.
+
+        All ranks must call this.
+
+        Args:
+            stage: The stage's number, from 1.
+            clip: The model after this stage.
+
+        Returns:
+            The choice of `choose_exemplars`; empty without a memory, or if no later stage exists.
+        """
         experiment, task = self.resolved.experiment, self.resolved.tasks[stage - 1]
         if experiment.method.memory is None or stage == len(self.resolved.tasks):
             return []
@@ -251,7 +264,7 @@ class _Run:
         return choose_exemplars(*encoded, count)
 
     def train_or_reuse(self, stage: int, clip: Clip) -> None:
-        """Train one stage, or link it from the cache if another run has trained it. Collective."""
+        """Train one stage, or link its folder from the cache if a run has trained it. All ranks must call this."""
         if self.cache is None:
             self.train(stage, clip)
             return
@@ -261,7 +274,7 @@ class _Run:
                 self.train(stage, clip)
 
     def train(self, stage: int, clip: Clip) -> None:
-        """Train one stage and write its folder. Collective."""
+        """Train one stage and write its folder. All ranks must call this."""
         experiment = self.resolved.experiment
         task, merge = experiment.tasks[stage - 1], experiment.method.merge
         start = start_model(self.resolved, self.folder, stage)
@@ -294,7 +307,7 @@ class _Run:
     def _fit(
         self, stage: int, clip: Clip, extra_averages: Averages
     ) -> tuple[list[tuple[nn.Module, StageResult]], list[StepLosses]]:
-        """Train the model of one stage; return its models with their results, and the losses of all steps."""
+        """Train one stage; return a model and a result for each averaging setting, and the losses of all steps."""
         tasks = self.resolved.tasks
         exemplars = [exemplars_folder(self.folder, k, task.name) for k, task in enumerate(tasks[: stage - 1], start=1)]
         identities = [
@@ -322,7 +335,7 @@ class _Run:
         ], steps
 
     def _result_folders(self, stage: int, extra_averages: Averages) -> list[Path]:
-        """Return the folders for the results of a stage: the run's own, and those of the extra averages."""
+        """Return the stage's folder in this run, and its folders in the cache for other runs' averaging settings."""
         cache = self.cache
         return [
             self.stage_folder(stage),
@@ -339,7 +352,7 @@ class _Run:
         result: StageResult,
         steps: list[StepLosses],
     ) -> None:
-        """Write a trained stage's folder atomically, unless a worker group that was considered lost has written it."""
+        """Write a trained stage's folder atomically, unless it exists: workers that seemed lost may have written it."""
         if (folder / TRAINING).is_file():
             return
         with atomic_folder(folder) as temporary:
@@ -350,7 +363,7 @@ class _Run:
             write_text(temporary / TRAINING, result.model_dump_json(indent=1) + "\n")
 
     def write_result(self, zero_shot: AccuracyRow, rows: list[dict[str, float]], stages: list[StageResult]) -> Result:
-        """Assemble and write the run's result. Collective."""
+        """Assemble and write the run's result. All ranks must call this."""
         experiment, resolved, evaluator = self.resolved.experiment, self.resolved, self.evaluator
         matrix, untrained_matrix = (
             tuple(tuple(row[task.name] for task in resolved.tasks) for row in accuracies)
@@ -406,7 +419,7 @@ class _Run:
 
 @contextmanager
 def _explain_errors(last_good_model: str) -> Iterator[None]:
-    """Add advice to errors of a stage's training that settings of the recipe can avoid."""
+    """Context manager: add advice to errors of a stage's training that other settings in the recipe can avoid."""
     try:
         yield
     except NotFiniteError as error:

@@ -1,10 +1,14 @@
-"""Cache of trained stages and accuracy rows by content, so that concurrent runs compute what they share only once.
+"""Cache of trained stages and accuracy rows. Runs whose stage has the same inputs share the result of one training.
+
+A key is a hash of all inputs of a stage or of an accuracy row (a model's accuracies on all tasks). The cache's folder
+contains:
 
     <key>/            a stage's folder (see `zscl.sequence.layout`), written by the run that trained the stage
-    <key>.row.json    the accuracy row of a model
-    .<key>.lock       held by the run that computes the entry; other runs wait for it
+    <key>.row.json    an accuracy row
+    .<key>.lock       the lock of the run that trains the stage or evaluates the row; other runs wait for it
 
-Files are hard-linked into the runs' folders if the file system supports it, so that a stage uses its space only once.
+Files are hard-linked into the runs' folders if the file system supports it, so that a shared stage uses disk space only
+once.
 """
 
 import json
@@ -42,7 +46,7 @@ class SharedWork:
 
     Attributes:
         teacher_cache: The folder of the teacher's cached features.
-        stage_cache: The folder of trained stages; `None` if the run shares none.
+        stage_cache: The folder of trained stages and accuracy rows; `None` if the run shares none.
         averages: Averaging settings of the other runs. Averaging does not change the training steps of a stage, so runs
             that differ only in averaging share the training of stage 1. Later stages start from the averaged weights
             and differ.
@@ -54,7 +58,7 @@ class SharedWork:
 
 
 class StageCache:
-    """Trained stages and accuracy rows that an experiment shares with other experiments.
+    """The cache of trained stages and accuracy rows, as one experiment uses it.
 
     Attributes:
         resolved: The experiment.
@@ -67,7 +71,7 @@ class StageCache:
         Args:
             resolved: The experiment.
             folder: The cache's folder, visible to all ranks; it need not exist.
-            averages: Averaging settings of the other experiments.
+            averages: Averaging settings of the other experiments that use the cache.
         """
         self.resolved, self.folder = resolved, folder
         method = resolved.experiment.method
@@ -75,17 +79,17 @@ class StageCache:
         self._extra_averages = tuple(dict.fromkeys(different)) if method.memory is None else ()
 
     def extra_averages(self, stage: int) -> Averages:
-        """Return the averages of other runs that a stage also computes. Only stage 1 has any."""
+        """Return the averaging settings of other runs with which a stage also averages. Empty except for stage 1."""
         return self._extra_averages if stage == 1 else ()
 
     @contextmanager
     def lock(self, key: str, stop_requested: Callable[[], bool], on_note: Callable[[str], None]) -> Iterator[None]:
-        """Hold an inter-process lock on a key. Collective: every rank must call it.
+        """Context manager: hold an inter-process lock on a key. All ranks must call this.
 
         Args:
-            key: The key of a stage or row.
+            key: The key of a stage or an accuracy row.
             stop_requested: Returns whether the run should stop; called on rank 0.
-            on_note: Callback for messages.
+            on_note: Called with a message if another run holds the lock.
 
         Yields:
             Nothing.
@@ -113,7 +117,7 @@ class StageCache:
                 lock.release()
 
     def get(self, stage: int, folder: Path) -> bool:
-        """Link a cached stage to a run's folder. Collective.
+        """Link a cached stage to a run's folder. All ranks must call this.
 
         Args:
             stage: The stage's number, from 1.
@@ -132,7 +136,7 @@ class StageCache:
         return bool(is_cached)
 
     def _read_result(self, folder: Path) -> StageResult | None:
-        """Read the result of a cached stage. A damaged entry is renamed and treated as missing."""
+        """Read the result of a cached stage; `None` if it is not cached. A damaged folder is renamed and ignored."""
         text = read_text_if_exists(folder / TRAINING, self.folder)
         if not text:
             return None
@@ -149,38 +153,38 @@ class StageCache:
             return None
 
     def put(self, stage: int, folder: Path) -> None:
-        """Add a run's stage to the cache; call it on rank 0."""
+        """Add a stage's folder of a run to the cache. Only rank 0 may call this."""
         cached = self.folder / self.model_key(stage)
         if not cached.is_dir():
             retry_io(lambda: link_folder(folder, cached), must_exist=self.folder)
 
     def folder_for_average(self, stage: int, average: Average | None) -> Path:
-        """Return the cache's folder for a stage with another average."""
+        """Return the cache's folder for a stage's model with other averaging settings."""
         return self.folder / self.model_key(stage, average)
 
     def get_row(self, key: str) -> str:
-        """Return a cached row as JSON, or an empty string if there is none. Collective."""
+        """Return a cached row as JSON, or an empty string if there is none. All ranks must call this."""
         return broadcast_text(read_text_if_exists(self._row_file(key), self.folder) if rank() == 0 else "")
 
     def put_row(self, key: str, row: str) -> None:
-        """Add a row to the cache; call it on rank 0."""
+        """Add a row, as JSON, to the cache. Only rank 0 may call this."""
         retry_io(lambda: write_text(self._row_file(key), row), must_exist=self.folder)
 
     def _row_file(self, key: str) -> Path:
         return self.folder / f"{key}.row.json"
 
     def training_key(self, stage: int) -> str:
-        """Return the content hash of a stage's training steps. In stage 1, they do not depend on averaging."""
+        """Return the hash of all inputs of a stage's training steps. Averaging is an input only after stage 1."""
         if stage > 1:
             return self.model_key(stage)
         return _content_key("course", {**self._identity, "method": self._method, "tasks": self._tasks(stage)})
 
     def model_key(self, stage: int, *average: Average | None) -> str:
-        """Return the content hash of a stage's resulting model.
+        """Return the hash of all inputs of a stage's resulting model.
 
         Args:
             stage: The stage's number; 0 is the initial model.
-            average: Averaging settings that replace those of the method.
+            average: Averaging settings that replace those of the method; at most one value.
 
         Returns:
             The key.
@@ -192,7 +196,7 @@ class StageCache:
         return _content_key("stage", {**self._identity, "method": method, "tasks": self._tasks(stage)})
 
     def row_key(self, stage: int) -> str:
-        """Return the content hash of the accuracy row after a stage."""
+        """Return the hash of all inputs of the accuracy row after a stage."""
         experiment = self.resolved.experiment
         inputs = {
             "model": self.model_key(stage),
@@ -206,7 +210,7 @@ class StageCache:
 
     @cached_property
     def _identity(self) -> dict[str, Any]:
-        """The inputs of every stage's training, without those that only evaluation reads."""
+        """The inputs of the training of all stages, without the settings that only evaluation uses."""
         identity = self.resolved.experiment.identity(self.resolved.content_digests)
         held_out = identity.pop("evaluation").get("held_out")
         split = None if held_out is None else {name: held_out[name] for name in ("share", "seed")}
@@ -214,26 +218,26 @@ class StageCache:
 
     @property
     def _method(self) -> dict[str, Any]:
-        """The parts of the method that influence the steps of a stage."""
+        """The parts of the method that influence the training steps of a stage: all except averaging."""
         return {name: part for name, part in self._identity["method"].items() if name != "average"}
 
     def _tasks(self, stage: int) -> Any:
-        """Return the tasks in a stage's identity: tasks 1 to `stage`, or all if distillation uses later prompts."""
+        """Return the tasks that influence a stage: 1 to `stage`, or all if distillation uses prompts of later tasks."""
         distill, tasks = self.resolved.experiment.method.distill, self._identity["tasks"]
         reads_all = distill is not None and distill.prompts_of != "current"
         return {"stage": stage, "tasks": tasks if reads_all else tasks[:stage]}
 
 
 def stage_identity(resolved: ResolvedExperiment, stage: int, *average: Average | None) -> str:
-    """Return the content hash of all inputs of a stage's training, including the stages before it.
+    """Return the hash of all inputs of a stage's training, including those of earlier stages.
 
     Args:
         resolved: The experiment.
         stage: The stage's number, from 1.
-        average: Averaging settings that replace those of the method.
+        average: Averaging settings that replace those of the method; at most one value.
 
     Returns:
-        The hash.
+        The hash, which is also the stage's key in a `StageCache`.
     """
     return StageCache(resolved, Path(), ()).model_key(stage, *average)
 

@@ -39,7 +39,7 @@ class LazyModel:
         self._model: nn.Module | None = None
 
     def __call__(self) -> nn.Module:
-        """Return the model."""
+        """Return the model; load it first if it is not in memory."""
         self._model = self._model or self._load()
         return self._model
 
@@ -49,7 +49,7 @@ class LazyModel:
 
 
 def load_frozen(model: Model, device: torch.device) -> nn.Module:
-    """Load a model without gradients, as a teacher or an anchor."""
+    """Load a model whose parameters need no gradients, for use as a teacher or in an interpolation of weights."""
     return freeze(load_clip(model, device).model)
 
 
@@ -59,7 +59,7 @@ class TeacherBuilder:
 
     Attributes:
         resolved: The run's experiment.
-        cache_folder: The folder of cached features, which runs share.
+        cache_folder: The folder of the teacher's cached features, which several runs share.
         device: The device of the teacher's model.
         report: Callback for events.
     """
@@ -74,15 +74,15 @@ class TeacherBuilder:
         self._initial = LazyModel(lambda: load_frozen(self.resolved.experiment.model, self.device))
 
     def build(self, stage: int, clip: Clip, exemplars: Sequence[Path]) -> Teacher | None:
-        """Build the teacher of a stage. Collective.
+        """Build the teacher of a stage. All ranks must call this.
 
         Args:
             stage: The stage's number, from 1.
-            clip: The stage's start.
-            exemplars: The folders of exemplars of the earlier stages.
+            clip: The model at the start of the stage.
+            exemplars: The folders with the exemplars of the earlier stages.
 
         Returns:
-            The teacher; `None` if the method does not distil, or if there are no images for distillation yet.
+            The teacher; `None` if the method does not use distillation, or if there are no images for it yet.
         """
         experiment, task = self.resolved.experiment, self.resolved.tasks[stage - 1]
         distill = experiment.method.distill
@@ -118,7 +118,7 @@ class TeacherBuilder:
         return Teacher(images, texts, features)
 
     def _select_images(self, task: TaskFolder, clip: Clip, exemplars: Sequence[Path]) -> Samples | None:
-        """Return the images for distillation."""
+        """Return the images for distillation; `None` without distillation, or if there are no exemplars yet."""
         method = self.resolved.experiment.method
         if method.distill is None:
             return None
@@ -135,7 +135,7 @@ class TeacherBuilder:
                 return NoiseSamples(image_size(clip.model))
 
     def _select_model(self, clip: Clip) -> tuple[LazyModel, str | None]:
-        """Return the teacher's model, and its digest if other stages or runs use the same model."""
+        """Return the teacher's model and its digest. The digest is `None` if only this stage uses the model."""
         distill = self.resolved.experiment.method.distill
         assert distill is not None
         if distill.teacher == "initial":
@@ -147,7 +147,7 @@ class TeacherBuilder:
         return LazyModel(lambda: model), None
 
     def _fill(self, features: teacher_cache.CachedFeatures, images: IndexedSamples, clip: Clip) -> None:
-        """Compute the missing features of all images before training."""
+        """Compute the teacher's features of all images whose features are not cached yet, before training."""
         compute = self.resolved.experiment.compute
         computed = features.fill(
             images,
@@ -165,19 +165,19 @@ class TeacherBuilder:
 
 
 def feature_policy(experiment: Experiment, stage: int, samples: Samples) -> Literal["ahead", "as_met", "never"]:
-    """Decide whether and when the teacher's features of the reference images are cached.
+    """Decide whether and when the teacher's features of the images for distillation are cached.
 
-    Features are not cached if they cannot be reused. This is the case for a teacher that belongs to one stage, for
-    exemplars, for noise, and for remote images, which have no index.
+    Features are not cached if they cannot be reused: with a teacher that only one stage uses, for exemplars, for noise,
+    and for remote images, which cannot be identified by an index.
 
     Args:
         experiment: The experiment.
         stage: The stage's number, from 1.
-        samples: The reference images.
+        samples: The images for distillation.
 
     Returns:
-        `ahead` computes all features before training, `as_met` computes features during training and caches them,
-        `never` does not cache.
+        `ahead`: all features are computed before training and cached; `as_met`: features are computed during training
+        when they are first needed, and cached; `never`: no feature is cached.
     """
     distill, policy = experiment.method.distill, experiment.compute.teacher_features
     assert distill is not None
@@ -193,7 +193,7 @@ def feature_policy(experiment: Experiment, stage: int, samples: Samples) -> Lite
 
 
 def check_embeddable(resolved: ResolvedExperiment) -> IndexedSamples:
-    """Check that the teacher's features can be computed before training.
+    """Check that the teacher's features of an experiment's reference images can be computed before training.
 
     Args:
         resolved: The experiment.
@@ -202,7 +202,8 @@ def check_embeddable(resolved: ResolvedExperiment) -> IndexedSamples:
         The reference images.
 
     Raises:
-        InputError: The method does not distil from the initial model on a reference set, or the images are remote.
+        InputError: The method does not distil from the initial model on a reference set, or the reference images are
+            remote.
     """
     method, reference = resolved.experiment.method, resolved.reference
     if method.distill is None or method.distill.teacher != "initial" or method.distill.images != "reference":
@@ -230,14 +231,14 @@ def embed_reference(
     device: torch.device | None = None,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> EmbeddingReport:
-    """Compute and cache the teacher's features that a run will read, without training. Collective.
+    """Compute and cache the teacher's features that a run will read, without training. All ranks must call this.
 
     Args:
         experiment: The experiment.
         run: The folder of the run that will read the features.
         report: Callback for events, on rank 0.
         device: The device; default: CUDA if available.
-        stop_requested: Unused, because a killed process has already cached the features that it has computed.
+        stop_requested: Unused. The process can be killed at any time, because features are cached when computed.
 
     Returns:
         A summary of the cached features.

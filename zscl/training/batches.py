@@ -25,20 +25,20 @@ def training_batches(
 ) -> Iterator[Batch]:
     """Build the endless iterator over this rank's slices of a stage's global batches.
 
-    Task images use the training transform, reference images the evaluation transform. Both streams share the memory
-    for decoded images (`compute.decoded_megabytes`) equally.
+    Task images use the training transform, reference images the evaluation transform. If there are reference images,
+    both kinds of images get half of the memory for decoded images (`compute.decoded_megabytes`).
 
     Args:
         experiment: The experiment.
         stage: The stage's number, from 1.
         task: The stage's task.
-        clip: The model's image transforms.
-        distillation_samples: The reference images; `None` if the stage does not distil.
+        clip: The model, of which only the image transforms are used.
+        distillation_samples: The reference images; `None` if the stage does not use distillation.
         loader: Reads and decodes the images.
-        first_step: Number of completed steps.
+        first_step: The step of the first batch, from 0.
 
     Returns:
-        The batches from step `first_step` on.
+        The iterator, which starts with the batch of step `first_step`.
     """
     optimisation = experiment.optimisation
     total_cache_bytes = experiment.compute.decoded_megabytes * 1_000_000

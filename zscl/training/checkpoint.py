@@ -1,12 +1,13 @@
 """Checkpoints of the stage in training: reading, asynchronous writing, and stopping on request.
 
-A checkpoint holds the weights, the optimizer, the schedule, the averages and the losses so far. Random numbers of a
-step (choice of images, augmentation, dropout) are a function of seed, stage and step. The stage's start, the teacher
-and the exemplars are in the run's folder. Therefore the number of steps is the only other state, and a resumed stage
-gives the same numbers as an uninterrupted one.
+A checkpoint holds the weights, the states of the optimizer and of the learning-rate schedule, the averaged weights and
+the losses so far. Random numbers of a step (choice of images, augmentation, dropout) are a function of seed, stage and
+step. The model at the start of the stage, the teacher and the exemplars can be loaded from other files. Therefore the
+only other state to save is the number of completed steps, and a resumed stage gives the same numbers as an
+uninterrupted one.
 
-A background thread writes the file atomically from a copy in memory. `torch.load(weights_only=True)` reads it, which
-creates only tensors and plain containers and runs no code.
+A background thread writes the file atomically from a copy in memory. The file is read with
+`torch.load(weights_only=True)`, which creates only tensors and plain containers and runs no code.
 """
 
 import pickle
@@ -36,21 +37,21 @@ class StoppedError(Exception):
 
 
 def read_checkpoint(file: Path | None, stage: int, on_note: Callable[[str], None]) -> State | None:
-    """Read the checkpoint of a stage. Collective.
+    """Read the checkpoint of a stage. All ranks must call this.
 
-    A file with damaged content is renamed, and the stage starts again with the same results. If storage fails, the file
-    stays unchanged, and reading is retried.
+    If the file's content is damaged, the file is renamed and the stage is trained again from step 0, which gives the
+    same results. If storage fails, the file stays unchanged and reading is retried.
 
     Args:
-        file: The checkpoint; `None` if the run has none.
+        file: The checkpoint's path; `None` if the run writes no checkpoints.
         stage: The stage's number; a checkpoint of another stage is ignored.
-        on_note: Callback for messages.
+        on_note: Called with a message for the user if the checkpoint cannot be used.
 
     Returns:
-        The state, or `None` if the stage starts at step 0.
+        The saved state, or `None` if the stage starts at step 0.
 
     Raises:
-        OSError: Storage has failed for minutes, or the ranks read different checkpoints.
+        OSError: Storage has failed for several minutes, or the ranks have read different checkpoints.
     """
     state: State | None = None
     if file is not None and file.is_file():
@@ -87,7 +88,7 @@ def _read(file: Path) -> State:
 
 
 def is_compatible(state: State, model: nn.Module) -> bool:
-    """Return whether a checkpoint's weights have the model's shapes (`compute.savings` changes some)."""
+    """Return whether a checkpoint's weights have the model's names and shapes (`compute.savings` changes shapes)."""
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     return shapes == {name: tensor.shape for name, tensor in state["model"].items()}
 
@@ -95,14 +96,15 @@ def is_compatible(state: State, model: nn.Module) -> bool:
 class CheckpointWriter:
     """Writes checkpoints in the background and stops the stage on request.
 
-    Rank 0 decides. All ranks poll at the same steps, so that all of them stop after the same step.
+    Rank 0 decides when to write and when to stop. All ranks call `maybe_save` after the same steps, so that all of them
+    stop after the same step.
 
     Attributes:
-        file: The checkpoint's path; `None` writes none.
+        file: The checkpoint's path; if `None`, no checkpoint is written.
         settings: The recipe's `compute.checkpoint`.
         report: Callback for events.
         stop_requested: Returns whether the run should stop; called on rank 0.
-        next_poll_step: The number of steps after which `maybe_save` is to be called next.
+        next_poll_step: The number of completed steps at which `maybe_save` must be called next.
     """
 
     def __init__(
@@ -113,14 +115,14 @@ class CheckpointWriter:
         stop_requested: Callable[[], bool],
         first_step: int = 0,
     ) -> None:
-        """Start the interval to the first checkpoint.
+        """Start the timer for the first checkpoint.
 
         Args:
-            file: The checkpoint's path; `None` writes none.
+            file: The checkpoint's path; if `None`, no checkpoint is written.
             settings: The recipe's `compute.checkpoint`.
             report: Callback for events: a checkpoint was written, or could not be written.
             stop_requested: Returns whether the run should stop; called on rank 0.
-            first_step: Number of completed steps.
+            first_step: Number of steps that were completed before.
         """
         self.file, self.settings, self.report, self.stop_requested = file, settings, report, stop_requested
         self.next_poll_step = first_step + 1
@@ -131,14 +133,16 @@ class CheckpointWriter:
         self._pending: Future[CheckpointWritten | Note] | None = None
 
     def maybe_save(self, step: int, state: Callable[[], State]) -> None:
-        """Start writing a checkpoint if one is due, and stop if that was requested. Collective.
+        """Start to write a checkpoint if the next one is due; if a stop was requested, write it and raise an error.
+
+        All ranks must call this.
 
         Args:
             step: Number of completed steps of the stage.
             state: Returns the state to save; called on every rank.
 
         Raises:
-            StoppedError: A stop was requested. The checkpoint is written.
+            StoppedError: A stop was requested.
         """
         self._report_outcome()
         stop, save, self.next_poll_step = broadcast_ints(*(self._decide(step) if rank() == 0 else (0, 0, 0)))
@@ -156,7 +160,7 @@ class CheckpointWriter:
             raise StoppedError(f"{message}, but {outcome.text}" if isinstance(outcome, Note) else message)
 
     def wait(self) -> CheckpointWritten | Note | None:
-        """Wait for the checkpoint that is being written, if any, and report and return its outcome."""
+        """Wait until the pending checkpoint, if any, is written, and report and return the outcome."""
         if self._pending is None:
             return None
         outcome = self._pending.result()
@@ -164,7 +168,7 @@ class CheckpointWriter:
         return outcome
 
     def _decide(self, step: int) -> tuple[bool, bool, int]:
-        """Return whether to stop, whether to save, and the next step to poll at."""
+        """Return whether to stop, whether to save a checkpoint, and the next value of `next_poll_step`."""
         every, (last_step, last_time), now = self.settings.every_steps, self._last_poll, time.monotonic()
         seconds_per_step = max(now - last_time, 1e-6) / max(step - last_step, 1)
         self._last_poll = (step, now)
@@ -179,7 +183,7 @@ class CheckpointWriter:
         return self.stop_requested(), save, next_poll
 
     def _report_outcome(self) -> None:
-        """Report the outcome of the last checkpoint if it is complete."""
+        """Report whether the pending checkpoint could be written, if the attempt has ended."""
         if self._pending is None or not self._pending.done():
             return
         outcome, self._pending = self._pending.result(), None
@@ -207,7 +211,7 @@ class CheckpointWriter:
 
 
 def _copy_to_cpu(tree: Any) -> Any:
-    """Return a copy on the CPU, which training does not change."""
+    """Copy nested containers with all their tensors to the CPU, so that training does not change the copy."""
     if isinstance(tree, torch.Tensor):
         return tree.detach().to("cpu", copy=True)
     if isinstance(tree, Mapping):

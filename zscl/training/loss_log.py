@@ -26,7 +26,7 @@ class NotFiniteError(InputError):
 
 
 class LossLog:
-    """Buffers the losses of every step. `flush` waits for the device, reads the losses and reports them.
+    """Buffers the losses of every step. `flush` waits for the device, reads the buffered losses and reports them.
 
     Attributes:
         stage: The stage's number, from 1.
@@ -46,19 +46,21 @@ class LossLog:
 
     @property
     def seconds(self) -> float:
-        """Seconds of training in this stage, including those before an interruption."""
+        """Seconds of training in this stage, including the time before an interruption."""
         return time.perf_counter() - self._started
 
     def notify(self, text: str) -> None:
-        """Report a message."""
+        """Report a message for the user."""
         self.report(Note(text=text))
 
     def restore(self, steps: list[StepLosses], seconds: float) -> None:
-        """Restore the steps of a checkpoint and report them again, because the last process may not have done so.
+        """Restore the losses of a checkpoint's steps, and report these steps again.
+
+        They are reported again because the interrupted process may have stopped before it reported them.
 
         Args:
             steps: The losses of the completed steps.
-            seconds: The time that these steps took.
+            seconds: The time that the completed steps took.
         """
         self._started, self._reported = time.perf_counter() - seconds, time.perf_counter()
         self._append(steps, images_per_second=len(steps) * self.images_per_step / max(seconds, 1e-9))
@@ -66,12 +68,12 @@ class LossLog:
     def add(
         self, step: int, learning_rate: float, losses: dict[str, torch.Tensor], gradient_norm: torch.Tensor
     ) -> None:
-        """Buffer a step without reading it from the device.
+        """Buffer the losses of a step without waiting for the device to compute them.
 
         Args:
-            step: The step, from 0.
+            step: The step's number, from 0.
             learning_rate: The step's learning rate.
-            losses: The named losses, scalars.
+            losses: The losses by name, scalars.
             gradient_norm: The norm of the gradients, a scalar.
         """
         self._pending.append((step, learning_rate, losses, gradient_norm))
@@ -104,7 +106,7 @@ class LossLog:
         self._append(steps, images_per_second)
 
     def check_weights_finite(self, model: nn.Module) -> None:
-        """Check the resulting weights of the stage.
+        """Check that the weights after the last step of the stage are finite.
 
         Args:
             model: The model to check.
@@ -119,7 +121,7 @@ class LossLog:
             )
 
     def _append(self, steps: list[StepLosses], images_per_second: float) -> None:
-        """Append and report steps; warn of spikes."""
+        """Append steps to the log, report them, and warn of gradient spikes."""
         for step in steps:
             previous = [earlier.gradient_norm for earlier in self.steps[-SPIKE_WINDOW:]]
             if is_gradient_spike(step.gradient_norm, previous):
@@ -148,5 +150,8 @@ class LossLog:
 
 
 def is_gradient_spike(norm: float, previous: Sequence[float]) -> bool:
-    """Return whether a gradient norm is far above those of the last `SPIKE_WINDOW` steps."""
+    """Return whether a norm is above `SPIKE_FACTOR` times the median of `SPIKE_WINDOW` previous norms.
+
+    With fewer previous norms, no norm counts as a spike.
+    """
     return len(previous) == SPIKE_WINDOW and norm > SPIKE_FACTOR * median(previous) > 0

@@ -9,10 +9,10 @@ from schemas.experiment import Experiment
 
 
 def learning_rate_factor(step: int, warmup_steps: int, steps: int) -> float:
-    """Compute the factor of the learning rate: linear warm-up, then a half cosine to 0.
+    """Compute the factor of a step's learning rate: linear warm-up to 1, then a half cosine to 0.
 
     Args:
-        step: The step, from 0.
+        step: The step's number, from 0.
         warmup_steps: Number of warm-up steps.
         steps: Number of steps of the stage.
 
@@ -21,7 +21,7 @@ def learning_rate_factor(step: int, warmup_steps: int, steps: int) -> float:
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
-    if step >= steps:  # LambdaLR calls this after the last step, too; avoids 0 / 0 if all steps are warm-up
+    if step >= steps:  # LambdaLR also calls this after the last step; avoids 0 / 0 if all steps are warm-up
         return 0.0
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / (steps - warmup_steps)))
 
@@ -40,7 +40,7 @@ def build_optimizer(parameters: list[nn.Parameter], learning_rate: float, experi
 
 
 def select_trained_parameters(model: nn.Module, train: str) -> None:
-    """Set `requires_grad` of all parameters; the logit scale and a sigmoid model's bias are never trained.
+    """Set `requires_grad` to whether a parameter is trained; the logit scale and the logit bias are never trained.
 
     Args:
         model: The open_clip model, changed in place.

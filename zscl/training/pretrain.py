@@ -1,4 +1,7 @@
-"""Contrastive pre-training of a small CLIP model in one process, which produced the embedded model."""
+"""Contrastive pre-training of a small CLIP model in one process.
+
+The model that is part of this package (`model: embedded`) was trained with it.
+"""
 
 import json
 import logging
@@ -87,7 +90,7 @@ def build_untrained(recipe: Pretraining, device: torch.device) -> Clip:
 def contrastive_loss(
     images: torch.Tensor, texts: torch.Tensor, captions: torch.Tensor, scale: torch.Tensor
 ) -> torch.Tensor:
-    """Compute CLIP's symmetric contrastive loss; images and texts with equal captions are positives of each other.
+    """Compute CLIP's symmetric contrastive loss. An image and a text are a positive pair if their captions are equal.
 
     Args:
         images: L2-normalised image features, [B, D].
@@ -110,19 +113,19 @@ def pretrain_clip(
     report: Callable[[int, int, float], None],
     device: torch.device,
 ) -> Pretrained:
-    """Train a model, write it as an open_clip folder in float16, and evaluate the written weights.
+    """Train a model, write it as an open_clip folder in float16, and evaluate the zero-shot accuracy of that model.
 
     Args:
         recipe: The recipe of the pre-training.
         folder: The open_clip folder to write.
-        report: Callback after every step: steps taken, total steps, loss.
+        report: Called after every step with the number of completed steps, the number of all steps, and the loss.
         device: The device to train on.
 
     Returns:
-        The model's folder and its zero-shot accuracies.
+        The model's folder, number of steps, last loss and zero-shot accuracies.
 
     Raises:
-        InputError: The corpus has no captions, or another value of the recipe is wrong.
+        InputError: The corpus has no captions, or another value of the recipe is invalid.
     """
     tasks = [TaskFolder.open(Task.model_validate(path)) for path in recipe.judge]
     corpus, caption_indices = _open_corpus(recipe)
@@ -166,7 +169,7 @@ def pretrain_clip(
 
 
 def _open_corpus(recipe: Pretraining) -> tuple[IndexedSamples, dict[str, int]]:
-    """Return the corpus and the index of each distinct caption."""
+    """Return the image-text pairs to train on, and the index of each distinct caption."""
     corpus = open_samples(recipe.corpus)
     if not isinstance(corpus, IndexedSamples):
         raise InputError(

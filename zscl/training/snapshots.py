@@ -1,12 +1,13 @@
-"""Weight snapshots during a stage, and their replay with other averaging settings without training.
+"""Weight snapshots of a stage, and computation of other weight averages from them without training again.
 
 A stage's folder of snapshots (see `zscl.sequence.layout`) contains:
 
     <step>.safetensors   the trained parameters after steps 0, N, 2N, … (N: compute.snapshots_every)
     last.safetensors     the trained parameters after the last step
 
-The replay calls the averagers (`zscl.methods.weight_averaging`) at the same steps as training, so it reproduces the
-method's own average bit for bit.
+`replay_average` loads the snapshots in the order of their steps and averages them as training does (see
+`zscl.methods.weight_averaging`). With the averaging settings of the run's recipe, it returns the averaged model of the
+run bit for bit.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -29,20 +30,22 @@ LAST_SNAPSHOT = f"last{SUFFIX}"
 
 
 class SnapshotWriter:
-    """Writes the weights every `every` steps on rank 0. Steps that are repeated after a crash are written again.
+    """Writes a snapshot of the trained parameters every `every` steps, on rank 0.
+
+    A run that resumes after a crash repeats the steps since its last checkpoint and writes their snapshots again.
 
     Attributes:
         folder: The stage's folder of snapshots.
         every: The interval in steps.
         steps: Number of steps of the stage.
-        weights: Returns a dict of the named trained parameters in their full shapes.
+        weights: Returns the trained parameters by name, in their full shapes.
     """
 
     def __init__(self, folder: Path, every: int, steps: int, weights: Callable[[], Mapping[str, torch.Tensor]]) -> None:
         self.folder, self.every, self.steps, self.weights = folder, every, steps, weights
 
     def after_step(self, step: int) -> None:
-        """Write a snapshot if the step is a multiple of the interval or the end of the stage."""
+        """Write a snapshot if the step is a multiple of the interval, or if it is `steps`, the end of the stage."""
         if rank() == 0 and step == self.steps:
             self._write(LAST_SNAPSHOT)
         elif rank() == 0 and step % self.every == 0:
@@ -71,7 +74,7 @@ def snapshot_interval(folder: Path) -> int:
         The interval in steps.
 
     Raises:
-        InputError: There are no snapshots, or one of them is missing.
+        InputError: The folder has no snapshots, or a snapshot is missing.
     """
     steps = sorted(int(file.stem) for file in folder.glob(f"*{SUFFIX}") if file.stem.isdecimal())
     if not steps or not (folder / LAST_SNAPSHOT).is_file():
@@ -93,12 +96,12 @@ def snapshot_interval(folder: Path) -> int:
 def replay_average(
     model: nn.Module, average: Average | None, folder: Path, steps: int, multi_tensor: bool = True
 ) -> tuple[nn.Module, int]:
-    """Compute the resulting model of a stage with other averaging settings.
+    """Compute the resulting model of a stage with other averaging settings, from the stage's snapshots.
 
     Args:
-        model: The stage's start, with `requires_grad` set for its trained parameters. It is changed in place and has
-            the last weights of the stage at the end.
-        average: The averaging settings; `None` for the last weights.
+        model: The model at the start of the stage, with `requires_grad` set for the parameters that the stage trains.
+            It is changed in place. At the end, it has the weights after the last step.
+        average: The averaging settings; `None` for no averaging, so that the weights after the last step are returned.
         folder: The stage's folder of snapshots.
         steps: Number of steps of the stage.
         multi_tensor: Use multi-tensor operations, as in training (`compute.savings`).
@@ -107,7 +110,7 @@ def replay_average(
         The model, and the number of models that were averaged.
 
     Raises:
-        InputError: A merge falls between two snapshots, or a snapshot cannot be read.
+        InputError: The settings average weights at a step without a snapshot, or a snapshot cannot be read.
     """
     every = snapshot_interval(folder)
     if average is not None and average.every % every:
@@ -125,7 +128,7 @@ def replay_average(
 
 
 def _merge_files(folder: Path, every: int, steps: int) -> Iterator[tuple[int, Path]]:
-    """Yield the steps after which models may be merged, and their snapshots."""
+    """Yield the steps after which weights may be averaged, each with the file of its snapshot."""
     yield from ((step, folder / f"{step}{SUFFIX}") for step in range(0, steps, every))
     yield steps, folder / LAST_SNAPSHOT
 

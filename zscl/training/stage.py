@@ -52,26 +52,27 @@ def train_stage(
     extra_averages: Sequence[Average | None] = (),
     identity: str = "",
 ) -> tuple[list[tuple[nn.Module, StageResult]], list[StepLosses]]:
-    """Train `clip.model` on one task, from the stage's start or from its checkpoint. Collective.
+    """Train `clip.model` on one task, from step 0 or from the stage's checkpoint. All ranks must call this.
 
     Args:
         experiment: The experiment: method, optimisation, compute and seed.
         stage: The stage's number, from 1.
         task: The stage's task.
-        clip: The stage's start; its model is trained in place.
-        teacher: The teacher; `None` if the stage does not distil.
-        extra_texts: Texts that join the softmax of the task loss in addition to the class prompts.
+        clip: The model at the start of the stage; `clip.model` is trained in place.
+        teacher: The teacher; `None` if the stage does not use distillation.
+        extra_texts: Texts that are classes in the softmax of the task loss, in addition to the task's class prompts.
         device: The model's device.
         report: Callback for events, called about once a second.
-        checkpoint: The checkpoint's path (see `compute.checkpoint`); `None` writes none.
-        snapshots: The folder for snapshots (see `compute.snapshots_every`); `None` writes none.
+        checkpoint: The checkpoint's path (see `compute.checkpoint`); if `None`, no checkpoint is written.
+        snapshots: The folder for snapshots (see `compute.snapshots_every`); if `None`, no snapshot is written.
         stop_requested: Returns whether the run should stop; called on rank 0 about once a second.
-        extra_averages: Averaging settings of other runs, evaluated on the same trajectory.
-        identity: Content hash of all inputs of the stage's training. A checkpoint with another identity is refused.
+        extra_averages: Averaging settings of other runs that take the same training steps. The weights of this stage
+            are also averaged with each of these settings.
+        identity: Content hash of all inputs of the stage's training. A checkpoint with another identity is an error.
 
     Returns:
-        The resulting model and the stage's result for the method's own average and for each of the extra averages, in
-        this order; and the losses of all steps.
+        A list of pairs (resulting model, result of the stage), one for the averaging settings of the recipe and one for
+        each of `extra_averages`, in this order; and the losses of all steps.
 
     Raises:
         InputError: The checkpoint belongs to another run.
@@ -141,7 +142,7 @@ def train_stage(
 
 
 def _build_towers(experiment: Experiment, model: nn.Module, tokens: torch.Tensor, report: Report) -> PrunedForward:
-    """Build the forward pass through both towers for this rank's prompts, and report which parts are not pruned."""
+    """Build the forward pass through both towers for this rank's prompts; report towers that cannot be pruned."""
     pruned = PrunedForward(
         model,
         tokens,
@@ -163,15 +164,15 @@ def _reads_start(experiment: Experiment, averages: Sequence[Average | None]) -> 
 
 @dataclass(frozen=True)
 class StageState:
-    """The state of a stage between two steps, which a checkpoint holds.
+    """The objects whose state is saved in a checkpoint, between two steps of a stage.
 
     Attributes:
         seed: The experiment's seed.
         stage: The stage's number, from 1.
-        model: The student.
-        optimizer: Its optimizer.
+        model: The model in training (the student).
+        optimizer: The optimizer of the model.
         schedule: The learning-rate schedule.
-        averagers: The averager of the method, followed by those of the extra averages.
+        averagers: The averager with the settings of the recipe, followed by those with the settings of other runs.
         log: The losses of all steps.
         loader: The data loader, which counts unusable samples.
         clock: Counts the seconds of each part of a step.
@@ -190,11 +191,11 @@ class StageState:
     identity: str = ""
 
     def seed_step(self, step: int) -> None:
-        """Seed torch as a function of the step, so that checkpoints need no random state (for dropout)."""
+        """Seed torch as a function of the step, so that checkpoints need no state of random generators (dropout)."""
         torch.manual_seed(derive_seed(self.seed, self.stage, "step", step, rank()))
 
     def state_dict(self) -> State:
-        """Return the content of a checkpoint. Collective."""
+        """Return the content of a checkpoint. All ranks must call this."""
         return {
             "stage": self.stage,
             "identity": self.identity,
@@ -211,7 +212,7 @@ class StageState:
         }
 
     def restore(self, checkpoint: Path | None) -> int:
-        """Restore the state from a checkpoint, if there is one for this stage. Collective.
+        """Restore the state from a checkpoint, if there is one for this stage. All ranks must call this.
 
         Args:
             checkpoint: The checkpoint's path; `None` if the run has none.
@@ -257,7 +258,7 @@ class StageState:
         return int(state["step"])
 
     def results(self, steps: int, device: torch.device) -> list[tuple[nn.Module, StageResult]]:
-        """Return the resulting model and the stage's result for every averager. Collective.
+        """Return the averaged model and the stage's result for every averager. All ranks must call this.
 
         Args:
             steps: Number of steps of the stage.
@@ -286,15 +287,15 @@ class StageState:
 
 @dataclass(frozen=True)
 class StageTrainer:
-    """A stage that is ready to train.
+    """The training loop of a stage, with all objects that it needs.
 
     Attributes:
         state: The stage's state.
         forward: The student's forward pass.
         objective: The sum of the method's loss terms.
         step_hooks: Objects whose `after_step` is called after every step: averagers and the writer of snapshots.
-        batches: This rank's batches from the first step on.
-        throughput: Reports the use of resources.
+        batches: This rank's slices of the global batches, starting with the first step to take.
+        throughput: Reports images per second and the use of CPU and memory.
         checkpoints: Writes checkpoints and stops on request.
         max_gradient_norm: The L2 norm to which gradients are clipped; `None` disables clipping.
     """
@@ -309,7 +310,7 @@ class StageTrainer:
     max_gradient_norm: float | None
 
     def fit(self, first_step: int, steps: int) -> None:
-        """Train from `first_step` to the end of the stage. Collective.
+        """Train from `first_step` to the end of the stage. All ranks must call this.
 
         Args:
             first_step: Number of completed steps.
@@ -350,12 +351,12 @@ def wrap_distributed(towers: nn.Module, image_size: tuple[int, int], *batch_size
     """Wrap the student in DistributedDataParallel if there are several ranks.
 
     DistributedDataParallel changes the layout of its gradient buckets after the first backward passes, and the last
-    bit of a sum over three ranks depends on the layout. Two passes over blank images, whose gradients are discarded,
-    give every step the final layout, including the first step after a resume.
+    bit of a sum over three or more ranks depends on the layout. Two passes over blank images, whose gradients are
+    discarded, ensure that every step uses the final layout, including the first step after a resume.
 
     Args:
         towers: The student's towers.
-        image_size: Height and width of its input, in pixels.
+        image_size: Height and width of the student's input images, in pixels.
         batch_sizes: The global batch size of the task images, and that of the reference images if there are any.
 
     Returns:

@@ -19,7 +19,7 @@ class GlobalBatchForward:
     """The student's forward pass. It encodes this rank's slice of a batch and returns the features of the global batch.
 
     Attributes:
-        towers: The student's towers: (images, reference images) → (image, reference and prompt features).
+        towers: A module that computes (image, reference, prompt features) from (task images, reference images).
         prompts: C, the number of class prompts.
         scale: exp(logit_scale), a scalar.
         batch_size: B, the number of task images in a global batch.

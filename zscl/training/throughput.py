@@ -13,7 +13,7 @@ REPORT_SECONDS = 10.0
 
 
 class ThroughputMonitor:
-    """Reports the resources that every rank has used since the last report. Rank 0 decides when to report."""
+    """Reports the resources that every rank has used since the previous report. Rank 0 decides when to report."""
 
     def __init__(
         self,
@@ -24,22 +24,22 @@ class ThroughputMonitor:
         report: Callable[[WorkersUsed], None],
         first_step: int = 0,
     ) -> None:
-        """Start the first interval.
+        """Start the measurement of the first interval.
 
         Args:
             stage: The stage's number, from 1.
             images_per_step: Number of this rank's images in a step.
-            clock: Counts the time that is spent on `data`.
+            clock: Counts the time in which training waits for data, under the key `data`.
             device: This rank's device.
             report: Callback for the event; it is called on every rank.
-            first_step: Number of completed steps.
+            first_step: Number of steps that were completed before.
         """
         self.stage, self.images_per_step, self.clock, self.device = stage, images_per_step, clock, device
         self.report = report
         self._start_interval(first_step)
 
     def poll(self, step: int) -> None:
-        """Report if the interval has passed. Collective.
+        """Report the used resources if the last report is `REPORT_SECONDS` old. All ranks must call this.
 
         Args:
             step: Number of completed steps of the stage.

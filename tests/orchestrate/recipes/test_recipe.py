@@ -233,7 +233,7 @@ def test_a_table_is_not_a_single_experiment(table: Path) -> None:
         ),
         ({"base": "nowhere.yaml", "variants": {"a": {}}}, ErrorCode.NOT_FOUND, "base", "nowhere.yaml"),
         ({"variants": {"a": {}}}, ErrorCode.INVALID_VALUE, "variants", "found the fields variants"),
-        ({"base": "mine.yaml", "variants": {}}, ErrorCode.EMPTY, "variants", "found none"),
+        ({"base": "mine.yaml", "variants": {}}, ErrorCode.EMPTY, "variants", "found no variant"),
     ],
 )
 def test_a_wrong_table_is_refused(

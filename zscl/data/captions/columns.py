@@ -28,12 +28,12 @@ DOUBTFUL_CAPTIONS = ("numbers", "identifiers")  # kinds that are accepted if the
 
 
 def normalize_name(text: str) -> str:
-    """Return a column's name in lower case, with underscores and without quotation marks."""
+    """Normalize a column's name for comparisons: lower case, underscores for spaces and hyphens, no quotation marks."""
     return re.sub(r"[\s-]+", "_", text.strip().strip("\"'").casefold())
 
 
 def classify_value(value: str) -> str:
-    """Return the kind of a value: `URLs`, `file names`, `numbers`, `identifiers`, `JSON` or `text`."""
+    """Return what a value is: `URLs`, `file names`, `numbers`, `identifiers`, `JSON` or `text`."""
     value = value.strip()
     for pattern, kind in ((URL, "URLs"), (IMAGE_FILE, "file names"), (NUMBER, "numbers"), (IDENTIFIER, "identifiers")):
         if pattern.fullmatch(value):
@@ -42,7 +42,7 @@ def classify_value(value: str) -> str:
 
 
 def classify_values(values: Sequence[str]) -> str:
-    """Return the kind of more than half of the values, or `text` if no kind has a majority."""
+    """Return what more than half of the values are, see `classify_value`; `text` if no kind has a majority."""
     kind, count = Counter(map(classify_value, values)).most_common(1)[0] if values else ("text", 1)
     return kind if count > len(values) / 2 else "text"
 
@@ -53,8 +53,8 @@ class CaptionSource:
 
     Attributes:
         location: Path or URL.
-        column: Name or number (from 1) of the caption column, or key in JSON; `None` detects it.
-        lenient: Accept numbers and identifiers as captions.
+        column: Name or number (from 1) of the caption column, or the key in JSON; `None`: it is detected.
+        lenient: Whether numbers and identifiers are accepted as captions.
     """
 
     location: str
@@ -63,22 +63,22 @@ class CaptionSource:
 
     @property
     def column_names(self) -> Collection[str]:
-        """The normalized names that the caption column may have."""
+        """The names that the caption column may have, normalized by `normalize_name`."""
         return CAPTION_NAMES if self.column is None else {normalize_name(self.column)}
 
     def find_column(self, names: Sequence[str], what: str, accepted: Collection[str] = ()) -> str:
-        """Find the name of the caption column.
+        """Find the caption column among the columns of a table, or the caption key among the keys in JSON.
 
         Args:
             names: Names of all columns or keys.
-            what: `columns` or `keys`, for the error message.
-            accepted: Normalized names to look for; by default `column_names`.
+            what: `columns` or `keys`; used in the error message.
+            accepted: The normalized names that the caption column may have; default: `column_names`.
 
         Returns:
-            The name. An exact match of `column` takes precedence.
+            The name of the caption column or key. A name that equals `column` exactly takes precedence.
 
         Raises:
-            InputError: None or several of the names match.
+            InputError: No name matches, or several names match.
         """
         accepted = accepted or self.column_names
         matches = [name for name in names if name == self.column] or [
@@ -95,14 +95,15 @@ class CaptionSource:
         )
 
     def check_is_text(self, values: Sequence[str], where: str) -> None:
-        """Check that most values are text.
+        """Check that values of the caption column are text.
 
         Args:
-            values: A sample of the captions.
-            where: Column or key, for the error message.
+            values: Some of the values.
+            where: Description of the column or key for the error message.
 
         Raises:
-            InputError: The values are URLs, file names, JSON, numbers or identifiers.
+            InputError: More than half of the values are URLs, file names or JSON, or (unless `lenient`) numbers or
+                identifiers.
         """
         kind = classify_values([value for value in values if value.strip()])
         if kind in NEVER_CAPTIONS or (kind in DOUBTFUL_CAPTIONS and not self.lenient):
@@ -114,5 +115,5 @@ class CaptionSource:
 
     @property
     def advice(self) -> str:
-        """The end of an error message: the command that selects the column."""
+        """Advice at the end of an error message: the command with which the user selects the column."""
         return f"select it with: zscl data prepare captions {self.location} --column NAME_OR_NUMBER --out FOLDER"

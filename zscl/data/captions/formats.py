@@ -25,13 +25,13 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 
 @dataclass
 class Captions:
-    """The captions of a file. They can be iterated over once.
+    """Iterable of the captions of a file. It can be iterated over only once.
 
     Attributes:
-        origin: Format and column of the captions, as shown to the user.
-        values: The unprocessed captions.
-        count: Number of captions that were read so far.
-        empty: Number of records without a caption that were skipped so far.
+        origin: Description of the format and of the caption column for the user.
+        values: The captions as they are in the file; `None` for a record without a caption.
+        count: Number of captions read so far.
+        empty: Number of records without a caption so far. They are skipped.
     """
 
     origin: str
@@ -57,11 +57,11 @@ def read_captions(location: str, column: str | None = None, lenient: bool = Fals
 
     Args:
         location: Path or URL.
-        column: Name or number (from 1) of the caption column, or key in JSON; `None` detects it.
-        lenient: Accept numbers and identifiers as captions.
+        column: Name or number (from 1) of the caption column, or the key in JSON; `None`: it is detected.
+        lenient: Whether numbers and identifiers are accepted as captions.
 
     Returns:
-        The captions. Iterating over them may raise the same errors.
+        The captions. The file is read during the iteration, which may raise the same errors.
 
     Raises:
         InputError: The file cannot be read, or its captions cannot be identified with certainty.
@@ -82,7 +82,7 @@ def read_captions(location: str, column: str | None = None, lenient: bool = Fals
 
 
 def _read_lines(source: CaptionSource, sample: Sequence[str]) -> tuple[str, Iterator[str | None]]:
-    """Return the format and the captions of a file with one caption per line, with or without a header."""
+    """Read a file with one caption per line. Return a description of the format for the user, and the captions."""
     if any("\r" in line.strip() for line in sample):
         raise InputError(
             f"{source.location}: found a carriage return within a line, expected lines that end in \\n",

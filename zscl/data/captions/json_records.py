@@ -16,11 +16,11 @@ def read_json(source: CaptionSource, is_lines: bool) -> tuple[str, Iterator[str 
     """Read the captions of a JSON file.
 
     Args:
-        source: The file and the user's choice of the key.
-        is_lines: Whether the file holds JSON lines instead of one value.
+        source: The file, and the caption key if the user has chosen it.
+        is_lines: Whether the file has one JSON value on each line (JSON lines), instead of a single value.
 
     Returns:
-        A description of the records and the key, and the captions.
+        A description of the records and the caption key for the user, and the captions.
     """
     records, origin = (_iter_json_lines(source.location), "JSON lines") if is_lines else _read_records(source)
     sample = list(itertools.islice(records, SAMPLE_SIZE))
@@ -45,7 +45,7 @@ def parse_record(line: str) -> Any:
 
 
 def _read_records(source: CaptionSource) -> tuple[Iterator[Any], str]:
-    """Return the records of a file that is one JSON value, and a description of their location in it."""
+    """Read a file that is a single JSON value. Return its records and a description of where in the value they are."""
     with open_text(source.location) as stream:
         try:
             value = json.loads(stream.read())
@@ -85,7 +85,7 @@ def _read_records(source: CaptionSource) -> tuple[Iterator[Any], str]:
 
 
 def _has_caption_key(source: CaptionSource, record: Any) -> bool:
-    """Return whether a record has a key for captions."""
+    """Return whether a record is an object with the key that the user has chosen, or with a usual name for captions."""
     if not isinstance(record, dict):
         return False
     if source.column is not None:
@@ -105,7 +105,7 @@ def _iter_json_lines(location: str) -> Iterator[Any]:
 
 
 def _iter_texts(source: CaptionSource, record: Any, key: str | None) -> Iterator[str | None]:
-    """Yield all captions of a record, which may be nested lists and objects."""
+    """Yield all captions of a record: a text, a list of records, or an object whose caption key is `key`."""
     match record:
         case None | str():
             yield record

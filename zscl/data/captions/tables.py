@@ -22,12 +22,12 @@ SAMPLE_SIZE = 1_000  # rows from which the columns are detected
 
 
 def detect_delimiter(lines: Sequence[str], name: str, column: str | None) -> str | None:
-    """Detect the delimiter of the columns.
+    """Detect the delimiter of the columns of a text file.
 
     Args:
-        lines: The first lines that are not blank.
+        lines: The first lines of the file that are not blank.
         name: The file's name in lower case.
-        column: Name or number of the caption column; `None` detects it.
+        column: Name or number (from 1) of the caption column; `None`: it is not known.
 
     Returns:
         The delimiter; `None` if the file has one caption per line.
@@ -57,11 +57,11 @@ def read_table(source: CaptionSource, delimiter: str) -> tuple[str, Iterator[str
     """Read the caption column of a table.
 
     Args:
-        source: The file and the user's choice of the column.
+        source: The file, and the caption column if the user has chosen it.
         delimiter: Separator of the columns.
 
     Returns:
-        A description of the column and the format, and the captions.
+        A description of the caption column and the format for the user, and the captions.
     """
     quoted = _is_quoted(source.location, delimiter)
     sample = [row for _, row in itertools.islice(iter_rows(source.location, delimiter, quoted), SAMPLE_SIZE)]
@@ -77,7 +77,7 @@ def read_table(source: CaptionSource, delimiter: str) -> tuple[str, Iterator[str
 
 
 def _is_quoted(location: str, delimiter: str) -> bool:
-    """Return whether cells may be quoted, as in CSV. In tables of tabs or bars, quotation marks may be plain text."""
+    """Return whether cells are quoted, as in CSV. Between tabs or bars, quotation marks may be plain text."""
     if delimiter in ",;":
         return True
     try:
@@ -106,7 +106,7 @@ def _has_header(source: CaptionSource, sample: Sequence[Sequence[str]]) -> bool:
 
 
 def _find_column_index(source: CaptionSource, names: Sequence[str], body: Sequence[Sequence[str]], width: int) -> int:
-    """Return the index of the caption column, selected by its number, by its name, or as the only text column."""
+    """Return the index of the caption column, which is found by its number, by its name, or as the only text column."""
     if source.column is not None and source.column.isdecimal() and source.column not in names:
         if not 1 <= int(source.column) <= width:
             raise InputError(
@@ -138,7 +138,7 @@ def _find_column_index(source: CaptionSource, names: Sequence[str], body: Sequen
 
 
 def _iter_cells(location: str, rows: Iterator[tuple[int, list[str]]], index: int, width: int) -> Iterator[str | None]:
-    """Yield the cells of one column, and check that each row has `width` columns."""
+    """Yield the cells of column `index`, and check that each row has `width` columns."""
     for number, row in rows:
         if len(row) <= index or any(cell.strip() for cell in row[width:]):
             raise InputError(

@@ -32,7 +32,7 @@ DECOMPRESSORS: Mapping[bytes, Callable[[Any], Any]] = {
 
 
 def open_binary(location: str) -> AbstractContextManager[IO[bytes]]:
-    """Open a local or remote file. Local paths bypass fsspec, because it parses `::` in a path as a chain of URLs."""
+    """Open a local or remote file. fsspec opens only URLs, because it regards `::` in a path as a separator of URLs."""
     if "://" not in location:
         return Path(location).open("rb")
     remote: AbstractContextManager[IO[bytes]] = fsspec.open(location, "rb")
@@ -41,18 +41,18 @@ def open_binary(location: str) -> AbstractContextManager[IO[bytes]]:
 
 @contextmanager
 def open_text(location: str, newline: str = "\n") -> Iterator[TextIO]:
-    r"""Open a caption file as UTF-8 text; gzip, bzip2 and xz are decompressed.
+    r"""Open a caption file as UTF-8 text. Files compressed by gzip, bzip2 or xz are decompressed.
 
     Args:
         location: Path or URL.
-        newline: As in `open`: by default, only \n ends a line.
+        newline: The argument of the built-in `open`; by default, only \n ends a line.
 
     Yields:
         The text stream.
 
     Raises:
-        InputError: The file cannot be read, is damaged, or is not UTF-8 text. Errors of the block that reads the
-            stream are converted, too.
+        InputError: The file cannot be read, is damaged, or is not UTF-8 text. This error is also raised if reading
+            fails in the `with` block.
     """
     try:
         with open_binary(location) as stream:
@@ -85,7 +85,7 @@ def open_text(location: str, newline: str = "\n") -> Iterator[TextIO]:
 
 
 def iter_lines(location: str) -> Iterator[str]:
-    """Iterate over the lines that are not blank."""
+    """Iterate over the lines of a caption file that are not blank."""
     with open_text(location) as stream:
         for number, line in enumerate(stream, start=1):
             _check_no_nul(location, line, number)
@@ -102,7 +102,7 @@ def iter_rows(location: str, delimiter: str, quoted: bool) -> Iterator[tuple[int
         quoted: Whether quoted cells may contain separators and line breaks, as in CSV.
 
     Yields:
-        The number of the row's last line, and its cells.
+        The line number of the end of the row, from 1, and the cells of the row.
 
     Raises:
         InputError: A quoted cell is malformed, or the file cannot be read.
@@ -130,7 +130,7 @@ def iter_rows(location: str, delimiter: str, quoted: bool) -> Iterator[tuple[int
 
 
 def _unquote(cell: str) -> str:
-    """Remove the quotation marks that a CSV writer adds around a cell with quotation marks in it."""
+    """Undo the quoting by which a CSV writer escapes a cell that contains quotation marks."""
     inside = cell[1:-1].replace('""', "")
     return (
         cell[1:-1].replace('""', '"')

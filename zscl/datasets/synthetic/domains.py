@@ -40,8 +40,8 @@ class Picture(NamedTuple):
 
     Attributes:
         pixels: Colours in 0..1 [IMAGE_SIDE, IMAGE_SIDE, 3].
-        colour: Colour of the figure, which a caption may name.
-        background: Colour of the background, which a caption may name.
+        colour: Name of the figure's colour, for captions; empty if captions do not mention it.
+        background: Name of the background's colour, for captions; empty if captions do not mention it.
     """
 
     pixels: Array
@@ -51,16 +51,16 @@ class Picture(NamedTuple):
 
 @dataclass(frozen=True)
 class Domain:
-    """One domain, which is also a task.
+    """One domain of the embedded benchmark. Each domain is a task.
 
     Attributes:
         name: The task's name.
         classnames: Class names in label order.
         templates: Prompt templates with `{c}`; the first one is used for training, all of them are used for evaluation.
-        captions: Caption templates per style with `{c}` and optionally `{colour}` and `{background}`.
+        captions: Caption templates for each style, with `{c}` and optionally `{colour}` and `{background}`.
         draw: Renders a picture of a label in a style.
-        corpus_weight: Relative frequency in the corpus. It is higher for domains with fine strokes, because these take
-            longer to learn than colours.
+        corpus_weight: Relative frequency of the domain in the pre-training corpus. It is higher for domains with fine
+            strokes, because strokes take longer to learn than colours.
     """
 
     name: str
@@ -216,7 +216,7 @@ def _draw_land(label: int, style: Style, rng: np.random.Generator) -> Picture:
 
 
 def _land(kind: str, u: Array, v: Array, rng: np.random.Generator) -> Array:
-    """Paint an aerial view [CANVAS_SIDE, CANVAS_SIDE, 3]."""
+    """Paint an aerial view of a kind of land [CANVAS_SIDE, CANVAS_SIDE, 3], at the coordinates `u` and `v`."""
     meadow = blend(solid(_GRASS), _SOIL, smooth_noise(rng, 4) * rng.uniform(0, 0.7))
     bend = 0.25 * np.sin(rng.uniform(2, 4) * u + rng.uniform(0, 6))
     match kind:
@@ -250,13 +250,13 @@ def _land(kind: str, u: Array, v: Array, rng: np.random.Generator) -> Array:
 
 
 def _cells(u: Array, v: Array, pitch: float, colours: Sequence[Array], rng: np.random.Generator) -> Array:
-    """Paint a grid of cells. Each cell has a random colour of `colours`."""
+    """Paint a grid of square cells with side `pitch`. Each cell has a random colour of `colours`."""
     chosen = np.array(colours)[rng.integers(len(colours), size=(16, 16))]
     return chosen[(u // pitch).astype(np.int64) % 16, (v // pitch).astype(np.int64) % 16]
 
 
 def _inside(u: Array, v: Array, pitch: float, share: float) -> Mask:
-    """Return the mask of the middle part of each cell, which covers the fraction `share` of its width and height."""
+    """Return a mask of the centre of each grid cell: a square whose side is the fraction `share` of the cell's side."""
     return (abs(u / pitch % 1 - 0.5) < share / 2) & (abs(v / pitch % 1 - 0.5) < share / 2)
 
 

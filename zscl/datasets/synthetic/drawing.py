@@ -1,6 +1,6 @@
 """Drawing primitives of the synthetic pictures: named colours, smooth noise, and a canvas with unit coordinates.
 
-Pictures are drawn at OVERSAMPLING times their resolution and averaged down, for anti-aliasing.
+For anti-aliasing, pictures are drawn at OVERSAMPLING times the final resolution and then reduced by averaging.
 """
 
 import io
@@ -36,7 +36,7 @@ def encode_png(pixels: Array) -> bytes:
 
 
 def downsample_with_noise(canvas: Array, max_noise: float, rng: np.random.Generator) -> Array:
-    """Average a canvas down to the picture's resolution and add Gaussian noise.
+    """Reduce a canvas to the picture's resolution by averaging, and add Gaussian noise.
 
     Args:
         canvas: Colours in 0..1 [CANVAS_SIDE, CANVAS_SIDE, 3].
@@ -121,7 +121,7 @@ class Canvas:
     Attributes:
         image: The image that is drawn on.
         rng: Random generator.
-        pen: Pillow's drawing interface of the image.
+        pen: The `ImageDraw` object that draws on the image.
         transform: Matrix from unit coordinates to pixels [2, 2].
         centre: Position of the origin in pixels [2].
     """
@@ -129,13 +129,13 @@ class Canvas:
     def __init__(
         self, background: Array, rng: np.random.Generator, max_rotation: float, size: tuple[float, float]
     ) -> None:
-        """Choose the placement at random.
+        """Create a canvas, and choose its rotation, scale and position at random.
 
         Args:
             background: The background [CANVAS_SIDE, CANVAS_SIDE, 3].
             rng: Random generator.
             max_rotation: Maximum rotation in degrees, in both directions.
-            size: Minimum and maximum size of the unit square relative to the canvas.
+            size: Minimum and maximum of the random scale; 1 means that the square -1..1 fills the canvas.
         """
         self.image, self.rng = to_image(background), rng
         self.pen = ImageDraw.Draw(self.image)
@@ -163,7 +163,7 @@ class Canvas:
             self.pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=_to_rgb(colour))
 
     def pixels(self) -> Array:
-        """Return the canvas as an array [CANVAS_SIDE, CANVAS_SIDE, 3]."""
+        """Return the canvas as an array of colours in 0..1 [CANVAS_SIDE, CANVAS_SIDE, 3]."""
         return np.asarray(self.image) / np.float64(255)
 
     def _to_pixels(self, path: Array, jitter: float) -> list[tuple[float, float]]:

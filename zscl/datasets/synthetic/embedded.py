@@ -5,8 +5,8 @@ and the reference set use the *web* style. Tasks use the *task* style. Because o
 accuracy is good but can be improved, as for a real CLIP on real tasks. The digits task contains scikit-learn's real
 handwritten digits.
 
-Every picture is a pure function of (seed, stream, index), so samples can be generated in any order, and generation can
-stop and resume.
+Every picture depends only on the seed, the name of its set and its index in the set. Samples can therefore be generated
+in any order, and generation can stop and resume.
 """
 
 import zlib
@@ -45,7 +45,7 @@ def task_samples(domain: str, split: Split, count: int | None, seed: int) -> Ite
 
 
 def captioned_samples(count: int, seed: int, task_style_share: float) -> Iterator[tuple[bytes, str]]:
-    """Render captioned pictures of all domains. They differ from the pictures of all tasks.
+    """Render captioned pictures of all domains. None of these pictures is part of a task.
 
     Args:
         count: Number of pictures.
@@ -67,7 +67,7 @@ def captioned_samples(count: int, seed: int, task_style_share: float) -> Iterato
 
 
 def _real_digits(split: Split, count: int, seed: int) -> Iterator[tuple[bytes, int]]:
-    """Yield scikit-learn's handwritten digits, shuffled with the seed. Train has 1200 images, test has 597."""
+    """Yield scikit-learn's handwritten digits, shuffled with the seed: 1200 for `train` and 597 for `test`."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()

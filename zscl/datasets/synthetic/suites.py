@@ -16,12 +16,12 @@ TASK_SEED, CORPUS_SEED, REFERENCE_SEED = 0, 1, 2
 
 
 def write_embedded(folder: Path, corpus: bool, report: Callable[[str], None]) -> list[Path]:
-    """Write the embedded suite. Existing tasks and sets are reused.
+    """Write the embedded suite. A task, reference set or corpus that exists is not written again.
 
     Args:
-        folder: Folder of the tasks and sets.
+        folder: Folder in which the tasks, the reference set and the corpus are written.
         corpus: Whether to also write the corpus on which the embedded model was pre-trained.
-        report: Callback for messages.
+        report: Called with a message for the user before each task or set is drawn.
 
     Returns:
         The folders of the tasks, of the reference set and of the corpus, in this order.
