@@ -119,7 +119,7 @@ def test_fetch_reports_how_a_copy_differs(place: Path, zscl: Zscl, monkeypatch: 
         (["prepare", "embedded", "Food"], "found 'embedded Food', expected 'zscl data prepare embedded'"),
         (["prepare", "embedded", "--seed", "1"], "--seed cannot be used with 'embedded', only with 'folder'"),
         (["prepare", "folder", "x", "--root", "y"], "--root cannot be used with 'folder', only with tasks"),
-        (["prepare", "folder", "x", "--template", "y"], "--template: found 'y', expected {c} in place of the class name"),
+        (["prepare", "folder", "x", "--template", "y"], "--template: found 'y', expected {c} in place of the class"),
         (["prepare", "captions", "none.tsv"], "none.tsv: found no such file, expected a caption file"),
     ],
 )  # fmt: skip

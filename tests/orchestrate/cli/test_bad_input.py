@@ -92,7 +92,7 @@ def test_a_recipe_of_another_kind(place: Path, zscl: Zscl) -> None:
     (place / "words.yaml").write_text("words\n")
     for file, sentence in (
         ("search.yaml", "found a search, expected a run's recipe; to search: zscl search search.yaml"),
-        ("alone.yaml", "found base without variants, expected variants: a mapping of variant names"),
+        ("alone.yaml", "found base without variants, expected variants: a mapping of variant names to changed fields"),
         ("words.yaml", "found a text, expected fields such as 'model:' and 'tasks:'"),
     ):
         found = zscl("run", file)
@@ -188,8 +188,8 @@ def test_two_processes_on_one_run(place: Path, zscl: Zscl, recipe: Callable[...,
         found = zscl("run", "recipe.yaml", "--out", "runs/mine")
     assert (found.code, found.error) == (
         2,
-        f"error: {place}/runs/mine: found another process at work on this run (unknown), expected none; end it, or "
-        "choose another folder\n",
+        f"error: {place}/runs/mine: found another process at work on this run (unknown), expected none; end that "
+        "process, or choose another folder\n",
     )
 
 

@@ -106,7 +106,7 @@ def test_a_folder_that_a_node_cannot_write(ray_cluster: None, tmp_path: Path, mo
     address = node["NodeManagerAddress"]
     with refused(ErrorCode.NOT_FOUND) as error:
         cluster.check_shared_folder(tmp_path / "not/there")
-    assert f"found node {address} of the Ray cluster" in str(error.value)
+    assert f"node {address} does not see this folder" in str(error.value)
 
 
 def test_a_dry_run_checks_a_cluster_that_is_named(
@@ -174,7 +174,7 @@ def test_masks_among_reference_images_are_reported(experiment: Make, tmp_path: P
     write_tar(tmp_path / "0.tar", members)
     (tmp_path / "captions.txt").write_text("red\ngreen\n")
     [dotted] = preflight.collect_warnings(preflight.prepare(experiment(reference=str(tmp_path))))
-    assert dotted.startswith("reference.images: found 2 samples whose keys have dots (x.seg, y.seg): ")
+    assert dotted.startswith("reference.images: found 2 samples whose keys have dots (x.seg, y.seg). ")
     (tmp_path / "0.tar").unlink()
     (tmp_path / "a.loose.png").write_bytes(image)  # dots in file names are allowed
     assert preflight.collect_warnings(preflight.prepare(experiment(reference=str(tmp_path)))) == []

@@ -170,7 +170,10 @@ def test_failed_and_stopped_trials_do_not_end_the_search(
             "optimisation.learning_rate: found 0.0, expected a value greater than 0 "
             "(search.domains.optimisation.learning_rate at 0.0)",
         ),
-        ({"objectives": "accuracy/tenth"}, "found accuracy/tenth, expected accuracy/ and one of first, second, third"),
+        (
+            {"objectives": "accuracy/tenth"},
+            "found accuracy/tenth, expected accuracy/ followed by one of first, second, third",
+        ),
         ({"trials": 0}, "search.trials: found 0, expected a value greater than 0"),
         ({"validation_share": 0.99}, "evaluation.held_out.share is 0.99, which leaves the class 'red' without"),
         ({"domains": {"tasks.0.path": {"choice": ["nowhere"]}}}, "nowhere: found no such folder, expected the folder"),

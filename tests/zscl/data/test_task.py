@@ -77,7 +77,7 @@ def open_and_check(folder: Path) -> str:
         ("no folder", ErrorCode.NOT_FOUND, "found no such folder"),
         ("no class names", ErrorCode.NOT_FOUND, "classnames.txt"),
         ("no classes", ErrorCode.EMPTY, "classnames.txt"),
-        ("no {c}", ErrorCode.INVALID_VALUE, "the template 'a photo', expected a {c}"),
+        ("no {c}", ErrorCode.INVALID_VALUE, "the template 'a photo', expected one with {c}"),
         ("a class without a name", ErrorCode.INVALID_VALUE, "classnames.txt: line 2 is empty"),
         ("another encoding", ErrorCode.UNREADABLE, "classnames.txt: found no UTF-8 text"),
         ("a folder for a file", ErrorCode.UNREADABLE, "classnames.txt: found a folder"),

@@ -174,14 +174,14 @@ def tar() -> bytes:
         ("labels.txt", b"a/1.JPEG 0\na/2.JPEG 1\n", ErrorCode.UNSUPPORTED, "found file names in its lines"),
         ("mac.txt", b"a cat\ra dog\r", ErrorCode.UNREADABLE, "carriage return"),
         ("numbers.txt", b"1\n2\n3\n", ErrorCode.UNSUPPORTED, "found numbers in its lines"),
-        ("ids.tsv", b"n01440764\t12\nn01443537\t13\n", ErrorCode.MISSING_VALUE, "found 0 columns"),
+        ("ids.tsv", b"n01440764\t12\nn01443537\t13\n", ErrorCode.MISSING_VALUE, "0 of 2 columns"),
         (
             "two.tsv",
             b"a title\ta caption here\nmore of it\tand of it\n",
             ErrorCode.MISSING_VALUE,
             "(1: 'a title'; 2: 'a cap",
         ),
-        ("named.tsv", b"title\tcaption\tn\na b\tc d\t1\n", ErrorCode.UNKNOWN_NAME, "found 2 columns"),
+        ("named.tsv", b"title\tcaption\tn\na b\tc d\t1\n", ErrorCode.UNKNOWN_NAME, "2 of these columns"),
         ("lists.csv", b'url,raw\nhttp://a,"[""a cat"", ""a mat""]"\n', ErrorCode.UNSUPPORTED, "found JSON in column 2"),
         (
             "urls.csv",

@@ -52,7 +52,7 @@ def test_a_copy_gets_the_published_texts(tmp_path: Path, hub: dict[str, Callable
     assert task.classnames == ("pink primrose", "globe flower", "air plant")
     assert list(task.templates) == templates_of("Flowers")
     assert fetched.images == {"train": 10, "test": 10}
-    assert "'ball moss' is 'air plant' here" in fetched.notes[1]
+    assert "'ball moss' by 'air plant'" in fetched.notes[1]
     manifest = json.loads((tmp_path / "Flowers/zscl.json").read_text())
     assert (manifest["split_family"], manifest["source"]) == ("clip-benchmark-wds", "clip-benchmark/wds_vtab-flowers")
     assert [shard["samples"] for shard in manifest["splits"]["test"]] == [4, 4, 2]
@@ -65,7 +65,7 @@ def test_a_copy_without_a_train_split_says_so(tmp_path: Path, hub: dict[str, Cal
     hub["clip-benchmark/wds_sun397"] = copy_of(["abbey", "apartment building/outdoor"], ("test",))
     fetched = fetch("SUN397", tmp_path)
     assert fetched.images == {"test": 10}
-    assert "a test split alone" in fetched.notes[0]
+    assert "only a test split" in fetched.notes[0]
     assert open_task(tmp_path / "SUN397").classnames == ("abbey", "apartment building outdoor")
 
 

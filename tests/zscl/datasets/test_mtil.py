@@ -143,7 +143,7 @@ def copy_without(task: str, root: Path, break_: Callable[[Path], object]) -> Pat
 @pytest.mark.parametrize(
     ("task", "break_", "code", "content"),
     [
-        ("DTD", lambda root: shutil.rmtree(root / "dtd"), ErrorCode.NOT_FOUND, "(DTD)"),
+        ("DTD", lambda root: shutil.rmtree(root / "dtd"), ErrorCode.NOT_FOUND, "unpacks for DTD"),
         ("DTD", lambda root: next(root.rglob("banded_0042.jpg")).unlink(), ErrorCode.UNREADABLE, "banded_0042.jpg"),
         ("DTD", lambda root: shutil.rmtree(root / "dtd/dtd"), ErrorCode.UNREADABLE, "torchvision's DTD"),
         ("Food", lambda root: (root / "food-101/meta/test.json").write_text("{"), ErrorCode.UNREADABLE, "Food101"),
