@@ -51,7 +51,7 @@ $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: found Python %d.%d, expected 3.11 or newer; try make PYTHON=python3.11 $(MAKECMDGOALS)" % sys.version_info[:2])'
 	@echo "installing into $(VENV): about 3 minutes, 7 GB with torch's CUDA build"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[test]'
+	$(BIN)/pip install --quiet --no-compile --constraint $(CONSTRAINTS) --editable '.[test]'
 	@# Two packages that check our results. Their other dependencies are not needed and would slow open_clip's import.
 	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --no-deps clip-benchmark continuum
 	@touch $@

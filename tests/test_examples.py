@@ -46,6 +46,7 @@ def test_own_folders(folder: Path) -> None:
     assert sorted(line.split()[0] for line in table[1:]) == ["finetune", "zscl"]
 
 
+@pytest.mark.slow  # the loss itself: tests/zscl/methods/test_custom_losses.py
 def test_a_loss_of_ones_own(folder: Path) -> None:
     said = run(ROOT / "examples/custom-loss/run.sh", *FEW, folder=folder)
     header, *rows = said.splitlines()[-3:]

@@ -173,6 +173,13 @@ def test_losses_of_some_steps_have_a_column(module: Path, experiment: Make, tmp_
     assert [point for point in points if point[0] == "one"] == [("one", 2, 1.0), ("one", 3, 1.0), ("one", 4, 1.0)]
 
 
+def test_the_example_in_the_examples_folder(experiment: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[3] / "examples/custom-loss")
+    example = {"path": "relations.Relations", "settings": {"weight": 2.0}}
+    result = run_sequence(with_losses(experiment, example, preset="zscl"), tmp_path / "run", device=CPU)
+    assert result.stages[-1].losses["relations"] > 0
+
+
 def test_the_former_name_of_the_field_is_accepted(module: Path, experiment: Make, tmp_path: Path) -> None:
     losses = [{"path": "losses_of_mine.pull", "settings": {"weight": 0.5}}]
     with pytest.warns(FutureWarning, match=r"use method\.custom_losses"):
