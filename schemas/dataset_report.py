@@ -130,7 +130,7 @@ class ClassNames(StrictModel):
 
 
 class Templates(StrictModel):
-    """The templates in `zeroshot_classification_templates.txt`, with those that are repeated or invalid."""
+    """The templates in `zeroshot_classification_templates.txt`; repeated and invalid ones are listed separately."""
 
     templates: TupleOf[str]
     repeated: TupleOf[str]

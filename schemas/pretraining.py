@@ -17,7 +17,10 @@ class Preprocess(StrictModel):
 
 
 class Pretraining(StrictModel):
-    """Settings of contrastive pre-training. Image-text pairs of a batch are positives if their captions are equal."""
+    """Settings of contrastive pre-training.
+
+    An image and a caption of the batch are a positive pair if the image's own caption equals it.
+    """
 
     name: str = Field("", pattern=r"^[A-Za-z0-9_.-]*$", description="Default: the recipe's file name")
     architecture: dict[str, Any] = Field(description="open_clip model_cfg: embed_dim, vision_cfg, text_cfg")

@@ -308,7 +308,8 @@ class EvaluationImages:
         decoder: Decoder with its transforms.
         rank: This worker's rank.
         world_size: Number of workers.
-        total: If `samples` is a subset, the number of samples of the full dataset, to which `max_broken_share` refers.
+        total: The number of samples of the full dataset, set only if `samples` is a subset. `max_broken_share` is a
+            fraction of this number.
     """
 
     samples: Samples

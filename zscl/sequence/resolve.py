@@ -43,7 +43,7 @@ class ResolvedExperiment:
 
     @property
     def custom_loss_digests(self) -> dict[str, str]:
-        """The first 8 digits of the digest of each custom loss's code, by the name of the setting in results."""
+        """Map the name under which results record each custom loss to the first 8 digits of its code's hash."""
         losses = self.experiment.method.custom_losses
         return {f"code of {loss.path}": self.content_digests[loss.path][:8] for loss in losses}
 
