@@ -50,13 +50,15 @@ COMMANDS = (
 
 
 def machine() -> dict[str, str]:
-    """What bit-identical results depend on besides the code."""
-    cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return {
-        "torch": torch.__version__,
-        "cpu": cpu[0].partition(":")[2].strip() if cpu else "",
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-    }
+    """Everything besides the code on which bit-identical results depend: torch, and the exact kind of CPU."""
+    fields = {}
+    for line in Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines():
+        name, _, value = line.partition(":")
+        fields[name.strip()] = value.strip()
+    names = ("model name", "cpu family", "model", "stepping", "microcode", "cache size")
+    cpu = {name: fields.get(name, "") for name in names}
+    flags = hashlib.sha256(fields.get("flags", "").encode()).hexdigest()[:16]
+    return {"torch": torch.__version__, "instructions": torch.backends.cpu.get_cpu_capability(), "flags": flags, **cpu}
 
 
 def run_all(root: Path) -> None:
