@@ -30,7 +30,7 @@ PACKAGES = {
 OTHER_FOLDERS = {
     "experiments": "Recipes; the first lines give the command, the cost and the expected result",
     "examples": "Own image folders, a custom loss, results in pandas",
-    "benchmarks": "The measurements behind every statement about speed",
+    "benchmarks": "Benchmarks: speed, memory and correctness on a GPU",
     "deploy": "Clusters other than that of ray_cluster.yaml",
     "docs": "The documentation",
     "tests": "Tests; they mirror the packages",

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import chdir
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from zscl.sequence.run import run_sequence
 HERE = Path(__file__).parent
 CPU = torch.device("cpu")
 GOLDEN: dict[str, Any] = json.loads((HERE / record.RUNS).read_text())
+PINNED = f"typer=={version('typer')}\n" in (record.ROOT / "constraints.txt").read_text()
 # Results are bit-identical on the machine of the record; elsewhere, float arithmetic differs by round-off.
 IS_SAME_MACHINE = GOLDEN["machine"] == record.machine()
 
@@ -86,6 +88,7 @@ def test_fingerprints_of_the_shipped_recipes() -> None:
     assert record.fingerprints() == json.loads((HERE / record.FINGERPRINTS).read_text())
 
 
+@pytest.mark.skipif(not PINNED, reason="another version of typer prints help differently")
 def test_help_of_every_command() -> None:
     texts = record.help_texts()
     assert texts == (HERE / record.HELP).read_text()

@@ -20,7 +20,7 @@ def lock_in_other_process(run: Path, then: str) -> "subprocess.Popen[str]":
     return subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
-@pytest.mark.fault("Two processes on one run", "The second is refused and told the owner")
+@pytest.mark.fault("Two processes on one run", "The second is refused, and the message names the owner")
 def test_the_second_process_gets_an_error_that_names_the_first(tmp_path: Path) -> None:
     with lock_in_other_process(tmp_path / "run", "print('mine', flush=True); input()") as first:
         assert first.stdout is not None
